@@ -1,0 +1,44 @@
+# The verbs of this project. Each sets up its own virtual environment in .venv on first use.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: demo serve test check bench clean
+
+demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
+	@$(BIN)/python deploy/example/demo.py
+
+serve: .venv/demo           ## the sidecar on 127.0.0.1:8700, keys in ./keylatch.db
+	@$(BIN)/keylatch serve
+
+test: .venv/dev             ## all tests; those that need a missing server are skipped and named
+	@$(BIN)/python -m pytest
+
+check: .venv/dev            ## lint, types, and who may import whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself
+	@$(BIN)/python benchmarks/l1_hit.py
+
+clean:                      ## remove the virtual environment
+	rm -rf .venv
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || \
+	  { echo "error: keylatch needs Python 3.11 or newer"; echo "hint: apt-get install python3, or make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "error: Python cannot make a virtual environment"; echo "hint: apt-get install python3-venv"; exit 1; }
+
+.venv/demo: .venv/bin/python pyproject.toml
+	@echo "Installing keylatch into .venv ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml
+	@echo "Installing keylatch and its development tools into .venv ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,postgres]' --group dev
+	@touch $@

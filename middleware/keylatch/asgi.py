@@ -1,0 +1,168 @@
+"""The ASGI middleware: one line around an app, one decision for each request.
+
+    app.add_middleware(APIKeyMiddleware, store="sqlite:///keys.db", public=["/healthz"])
+
+It spells what `credentials`, `engine`, `policy` and `refusals` decide in terms of ASGI, and
+nothing else. Scopes are copied, never written on.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from starlette.authentication import AuthCredentials, UnauthenticatedUser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from keylatch.credentials import is_identity_header
+from keylatch.engine import Engine
+from keylatch.model import Deny, credentials_of
+from keylatch.policy import Policy, path_of
+from keylatch.refusals import Refusal, Refusals
+from keylatch.settings import Settings
+
+
+class APIKeyMiddleware:
+    """Lets a request pass if it carries a good key, as `scope["user"]` and `scope["auth"]`.
+
+    Args:
+        app: the ASGI application to protect.
+        store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
+        redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
+        public: exact paths that need no key.
+        permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`.
+        realm: named in challenges; None: `KEYLATCH_REALM`.
+        environment: the only environment whose keys are welcome; None: `KEYLATCH_ENVIRONMENT`.
+        lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
+        hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
+        engine: one that is shared with others, instead of all of the settings above.
+
+    Raises:
+        ConfigurationError: naming every wrong setting and rule.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        store: str | None = None,
+        redis: str | None = None,
+        public: Iterable[str] = (),
+        permissions: Mapping[str, Iterable[str]] | None = None,
+        realm: str | None = None,
+        environment: str | None = None,
+        lease: float | None = None,
+        hasher: str | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        self._app = app
+        self._policy = Policy(public, permissions)
+        self._engine = engine or Engine(
+            Settings.load(
+                store=store,
+                redis=redis,
+                realm=realm,
+                environment=environment,
+                lease=lease,
+                hasher=hasher,
+            )
+        )
+        self._refusals = Refusals(self._engine.settings.realm)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            if scope["type"] == "lifespan":
+                await _with_lifespan(self._app, self._engine, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+            return
+        scope, values = _without_identity(scope)
+        path = path_of(scope)
+        if self._policy.is_public(path):
+            scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
+            await self._app(scope, receive, send)
+            return
+        wanted = self._policy.wanted(scope.get("method", "GET"), path)
+        verdict = await self._engine.check(values, wanted)
+        if isinstance(verdict, Deny):
+            await refuse(self._refusals.of(verdict), scope, receive, send)
+            return
+        scope["user"] = verdict.principal
+        scope["auth"] = credentials_of(verdict.principal)
+        await self._app(scope, receive, send)
+
+
+def _without_identity(scope: Scope) -> tuple[dict[str, Any], list[bytes]]:
+    """A copy of the scope without headers that pose as keylatch's, and what `Authorization` says.
+
+    ASGI promises lower-case names; a server or test client that does not keep it changes nothing.
+    """
+    values = []
+    posing = False
+    for name, value in scope["headers"]:
+        if len(name) == 13 and name.lower() == b"authorization":
+            values.append(value)
+        elif name[:1] in b"xX" and is_identity_header(name):
+            posing = True
+    copy = dict(scope)
+    if posing:
+        copy["headers"] = [
+            header for header in scope["headers"] if not is_identity_header(header[0])
+        ]
+    return copy, values
+
+
+async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a refusal over HTTP, or over a WebSocket handshake as far as the server can."""
+    kind = "http"
+    if scope["type"] == "websocket":
+        if "websocket.http.response" not in scope.get("extensions", {}):
+            await receive()  # websocket.connect; closing before accepting is a 403 (ASGI spec)
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        kind = "websocket.http"
+    headers = list(refusal.headers)
+    body = b"" if scope.get("method") == "HEAD" else refusal.body
+    await send({"type": f"{kind}.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": f"{kind}.response.body", "body": body})
+
+
+async def _with_lifespan(
+    app: ASGIApp, engine: Engine, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Start the engine before the app starts and stop it after the app has stopped.
+
+    An app that does not know lifespan events is spared them; the engine still gets its stop.
+    """
+    asked = answered = False
+
+    async def receive_and_start() -> Message:
+        nonlocal asked
+        asked = True
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await engine.start()
+        return message
+
+    async def send_and_stop(message: Message) -> None:
+        nonlocal answered
+        answered = True
+        if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            await engine.stop()
+        await send(message)
+
+    try:
+        await app(scope, receive_and_start, send_and_stop)
+    except Exception:
+        if asked:
+            raise
+    if not answered:
+        await _serve_lifespan(engine, receive, send, started=asked)
+
+
+async def _serve_lifespan(engine: Engine, receive: Receive, send: Send, *, started: bool) -> None:
+    if not started:
+        await receive()  # lifespan.startup
+        await engine.start()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()  # lifespan.shutdown
+    await engine.stop()
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,73 @@
+"""L1: what this process remembers, in two bounded LRU maps. It holds digests, never tokens.
+
+Keys that exist and tokens that fit none are kept apart, so a spray of bad tokens evicts no good
+key. Nothing here expires by being told so: whether an entry may be used is asked of the `Feed`
+at each use, and whether its key has expired of `judge`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from cachetools import LRUCache, TTLCache
+
+from keylatch.model import KeyRecord, Principal, Reason, principal_of
+
+_ABSENCES: Final = 4_096
+_ABSENCE_SECONDS: Final = 10.0
+
+
+class Entry:
+    """A key whose secret was proven: the token has this digest."""
+
+    __slots__ = ("as_of", "digest", "key_id", "organization_id", "principal", "record")
+
+    def __init__(self, digest: bytes, record: KeyRecord, as_of: int) -> None:
+        self.digest = digest
+        self.key_id = record.id
+        self.organization_id = record.organization_id
+        self.record = record
+        self.principal: Principal = principal_of(record)
+        self.as_of = as_of
+
+
+class Absence:
+    """A token that is no usable key, and why."""
+
+    __slots__ = ("as_of", "key_id", "organization_id", "reason")
+
+    def __init__(self, reason: Reason, key_id: str, organization_id: str, as_of: int) -> None:
+        self.reason = reason
+        self.key_id = key_id
+        self.organization_id = organization_id
+        self.as_of = as_of
+
+
+class Cache:
+    """L1.
+
+    Args:
+        size: keys to remember.
+        timer: seconds that never go back; a test moves it.
+    """
+
+    def __init__(self, size: int = 50_000, timer: Callable[[], float] = time.monotonic) -> None:
+        self._entries: LRUCache[str, Entry] = LRUCache(size)
+        self._absences: TTLCache[bytes, Absence] = TTLCache(_ABSENCES, _ABSENCE_SECONDS, timer)
+        self.entry = self._entries.get
+        """The entry for a token's look-up part, or None."""
+        self.absence = self._absences.get
+        """The absence for a token's digest, or None."""
+
+    def remember(self, look_up: str, entry: Entry) -> None:
+        """Keep a key under its token's look-up part."""
+        self._entries[look_up] = entry
+
+    def remember_absence(self, digest: bytes, absence: Absence) -> None:
+        """Keep, for ten seconds at most, that a token is no usable key."""
+        self._absences[digest] = absence
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._absences.clear()

@@ -1,0 +1,333 @@
+"""The story of a credential: L1, then Redis, then the store, then argon2; judged by one rule.
+
+`peek` answers from this process alone, in one synchronous step, or says that it cannot (None).
+`resolve` asks whoever has to be asked. An error anywhere on the way is `Reason.UNAVAILABLE` and
+writes nothing to any cache: a database outage never shows as an invalid key.
+
+An engine belongs to one event loop and, after a fork, starts over as if it were new. Nothing is
+opened before `start` or the first `resolve`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from keylatch import credentials
+from keylatch.cache import Absence, Cache, Entry
+from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
+from keylatch.feed import Feed
+from keylatch.flights import Flights
+from keylatch.hashing import Hasher
+from keylatch.keyring import Keyring
+from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, flaw, judge
+from keylatch.settings import Settings
+from keylatch.shared_cache import SharedCache, connect
+from keylatch.store import Absent, Store
+from keylatch.tokens import CheckKeys, Token
+from keylatch.usage import Usage
+
+_ATTEMPTS: Final = 3
+_RETRY_START_SECONDS: Final = 1.0
+_TIDY_SECONDS: Final = 30.0
+
+log = logging.getLogger("keylatch")
+
+
+class Engine:
+    """Resolves tokens for one process.
+
+    Args:
+        settings: see `Settings.load`.
+        clock: seconds since the Unix epoch.
+        timer: seconds that never go back.
+        hasher: another one than the settings name, for tests.
+        redis: a client to use instead of connecting to `settings.redis`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = time.monotonic,
+        hasher: Hasher | None = None,
+        redis: Any = None,
+    ) -> None:
+        self.settings = settings
+        self.store = Store(settings.store)
+        self.hasher = hasher or Hasher(settings.hasher)
+        self._clock = clock
+        self._timer = timer
+        self._redis = redis
+        self._environment = settings.environment or None
+        self._l1 = Cache(timer=timer)
+        self._feed = Feed(self.store, on_reset=self._l1.clear)
+        self._flights: Flights[Entry | Absence] = Flights()
+        self._usage = Usage(self.store.touch)
+        self._begin_anew()
+        _after_fork(self)
+
+    def _begin_anew(self) -> None:
+        self._check_keys: CheckKeys | None = None
+        self._keyring: Keyring | None = None
+        self._l2: SharedCache | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._start_again_at = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # Lifecycle
+
+    async def start(self) -> None:
+        """Open the store (setting up an empty one) and start the background tasks.
+
+        Whoever calls while a start is under way waits for it. A store that cannot be reached is
+        logged and tried again by later requests, at most once a second: an app whose database
+        is late still starts, and answers 503 until then.
+
+        Raises:
+            StoreIncompatible: the store was made by a newer keylatch.
+        """
+        if self._check_keys is not None:
+            return
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start(), name="keylatch-start")
+        try:
+            await asyncio.shield(self._starting)
+        except StoreUnavailable as error:
+            log.error("error: %s", error.message)
+            log.error("hint: %s", error.hint)
+
+    async def _start(self) -> None:
+        try:
+            secrets = await self.store.open(self._now_ms())
+            await self._feed.begin()
+        except KeylatchError:
+            self._start_again_at = self._timer() + _RETRY_START_SECONDS
+            raise
+        finally:
+            self._starting = None
+        for warning in self.store.warnings:
+            log.warning(warning)
+        if self._redis is not None or self.settings.redis:
+            client = self._redis or connect(self.settings.redis)
+            self._l2 = SharedCache(client, secrets.peppers, self._timer)
+        check_keys = CheckKeys(secrets.check_keys)
+        self._keyring = Keyring(
+            self.store, self.hasher, check_keys, self.settings, self._clock, self._bury
+        )
+        self._check_keys = check_keys  # last: from here on the engine counts as started
+        self._in_background(self._usage.run())
+        self._in_background(self._tidy())
+
+    async def stop(self) -> None:
+        """Flush what was used, stop the background tasks, close what was opened."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._check_keys is not None:
+            await self._usage.flush()
+        if self._l2 is not None:
+            await self._l2.close()
+        self.hasher.close()
+        await self.store.close()
+        self._l1.clear()
+        self._feed.forget()
+        self._begin_anew()
+
+    def forget(self) -> None:
+        """After a fork: nothing of the parent's is used, and nothing of it is closed."""
+        self.store.forget()
+        self.hasher.forget()
+        self._l1.clear()
+        self._feed.forget()
+        self._flights.forget()
+        self._usage.forget()
+        self._begin_anew()
+
+    async def ready(self) -> None:
+        """Return if a key could be checked now.
+
+        Raises:
+            KeylatchError: why not.
+        """
+        await self.keyring()
+        await self.store.ping()
+
+    async def keyring(self) -> Keyring:
+        """What management calls.
+
+        Raises:
+            StoreUnavailable: the store could not be opened yet.
+        """
+        await self.start()
+        if self._keyring is None:
+            raise StoreUnavailable("the store could not be opened yet", "see the log")
+        return self._keyring
+
+    # Checks
+
+    async def check(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
+        """Judge a request by the values of its `Authorization` fields.
+
+        A hit in this process is answered without suspending: no hop, no lock, no waiting.
+        """
+        token = credentials.read(values)
+        if isinstance(token, Reason):
+            return Deny(token)
+        return self.peek(token, wanted) or await self.resolve(token, wanted)
+
+    def peek(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict | None:
+        """Judge a token by what this process knows; None where that does not suffice.
+
+        A stranger's token is refused here, with no call to Redis, the store or argon2.
+        """
+        if self._check_keys is None:
+            return None
+        entry = self._l1.entry(token.look_up)
+        if entry is None:
+            absence = self._l1.absence(token.digest)
+            if absence is None:
+                return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
+            return self._judge_absence(absence) if self._feed.is_current() else None
+        if not self._feed.is_current():
+            return None
+        return self._judge(entry, token, wanted)
+
+    async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
+        """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
+        try:
+            return await self._resolve(token, wanted)
+        except HashingBusy as error:
+            log.warning("refused with 503: %s", error.message)
+            return Deny(Reason.BUSY)
+        except KeylatchError as error:
+            log.warning("refused with 503: %s", error.message)
+            return Deny(Reason.UNAVAILABLE)
+
+    async def _resolve(self, token: Token, wanted: Wanted) -> Verdict:
+        if self._check_keys is None:
+            if self._timer() < self._start_again_at:
+                return Deny(Reason.UNAVAILABLE)
+            await self.keyring()
+        verdict = self.peek(token, wanted)
+        if verdict is not None:
+            return verdict
+        known = self._l1.entry(token.look_up) or self._l1.absence(token.digest)
+        for _ in range(_ATTEMPTS):
+            if known is None:
+                known = await self._flights.join(token.digest, lambda: self._fetch(token))
+            # What was fetched is judged like what was cached: the flight may have left before
+            # this request came.
+            await self._feed.catch_up()
+            if isinstance(known, Entry):
+                verdict = self._judge(known, token, wanted)
+            else:
+                verdict = self._judge_absence(known)
+            if verdict is not None:
+                return verdict
+            known = None
+        log.warning("a key changed again and again while it was looked up")
+        return Deny(Reason.UNAVAILABLE)
+
+    def _judge(self, entry: Entry, token: Token, wanted: Wanted) -> Verdict | None:
+        """The verdict by an entry, or None if it is stale. The feed must be current."""
+        if not self._feed.accepts(entry.key_id, entry.organization_id, entry.as_of):
+            return None
+        if entry.digest != token.digest:
+            return Deny(Reason.WRONG_SECRET)
+        now_ms = self._now_ms()
+        verdict = judge(entry.record, entry.principal, now_ms, self._environment, wanted)
+        if isinstance(verdict, Allow) or verdict.reason is Reason.INSUFFICIENT_SCOPE:
+            self._usage.note(entry.key_id, now_ms)
+        return verdict
+
+    def _judge_absence(self, absence: Absence) -> Verdict | None:
+        if self._feed.accepts(absence.key_id, absence.organization_id, absence.as_of):
+            return Deny(absence.reason)
+        return None
+
+    # Fetching
+
+    async def _fetch(self, token: Token) -> Entry | Absence:
+        """Ask Redis, then the store, then argon2; remember what was found."""
+        known = await self._fetch_shared(token)
+        if known is None:
+            known = await self._fetch_stored(token)
+        if isinstance(known, Entry):
+            self._l1.remember(token.look_up, known)
+        else:
+            self._l1.remember_absence(token.digest, known)
+        return known
+
+    async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
+        if self._l2 is None:
+            return None
+        known = await self._l2.get(token, self._feed.epoch)
+        if known is None:
+            return None
+        await self._feed.catch_up()
+        fresh = self._feed.accepts(known.key_id, known.organization_id, known.as_of)
+        return known if fresh else None
+
+    async def _fetch_stored(self, token: Token) -> Entry | Absence:
+        found = await self.store.find(token.key_id)
+        if isinstance(found, Absent):
+            return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
+        record = found.record
+        reason = flaw(record, self._now_ms(), self._environment)
+        if reason is None and not await self.hasher.verify(found.hash, token):
+            reason = Reason.WRONG_SECRET
+        if reason is not None:
+            return Absence(reason, record.id, record.organization_id, found.as_of)
+        if self._l2 is not None:
+            self._in_background(self._l2.put(token, record, found.as_of, self._feed.epoch))
+        if self.hasher.is_outdated(found.hash):
+            self._in_background(self._hash_anew(token, record.id, found.hash))
+        return Entry(token.digest, record, found.as_of)
+
+    # In the background
+
+    async def _bury(self, record: KeyRecord, as_of: int) -> None:
+        if self._l2 is not None:
+            await self._l2.bury(record, as_of, self._feed.epoch)
+
+    async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
+        with contextlib.suppress(KeylatchError):  # the next use tries again
+            await self.store.replace_hash(key_id, old, await self.hasher.hash(token))
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(_TIDY_SECONDS)
+            try:
+                await self.store.tidy(self._now_ms())
+            except KeylatchError as error:
+                log.warning("housekeeping failed: %s", error.message)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a background task failed", exc_info=task.exception())
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+def _after_fork(engine: Engine) -> None:
+    reference = weakref.ref(engine)
+
+    def forget() -> None:
+        forked = reference()
+        if forked is not None:
+            forked.forget()
+
+    os.register_at_fork(after_in_child=forget)

@@ -1,0 +1,145 @@
+"""Hashes of tokens: argon2id or SHA-256, self-describing, computed on threads, never on a loop.
+
+A minted token holds 160 random bits, so against cracking argon2 adds nothing to SHA-256; it
+insures against weak keys that were imported from elsewhere (RFC 9106; OWASP's minimum profile).
+The pool is bounded and so is its queue: who comes when it is full is told so at once, because a
+queue of 25 ms hashes would otherwise turn a flood into seconds of waiting for everybody.
+"""
+
+import asyncio
+import hmac
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar
+
+import argon2
+from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
+
+from keylatch.errors import HashingBusy, HashingFailed
+from keylatch.tokens import Token
+
+T = TypeVar("T")
+
+Scheme = Literal["argon2id", "sha256"]
+_SHA256: Final = "$sha256$"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The price of one argon2id hash (RFC 9106 section 3.1)."""
+
+    memory_kib: int = 19 * 1024
+    passes: int = 2
+    lanes: int = 1
+
+
+OWASP_MINIMUM: Final = Cost()
+CHEAPEST: Final = Cost(memory_kib=8, passes=1)
+"""For tests only."""
+
+
+class Hasher:
+    """Makes hashes of one scheme and verifies those of every scheme it knows.
+
+    Args:
+        scheme: how new hashes are made.
+        cost: of argon2id.
+        workers: threads that hash at the same time; one for each processor by default.
+        queue: how many more may wait before `HashingBusy` is raised.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme = "argon2id",
+        cost: Cost = OWASP_MINIMUM,
+        *,
+        workers: int | None = None,
+        queue: int = 64,
+    ) -> None:
+        self._scheme = scheme
+        self._argon2 = argon2.PasswordHasher(
+            time_cost=cost.passes, memory_cost=cost.memory_kib, parallelism=cost.lanes
+        )
+        self._workers = workers or os.cpu_count() or 1
+        self._capacity = self._workers + queue
+        self._pool: ThreadPoolExecutor | None = None
+        self._places = threading.BoundedSemaphore(self._capacity)
+
+    async def hash(self, token: Token) -> str:
+        """A self-describing hash of the token.
+
+        Raises:
+            HashingBusy: the queue is full.
+        """
+        if self._scheme == "sha256":  # half a microsecond: a thread hop would cost more
+            return _sha256(token)
+        return await self._in_pool(lambda: self._argon2.hash(token.reveal()))
+
+    async def verify(self, stored: str, token: Token) -> bool:
+        """Whether the stored hash is that of the token.
+
+        Raises:
+            HashingBusy: the queue is full.
+            HashingFailed: the stored hash cannot be read, or there is no memory to compute one.
+        """
+        if stored.startswith(_SHA256):
+            return hmac.compare_digest(stored, _sha256(token))
+        return await self._in_pool(lambda: self._verify_now(stored, token))
+
+    def is_outdated(self, stored: str) -> bool:
+        """Whether a hash should be made anew at its next use: weaker scheme or other cost.
+
+        A change from argon2id to sha256 leaves old hashes alone: that would weaken them.
+        """
+        if self._scheme != "argon2id":
+            return False
+        if stored.startswith(_SHA256):
+            return True
+        try:
+            return self._argon2.check_needs_rehash(stored)
+        except InvalidHashError:
+            return False
+
+    def close(self) -> None:
+        """Let the threads go; those that still hash finish on their own."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+            self._pool = None
+
+    def forget(self) -> None:
+        """After a fork: the parent's threads are not here, so start over without touching them."""
+        self._pool = None
+        self._places = threading.BoundedSemaphore(self._capacity)
+
+    async def _in_pool(self, work: Callable[[], T]) -> T:
+        places = self._places
+        if not places.acquire(blocking=False):
+            raise HashingBusy(
+                f"{self._capacity} hashes are under way or waiting",
+                "more processors raise the limit, and so does KEYLATCH_HASHER=sha256 for new keys",
+            )
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="keylatch-hash")
+        future = self._pool.submit(work)
+        # Released when the thread is done, not when its waiter is: a cancelled request's hash
+        # still occupies the pool.
+        future.add_done_callback(lambda _: places.release())
+        return await asyncio.wrap_future(future)
+
+    def _verify_now(self, stored: str, token: Token) -> bool:
+        try:
+            return self._argon2.verify(stored, token.reveal())
+        except VerifyMismatchError:
+            return False
+        except (InvalidHashError, VerificationError) as error:
+            raise HashingFailed(
+                f"argon2 could not verify a stored hash: {type(error).__name__}",
+                "the row was damaged or the machine is out of memory; no key was refused for it",
+            ) from None
+
+
+def _sha256(token: Token) -> str:
+    return _SHA256 + token.digest.hex()

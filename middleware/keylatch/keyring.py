@@ -1,0 +1,231 @@
+"""What management does with keys: create, list, get, change, delete, within one organisation.
+
+The law of this file: every change goes through `Store.add` or `_change`, so there is no path that
+forgets to invalidate; the invalidation is part of the transaction, and what is told to Redis
+afterwards is a courtesy. The organisation always comes from the caller's own key, never from
+what the caller says.
+"""
+
+import re
+import time
+import unicodedata
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from keylatch.hashing import Hasher
+from keylatch.model import FULL, KeyRecord, Principal
+from keylatch.settings import Settings
+from keylatch.store import Store
+from keylatch.tokens import ENVIRONMENT_PATTERN, CheckKeys, Token
+
+MAX_NAME_LENGTH: Final = 100
+ORGANIZATION_PATTERN: Final = r"[A-Za-z0-9_-]{1,64}"
+LIVE: Final = "live"
+
+# Categories of code points that have no place in a name: controls, surrogates, line separators.
+_NAMELESS: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
+# Unicode TR 36: these make a name read as another one.
+_BIDI_CONTROLS: Final = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+
+
+class InvalidValue(ValueError):
+    """A value that no key may have.
+
+    Args:
+        field: the argument at fault.
+        message: what it must be instead.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class NotPermitted(Exception):
+    """The caller would hand out more rights than its own key has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A new key and, this once, its token."""
+
+    record: KeyRecord
+    token: Token = field(repr=False)
+
+
+class Keyring:
+    """The keys of a store.
+
+    Args:
+        store: an opened store.
+        hasher: hashes new tokens.
+        check_keys: mint new tokens.
+        settings: prefix of new tokens and the permissions that may be given.
+        clock: seconds since the Unix epoch.
+        announce: told of every changed key and its sequence number, after the commit.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        hasher: Hasher,
+        check_keys: CheckKeys,
+        settings: Settings,
+        clock: Callable[[], float] = time.time,
+        announce: Callable[[KeyRecord, int], Awaitable[None]] | None = None,
+    ) -> None:
+        self._store = store
+        self._hasher = hasher
+        self._check_keys = check_keys
+        self._prefix = settings.prefix
+        self._grantable = settings.grantable
+        self._clock = clock
+        self._announce = announce
+
+    async def create(
+        self,
+        organization_id: str,
+        name: str,
+        *,
+        permission: str = FULL,
+        environment: str = LIVE,
+        expires_at: int | None = None,
+        by: Principal | None = None,
+    ) -> Created:
+        """Make a key.
+
+        Args:
+            organization_id: whose key it will be; a new organisation is made on the way.
+            name: 1 to 100 characters, blanks around it are dropped.
+            permission: one of the settings' `permissions`.
+            environment: a word such as `live` or `test`.
+            expires_at: milliseconds since the epoch, in the future; None: never.
+            by: the caller's own key, whose rights bound those of the new key; None: the operator.
+
+        Raises:
+            InvalidValue: naming the argument at fault.
+            NotPermitted: the new key would have more rights than `by`.
+            HashingBusy, StoreUnavailable: nothing was made.
+        """
+        now_ms = self._now_ms()
+        if not re.fullmatch(ORGANIZATION_PATTERN, organization_id):
+            raise InvalidValue("organization", f"must match {ORGANIZATION_PATTERN}")
+        if not re.fullmatch(ENVIRONMENT_PATTERN, environment):
+            raise InvalidValue("environment", f"must match {ENVIRONMENT_PATTERN}")
+        name = checked_name(name)
+        self._check_permission(permission)
+        self._check_expiry(expires_at, now_ms)
+        if by is not None:
+            _check_rights(by, permission, environment)
+        token = self._check_keys.mint(self._prefix, environment)
+        record = KeyRecord(
+            id=token.key_id,
+            organization_id=organization_id,
+            name=name,
+            permission=permission,
+            environment=environment,
+            partial_token=token.partial,
+            active=True,
+            organization_active=True,
+            created_at=now_ms,
+            updated_at=now_ms,
+            expires_at=expires_at,
+        )
+        await self._store.add(record, await self._hasher.hash(token))
+        return Created(record, token)
+
+    async def list(
+        self, organization_id: str, *, newest_first: bool = True, deleted: bool = False
+    ) -> list[KeyRecord]:
+        """The organisation's keys in the order of their creation; deleted ones if asked for."""
+        return await self._store.list(organization_id, newest_first=newest_first, deleted=deleted)
+
+    async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
+        """The key, deleted or not; None where the organisation has no such key."""
+        return await self._store.get(organization_id, key_id)
+
+    async def change(
+        self, organization_id: str, key_id: str, *, by: Principal | None = None, **values: Any
+    ) -> KeyRecord | None:
+        """Change `name`, `active`, `permission` or `expires_at` of a key that is not deleted.
+
+        Returns:
+            the key after it, a deleted key as it is, or None where there is no such key.
+
+        Raises:
+            InvalidValue: naming the argument at fault.
+            NotPermitted: the key would have more rights than `by`.
+            StoreUnavailable: nothing was changed.
+        """
+        if "name" in values:
+            values["name"] = checked_name(values["name"])
+        if "permission" in values:
+            self._check_permission(values["permission"])
+            if by is not None:
+                _check_rights(by, values["permission"], by.environment)
+        if "expires_at" in values:
+            self._check_expiry(values["expires_at"], self._now_ms())
+        return await self._change(organization_id, key_id, values)
+
+    async def delete(self, organization_id: str, key_id: str) -> KeyRecord | None:
+        """Revoke a key, finally. Repeating it changes nothing and answers the same.
+
+        Returns:
+            the deleted key, or None where the organisation has no such key.
+
+        Raises:
+            StoreUnavailable: it may not have been revoked; repeat it.
+        """
+        return await self._change(
+            organization_id, key_id, {"active": False, "deleted_at": self._now_ms()}
+        )
+
+    async def _change(
+        self, organization_id: str, key_id: str, values: dict[str, Any]
+    ) -> KeyRecord | None:
+        changed = await self._store.change(organization_id, key_id, self._now_ms(), values)
+        if changed is None:
+            return None
+        record, seq = changed
+        if self._announce is not None:
+            await self._announce(record, seq)
+        return record
+
+    def _check_permission(self, permission: str) -> None:
+        if permission not in self._grantable:
+            raise InvalidValue("permission", f"must be one of {', '.join(self._grantable)}")
+
+    def _check_expiry(self, expires_at: int | None, now_ms: int) -> None:
+        if expires_at is not None and expires_at <= now_ms:
+            raise InvalidValue("expiresAt", "must lie in the future")
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+def checked_name(name: str) -> str:
+    """The name without blanks around it.
+
+    Raises:
+        InvalidValue: it is empty, too long, or holds control characters.
+    """
+    name = name.strip()
+    if not name:
+        raise InvalidValue("name", "must not be empty or blank")
+    if len(name) > MAX_NAME_LENGTH:
+        raise InvalidValue("name", f"must have at most {MAX_NAME_LENGTH} characters")
+    if any(unicodedata.category(c) in _NAMELESS or c in _BIDI_CONTROLS for c in name):
+        raise InvalidValue("name", "must not hold control characters")
+    return name
+
+
+def _check_rights(by: Principal, permission: str, environment: str) -> None:
+    """Nobody gives more than they have: neither another permission, nor a way into live."""
+    if by.permission not in (FULL, permission):
+        raise NotPermitted("a key cannot give more rights than its own")
+    if by.environment not in (LIVE, environment):
+        raise NotPermitted(f"a key for {by.environment} cannot make one for {environment}")

@@ -1,0 +1,205 @@
+"""What is known of a key, what is wanted of it, and the pure decision between the two.
+
+The law of this file: no I/O, no clock, no lock. Time comes in as an argument, in milliseconds
+since the Unix epoch (UTC).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, TypeAlias
+
+from starlette.authentication import AuthCredentials, BaseUser
+
+FULL: Final = "FULL"
+"""The permission that may do everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A key as the store knows it, without its hash. Times are milliseconds since the epoch."""
+
+    id: str
+    organization_id: str
+    name: str
+    permission: str
+    environment: str
+    partial_token: str
+    active: bool
+    organization_active: bool
+    created_at: int
+    updated_at: int
+    last_used: int | None = None
+    expires_at: int | None = None
+    deleted_at: int | None = None
+
+
+class Principal(BaseUser):
+    """Who calls: what an app finds in `request.user` after a key was accepted."""
+
+    __slots__ = (
+        "environment",
+        "key_id",
+        "key_name",
+        "organization_id",
+        "permission",
+    )
+
+    def __init__(
+        self, key_id: str, key_name: str, organization_id: str, permission: str, environment: str
+    ) -> None:
+        self.key_id = key_id
+        self.key_name = key_name
+        self.organization_id = organization_id
+        self.permission = permission
+        self.environment = environment
+
+    @property
+    def is_authenticated(self) -> bool:
+        return True
+
+    @property
+    def display_name(self) -> str:
+        return self.key_name
+
+    @property
+    def identity(self) -> str:
+        return self.key_id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Principal) and all(
+            getattr(self, field) == getattr(other, field) for field in Principal.__slots__
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.key_id)
+
+    def __repr__(self) -> str:
+        return f"<Principal {self.key_id} of {self.organization_id}: {self.permission}>"
+
+
+class Scopes(list[str]):
+    """The scopes of a principal, as Starlette's `@requires` asks for them.
+
+    A FULL key contains every scope, because FULL may do everything.
+    """
+
+    def __init__(self, permission: str) -> None:
+        super().__init__(("authenticated", permission))
+        self._every = permission == FULL
+
+    def __contains__(self, scope: object) -> bool:
+        return self._every or super().__contains__(scope)
+
+
+def credentials_of(principal: Principal) -> AuthCredentials:
+    """What Starlette expects in `scope["auth"]` for this principal."""
+    credentials = AuthCredentials()
+    credentials.scopes = Scopes(principal.permission)
+    return credentials
+
+
+def principal_of(record: KeyRecord) -> Principal:
+    """The principal that a request with this key becomes."""
+    return Principal(
+        record.id, record.name, record.organization_id, record.permission, record.environment
+    )
+
+
+class Reason(Enum):
+    """Why a request is refused. Many reasons inside; outside few answers (`refusals`)."""
+
+    MISSING = "no credential was sent"
+    MALFORMED = "the Authorization header is ambiguous or malformed"
+    FORGED = "the token was not minted by this store"
+    UNKNOWN = "no such key"
+    WRONG_SECRET = "the secret does not belong to the key"  # noqa: S105
+    REVOKED = "the key was deleted"
+    DISABLED = "the key is disabled"
+    ORGANIZATION_DISABLED = "the organisation is disabled"
+    EXPIRED = "the key has expired"
+    WRONG_ENVIRONMENT = "the key is for another environment"
+    INSUFFICIENT_SCOPE = "the key's permission does not suffice"
+    UNAVAILABLE = "the store cannot answer"
+    BUSY = "too many hashes are waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request asks of a key.
+
+    Args:
+        permissions: those that suffice, any one of them; None: every valid key will do.
+        scope: what to name in the challenge of a refusal (RFC 6750 section 3).
+    """
+
+    permissions: frozenset[str] | None = None
+    scope: str = FULL
+
+    @classmethod
+    def all_of(cls, permissions: Sequence[str]) -> "Wanted":
+        """Demands that add up: a key must satisfy each; FULL satisfies all."""
+        if not permissions:
+            return ANY_KEY
+        distinct = set(permissions)
+        sufficient = {FULL} | (distinct if len(distinct) == 1 else set())
+        return cls(frozenset(sufficient), " ".join(sorted(distinct)))
+
+
+ANY_KEY: Final = Wanted()
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """The request may pass, as this principal."""
+
+    principal: Principal
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    """The request may not pass. `scope` names what would have sufficed, where that is why."""
+
+    reason: Reason
+    scope: str = ""
+
+
+Verdict: TypeAlias = Allow | Deny
+
+
+def flaw(record: KeyRecord, now_ms: int, environment: str | None) -> Reason | None:
+    """What makes the key unusable for everything, if anything does.
+
+    Args:
+        record: the key.
+        now_ms: the time to judge its expiry at.
+        environment: the only environment whose keys are welcome; None: all of them.
+    """
+    if record.deleted_at is not None:
+        return Reason.REVOKED
+    if not record.active:
+        return Reason.DISABLED
+    if not record.organization_active:
+        return Reason.ORGANIZATION_DISABLED
+    if record.expires_at is not None and record.expires_at <= now_ms:
+        return Reason.EXPIRED
+    if environment is not None and record.environment != environment:
+        return Reason.WRONG_ENVIRONMENT
+    return None
+
+
+def missing_scope(permission: str, wanted: Wanted) -> Deny | None:
+    """The refusal for a usable key whose permission does not suffice, or None if it does."""
+    if wanted.permissions is None or permission in wanted.permissions:
+        return None
+    return Deny(Reason.INSUFFICIENT_SCOPE, wanted.scope)
+
+
+def judge(
+    record: KeyRecord, principal: Principal, now_ms: int, environment: str | None, wanted: Wanted
+) -> Verdict:
+    """Decide on a key whose secret was proven: the one place where that is done."""
+    reason = flaw(record, now_ms, environment)
+    if reason is not None:
+        return Deny(reason)
+    return missing_scope(principal.permission, wanted) or Allow(principal)

@@ -1,0 +1,82 @@
+"""The tables, once for both databases. Times are milliseconds since the Unix epoch (UTC).
+
+`migrations/` makes them; a test holds the two against each other. The names carry a prefix
+because a PostgreSQL database is often shared with the application.
+"""
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+)
+
+VERSION: Final = "0001"
+"""The newest migration: what a store must be at for this code to use it."""
+
+metadata: Final = MetaData()
+
+meta: Final = Table(
+    "keylatch_meta",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    # A counter row and not a SEQUENCE: sequences commit out of order, and whoever polls for
+    # "newer than what I saw" would silently skip the row that committed late.
+    Column("seq", BigInteger, nullable=False),
+    Column("pruned", BigInteger, nullable=False),
+    Column("epoch", String(32), nullable=False),
+)
+
+organizations: Final = Table(
+    "keylatch_organizations",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("active", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+keys: Final = Table(
+    "keylatch_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("organization_id", ForeignKey(organizations.c.id), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("permission", String(32), nullable=False),
+    Column("environment", String(16), nullable=False),
+    Column("partial_token", String(32), nullable=False),
+    Column("hash", String(255), nullable=False),
+    Column("active", Boolean, nullable=False),
+    Column("created_seq", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("last_used", BigInteger),
+    Column("expires_at", BigInteger),
+    Column("deleted_at", BigInteger),
+    Index("keylatch_keys_of_organization", "organization_id", "created_seq"),
+)
+
+secrets: Final = Table(
+    "keylatch_secrets",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("value", LargeBinary, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+invalidations: Final = Table(
+    "keylatch_invalidations",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("key_id", String(64)),
+    Column("organization_id", String(64)),
+    Column("at", BigInteger, nullable=False),
+)

@@ -1,0 +1,128 @@
+"""Settings: from keyword arguments, then `KEYLATCH_*` variables, then defaults.
+
+A wrong setting stops the start, and all mistakes are listed at once, each with a hint. A store
+or Redis URL may hold a password, so no message repeats a value.
+"""
+
+import re
+from typing import Any, Final, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from keylatch.errors import ConfigurationError
+from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
+
+PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
+
+_HINTS: Final = {
+    "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
+    "redis": "redis://host:6379/0, rediss:// for TLS, unix:///path.sock, or empty for none",
+    "prefix": f"the first word of new tokens matches {PREFIX_PATTERN}",
+    "hasher": "argon2id or sha256",
+    "lease": "seconds, more than 0 and at most 60",
+    "environment": f"matches {ENVIRONMENT_PATTERN}; empty: keys of every environment",
+    "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
+    "realm": "up to 64 printable ASCII characters without quotes and backslashes",
+}
+
+
+class Settings(BaseSettings):
+    """What an engine needs to know. Build it with `load`, which explains every mistake."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="KEYLATCH_", frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    store: str = Field(default="sqlite:///keylatch.db", repr=False)
+    """Where keys live: `sqlite:///path.db` or `postgresql://…`."""
+    redis: str = Field(default="", repr=False)
+    """Redis or Valkey URL of the shared cache; empty: work without."""
+    prefix: str = "kl"
+    """First word of new tokens."""
+    hasher: Literal["argon2id", "sha256"] = "argon2id"
+    """How new keys are hashed."""
+    lease: float = Field(default=1.0, gt=0, le=60)
+    """X: seconds a process may trust its caches without hearing from the store."""
+    environment: str = ""
+    """The only environment whose keys are welcome; empty: all of them."""
+    permissions: str = "FULL,SENDING"
+    """The permissions that management may give to keys, separated by commas."""
+    realm: str = "keylatch"
+    """The realm named in `WWW-Authenticate` (RFC 9110 section 11.5)."""
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_supported(cls, url: str) -> str:
+        try:
+            backend = make_url(url).get_backend_name()
+        except ArgumentError:
+            raise ValueError("not a database URL") from None
+        if backend not in ("sqlite", "postgresql"):
+            raise ValueError("neither sqlite nor postgresql")
+        if backend == "sqlite" and make_url(url).database in (None, "", ":memory:"):
+            raise ValueError("a store in memory would forget every key")
+        return url
+
+    @field_validator("redis")
+    @classmethod
+    def _redis_is_a_url(cls, url: str) -> str:
+        if url and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("not a Redis URL")
+        return url
+
+    @field_validator("prefix")
+    @classmethod
+    def _prefix_is_a_word(cls, prefix: str) -> str:
+        return _matching(PREFIX_PATTERN, prefix)
+
+    @field_validator("environment")
+    @classmethod
+    def _environment_is_a_word(cls, environment: str) -> str:
+        return environment and _matching(ENVIRONMENT_PATTERN, environment)
+
+    @field_validator("permissions")
+    @classmethod
+    def _permissions_are_words(cls, permissions: str) -> str:
+        words = [_matching(PERMISSION_PATTERN, word.strip()) for word in permissions.split(",")]
+        if "FULL" not in words:
+            raise ValueError("FULL is missing")
+        return ",".join(words)
+
+    @field_validator("realm")
+    @classmethod
+    def _realm_is_quotable(cls, realm: str) -> str:
+        return _matching(r"[ !#-\[\]-~]{1,64}", realm)
+
+    @property
+    def grantable(self) -> tuple[str, ...]:
+        """`permissions` as words."""
+        return tuple(self.permissions.split(","))
+
+    @classmethod
+    def load(cls, **given: Any) -> "Settings":
+        """Settings from keyword arguments (None: not given) over the environment.
+
+        Raises:
+            ConfigurationError: naming every wrong setting, with a hint for each.
+        """
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            mistakes = [
+                (
+                    f"KEYLATCH_{name.upper()}: {problem['msg'].removeprefix('Value error, ')}",
+                    _HINTS.get(name, "no such setting"),
+                )
+                for problem in error.errors(include_input=False, include_url=False)
+                for name in [str(problem["loc"][0])]
+            ]
+        raise ConfigurationError(mistakes)
+
+
+def _matching(pattern: str, text: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise ValueError("not of the form it must have")
+    return text

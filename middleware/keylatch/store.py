@@ -1,0 +1,377 @@
+"""What keylatch asks of its database: each question and each change, once for both databases.
+
+The law of this file: whatever changes what a key may do is ONE transaction that advances
+`meta.seq`, makes the change and writes the invalidation. Whatever is read to be cached carries
+`as_of`, the `seq` of the very snapshot it was read in. Recording a use is neither.
+"""
+
+import secrets as csprng
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Row,
+    Select,
+    bindparam,
+    func,
+    insert,
+    inspect,
+    or_,
+    select,
+    text,
+    true,
+    update,
+)
+from sqlalchemy.dialects import sqlite
+
+from keylatch import schema
+from keylatch.database import open_database
+from keylatch.errors import StoreIncompatible
+from keylatch.model import KeyRecord
+from keylatch.schema import invalidations, keys, meta, organizations, secrets
+
+_SETUP_LOCK: Final = 0x6B65796C61746368  # "keylatch"
+_KEPT_INVALIDATIONS: Final = 100_000
+_MAX_CHANGES: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A key, its hash, and the sequence number at which both were true."""
+
+    record: KeyRecord
+    hash: str = field(repr=False)
+    as_of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """There was no such key at that sequence number."""
+
+    as_of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What happened after a sequence number; `complete` is False where not all of it is told."""
+
+    seq: int
+    epoch: str
+    complete: bool
+    touched: tuple[tuple[int, str | None, str | None], ...] = ()
+    """(seq, key id or None, organisation id or None)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """The store's own secrets, newest first, so that they can rotate."""
+
+    check_keys: tuple[bytes, ...] = field(repr=False)
+    peppers: tuple[bytes, ...] = field(repr=False)
+
+
+class Store:
+    """Keys and what belongs to them, on SQLite or PostgreSQL.
+
+    Every method may raise `StoreUnavailable`; then nothing was changed that had been answered.
+
+    Args:
+        url: `sqlite:///path.db` or `postgresql://…`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._database = open_database(url)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know at start."""
+        return self._database.warnings
+
+    async def open(self, now_ms: int) -> Secrets:
+        """Set an empty store up, bring an old one up to date, and return its secrets.
+
+        Whichever process comes first does it; the others wait for it and find it done.
+
+        Raises:
+            StoreIncompatible: the store was made by a newer keylatch.
+        """
+        if not await self._database.read(_is_ready):
+            await self._database.write(lambda connection: _set_up(connection, now_ms))
+        return await self._database.read(_secrets)
+
+    async def close(self) -> None:
+        """Let connections and threads go."""
+        await self._database.close()
+
+    def forget(self) -> None:
+        """After a fork: drop what the parent opened."""
+        self._database.forget()
+
+    async def ping(self) -> None:
+        """Return if the store answers."""
+        await self._database.read(lambda connection: connection.execute(select(meta.c.seq)).all())
+
+    # What the engine asks
+
+    async def find(self, key_id: str) -> Found | Absent:
+        """The key with this id, deleted ones included."""
+        return await self._database.read(lambda connection: _find(connection, key_id))
+
+    async def changes(self, since: int) -> Changes:
+        """What happened after the sequence number `since`."""
+        rows = await self._database.read(
+            lambda connection: connection.execute(_changes_since(since)).all()
+        )
+        return _read_changes([tuple(row) for row in rows], since)
+
+    def sequence_now(self) -> int | None:
+        """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
+        rows = self._database.read_now(_SEQUENCE_SQL)
+        return rows[0][0] if rows else None
+
+    def changes_now(self, since: int) -> Changes | None:
+        """`changes` without waiting (SQLite), or None where it cannot be had that way."""
+        rows = self._database.read_now(_CHANGES_SQL, since, _MAX_CHANGES + 1)
+        return _read_changes(rows, since) if rows else None
+
+    async def replace_hash(self, key_id: str, old: str, new: str) -> None:
+        """Exchange a hash for another one of the same token. No answer about the key changes."""
+        statement = update(keys).where(keys.c.id == key_id, keys.c.hash == old).values(hash=new)
+        await self._database.write(lambda connection: connection.execute(statement))
+
+    async def touch(self, uses: Mapping[str, int]) -> None:
+        """Record when keys were last used (id → milliseconds); never backwards.
+
+        It writes that one column and nothing else: saving a whole row back from a cache would
+        bring a revoked key to life. Sorted by id, so that two processes cannot deadlock.
+        """
+        if not uses:
+            return
+        rows = [{"used_id": key_id, "used_at": uses[key_id]} for key_id in sorted(uses)]
+        await self._database.write(
+            lambda connection: connection.execute(_TOUCH, rows), durable=False
+        )
+
+    async def tidy(self, now_ms: int) -> None:
+        """Prune the invalidation log beyond 100,000 rows, and let the database tidy up."""
+        await self._database.write(_prune)
+        await self._database.tidy()
+
+    # What management asks
+
+    async def add(self, record: KeyRecord, hashed: str) -> int:
+        """Insert a key, and its organisation if it is new; return the sequence number."""
+        return await self._database.write(lambda connection: _add(connection, record, hashed))
+
+    async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
+        """The key if it belongs to the organisation: a foreign key is an unknown key."""
+        statement = _RECORDS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+        rows = await self._database.read(lambda connection: connection.execute(statement).all())
+        return _record(rows[0]) if rows else None
+
+    async def list(
+        self, organization_id: str, *, newest_first: bool = True, deleted: bool = False
+    ) -> list[KeyRecord]:
+        """The organisation's keys in the order of their creation; deleted ones if asked for."""
+        order = keys.c.created_seq.desc() if newest_first else keys.c.created_seq
+        statement = _RECORDS.where(keys.c.organization_id == organization_id).order_by(order)
+        if not deleted:
+            statement = statement.where(keys.c.deleted_at.is_(None))
+        rows = await self._database.read(lambda connection: connection.execute(statement).all())
+        return [_record(row) for row in rows]
+
+    async def change(
+        self, organization_id: str, key_id: str, now_ms: int, values: Mapping[str, Any]
+    ) -> tuple[KeyRecord, int] | None:
+        """Change columns of a key, unless it was deleted: that is final, and comes back as it is.
+
+        Returns:
+            the record and a sequence number at which it is true; None: no such key here.
+        """
+        return await self._database.write(
+            lambda connection: _change(connection, organization_id, key_id, now_ms, values)
+        )
+
+
+_RECORDS: Final[Select[Any]] = select(
+    keys, organizations.c.active.label("organization_active")
+).join(organizations, organizations.c.id == keys.c.organization_id)
+
+_USED_AT: Final = bindparam("used_at", type_=BigInteger)
+_TOUCH: Final = (
+    update(keys)
+    .where(
+        keys.c.id == bindparam("used_id"),
+        or_(keys.c.last_used.is_(None), keys.c.last_used < _USED_AT),
+        or_(keys.c.deleted_at.is_(None), keys.c.deleted_at >= _USED_AT),
+    )
+    .values(last_used=_USED_AT)
+)
+
+
+def _changes_since(since: int, limit: int = _MAX_CHANGES + 1) -> Select[Any]:
+    # One statement, so one snapshot: the counter and the log cannot disagree.
+    newer = (
+        select(invalidations)
+        .where(invalidations.c.seq > since)
+        .order_by(invalidations.c.seq)
+        .limit(limit)
+        .subquery()
+    )
+    return select(
+        meta.c.seq,
+        meta.c.epoch,
+        meta.c.pruned,
+        newer.c.seq,
+        newer.c.key_id,
+        newer.c.organization_id,
+    ).join_from(meta, newer, true(), isouter=True)
+
+
+def _as_text(statement: Select[Any]) -> str:
+    return str(statement.compile(dialect=sqlite.dialect()))
+
+
+_SEQUENCE_SQL: Final = _as_text(select(meta.c.seq))
+_CHANGES_SQL: Final = _as_text(_changes_since(0))
+
+
+def _read_changes(rows: Sequence[tuple[Any, ...]], since: int) -> Changes:
+    seq, epoch, pruned, *_ = rows[0]
+    complete = since >= pruned and len(rows) <= _MAX_CHANGES
+    touched = tuple((row[3], row[4], row[5]) for row in rows if row[3] is not None)
+    return Changes(seq, epoch, complete, touched if complete else ())
+
+
+def _record(row: Row[Any]) -> KeyRecord:
+    columns = row._mapping
+    return KeyRecord(**{name: columns[name] for name in KeyRecord.__slots__})
+
+
+def _find(connection: Connection, key_id: str) -> Found | Absent:
+    statement = (
+        select(meta.c.seq, keys, organizations.c.active.label("organization_active"))
+        .join_from(meta, keys, keys.c.id == key_id, isouter=True)
+        .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
+    )
+    row = connection.execute(statement).one()
+    if row._mapping["id"] is None:
+        return Absent(row.seq)
+    return Found(_record(row), row.hash, row.seq)
+
+
+def _advance(
+    connection: Connection,
+    now_ms: int,
+    key_id: str | None = None,
+    organization_id: str | None = None,
+) -> int:
+    seq: int = connection.execute(
+        update(meta).values(seq=meta.c.seq + 1).returning(meta.c.seq)
+    ).scalar_one()
+    connection.execute(
+        insert(invalidations).values(
+            seq=seq, key_id=key_id, organization_id=organization_id, at=now_ms
+        )
+    )
+    return seq
+
+
+def _add(connection: Connection, record: KeyRecord, hashed: str) -> int:
+    # A new key is announced too: somebody may remember that there is no such key.
+    seq = _advance(connection, record.created_at, key_id=record.id)
+    if not connection.execute(
+        select(organizations.c.id).where(organizations.c.id == record.organization_id)
+    ).all():
+        connection.execute(
+            insert(organizations).values(
+                id=record.organization_id, active=True, created_at=record.created_at
+            )
+        )
+    values = {name: getattr(record, name) for name in KeyRecord.__slots__ if name in keys.c}
+    connection.execute(insert(keys).values(**values, hash=hashed, created_seq=seq))
+    return seq
+
+
+def _change(
+    connection: Connection,
+    organization_id: str,
+    key_id: str,
+    now_ms: int,
+    values: Mapping[str, Any],
+) -> tuple[KeyRecord, int] | None:
+    row = connection.execute(
+        _RECORDS.where(
+            keys.c.id == key_id, keys.c.organization_id == organization_id
+        ).with_for_update(of=keys)
+    ).first()
+    if row is None:
+        return None
+    record = _record(row)
+    if record.deleted_at is not None:
+        return record, connection.execute(select(meta.c.seq)).scalar_one()
+    seq = _advance(connection, now_ms, key_id=key_id)
+    changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
+    connection.execute(
+        update(keys).where(keys.c.id == key_id).values(**values, updated_at=changed.updated_at)
+    )
+    return changed, seq
+
+
+def _prune(connection: Connection) -> None:
+    seq = connection.execute(select(meta.c.seq)).scalar_one()
+    oldest = seq - _KEPT_INVALIDATIONS
+    if oldest <= 0:
+        return
+    connection.execute(update(meta).values(pruned=oldest))
+    connection.execute(invalidations.delete().where(invalidations.c.seq <= oldest))
+
+
+def _is_ready(connection: Connection) -> bool:
+    """Whether the store is at this code's version: asked at every start, so without Alembic."""
+    if not inspect(connection).has_table("keylatch_version"):
+        return False
+    version = connection.execute(text("SELECT version_num FROM keylatch_version")).scalar()
+    if version is not None and version > schema.VERSION:
+        raise StoreIncompatible(
+            f"the store is at version {version}, this keylatch knows up to {schema.VERSION}",
+            "upgrade keylatch on this host",
+        )
+    return version == schema.VERSION
+
+
+def _set_up(connection: Connection, now_ms: int) -> None:
+    if connection.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE locks by itself
+        connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))
+    if _is_ready(connection):
+        return  # somebody else was faster
+    from alembic import command  # 0.3 s that only a new or an old store costs
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(files("keylatch") / "migrations"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+    if connection.execute(select(meta.c.seq)).first() is None:
+        connection.execute(insert(meta).values(id=1, seq=1, pruned=0, epoch=csprng.token_hex(8)))
+        connection.execute(
+            insert(secrets),
+            [
+                {"kind": kind, "value": csprng.token_bytes(32), "created_at": now_ms}
+                for kind in ("check", "pepper")
+            ],
+        )
+
+
+def _secrets(connection: Connection) -> Secrets:
+    rows = connection.execute(
+        select(secrets.c.kind, secrets.c.value).order_by(secrets.c.id.desc())
+    ).all()
+    return Secrets(
+        check_keys=tuple(row.value for row in rows if row.kind == "check"),
+        peppers=tuple(row.value for row in rows if row.kind == "pepper"),
+    )

@@ -1,0 +1,165 @@
+"""Tokens: how they are minted, recognised and kept from showing themselves.
+
+    {prefix}_{environment}_{id}_{secret}{check}{crc}
+     a-z0-9   a-z0-9        12   27      8      6     base62
+
+The law of this file: no I/O, no clock. A token is read from its right end, where every part
+has a fixed length, so a prefix of any length parses the same way. The CRC-32 lets secret
+scanners tell a leaked key from noise with `SCAN_PATTERN` alone; the keyed check lets a process
+refuse a made-up token without asking anybody. Neither proves anything about a key: only its
+hash in the store does.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+import zlib
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+ID_LENGTH: Final = 12  # 71.4 bits
+SECRET_LENGTH: Final = 27  # 160.7 bits
+CHECK_LENGTH: Final = 8  # 47.6 bits
+CRC_LENGTH: Final = 6  # 62**6 > 2**32
+MAX_LENGTH: Final = 96
+
+_TAIL: Final = SECRET_LENGTH + CHECK_LENGTH + CRC_LENGTH
+_ID: Final = slice(-_TAIL - 1 - ID_LENGTH, -_TAIL - 1)
+_SHAPE: Final = re.compile(
+    rf"[a-z][a-z0-9]{{1,15}}_[a-z][a-z0-9]{{0,15}}_[A-Za-z0-9]{{{ID_LENGTH}}}_[A-Za-z0-9]{{{_TAIL}}}"
+)
+
+PREFIX_PATTERN: Final = r"[a-z][a-z0-9]{1,15}"
+ENVIRONMENT_PATTERN: Final = r"[a-z][a-z0-9]{0,15}"
+
+SCAN_PATTERN: Final = r"\b[a-z][a-z0-9]{1,15}_[a-z][a-z0-9]{0,15}_[A-Za-z0-9]{12}_[A-Za-z0-9]{41}\b"
+"""Finds keylatch tokens in text; `looks_minted` then tells them from noise by their CRC-32."""
+
+
+class Token:
+    """A token as somebody presented or minted it, which cannot show itself by accident.
+
+    `repr`, `str`, `format` and pickles hold the partial form only; `reveal()` is the one way
+    to the text.
+    """
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The whole token: for the create answer, and for nothing else."""
+        return self._text
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the token (32 bytes): what in-process caches hold instead of it."""
+        return hashlib.sha256(self._text.encode()).digest()
+
+    @property
+    def look_up(self) -> str:
+        """The part that names the key: 12 characters, or fewer if this is no keylatch token."""
+        return self._text[_ID]
+
+    @property
+    def key_id(self) -> str:
+        """The public id of the key that this token claims to be."""
+        return "key_" + self._text[_ID]
+
+    @property
+    def partial(self) -> str:
+        """`{prefix}_...{last 4}`, or `...` where the text has no keylatch shape."""
+        if not is_well_formed(self):
+            return "..."
+        return f"{self._text.partition('_')[0]}_...{self._text[-4:]}"
+
+    def __repr__(self) -> str:
+        return f"<Token {self.partial}>"
+
+    def __str__(self) -> str:
+        return self.partial
+
+    def __format__(self, spec: str) -> str:
+        return format(self.partial, spec)
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.partial,)
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("a Token cannot be iterated")
+
+
+def is_well_formed(token: Token) -> bool:
+    """Whether shape, length and CRC-32 are those of a keylatch token, whoever minted it."""
+    text = token._text
+    return (
+        len(text) <= MAX_LENGTH
+        and _SHAPE.fullmatch(text) is not None
+        and text[-CRC_LENGTH:] == _crc(text[:-CRC_LENGTH])
+    )
+
+
+def looks_minted(text: str) -> bool:
+    """Whether a match of `SCAN_PATTERN` is a keylatch token (its CRC-32 fits) and not noise."""
+    return is_well_formed(Token(text))
+
+
+class CheckKeys:
+    """The keys of the keyed check, newest first: the first one mints, all of them vouch.
+
+    Args:
+        keys: secrets of at least 16 bytes, from the store.
+    """
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        if not keys or any(len(key) < 16 for key in keys):
+            raise ValueError("at least one check key of 16 bytes or more is needed")
+        self._keys = tuple(keys)
+
+    def mint(self, prefix: str, environment: str) -> Token:
+        """A new token from the operating system's CSPRNG.
+
+        Raises:
+            ValueError: prefix or environment have another form than the token grammar allows.
+        """
+        if not re.fullmatch(PREFIX_PATTERN, prefix):
+            raise ValueError(f"a token prefix matches {PREFIX_PATTERN}")
+        if not re.fullmatch(ENVIRONMENT_PATTERN, environment):
+            raise ValueError(f"an environment matches {ENVIRONMENT_PATTERN}")
+        body = f"{prefix}_{environment}_{_random(ID_LENGTH)}_{_random(SECRET_LENGTH)}"
+        body += _check(self._keys[0], body)
+        return Token(body + _crc(body))
+
+    def vouch(self, token: Token) -> bool:
+        """Whether this store minted the token; a stranger is refused in about a microsecond."""
+        if not is_well_formed(token):
+            return False
+        body = token._text[: -CHECK_LENGTH - CRC_LENGTH]
+        check = token._text[-CHECK_LENGTH - CRC_LENGTH : -CRC_LENGTH]
+        return any(hmac.compare_digest(check, _check(key, body)) for key in self._keys)
+
+
+def _random(length: int) -> str:
+    return _base62(secrets.randbelow(62**length), length)
+
+
+def _check(key: bytes, body: str) -> str:
+    digest = hashlib.blake2s(body.encode(), key=key, digest_size=16).digest()
+    return _base62(int.from_bytes(digest) % 62**CHECK_LENGTH, CHECK_LENGTH)
+
+
+def _crc(body: str) -> str:
+    return _base62(zlib.crc32(body.encode()), CRC_LENGTH)
+
+
+def _base62(number: int, length: int) -> str:
+    digits = []
+    for _ in range(length):
+        number, digit = divmod(number, 62)
+        digits.append(ALPHABET[digit])
+    return "".join(reversed(digits))

@@ -1,0 +1,1 @@
+"""The keylatch sidecar: manages keys in two dialects and answers proxies' verify calls."""

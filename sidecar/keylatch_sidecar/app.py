@@ -1,0 +1,74 @@
+"""The sidecar on one screen: every route it serves, and what each of them speaks."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import cast
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from keylatch.engine import Engine
+from keylatch.settings import Settings
+from keylatch_sidecar import health, openapi, sendook, unsent, verify
+from keylatch_sidecar.problems import Problem
+
+ROUTES = [
+    Route("/v1/api-keys", unsent.Keys),
+    Route("/v1/api-keys/{id}", unsent.OneKey),
+    Route("/v1/api_keys", sendook.Keys),
+    Route("/v1/api_keys/{id}", sendook.OneKey),
+    Route("/healthz", health.healthz),
+    Route("/readyz", health.readyz),
+    Route("/openapi.json", openapi.document),
+]
+
+
+def create_app(engine: Engine) -> ASGIApp:
+    """The sidecar around an engine, which it starts and stops."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await engine.start()
+        yield
+        await engine.stop()
+
+    management = Starlette(
+        routes=ROUTES,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error, Exception: _unexpected},
+    )
+    management.state.engine = engine
+    management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
+    verifying = verify.Verify(engine)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == verify.PATH:
+            await verifying(scope, receive, send)
+        else:
+            await management(scope, receive, send)
+
+    return app
+
+
+def from_environment() -> ASGIApp:
+    """What `keylatch serve` runs: settings come from `KEYLATCH_*`."""
+    return create_app(Engine(Settings.load()))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    http = cast(HTTPException, error)
+    return _spelled(request, Problem(http.status_code, http.detail, headers=http.headers))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return _spelled(request, Problem(500, "Something went wrong here; it was logged"))
+
+
+def _spelled(request: Request, problem: Problem) -> Response:
+    if request.url.path.startswith("/v1/api_keys"):
+        return sendook.spell(problem)
+    return unsent.spell(problem)

@@ -1,0 +1,171 @@
+"""Request bodies: read within bounds, parsed strictly, checked by models; and JSON answers.
+
+Strict means: at most 16 KiB, UTF-8, no name twice in an object (parsers disagree on which one
+counts, and two layers that disagree can be played against each other), no unknown fields.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic.alias_generators import to_camel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keylatch.model import KeyRecord
+from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem
+
+MAX_BODY_BYTES: Final = 16 * 1024
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+M = TypeVar("M", bound="Body")
+
+
+def _only_text(value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise ValueError("must be an ISO 8601 time with an offset")
+    return value
+
+
+Instant = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_only_text)]
+
+
+class Body(BaseModel):
+    """A request body: exact types, no unknown fields, names in camelCase."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", alias_generator=to_camel, hide_input_in_errors=True
+    )
+
+
+class Shape(BaseModel):
+    """An answer: names in camelCase."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+
+class JSON(Response):
+    """A JSON answer that is not kept by anybody on the way."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status: int = 200, headers: dict[str, str] | None = None):
+        super().__init__(content, status, {"Cache-Control": "no-store", **(headers or {})})
+
+    def render(self, content: Any) -> bytes:
+        if isinstance(content, Shape):
+            content = content.model_dump(by_alias=True)
+        elif isinstance(content, list):
+            content = [shape.model_dump(by_alias=True) for shape in content]
+        # ASCII: an error may quote a lone surrogate, which has no UTF-8.
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+async def read(request: Request, model: type[M]) -> M:
+    """The request's body as a model; an empty body counts as an empty object.
+
+    Raises:
+        Problem: 413, 415, or 400 with the fields at fault.
+    """
+    content = _parsed(request, await _bytes(request))
+    if not isinstance(content, dict):
+        raise Problem(400, "The body must be a JSON object")
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        faults = _faults(error, content)
+    raise invalid(faults)
+
+
+def invalid(faults: Sequence[Fault]) -> Problem:
+    """A body whose fields are at fault."""
+    message = "; ".join(f"{fault.path}: {fault.message}" for fault in faults)
+    return Problem(400, message, tuple(faults))
+
+
+def iso(milliseconds: int) -> str:
+    """ISO 8601, UTC, with milliseconds and `Z`, as both profiles write times."""
+    moment = _EPOCH + timedelta(milliseconds=milliseconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def milliseconds_of(moment: datetime | None) -> int | None:
+    """Milliseconds since the epoch."""
+    return None if moment is None else (moment - _EPOCH) // timedelta(milliseconds=1)
+
+
+def common_fields(record: KeyRecord) -> dict[str, Any]:
+    """What both profiles say of a key."""
+    return {
+        "id": record.id,
+        "name": record.name,
+        "organization_id": record.organization_id,
+        "active": record.active,
+        "created_at": iso(record.created_at),
+        "updated_at": iso(record.updated_at),
+    }
+
+
+async def _bytes(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise Problem(
+                413,
+                f"The body must not exceed {MAX_BODY_BYTES} bytes",
+                headers={"Connection": "close"},
+            )
+    return bytes(body)
+
+
+def _parsed(request: Request, body: bytes) -> Any:
+    if not body:
+        return {}
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise Problem(415, "Send JSON: Content-Type: application/json")
+    try:
+        return json.loads(
+            body.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise Problem(415, "The body is not JSON") from None
+    except (ValueError, RecursionError):
+        raise Problem(400, "The body holds a number or a nesting beyond reason") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise invalid(
+            [
+                Fault(name, "is there twice", content[name])
+                for name in content
+                if names.count(name) > 1
+            ]
+        )
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise Problem(415, f"{name} is not JSON")
+
+
+def _faults(error: ValidationError, content: dict[str, Any]) -> list[Fault]:
+    faults = []
+    for problem in error.errors(include_url=False, include_input=False, include_context=False):
+        path = str(problem["loc"][0]) if problem["loc"] else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        faults.append(Fault(path, message, content.get(path, NOT_GIVEN)))
+    return faults

@@ -1,0 +1,217 @@
+"""`/openapi.json`: OpenAPI 3.1, made from the very models that read bodies and write answers."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
+
+import keylatch
+from keylatch_sidecar import health, sendook, unsent, verify
+from keylatch_sidecar.bodies import JSON
+
+_OF_A_CALLER: Final = (401, 403, 503)
+_OF_A_BODY: Final = (400, 413, 415)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path."""
+
+    does: Any
+    answer: type[BaseModel] | None
+    takes: type[BaseModel] | None = None
+    many: bool = False
+    errors: tuple[int, ...] = _OF_A_CALLER
+    error: type[BaseModel] | None = None
+    query: tuple[tuple[str, str], ...] = ()
+
+
+OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
+    "/v1/api-keys": {
+        "get": Operation(
+            unsent.Keys.get,
+            unsent.Key,
+            many=True,
+            errors=(400, *_OF_A_CALLER),
+            error=unsent.Error,
+            query=(("include", "`deleted`: show deleted keys as well"),),
+        ),
+        "post": Operation(
+            unsent.Keys.post,
+            unsent.CreatedKey,
+            takes=unsent.CreateKey,
+            errors=(*_OF_A_BODY, *_OF_A_CALLER),
+            error=unsent.Error,
+        ),
+    },
+    "/v1/api-keys/{id}": {
+        "get": Operation(
+            unsent.OneKey.get, unsent.Key, errors=(400, 404, *_OF_A_CALLER), error=unsent.Error
+        ),
+        "patch": Operation(
+            unsent.OneKey.patch,
+            unsent.Key,
+            takes=unsent.ChangeKey,
+            errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+            error=unsent.Error,
+        ),
+        "delete": Operation(
+            unsent.OneKey.delete,
+            unsent.Success,
+            errors=(400, 404, *_OF_A_CALLER),
+            error=unsent.Error,
+        ),
+    },
+    "/v1/api_keys": {
+        "get": Operation(
+            sendook.Keys.get, sendook.Key, many=True, errors=(400, 401, 503), error=sendook.Error
+        ),
+        "post": Operation(
+            sendook.Keys.post,
+            sendook.CreatedKey,
+            takes=sendook.CreateKey,
+            errors=(*_OF_A_BODY, 401, 503),
+            error=sendook.Error,
+        ),
+    },
+    "/v1/api_keys/{id}": {
+        "get": Operation(
+            sendook.OneKey.get, sendook.Key, errors=(400, 401, 404, 503), error=sendook.Error
+        ),
+        "delete": Operation(
+            sendook.OneKey.delete, sendook.Key, errors=(400, 401, 404, 503), error=sendook.Error
+        ),
+    },
+    verify.PATH: {
+        "get": Operation(
+            verify.Verify,
+            None,
+            query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
+        ),
+        "head": Operation(
+            verify.Verify,
+            None,
+            query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
+        ),
+    },
+    "/healthz": {"get": Operation(health.healthz, None, errors=())},
+    "/readyz": {"get": Operation(health.readyz, None, errors=(503,))},
+}
+
+
+async def document(request: Request) -> Response:
+    """The document itself."""
+    return JSON(build())
+
+
+@cache
+def build() -> dict[str, Any]:
+    """The OpenAPI document."""
+    _, schemas = models_json_schema(
+        [(model, "serialization") for model in _models()],
+        ref_template="#/components/schemas/{model}",
+    )
+    content = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "keylatch sidecar",
+            "version": keylatch.__version__,
+            "description": "Manages API keys in the dialects of unsent and Sendook, and answers"
+            " reverse proxies.",
+        },
+        "paths": {
+            path: {
+                method: _operation(path, method, operation)
+                for method, operation in operations.items()
+            }
+            for path, operations in OPERATIONS.items()
+        },
+        "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": schemas["$defs"],
+        },
+    }
+    # Both dialects have a Key: pydantic tells them apart by the module's full name.
+    text = json.dumps(content).replace("keylatch_sidecar__unsent__", "unsent.")
+    document: dict[str, Any] = json.loads(text.replace("keylatch_sidecar__sendook__", "sendook."))
+    return document
+
+
+def _models() -> Iterator[type[BaseModel]]:
+    for operations in OPERATIONS.values():
+        for operation in operations.values():
+            for model in (operation.answer, operation.takes, operation.error):
+                if model is not None:
+                    yield model
+    yield sendook.FieldErrors
+
+
+def _reference(model: type[BaseModel]) -> dict[str, Any]:
+    dialect = model.__module__.rpartition(".")[2]
+    twins = [other for other in _models() if other.__name__ == model.__name__]
+    ambiguous = any(other is not model for other in twins)
+    name = f"{dialect}.{model.__name__}" if ambiguous else model.__name__
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
+    summary = inspect.getdoc(operation.does) or ""
+    described: dict[str, Any] = {
+        "operationId": f"{method} {path}",
+        "summary": summary.splitlines()[0],
+        "responses": {"200": _success(operation)}
+        | {str(status): _failure(operation, status) for status in operation.errors},
+        "parameters": [
+            {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
+            for name, text in operation.query
+        ],
+    }
+    if 401 in operation.errors:
+        described["security"] = [{"key": []}]
+    if "{id}" in path:
+        described["parameters"].append(
+            {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+        )
+    if operation.takes is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _reference(operation.takes)}},
+        }
+    return described
+
+
+def _success(operation: Operation) -> dict[str, Any]:
+    if operation.answer is None:
+        return {"description": "Yes"}
+    schema = _reference(operation.answer)
+    if operation.many:
+        schema = {"type": "array", "items": schema}
+    return {"description": "Done", "content": {"application/json": {"schema": schema}}}
+
+
+def _failure(operation: Operation, status: int) -> dict[str, Any]:
+    described: dict[str, Any] = {"description": _DESCRIPTIONS[status]}
+    if operation.error is not None:
+        schema = _reference(operation.error)
+        if operation.error is sendook.Error and status == 400:
+            schema = {"anyOf": [_reference(sendook.FieldErrors), schema]}
+        described["content"] = {"application/json": {"schema": schema}}
+    return described
+
+
+_DESCRIPTIONS: Final = {
+    400: "The request is malformed",
+    401: "There is no good key, or (Sendook's dialect) its permission does not suffice",
+    403: "The key's permission does not suffice",
+    404: "No such key in the caller's organisation",
+    413: "The body is too large",
+    415: "The body is not JSON",
+    503: "This cannot be decided now; try again in a moment",
+}

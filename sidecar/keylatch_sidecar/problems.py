@@ -1,0 +1,84 @@
+"""What can be wrong with a management call, in neutral words. Each profile spells it its way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from keylatch.model import Deny
+from keylatch.refusals import ANSWERS, challenge
+
+NOT_GIVEN: Final = object()
+"""The value of a field that was not sent."""
+
+CODES: Final = {
+    400: "BAD_REQUEST",
+    401: "UNAUTHORIZED",
+    403: "FORBIDDEN",
+    404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED",
+    409: "NOT_UNIQUE",
+    413: "PAYLOAD_TOO_LARGE",
+    415: "UNSUPPORTED_MEDIA_TYPE",
+    429: "RATE_LIMITED",
+    500: "INTERNAL_SERVER_ERROR",
+    503: "UNAVAILABLE",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One field of a body that cannot be accepted."""
+
+    path: str
+    message: str
+    value: Any = NOT_GIVEN
+
+
+class Problem(Exception):
+    """A management call that is answered with an error.
+
+    Args:
+        status: of HTTP.
+        message: for people, in one sentence.
+        faults: the fields at fault, where the body was wrong.
+        headers: to send along.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        faults: tuple[Fault, ...] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = CODES.get(status, "BAD_REQUEST")
+        self.message = message
+        self.faults = faults
+        self.headers = dict(headers or {})
+
+
+def refused(deny: Deny, realm: str) -> Problem:
+    """A caller whose key does not open this door."""
+    answer = ANSWERS[deny.reason]
+    headers = {}
+    value = challenge(answer, realm, deny.scope)
+    if value is not None:
+        headers["WWW-Authenticate"] = value
+    if answer.status == 503:
+        headers["Retry-After"] = "1"
+    headers["X-Keylatch-Error"] = answer.error
+    return Problem(answer.status, answer.description, headers=headers)
+
+
+def unavailable() -> Problem:
+    """Something behind keylatch does not answer; nothing that was answered is lost."""
+    return Problem(
+        503, "The key store does not answer; try again in a moment", headers={"Retry-After": "1"}
+    )
+
+
+def no_such_key() -> Problem:
+    """Unknown, malformed and foreign ids look the same."""
+    return Problem(404, "API key not found")

@@ -1,0 +1,36 @@
+"""How a management endpoint turns what went wrong into its dialect's error."""
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keylatch.errors import KeylatchError
+from keylatch.keyring import NotPermitted
+from keylatch_sidecar.problems import Problem, unavailable
+
+E = TypeVar("E")
+Handler = Callable[[E, Request], Awaitable[Response]]
+Spelling = Callable[[Problem], Response]
+
+
+def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
+    """Decorates an endpoint's method: whatever it raises is answered in this spelling."""
+
+    def decorate(handler: Handler[E]) -> Handler[E]:
+        @functools.wraps(handler)
+        async def answer(endpoint: E, request: Request) -> Response:
+            try:
+                return await handler(endpoint, request)
+            except Problem as problem:
+                return spell(problem)
+            except NotPermitted as error:
+                return spell(Problem(403, str(error)))
+            except KeylatchError:
+                return spell(unavailable())
+
+        return answer
+
+    return decorate

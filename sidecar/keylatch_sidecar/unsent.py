@@ -1,0 +1,173 @@
+"""unsent's dialect, and keylatch's own extensions of it: `/v1/api-keys` (with a hyphen)."""
+
+from typing import Any
+
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keylatch.keyring import InvalidValue
+from keylatch.model import FULL, KeyRecord
+from keylatch_sidecar import bodies
+from keylatch_sidecar.access import manager
+from keylatch_sidecar.bodies import JSON, Body, Instant, Shape, iso
+from keylatch_sidecar.problems import Fault, Problem, no_such_key
+from keylatch_sidecar.profile import speaking
+
+
+class CreateKey(Body):
+    """`environment` and `expiresAt` are keylatch's."""
+
+    name: str
+    permission: str = FULL
+    environment: str | None = None
+    expires_at: Instant | None = None
+
+
+class ChangeKey(Body):
+    """Whatever is not given stays as it is."""
+
+    name: str = ""
+    active: bool = True
+    permission: str = FULL
+    expires_at: Instant | None = None
+
+
+class Key(Shape):
+    """A key, without its token. The fields after `lastUsed` are keylatch's."""
+
+    id: str
+    name: str
+    partial_token: str
+    permission: str
+    created_at: str
+    last_used: str | None
+    organization_id: str
+    active: bool
+    environment: str
+    expires_at: str | None
+    updated_at: str
+
+
+class CreatedKey(Key):
+    """A new key, with its token this once."""
+
+    token: str
+
+
+class Success(Shape):
+    """What deleting answers."""
+
+    success: bool
+
+
+class ErrorDetail(Shape):
+    """Why a call failed."""
+
+    code: str
+    message: str
+
+
+class Error(ErrorDetail):
+    """The superset that every official SDK of unsent can read."""
+
+    error: ErrorDetail
+
+
+def spell(problem: Problem) -> JSON:
+    """An error in unsent's shape: nested for most SDKs, flat for the Rust one."""
+    detail = {"code": problem.code, "message": problem.message}
+    return JSON({"error": detail, **detail}, problem.status, problem.headers)
+
+
+class Keys(HTTPEndpoint):
+    """`/v1/api-keys`"""
+
+    @speaking(spell)
+    async def get(self, request: Request) -> Response:
+        """List the organisation's keys, newest first; `?include=deleted` shows those as well."""
+        caller, keyring = await manager(request)
+        deleted = request.query_params.get("include") == "deleted"
+        records = await keyring.list(caller.organization_id, deleted=deleted)
+        return JSON([describe(record) for record in records])
+
+    @speaking(spell)
+    async def post(self, request: Request) -> Response:
+        """Create a key. Its token is in this answer and nowhere else, ever."""
+        caller, keyring = await manager(request)
+        body = await bodies.read(request, CreateKey)
+        try:
+            created = await keyring.create(
+                caller.organization_id,
+                body.name,
+                permission=body.permission,
+                environment=body.environment or caller.environment,
+                expires_at=bodies.milliseconds_of(body.expires_at),
+                by=caller,
+            )
+        except InvalidValue as error:
+            raise bodies.invalid([Fault(error.field, error.message)]) from None
+        return JSON(CreatedKey(token=created.token.reveal(), **_fields(created.record)))
+
+
+class OneKey(HTTPEndpoint):
+    """`/v1/api-keys/{id}`"""
+
+    @speaking(spell)
+    async def get(self, request: Request) -> Response:
+        """Show a key, deleted or not."""
+        caller, keyring = await manager(request)
+        return JSON(describe(_found(await keyring.get(caller.organization_id, _id(request)))))
+
+    @speaking(spell)
+    async def patch(self, request: Request) -> Response:
+        """Change a key's name, permission, expiry, or whether it is active."""
+        caller, keyring = await manager(request)
+        body = await bodies.read(request, ChangeKey)
+        values: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
+        if "expires_at" in values:
+            values["expires_at"] = bodies.milliseconds_of(body.expires_at)
+        if not values:
+            raise Problem(400, "Nothing to change: send name, active, permission or expiresAt")
+        try:
+            record = _found(
+                await keyring.change(caller.organization_id, _id(request), by=caller, **values)
+            )
+        except InvalidValue as error:
+            raise bodies.invalid([Fault(error.field, error.message)]) from None
+        if record.deleted_at is not None:
+            raise Problem(400, "The API key was deleted; that is final")
+        return JSON(describe(record))
+
+    @speaking(spell)
+    async def delete(self, request: Request) -> Response:
+        """Revoke a key, at once and finally. Repeating it answers the same."""
+        caller, keyring = await manager(request)
+        _found(await keyring.delete(caller.organization_id, _id(request)))
+        return JSON(Success(success=True))
+
+
+def _id(request: Request) -> str:
+    key_id: str = request.path_params["id"]
+    return key_id
+
+
+def _found(record: KeyRecord | None) -> KeyRecord:
+    if record is None:
+        raise no_such_key()
+    return record
+
+
+def describe(record: KeyRecord) -> Key:
+    """A key as it is shown to people who may manage it."""
+    return Key(**_fields(record))
+
+
+def _fields(record: KeyRecord) -> dict[str, Any]:
+    return bodies.common_fields(record) | {
+        "partial_token": record.partial_token,
+        "permission": record.permission,
+        "environment": record.environment,
+        "last_used": None if record.last_used is None else iso(record.last_used),
+        "expires_at": None if record.expires_at is None else iso(record.expires_at),
+    }

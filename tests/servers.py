@@ -1,0 +1,178 @@
+"""Real servers for tests: each on a free port, in a temporary folder, stopped by its pid."""
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+import uvicorn
+
+
+def needs(program: str | None, package: str) -> str:
+    """The program's path; without it the test is skipped, or fails where services are required."""
+    if program is not None:
+        return program
+    missing = f"a real server is missing: apt-get install {package}"
+    if os.environ.get("KEYLATCH_REQUIRE_SERVICES") == "1":
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = 20) -> None:
+    """Return once something outside this process is so; fail if it never is."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came to be"
+        threading.Event().wait(0.02)
+
+
+class RedisServer:
+    """A real Redis that can be killed, paused and emptied."""
+
+    def __init__(self, folder: Path) -> None:
+        self._program = needs(shutil.which("redis-server"), "redis-server")
+        self._folder = folder
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+            + ["--appendonly", "no", "--dir", str(self._folder)],
+            stdout=subprocess.DEVNULL,
+        )
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(redis.RedisError), self.client() as client:
+            return bool(client.ping())
+        return False
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, socket_timeout=5)
+
+    def flush(self) -> None:
+        with self.client() as client:
+            client.flushall()
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.resume()
+        self._process.kill()
+        self._process.wait()
+
+
+class PostgresServer:
+    """A real PostgreSQL cluster; each test takes a database of its own."""
+
+    def __init__(self) -> None:
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+        postgres = needs(str(programs[-1]) if programs else None, "postgresql")
+        # Not below pytest's folder: PostgreSQL does not run as root, and nobody else may read it.
+        self._folder = Path(tempfile.mkdtemp(prefix="keylatch-pg-"))
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user:
+            os.chown(self._folder, pwd.getpwnam(self._user).pw_uid, -1)
+        self._data = self._folder / "data"
+        self._postgres = postgres
+        self.port = free_port()
+        self._databases = 0
+        self._run(
+            [postgres.replace("bin/postgres", "bin/initdb"), "-D", str(self._data)]
+            + ["-U", "postgres", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8"]
+        )
+        self.start()
+
+    def _run(self, command: list[str]) -> None:
+        subprocess.run(
+            command, user=self._user, cwd=self._folder, check=True, stdout=subprocess.DEVNULL
+        )
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [self._postgres, "-D", str(self._data), "-p", str(self.port), "-k", str(self._folder)]
+            + ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"],
+            user=self._user,
+            cwd=self._folder,
+            stderr=subprocess.DEVNULL,
+        )
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            self._connect("postgres").close()
+            return True
+        return False
+
+    def _connect(self, database: str) -> "psycopg.Connection[Any]":
+        return psycopg.connect(
+            host="127.0.0.1", port=self.port, user="postgres", dbname=database, autocommit=True
+        )
+
+    def new_database(self) -> str:
+        """The store URL of an empty database."""
+        self._databases += 1
+        name = f"keys{self._databases}"
+        with self._connect("postgres") as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+
+    def kill(self) -> None:
+        """Stop at once, as if the power had failed."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait()
+
+    def remove(self) -> None:
+        self.kill()
+        shutil.rmtree(self._folder)
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """An ASGI app on a real socket, in a thread of this process; yields its base URL."""
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        ws="websockets-sansio",
+        log_config=None,
+        lifespan="on",
+        server_header=False,
+        date_header=False,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    eventually(lambda: server.started or not thread.is_alive())
+    assert server.started, "the server did not start"
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)

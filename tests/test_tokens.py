@@ -1,0 +1,114 @@
+"""Tokens: minted ones parse, damaged ones are refused, none shows itself."""
+
+import copy
+import pickle
+import re
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keylatch.tokens import MAX_LENGTH, SCAN_PATTERN, CheckKeys, Token, looks_minted
+
+KEYS = CheckKeys([b"n" * 32, b"o" * 32])
+prefixes = st.from_regex(r"[a-z][a-z0-9]{1,15}", fullmatch=True)
+environments = st.from_regex(r"[a-z][a-z0-9]{0,15}", fullmatch=True)
+minted = st.builds(KEYS.mint, prefixes, environments)
+token_characters = st.sampled_from(string.ascii_letters + string.digits + "_-.~+/=")
+
+
+@given(minted)
+def test_every_minted_token_is_vouched_for_and_found_by_scanners(token: Token) -> None:
+    """A minted token is vouched for, at most 96 characters, and found in any text around it."""
+    text = token.reveal()
+    assert KEYS.vouch(Token(text))
+    assert len(text) <= MAX_LENGTH
+    assert re.findall(SCAN_PATTERN, f"KEY={text};") == [text]
+    assert looks_minted(text)
+    assert token.key_id == "key_" + text.split("_")[2]
+    assert token.partial == f"{text.split('_')[0]}_...{text[-4:]}"
+
+
+@given(minted, st.data())
+def test_one_changed_character_is_refused(token: Token, data: st.DataObject) -> None:
+    """Any one character replaced by any other is refused without asking anybody."""
+    text = token.reveal()
+    at = data.draw(st.integers(0, len(text) - 1))
+    other = data.draw(token_characters.filter(lambda c: c != text[at]))
+    assert not KEYS.vouch(Token(text[:at] + other + text[at + 1 :]))
+
+
+@given(minted, st.data())
+def test_one_dropped_character_is_refused(token: Token, data: st.DataObject) -> None:
+    """Any one character left out is refused."""
+    text = token.reveal()
+    at = data.draw(st.integers(0, len(text) - 1))
+    assert not KEYS.vouch(Token(text[:at] + text[at + 1 :]))
+
+
+@given(minted, st.data())
+def test_one_added_character_is_refused(token: Token, data: st.DataObject) -> None:
+    """Any one character put in anywhere is refused."""
+    text = token.reveal()
+    at = data.draw(st.integers(0, len(text)))
+    assert not KEYS.vouch(Token(text[:at] + data.draw(token_characters) + text[at:]))
+
+
+@given(minted, st.data())
+def test_two_swapped_characters_are_refused(token: Token, data: st.DataObject) -> None:
+    """Any two different characters that change places are refused."""
+    text = token.reveal()
+    one = data.draw(st.integers(0, len(text) - 1))
+    other = data.draw(st.integers(0, len(text) - 1).filter(lambda at: text[at] != text[one]))
+    swapped = list(text)
+    swapped[one], swapped[other] = swapped[other], swapped[one]
+    assert not KEYS.vouch(Token("".join(swapped)))
+
+
+@given(st.text(max_size=120))
+def test_any_text_is_refused_without_an_exception(text: str) -> None:
+    """Whatever is presented, the answer is no and nothing is raised."""
+    assert not KEYS.vouch(Token(text))
+    assert Token(text).partial == "..."
+
+
+def test_a_stranger_who_computes_the_crc_is_refused() -> None:
+    """A token with a good CRC from another store's check key is still a stranger's."""
+    stranger = CheckKeys([b"s" * 32]).mint("kl", "live")
+    assert looks_minted(stranger.reveal())
+    assert not KEYS.vouch(stranger)
+
+
+def test_check_keys_rotate() -> None:
+    """Tokens of an older check key are vouched for; new ones are minted with the newest."""
+    old = CheckKeys([b"o" * 32])
+    assert KEYS.vouch(old.mint("kl", "live"))
+    assert not old.vouch(KEYS.mint("kl", "live"))
+
+
+def test_a_token_shows_its_partial_form_only() -> None:
+    """repr, str, format, %, pickles, copies and iteration do not give the token away."""
+    token = KEYS.mint("kl", "live")
+    secret = token.reveal().rpartition("_")[2]
+    shown = [repr(token), str(token), f"{token}", f"{token:>100}", f"{token!r}", "%s" % token]  # noqa: UP031
+    shown += [repr([token]), repr(copy.copy(token)), repr(pickle.loads(pickle.dumps(token)))]
+    assert all(secret not in text and token.partial in text for text in shown)
+    assert secret.encode() not in pickle.dumps(token)
+    with pytest.raises(TypeError):
+        list(token)
+    assert not hasattr(token, "__dict__")
+
+
+@pytest.mark.parametrize("prefix", ["", "k", "K1", "k_l", "1k", "k" * 17, "kl\n"])
+def test_a_prefix_of_another_form_is_not_minted(prefix: str) -> None:
+    """A prefix can never hold the separator or upset the parser."""
+    with pytest.raises(ValueError, match="prefix"):
+        KEYS.mint(prefix, "live")
+
+
+@pytest.mark.parametrize("keys", [[], [b"short"]])
+def test_weak_check_keys_are_not_taken(keys: list[bytes]) -> None:
+    """Without a real key the check would vouch for everybody's tokens."""
+    with pytest.raises(ValueError, match="check key"):
+        CheckKeys(keys)
