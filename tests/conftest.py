@@ -9,6 +9,7 @@ import pytest
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.settings import Settings
+from keylatch.store import Store
 from servers import PostgresServer, RedisServer
 
 MakeEngine = Callable[..., Engine]
@@ -53,13 +54,20 @@ def store_url(tmp_path: Path) -> str:
 def make_engine(store_url: str, clock: Clock) -> MakeEngine:
     """Builds engines on the test's store, with cheap hashes; the test starts and stops them."""
 
-    def make(*, redis: Any = None, hasher: Hasher | None = None, **settings: Any) -> Engine:
+    def make(
+        *,
+        redis: Any = None,
+        hasher: Hasher | None = None,
+        store: Store | None = None,
+        **settings: Any,
+    ) -> Engine:
         return Engine(
             Settings.load(**{"store": store_url, "redis": "", **settings}),
             clock=clock,
             timer=clock,
             hasher=hasher or Hasher("argon2id", CHEAPEST),
             redis=redis,
+            store=store,
         )
 
     return make

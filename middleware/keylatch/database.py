@@ -1,39 +1,23 @@
-"""How SQL is run: SQLite on threads, PostgreSQL on asynchronous sockets, one gate for errors.
+"""What the store needs of a database, and the one gate through which drivers' errors pass.
 
 A unit of work is a plain function of a SQLAlchemy `Connection`; `store` writes each of them once
-and both databases run it. Every error of a driver becomes `StoreUnavailable` here and nowhere
-else, with a one-line message that holds no parameters.
+and both `sqlite` and `postgresql` run it. Every error of a driver becomes `StoreUnavailable`
+here and nowhere else, with a one-line message that holds no parameters.
 """
 
-import asyncio
 import contextlib
-import fcntl
 import sqlite3
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from keylatch.errors import ConfigurationError, StoreUnavailable
+from keylatch.errors import StoreUnavailable
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
-
-_BUSY_SECONDS: Final = 5.0
-_READ_SECONDS: Final = 2.0
-_WRITE_SECONDS: Final = 5.0
-_CHECKPOINT_AT_BYTES: Final = 1 << 20
-_FIRST_SOUND_SQLITE: Final = (3, 51, 3)
-_NETWORK_FILE_SYSTEMS: Final = (
-    *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"),
-    *("smb2", "smb3", "smbfs", "fuse.ceph", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
-)
 
 
 class Database(Protocol):
@@ -62,20 +46,13 @@ class Database(Protocol):
         """After a fork: drop what the parent opened, without closing it."""
 
 
-def open_database(url: str) -> Database:
-    """The database that a store URL names; nothing is opened yet.
-
-    Raises:
-        ConfigurationError: PostgreSQL's driver is missing, or a SQLite file lies on a network.
-    """
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        return SQLite(Path(parsed.database or ""))
-    return PostgreSQL(parsed)
-
-
 @contextlib.contextmanager
-def _errors_translated(hint: str) -> Iterator[None]:
+def errors_translated(hint: str) -> Iterator[None]:
+    """Turn whatever a driver raises into `StoreUnavailable`.
+
+    Args:
+        hint: what the operator should look at.
+    """
     try:
         yield
     except (DBAPIError, sqlite3.Error) as error:
@@ -87,222 +64,3 @@ def _errors_translated(hint: str) -> Iterator[None]:
         raise StoreUnavailable("the store did not answer in time", hint) from None
     except OSError as error:
         raise StoreUnavailable(f"the store failed: {error.strerror or error}", hint) from None
-
-
-class SQLite:
-    """A file on this host. Work runs on threads; one private connection reads in place.
-
-    `wal_autocheckpoint` is off everywhere, because SQLite 3.7.0 to 3.51.2 can lose commits when
-    a checkpoint overlaps the commit that resets the log, and a lost commit is a lost revoke.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path.absolute()
-        _refuse_network_file_system(self._path)
-        self._hint = f"is {self._path} writable, on a disk with room, and not held by a backup?"
-        self._private: sqlite3.Connection | None = None
-        self._engines: dict[str, Engine] = {}
-        self._threads: ThreadPoolExecutor | None = None
-        self._inherited: list[object] = []
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        if sqlite3.sqlite_version_info >= _FIRST_SOUND_SQLITE:
-            return ()
-        return (
-            f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3); keylatch"
-            " avoids it by truncating checkpoints, other programs that write to this file may not",
-        )
-
-    async def read(self, work: Work[T]) -> T:
-        return await self._on_thread(lambda: self._run(self._keys(), work, "BEGIN"))
-
-    async def write(self, work: Work[T], *, durable: bool = True) -> T:
-        engine = self._keys() if durable else self._usage()
-        return await self._on_thread(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))
-
-    def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:
-        # A reader of a WAL database never waits for a writer, and the pages it touches here are
-        # in memory: 2 us. fetchall() ends the statement, so no snapshot is held open.
-        if self._private is None:
-            return None
-        try:
-            return self._private.execute(sql, parameters).fetchall()
-        except sqlite3.Error:
-            return None
-
-    async def tidy(self) -> None:
-        await self._on_thread(self._checkpoint)
-
-    async def close(self) -> None:
-        if self._private is not None:
-            self._private.close()
-            self._private = None
-        if self._threads is not None:
-            self._threads.shutdown(wait=True)
-            self._threads = None
-        for engine in self._engines.values():
-            engine.dispose()
-        self._engines = {}
-
-    def forget(self) -> None:
-        # Kept, never closed: closing a descriptor of the file would drop the locks that SQLite
-        # holds on it for this process (sqlite.org/howtocorrupt.html section 2.2).
-        self._inherited += [self._private, self._engines]
-        self._private, self._engines, self._threads = None, {}, None
-
-    async def _on_thread(self, work: Callable[[], T]) -> T:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(4, thread_name_prefix="keylatch-store")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    def _run(self, engine: Engine, work: Work[T], begin: str) -> T:
-        with _errors_translated(self._hint), engine.connect() as connection:
-            connection.execution_options(keylatch_begin=begin)
-            with connection.begin():
-                result = work(connection)
-            if self._private is None:
-                self._private = self._connect_private()
-            return result
-
-    def _keys(self) -> Engine:
-        return self._engine("FULL")
-
-    def _usage(self) -> Engine:
-        return self._engine("NORMAL")
-
-    def _engine(self, synchronous: str) -> Engine:
-        if synchronous not in self._engines:
-            engine = create_engine(
-                URL.create("sqlite", database=str(self._path)),
-                connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
-                hide_parameters=True,
-            )
-            event.listen(engine, "connect", lambda raw, _: self._configure(raw, synchronous))
-            event.listen(engine, "begin", _begin)
-            self._engines[synchronous] = engine
-        return self._engines[synchronous]
-
-    def _configure(self, raw: sqlite3.Connection, synchronous: str) -> None:
-        raw.isolation_level = None  # sqlite3 must not begin transactions on its own
-        if raw.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-            with self._owned(wait=True):  # two processes at once would find it locked
-                self._path.chmod(0o600)  # it will hold the pepper and the check key
-                raw.execute("PRAGMA journal_mode = WAL")
-        raw.execute("PRAGMA wal_autocheckpoint = 0")
-        raw.execute(f"PRAGMA synchronous = {synchronous}")
-        raw.execute("PRAGMA foreign_keys = ON")
-
-    def _connect_private(self) -> sqlite3.Connection:
-        private = sqlite3.connect(
-            self._path, timeout=0, isolation_level=None, check_same_thread=False
-        )
-        private.execute("PRAGMA wal_autocheckpoint = 0")
-        private.execute("PRAGMA query_only = ON")
-        return private
-
-    def _checkpoint(self) -> None:
-        log = self._path.with_name(self._path.name + "-wal")
-        if not log.exists() or log.stat().st_size < _CHECKPOINT_AT_BYTES:
-            return
-        with (
-            contextlib.suppress(BlockingIOError),
-            self._owned(wait=False),
-            _errors_translated(self._hint),
-            self._keys().connect() as connection,
-        ):
-            connection.execution_options(keylatch_begin="")
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
-
-    @contextlib.contextmanager
-    def _owned(self, *, wait: bool) -> Iterator[None]:
-        """Alone among all processes; BlockingIOError where another is at it and wait is False."""
-        with self._path.with_name(self._path.name + "-owner").open("a") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield
-
-
-def _begin(connection: Connection) -> None:
-    statement = connection.get_execution_options()["keylatch_begin"]
-    if statement:
-        connection.exec_driver_sql(statement)
-
-
-def _refuse_network_file_system(path: Path) -> None:
-    """SQLite's locks and its shared memory do not work across a network."""
-    mounts = Path("/proc/self/mounts")
-    if not mounts.exists():
-        return
-    best, kind = "", ""
-    for line in mounts.read_text().splitlines():
-        _, mount, file_system, *_ = line.split(" ")
-        mount = mount.replace("\\040", " ")
-        if (path.is_relative_to(mount)) and len(mount) >= len(best):
-            best, kind = mount, file_system
-    if kind in _NETWORK_FILE_SYSTEMS:
-        raise ConfigurationError(
-            [
-                (
-                    f"KEYLATCH_STORE: {path} lies on a network file system ({kind})",
-                    "put the file on a local disk, or use postgresql:// for many hosts",
-                )
-            ]
-        )
-
-
-class PostgreSQL:
-    """A server for many hosts, over psycopg's asynchronous sockets."""
-
-    warnings: tuple[str, ...] = ()
-
-    def __init__(self, url: URL) -> None:
-        for package in ("psycopg", "greenlet"):
-            if find_spec(package) is None:
-                raise ConfigurationError(
-                    [
-                        (
-                            f"KEYLATCH_STORE: postgresql needs the package {package}",
-                            "pip install 'keylatch[postgres]'",
-                        )
-                    ]
-                )
-        self._url = url.set(drivername="postgresql+psycopg")
-        self._hint = f"is PostgreSQL up at {url.host or 'its socket'}, and does the user exist?"
-        self._open()
-
-    def _open(self) -> None:
-        from sqlalchemy.ext.asyncio import create_async_engine
-
-        engine = create_async_engine(
-            self._url,
-            connect_args={"connect_timeout": 2, "application_name": "keylatch"},
-            hide_parameters=True,
-            pool_pre_ping=True,
-            pool_timeout=_READ_SECONDS,
-        )
-        self._engine = engine
-        # One statement is its own snapshot, so reads need no BEGIN and no ROLLBACK.
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
-
-    async def read(self, work: Work[T]) -> T:
-        with _errors_translated(self._hint):
-            async with asyncio.timeout(_READ_SECONDS), self._reader.connect() as connection:
-                return await connection.run_sync(work)
-
-    async def write(self, work: Work[T], *, durable: bool = True) -> T:
-        with _errors_translated(self._hint):
-            async with asyncio.timeout(_WRITE_SECONDS), self._engine.begin() as connection:
-                return await connection.run_sync(work)
-
-    def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:
-        return None
-
-    async def tidy(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        await self._engine.dispose()
-
-    def forget(self) -> None:
-        self._engine.sync_engine.dispose(close=False)
-        self._open()

@@ -45,7 +45,8 @@ class Engine:
         settings: see `Settings.load`.
         clock: seconds since the Unix epoch.
         timer: seconds that never go back.
-        hasher: another one than the settings name, for tests.
+        store: one to use instead of opening `settings.store`.
+        hasher: one to use instead of what the settings name.
         redis: a client to use instead of connecting to `settings.redis`.
     """
 
@@ -55,11 +56,12 @@ class Engine:
         *,
         clock: Callable[[], float] = time.time,
         timer: Callable[[], float] = time.monotonic,
+        store: Store | None = None,
         hasher: Hasher | None = None,
         redis: Any = None,
     ) -> None:
         self.settings = settings
-        self.store = Store(settings.store)
+        self.store = store or Store(settings.store)
         self.hasher = hasher or Hasher(settings.hasher)
         self._clock = clock
         self._timer = timer

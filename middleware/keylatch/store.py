@@ -5,10 +5,9 @@ The law of this file: whatever changes what a key may do is ONE transaction that
 `as_of`, the `seq` of the very snapshot it was read in. Recording a use is neither.
 """
 
-import secrets as csprng
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -17,24 +16,22 @@ from sqlalchemy import (
     Row,
     Select,
     bindparam,
-    func,
     insert,
-    inspect,
     or_,
     select,
-    text,
     true,
     update,
 )
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
+from sqlalchemy.engine import make_url
 
-from keylatch import schema
-from keylatch.database import open_database
-from keylatch.errors import StoreIncompatible
+from keylatch.database import Database
+from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
+from keylatch.postgresql import PostgreSQL
 from keylatch.schema import invalidations, keys, meta, organizations, secrets
+from keylatch.sqlite import SQLite
 
-_SETUP_LOCK: Final = 0x6B65796C61746368  # "keylatch"
 _KEPT_INVALIDATIONS: Final = 100_000
 _MAX_CHANGES: Final = 1_000
 
@@ -74,6 +71,18 @@ class Secrets:
     peppers: tuple[bytes, ...] = field(repr=False)
 
 
+def database_of(url: str) -> Database:
+    """The database that a store URL names; nothing is opened yet.
+
+    Raises:
+        ConfigurationError: PostgreSQL's driver is missing, or a SQLite file lies on a network.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return SQLite(Path(parsed.database or ""))
+    return PostgreSQL(parsed)
+
+
 class Store:
     """Keys and what belongs to them, on SQLite or PostgreSQL.
 
@@ -84,7 +93,7 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        self._database = open_database(url)
+        self._database = database_of(url)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -99,8 +108,8 @@ class Store:
         Raises:
             StoreIncompatible: the store was made by a newer keylatch.
         """
-        if not await self._database.read(_is_ready):
-            await self._database.write(lambda connection: _set_up(connection, now_ms))
+        if not await self._database.read(is_up_to_date):
+            await self._database.write(lambda connection: bring_up_to_date(connection, now_ms))
         return await self._database.read(_secrets)
 
     async def close(self) -> None:
@@ -113,7 +122,7 @@ class Store:
 
     async def ping(self) -> None:
         """Return if the store answers."""
-        await self._database.read(lambda connection: connection.execute(select(meta.c.seq)).all())
+        await self._database.read(lambda connection: connection.execute(_SEQUENCE).all())
 
     # What the engine asks
 
@@ -124,18 +133,18 @@ class Store:
     async def changes(self, since: int) -> Changes:
         """What happened after the sequence number `since`."""
         rows = await self._database.read(
-            lambda connection: connection.execute(_changes_since(since)).all()
+            lambda connection: connection.execute(_CHANGES, {"since": since}).all()
         )
         return _read_changes([tuple(row) for row in rows], since)
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.read_now(_SEQUENCE_SQL)
+        rows = self._database.read_now(_SEQUENCE_NOW.text)
         return rows[0][0] if rows else None
 
     def changes_now(self, since: int) -> Changes | None:
         """`changes` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.read_now(_CHANGES_SQL, since, _MAX_CHANGES + 1)
+        rows = self._database.read_now(_CHANGES_NOW.text, *_CHANGES_NOW.parameters(since=since))
         return _read_changes(rows, since) if rows else None
 
     async def replace_hash(self, key_id: str, old: str, new: str) -> None:
@@ -213,13 +222,13 @@ _TOUCH: Final = (
 )
 
 
-def _changes_since(since: int, limit: int = _MAX_CHANGES + 1) -> Select[Any]:
+def _changes() -> Select[Any]:
     # One statement, so one snapshot: the counter and the log cannot disagree.
     newer = (
         select(invalidations)
-        .where(invalidations.c.seq > since)
+        .where(invalidations.c.seq > bindparam("since", type_=BigInteger))
         .order_by(invalidations.c.seq)
-        .limit(limit)
+        .limit(_MAX_CHANGES + 1)
         .subquery()
     )
     return select(
@@ -232,12 +241,27 @@ def _changes_since(since: int, limit: int = _MAX_CHANGES + 1) -> Select[Any]:
     ).join_from(meta, newer, true(), isouter=True)
 
 
-def _as_text(statement: Select[Any]) -> str:
-    return str(statement.compile(dialect=sqlite.dialect()))
+_CHANGES: Final = _changes()
+_SEQUENCE: Final = select(meta.c.seq)
 
 
-_SEQUENCE_SQL: Final = _as_text(select(meta.c.seq))
-_CHANGES_SQL: Final = _as_text(_changes_since(0))
+class _Now:
+    """A statement as SQLite's own interface takes it, for `Database.read_now`."""
+
+    def __init__(self, statement: Select[Any]) -> None:
+        compiled = statement.compile(dialect=sqlite_dialect())
+        self.text = str(compiled)
+        self._order = tuple(compiled.positiontup or ())
+        self._fixed = compiled.params
+
+    def parameters(self, **given: Any) -> list[Any]:
+        """The values for the question marks, in their order."""
+        values = {**self._fixed, **given}
+        return [values[name] for name in self._order]
+
+
+_SEQUENCE_NOW: Final = _Now(_SEQUENCE)
+_CHANGES_NOW: Final = _Now(_CHANGES)
 
 
 def _read_changes(rows: Sequence[tuple[Any, ...]], since: int) -> Changes:
@@ -313,7 +337,7 @@ def _change(
         return None
     record = _record(row)
     if record.deleted_at is not None:
-        return record, connection.execute(select(meta.c.seq)).scalar_one()
+        return record, connection.execute(_SEQUENCE).scalar_one()
     seq = _advance(connection, now_ms, key_id=key_id)
     changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
     connection.execute(
@@ -323,48 +347,12 @@ def _change(
 
 
 def _prune(connection: Connection) -> None:
-    seq = connection.execute(select(meta.c.seq)).scalar_one()
+    seq = connection.execute(_SEQUENCE).scalar_one()
     oldest = seq - _KEPT_INVALIDATIONS
     if oldest <= 0:
         return
     connection.execute(update(meta).values(pruned=oldest))
     connection.execute(invalidations.delete().where(invalidations.c.seq <= oldest))
-
-
-def _is_ready(connection: Connection) -> bool:
-    """Whether the store is at this code's version: asked at every start, so without Alembic."""
-    if not inspect(connection).has_table("keylatch_version"):
-        return False
-    version = connection.execute(text("SELECT version_num FROM keylatch_version")).scalar()
-    if version is not None and version > schema.VERSION:
-        raise StoreIncompatible(
-            f"the store is at version {version}, this keylatch knows up to {schema.VERSION}",
-            "upgrade keylatch on this host",
-        )
-    return version == schema.VERSION
-
-
-def _set_up(connection: Connection, now_ms: int) -> None:
-    if connection.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE locks by itself
-        connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))
-    if _is_ready(connection):
-        return  # somebody else was faster
-    from alembic import command  # 0.3 s that only a new or an old store costs
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(files("keylatch") / "migrations"))
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
-    if connection.execute(select(meta.c.seq)).first() is None:
-        connection.execute(insert(meta).values(id=1, seq=1, pruned=0, epoch=csprng.token_hex(8)))
-        connection.execute(
-            insert(secrets),
-            [
-                {"kind": kind, "value": csprng.token_bytes(32), "created_at": now_ms}
-                for kind in ("check", "pepper")
-            ],
-        )
 
 
 def _secrets(connection: Connection) -> Secrets:

@@ -1,0 +1,319 @@
+"""The store's contract: one class of promises, held by SQLite and by a real PostgreSQL."""
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection
+
+from keylatch import schema
+from keylatch.errors import ConfigurationError, StoreIncompatible, StoreUnavailable
+from keylatch.model import KeyRecord
+from keylatch.store import Absent, Found, Store, database_of
+from servers import PostgresServer
+
+pytestmark = pytest.mark.anyio
+NOW = 1_800_000_000_000
+
+
+def record(key_id: str = "key_a", organization_id: str = "acme", **values: object) -> KeyRecord:
+    plain = KeyRecord(
+        id=key_id,
+        organization_id=organization_id,
+        name="ci",
+        permission="FULL",
+        environment="live",
+        partial_token="kl_...abcd",
+        active=True,
+        organization_active=True,
+        created_at=NOW,
+        updated_at=NOW,
+    )
+    return replace(plain, **values)  # type: ignore[arg-type]
+
+
+class StoreContract:
+    """What both databases promise."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise AssertionError("each database has its own")
+
+    @pytest.fixture
+    async def store(self, url: str) -> AsyncIterator[Store]:
+        store = Store(url)
+        await store.open(NOW)
+        yield store
+        await store.close()
+
+    async def test_a_key_is_found_with_the_sequence_number_of_its_creation(
+        self, store: Store
+    ) -> None:
+        """What was added is found whole, with its hash, as of its own transaction."""
+        seq = await store.add(record(expires_at=NOW + 5), "hashed")
+        assert await store.find("key_a") == Found(record(expires_at=NOW + 5), "hashed", seq)
+
+    async def test_absence_has_a_sequence_number_too(self, store: Store) -> None:
+        """That there is no such key is only true as of a sequence number."""
+        seq = await store.add(record(), "hashed")
+        assert await store.find("key_b") == Absent(seq)
+
+    async def test_every_change_advances_the_sequence_number_and_is_told(
+        self, store: Store
+    ) -> None:
+        """Create, change and delete each leave one invalidation, in order."""
+        created = await store.add(record(), "hashed")
+        changed = await store.change("acme", "key_a", NOW + 1, {"name": "new"})
+        deleted = await store.change("acme", "key_a", NOW + 2, {"deleted_at": NOW + 2})
+        assert changed is not None
+        assert deleted is not None
+        assert [changed[1], deleted[1]] == [created + 1, created + 2]
+        changes = await store.changes(created - 1)
+        assert changes.seq == created + 2
+        assert changes.complete
+        assert changes.touched == tuple((seq, "key_a", None) for seq in range(created, created + 3))
+
+    async def test_deleting_is_final_and_repeatable(self, store: Store) -> None:
+        """A deleted key comes back as it is; nothing changes it and nothing is told again."""
+        await store.add(record(), "hashed")
+        first = await store.change("acme", "key_a", NOW, {"deleted_at": NOW, "active": False})
+        again = await store.change("acme", "key_a", NOW + 9, {"active": True, "deleted_at": None})
+        assert first is not None
+        assert first == again
+        assert first[0].updated_at > NOW
+
+    async def test_a_foreign_key_is_an_unknown_key(self, store: Store) -> None:
+        """Another organisation can neither see nor change it, and leaves no trace by trying."""
+        seq = await store.add(record(), "hashed")
+        await store.add(record("key_b", "rival"), "hashed")
+        assert await store.get("rival", "key_a") is None
+        assert await store.change("rival", "key_a", NOW, {"active": False}) is None
+        assert [found.id for found in await store.list("rival")] == ["key_b"]
+        assert (await store.changes(0)).seq == seq + 1
+        assert await store.get("acme", "key_a") == record()
+
+    async def test_lists_are_in_the_order_of_creation(self, store: Store) -> None:
+        """Also where many keys are made in the same millisecond; deleted ones only on demand."""
+        for name in ("key_c", "key_a", "key_b"):
+            await store.add(record(name), "hashed")
+        await store.change("acme", "key_a", NOW, {"deleted_at": NOW})
+        assert [found.id for found in await store.list("acme")] == ["key_b", "key_c"]
+        everything = await store.list("acme", newest_first=False, deleted=True)
+        assert [found.id for found in everything] == ["key_c", "key_a", "key_b"]
+
+    async def test_last_used_never_goes_back_and_touches_nothing_else(self, store: Store) -> None:
+        """Uses may arrive out of order, late, or for keys that are gone."""
+        seq = await store.add(record(), "hashed")
+        await store.touch({"key_a": NOW + 5, "key_gone": NOW})
+        await store.touch({"key_a": NOW + 3})
+        assert await store.find("key_a") == Found(record(last_used=NOW + 5), "hashed", seq)
+
+    async def test_a_use_does_not_revive_a_deleted_key(self, store: Store) -> None:
+        """A flush after the delete records only uses from before it, and changes no state."""
+        await store.add(record(), "hashed")
+        await store.change("acme", "key_a", NOW + 5, {"active": False, "deleted_at": NOW + 5})
+        await store.touch({"key_a": NOW + 9})
+        await store.touch({"key_a": NOW + 4})
+        found = await store.get("acme", "key_a")
+        assert found is not None
+        assert (found.last_used, found.active, found.deleted_at) == (NOW + 4, False, NOW + 5)
+
+    async def test_a_hash_is_replaced_only_if_it_is_still_the_old_one(self, store: Store) -> None:
+        """Two processes that upgrade the same hash do not undo each other."""
+        await store.add(record(), "old")
+        await store.replace_hash("key_a", "old", "new")
+        await store.replace_hash("key_a", "old", "other")
+        found = await store.find("key_a")
+        assert isinstance(found, Found)
+        assert found.hash == "new"
+
+    async def test_two_at_once_set_up_one_store(self, url: str) -> None:
+        """Whoever comes first does it; everybody ends with the same secrets."""
+        stores = [Store(url) for _ in range(4)]
+        secrets = await asyncio.gather(*(store.open(NOW) for store in stores))
+        assert len({each.check_keys for each in secrets}) == 1
+        assert len({each.peppers for each in secrets}) == 1
+        for store in stores:
+            await store.close()
+
+    async def test_writers_at_once_lose_nothing(self, store: Store) -> None:
+        """Forty keys from many tasks: forty sequence numbers, none skipped, none twice."""
+        before = (await store.changes(0)).seq
+        seqs = await asyncio.gather(
+            *(store.add(record(f"key_{n}", f"org{n % 3}"), "hashed") for n in range(40))
+        )
+        assert sorted(seqs) == list(range(before + 1, before + 41))
+
+    async def test_a_newer_store_is_refused(self, url: str, store: Store) -> None:
+        """An old keylatch does not touch tables that it does not understand."""
+        database = database_of(url)
+        await database.write(
+            lambda connection: connection.exec_driver_sql(
+                "UPDATE keylatch_version SET version_num = '9999'"
+            )
+        )
+        older = Store(url)
+        with pytest.raises(StoreIncompatible, match="9999"):
+            await older.open(NOW)
+        await older.close()
+        await database.close()
+
+    async def test_migrations_make_what_the_code_expects(self, url: str, store: Store) -> None:
+        """Tables made by Alembic and tables described in `schema` are the same."""
+
+        def difference(connection: Connection) -> list[object]:
+            context = MigrationContext.configure(
+                connection, opts={"version_table": "keylatch_version"}
+            )
+            return list(compare_metadata(context, schema.metadata))
+
+        database = database_of(url)
+        assert await database.read(difference) == []
+        await database.close()
+
+    async def test_the_log_is_pruned_and_says_so(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who asks for more than the log still holds is told that it is not complete."""
+        monkeypatch.setattr("keylatch.store._KEPT_INVALIDATIONS", 2)
+        for number in range(5):
+            last = await store.add(record(f"key_{number}"), "hashed")
+        await store.tidy(NOW)
+        assert (await store.changes(last - 2)).complete
+        assert not (await store.changes(last - 3)).complete
+        assert (await store.changes(last - 3)).touched == ()
+
+
+class TestSQLite(StoreContract):
+    """The contract on a SQLite file, and what only SQLite promises."""
+
+    @pytest.fixture
+    def url(self, store_url: str) -> str:
+        return store_url
+
+    async def test_changes_are_seen_without_waiting(self, store: Store) -> None:
+        """The counter and the log can be read in place, by another connection, at once."""
+        before = store.sequence_now()
+        assert before is not None
+        seq = await store.add(record(), "hashed")
+        assert store.sequence_now() == seq == before + 1
+        assert store.changes_now(before) == await store.changes(before)
+
+    async def test_reading_in_place_holds_no_snapshot(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After checks, the log can still be truncated: nobody holds on to an old snapshot."""
+        monkeypatch.setattr("keylatch.sqlite._CHECKPOINT_AT_BYTES", 1)
+        await store.add(record(), "hashed")
+        store.sequence_now()
+        store.changes_now(0)
+        await store.tidy(NOW)
+        assert (tmp_path / "keys.db-wal").stat().st_size == 0
+
+    async def test_the_file_is_for_its_owner_only(self, store: Store, tmp_path: Path) -> None:
+        """It holds the pepper and the check key."""
+        await store.add(record(), "hashed")
+        for name in ("keys.db", "keys.db-wal", "keys.db-shm"):
+            assert (tmp_path / name).stat().st_mode & 0o077 == 0, name
+
+    async def test_the_log_is_never_checkpointed_by_the_way(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        """Automatic checkpoints are off on every connection: they are what can lose commits."""
+        for number in range(300):
+            await store.add(record(f"key_{number}"), "h" * 200)
+            await store.touch({f"key_{number}": NOW})
+        assert (tmp_path / "keys.db-wal").stat().st_size > 1000 * 4096
+
+    async def test_a_locked_store_is_unavailable(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who cannot write within the busy time is told so; reads and checks go on."""
+        await store.close()  # connections with another busy time
+        monkeypatch.setattr("keylatch.sqlite._BUSY_SECONDS", 0.05)
+        await store.open(NOW)
+        holder = sqlite3.connect(tmp_path / "keys.db", isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable, match="locked"):
+            await store.add(record(), "hashed")
+        assert store.sequence_now() is not None
+        assert isinstance(await store.find("key_a"), Absent)
+        holder.close()
+        await store.add(record(), "hashed")
+
+    async def test_a_full_disk_is_unavailable_and_commits_nothing(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        """A write that finds no room is told so, and the store is as before."""
+        before = await store.changes(0)
+        database = store._database
+        await database.write(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1").all())
+
+        async def fill() -> None:
+            for number in range(200):
+                await store.add(record(f"key_{number}"), "h" * 250)
+
+        with pytest.raises(StoreUnavailable, match="full"):
+            await fill()
+        kept = await store.list("acme")
+        assert (await store.changes(0)).seq == before.seq + len(kept)
+
+    async def test_no_statement_runs_on_the_event_loop(self, store: Store) -> None:
+        """Queries and commits happen on the store's own threads."""
+        seen = set()
+        await store._database.write(lambda _: seen.add(threading.current_thread().name))
+        await store._database.read(lambda _: seen.add(threading.current_thread().name))
+        assert all(name.startswith("keylatch-store") for name in seen)
+
+    def test_a_network_file_system_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """SQLite's locks do not hold there, so the start is stopped, with a hint."""
+        monkeypatch.setattr(Path, "read_text", lambda _: "/dev/sda / ext4\nhost:/x /mnt/n nfs4 rw")
+        with pytest.raises(ConfigurationError, match="nfs4"):
+            database_of("sqlite:////mnt/n/keys.db")
+        database_of("sqlite:////mnt/other/keys.db")
+
+    async def test_errors_hold_no_parameters(self, store: Store) -> None:
+        """A failing statement does not carry the hash into the exception or its chain."""
+        await store.add(record(), "hashed-secret")
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.add(record(), "hashed-secret")
+        assert caught.value.__suppress_context__
+        assert "hashed-secret" not in str(caught.value)
+
+
+class TestPostgreSQL(StoreContract):
+    """The contract on a real PostgreSQL, and what only PostgreSQL promises."""
+
+    @pytest.fixture
+    def url(self, postgres: PostgresServer) -> str:
+        return postgres.new_database()
+
+    async def test_nothing_is_known_without_asking(self, store: Store) -> None:
+        """There is no way to read a server without waiting for a socket."""
+        assert store.sequence_now() is None
+        assert store.changes_now(0) is None
+
+    async def test_a_server_that_comes_back_is_used_again(
+        self, postgres: PostgresServer, store: Store
+    ) -> None:
+        """Down: unavailable, at once and not 401. Up again: the old connections do not matter."""
+        seq = await store.add(record(), "hashed")
+        postgres.kill()
+        with pytest.raises(StoreUnavailable):
+            await store.find("key_a")
+        postgres.start()
+        assert await store.find("key_a") == Found(record(), "hashed", seq)
+
+    async def test_the_password_is_in_no_error(self) -> None:
+        """A refused connection is explained without its password."""
+        store = Store("postgresql://keylatch:pass-word@127.0.0.1:1/keys")
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.open(NOW)
+        await store.close()
+        assert "pass-word" not in f"{caught.value} {caught.value.hint} {store!r}"
