@@ -34,6 +34,7 @@ from keylatch.usage import Usage
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 1.0
 _TIDY_SECONDS: Final = 30.0
+_LAST_JOBS_SECONDS: Final = 1.0
 
 log = logging.getLogger("keylatch")
 
@@ -80,7 +81,8 @@ class Engine:
         self._l2: SharedCache | None = None
         self._starting: asyncio.Task[None] | None = None
         self._start_again_at = 0.0
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+        self._jobs: set[asyncio.Task[None]] = set()
 
     # Lifecycle
 
@@ -123,14 +125,15 @@ class Engine:
             self.store, self.hasher, check_keys, self.settings, self._clock, self._bury
         )
         self._check_keys = check_keys  # last: from here on the engine counts as started
-        self._in_background(self._usage.run())
-        self._in_background(self._tidy())
+        self._loops = [self._in_background(self._usage.run()), self._in_background(self._tidy())]
 
     async def stop(self) -> None:
         """Flush what was used, stop the background tasks, close what was opened."""
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for loop in self._loops:
+            loop.cancel()
+        if self._jobs:
+            await asyncio.wait(self._jobs, timeout=_LAST_JOBS_SECONDS)
+        await asyncio.gather(*self._loops, return_exceptions=True)
         if self._check_keys is not None:
             await self._usage.flush()
         if self._l2 is not None:
@@ -287,9 +290,9 @@ class Engine:
         if reason is not None:
             return Absence(reason, record.id, record.organization_id, found.as_of)
         if self._l2 is not None:
-            self._in_background(self._l2.put(token, record, found.as_of, self._feed.epoch))
+            self._do_later(self._l2.put(token, record, found.as_of, self._feed.epoch))
         if self.hasher.is_outdated(found.hash):
-            self._in_background(self._hash_anew(token, record.id, found.hash))
+            self._do_later(self._hash_anew(token, record.id, found.hash))
         return Entry(token.digest, record, found.as_of)
 
     # In the background
@@ -310,13 +313,17 @@ class Engine:
             except KeylatchError as error:
                 log.warning("housekeeping failed: %s", error.message)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+    def _do_later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work that no request waits for, but a stop does, for a moment."""
+        self._jobs.add(self._in_background(work))
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._jobs.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a background task failed", exc_info=task.exception())
 

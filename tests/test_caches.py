@@ -1,0 +1,348 @@
+"""What this process remembers, and the rule by which it believes it."""
+
+import asyncio
+import logging
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from conftest import Clock
+from keylatch.cache import Absence, Cache, Entry
+from keylatch.feed import Feed
+from keylatch.flights import Flights
+from keylatch.model import KeyRecord, Reason
+from keylatch.shared_cache import Breaker
+from keylatch.store import Changes
+
+RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
+ENTRY = Entry(b"digest", RECORD, 1)
+ABSENCE = Absence(Reason.UNKNOWN, "key_a", "", 1)
+
+
+def test_a_spray_of_bad_tokens_evicts_no_good_key() -> None:
+    """Absences have a bounded map of their own."""
+    cache = Cache(size=10)
+    cache.remember("good", ENTRY)
+    for number in range(10_000):
+        cache.remember_absence(b"%d" % number, ABSENCE)
+    assert cache.entry("good") is ENTRY
+    assert sum(cache.absence(b"%d" % number) is not None for number in range(10_000)) == 4_096
+
+
+def test_an_absence_is_forgotten_after_ten_seconds() -> None:
+    """Whatever else goes wrong, nobody is kept out for longer."""
+    clock = Clock()
+    cache = Cache(timer=clock)
+    cache.remember_absence(b"token", ABSENCE)
+    clock.tick(9.9)
+    assert cache.absence(b"token") is ABSENCE
+    clock.tick(0.2)
+    assert cache.absence(b"token") is None
+
+
+def test_the_least_recently_used_key_goes_first() -> None:
+    """The bound holds, and a key in use stays."""
+    cache = Cache(size=2)
+    cache.remember("a", ENTRY)
+    cache.remember("b", ENTRY)
+    cache.entry("a")
+    cache.remember("c", ENTRY)
+    assert [cache.entry(name) is not None for name in "abc"] == [True, False, True]
+
+
+class Log:
+    """A store's counter and log, as far as a feed needs one; `blind` makes it unreadable."""
+
+    def __init__(self) -> None:
+        self.seq = 1
+        self.epoch = "first"
+        self.rows: list[tuple[int, str | None, str | None]] = []
+        self.pruned = 0
+        self.blind = False
+        self.questions = 0
+        self.gate: asyncio.Event | None = None
+
+    def commit(self, key_id: str | None = None, organization_id: str | None = None) -> int:
+        self.seq += 1
+        self.rows.append((self.seq, key_id, organization_id))
+        return self.seq
+
+    def sequence_now(self) -> int | None:
+        return None if self.blind else self.seq
+
+    def changes_now(self, since: int) -> Changes:
+        told = tuple(row for row in self.rows if row[0] > since)
+        complete = since >= self.pruned and len(told) <= 1_000
+        return Changes(self.seq, self.epoch, complete, told if complete else ())
+
+    async def changes(self, since: int) -> Changes:
+        self.questions += 1
+        changes = self.changes_now(since)
+        if self.gate is not None:
+            await self.gate.wait()
+        return changes
+
+
+def feed_of(log: Log, resets: list[str] | None = None) -> Feed:
+    return Feed(log, lambda: (resets if resets is not None else []).append("reset"))  # type: ignore[arg-type]
+
+
+def test_an_entry_is_believed_until_its_key_is_touched() -> None:
+    """A change to the key or its organisation refuses it; changes to others do not."""
+    feed = feed_of(log := Log())
+    assert feed.is_current()
+    read_at = log.seq
+    log.commit("key_b")
+    log.commit(None, "rival")
+    assert feed.is_current()
+    assert feed.accepts("key_a", "acme", read_at)
+    touched = log.commit("key_a")
+    assert feed.is_current()
+    assert not feed.accepts("key_a", "acme", read_at)
+    assert feed.accepts("key_a", "acme", touched)
+    log.commit(None, "acme")
+    assert feed.is_current()
+    assert not feed.accepts("key_a", "acme", touched)
+
+
+def test_an_in_flight_read_cannot_bring_a_revoked_key_back() -> None:
+    """An entry read before the revoke and stored after it carries the older number."""
+    feed = feed_of(log := Log())
+    read_at = log.seq
+    log.commit("key_a")
+    assert feed.is_current()
+    assert not feed.accepts("key_a", "acme", read_at)
+
+
+def test_a_change_that_touches_everything_refuses_everything() -> None:
+    """A row that names nobody raises the floor."""
+    feed = feed_of(log := Log())
+    read_at = log.seq
+    everything = log.commit()
+    assert feed.is_current()
+    assert not feed.accepts("key_a", "acme", read_at)
+    assert feed.accepts("key_a", "acme", everything)
+
+
+@pytest.mark.parametrize("cause", ["pruned", "too many"])
+def test_what_was_not_told_is_not_believed(cause: str) -> None:
+    """A log that was pruned or is too long raises the floor: cold caches, right answers."""
+    feed = feed_of(log := Log())
+    assert feed.is_current()
+    read_at = log.seq
+    for number in range(5 if cause == "pruned" else 1_001):
+        log.commit(f"key_{number}")
+    log.pruned = log.seq if cause == "pruned" else 0
+    assert feed.is_current()
+    assert not feed.accepts("key_z", "acme", read_at)
+    assert feed.accepts("key_z", "acme", log.seq)
+
+
+def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory for tombstones is bounded; what falls out of it is not believed either."""
+    monkeypatch.setattr("keylatch.feed._MAX_TOMBSTONES", 3)
+    feed = feed_of(log := Log())
+    read_at = log.seq
+    for number in range(6):
+        log.commit(f"key_{number}")
+        assert feed.is_current()
+    assert not feed.accepts("key_0", "acme", read_at)
+    assert not feed.accepts("key_other", "acme", read_at)
+
+
+def test_an_unreadable_store_is_not_current() -> None:
+    """Who cannot read the counter does not know, and says so."""
+    feed = feed_of(log := Log())
+    log.blind = True
+    assert not feed.is_current()
+
+
+@pytest.mark.parametrize("sign", ["seq", "epoch"])
+def test_a_restored_store_resets_everything(sign: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A counter that went back, or another epoch: caches go, and the log is loud about it."""
+    resets: list[str] = []
+    feed = feed_of(log := Log(), resets)
+    for _ in range(5):
+        log.commit("key_a")
+    assert feed.is_current()
+    future = log.seq
+    if sign == "seq":
+        log.seq, log.rows = 3, []
+    else:
+        log.epoch = "second"
+        log.commit("key_b")
+    with caplog.at_level(logging.CRITICAL):
+        assert feed.is_current()
+    assert resets == ["reset"]
+    assert "backup" in caplog.text
+    if sign == "seq":
+        assert not feed.accepts("key_a", "acme", future)
+
+
+@pytest.mark.anyio
+async def test_a_question_that_left_before_me_does_not_answer_me() -> None:
+    """Whoever comes while a question is under way waits for the next one, and shares it."""
+    feed = feed_of(log := Log())
+    log.blind = True
+    log.gate = asyncio.Event()
+    early = asyncio.create_task(feed.catch_up())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    touched = log.commit("key_a")  # commits after the first question has read
+    late = [asyncio.create_task(feed.catch_up()) for _ in range(20)]
+    await asyncio.sleep(0)
+    log.gate.set()
+    await asyncio.gather(early, *late)
+    assert log.questions == 2
+    assert feed.seq == touched
+    assert not feed.accepts("key_a", "acme", touched - 1)
+
+
+@pytest.mark.anyio
+async def test_a_feed_begins_with_the_recent_past() -> None:
+    """After a restart, what Redis holds about untouched keys can be believed at once."""
+    feed = feed_of(log := Log())
+    read_at = log.seq
+    log.commit("key_b")
+    await feed.begin()
+    assert feed.accepts("key_a", "acme", read_at)
+    assert not feed.accepts("key_b", "acme", read_at)
+
+
+class FeedAgainstTruth(RuleBasedStateMachine):
+    """Whatever happens in whatever order, an accepted entry says what the store says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Log()
+        self.feed = feed_of(self.log)
+        self.touched: dict[str, int] = {}
+        self.entries: list[tuple[str, int]] = []
+
+    @rule(name=st.sampled_from(["key_a", "key_b", "key_c"]))
+    def change(self, name: str) -> None:
+        self.touched[name] = self.log.commit(name)
+
+    @rule(name=st.sampled_from(["key_a", "key_b", "key_c"]))
+    def read(self, name: str) -> None:
+        self.entries.append((name, self.log.seq))
+
+    @rule()
+    def prune(self) -> None:
+        self.log.pruned = self.log.seq
+
+    @rule()
+    def look(self) -> None:
+        self.feed.is_current()
+
+    @invariant()
+    def nothing_stale_is_accepted(self) -> None:
+        if self.feed.is_current():
+            for name, as_of in self.entries:
+                if self.feed.accepts(name, "acme", as_of):
+                    assert as_of >= self.touched.get(name, 0)
+
+
+FeedAgainstTruth.TestCase.settings = hypothesis_settings(max_examples=50)
+TestFeedAgainstTruth = FeedAgainstTruth.TestCase
+
+
+@pytest.mark.anyio
+async def test_many_who_want_the_same_share_one_flight() -> None:
+    """A hundred callers, one fetch."""
+    flights: Flights[int] = Flights()
+    gate = asyncio.Event()
+    fetched = []
+
+    async def fetch() -> int:
+        fetched.append(1)
+        await gate.wait()
+        return 7
+
+    callers = [asyncio.create_task(flights.join("token", fetch)) for _ in range(100)]
+    await asyncio.sleep(0)
+    gate.set()
+    assert await asyncio.gather(*callers) == [7] * 100
+    assert len(fetched) == 1
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_leader_takes_nobody_down() -> None:
+    """The first caller hangs up; the others still get the result."""
+    flights: Flights[int] = Flights()
+    gate = asyncio.Event()
+
+    async def fetch() -> int:
+        await gate.wait()
+        return 7
+
+    leader = asyncio.create_task(flights.join("token", fetch))
+    follower = asyncio.create_task(flights.join("token", fetch))
+    await asyncio.sleep(0)
+    leader.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    assert await follower == 7
+    with pytest.raises(asyncio.CancelledError):
+        await leader
+
+
+@pytest.mark.anyio
+async def test_a_failed_flight_is_not_remembered() -> None:
+    """Everybody on it hears of the error; the next caller tries anew."""
+    flights: Flights[int] = Flights()
+
+    async def fail() -> int:
+        raise OSError("down")
+
+    async def succeed() -> int:
+        return 7
+
+    results = await asyncio.gather(
+        flights.join("token", fail), flights.join("token", fail), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [OSError, OSError]
+    assert await flights.join("token", succeed) == 7
+
+
+def test_the_breaker_lets_one_try_each_second() -> None:
+    """One wait a second while Redis is down, and all go on as soon as it is back."""
+    clock = Clock()
+    breaker = Breaker(clock)
+    assert breaker.lets_pass()
+    assert breaker.failed()
+    assert not breaker.lets_pass()
+    clock.tick(1.1)
+    assert [breaker.lets_pass() for _ in range(3)] == [True, False, False]
+    assert not breaker.failed()
+    clock.tick(1.1)
+    assert breaker.lets_pass()
+    breaker.succeeded()
+    assert breaker.lets_pass()
+    assert breaker.lets_pass()
+
+
+class Trusting(Feed):
+    """The broken twin: it believes whatever it once read."""
+
+    def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
+        return True
+
+
+def test_the_twin_that_believes_everything_is_caught() -> None:
+    """The machine above finds a stale entry where the rule is missing."""
+
+    class AgainstTrusting(FeedAgainstTruth):
+        def __init__(self) -> None:
+            super().__init__()
+            self.feed = Trusting(self.log, lambda: None)  # type: ignore[arg-type]
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(AgainstTrusting)

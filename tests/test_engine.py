@@ -1,0 +1,504 @@
+"""The story of a credential: who is asked, who is not, and what is believed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakeredis import FakeAsyncRedis, FakeServer
+from sqlalchemy import Connection
+
+from conftest import Clock, MakeEngine
+from keylatch import tokens
+from keylatch.engine import Engine
+from keylatch.errors import HashingBusy, StoreUnavailable
+from keylatch.hashing import CHEAPEST, Cost, Hasher
+from keylatch.keyring import Created
+from keylatch.model import Allow, Deny, Reason, Wanted
+from keylatch.settings import Settings
+from keylatch.store import Absent, Changes, Found, Store, _advance
+from keylatch.tokens import Token
+from servers import PostgresServer
+
+pytestmark = pytest.mark.anyio
+
+
+class WatchedStore(Store):
+    """A store that counts questions, can be broken, and can hold an answer back."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.finds = 0
+        self.broken = False
+        self.holding: asyncio.Event | None = None
+        self.has_read = asyncio.Event()
+
+    async def find(self, key_id: str) -> Found | Absent:
+        self.finds += 1
+        if self.broken:
+            raise StoreUnavailable("broken by the test")
+        answer = await super().find(key_id)
+        self.has_read.set()
+        if self.holding is not None:
+            await self.holding.wait()
+        return answer
+
+    async def touch(self, uses: Mapping[str, int]) -> None:
+        if self.broken:
+            raise StoreUnavailable("broken by the test")
+        await super().touch(uses)
+
+
+class WatchedHasher(Hasher):
+    """A hasher that counts what it verifies."""
+
+    def __init__(self, cost: Cost = CHEAPEST) -> None:
+        super().__init__("argon2id", cost)
+        self.verified = 0
+        self.full = False
+
+    async def verify(self, stored: str, token: Token) -> bool:
+        self.verified += 1
+        if self.full:
+            raise HashingBusy("filled by the test")
+        return await super().verify(stored, token)
+
+
+@pytest.fixture
+def store(store_url: str) -> WatchedStore:
+    return WatchedStore(store_url)
+
+
+@pytest.fixture
+def hasher() -> WatchedHasher:
+    return WatchedHasher()
+
+
+@pytest.fixture
+async def engine(
+    make_engine: MakeEngine, store: WatchedStore, hasher: WatchedHasher
+) -> AsyncIterator[Engine]:
+    engine = make_engine(store=store, hasher=hasher)
+    await engine.start()
+    yield engine
+    store.broken = False
+    await engine.stop()
+
+
+@pytest.fixture
+async def other(make_engine: MakeEngine) -> AsyncIterator[Engine]:
+    """Another process's engine on the same store."""
+    other = make_engine()
+    await other.start()
+    yield other
+    await other.stop()
+
+
+async def create(engine: Engine, organization: str = "acme", **values: Any) -> Created:
+    return await (await engine.keyring()).create(organization, "ci", **values)
+
+
+async def revoke(engine: Engine, created: Created) -> None:
+    assert await (await engine.keyring()).delete("acme", created.record.id)
+
+
+def bearer(token: Token) -> list[bytes]:
+    return [b"Bearer " + token.reveal().encode()]
+
+
+async def with_other_secret(store: Store, token: Token) -> Token:
+    """A token of the same key whose check and CRC are right and whose secret is not."""
+    secrets = await store.open(0)
+    head = token.reveal().rpartition("_")[0]
+    body = f"{head}_{'A' * tokens.SECRET_LENGTH}"
+    body += tokens._check(secrets.check_keys[0], body)
+    return Token(body + tokens._crc(body))
+
+
+class TestWhoIsAsked:
+    """Costs: what a check may and may not do."""
+
+    async def test_a_cold_key_costs_one_look_up_and_one_hash_and_then_nothing(
+        self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
+    ) -> None:
+        """The first check asks the store and argon2; all further ones neither."""
+        created = await create(engine)
+        assert engine.peek(created.token) is None
+        for _ in range(5):
+            assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(engine.peek(created.token), Allow)
+        assert (store.finds, hasher.verified) == (1, 1)
+
+    async def test_a_hit_never_suspends(self, engine: Engine) -> None:
+        """The first step of the coroutine is its last: no hop, no await that yields."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        with pytest.raises(StopIteration) as done:
+            engine.check(bearer(created.token)).send(None)
+        assert isinstance(done.value.value, Allow)
+
+    async def test_a_hundred_cold_requests_cost_one_hash(
+        self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
+    ) -> None:
+        """A herd on one cold key is one flight."""
+        created = await create(engine)
+        verdicts = await asyncio.gather(*(engine.check(bearer(created.token)) for _ in range(100)))
+        assert all(isinstance(verdict, Allow) for verdict in verdicts)
+        assert (store.finds, hasher.verified) == (1, 1)
+
+    async def test_strangers_cost_nothing(
+        self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
+    ) -> None:
+        """Tokens that this store never minted are refused by peek alone."""
+        stranger = tokens.CheckKeys([b"s" * 32]).mint("kl", "live")
+        for token in (stranger, Token("rubbish"), Token("kl_live_a_b"), Token("x" * 500)):
+            assert engine.peek(token) == Deny(Reason.FORGED)
+        assert (store.finds, hasher.verified) == (0, 0)
+
+    async def test_a_known_id_with_a_wrong_secret_costs_no_hash(
+        self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
+    ) -> None:
+        """The cached digest refuses it, and the good token stays good."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        wrong = await with_other_secret(store, created.token)
+        assert engine.peek(wrong) == Deny(Reason.WRONG_SECRET)
+        assert isinstance(engine.peek(created.token), Allow)
+        assert hasher.verified == 1
+
+    async def test_a_wrong_secret_for_a_cold_id_is_hashed_once(
+        self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
+    ) -> None:
+        """Then the negative cache knows it; the good token is not affected."""
+        created = await create(engine)
+        wrong = await with_other_secret(store, created.token)
+        for _ in range(5):
+            assert await engine.check(bearer(wrong)) == Deny(Reason.WRONG_SECRET)
+        assert hasher.verified == 1
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+
+class TestRevocation:
+    """What is believed, and for how long."""
+
+    async def test_a_revoke_elsewhere_holds_from_the_next_check_on(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """G1: the answer of the delete is the last moment of the key, in every process."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        await revoke(other, created)
+        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+
+    async def test_the_twin_that_does_not_read_seq_is_caught(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """Without the counter the same story accepts a revoked key."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        engine._feed.is_current = lambda: True  # type: ignore[method-assign]
+        await revoke(other, created)
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+    async def test_a_read_in_flight_cannot_revive_a_revoked_key(
+        self, engine: Engine, other: Engine, store: WatchedStore
+    ) -> None:
+        """Read as active, revoked, then delivered: neither the late answer nor any cache
+        accepts it."""
+        created = await create(engine)
+        store.holding = asyncio.Event()
+        late = asyncio.create_task(engine.check(bearer(created.token)))
+        await store.has_read.wait()
+        await revoke(other, created)
+        store.holding.set()
+        assert await late == Deny(Reason.REVOKED)
+        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+
+    async def test_whoever_joins_a_flight_late_judges_its_result_anew(
+        self, engine: Engine, other: Engine, store: WatchedStore
+    ) -> None:
+        """A request that starts after the delete is refused, though its flight left before."""
+        created = await create(engine)
+        store.holding = asyncio.Event()
+        early = asyncio.create_task(engine.check(bearer(created.token)))
+        await store.has_read.wait()
+        await revoke(other, created)
+        joined = asyncio.create_task(engine.check(bearer(created.token)))
+        await asyncio.sleep(0)
+        store.holding.set()
+        assert await joined == Deny(Reason.REVOKED)
+        await early
+
+    async def test_every_kind_of_change_holds_at_once(self, engine: Engine, other: Engine) -> None:
+        """Disabled, enabled, permission, expiry: the next check knows."""
+        created = await create(engine)
+        keyring = await other.keyring()
+        sends = Wanted.all_of(["SENDING"])
+        steps: list[tuple[dict[str, Any], Wanted, object]] = [
+            ({"active": False}, sends, Deny(Reason.DISABLED)),
+            ({"active": True}, sends, Allow),
+            ({"permission": "SENDING"}, sends, Allow),
+            (
+                {"permission": "SENDING"},
+                Wanted(frozenset({"FULL"})),
+                Deny(Reason.INSUFFICIENT_SCOPE, "FULL"),
+            ),
+        ]
+        for change, wanted, expected in steps:
+            await keyring.change("acme", created.record.id, **change)
+            verdict = await engine.check(bearer(created.token), wanted)
+            assert verdict == expected or type(verdict) is expected
+
+    async def test_an_organisation_that_is_disabled_takes_its_keys_along(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """One row of the log refuses all keys of the organisation, cached or not."""
+        created, foreign = await create(engine), await create(engine, "rival")
+        for each in (created, foreign):
+            await engine.check(bearer(each.token))
+
+        def disable(connection: Connection) -> None:
+            connection.exec_driver_sql(
+                "UPDATE keylatch_organizations SET active = false WHERE id = 'acme'"
+            )
+            _advance(connection, 0, organization_id="acme")
+
+        await other.store._database.write(disable)
+        assert await engine.check(bearer(created.token)) == Deny(Reason.ORGANIZATION_DISABLED)
+        assert isinstance(await engine.check(bearer(foreign.token)), Allow)
+
+    async def test_expiry_is_judged_at_each_use(
+        self, engine: Engine, clock: Clock, store: WatchedStore
+    ) -> None:
+        """A cached key ends with its last millisecond, without anybody telling."""
+        expires_at = int(clock() * 1000) + 60_000
+        created = await create(engine, expires_at=expires_at)
+        await engine.check(bearer(created.token))
+        clock.tick(59.999)
+        assert isinstance(engine.peek(created.token), Allow)
+        clock.tick(0.001)
+        assert engine.peek(created.token) == Deny(Reason.EXPIRED)
+        assert store.finds == 1
+
+    async def test_a_key_that_was_just_created_is_not_hidden(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """Somebody may have asked for it a moment too early."""
+        keyring = await other.keyring()
+        token = keyring._check_keys.mint("kl", "live")
+        assert await engine.check(bearer(token)) == Deny(Reason.UNKNOWN)
+        created = await create(other)
+        record = replace(created.record, id=token.key_id)
+        await other.store.add(record, await other.hasher.hash(token))
+        assert isinstance(await engine.check(bearer(token)), Allow)
+
+    async def test_keys_of_another_environment_are_not_welcome(
+        self, make_engine: MakeEngine
+    ) -> None:
+        """An engine for live refuses a test key as if it did not exist."""
+        engine = make_engine(environment="live")
+        live, test = await create(engine), await create(engine, environment="test")
+        assert isinstance(await engine.check(bearer(live.token)), Allow)
+        assert await engine.check(bearer(test.token)) == Deny(Reason.WRONG_ENVIRONMENT)
+        await engine.stop()
+
+
+class TestFailure:
+    """No fault turns a valid key into 401, and no fault is remembered."""
+
+    async def test_a_broken_store_is_unavailable_and_forgotten(
+        self, engine: Engine, store: WatchedStore
+    ) -> None:
+        """An error writes to no cache: when the store is back, so are the keys."""
+        created = await create(engine)
+        store.broken = True
+        assert await engine.check(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
+        store.broken = False
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+    async def test_a_full_hash_queue_is_busy_and_cached_keys_are_unaffected(
+        self, engine: Engine, hasher: WatchedHasher
+    ) -> None:
+        """Cold keys get 503; warm ones do not need a hash."""
+        warm, cold = await create(engine), await create(engine)
+        await engine.check(bearer(warm.token))
+        hasher.full = True
+        assert await engine.check(bearer(cold.token)) == Deny(Reason.BUSY)
+        assert isinstance(await engine.check(bearer(warm.token)), Allow)
+        hasher.full = False
+        assert isinstance(await engine.check(bearer(cold.token)), Allow)
+
+    async def test_a_damaged_hash_is_unavailable(self, engine: Engine, store: WatchedStore) -> None:
+        """A row that cannot be read says nothing about the key."""
+        created = await create(engine)
+        found = await store.find(created.record.id)
+        assert isinstance(found, Found)
+        await store.replace_hash(created.record.id, found.hash, "$argon2id$damaged")
+        assert await engine.check(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
+
+    async def test_a_store_that_is_late_is_waited_for(
+        self, make_engine: MakeEngine, tmp_path: Path, clock: Clock
+    ) -> None:
+        """The engine starts without it, answers 503, and tries again once a second."""
+        folder = tmp_path / "late"
+        engine = make_engine(store=Store(f"sqlite:///{folder}/keys.db"))
+        await engine.start()
+        token = tokens.CheckKeys([b"k" * 32]).mint("kl", "live")
+        assert await engine.check(bearer(token)) == Deny(Reason.UNAVAILABLE)
+        folder.mkdir()
+        assert await engine.check(bearer(token)) == Deny(Reason.UNAVAILABLE)
+        clock.tick(1.1)
+        assert await engine.check(bearer(token)) == Deny(Reason.FORGED)
+        await engine.stop()
+
+
+class TestLifecycle:
+    """Start, stop, and everything that must survive it."""
+
+    async def test_a_graceful_stop_loses_no_use(
+        self, engine: Engine, other: Engine, clock: Clock
+    ) -> None:
+        """What was used a moment before the stop is in the store after it."""
+        used, unused = await create(engine), await create(engine)
+        await engine.check(bearer(used.token))
+        now_ms = int(clock() * 1000)
+        await engine.stop()
+        keyring = await other.keyring()
+        found = {record.id: record.last_used for record in await keyring.list("acme")}
+        assert found == {used.record.id: now_ms, unused.record.id: None}
+
+    async def test_only_good_keys_leave_a_trace(self, engine: Engine, other: Engine) -> None:
+        """A key whose permission does not suffice was used; a disabled one was not."""
+        sending, disabled = await create(engine, permission="SENDING"), await create(engine)
+        await (await other.keyring()).change("acme", disabled.record.id, active=False)
+        await engine.check(bearer(sending.token), Wanted(frozenset({"FULL"})))
+        await engine.check(bearer(disabled.token))
+        await engine.stop()
+        keyring = await other.keyring()
+        used = {record.id for record in await keyring.list("acme") if record.last_used}
+        assert used == {sending.record.id}
+
+    async def test_an_engine_can_be_started_again(self, engine: Engine) -> None:
+        """Stopping closes everything; the next check opens it again."""
+        created = await create(engine)
+        await engine.stop()
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+    async def test_two_engines_in_one_process_do_not_meet(
+        self, engine: Engine, tmp_path: Path
+    ) -> None:
+        """No global state: another store's keys are strangers."""
+        second = Engine(Settings.load(store=f"sqlite:///{tmp_path}/second.db", hasher="sha256"))
+        created = await create(second)
+        assert isinstance(await second.check(bearer(created.token)), Allow)
+        assert await engine.check(bearer(created.token)) == Deny(Reason.FORGED)
+        await second.stop()
+
+    async def test_hashes_are_upgraded_on_use(
+        self, make_engine: MakeEngine, engine: Engine, store: WatchedStore
+    ) -> None:
+        """A key that was hashed at another cost is hashed anew when it is used, once."""
+        created = await create(engine)
+        dearer = make_engine(hasher=WatchedHasher(Cost(memory_kib=16, passes=2)))
+        assert isinstance(await dearer.check(bearer(created.token)), Allow)
+        await dearer.stop()
+        found = await store.find(created.record.id)
+        assert isinstance(found, Found)
+        assert "m=16,t=2" in found.hash
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+
+class TestSharedCache:
+    """Redis, between two engines."""
+
+    @pytest.fixture
+    def redis(self) -> FakeServer:
+        return FakeServer()
+
+    async def test_what_one_process_proved_another_need_not(
+        self, make_engine: MakeEngine, redis: FakeServer
+    ) -> None:
+        """A second process, or the same one after a restart, asks Redis and not argon2."""
+        first = make_engine(redis=FakeAsyncRedis(server=redis))
+        hasher = WatchedHasher()
+        second = make_engine(redis=FakeAsyncRedis(server=redis), hasher=hasher)
+        created = await create(first)
+        await first.check(bearer(created.token))
+        await first.stop()
+        assert isinstance(await second.check(bearer(created.token)), Allow)
+        assert hasher.verified == 0
+        await second.stop()
+
+    async def test_what_redis_says_is_judged_by_the_store(
+        self, make_engine: MakeEngine, redis: FakeServer
+    ) -> None:
+        """An old value put back after the revoke is older than the tombstone, so refused."""
+        first = make_engine(redis=FakeAsyncRedis(server=redis))
+        client = FakeAsyncRedis(server=redis)
+        created = await create(first)
+        await first.check(bearer(created.token))
+        await first.stop()
+        (name,) = await client.keys("*")
+        old: Any = await client.get(name)
+        second = make_engine(redis=FakeAsyncRedis(server=redis))
+        await revoke(second, created)
+        assert await client.get(name) != old
+        await client.set(name, old)
+        assert await second.check(bearer(created.token)) == Deny(Reason.REVOKED)
+        await second.stop()
+        await client.aclose()
+
+
+class TestPostgreSQL:
+    """The same promises on PostgreSQL, where every check asks for the counter."""
+
+    @pytest.fixture
+    def store_url(self, postgres: PostgresServer) -> str:
+        return postgres.new_database()
+
+    async def test_a_warm_key_costs_no_look_up_and_no_hash(
+        self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
+    ) -> None:
+        """The counter is asked for, the key is not."""
+        created = await create(engine)
+        for _ in range(5):
+            assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert (store.finds, hasher.verified) == (1, 1)
+
+    async def test_a_revoke_elsewhere_holds_from_the_next_check_on(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """G2, slow but right until there are leases."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        await revoke(other, created)
+        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+
+    async def test_a_read_in_flight_cannot_revive_a_revoked_key(
+        self, engine: Engine, other: Engine, store: WatchedStore
+    ) -> None:
+        """Read as active, revoked, then delivered: refused."""
+        created = await create(engine)
+        store.holding = asyncio.Event()
+        late = asyncio.create_task(engine.check(bearer(created.token)))
+        await store.has_read.wait()
+        await revoke(other, created)
+        store.holding.set()
+        assert await late == Deny(Reason.REVOKED)
+
+    async def test_a_store_that_cannot_be_asked_is_unavailable(
+        self, engine: Engine, store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A cached key without a counter to check it against is 503, not 401 and not 200."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+
+        async def fail(since: int) -> Changes:
+            raise StoreUnavailable("broken by the test")
+
+        monkeypatch.setattr(store, "changes", fail)
+        assert await engine.check(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
+        monkeypatch.undo()
+        assert isinstance(await engine.check(bearer(created.token)), Allow)

@@ -1,0 +1,130 @@
+"""Hashes: self-describing, upgraded when they should be, bounded, and off the event loop."""
+
+import asyncio
+import threading
+
+import pytest
+
+from keylatch.errors import HashingBusy, HashingFailed
+from keylatch.hashing import CHEAPEST, OWASP_MINIMUM, Cost, Hasher
+from keylatch.tokens import CheckKeys, Token
+
+pytestmark = pytest.mark.anyio
+TOKEN = CheckKeys([b"k" * 32]).mint("kl", "live")
+OTHER = CheckKeys([b"k" * 32]).mint("kl", "live")
+
+
+@pytest.mark.parametrize("hasher", [Hasher("argon2id", CHEAPEST), Hasher("sha256")])
+async def test_a_hash_fits_its_token_and_no_other(hasher: Hasher) -> None:
+    """Whatever the scheme: verify says yes to the one token and no to all others."""
+    stored = await hasher.hash(TOKEN)
+    assert await hasher.verify(stored, TOKEN)
+    assert not await hasher.verify(stored, OTHER)
+    assert TOKEN.reveal() not in stored
+    hasher.close()
+
+
+async def test_every_hasher_verifies_every_scheme() -> None:
+    """A change of settings never locks out the keys that were made before it."""
+    argon, sha = Hasher("argon2id", CHEAPEST), Hasher("sha256")
+    assert await sha.verify(await argon.hash(TOKEN), TOKEN)
+    assert await argon.verify(await sha.hash(TOKEN), TOKEN)
+    argon.close()
+    sha.close()
+
+
+async def test_the_production_cost_is_the_owasp_minimum() -> None:
+    """argon2id with 19 MiB, two passes, one lane, said by the hash itself."""
+    hasher = Hasher()
+    stored = await hasher.hash(TOKEN)
+    assert stored.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+    assert await hasher.verify(stored, TOKEN)
+    hasher.close()
+
+
+async def test_hashes_are_upgraded_and_never_weakened() -> None:
+    """Another cost or a weaker scheme is outdated; an argon2id hash never becomes a sha256."""
+    cheap, dear, sha = (
+        Hasher("argon2id", CHEAPEST),
+        Hasher("argon2id", Cost(16, 2)),
+        Hasher("sha256"),
+    )
+    argon_hash, sha_hash = await cheap.hash(TOKEN), await sha.hash(TOKEN)
+    assert dear.is_outdated(argon_hash)
+    assert dear.is_outdated(sha_hash)
+    assert not cheap.is_outdated(argon_hash)
+    assert not sha.is_outdated(argon_hash)
+    assert not sha.is_outdated(sha_hash)
+    for hasher in (cheap, dear, sha):
+        hasher.close()
+
+
+class Gated(Token):
+    """A token that keeps whoever hashes it waiting, and tells on which thread it was read."""
+
+    __slots__ = ("gate", "readers")
+
+    def __init__(self) -> None:
+        super().__init__(TOKEN.reveal())
+        self.gate = threading.Event()
+        self.readers: list[str] = []
+
+    def reveal(self) -> str:
+        self.readers.append(threading.current_thread().name)
+        self.gate.wait(20)
+        return super().reveal()
+
+
+async def test_a_full_queue_says_so_at_once_and_recovers() -> None:
+    """Beyond workers plus queue the answer is HashingBusy; when one is done there is room."""
+    hasher = Hasher("argon2id", CHEAPEST, workers=1, queue=2)
+    token = Gated()
+    waiting = [asyncio.create_task(hasher.hash(token)) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(HashingBusy):
+        await hasher.hash(token)
+    token.gate.set()
+    await asyncio.gather(*waiting)
+    assert await hasher.hash(token)
+    hasher.close()
+
+
+async def test_a_cancelled_request_keeps_its_place_until_its_hash_is_done() -> None:
+    """Clients that hang up cannot stack more work on the pool than it may hold."""
+    hasher = Hasher("argon2id", CHEAPEST, workers=1, queue=0)
+    token = Gated()
+    hung_up = asyncio.create_task(hasher.hash(token))
+    await asyncio.sleep(0)
+    hung_up.cancel()
+    await asyncio.wait([hung_up])
+    with pytest.raises(HashingBusy):
+        await hasher.hash(token)
+    token.gate.set()
+    hasher.close()
+
+
+async def test_argon2_runs_on_its_own_threads() -> None:
+    """The event loop's thread never reads a token to hash it."""
+    hasher = Hasher("argon2id", CHEAPEST)
+    token = Gated()
+    token.gate.set()
+    await hasher.verify(await hasher.hash(token), token)
+    assert len(token.readers) == 2
+    assert all(name.startswith("keylatch-hash") for name in token.readers)
+    hasher.close()
+
+
+@pytest.mark.parametrize("stored", ["", "rubbish", "$argon2id$v=19$m=8,t=1,p=1$short"])
+async def test_an_unreadable_hash_is_a_failure_and_no_refusal(stored: str) -> None:
+    """A damaged row says nothing about the key: that must not become a 401."""
+    hasher = Hasher("argon2id", CHEAPEST)
+    with pytest.raises(HashingFailed) as caught:
+        await hasher.verify(stored, TOKEN)
+    assert TOKEN.reveal() not in str(caught.value)
+    assert not hasher.is_outdated(stored)
+    hasher.close()
+
+
+def test_the_cheapest_cost_is_not_the_default() -> None:
+    """Tests are cheap because they ask for it."""
+    assert Cost() == OWASP_MINIMUM != CHEAPEST

@@ -1,0 +1,160 @@
+"""lastUsed: off the request's path, coalesced, never lost on a graceful stop."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+import pytest
+
+from keylatch.errors import StoreUnavailable
+from keylatch.usage import Usage
+
+pytestmark = pytest.mark.anyio
+
+
+class Store:
+    """Remembers what it was told; fails as often as it is asked to."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.told: list[dict[str, int]] = []
+        self.failures = failures
+
+    async def touch(self, uses: Mapping[str, int]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise StoreUnavailable("down")
+        if uses:
+            self.told.append(dict(uses))
+
+
+class Sleep:
+    """A clock for tasks: whoever sleeps is woken by `pass_time`."""
+
+    def __init__(self) -> None:
+        self._sleepers: list[tuple[float, asyncio.Event]] = []
+
+    async def __call__(self, seconds: float) -> None:
+        awake = asyncio.Event()
+        self._sleepers.append((seconds, awake))
+        await awake.wait()
+
+    async def pass_time(self, seconds: float) -> None:
+        due = [sleeper for sleeper in self._sleepers if sleeper[0] <= seconds]
+        self._sleepers = [(left - seconds, e) for left, e in self._sleepers if left > seconds]
+        for _, awake in due:
+            awake.set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[tuple[Usage, Store, Sleep]]:
+    """A usage buffer whose task runs, with a clock to move."""
+    store, sleep = Store(), Sleep()
+    usage = Usage(store.touch, sleep)
+    task = asyncio.create_task(usage.run())
+    await sleep.pass_time(0)
+    yield usage, store, sleep
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_uses_coalesce_to_the_newest_and_show_within_a_second(
+    running: tuple[Usage, Store, Sleep],
+) -> None:
+    """A thousand uses of a key are one write, half a second after the first."""
+    usage, store, sleep = running
+    for at in range(1000):
+        usage.note("key_a", at)
+    await sleep.pass_time(0)
+    assert store.told == []
+    await sleep.pass_time(0.5)
+    assert store.told == [{"key_a": 999}]
+
+
+async def test_a_busy_process_writes_every_five_seconds(
+    running: tuple[Usage, Store, Sleep],
+) -> None:
+    """After a flush the next one waits for the interval, however much is noted."""
+    usage, store, sleep = running
+    usage.note("key_a", 1)
+    await sleep.pass_time(0)
+    await sleep.pass_time(0.5)
+    usage.note("key_a", 2)
+    await sleep.pass_time(4.9)
+    assert len(store.told) == 1
+    await sleep.pass_time(0.2)
+    await sleep.pass_time(0.5)
+    assert store.told[1:] == [{"key_a": 2}]
+
+
+async def test_many_keys_are_written_sooner(running: tuple[Usage, Store, Sleep]) -> None:
+    """A thousand waiting keys do not wait for the interval."""
+    usage, store, sleep = running
+    usage.note("key_first", 1)
+    await sleep.pass_time(0)
+    await sleep.pass_time(0.5)
+    for number in range(1_002):
+        usage.note(f"key_{number}", 2)
+    await sleep.pass_time(0)
+    await sleep.pass_time(0.5)
+    assert len(store.told[1]) == 1_002
+
+
+async def test_what_could_not_be_stored_waits_and_newer_uses_win() -> None:
+    """An outage loses nothing, and an older time does not overwrite a newer one."""
+    store = Store(failures=1)
+    usage = Usage(store.touch)
+    usage.note("key_a", 1)
+    usage.note("key_b", 1)
+    await usage.flush()
+    usage.note("key_a", 5)
+    await usage.flush()
+    assert store.told == [{"key_a": 5, "key_b": 1}]
+
+
+async def test_a_use_during_the_flush_is_kept() -> None:
+    """A key noted while the write is under way is written by the next one."""
+    told: list[dict[str, int]] = []
+
+    async def slow(uses: Mapping[str, int]) -> None:
+        if not told:
+            usage.note("key_a", 2)
+        told.append(dict(uses))
+
+    usage = Usage(slow)
+    usage.note("key_a", 1)
+    await usage.flush()
+    await usage.flush()
+    assert told == [{"key_a": 1}, {"key_a": 2}]
+
+
+async def test_a_cancelled_flush_loses_nothing() -> None:
+    """A stop in the middle of a write leaves the uses for the last flush."""
+    gate = asyncio.Event()
+    told: list[dict[str, int]] = []
+
+    async def slow(uses: Mapping[str, int]) -> None:
+        await gate.wait()
+        told.append(dict(uses))
+
+    usage = Usage(slow)
+    usage.note("key_a", 1)
+    flush = asyncio.create_task(usage.flush())
+    await asyncio.sleep(0)
+    flush.cancel()
+    await asyncio.wait([flush])
+    gate.set()
+    await usage.flush()
+    assert told == [{"key_a": 1}]
+
+
+async def test_the_buffer_is_bounded() -> None:
+    """While the store is down for long, memory does not grow beyond 50,000 keys."""
+    store = Store()
+    usage = Usage(store.touch)
+    for number in range(60_000):
+        usage.note(f"key_{number}", 1)
+    usage.note("key_0", 2)
+    await usage.flush()
+    assert len(store.told[0]) == 50_000
+    assert store.told[0]["key_0"] == 2
