@@ -1,16 +1,22 @@
 """What tests share: a clock to move, cheap hashes, engines, and real servers on demand."""
 
+import asyncio
+import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.keyring import Created
 from keylatch.settings import Settings
 from keylatch.store import Store
-from servers import PostgresServer, RedisServer
+from keylatch_sidecar.app import create_app
+from servers import PostgresServer, RedisServer, serving
 
 MakeEngine = Callable[..., Engine]
 
@@ -96,3 +102,70 @@ def postgres() -> Iterator[PostgresServer]:
     server = PostgresServer()
     yield server
     server.remove()
+
+
+class Sidecar:
+    """A sidecar on a real socket, and its operator, who makes the first key of an organisation."""
+
+    def __init__(self, url: str, clock: Clock, operator: Engine, runner: asyncio.Runner) -> None:
+        self.url = url
+        self.clock = clock
+        self._operator = operator
+        self._runner = runner
+        self._numbers = itertools.count(1)
+
+    def create(self, organization: str = "", name: str = "Boss", **fields: Any) -> Created:
+        """A key, of a new organisation where none is named."""
+        organization = organization or f"organization-{next(self._numbers)}"
+
+        async def create() -> Created:
+            keyring = await self._operator.keyring()
+            return await keyring.create(organization, name, **fields)
+
+        return self._runner.run(create())
+
+    def client(self, key: Created | None = None) -> httpx.Client:
+        """An HTTP client that sends this key."""
+        headers = {"Authorization": f"Bearer {key.token.reveal()}"} if key else {}
+        return httpx.Client(
+            base_url=self.url, headers=headers, timeout=30, trust_env=False, verify=False
+        )
+
+
+@contextlib.contextmanager
+def sidecar_on(store_url: str, clock: Clock, **settings: Any) -> Iterator[Sidecar]:
+    """A sidecar that is served until the end of the block."""
+
+    def engine() -> Engine:
+        return Engine(
+            Settings.load(**{"store": store_url, "redis": "", **settings}),
+            clock=clock,
+            timer=clock,
+            hasher=Hasher("argon2id", CHEAPEST),
+        )
+
+    with serving(create_app(engine())) as url, asyncio.Runner() as runner:
+        operator = engine()
+        yield Sidecar(url, clock, operator, runner)
+        runner.run(operator.stop())
+
+
+@pytest.fixture(scope="module")
+def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
+    """One for all tests of a file: each takes an organisation of its own."""
+    store_url = f"sqlite:///{tmp_path_factory.mktemp('sidecar')}/keys.db"
+    with sidecar_on(store_url, Clock()) as sidecar:
+        yield sidecar
+
+
+@pytest.fixture
+def boss(sidecar: Sidecar) -> Created:
+    """The first key of an organisation of the test's own: FULL, live."""
+    return sidecar.create()
+
+
+@pytest.fixture
+def client(sidecar: Sidecar, boss: Created) -> Iterator[httpx.Client]:
+    """HTTP with the boss's key."""
+    with sidecar.client(boss) as client:
+        yield client

@@ -153,8 +153,13 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """An ASGI app on a real socket, in a thread of this process; yields its base URL."""
+def serving(app: Any, **options: Any) -> Iterator[str]:
+    """An ASGI app on a real socket, in a thread of this process; yields its base URL.
+
+    Args:
+        app: to serve.
+        options: more of uvicorn's, such as `http="h11"`.
+    """
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
@@ -164,6 +169,7 @@ def serving(app: Any) -> Iterator[str]:
         lifespan="on",
         server_header=False,
         date_header=False,
+        **options,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -14,10 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keylatch.credentials import is_identity_header
 from keylatch.engine import Engine
+from keylatch.errors import KeylatchError
 from keylatch.model import Deny, credentials_of
 from keylatch.policy import Policy, path_of
 from keylatch.refusals import Refusal, Refusals
-from keylatch.settings import Settings
+from keylatch.settings import Settings, together
 
 
 class APIKeyMiddleware:
@@ -54,16 +55,17 @@ class APIKeyMiddleware:
         engine: Engine | None = None,
     ) -> None:
         self._app = app
-        self._policy = Policy(public, permissions)
-        self._engine = engine or Engine(
-            Settings.load(
-                store=store,
-                redis=redis,
-                realm=realm,
-                environment=environment,
-                lease=lease,
-                hasher=hasher,
-            )
+        given = {
+            "store": store,
+            "redis": redis,
+            "realm": realm,
+            "environment": environment,
+            "lease": lease,
+            "hasher": hasher,
+        }
+        self._policy, self._engine = together(
+            lambda: Policy(public, permissions),
+            lambda: engine or Engine(Settings.load(**given)),
         )
         self._refusals = Refusals(self._engine.settings.realm)
 
@@ -130,39 +132,56 @@ async def _with_lifespan(
 ) -> None:
     """Start the engine before the app starts and stop it after the app has stopped.
 
-    An app that does not know lifespan events is spared them; the engine still gets its stop.
+    An app that does not know lifespan events is spared them; the engine still gets its own.
     """
-    asked = answered = False
+    received = sent = ""
 
     async def receive_and_start() -> Message:
-        nonlocal asked
-        asked = True
+        nonlocal received
         message = await receive()
-        if message["type"] == "lifespan.startup":
-            await engine.start()
+        received = message["type"]
+        if received == "lifespan.startup":
+            await _start(engine, send_and_stop)
         return message
 
     async def send_and_stop(message: Message) -> None:
-        nonlocal answered
-        answered = True
-        if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+        nonlocal sent
+        sent = message["type"]
+        if sent != "lifespan.startup.complete":
             await engine.stop()
         await send(message)
 
     try:
         await app(scope, receive_and_start, send_and_stop)
     except Exception:
-        if asked:
+        if received:
+            await engine.stop()
             raise
-    if not answered:
-        await _serve_lifespan(engine, receive, send, started=asked)
+    await _finish_lifespan(engine, receive, send, received, sent)
 
 
-async def _serve_lifespan(engine: Engine, receive: Receive, send: Send, *, started: bool) -> None:
-    if not started:
+async def _finish_lifespan(
+    engine: Engine, receive: Receive, send: Send, received: str, sent: str
+) -> None:
+    """Take the events that the app left, and give the answers that it owes."""
+    if not received:
         await receive()  # lifespan.startup
+        await _start(engine, send)
+    if not sent:
+        await send({"type": "lifespan.startup.complete"})
+    if sent in ("", "lifespan.startup.complete"):
+        if received != "lifespan.shutdown":
+            await receive()
+        await engine.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _start(engine: Engine, send: Send) -> None:
+    try:
         await engine.start()
-    await send({"type": "lifespan.startup.complete"})
-    await receive()  # lifespan.shutdown
-    await engine.stop()
-    await send({"type": "lifespan.shutdown.complete"})
+    except KeylatchError as error:
+        # Said this way, because servers take a mere exception for "knows no lifespan events"
+        # and serve on.
+        message = f"error: {error.message}\nhint: {error.hint}"
+        await send({"type": "lifespan.startup.failed", "message": message})
+        raise

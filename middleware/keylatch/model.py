@@ -142,11 +142,15 @@ class Wanted:
         if not permissions:
             return ANY_KEY
         distinct = set(permissions)
+        if len(distinct) > _NAMED_SCOPES:
+            return ONLY_FULL
         sufficient = {FULL} | (distinct if len(distinct) == 1 else set())
         return cls(frozenset(sufficient), " ".join(sorted(distinct)))
 
 
 ANY_KEY: Final = Wanted()
+ONLY_FULL: Final = Wanted(frozenset((FULL,)), FULL)
+_NAMED_SCOPES: Final = 8  # more of them would make a header that proxies refuse
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from keylatch.errors import ConfigurationError
-from keylatch.model import FULL, Wanted
+from keylatch.model import FULL, ONLY_FULL, Wanted
 from keylatch.settings import PERMISSION_PATTERN
 
-_ONLY_FULL: Final = Wanted(frozenset((FULL,)), FULL)
 _METHOD: Final = re.compile(r"[A-Z]+")
 
 
@@ -48,13 +47,15 @@ class Policy:
 
     def wanted(self, method: str, path: str) -> Wanted:
         """What a request asks of a key. HEAD follows GET (RFC 9110 section 9.3.2)."""
-        return self._wanted.get(("GET" if method == "HEAD" else method, path), _ONLY_FULL)
+        return self._wanted.get(("GET" if method == "HEAD" else method, path), ONLY_FULL)
 
 
 def path_of(scope: Mapping[str, Any]) -> str:
     """The path as the app's own router sees it: below the place where the app is mounted."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
+    if root and path == root:
+        return ""
     if root and path.startswith(root + "/"):
         return path[len(root) :]
     return path
@@ -65,11 +66,11 @@ def _paths(paths: Iterable[str], mistakes: list[tuple[str, str]]) -> list[str]:
         mistakes.append((f"public={paths!r} is one string", f"write public=[{paths!r}]"))
         return []
     paths = list(paths)
-    for path in paths:
-        if not path.startswith("/") or any(sign in path for sign in "*{}?# "):
-            mistakes.append(
-                (f"public path {path!r}", "an exact path, such as /healthz, without patterns")
-            )
+    mistakes += [
+        (f"public path {path!r}", "an exact path, such as /healthz, without patterns")
+        for path in paths
+        if not _is_exact(path)
+    ]
     return paths
 
 
@@ -85,11 +86,13 @@ def _routes(
             continue
         for rule in rules:
             method, _, path = rule.partition(" ")
-            if not _METHOD.fullmatch(method) or not _paths_ok(path):
+            if method == "HEAD":  # taken for GET, it would open more than it names
+                mistakes.append((f"rule {rule!r} of {permission}", "name GET: HEAD follows it"))
+            elif not _METHOD.fullmatch(method) or not _is_exact(path):
                 mistakes.append((f"rule {rule!r} of {permission}", 'such as "POST /v1/emails"'))
-            routes.setdefault(("GET" if method == "HEAD" else method, path), set()).add(permission)
+            routes.setdefault((method, path), set()).add(permission)
     return routes
 
 
-def _paths_ok(path: str) -> bool:
+def _is_exact(path: str) -> bool:
     return path.startswith("/") and not any(sign in path for sign in "*{}?# ")

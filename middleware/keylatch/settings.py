@@ -5,15 +5,20 @@ or Redis URL may hold a password, so no message repeats a value.
 """
 
 import re
-from typing import Any, Final, Literal
+from collections.abc import Callable
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.asyncio import ConnectionPool
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from keylatch.errors import ConfigurationError
 from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
 
@@ -57,20 +62,27 @@ class Settings(BaseSettings):
     @classmethod
     def _store_is_supported(cls, url: str) -> str:
         try:
-            backend = make_url(url).get_backend_name()
-        except ArgumentError:
+            parsed = make_url(url)
+        except (ArgumentError, ValueError):  # of a bad port, quoting what may be a password
             raise ValueError("not a database URL") from None
+        backend = parsed.get_backend_name()
         if backend not in ("sqlite", "postgresql"):
             raise ValueError("neither sqlite nor postgresql")
-        if backend == "sqlite" and make_url(url).database in (None, "", ":memory:"):
+        if "@" in (parsed.host or ""):  # half of a password, which error messages would repeat
+            raise ValueError("an @ in a password is written %40")
+        if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
             raise ValueError("a store in memory would forget every key")
         return url
 
     @field_validator("redis")
     @classmethod
     def _redis_is_a_url(cls, url: str) -> str:
-        if url and not url.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("not a Redis URL")
+        if not url:
+            return url
+        try:  # make_connection opens nothing; it is what refuses unknown options
+            ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError):  # both quote the URL
+            raise ValueError("not a Redis URL") from None
         return url
 
     @field_validator("prefix")
@@ -120,6 +132,24 @@ class Settings(BaseSettings):
                 for name in [str(problem["loc"][0])]
             ]
         raise ConfigurationError(mistakes)
+
+
+def together(first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
+    """The results of both, or the mistakes of both.
+
+    Raises:
+        ConfigurationError: naming everything that either of them found wrong.
+    """
+    results: list[Any] = []
+    mistakes: list[tuple[str, str]] = []
+    for step in (first, second):
+        try:
+            results.append(step())
+        except ConfigurationError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return results[0], results[1]
 
 
 def _matching(pattern: str, text: str) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import cast
+from typing import Final, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,17 +14,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch_sidecar import health, openapi, sendook, unsent, verify
-from keylatch_sidecar.problems import Problem
+from keylatch_sidecar.problems import Problem, no_such_key
 
 ROUTES = [
     Route("/v1/api-keys", unsent.Keys),
-    Route("/v1/api-keys/{id}", unsent.OneKey),
+    Route("/v1/api-keys/{id:path}", unsent.OneKey),
     Route("/v1/api_keys", sendook.Keys),
-    Route("/v1/api_keys/{id}", sendook.OneKey),
+    Route("/v1/api_keys/{id:path}", sendook.OneKey),
     Route("/healthz", health.healthz),
     Route("/readyz", health.readyz),
     Route("/openapi.json", openapi.document),
 ]
+_OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
 
 
 def create_app(engine: Engine) -> ASGIApp:
@@ -61,6 +62,8 @@ def from_environment() -> ASGIApp:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     http = cast(HTTPException, error)
+    if http.status_code == 404 and request.scope["path"].startswith(_OF_KEYS):
+        return _spelled(request, no_such_key())  # an id that even the router takes for none
     return _spelled(request, Problem(http.status_code, http.detail, headers=http.headers))
 
 

@@ -1,15 +1,19 @@
 """Request bodies: read within bounds, parsed strictly, checked by models; and JSON answers.
 
 Strict means: at most 16 KiB, UTF-8, no name twice in an object (parsers disagree on which one
-counts, and two layers that disagree can be played against each other), no unknown fields.
+counts, and two layers that disagree can be played against each other), no unknown fields, and
+nothing that an error could not quote: no number beyond a float, no nesting without end.
 """
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -18,25 +22,40 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.alias_generators import to_camel
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from keylatch.model import KeyRecord
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem
 
 MAX_BODY_BYTES: Final = 16 * 1024
+_MAX_LEVELS: Final = 32  # no field of ours nests at all
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 M = TypeVar("M", bound="Body")
 
 
-def _only_text(value: Any) -> Any:
-    if value is not None and not isinstance(value, str):
+_ISO: Final = re.compile(r"\d{4}-\d\d-\d\dT")
+
+
+def _only_iso(value: Any) -> Any:
+    """Pydantic would also take seconds since the epoch, in digits too."""
+    if value is not None and not (isinstance(value, str) and _ISO.match(value)):
         raise ValueError("must be an ISO 8601 time with an offset")
     return value
 
 
-Instant = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_only_text)]
+def _in_utc(moment: datetime) -> datetime:
+    """Past the year 9999 there is no way to write it, and a list that holds it would fail."""
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999") from None
+
+
+Instant = Annotated[
+    AwareDatetime, Field(strict=False), BeforeValidator(_only_iso), AfterValidator(_in_utc)
+]
 
 
 class Body(BaseModel):
@@ -117,14 +136,17 @@ def common_fields(record: KeyRecord) -> dict[str, Any]:
 
 async def _bytes(request: Request) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise Problem(
-                413,
-                f"The body must not exceed {MAX_BODY_BYTES} bytes",
-                headers={"Connection": "close"},
-            )
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise Problem(
+                    413,
+                    f"The body must not exceed {MAX_BODY_BYTES} bytes",
+                    headers={"Connection": "close"},
+                )
+    except ClientDisconnect:  # no fault of ours: nobody hears the answer, and no trace is logged
+        raise Problem(400, "The body ended early") from None
     return bytes(body)
 
 
@@ -135,13 +157,19 @@ def _parsed(request: Request, body: bytes) -> Any:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise Problem(415, "Send JSON: Content-Type: application/json")
     try:
-        return json.loads(
-            body.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+        content = json.loads(
+            body.decode(),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise Problem(415, "The body is not JSON") from None
     except (ValueError, RecursionError):
-        raise Problem(400, "The body holds a number or a nesting beyond reason") from None
+        raise _beyond_reason() from None
+    if not _is_shallow(content):
+        raise _beyond_reason()
+    return content
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,6 +188,30 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise Problem(415, f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):  # 1e999: JSON may hold it, but an answer could not quote it
+        raise ValueError("beyond a float")
+    return number
+
+
+def _is_shallow(content: Any) -> bool:
+    layer = [content]
+    for _ in range(_MAX_LEVELS):
+        layer = [inner for value in layer for inner in _inside(value)]
+    return not layer
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _beyond_reason() -> Problem:
+    return Problem(400, "The body holds a number or a nesting beyond reason")
 
 
 def _faults(error: ValidationError, content: dict[str, Any]) -> list[Fault]:

@@ -1,14 +1,18 @@
 """`keylatch`: serve, manage keys, verify one. Speaks `error: …` and `hint: …`, never tracebacks.
 
 Exit codes: 0 done, 1 refused, 2 wrong usage or the store cannot be reached. A token is never an
-argument, because arguments land in shell histories and process lists.
+argument, because arguments land in shell histories and process lists; nor is one ever repeated.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -19,18 +23,21 @@ from rich.table import Table
 
 from keylatch import credentials
 from keylatch.engine import Engine
-from keylatch.errors import ConfigurationError, KeylatchError
-from keylatch.keyring import LIVE, InvalidValue, Keyring
+from keylatch.errors import ConfigurationError, KeylatchError, StoreUnavailable
+from keylatch.keyring import LIVE, ORGANIZATION_PATTERN, InvalidValue, Keyring
 from keylatch.model import FULL, Allow, KeyRecord, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
+from keylatch.store import Absent
+from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar.unsent import describe
-from keylatch_sidecar.verify import wanted_by
+from keylatch_sidecar.verify import wanted_of
 
 T = TypeVar("T")
 
 REFUSED = 1
 UNUSABLE = 2
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 cli = typer.Typer(
     help="API keys for web applications: create, list, revoke and verify them.",
@@ -58,13 +65,44 @@ RedisOption = Annotated[
         "--redis", envvar="KEYLATCH_REDIS", help="URL of the shared cache", show_default="none"
     ),
 ]
+PrefixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix", envvar="KEYLATCH_PREFIX", help="First word of new tokens.", show_default="kl"
+    ),
+]
+HasherOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hasher",
+        envvar="KEYLATCH_HASHER",
+        help="How new keys are hashed: argon2id or sha256.",
+        show_default="argon2id",
+    ),
+]
+LeaseOption = Annotated[
+    str | None,  # and not a float: Settings names it along with the other mistakes
+    typer.Option(
+        "--lease",
+        envvar="KEYLATCH_LEASE",
+        help="Seconds to trust caches without hearing from the store.",
+        show_default="1.0",
+    ),
+]
 OrganizationOption = Annotated[str, typer.Option("--organization", help="Whose keys.")]
+OwnerOption = Annotated[
+    str | None,
+    typer.Option("--organization", help="Only if the key is this organisation's."),
+]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")]
 JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 def main() -> None:
     """The console script."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
+    if any(re.search(SCAN_PATTERN, argument) for argument in sys.argv):
+        _refuse_token_in_argument()
     try:
         cli()
     except ConfigurationError as error:
@@ -81,41 +119,46 @@ def serve(
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     store: StoreOption = None,
     redis: RedisOption = None,
-    prefix: Annotated[
-        str | None, typer.Option(envvar="KEYLATCH_PREFIX", help="First word of new tokens.")
-    ] = None,
-    hasher: Annotated[
-        str | None, typer.Option(envvar="KEYLATCH_HASHER", help="argon2id or sha256.")
-    ] = None,
-    lease: Annotated[
-        float | None,
-        typer.Option(envvar="KEYLATCH_LEASE", help="Seconds to trust caches unheard."),
-    ] = None,
+    prefix: PrefixOption = None,
+    hasher: HasherOption = None,
+    lease: LeaseOption = None,
 ) -> None:
     """Serve the management endpoints and answer proxies' verify calls."""
     import uvicorn
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
-    Settings.load(**given)
+    _prepare_store(Settings.load(**given))
     for name, value in given.items():
         if value is not None:
-            os.environ[f"KEYLATCH_{name.upper()}"] = str(value)  # for the workers
-    uvicorn.run(
-        "keylatch_sidecar.app:from_environment",
-        factory=True,
-        host=host,
-        port=port,
-        uds=None if uds is None else str(uds),
-        workers=workers,
-        ws="none",  # an upgrade request is answered like any other
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=75,  # above the proxies' idle times, or they find closed connections
-        access_log=False,
-        log_level="info",
-    )
+            os.environ[f"KEYLATCH_{name.upper()}"] = value  # for the workers
+    place = f"{host}:{port}" if uds is None else str(uds)
+    if uds is not None and not os.access(uds.parent, os.W_OK):
+        _fail(f"cannot make {uds}", "is its folder there, and writable?", UNUSABLE)
+    # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
+    # us before it has removed the socket.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        uvicorn.run(
+            "keylatch_sidecar.app:from_environment",
+            factory=True,
+            host=host,
+            port=port,
+            uds=None if uds is None else str(uds),
+            workers=workers,
+            ws="none",  # an upgrade request is answered like any other
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=75,  # above the proxies' idle times, or they find closed ones
+            access_log=False,
+            log_level="info",
+        )
+    except OSError as error:
+        _fail(f"cannot listen on {place}: {error.strerror}", "another path or port", UNUSABLE)
+    except SystemExit as ended:  # uvicorn has logged why
+        if ended.code:
+            _fail(f"nothing is served on {place}", "the lines above say why", UNUSABLE)
 
 
 @keys.command("create")
@@ -127,11 +170,12 @@ def create(
     as_json: JSONOption = False,
     store: StoreOption = None,
     redis: RedisOption = None,
+    prefix: PrefixOption = None,
+    hasher: HasherOption = None,
 ) -> None:
     """Create a key; its token alone goes to standard output, this once."""
     created = _with_keyring(
-        store,
-        redis,
+        Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher),
         lambda keyring: keyring.create(
             organization, name, permission=permission, environment=environment
         ),
@@ -154,7 +198,11 @@ def list_keys(
     redis: RedisOption = None,
 ) -> None:
     """List an organisation's keys, newest first."""
-    records = _with_keyring(store, redis, lambda keyring: keyring.list(organization))
+    if not re.fullmatch(ORGANIZATION_PATTERN, organization):
+        _fail("no organisation has such a name", f"it matches {ORGANIZATION_PATTERN}", UNUSABLE)
+    records = _with_keyring(
+        Settings.load(store=store, redis=redis), lambda keyring: keyring.list(organization)
+    )
     if as_json:
         _print_json([_json(record) for record in records])
         return
@@ -170,41 +218,42 @@ def list_keys(
 
 @keys.command()
 def show(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")],
-    organization: OrganizationOption = "default",
+    key_id: KeyId,
+    organization: OwnerOption = None,
     as_json: JSONOption = False,
     store: StoreOption = None,
     redis: RedisOption = None,
 ) -> None:
     """Show one key."""
-    record = _known(
-        _with_keyring(store, redis, lambda keyring: keyring.get(organization, key_id)),
-        key_id,
-        organization,
-    )
-    _print_record(record, as_json)
+    settings = Settings.load(store=store, redis=redis)
+    record = _with_engine(settings, lambda engine: _find(engine, key_id, organization))
+    _print_record(_known(record), as_json)
 
 
 @keys.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")],
-    organization: OrganizationOption = "default",
+    key_id: KeyId,
+    organization: OwnerOption = None,
     as_json: JSONOption = False,
     store: StoreOption = None,
     redis: RedisOption = None,
 ) -> None:
     """Revoke a key, at once and finally."""
-    record = _known(
-        _with_keyring(store, redis, lambda keyring: keyring.delete(organization, key_id)),
-        key_id,
-        organization,
-    )
+
+    async def delete(engine: Engine) -> KeyRecord | None:
+        found = await _find(engine, key_id, organization)
+        if found is None:
+            return None
+        return await (await engine.keyring()).delete(found.organization_id, key_id)
+
+    record = _known(_with_engine(Settings.load(store=store, redis=redis), delete))
     _print_record(record, as_json)
     words.print(f"Revoked {record.id}.")
 
 
-@cli.command()
+@cli.command(context_settings={"allow_extra_args": True})
 def verify(
+    context: typer.Context,
     permission: Annotated[
         list[str] | None, typer.Option(help="What the key must be allowed to do; repeatable.")
     ] = None,
@@ -212,11 +261,14 @@ def verify(
     redis: RedisOption = None,
 ) -> None:
     """Judge a token read from standard input: exit 0 allowed, 1 refused, 2 cannot decide."""
+    if context.args:
+        _refuse_token_in_argument()
     token = credentials.read([b"Bearer " + sys.stdin.buffer.readline(1024).strip()])
     if isinstance(token, Reason):
         _fail("there is no token on standard input", "keylatch verify < token.txt", REFUSED)
-    wanted = wanted_by("&".join(f"permission={word}" for word in permission or ()).encode())
-    verdict = _with_engine(store, redis, lambda engine: engine.resolve(token, wanted))
+    wanted = wanted_of(permission or ())
+    settings = Settings.load(store=store, redis=redis)
+    verdict = _with_engine(settings, lambda engine: engine.resolve(token, wanted))
     if isinstance(verdict, Allow):
         words.print(f"Allowed: {verdict.principal.key_id} ({verdict.principal.permission})")
         return
@@ -226,23 +278,23 @@ def verify(
     raise typer.Exit(code)
 
 
-def _with_keyring(
-    store: str | None, redis: str | None, work: Callable[[Keyring], Awaitable[T]]
-) -> T:
+def _with_keyring(settings: Settings, work: Callable[[Keyring], Awaitable[T]]) -> T:
     async def run(engine: Engine) -> T:
         return await work(await engine.keyring())
 
     try:
-        return _with_engine(store, redis, run)
+        return _with_engine(settings, run)
     except InvalidValue as error:
         _fail(str(error), "keylatch keys create --help", UNUSABLE)
 
 
-def _with_engine(store: str | None, redis: str | None, work: Callable[[Engine], Awaitable[T]]) -> T:
-    engine = Engine(Settings.load(store=store, redis=redis))
+def _with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
+    engine = Engine(settings)
 
     async def run() -> T:
         try:
+            # A starting engine logs why it cannot and tries again later; this tells it now.
+            await engine.store.open(int(time.time() * 1000))
             return await work(engine)
         finally:
             await engine.stop()
@@ -253,13 +305,37 @@ def _with_engine(store: str | None, redis: str | None, work: Callable[[Engine], 
         _fail(error.message, error.hint, UNUSABLE)
 
 
-def _known(record: KeyRecord | None, key_id: str, organization: str) -> KeyRecord:
-    if record is None:
-        _fail(
-            f"there is no key {key_id[:64]!r} in organisation {organization!r}",
-            f"keylatch keys list --organization {organization}",
-            REFUSED,
-        )
+def _prepare_store(settings: Settings) -> None:
+    """Set it up once and not in every worker; one that is too new stops us.
+
+    One that cannot be reached does not: it may come up later, and until then we answer 503.
+    """
+    engine = Engine(settings)
+
+    async def run() -> None:
+        try:
+            with contextlib.suppress(StoreUnavailable):
+                await engine.store.open(int(time.time() * 1000))
+        finally:
+            await engine.stop()
+
+    try:
+        asyncio.run(run())
+    except KeylatchError as error:
+        _fail(error.message, error.hint, UNUSABLE)
+
+
+async def _find(engine: Engine, key_id: str, organization: str | None) -> KeyRecord | None:
+    """The key with this id: an operator needs no organisation to find it."""
+    found = await engine.store.find(key_id) if _ID.fullmatch(key_id) else None
+    if found is None or isinstance(found, Absent):
+        return None
+    return found.record if organization in (None, found.record.organization_id) else None
+
+
+def _known(record: KeyRecord | None) -> KeyRecord:
+    if record is None:  # what was asked for is not repeated: it could be a secret
+        _fail("there is no such key", "keylatch keys list --organization …", REFUSED)
     return record
 
 
@@ -268,7 +344,7 @@ def _json(record: KeyRecord) -> dict[str, Any]:
 
 
 def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
 def _print_record(record: KeyRecord, as_json: bool) -> None:
@@ -277,6 +353,14 @@ def _print_record(record: KeyRecord, as_json: bool) -> None:
         return
     for name, value in _json(record).items():
         sys.stdout.write(f"{name}: {value}\n")
+
+
+def _refuse_token_in_argument() -> NoReturn:
+    _say(
+        "a token is never an argument: it is in your shell's history and in process lists now",
+        "revoke that key; verify reads tokens from standard input, ids look like key_…",
+    )
+    sys.exit(UNUSABLE)
 
 
 def _fail(wrong: str, hint: str, code: int) -> NoReturn:

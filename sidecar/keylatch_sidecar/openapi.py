@@ -33,6 +33,18 @@ class Operation:
     query: tuple[tuple[str, str], ...] = ()
 
 
+class Refused(BaseModel):
+    """Why `/verify` says no."""
+
+    error: str
+    error_description: str
+
+
+async def document(request: Request) -> Response:
+    """This document."""
+    return JSON(build())
+
+
 OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     "/v1/api-keys": {
         "get": Operation(
@@ -93,6 +105,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
         "get": Operation(
             verify.Verify,
             None,
+            error=Refused,
             query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
         ),
         "head": Operation(
@@ -101,14 +114,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
         ),
     },
-    "/healthz": {"get": Operation(health.healthz, None, errors=())},
-    "/readyz": {"get": Operation(health.readyz, None, errors=(503,))},
+    "/healthz": {"get": Operation(health.healthz, health.Health, errors=())},
+    "/readyz": {"get": Operation(health.readyz, health.Health, errors=(503,), error=health.Health)},
+    "/openapi.json": {"get": Operation(document, None, errors=())},
 }
-
-
-async def document(request: Request) -> Response:
-    """The document itself."""
-    return JSON(build())
 
 
 @cache

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from keylatch.model import Deny
-from keylatch.refusals import ANSWERS, challenge
+from keylatch.model import Deny, Reason
+from keylatch.refusals import ANSWERS, Answer, challenge
 
 NOT_GIVEN: Final = object()
 """The value of a field that was not sent."""
@@ -62,20 +62,31 @@ class Problem(Exception):
 def refused(deny: Deny, realm: str) -> Problem:
     """A caller whose key does not open this door."""
     answer = ANSWERS[deny.reason]
-    headers = {}
-    value = challenge(answer, realm, deny.scope)
+    return Problem(answer.status, answer.description, headers=_headers(answer, realm, deny.scope))
+
+
+def beyond_rights(message: str, realm: str) -> Problem:
+    """A caller who would hand out more rights than its own key has."""
+    answer = ANSWERS[Reason.INSUFFICIENT_SCOPE]
+    return Problem(answer.status, message, headers=_headers(answer, realm))
+
+
+def _headers(answer: Answer, realm: str, scope: str = "") -> dict[str, str]:
+    headers = {"X-Keylatch-Error": answer.error}
+    value = challenge(answer, realm, scope)
     if value is not None:
         headers["WWW-Authenticate"] = value
     if answer.status == 503:
         headers["Retry-After"] = "1"
-    headers["X-Keylatch-Error"] = answer.error
-    return Problem(answer.status, answer.description, headers=headers)
+    return headers
 
 
 def unavailable() -> Problem:
     """Something behind keylatch does not answer; nothing that was answered is lost."""
     return Problem(
-        503, "The key store does not answer; try again in a moment", headers={"Retry-After": "1"}
+        503,
+        "The key store does not answer; try again in a moment",
+        headers={"Retry-After": "1", "X-Keylatch-Error": "unavailable"},
     )
 
 

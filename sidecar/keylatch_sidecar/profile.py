@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from keylatch.errors import KeylatchError
 from keylatch.keyring import NotPermitted
-from keylatch_sidecar.problems import Problem, unavailable
+from keylatch_sidecar.access import engine_of
+from keylatch_sidecar.problems import Problem, beyond_rights, unavailable
 
 E = TypeVar("E")
 Handler = Callable[[E, Request], Awaitable[Response]]
@@ -27,7 +28,7 @@ def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
             except Problem as problem:
                 return spell(problem)
             except NotPermitted as error:
-                return spell(Problem(403, str(error)))
+                return spell(beyond_rights(str(error), engine_of(request).settings.realm))
             except KeylatchError:
                 return spell(unavailable())
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from keylatch.keyring import InvalidValue
 from keylatch.model import KeyRecord
 from keylatch_sidecar import bodies
-from keylatch_sidecar.access import manager
+from keylatch_sidecar.access import key_id, manager
 from keylatch_sidecar.bodies import JSON, Body, Shape
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem, no_such_key
 from keylatch_sidecar.profile import speaking
@@ -108,13 +108,13 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await manager(request)
-        return _shown(await keyring.get(caller.organization_id, request.path_params["id"]))
+        return _shown(await keyring.get(caller.organization_id, key_id(request)))
 
     @speaking(spell)
     async def delete(self, request: Request) -> Response:
         """Revoke a key, at once and finally. Repeating it answers the same."""
         caller, keyring = await manager(request)
-        return _shown(await keyring.delete(caller.organization_id, request.path_params["id"]))
+        return _shown(await keyring.delete(caller.organization_id, key_id(request)))
 
 
 def _shown(record: KeyRecord | None) -> Response:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pydantic import ConfigDict
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,7 +10,7 @@ from starlette.responses import Response
 from keylatch.keyring import InvalidValue
 from keylatch.model import FULL, KeyRecord
 from keylatch_sidecar import bodies
-from keylatch_sidecar.access import manager
+from keylatch_sidecar.access import key_id, manager
 from keylatch_sidecar.bodies import JSON, Body, Instant, Shape, iso
 from keylatch_sidecar.problems import Fault, Problem, no_such_key
 from keylatch_sidecar.profile import speaking
@@ -24,8 +25,17 @@ class CreateKey(Body):
     expires_at: Instant | None = None
 
 
+def _without_defaults(schema: dict[str, Any]) -> None:
+    """A client made from the document must not send the defaults of what it leaves out."""
+    for field in schema["properties"].values():
+        field.pop("default", None)
+    schema["minProperties"] = 1
+
+
 class ChangeKey(Body):
     """Whatever is not given stays as it is."""
+
+    model_config = ConfigDict(json_schema_extra=_without_defaults)
 
     name: str = ""
     active: bool = True
@@ -101,7 +111,7 @@ class Keys(HTTPEndpoint):
                 caller.organization_id,
                 body.name,
                 permission=body.permission,
-                environment=body.environment or caller.environment,
+                environment=caller.environment if body.environment is None else body.environment,
                 expires_at=bodies.milliseconds_of(body.expires_at),
                 by=caller,
             )
@@ -117,7 +127,7 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await manager(request)
-        return JSON(describe(_found(await keyring.get(caller.organization_id, _id(request)))))
+        return JSON(describe(_found(await keyring.get(caller.organization_id, key_id(request)))))
 
     @speaking(spell)
     async def patch(self, request: Request) -> Response:
@@ -131,7 +141,7 @@ class OneKey(HTTPEndpoint):
             raise Problem(400, "Nothing to change: send name, active, permission or expiresAt")
         try:
             record = _found(
-                await keyring.change(caller.organization_id, _id(request), by=caller, **values)
+                await keyring.change(caller.organization_id, key_id(request), by=caller, **values)
             )
         except InvalidValue as error:
             raise bodies.invalid([Fault(error.field, error.message)]) from None
@@ -143,13 +153,8 @@ class OneKey(HTTPEndpoint):
     async def delete(self, request: Request) -> Response:
         """Revoke a key, at once and finally. Repeating it answers the same."""
         caller, keyring = await manager(request)
-        _found(await keyring.delete(caller.organization_id, _id(request)))
+        _found(await keyring.delete(caller.organization_id, key_id(request)))
         return JSON(Success(success=True))
-
-
-def _id(request: Request) -> str:
-    key_id: str = request.path_params["id"]
-    return key_id
 
 
 def _found(record: KeyRecord | None) -> KeyRecord:

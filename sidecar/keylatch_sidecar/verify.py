@@ -7,6 +7,7 @@ because nginx's `auth_request` turns 400 into 500.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 from urllib.parse import parse_qsl, quote
@@ -15,11 +16,12 @@ from starlette.types import Receive, Scope, Send
 
 from keylatch.asgi import refuse
 from keylatch.engine import Engine
-from keylatch.model import FULL, Deny, Principal, Wanted
+from keylatch.model import ONLY_FULL, Deny, Principal, Wanted
 from keylatch.refusals import Header, Refusal, Refusals
 from keylatch.settings import PERMISSION_PATTERN
 
 PATH: Final = "/verify"
+_REMEMBERED_BYTES: Final = 256
 
 _WRONG_METHOD_BODY: Final = b'{"error":"method_not_allowed","error_description":"GET or HEAD"}'
 _WRONG_METHOD: Final = Refusal(
@@ -29,6 +31,7 @@ _WRONG_METHOD: Final = Refusal(
         (b"content-type", b"application/json"),
         (b"content-length", str(len(_WRONG_METHOD_BODY)).encode()),
         (b"cache-control", b"no-store"),
+        (b"x-keylatch-error", b"method_not_allowed"),
     ),
     _WRONG_METHOD_BODY,
 )
@@ -59,20 +62,28 @@ class Verify:
         await send({"type": "http.response.body", "body": b""})
 
 
-@lru_cache(maxsize=256)
 def wanted_by(query: bytes) -> Wanted:
-    """What `?permission=P` asks for; repeated ones add up, a malformed one leaves only FULL.
+    """What `?permission=P` asks for."""
+    # A proxy may append its client's query: nobody shall fill the memory with long ones.
+    return _remembered(query) if len(query) <= _REMEMBERED_BYTES else _read(query)
+
+
+def _read(query: bytes) -> Wanted:
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    return wanted_of([value for name, value in pairs if name == "permission"])
+
+
+_remembered = lru_cache(maxsize=256)(_read)
+
+
+def wanted_of(permissions: Sequence[str]) -> Wanted:
+    """Permissions add up, and a malformed one leaves only FULL.
 
     An empty one is malformed: it is what a proxy sends whose variable was never set.
     """
-    permissions = [
-        value
-        for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-        if name == "permission"
-    ]
     if all(re.fullmatch(PERMISSION_PATTERN, permission) for permission in permissions):
         return Wanted.all_of(permissions)
-    return Wanted(frozenset((FULL,)), FULL)
+    return ONLY_FULL
 
 
 def identity_headers(principal: Principal) -> list[Header]:

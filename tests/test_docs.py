@@ -1,0 +1,95 @@
+"""The documents say what is true: their code runs, and what they name exists."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import httpx
+import pytest
+
+import keylatch
+from keylatch.settings import Settings
+from keylatch.tokens import SCAN_PATTERN
+from keylatch_sidecar import verify
+from keylatch_sidecar.app import ROUTES
+from servers import serving
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md")])
+
+
+def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block, one after the other, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    with serving(names["app"]) as url:
+        assert httpx.get(f"{url}/v1/me").status_code == 401
+
+
+def test_the_settings_in_the_readme_are_the_settings() -> None:
+    """Every variable is described with its default, and nothing else is."""
+    rows = re.findall(r"\| `KEYLATCH_(\w+)` \|.*\| (.*?) \|", README)
+    described = {name.lower(): default.strip("`") for name, default in rows}
+    real = {
+        name: "empty" if field.default == "" else str(field.default)
+        for name, field in Settings.model_fields.items()
+    }
+    assert described == real
+
+
+def test_the_routes_in_the_readme_are_served() -> None:
+    """The table names every route and no other."""
+    section = README.partition("## Manage keys")[2].partition("##")[0]
+    rows = "".join(re.findall(r"^\| (`/.*?) \|", section, re.MULTILINE))
+    described = set(re.findall(r"`(/[^`?]*)", rows))
+    served = {route.path.replace(":path", "") for route in ROUTES} | {verify.PATH}
+    assert described == served
+
+
+def test_the_scan_pattern_in_the_readme_is_the_published_one() -> None:
+    """Whoever copies it into a scanner finds what we mint."""
+    assert SCAN_PATTERN in README
+
+
+def test_every_verb_in_the_documents_exists() -> None:
+    """`make` commands that the documents name are in the Makefile."""
+    verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        verb for text in DOCUMENTS for verb in re.findall(r"`?make ([a-z]+)", text.read_text())
+    }
+    assert {"demo", "serve", "test", "check", "bench"} <= verbs
+    assert named - {"that", "names", "keys", "one", "a"} <= verbs
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(document: Path) -> None:
+    """Tests that hold a promise, benchmarks that make a number, and linked pages are there."""
+    text = document.read_text()
+    named = re.findall(r"`((?:tests|benchmarks|middleware|sidecar|deploy)/[\w./-]*)`", text)
+    named += re.findall(r"\]\(([\w./-]+)\)", text)
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_the_files_of_the_middleware_are_in_the_architecture() -> None:
+    """`ls` and the table tell the same story."""
+    table = (ROOT / "ARCHITECTURE.md").read_text().partition("| file |")[2].partition("\n\n")[0]
+    first_cells = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    told = set(re.findall(r"`(\w+)/?`", first_cells))
+    files = {path.stem for path in (ROOT / "middleware/keylatch").glob("[a-z]*")} - {"py"}
+    assert told == files - {"__init__", "__pycache__"}
+
+
+def test_one_version() -> None:
+    """The package, its metadata and the changelog agree."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == keylatch.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## Unreleased$", changelog, re.MULTILINE)
+    released = re.findall(r"^## (\d\S*)", changelog, re.MULTILINE)
+    assert not released or released[0] == keylatch.__version__

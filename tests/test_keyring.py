@@ -1,0 +1,154 @@
+"""What management may do with keys, whoever asks for it."""
+
+import pytest
+
+from conftest import Clock
+from keylatch.engine import Engine
+from keylatch.keyring import InvalidValue, Keyring, NotPermitted
+from keylatch.model import KeyRecord, Principal, principal_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def keyring(engine: Engine) -> Keyring:
+    return await engine.keyring()
+
+
+def holder(permission: str, environment: str = "live") -> Principal:
+    return Principal("key_caller", "caller", "acme", permission, environment)
+
+
+async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Clock) -> None:
+    """Everything given is kept, and the token's parts say the same as the record."""
+    expires_at = int(clock() * 1000) + 1
+    created = await keyring.create(
+        "acme", "  ci  ", permission="SENDING", environment="test", expires_at=expires_at
+    )
+    record = created.record
+    assert record.name == "ci"
+    assert record.expires_at == expires_at
+    assert record.created_at == record.updated_at == int(clock() * 1000)
+    assert created.token.reveal().startswith(f"kl_test_{record.id.removeprefix('key_')}_")
+    assert record.partial_token == created.token.partial
+    assert await keyring.get("acme", record.id) == record
+    assert created.token.reveal() not in repr(created)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": " \t\n"}, "name"),
+        ({"name": "\u3000\u2003"}, "name"),
+        ({"name": "n" * 101}, "name"),
+        ({"name": "a\0b"}, "name"),
+        ({"name": "a\x1bb"}, "name"),
+        ({"name": "a\u202eb"}, "name"),
+        ({"name": "a\u2028b"}, "name"),
+        ({"name": "a\ud800b"}, "name"),
+        ({"permission": "full"}, "permission"),
+        ({"permission": "ADMIN"}, "permission"),
+        ({"environment": "Live"}, "environment"),
+        ({"environment": "l_ve"}, "environment"),
+        ({"organization_id": ""}, "organization"),
+        ({"organization_id": "a/b"}, "organization"),
+        ({"expires_at": 1_800_000_000_000}, "expiresAt"),
+    ],
+)
+async def test_values_that_no_key_may_have(
+    keyring: Keyring, values: dict[str, str], field: str
+) -> None:
+    """The argument at fault is named, and nothing is made."""
+    given = {"organization_id": "acme", "name": "ci", **values}
+    with pytest.raises(InvalidValue) as caught:
+        await keyring.create(**given)  # type: ignore[arg-type]
+    assert caught.value.field == field
+    assert await keyring.list("acme") == []
+
+
+@pytest.mark.parametrize("name", ["n" * 100, "Ключ 🔑", "👩‍💻 laptop", "a'b\"c<d>"])
+async def test_names_in_any_script(keyring: Keyring, name: str) -> None:
+    """A hundred characters of whatever people write."""
+    created = await keyring.create("acme", name)
+    found = await keyring.get("acme", created.record.id)
+    assert found is not None
+    assert found.name == name
+
+
+@pytest.mark.parametrize(
+    ("caller", "permission", "environment"),
+    [
+        (holder("SENDING"), "FULL", "live"),
+        (holder("READING"), "SENDING", "live"),
+        (holder("FULL", "test"), "SENDING", "live"),
+    ],
+)
+async def test_nobody_gives_more_than_they_have(
+    keyring: Keyring, caller: Principal, permission: str, environment: str
+) -> None:
+    """Not another permission, and not a way from test into live."""
+    with pytest.raises(NotPermitted):
+        await keyring.create(
+            "acme", "ci", permission=permission, environment=environment, by=caller
+        )
+    assert await keyring.list("acme") == []
+
+
+async def test_a_change_cannot_give_more_than_the_caller_has(keyring: Keyring) -> None:
+    """The other way to more rights is closed as well."""
+    created = await keyring.create("acme", "ci", permission="SENDING")
+    with pytest.raises(NotPermitted):
+        await keyring.change("acme", created.record.id, by=holder("SENDING"), permission="FULL")
+    assert await keyring.get("acme", created.record.id) == created.record
+
+
+async def test_deleting_is_final(keyring: Keyring, clock: Clock) -> None:
+    """It leaves the list, stays readable, and neither time nor changes bring it back."""
+    created = await keyring.create("acme", "ci")
+    clock.tick(1)
+    deleted = await keyring.delete("acme", created.record.id)
+    assert deleted is not None
+    assert not deleted.active
+    assert deleted.updated_at == int(clock() * 1000)
+    clock.tick(1)
+    assert await keyring.delete("acme", created.record.id) == deleted
+    assert await keyring.change("acme", created.record.id, active=True) == deleted
+    assert await keyring.get("acme", created.record.id) == deleted
+    assert await keyring.list("acme") == []
+    assert await keyring.list("acme", deleted=True) == [deleted]
+
+
+async def test_every_change_is_announced_after_its_commit(engine: Engine) -> None:
+    """There is no path that forgets: delete, disable, rename, permission, and the repeated
+    delete, whose first announcement may have been lost."""
+    heard: list[tuple[str, bool]] = []
+
+    async def announce(record: KeyRecord, seq: int) -> None:
+        stored = await engine.store.get("acme", record.id)
+        heard.append((record.name, stored == record))
+
+    plain = await engine.keyring()
+    created = await plain.create("acme", "ci")
+    keyring = Keyring(
+        engine.store, engine.hasher, plain._check_keys, engine.settings, announce=announce
+    )
+    await keyring.change("acme", created.record.id, name="renamed")
+    await keyring.change("acme", created.record.id, active=False)
+    await keyring.change("acme", created.record.id, permission="SENDING")
+    await keyring.delete("acme", created.record.id)
+    await keyring.delete("acme", created.record.id)
+    assert heard == [("renamed", True)] * 5
+
+
+async def test_a_principal_shows_what_apps_need(keyring: Keyring) -> None:
+    """The promised attributes, by their promised names."""
+    created = await keyring.create("acme", "ci", permission="SENDING")
+    principal = principal_of(created.record)
+    assert principal.is_authenticated
+    assert principal.display_name == principal.key_name == "ci"
+    assert principal.identity == principal.key_id == created.record.id
+    assert (principal.organization_id, principal.permission) == ("acme", "SENDING")
+    assert principal.environment == "live"
+    assert principal == principal_of(created.record)
+    assert len({principal, principal_of(created.record)}) == 1

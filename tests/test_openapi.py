@@ -1,0 +1,181 @@
+"""The OpenAPI document: valid, complete, and true of real answers."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openapi_schema_validator import OAS31Validator
+from openapi_spec_validator import validate
+
+from conftest import Clock, Sidecar, sidecar_on
+from keylatch.keyring import Created
+from keylatch_sidecar import verify
+from keylatch_sidecar.app import ROUTES
+
+AS_JSON = {"Content-Type": "application/json"}
+METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
+
+
+@pytest.fixture
+def document(sidecar: Sidecar) -> dict[str, Any]:
+    with sidecar.client() as anybody:
+        answer = anybody.get("/openapi.json")
+    assert answer.status_code == 200
+    content: dict[str, Any] = answer.json()
+    return content
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield path, method.upper(), operation
+
+
+def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
+    """OpenAPI 3.1, by the validator that the ecosystem uses."""
+    assert document["openapi"].startswith("3.1")
+    validate(document)
+
+
+def test_every_route_is_described(document: dict[str, Any]) -> None:
+    """A route that is added to the table must be added to the document."""
+    served = {route.path_format for route in ROUTES} | {verify.PATH}
+    assert document["paths"].keys() == served
+
+
+def test_what_is_described_is_served_and_nothing_else(
+    document: dict[str, Any], client: httpx.Client
+) -> None:
+    """Described methods are answered by their operation, all others with 405."""
+    for path in document["paths"]:
+        described = {method for where, method, _ in operations(document) if where == path}
+        answered = {
+            method
+            for method in METHODS
+            if client.request(method, path.format(id="key_1")).status_code != 405
+        }
+        assert answered == described - {"HEAD"}, path
+
+
+def test_every_operation_has_a_name_of_its_own_and_a_summary(document: dict[str, Any]) -> None:
+    """Generated clients are named after them."""
+    described = [operation for _, _, operation in operations(document)]
+    names = [operation["operationId"] for operation in described]
+    assert len(set(names)) == len(names)
+    assert all(operation["summary"] for operation in described)
+
+
+def test_what_is_left_out_of_a_change_has_no_default(document: dict[str, Any]) -> None:
+    """A generated client that filled defaults in would enable keys and widen their rights."""
+    fields = document["components"]["schemas"]["ChangeKey"]["properties"]
+    assert fields.keys() == {"name", "active", "permission", "expiresAt"}
+    assert all("default" not in field for field in fields.values())
+
+
+def test_requests_are_described_as_strictly_as_they_are_read(document: dict[str, Any]) -> None:
+    """Unknown fields are refused; the document says so."""
+    for _, _, operation in operations(document):
+        if "requestBody" in operation:
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            name = schema["$ref"].rpartition("/")[2]
+            assert document["components"]["schemas"][name]["additionalProperties"] is False
+
+
+def test_management_needs_a_key_and_the_rest_does_not(document: dict[str, Any]) -> None:
+    """`security` is on the operations that answer 401 without one."""
+    for path, _, operation in operations(document):
+        assert ("security" in operation) == path.startswith(("/v1/", "/verify"))
+
+
+class Transcript:
+    """Calls, and which of the described answers they met."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+        self._components = copy.deepcopy(document["components"])
+        for schema in self._components["schemas"].values():
+            schema["additionalProperties"] = False  # an answer that says more is caught
+        self.met: set[tuple[str, str, int]] = set()
+
+    def call(
+        self, client: httpx.Client, method: str, path: str, template: str = "", **options: Any
+    ) -> Any:
+        template = template or path
+        answer = client.request(method, path, **options)
+        described = self._document["paths"][template][method.lower()]["responses"]
+        content = described[str(answer.status_code)]["content"]["application/json"]
+        body = answer.json()
+        validator = OAS31Validator(content["schema"] | {"components": self._components})
+        assert [error.message for error in validator.iter_errors(body)] == []
+        self.met.add((template, method, answer.status_code))
+        return body
+
+
+def test_real_answers_are_as_described(
+    document: dict[str, Any],
+    client: httpx.Client,
+    boss: Created,
+    sidecar: Sidecar,
+    clock: Clock,
+    tmp_path: Path,
+) -> None:
+    """Every described answer is met at least once, and holds exactly what is described."""
+    organization = boss.record.organization_id
+    transcript = Transcript(document)
+    with (
+        sidecar_on(f"sqlite:///{tmp_path}/missing/keys.db", clock) as down,
+        sidecar.client() as anonymous,
+        sidecar.client(sidecar.create(organization, permission="SENDING")) as sending,
+        down.client(boss) as waiting,
+    ):
+        for keys in ("/v1/api-keys", "/v1/api_keys"):
+            one = f"{keys}/{{id}}"
+            key = transcript.call(client, "POST", keys, json={"name": "CI"})
+            path = f"{keys}/{key['id']}"
+            for template, method, operation in operations(document):
+                if template not in (keys, one):
+                    continue
+                where = path if template == one else keys
+                for caller in (anonymous, sending, waiting):
+                    transcript.call(caller, method, where, template)
+                bad = {"Authorization": "Bearer"}
+                transcript.call(client, method, where, template, headers=bad)
+                if template == one:
+                    transcript.call(client, method, f"{keys}/x", one, json={"name": "CD"})
+                if "requestBody" in operation:
+                    transcript.call(client, method, where, template, json={"name": "CD"})
+                    for body in (b"{}", b"[]", b'{"name":1}', b"x", b"x" * 20_000):
+                        sent: dict[str, Any] = {"content": body, "headers": AS_JSON}
+                        transcript.call(client, method, where, template, **sent)
+                else:
+                    transcript.call(client, method, where, template)
+        for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
+            query = {"permission": asked} if asked else {}
+            transcript.call(caller, "GET", "/verify", params=query)
+        transcript.call(client, "GET", "/healthz")
+        transcript.call(client, "GET", "/readyz")
+        transcript.call(waiting, "GET", "/readyz")
+    described = {
+        (path, method, int(status))
+        for path, method, operation in operations(document)
+        for status, answer in operation["responses"].items()
+        if "content" in answer
+    }
+    assert described - transcript.met == set()
+
+
+@pytest.mark.parametrize(
+    "more", [{"token": "kl_live_1"}, {"hash": "x"}, {"lastUsed": 1}, {"id": None}]
+)
+def test_an_answer_that_says_something_else_would_be_noticed(
+    document: dict[str, Any], client: httpx.Client, more: dict[str, Any]
+) -> None:
+    """The twin of the test above: a list that gives the token away does not pass."""
+    key = client.get("/v1/api-keys").json()[0]
+    leaky = httpx.MockTransport(lambda _: httpx.Response(200, json=[key | more]))
+    twin = httpx.Client(transport=leaky, base_url="http://leaky")
+    with twin, pytest.raises(AssertionError):
+        Transcript(document).call(twin, "GET", "/v1/api-keys")

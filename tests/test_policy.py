@@ -1,0 +1,143 @@
+"""Policy: routes open exactly as far as they are named, and mistakes are told all at once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from keylatch.errors import ConfigurationError
+from keylatch.model import ANY_KEY, FULL, Wanted
+from keylatch.policy import Policy, path_of
+from wire import knock
+
+EMAILS = Policy(
+    public=["/healthz"],
+    permissions={
+        "SENDING": ["POST /v1/emails", "GET /v1/emails"],
+        "READING": ["GET /v1/emails"],
+        "IDLE": [],
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sufficient", "scope"),
+    [
+        ("POST", "/v1/emails", {"FULL", "SENDING"}, "SENDING"),
+        ("GET", "/v1/emails", {"FULL", "SENDING", "READING"}, "READING SENDING"),
+        ("HEAD", "/v1/emails", {"FULL", "SENDING", "READING"}, "READING SENDING"),
+        ("DELETE", "/v1/emails", {"FULL"}, "FULL"),
+        ("post", "/v1/emails", {"FULL"}, "FULL"),
+        ("OPTIONS", "/v1/emails", {"FULL"}, "FULL"),
+        ("POST", "/v1/emails/", {"FULL"}, "FULL"),
+        ("POST", "/v1/emails/batch", {"FULL"}, "FULL"),
+        ("POST", "/v1/email", {"FULL"}, "FULL"),
+        ("POST", "/v1/EMAILS", {"FULL"}, "FULL"),
+        ("POST", "//v1/emails", {"FULL"}, "FULL"),
+        ("POST", "/v1/./emails", {"FULL"}, "FULL"),
+        ("POST", "", {"FULL"}, "FULL"),
+    ],
+)
+def test_a_permission_opens_the_routes_named_for_it(
+    method: str, path: str, sufficient: set[str], scope: str
+) -> None:
+    """Method and path match exactly; everything else is for FULL."""
+    assert EMAILS.wanted(method, path) == Wanted(frozenset(sufficient), scope)
+
+
+@given(st.sampled_from(["GET", "POST", "PUT", "BREW", ""]), st.text(max_size=20))
+def test_without_rules_every_route_is_for_full(method: str, path: str) -> None:
+    """Fail closed: nothing named, nothing opened."""
+    assert Policy().wanted(method, path).permissions == frozenset((FULL,))
+    assert not Policy().is_public(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "public"),
+    [
+        ("/healthz", True),
+        *((neighbour, False) for neighbour in ("/healthz/", "/healthzz", "/health", "//healthz")),
+        *((neighbour, False) for neighbour in ("/healthz/../v1", "/Healthz", "", "/", "healthz")),
+    ],
+)
+def test_public_paths_match_exactly(path: str, public: bool) -> None:
+    """A public path opens none of its neighbours."""
+    assert EMAILS.is_public(path) is public
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "root"),
+    [
+        ("/a", ""),
+        ("/api/a", "/api"),
+        ("/api", "/api"),
+        ("/api/", "/api"),
+        ("/apia", "/api"),
+        ("/a", "/api"),
+        ("/api/a", "/api/"),
+        ("/api/api/a", "/api"),
+        ("/", "/"),
+        ("", ""),
+    ],
+)
+async def test_a_path_is_what_the_router_takes_it_for(path: str, root: str) -> None:
+    """Policy and router must not disagree on the path: one would guard another door."""
+
+    async def inner(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(request.path_params["path"])
+
+    app = Starlette(routes=[Route("/{path:path}", inner)])
+    app.router.redirect_slashes = False
+    answer = await knock(app, path, root_path=root)
+    seen = "/" + answer.body.decode() if answer.status == 200 else ""
+    assert path_of({"path": path, "root_path": root}) == seen
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    """Each mistake comes with a hint, so that one restart repairs them all."""
+    with pytest.raises(ConfigurationError) as caught:
+        Policy(
+            public=["healthz", "/docs/*", "/good", "/{id}"],
+            permissions={
+                "sending": ["POST /v1/emails"],
+                "READING": ["/v1/emails", "GET /v1/{id}", "get /v1", "GET  /v1", "GET /good"],
+                "WRITING": "POST /v1/emails",
+                "PEEKING": ["HEAD /v1/emails"],
+            },
+        )
+    wrong = [wrong for wrong, _ in caught.value.mistakes]
+    assert len(wrong) == 10
+    assert all(hint for _, hint in caught.value.mistakes)
+    for named in ("healthz", "/docs/*", "/{id}", "sending", "WRITING", "HEAD /v1/emails"):
+        assert any(named in text for text in wrong)
+    assert all(text in str(caught.value) for text in wrong)
+
+
+def test_one_string_of_public_paths_is_a_mistake() -> None:
+    """A string is a sequence of letters: `public="/healthz"` would open the path `/`."""
+    with pytest.raises(ConfigurationError, match=r"public=\['/healthz'\]"):
+        Policy(public="/healthz")
+
+
+def test_demands_add_up() -> None:
+    """Whoever appends a demand can only make it harder; FULL satisfies all."""
+    assert Wanted.all_of([]) is ANY_KEY
+    assert Wanted.all_of(["SENDING"]) == Wanted(frozenset({"FULL", "SENDING"}), "SENDING")
+    assert Wanted.all_of(["SENDING", "SENDING"]) == Wanted.all_of(["SENDING"])
+    assert Wanted.all_of(["SENDING", "A"]) == Wanted(frozenset({"FULL"}), "A SENDING")
+
+
+@given(st.lists(st.from_regex(r"[A-Z][A-Z0-9_]{0,31}", fullmatch=True), max_size=40))
+def test_more_demands_never_open_more(demands: list[str]) -> None:
+    """What satisfies all demands satisfies each of them, and the scope stays short."""
+    wanted = Wanted.all_of(demands)
+    assert len(wanted.scope) < 300
+    for demand in demands:
+        alone = Wanted.all_of([demand]).permissions
+        assert wanted.permissions is not None
+        assert alone is not None
+        assert wanted.permissions <= alone

@@ -1,0 +1,136 @@
+"""Settings: where they come from, what is wrong with them, and what they keep to themselves."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keylatch.errors import ConfigurationError
+from keylatch.settings import Settings
+
+PASSWORD = "hunter2secret"
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    """Without any variable: SQLite in the working directory, no Redis, argon2id, one second."""
+    settings = Settings.load()
+    assert settings.store == "sqlite:///keylatch.db"
+    assert (settings.redis, settings.prefix, settings.hasher) == ("", "kl", "argon2id")
+    assert (settings.lease, settings.environment, settings.realm) == (1.0, "", "keylatch")
+    assert settings.grantable == ("FULL", "SENDING")
+
+
+def test_arguments_come_before_variables_and_variables_before_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None means that an argument was not given; an empty text is an answer."""
+    monkeypatch.setenv("KEYLATCH_PREFIX", "env")
+    monkeypatch.setenv("KEYLATCH_REDIS", "redis://localhost")
+    monkeypatch.setenv("KEYLATCH_LEASE", "0.5")
+    monkeypatch.setenv("KEYLATCH_PERMISSIONS", "FULL, SENDING ,READING")
+    settings = Settings.load(prefix="arg", redis="", lease=None)
+    assert (settings.prefix, settings.redis, settings.lease) == ("arg", "", 0.5)
+    assert settings.grantable == ("FULL", "SENDING", "READING")
+
+
+WRONG = {
+    "store": f"mysql://app:{PASSWORD}@db/keys",
+    "redis": f"http://:{PASSWORD}@cache",
+    "prefix": "k_l",
+    "hasher": "md5",
+    "lease": "soon",
+    "environment": "Live!",
+    "permissions": "SENDING",
+    "realm": 'a "realm"',
+}
+
+
+def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every wrong setting is named with a hint, wherever it came from; no value is repeated."""
+    for name, value in WRONG.items():
+        monkeypatch.setenv(f"KEYLATCH_{name.upper()}", value)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load(prefix="also wrong", colour="red")
+    named = {wrong.partition(":")[0] for wrong, _ in caught.value.mistakes}
+    assert named == {f"KEYLATCH_{name.upper()}" for name in (*WRONG, "colour")}
+    assert all(hint for _, hint in caught.value.mistakes)
+    shown = str(caught.value) + repr(caught.value)
+    for value in (PASSWORD, "also wrong", *WRONG.values()):
+        assert value not in shown
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None, "pydantic's own error would show the input"
+
+
+STORES = (
+    *("", "keys.db", "sqlite://", "sqlite:///", "sqlite:///:memory:", "redis://localhost"),
+    *(
+        "postgresql://user:a@{}:x@host/db",
+        "postgresql://u:a@{}@h/d",
+        "postgresql://u@host:{}/db",
+        "{}://host",
+        "mysql://{}@h/d",
+    ),
+)
+
+
+@pytest.mark.parametrize("url", STORES)
+def test_a_store_that_cannot_be_is_refused(url: str) -> None:
+    """Also a URL that its password makes unreadable, and without repeating the password."""
+    with pytest.raises(ConfigurationError, match="KEYLATCH_STORE") as caught:
+        Settings.load(store=url.format(PASSWORD))
+    assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:6379", "http://localhost", "redis://:{}@host:port", "redis://h:{}/0"),
+        *("redis://h/0?colour={}", "redis://h/0?db={}", "redis://h?socket_timeout={}"),
+    ],
+)
+def test_a_redis_url_that_cannot_work_is_refused(url: str) -> None:
+    """At the start, and not at the first request that would need Redis."""
+    with pytest.raises(ConfigurationError, match="KEYLATCH_REDIS") as caught:
+        Settings.load(redis=url.format(PASSWORD))
+    assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://localhost", "rediss://u:p@h:1/2", "unix:///run/redis.sock?db=1", "redis://h/0?db=3"],
+)
+def test_redis_urls_that_work_are_taken(url: str) -> None:
+    """Nothing is connected to at that point."""
+    assert Settings.load(redis=url).redis == url
+
+
+@pytest.mark.parametrize("lease", [0, -1, 60.1, float("nan"), float("inf"), "", "1s"])
+def test_a_lease_without_bounds_is_refused(lease: float | str) -> None:
+    """A lease that never ends would make a revocation never arrive."""
+    with pytest.raises(ConfigurationError, match="KEYLATCH_LEASE"):
+        Settings.load(lease=lease)
+
+
+@given(st.sampled_from(["prefix", "environment", "realm", "permissions"]), st.text(min_size=1))
+def test_a_word_is_what_it_must_be_or_a_mistake(name: str, text: str) -> None:
+    """Nothing that could break a token, a challenge or a line of a log gets in."""
+    try:
+        taken = getattr(Settings.load(**{name: text}), name)
+    except ConfigurationError:
+        return
+    assert taken.isascii()
+    assert taken.isprintable()
+    assert not set(taken) & set('"\\')
+
+
+def test_settings_do_not_show_where_keys_are() -> None:
+    """URLs hold passwords: repr and str leave them out."""
+    settings = Settings.load(
+        store=f"postgresql://u:{PASSWORD}@h/d", redis=f"redis://:{PASSWORD}@h/0"
+    )
+    assert PASSWORD not in repr(settings) + str(settings) + f"{settings!r}"
+
+
+def test_settings_stay_as_they_were_checked() -> None:
+    """Nobody changes them behind the checks."""
+    with pytest.raises(ValueError, match="frozen"):
+        Settings.load().prefix = "other"  # type: ignore[misc]
