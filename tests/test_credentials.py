@@ -12,7 +12,8 @@ from keylatch.model import Reason
 from keylatch.tokens import Token
 
 B64TOKEN = frozenset((string.ascii_letters + string.digits + "-._~+/=").encode())
-TCHAR = frozenset((string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode())
+# Those of RFC 9110 but for the quote: no scheme has one, a badly quoted shell line does.
+TCHAR = frozenset((string.ascii_letters + string.digits + "!#$%&*+-.^_`|~").encode())
 
 
 def understood(values: Sequence[bytes]) -> bytes | Reason:

@@ -17,8 +17,9 @@ from keylatch.tokens import Token
 MAX_VALUE_BYTES: Final = 512
 
 _BEARER: Final = re.compile(rb"[ \t]*[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9\-._~+/=]+)[ \t]*")
-# RFC 9110 section 5.6.2: the characters that a scheme's name is made of.
-_SCHEME: Final = re.compile(rb"[ \t]*([\w!#$%&'*+.^`|~-]+)(?:[ \t]|\Z)")
+# RFC 9110 section 5.6.2: the characters that a scheme's name is made of, but for the quote, which
+# no scheme has and a badly quoted shell line does.
+_SCHEME: Final = re.compile(rb"[ \t]*([\w!#$%&*+.^`|~-]+)(?:[ \t]|\Z)")
 
 
 def read(values: Sequence[bytes]) -> Token | Reason:

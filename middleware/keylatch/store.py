@@ -28,7 +28,6 @@ from sqlalchemy.engine import make_url
 from keylatch.database import Database
 from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
-from keylatch.postgresql import PostgreSQL
 from keylatch.schema import invalidations, keys, meta, organizations, secrets
 from keylatch.sqlite import SQLite
 
@@ -80,6 +79,8 @@ def database_of(url: str) -> Database:
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return SQLite(Path(parsed.database or ""))
+    from keylatch.postgresql import PostgreSQL  # asyncio support costs 0.1 s at import
+
     return PostgreSQL(parsed)
 
 

@@ -34,8 +34,10 @@ def create_app(engine: Engine) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await engine.start()
-        yield
-        await engine.stop()
+        try:
+            yield
+        finally:
+            await engine.stop()
 
     management = Starlette(
         routes=ROUTES,
