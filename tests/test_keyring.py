@@ -152,3 +152,12 @@ async def test_a_principal_shows_what_apps_need(keyring: Keyring) -> None:
     assert principal.environment == "live"
     assert principal == principal_of(created.record)
     assert len({principal, principal_of(created.record)}) == 1
+
+
+async def test_a_token_is_no_name(keyring: Keyring) -> None:
+    """Names are stored and shown, so whoever pastes a token there is stopped."""
+    created = await keyring.create("acme", "ci")
+    for name in (created.token.reveal(), f"old {created.token.reveal()}"):
+        with pytest.raises(InvalidValue, match="token") as caught:
+            await keyring.create("acme", name)
+        assert created.token.reveal() not in str(caught.value)

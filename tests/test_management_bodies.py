@@ -296,7 +296,7 @@ def test_an_unknown_field_is_refused(line: Line, call: tuple[str, str], field: s
         if call[1] == SENDOOK:
             assert answer.body == field_error(field, value)
         else:
-            message = f"{field}: Extra inputs are not permitted"
+            message = f"{field}: is no field of this body"
             assert answer.body == unsent_error("BAD_REQUEST", message)
     assert line.all_keys() == before
 

@@ -17,7 +17,7 @@ from keylatch.hashing import Hasher
 from keylatch.model import FULL, KeyRecord, Principal
 from keylatch.settings import Settings
 from keylatch.store import Store
-from keylatch.tokens import ENVIRONMENT_PATTERN, CheckKeys, Token
+from keylatch.tokens import ENVIRONMENT_PATTERN, CheckKeys, Token, without_tokens
 
 MAX_NAME_LENGTH: Final = 100
 ORGANIZATION_PATTERN: Final = r"[A-Za-z0-9_-]{1,64}"
@@ -211,7 +211,7 @@ def checked_name(name: str) -> str:
     """The name without blanks around it.
 
     Raises:
-        InvalidValue: it is empty, too long, or holds control characters.
+        InvalidValue: it is empty, too long, or holds control characters or a token.
     """
     name = name.strip()
     if not name:
@@ -220,6 +220,8 @@ def checked_name(name: str) -> str:
         raise InvalidValue("name", f"must have at most {MAX_NAME_LENGTH} characters")
     if any(unicodedata.category(c) in _NAMELESS or c in _BIDI_CONTROLS for c in name):
         raise InvalidValue("name", "must not hold control characters")
+    if without_tokens(name) != name:
+        raise InvalidValue("name", "must not hold a token: names are stored and shown")
     return name
 
 

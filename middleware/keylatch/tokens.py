@@ -38,6 +38,14 @@ SCAN_PATTERN: Final = r"\b[a-z][a-z0-9]{1,15}_[a-z][a-z0-9]{0,15}_[A-Za-z0-9]{12
 """Finds keylatch tokens in text; `looks_minted` then tells them from noise by their CRC-32."""
 
 
+_IN_TEXT: Final = re.compile(rf"_[A-Za-z0-9]{{{ID_LENGTH}}}_[A-Za-z0-9]{{{_TAIL}}}")
+
+
+def without_tokens(text: str) -> str:
+    """The text with every token in it made unusable, also where several are glued together."""
+    return _IN_TEXT.sub("_...", text)
+
+
 class Token:
     """A token as somebody presented or minted it, which cannot show itself by accident.
 

@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from keylatch.model import KeyRecord
+from keylatch.tokens import without_tokens
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem
 
 MAX_BODY_BYTES: Final = 16 * 1024
@@ -89,6 +90,14 @@ class JSON(Response):
         return json.dumps(content, separators=(",", ":")).encode()
 
 
+class ErrorJSON(JSON):
+    """A JSON answer that may quote what was sent, but for tokens: who mistakes one for a name or a
+    field must not find it in the logs of whoever is on the way."""
+
+    def render(self, content: Any) -> bytes:
+        return without_tokens(super().render(content).decode()).encode()
+
+
 async def read(request: Request, model: type[M]) -> M:
     """The request's body as a model; an empty body counts as an empty object.
 
@@ -98,11 +107,21 @@ async def read(request: Request, model: type[M]) -> M:
     content = _parsed(request, await _bytes(request))
     if not isinstance(content, dict):
         raise Problem(400, "The body must be a JSON object")
+    names = {field.alias or name for name, field in model.model_fields.items()}
+    # Unknown fields are told here, because pydantic's exception would quote their names.
+    faults = [
+        Fault(name, "is no field of this body", value)
+        for name, value in content.items()
+        if name not in names
+    ]
+    known = {name: value for name, value in content.items() if name in names}
     try:
-        return model.model_validate(content)
+        checked = model.model_validate(known)
     except ValidationError as error:
-        faults = _faults(error, content)
-    raise invalid(faults)
+        faults = [*_faults(error, known), *faults]
+    if faults:
+        raise invalid(faults)
+    return checked
 
 
 def invalid(faults: Sequence[Fault]) -> Problem:

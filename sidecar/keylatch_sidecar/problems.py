@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from keylatch.model import Deny, Reason
 from keylatch.refusals import ANSWERS, Answer, challenge
+from keylatch.tokens import without_tokens
 
 NOT_GIVEN: Final = object()
 """The value of a field that was not sent."""
@@ -51,7 +52,7 @@ class Problem(Exception):
         faults: tuple[Fault, ...] = (),
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(without_tokens(message))
         self.status = status
         self.code = CODES.get(status, "BAD_REQUEST")
         self.message = message

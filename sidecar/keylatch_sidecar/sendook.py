@@ -11,7 +11,7 @@ from keylatch.keyring import InvalidValue
 from keylatch.model import KeyRecord
 from keylatch_sidecar import bodies
 from keylatch_sidecar.access import key_id, manager
-from keylatch_sidecar.bodies import JSON, Body, Shape
+from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Shape
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem, no_such_key
 from keylatch_sidecar.profile import speaking
 
@@ -64,7 +64,7 @@ class Error(Shape):
     code: str
 
 
-def spell(problem: Problem) -> JSON:
+def spell(problem: Problem) -> ErrorJSON:
     """An error in Sendook's shape.
 
     Its page lists "API key doesn't have permission" under 401, so here a key whose permission
@@ -72,9 +72,9 @@ def spell(problem: Problem) -> JSON:
     """
     status = 401 if problem.status == 403 else problem.status
     if problem.faults:
-        return JSON({"errors": [_fault(fault) for fault in problem.faults]}, status)
+        return ErrorJSON({"errors": [_fault(fault) for fault in problem.faults]}, status)
     body = {"error": problem.message, "message": problem.message, "code": problem.code}
-    return JSON(body, status, problem.headers)
+    return ErrorJSON(body, status, problem.headers)
 
 
 class Keys(HTTPEndpoint):

@@ -11,7 +11,7 @@ from keylatch.keyring import InvalidValue
 from keylatch.model import FULL, KeyRecord
 from keylatch_sidecar import bodies
 from keylatch_sidecar.access import key_id, manager
-from keylatch_sidecar.bodies import JSON, Body, Instant, Shape, iso
+from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Instant, Shape, iso
 from keylatch_sidecar.problems import Fault, Problem, no_such_key
 from keylatch_sidecar.profile import speaking
 
@@ -84,10 +84,10 @@ class Error(ErrorDetail):
     error: ErrorDetail
 
 
-def spell(problem: Problem) -> JSON:
+def spell(problem: Problem) -> ErrorJSON:
     """An error in unsent's shape: nested for most SDKs, flat for the Rust one."""
     detail = {"code": problem.code, "message": problem.message}
-    return JSON({"error": detail, **detail}, problem.status, problem.headers)
+    return ErrorJSON({"error": detail, **detail}, problem.status, problem.headers)
 
 
 class Keys(HTTPEndpoint):
