@@ -120,7 +120,10 @@ class Sidecar:
 
         async def create() -> Created:
             keyring = await self._operator.keyring()
-            return await keyring.create(organization, name, **fields)
+            created = await keyring.create(organization, name, **fields)
+            if self._operator.store.is_shared:  # a member that does not run is waited for
+                await self._operator.stop()
+            return created
 
         return self._runner.run(create())
 

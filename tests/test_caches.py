@@ -14,11 +14,12 @@ from hypothesis.stateful import (
 )
 
 from conftest import Clock
+from keylatch.breaker import Breaker
 from keylatch.cache import Absence, Cache, Entry
+from keylatch.counter import Counter
 from keylatch.feed import Feed
 from keylatch.flights import Flights
 from keylatch.model import KeyRecord, Reason
-from keylatch.shared_cache import Breaker
 from keylatch.store import Changes
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
@@ -90,43 +91,45 @@ class Log:
         return changes
 
 
-def feed_of(log: Log, resets: list[str] | None = None) -> Feed:
-    return Feed(log, lambda: (resets if resets is not None else []).append("reset"))  # type: ignore[arg-type]
+def watch(log: Log, restores: list[list[str]] | None = None) -> tuple[Feed, Counter]:
+    """A feed and the witness that keeps it current."""
+    feed = Feed((restores if restores is not None else []).append)
+    return feed, Counter(log, feed, Clock())  # type: ignore[arg-type]
 
 
 def test_an_entry_is_believed_until_its_key_is_touched() -> None:
     """A change to the key or its organisation refuses it; changes to others do not."""
-    feed = feed_of(log := Log())
-    assert feed.is_current()
+    feed, witness = watch(log := Log())
+    assert witness.is_current()
     read_at = log.seq
     log.commit("key_b")
     log.commit(None, "rival")
-    assert feed.is_current()
+    assert witness.is_current()
     assert feed.accepts("key_a", "acme", read_at)
     touched = log.commit("key_a")
-    assert feed.is_current()
+    assert witness.is_current()
     assert not feed.accepts("key_a", "acme", read_at)
     assert feed.accepts("key_a", "acme", touched)
     log.commit(None, "acme")
-    assert feed.is_current()
+    assert witness.is_current()
     assert not feed.accepts("key_a", "acme", touched)
 
 
 def test_an_in_flight_read_cannot_bring_a_revoked_key_back() -> None:
     """An entry read before the revoke and stored after it carries the older number."""
-    feed = feed_of(log := Log())
+    feed, witness = watch(log := Log())
     read_at = log.seq
     log.commit("key_a")
-    assert feed.is_current()
+    assert witness.is_current()
     assert not feed.accepts("key_a", "acme", read_at)
 
 
 def test_a_change_that_touches_everything_refuses_everything() -> None:
     """A row that names nobody raises the floor."""
-    feed = feed_of(log := Log())
+    feed, witness = watch(log := Log())
     read_at = log.seq
     everything = log.commit()
-    assert feed.is_current()
+    assert witness.is_current()
     assert not feed.accepts("key_a", "acme", read_at)
     assert feed.accepts("key_a", "acme", everything)
 
@@ -134,13 +137,13 @@ def test_a_change_that_touches_everything_refuses_everything() -> None:
 @pytest.mark.parametrize("cause", ["pruned", "too many"])
 def test_what_was_not_told_is_not_believed(cause: str) -> None:
     """A log that was pruned or is too long raises the floor: cold caches, right answers."""
-    feed = feed_of(log := Log())
-    assert feed.is_current()
+    feed, witness = watch(log := Log())
+    assert witness.is_current()
     read_at = log.seq
     for number in range(5 if cause == "pruned" else 1_001):
         log.commit(f"key_{number}")
     log.pruned = log.seq if cause == "pruned" else 0
-    assert feed.is_current()
+    assert witness.is_current()
     assert not feed.accepts("key_z", "acme", read_at)
     assert feed.accepts("key_z", "acme", log.seq)
 
@@ -148,70 +151,49 @@ def test_what_was_not_told_is_not_believed(cause: str) -> None:
 def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory for tombstones is bounded; what falls out of it is not believed either."""
     monkeypatch.setattr("keylatch.feed._MAX_TOMBSTONES", 3)
-    feed = feed_of(log := Log())
+    feed, witness = watch(log := Log())
     read_at = log.seq
     for number in range(6):
         log.commit(f"key_{number}")
-        assert feed.is_current()
+        assert witness.is_current()
     assert not feed.accepts("key_0", "acme", read_at)
     assert not feed.accepts("key_other", "acme", read_at)
 
 
 def test_an_unreadable_store_is_not_current() -> None:
     """Who cannot read the counter does not know, and says so."""
-    feed = feed_of(log := Log())
+    feed, witness = watch(log := Log())
     log.blind = True
-    assert not feed.is_current()
+    assert not witness.is_current()
+    assert not feed.seq
 
 
 @pytest.mark.parametrize("sign", ["seq", "epoch"])
 def test_a_restored_store_resets_everything(sign: str, caplog: pytest.LogCaptureFixture) -> None:
     """A counter that went back, or another epoch: caches go, and the log is loud about it."""
-    resets: list[str] = []
-    feed = feed_of(log := Log(), resets)
+    restores: list[list[str]] = []
+    _, witness = watch(log := Log(), restores)
     for _ in range(5):
         log.commit("key_a")
-    assert feed.is_current()
-    future = log.seq
+    assert witness.is_current()
     if sign == "seq":
         log.seq, log.rows = 3, []
     else:
         log.epoch = "second"
         log.commit("key_b")
     with caplog.at_level(logging.CRITICAL):
-        assert feed.is_current()
-    assert resets == ["reset"]
+        assert witness.is_current()
+    assert restores == [["key_a"] if sign == "seq" else []]
     assert "backup" in caplog.text
-    if sign == "seq":
-        assert not feed.accepts("key_a", "acme", future)
-
-
-@pytest.mark.anyio
-async def test_a_question_that_left_before_me_does_not_answer_me() -> None:
-    """Whoever comes while a question is under way waits for the next one, and shares it."""
-    feed = feed_of(log := Log())
-    log.blind = True
-    log.gate = asyncio.Event()
-    early = asyncio.create_task(feed.catch_up())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    touched = log.commit("key_a")  # commits after the first question has read
-    late = [asyncio.create_task(feed.catch_up()) for _ in range(20)]
-    await asyncio.sleep(0)
-    log.gate.set()
-    await asyncio.gather(early, *late)
-    assert log.questions == 2
-    assert feed.seq == touched
-    assert not feed.accepts("key_a", "acme", touched - 1)
 
 
 @pytest.mark.anyio
 async def test_a_feed_begins_with_the_recent_past() -> None:
     """After a restart, what Redis holds about untouched keys can be believed at once."""
-    feed = feed_of(log := Log())
+    feed, witness = watch(log := Log())
     read_at = log.seq
     log.commit("key_b")
-    await feed.begin()
+    await witness.begin()
     assert feed.accepts("key_a", "acme", read_at)
     assert not feed.accepts("key_b", "acme", read_at)
 
@@ -222,7 +204,7 @@ class FeedAgainstTruth(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.log = Log()
-        self.feed = feed_of(self.log)
+        self.feed, self.witness = watch(self.log)
         self.touched: dict[str, int] = {}
         self.entries: list[tuple[str, int]] = []
 
@@ -240,11 +222,11 @@ class FeedAgainstTruth(RuleBasedStateMachine):
 
     @rule()
     def look(self) -> None:
-        self.feed.is_current()
+        self.witness.is_current()
 
     @invariant()
     def nothing_stale_is_accepted(self) -> None:
-        if self.feed.is_current():
+        if self.witness.is_current():
             for name, as_of in self.entries:
                 if self.feed.accepts(name, "acme", as_of):
                     assert as_of >= self.touched.get(name, 0)
@@ -342,7 +324,8 @@ def test_the_twin_that_believes_everything_is_caught() -> None:
     class AgainstTrusting(FeedAgainstTruth):
         def __init__(self) -> None:
             super().__init__()
-            self.feed = Trusting(self.log, lambda: None)  # type: ignore[arg-type]
+            self.feed = Trusting(lambda _: None)
+            self.witness = Counter(self.log, self.feed, Clock())  # type: ignore[arg-type]
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(AgainstTrusting)

@@ -1,6 +1,7 @@
 """The story of a credential: who is asked, who is not, and what is believed."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from keylatch.hashing import CHEAPEST, Cost, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason, Wanted
 from keylatch.settings import Settings
-from keylatch.store import Absent, Changes, Found, Store, _advance
+from keylatch.store import Absent, Found, Poll, Store, _advance
 from keylatch.tokens import Token
 from servers import PostgresServer
 
@@ -198,7 +199,7 @@ class TestRevocation:
         """Without the counter the same story accepts a revoked key."""
         created = await create(engine)
         await engine.check(bearer(created.token))
-        engine._feed.is_current = lambda: True  # type: ignore[method-assign]
+        engine._witness.is_current = lambda: True  # type: ignore[method-assign]
         await revoke(other, created)
         assert isinstance(await engine.check(bearer(created.token)), Allow)
 
@@ -452,28 +453,34 @@ class TestSharedCache:
 
 
 class TestPostgreSQL:
-    """The same promises on PostgreSQL, where every check asks for the counter."""
+    """The same promises on PostgreSQL, where processes hold leases."""
 
     @pytest.fixture
     def store_url(self, postgres: PostgresServer) -> str:
         return postgres.new_database()
 
-    async def test_a_warm_key_costs_no_look_up_and_no_hash(
+    async def test_a_warm_key_costs_nothing(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """The counter is asked for, the key is not."""
-        created = await create(engine)
-        for _ in range(5):
-            assert isinstance(await engine.check(bearer(created.token)), Allow)
-        assert (store.finds, hasher.verified) == (1, 1)
-
-    async def test_a_revoke_elsewhere_holds_from_the_next_check_on(
-        self, engine: Engine, other: Engine
-    ) -> None:
-        """G2, slow but right until there are leases."""
+        """While the lease lasts, a hit asks nobody and never suspends."""
         created = await create(engine)
         await engine.check(bearer(created.token))
-        await revoke(other, created)
+        with pytest.raises(StopIteration) as done:
+            engine.check(bearer(created.token)).send(None)
+        assert isinstance(done.value.value, Allow)
+        assert (store.finds, hasher.verified) == (1, 1)
+
+    async def test_a_revoke_elsewhere_holds_from_its_answer_on(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """G2: the delete returns when every process knows."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        changed = await (await other.keyring()).delete("acme", created.record.id)
+        assert changed is not None
+        receipt = changed.receipt
+        assert (receipt.acknowledged, receipt.members, receipt.bound_seconds) == (2, 2, 0.0)
+        assert engine.peek(created.token) is None
         assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
 
     async def test_a_read_in_flight_cannot_revive_a_revoked_key(
@@ -488,17 +495,42 @@ class TestPostgreSQL:
         store.holding.set()
         assert await late == Deny(Reason.REVOKED)
 
-    async def test_a_store_that_cannot_be_asked_is_unavailable(
-        self, engine: Engine, store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+    async def test_when_the_lease_is_over_and_cannot_be_renewed_it_is_unavailable(
+        self, engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch, store: WatchedStore
     ) -> None:
-        """A cached key without a counter to check it against is 503, not 401 and not 200."""
+        """A cached key is good for X without the store, then 503; never 401, never 200."""
         created = await create(engine)
         await engine.check(bearer(created.token))
 
-        async def fail(since: int) -> Changes:
+        async def fail(member: str, seq: int) -> Poll:
             raise StoreUnavailable("broken by the test")
 
-        monkeypatch.setattr(store, "changes", fail)
+        monkeypatch.setattr(store, "poll", fail)
+        clock.tick(0.5)
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        clock.tick(0.5)
         assert await engine.check(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
         monkeypatch.undo()
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+    async def test_a_suspended_process_asks_before_it_answers(
+        self, engine: Engine, other: Engine, clock: Clock
+    ) -> None:
+        """Stopped, revoked meanwhile, continued: the first check finds the lease over."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        for loop in engine._loops:
+            loop.cancel()
+        keyring = await other.keyring()
+        await keyring.delete("acme", created.record.id, wait=False)
+        clock.tick(3600)
+        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+
+    async def test_expiry_is_judged_on_the_stores_time(self, engine: Engine, clock: Clock) -> None:
+        """A wall clock that is far ahead does not end a key that has an hour left."""
+        soon = int(time.time() * 1000) + 3_600_000
+        created = await create(engine)
+        assert clock() > time.time() + 3_600
+        changed = await engine.store.change("acme", created.record.id, 0, {"expires_at": soon})
+        assert changed is not None
         assert isinstance(await engine.check(bearer(created.token)), Allow)

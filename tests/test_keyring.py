@@ -1,11 +1,14 @@
 """What management may do with keys, whoever asks for it."""
 
+import time
+
 import pytest
 
 from conftest import Clock
 from keylatch.engine import Engine
+from keylatch.feed import Receipt
 from keylatch.keyring import InvalidValue, Keyring, NotPermitted
-from keylatch.model import KeyRecord, Principal, principal_of
+from keylatch.model import Allow, Deny, KeyRecord, Principal, Reason, principal_of
 
 pytestmark = pytest.mark.anyio
 
@@ -107,16 +110,47 @@ async def test_deleting_is_final(keyring: Keyring, clock: Clock) -> None:
     """It leaves the list, stays readable, and neither time nor changes bring it back."""
     created = await keyring.create("acme", "ci")
     clock.tick(1)
-    deleted = await keyring.delete("acme", created.record.id)
-    assert deleted is not None
+    changed = await keyring.delete("acme", created.record.id)
+    assert changed is not None
+    deleted = changed.record
     assert not deleted.active
     assert deleted.updated_at == int(clock() * 1000)
     clock.tick(1)
-    assert await keyring.delete("acme", created.record.id) == deleted
-    assert await keyring.change("acme", created.record.id, active=True) == deleted
+    for again in (
+        await keyring.delete("acme", created.record.id),
+        await keyring.change("acme", created.record.id, active=True),
+    ):
+        assert again is not None
+        assert again.record == deleted
     assert await keyring.get("acme", created.record.id) == deleted
     assert await keyring.list("acme") == []
     assert await keyring.list("acme", deleted=True) == [deleted]
+
+
+async def test_a_test_key_does_not_touch_live_keys(keyring: Keyring) -> None:
+    """Whoever could enable, widen or delete a live key would have more rights than its own."""
+    live = (await keyring.create("acme", "ci", permission="SENDING")).record
+    test = (await keyring.create("acme", "ci", environment="test")).record
+    caller = holder("FULL", "test")
+    for change in ({"active": False}, {"permission": "FULL"}, {"name": "mine"}):
+        with pytest.raises(NotPermitted):
+            await keyring.change("acme", live.id, by=caller, **change)
+    with pytest.raises(NotPermitted):
+        await keyring.delete("acme", live.id, by=caller)
+    assert await keyring.get("acme", live.id) == live
+    assert await keyring.delete("acme", test.id, by=caller)
+    assert await keyring.delete("rival", live.id, by=caller) is None
+
+
+async def test_an_organisation_is_disabled_and_enabled(keyring: Keyring, engine: Engine) -> None:
+    """All of its keys go with it and come back with it; an unknown one is not made."""
+    created = await keyring.create("acme", "ci")
+    assert isinstance(await engine.resolve(created.token), Allow)
+    assert await keyring.set_organization_active("acme", False)
+    assert await engine.resolve(created.token) == Deny(Reason.ORGANIZATION_DISABLED)
+    assert await keyring.set_organization_active("acme", True)
+    assert isinstance(await engine.resolve(created.token), Allow)
+    assert await keyring.set_organization_active("nobody", False) is None
 
 
 async def test_every_change_is_announced_after_its_commit(engine: Engine) -> None:
@@ -124,14 +158,16 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
     delete, whose first announcement may have been lost."""
     heard: list[tuple[str, bool]] = []
 
-    async def announce(record: KeyRecord, seq: int) -> None:
+    async def announce(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
+        assert record is not None
         stored = await engine.store.get("acme", record.id)
         heard.append((record.name, stored == record))
+        return Receipt(seq, 0, 0, 0.0)
 
     plain = await engine.keyring()
     created = await plain.create("acme", "ci")
     keyring = Keyring(
-        engine.store, engine.hasher, plain._check_keys, engine.settings, announce=announce
+        engine.store, engine.hasher, plain._check_keys, engine.settings, time.time, announce
     )
     await keyring.change("acme", created.record.id, name="renamed")
     await keyring.change("acme", created.record.id, active=False)

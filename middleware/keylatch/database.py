@@ -23,6 +23,9 @@ Work = Callable[[Connection], T]
 class Database(Protocol):
     """One of the two databases."""
 
+    is_shared: bool
+    """Whether many hosts use it, so that it has to be asked and cannot just be read."""
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
@@ -36,14 +39,23 @@ class Database(Protocol):
     def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:
         """Rows at once, without waiting for a disk or a socket; None where that is impossible."""
 
+    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
+        """Call `heard` at once, and whenever the channel is notified, until the line breaks."""
+
     async def tidy(self) -> None:
         """Housekeeping that may take its time."""
 
     async def close(self) -> None:
         """Let connections and threads go."""
 
+    def before_fork(self) -> None:
+        """Close whatever must not be open while the process forks."""
+
+    def after_fork(self) -> None:
+        """In the parent: go on."""
+
     def forget(self) -> None:
-        """After a fork: drop what the parent opened, without closing it."""
+        """In the child: drop what the parent has open, without closing it."""
 
 
 @contextlib.contextmanager

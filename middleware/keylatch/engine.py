@@ -18,16 +18,20 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from keylatch import credentials
+from keylatch.bell import Bell, RedisBell, StoreBell
+from keylatch.breaker import Breaker, connect
 from keylatch.cache import Absence, Cache, Entry
+from keylatch.counter import Counter
 from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
-from keylatch.feed import Feed
+from keylatch.feed import Feed, Receipt, Witness
 from keylatch.flights import Flights
 from keylatch.hashing import Hasher
 from keylatch.keyring import Keyring
+from keylatch.lease import Lease, boottime
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, flaw, judge
 from keylatch.settings import Settings
-from keylatch.shared_cache import SharedCache, connect
-from keylatch.store import Absent, Store
+from keylatch.shared_cache import SharedCache
+from keylatch.store import Absent, Found, Secrets, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.usage import Usage
 
@@ -56,7 +60,7 @@ class Engine:
         settings: Settings,
         *,
         clock: Callable[[], float] = time.time,
-        timer: Callable[[], float] = time.monotonic,
+        timer: Callable[[], float] = boottime,
         store: Store | None = None,
         hasher: Hasher | None = None,
         redis: Any = None,
@@ -69,16 +73,21 @@ class Engine:
         self._redis = redis
         self._environment = settings.environment or None
         self._l1 = Cache(timer=timer)
-        self._feed = Feed(self.store, on_reset=self._l1.clear)
+        self._feed = Feed(self._restored)
+        self._witness: Witness = Counter(self.store, self._feed, clock)
+        if self.store.is_shared:
+            self._witness = Lease(self.store, self._feed, settings.lease, self._ring, clock, timer)
         self._flights: Flights[Entry | Absence] = Flights()
         self._usage = Usage(self.store.touch)
+        self._inherited: list[object] = []
         self._begin_anew()
-        _after_fork(self)
+        _survive_forks(self)
 
     def _begin_anew(self) -> None:
         self._check_keys: CheckKeys | None = None
         self._keyring: Keyring | None = None
         self._l2: SharedCache | None = None
+        self._bell: Bell | None = None
         self._starting: asyncio.Task[None] | None = None
         self._start_again_at = 0.0
         self._loops: list[asyncio.Task[None]] = []
@@ -109,7 +118,7 @@ class Engine:
     async def _start(self) -> None:
         try:
             secrets = await self.store.open(self._now_ms())
-            await self._feed.begin()
+            await self._witness.begin()
         except KeylatchError:
             self._start_again_at = self._timer() + _RETRY_START_SECONDS
             raise
@@ -117,15 +126,28 @@ class Engine:
             self._starting = None
         for warning in self.store.warnings:
             log.warning(warning)
-        if self._redis is not None or self.settings.redis:
-            client = self._redis or connect(self.settings.redis)
-            self._l2 = SharedCache(client, secrets.peppers, self._timer)
+        self._open_redis(secrets)
         check_keys = CheckKeys(secrets.check_keys)
         self._keyring = Keyring(
-            self.store, self.hasher, check_keys, self.settings, self._clock, self._bury
+            self.store, self.hasher, check_keys, self.settings, self._clock, self._announce
         )
         self._check_keys = check_keys  # last: from here on the engine counts as started
-        self._loops = [self._in_background(self._usage.run()), self._in_background(self._tidy())]
+        work = [self._usage.run(), self._tidy(), self._witness.run()]
+        if isinstance(self._witness, Lease):
+            self._bell = self._bell or StoreBell(self.store)
+            work.append(self._bell.listen(self._witness.hear))
+        self._loops = [self._in_background(each) for each in work]
+
+    def _open_redis(self, secrets: Secrets) -> None:
+        if self._redis is None and not self.settings.redis:
+            return
+        breaker = Breaker(self._timer)
+        client = self._redis or connect(self.settings.redis)
+        self._l2 = SharedCache(client, secrets.peppers, breaker)
+        if self.store.is_shared:
+            listener = self._redis or connect(self.settings.redis, socket_timeout=None)
+            channel = f"keylatch:{self._feed.epoch}:bell"
+            self._bell = RedisBell(client, listener, breaker, channel)
 
     async def stop(self) -> None:
         """Flush what was used, stop the background tasks, close what was opened."""
@@ -136,20 +158,26 @@ class Engine:
         await asyncio.gather(*self._loops, return_exceptions=True)
         if self._check_keys is not None:
             await self._usage.flush()
+            await self._witness.end()
+        if self._bell is not None:
+            await self._bell.close()
         if self._l2 is not None:
             await self._l2.close()
         self.hasher.close()
         await self.store.close()
         self._l1.clear()
         self._feed.forget()
+        self._witness.forget()
         self._begin_anew()
 
     def forget(self) -> None:
         """After a fork: nothing of the parent's is used, and nothing of it is closed."""
+        self._inherited += [self._l2, self._bell, self._loops, self._jobs]
         self.store.forget()
         self.hasher.forget()
         self._l1.clear()
         self._feed.forget()
+        self._witness.forget()
         self._flights.forget()
         self._usage.forget()
         self._begin_anew()
@@ -198,8 +226,8 @@ class Engine:
             absence = self._l1.absence(token.digest)
             if absence is None:
                 return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
-            return self._judge_absence(absence) if self._feed.is_current() else None
-        if not self._feed.is_current():
+            return self._judge_absence(absence) if self._witness.is_current() else None
+        if not self._witness.is_current():
             return None
         return self._judge(entry, token, wanted)
 
@@ -228,7 +256,7 @@ class Engine:
                 known = await self._flights.join(token.digest, lambda: self._fetch(token))
             # What was fetched is judged like what was cached: the flight may have left before
             # this request came.
-            await self._feed.catch_up()
+            await self._witness.catch_up()
             if isinstance(known, Entry):
                 verdict = self._judge(known, token, wanted)
             else:
@@ -245,7 +273,7 @@ class Engine:
             return None
         if entry.digest != token.digest:
             return Deny(Reason.WRONG_SECRET)
-        now_ms = self._now_ms()
+        now_ms = self._witness.now_ms()
         verdict = judge(entry.record, entry.principal, now_ms, self._environment, wanted)
         if isinstance(verdict, Allow) or verdict.reason is Reason.INSUFFICIENT_SCOPE:
             self._usage.note(entry.key_id, now_ms)
@@ -275,8 +303,12 @@ class Engine:
         known = await self._l2.get(token, self._feed.epoch)
         if known is None:
             return None
-        await self._feed.catch_up()
-        fresh = self._feed.accepts(known.key_id, known.organization_id, known.as_of)
+        await self._witness.catch_up()
+        # What was read after all that this process has heard of is left to the store: it may
+        # come from before a restore, when numbers were higher.
+        fresh = known.as_of <= self._feed.seq and self._feed.accepts(
+            known.key_id, known.organization_id, known.as_of
+        )
         return known if fresh else None
 
     async def _fetch_stored(self, token: Token) -> Entry | Absence:
@@ -284,7 +316,7 @@ class Engine:
         if isinstance(found, Absent):
             return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
         record = found.record
-        reason = flaw(record, self._now_ms(), self._environment)
+        reason = flaw(record, self._witness.now_ms(), self._environment)
         if reason is None and not await self.hasher.verify(found.hash, token):
             reason = Reason.WRONG_SECRET
         if reason is not None:
@@ -297,9 +329,26 @@ class Engine:
 
     # In the background
 
-    async def _bury(self, record: KeyRecord, as_of: int) -> None:
-        if self._l2 is not None:
-            await self._l2.bury(record, as_of, self._feed.epoch)
+    async def _announce(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
+        """A change is committed: tell whom it concerns, and wait until all decide by it."""
+        if self._l2 is not None and record is not None:
+            await self._l2.bury(record, seq, self._feed.epoch)
+        return await self._witness.settle(seq, wait=wait)
+
+    async def _ring(self) -> None:
+        if self._bell is not None:
+            await self._bell.ring()
+
+    def _restored(self, touched: list[str]) -> None:
+        self._l1.clear()
+        self._do_later(self._after_restore(touched, self._feed.epoch, self._feed.seq))
+
+    async def _after_restore(self, touched: list[str], epoch: str, seq: int) -> None:
+        await self.store.renew(epoch, seq)
+        for key_id in touched:
+            found = await self.store.find(key_id)
+            if isinstance(found, Found) and found.record.deleted_at is None:
+                log.critical("%s had been changed since and is as it was before", key_id)
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again
@@ -331,12 +380,17 @@ class Engine:
         return int(self._clock() * 1000)
 
 
-def _after_fork(engine: Engine) -> None:
+def _survive_forks(engine: Engine) -> None:
+    """Servers fork workers from a process that may have opened a store already."""
     reference = weakref.ref(engine)
 
-    def forget() -> None:
-        forked = reference()
-        if forked is not None:
-            forked.forget()
+    def tell(what: Callable[[Engine], None]) -> None:
+        alive = reference()
+        if alive is not None:
+            what(alive)
 
-    os.register_at_fork(after_in_child=forget)
+    os.register_at_fork(
+        before=lambda: tell(lambda alive: alive.store.before_fork()),
+        after_in_parent=lambda: tell(lambda alive: alive.store.after_fork()),
+        after_in_child=lambda: tell(Engine.forget),
+    )

@@ -7,12 +7,12 @@ what the caller says.
 """
 
 import re
-import time
 import unicodedata
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from keylatch.feed import Receipt
 from keylatch.hashing import Hasher
 from keylatch.model import FULL, KeyRecord, Principal
 from keylatch.settings import Settings
@@ -29,6 +29,9 @@ _NAMELESS: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
 _BIDI_CONTROLS: Final = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
+
+
+Announce = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
 
 
 class InvalidValue(ValueError):
@@ -50,6 +53,14 @@ class NotPermitted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Changed:
+    """A key after a change, and what is known of the change's spreading."""
+
+    record: KeyRecord
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
 class Created:
     """A new key and, this once, its token."""
 
@@ -66,7 +77,8 @@ class Keyring:
         check_keys: mint new tokens.
         settings: prefix of new tokens and the permissions that may be given.
         clock: seconds since the Unix epoch.
-        announce: told of every changed key and its sequence number, after the commit.
+        announce: told of every changed key (None: a whole organisation) and the sequence number,
+            after the commit; waits until all processes decide by it, if it is told to.
     """
 
     def __init__(
@@ -75,8 +87,8 @@ class Keyring:
         hasher: Hasher,
         check_keys: CheckKeys,
         settings: Settings,
-        clock: Callable[[], float] = time.time,
-        announce: Callable[[KeyRecord, int], Awaitable[None]] | None = None,
+        clock: Callable[[], float],
+        announce: Announce,
     ) -> None:
         self._store = store
         self._hasher = hasher
@@ -149,8 +161,14 @@ class Keyring:
         return await self._store.get(organization_id, key_id)
 
     async def change(
-        self, organization_id: str, key_id: str, *, by: Principal | None = None, **values: Any
-    ) -> KeyRecord | None:
+        self,
+        organization_id: str,
+        key_id: str,
+        *,
+        by: Principal | None = None,
+        wait: bool = True,
+        **values: Any,
+    ) -> Changed | None:
         """Change `name`, `active`, `permission` or `expires_at` of a key that is not deleted.
 
         Returns:
@@ -165,35 +183,77 @@ class Keyring:
             values["name"] = checked_name(values["name"])
         if "permission" in values:
             self._check_permission(values["permission"])
-            if by is not None:
-                _check_rights(by, values["permission"], by.environment)
         if "expires_at" in values:
             self._check_expiry(values["expires_at"], self._now_ms())
-        return await self._change(organization_id, key_id, values)
+        if not await self._may_touch(organization_id, key_id, by, values.get("permission")):
+            return None
+        return await self._change(organization_id, key_id, values, wait)
 
-    async def delete(self, organization_id: str, key_id: str) -> KeyRecord | None:
-        """Revoke a key, finally. Repeating it changes nothing and answers the same.
+    async def delete(
+        self,
+        organization_id: str,
+        key_id: str,
+        *,
+        by: Principal | None = None,
+        wait: bool = True,
+    ) -> Changed | None:
+        """Revoke a key, finally. Repeating it changes nothing.
+
+        Args:
+            organization_id: whose key it is.
+            key_id: which key.
+            by: the caller's own key; None: the operator.
+            wait: return only when no process accepts it any more; False: right after the commit,
+                with a receipt that bounds how long it may take.
 
         Returns:
             the deleted key, or None where the organisation has no such key.
 
         Raises:
+            NotPermitted: the key is for an environment that `by` does not reach.
             StoreUnavailable: it may not have been revoked; repeat it.
         """
+        if not await self._may_touch(organization_id, key_id, by):
+            return None
         return await self._change(
-            organization_id, key_id, {"active": False, "deleted_at": self._now_ms()}
+            organization_id, key_id, {"active": False, "deleted_at": self._now_ms()}, wait
         )
 
+    async def set_organization_active(
+        self, organization_id: str, active: bool, *, wait: bool = True
+    ) -> Receipt | None:
+        """Disable an organisation with all of its keys, or enable it again.
+
+        Returns:
+            what is known of the change's spreading; None: no such organisation.
+        """
+        seq = await self._store.change_organization(organization_id, self._now_ms(), active)
+        return None if seq is None else await self._announce(None, seq, wait)
+
+    async def _may_touch(
+        self,
+        organization_id: str,
+        key_id: str,
+        by: Principal | None,
+        permission: str | None = None,
+    ) -> bool:
+        """Whether the key is there; a key's environment never changes, so this holds later."""
+        if by is None:
+            return True
+        record = await self._store.get(organization_id, key_id)
+        if record is None:
+            return False
+        _check_rights(by, permission or by.permission, record.environment)
+        return True
+
     async def _change(
-        self, organization_id: str, key_id: str, values: dict[str, Any]
-    ) -> KeyRecord | None:
+        self, organization_id: str, key_id: str, values: dict[str, Any], wait: bool
+    ) -> Changed | None:
         changed = await self._store.change(organization_id, key_id, self._now_ms(), values)
         if changed is None:
             return None
         record, seq = changed
-        if self._announce is not None:
-            await self._announce(record, seq)
-        return record
+        return Changed(record, await self._announce(record, seq, wait))
 
     def _check_permission(self, permission: str) -> None:
         if permission not in self._grantable:
@@ -230,4 +290,4 @@ def _check_rights(by: Principal, permission: str, environment: str) -> None:
     if by.permission not in (FULL, permission):
         raise NotPermitted("a key cannot give more rights than its own")
     if by.environment not in (LIVE, environment):
-        raise NotPermitted(f"a key for {by.environment} cannot make one for {environment}")
+        raise NotPermitted(f"a key for {by.environment} cannot touch one for {environment}")

@@ -1,14 +1,20 @@
-"""The store as a server for many hosts, over psycopg's asynchronous sockets."""
+"""The store as a server for many hosts, over psycopg's asynchronous sockets.
+
+A server may fall silent without closing its connections. psycopg, when cancelled, first asks the
+server to cancel and waits for its answer; so work runs in a task of its own, and whoever has waited
+long enough leaves it behind and cuts its connection.
+"""
 
 import asyncio
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Final, TypeVar
 
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.database import Work, errors_translated
-from keylatch.errors import ConfigurationError
+from keylatch.errors import ConfigurationError, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -17,56 +23,113 @@ _WRITE_SECONDS: Final = 5.0
 
 
 class PostgreSQL:
-    """A server for many hosts, over psycopg's asynchronous sockets."""
+    """A server; see `keylatch.database.Database`.
 
+    Args:
+        url: `postgresql://…`
+
+    Raises:
+        ConfigurationError: a package is missing.
+    """
+
+    is_shared = True
     warnings: tuple[str, ...] = ()
 
     def __init__(self, url: URL) -> None:
         for package in ("psycopg", "greenlet"):
             if find_spec(package) is None:
-                raise ConfigurationError(
-                    [
-                        (
-                            f"KEYLATCH_STORE: postgresql needs the package {package}",
-                            "pip install 'keylatch[postgres]'",
-                        )
-                    ]
-                )
+                wrong = f"KEYLATCH_STORE: postgresql needs the package {package}"
+                raise ConfigurationError([(wrong, "pip install 'keylatch[postgres]'")])
         self._url = url.set(drivername="postgresql+psycopg")
         self._hint = f"is PostgreSQL up at {url.host or 'its socket'}, and does the user exist?"
+        self._inherited: list[object] = []
         self._open()
 
     def _open(self) -> None:
-        engine = create_async_engine(
+        self._engine = create_async_engine(
             self._url,
             connect_args={"connect_timeout": 2, "application_name": "keylatch"},
             hide_parameters=True,
             pool_pre_ping=True,
             pool_timeout=_READ_SECONDS,
         )
-        self._engine = engine
         # One statement is its own snapshot, so reads need no BEGIN and no ROLLBACK.
-        self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._under_way: dict[asyncio.Task[Any], list[AsyncConnection]] = {}
 
     async def read(self, work: Work[T]) -> T:
-        with errors_translated(self._hint):
-            async with asyncio.timeout(_READ_SECONDS), self._reader.connect() as connection:
-                return await connection.run_sync(work)
+        return await self._within(_READ_SECONDS, self._reader, work)
 
     async def write(self, work: Work[T], *, durable: bool = True) -> T:
+        return await self._within(_WRITE_SECONDS, self._engine, work)
+
+    async def _within(self, seconds: float, engine: AsyncEngine, work: Work[T]) -> T:
+        used: list[AsyncConnection] = []
+        task = asyncio.create_task(_run(engine, work, used), name="keylatch-postgresql")
+        self._under_way[task] = used
+        task.add_done_callback(self._done)
         with errors_translated(self._hint):
-            async with asyncio.timeout(_WRITE_SECONDS), self._engine.begin() as connection:
-                return await connection.run_sync(work)
+            done, _ = await asyncio.wait({task}, timeout=seconds)
+            if done:
+                return task.result()
+            _cut(used)
+            raise TimeoutError
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        del self._under_way[task]
+        if not task.cancelled():
+            task.exception()  # its caller has it, or has left
 
     def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:
         return None
+
+    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
+        import psycopg
+
+        url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
+        try:
+            line = await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=2)
+            async with line:
+                await line.execute(f'LISTEN "{channel}"')
+                heard()
+                async for _ in line.notifies():
+                    heard()
+        except psycopg.Error as error:
+            raise StoreUnavailable(
+                f"the store's bell is silent: {type(error).__name__}", self._hint
+            ) from None
 
     async def tidy(self) -> None:
         return None
 
     async def close(self) -> None:
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=_READ_SECONDS)
+        for used in self._under_way.values():
+            _cut(used)
         await self._engine.dispose()
 
+    def before_fork(self) -> None:
+        return None
+
+    def after_fork(self) -> None:
+        return None
+
     def forget(self) -> None:
-        self._engine.sync_engine.dispose(close=False)
+        # Kept, never closed: closing would say goodbye on the parent's connections.
+        self._inherited += [self._engine, self._under_way]
         self._open()
+
+
+async def _run(engine: AsyncEngine, work: Work[T], used: list[AsyncConnection]) -> T:
+    async with engine.connect() as connection:
+        used.append(connection)
+        async with connection.begin():
+            return await connection.run_sync(work)
+
+
+def _cut(used: list[AsyncConnection]) -> None:
+    for connection in used:
+        raw = connection.sync_connection
+        if raw is not None and raw.connection.driver_connection is not None:
+            raw.connection.driver_connection.pgconn.finish()

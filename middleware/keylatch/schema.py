@@ -19,7 +19,7 @@ from sqlalchemy import (
     Table,
 )
 
-VERSION: Final = "0001"
+VERSION: Final = "0002"
 """The newest migration: what a store must be at for this code to use it."""
 
 metadata: Final = MetaData()
@@ -79,4 +79,15 @@ invalidations: Final = Table(
     Column("key_id", String(64)),
     Column("organization_id", String(64)),
     Column("at", BigInteger, nullable=False),
+)
+
+members: Final = Table(
+    "keylatch_members",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    # Advances with every lease that is granted: whoever sees it stand still for longer than a
+    # lease lasts knows that this member holds none.
+    Column("grants", BigInteger, nullable=False),
+    Column("acked_seq", BigInteger, nullable=False),
+    Column("joined_at", BigInteger, nullable=False),
 )

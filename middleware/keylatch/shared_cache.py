@@ -6,101 +6,40 @@
 none. The MAC (key derived from the pepper) covers the key id and the whole value, so whoever can
 write Redis cannot make an "active" (RFC 2104). Keyed by the public id, so the revoker can
 overwrite an entry without knowing the token. `as_of` lets the reader refuse what is stale.
-
-Redis down must never be auth down: one attempt, 50 ms in all, then the breaker leaves Redis
-alone for a second. Every failure here is a miss. (redis-py's own defaults hang for 57 s on a
-paused server.)
 """
 
-import asyncio
 import hmac
 import json
 import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
+from keylatch.breaker import Breaker
 from keylatch.cache import Absence, Entry
 from keylatch.model import KeyRecord, Reason
 from keylatch.tokens import Token
 
-T = TypeVar("T")
-
-BUDGET_SECONDS: Final = 0.05
-_BREAK_SECONDS: Final = 1.0
 _TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32
 
 log = logging.getLogger("keylatch")
 
 
-def connect(url: str) -> "Redis":
-    """A client that gives up instead of retrying.
-
-    Args:
-        url: `redis://`, `rediss://` or `unix://`.
-    """
-    client: Redis = Redis.from_url(
-        url,
-        socket_timeout=BUDGET_SECONDS,
-        socket_connect_timeout=BUDGET_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=64,
-    )
-    return client
-
-
-class Breaker:
-    """After a failure, nobody tries for a second; then one does, and the others wait for it.
-
-    Args:
-        timer: seconds that never go back.
-    """
-
-    def __init__(self, timer: Callable[[], float] = time.monotonic) -> None:
-        self._timer = timer
-        self._closed_at = 0.0
-
-    def lets_pass(self) -> bool:
-        """Whether the caller may try now."""
-        if not self._closed_at:
-            return True
-        if self._timer() < self._closed_at:
-            return False
-        self._closed_at = self._timer() + _BREAK_SECONDS  # this caller tries, others go without
-        return True
-
-    def failed(self) -> bool:
-        """Note a failure; True if it is the first one in a row."""
-        first = not self._closed_at
-        self._closed_at = self._timer() + _BREAK_SECONDS
-        return first
-
-    def succeeded(self) -> None:
-        """Note a success."""
-        self._closed_at = 0.0
-
-
 class SharedCache:
     """L2.
 
     Args:
-        client: an asyncio Redis client; see `connect`.
+        client: an asyncio Redis client; see `breaker.connect`.
         peppers: the store's peppers, newest first: the first one writes, all of them read.
-        timer: seconds that never go back, for the breaker.
+        breaker: every failure is a miss.
     """
 
     def __init__(
         self,
-        client: "Redis",
+        client: Any,
         peppers: Sequence[bytes],
-        timer: Callable[[], float] = time.monotonic,
+        breaker: Breaker,
     ) -> None:
         self._client = client
         self._peppers = tuple(peppers)
@@ -108,12 +47,12 @@ class SharedCache:
             hmac.digest(pepper, b"keylatch: MAC of shared cache values", "sha256")
             for pepper in peppers
         )
-        self._breaker = Breaker(timer)
+        self._breaker = breaker
 
     async def get(self, token: Token, epoch: str) -> Entry | Absence | None:
         """What is known of a token: it is this key, it is not that key's, or nothing (None)."""
         name = _name(epoch, token.key_id)
-        raw = await self._attempt(lambda: self._client.get(name))
+        raw = await self._breaker.attempt(lambda: self._client.get(name))
         return self._opened(name, raw, token) if isinstance(raw, bytes) else None
 
     async def put(self, token: Token, record: KeyRecord, as_of: int, epoch: str) -> None:
@@ -134,13 +73,14 @@ class SharedCache:
 
     async def close(self) -> None:
         """Let the connections go."""
-        await self._attempt(self._client.aclose)
+        await self._breaker.close()
+        await self._client.aclose()
 
     async def _set(self, epoch: str, key_id: str, value: dict[str, Any]) -> None:
         name = _name(epoch, key_id)
         body = json.dumps(value, separators=(",", ":")).encode()
         sealed = _mac(self._mac_keys[0], name, body) + body
-        await self._attempt(lambda: self._client.set(name, sealed, ex=_TTL_SECONDS))
+        await self._breaker.attempt(lambda: self._client.set(name, sealed, ex=_TTL_SECONDS))
 
     def _opened(self, name: str, raw: bytes, token: Token) -> Entry | Absence | None:
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
@@ -155,23 +95,6 @@ class SharedCache:
                 return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, as_of)
         log.warning("a value in Redis was not written by keylatch with this store's pepper")
         return None
-
-    async def _attempt(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        if not self._breaker.lets_pass():
-            return None
-        try:
-            async with asyncio.timeout(BUDGET_SECONDS):
-                result = await call()
-        except (RedisError, OSError, TimeoutError) as error:
-            if self._breaker.failed():
-                log.warning(
-                    "Redis does not answer (%s): working without the shared cache; "
-                    "is KEYLATCH_REDIS right?",
-                    type(error).__name__,
-                )
-            return None
-        self._breaker.succeeded()
-        return result
 
 
 def _name(epoch: str, key_id: str) -> str:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,11 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 
 from keylatch.database import Work, errors_translated
-from keylatch.errors import ConfigurationError
+from keylatch.errors import ConfigurationError, StoreUnavailable
 
 T = TypeVar("T")
 
+_THREADS: Final = 4
 _BUSY_SECONDS: Final = 5.0
 _CHECKPOINT_AT_BYTES: Final = 1 << 20
 _FIRST_SOUND_SQLITE: Final = (3, 51, 3)
@@ -38,6 +40,8 @@ class SQLite:
         path: of the file; it is made if it is not there.
     """
 
+    is_shared = False
+
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
         _refuse_network_file_system(self._path)
@@ -45,7 +49,7 @@ class SQLite:
         self._private: sqlite3.Connection | None = None
         self._engines: dict[str, Engine] = {}
         self._threads: ThreadPoolExecutor | None = None
-        self._inherited: list[object] = []
+        self._places = threading.Semaphore(_THREADS)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -73,33 +77,49 @@ class SQLite:
         except sqlite3.Error:
             return None
 
+    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
+        raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")
+
     async def tidy(self) -> None:
         await self._on_thread(self._checkpoint)
 
     async def close(self) -> None:
-        if self._private is not None:
-            self._private.close()
-            self._private = None
         if self._threads is not None:
             self._threads.shutdown(wait=True)
             self._threads = None
-        for engine in self._engines.values():
-            engine.dispose()
+        self._close_connections()
         self._engines = {}
 
+    def before_fork(self) -> None:
+        # SQLite keeps books on its locks in memory, per file. A child inherits the books and not
+        # the locks, so it must inherit no open file at all (sqlite.org/howtocorrupt.html 2.6).
+        for _ in range(_THREADS):
+            self._places.acquire()  # until no thread is at work, and none can begin
+        self._close_connections()
+
+    def after_fork(self) -> None:
+        for _ in range(_THREADS):
+            self._places.release()
+
     def forget(self) -> None:
-        # Kept, never closed: closing a descriptor of the file would drop the locks that SQLite
-        # holds on it for this process (sqlite.org/howtocorrupt.html section 2.2).
-        self._inherited += [self._private, self._engines]
-        self._private, self._engines, self._threads = None, {}, None
+        self._places = threading.Semaphore(_THREADS)
+        self._threads = None  # they are the parent's
+        self._engines = {}
+
+    def _close_connections(self) -> None:
+        if self._private is not None:
+            self._private.close()
+            self._private = None
+        for engine in self._engines.values():
+            engine.dispose()
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(4, thread_name_prefix="keylatch-store")
+            self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="keylatch-store")
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _run(self, engine: Engine, work: Work[T], begin: str) -> T:
-        with errors_translated(self._hint), engine.connect() as connection:
+        with self._places, errors_translated(self._hint), engine.connect() as connection:
             connection.execution_options(keylatch_begin=begin)
             with connection.begin():
                 result = work(connection)
@@ -150,6 +170,7 @@ class SQLite:
         with (
             contextlib.suppress(BlockingIOError),
             self._owned(wait=False),
+            self._places,
             errors_translated(self._hint),
             self._keys().connect() as connection,
         ):

@@ -5,7 +5,9 @@ The law of this file: whatever changes what a key may do is ONE transaction that
 `as_of`, the `seq` of the very snapshot it was read in. Recording a use is neither.
 """
 
-from collections.abc import Mapping, Sequence
+import secrets as csprng
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +18,7 @@ from sqlalchemy import (
     Row,
     Select,
     bindparam,
+    func,
     insert,
     or_,
     select,
@@ -28,7 +31,7 @@ from sqlalchemy.engine import make_url
 from keylatch.database import Database
 from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
-from keylatch.schema import invalidations, keys, meta, organizations, secrets
+from keylatch.schema import invalidations, keys, members, meta, organizations, secrets
 from keylatch.sqlite import SQLite
 
 _KEPT_INVALIDATIONS: Final = 100_000
@@ -60,6 +63,16 @@ class Changes:
     complete: bool
     touched: tuple[tuple[int, str | None, str | None], ...] = ()
     """(seq, key id or None, organisation id or None)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """The answer to a process that asks for a lease."""
+
+    is_member: bool
+    changes: Changes
+    store_seconds: float | None
+    """The store's own time, in seconds since the epoch; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +130,16 @@ class Store:
         """Let connections and threads go."""
         await self._database.close()
 
+    def before_fork(self) -> None:
+        """Close whatever must not be open while the process forks."""
+        self._database.before_fork()
+
+    def after_fork(self) -> None:
+        """In the parent: go on."""
+        self._database.after_fork()
+
     def forget(self) -> None:
-        """After a fork: drop what the parent opened."""
+        """In the child: drop what the parent has open."""
         self._database.forget()
 
     async def ping(self) -> None:
@@ -147,6 +168,72 @@ class Store:
         """`changes` without waiting (SQLite), or None where it cannot be had that way."""
         rows = self._database.read_now(_CHANGES_NOW.text, *_CHANGES_NOW.parameters(since=since))
         return _read_changes(rows, since) if rows else None
+
+    # What witnesses ask
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether many hosts use it, so that it has to be asked and cannot just be read."""
+        return self._database.is_shared
+
+    async def join(self, member: str) -> None:
+        """A process will ask for leases under this name."""
+        await self._database.write(
+            lambda connection: connection.execute(
+                insert(members).values(id=member, grants=0, acked_seq=0, joined_at=_now_ms())
+            )
+        )
+
+    async def poll(self, member: str, seq: int) -> Poll:
+        """Acknowledge `seq`, count a grant, and tell what happened since, in one transaction."""
+        return await self._database.write(lambda connection: _poll(connection, member, seq))
+
+    async def leave(self, member: str) -> None:
+        """A process holds no lease any more and will ask for none."""
+        await self._database.write(
+            lambda connection: connection.execute(members.delete().where(members.c.id == member))
+        )
+
+    async def laggards(self, seq: int) -> tuple[dict[str, int], int]:
+        """Members that have not acknowledged `seq` (name → grants so far), and how many there
+        are in all."""
+        rows = await self._database.read(
+            lambda connection: connection.execute(
+                select(members.c.id, members.c.grants, members.c.acked_seq)
+            ).all()
+        )
+        return {row.id: row.grants for row in rows if row.acked_seq < seq}, len(rows)
+
+    async def remove_members(self, silent: Mapping[str, int], seq: int) -> int:
+        """Remove those that still have not acknowledged `seq` and were granted nothing since;
+        return how many."""
+        return await self._database.write(
+            lambda connection: sum(
+                connection.execute(
+                    members.delete().where(
+                        members.c.id == member,
+                        members.c.grants == silent[member],
+                        members.c.acked_seq < seq,
+                    )
+                ).rowcount
+                for member in sorted(silent)
+            )
+        )
+
+    async def ring(self) -> None:
+        """Ring the store's own bell (PostgreSQL)."""
+        await self._database.read(
+            lambda connection: connection.execute(select(func.pg_notify(BELL, "")))
+        )
+
+    async def listen(self, heard: Callable[[], None]) -> None:
+        """Hear the store's own bell (PostgreSQL), until the line breaks."""
+        await self._database.listen(BELL, heard)
+
+    async def renew(self, epoch: str, seq: int) -> None:
+        """After a restore from a backup: a new epoch, and sequence numbers beyond all that were
+        given out, so that nothing that anybody remembers is believed."""
+        await self._database.write(lambda connection: _renew(connection, epoch, seq))
 
     async def replace_hash(self, key_id: str, old: str, new: str) -> None:
         """Exchange a hash for another one of the same token. No answer about the key changes."""
@@ -206,6 +293,14 @@ class Store:
             lambda connection: _change(connection, organization_id, key_id, now_ms, values)
         )
 
+    async def change_organization(
+        self, organization_id: str, now_ms: int, active: bool
+    ) -> int | None:
+        """Enable or disable an organisation; the sequence number of it, or None: no such one."""
+        return await self._database.write(
+            lambda connection: _change_organization(connection, organization_id, now_ms, active)
+        )
+
 
 _RECORDS: Final[Select[Any]] = select(
     keys, organizations.c.active.label("organization_active")
@@ -244,6 +339,8 @@ def _changes() -> Select[Any]:
 
 _CHANGES: Final = _changes()
 _SEQUENCE: Final = select(meta.c.seq)
+_STORE_TIME: Final = select(func.extract("epoch", func.clock_timestamp()))
+BELL: Final = "keylatch_bell"
 
 
 class _Now:
@@ -345,6 +442,43 @@ def _change(
         update(keys).where(keys.c.id == key_id).values(**values, updated_at=changed.updated_at)
     )
     return changed, seq
+
+
+def _change_organization(
+    connection: Connection, organization_id: str, now_ms: int, active: bool
+) -> int | None:
+    seq = _advance(connection, now_ms, organization_id=organization_id)
+    changed = connection.execute(
+        update(organizations).where(organizations.c.id == organization_id).values(active=active)
+    )
+    return seq if changed.rowcount else None
+
+
+def _poll(connection: Connection, member: str, seq: int) -> Poll:
+    # The row first: once it is locked, nobody can remove it before this grant is counted.
+    counted = connection.execute(
+        update(members)
+        .where(members.c.id == member)
+        .values(grants=members.c.grants + 1, acked_seq=seq)
+    ).rowcount
+    rows = connection.execute(_CHANGES, {"since": seq}).all()
+    store_seconds = None
+    if connection.dialect.name == "postgresql":
+        store_seconds = float(connection.execute(_STORE_TIME).scalar_one())
+    changes = _read_changes([tuple(row) for row in rows], seq)
+    return Poll(counted == 1, changes, store_seconds)
+
+
+def _renew(connection: Connection, epoch: str, seq: int) -> None:
+    row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
+    if row.epoch != epoch:
+        return  # somebody else was faster
+    connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
+    _advance(connection, _now_ms())  # it names nobody, so it concerns everybody
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _prune(connection: Connection) -> None:

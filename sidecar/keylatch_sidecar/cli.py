@@ -24,12 +24,14 @@ from rich.table import Table
 from keylatch import credentials
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError, KeylatchError, StoreUnavailable
-from keylatch.keyring import LIVE, ORGANIZATION_PATTERN, InvalidValue, Keyring
+from keylatch.feed import Receipt
+from keylatch.keyring import LIVE, ORGANIZATION_PATTERN, Changed, InvalidValue, Keyring
 from keylatch.model import FULL, Allow, KeyRecord, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
 from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
+from keylatch_sidecar.receipts import revocation
 from keylatch_sidecar.unsent import describe
 from keylatch_sidecar.verify import wanted_of
 
@@ -47,6 +49,8 @@ cli = typer.Typer(
 )
 keys = typer.Typer(help="Manage the keys of an organisation.", no_args_is_help=True)
 cli.add_typer(keys, name="keys")
+organizations = typer.Typer(help="Disable or enable an organisation.", no_args_is_help=True)
+cli.add_typer(organizations, name="organizations")
 
 words = Console(stderr=True, highlight=False)
 
@@ -95,6 +99,7 @@ OwnerOption = Annotated[
     typer.Option("--organization", help="Only if the key is this organisation's."),
 ]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")]
+OrganizationArgument = Annotated[str, typer.Argument(metavar="ORGANIZATION", help="Which one.")]
 JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
@@ -240,15 +245,51 @@ def revoke(
 ) -> None:
     """Revoke a key, at once and finally."""
 
-    async def delete(engine: Engine) -> KeyRecord | None:
+    async def delete(engine: Engine) -> Changed | None:
         found = await _find(engine, key_id, organization)
         if found is None:
             return None
         return await (await engine.keyring()).delete(found.organization_id, key_id)
 
-    record = _known(_with_engine(Settings.load(store=store, redis=redis), delete))
-    _print_record(record, as_json)
-    words.print(f"Revoked {record.id}.")
+    changed = _known(_with_engine(Settings.load(store=store, redis=redis), delete))
+    receipt = revocation(changed.receipt).model_dump(by_alias=True)
+    if as_json:
+        _print_json(_json(changed.record) | {"revocation": receipt})
+        return
+    _print_record(changed.record, as_json)
+    words.print(f"Revoked {changed.record.id}: {_spread(changed.receipt)}.")
+
+
+@organizations.command()
+def disable(
+    organization: OrganizationArgument, store: StoreOption = None, redis: RedisOption = None
+) -> None:
+    """Refuse all keys of an organisation, at once, until it is enabled again."""
+    _set_active(organization, False, Settings.load(store=store, redis=redis))
+
+
+@organizations.command()
+def enable(
+    organization: OrganizationArgument, store: StoreOption = None, redis: RedisOption = None
+) -> None:
+    """Let the keys of an organisation in again."""
+    _set_active(organization, True, Settings.load(store=store, redis=redis))
+
+
+def _set_active(organization: str, active: bool, settings: Settings) -> None:
+    known = re.fullmatch(ORGANIZATION_PATTERN, organization)
+    receipt = known and _with_keyring(
+        settings, lambda keyring: keyring.set_organization_active(organization, active)
+    )
+    if not receipt:
+        _fail("there is no such organisation", "its first key makes it", REFUSED)
+    words.print(f"{'Enabled' if active else 'Disabled'} {organization}: {_spread(receipt)}.")
+
+
+def _spread(receipt: Receipt) -> str:
+    if not receipt.members:
+        return "in force for every check that starts now"
+    return f"acknowledged by {receipt.acknowledged} of {receipt.members} processes, in force"
 
 
 @cli.command(context_settings={"allow_extra_args": True})
@@ -333,10 +374,10 @@ async def _find(engine: Engine, key_id: str, organization: str | None) -> KeyRec
     return found.record if organization in (None, found.record.organization_id) else None
 
 
-def _known(record: KeyRecord | None) -> KeyRecord:
-    if record is None:  # what was asked for is not repeated: it could be a secret
+def _known(found: T | None) -> T:
+    if found is None:  # what was asked for is not repeated: it could be a secret
         _fail("there is no such key", "keylatch keys list --organization …", REFUSED)
-    return record
+    return found
 
 
 def _json(record: KeyRecord) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from keylatch.keyring import InvalidValue
 from keylatch.model import KeyRecord
-from keylatch_sidecar import bodies
+from keylatch_sidecar import bodies, receipts
 from keylatch_sidecar.access import key_id, manager
 from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Shape
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem, no_such_key
@@ -108,19 +108,22 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await manager(request)
-        return _shown(await keyring.get(caller.organization_id, key_id(request)))
+        record = await keyring.get(caller.organization_id, key_id(request))
+        if record is None:
+            raise no_such_key()
+        return JSON(_key(record))
 
     @speaking(spell)
     async def delete(self, request: Request) -> Response:
-        """Revoke a key, at once and finally. Repeating it answers the same."""
+        """Revoke a key, at once and finally. Repeating it changes nothing."""
         caller, keyring = await manager(request)
-        return _shown(await keyring.delete(caller.organization_id, key_id(request)))
-
-
-def _shown(record: KeyRecord | None) -> Response:
-    if record is None:
-        raise no_such_key()
-    return JSON(_key(record))
+        waited = receipts.waits(request)
+        changed = await keyring.delete(
+            caller.organization_id, key_id(request), by=caller, wait=waited
+        )
+        if changed is None:
+            raise no_such_key()
+        return receipts.answer(_key(changed.record), changed.receipt, waited=waited)
 
 
 def _key(record: KeyRecord) -> Key:

@@ -1,6 +1,6 @@
 """unsent's dialect, and keylatch's own extensions of it: `/v1/api-keys` (with a hyphen)."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict
 from starlette.endpoints import HTTPEndpoint
@@ -9,11 +9,13 @@ from starlette.responses import Response
 
 from keylatch.keyring import InvalidValue
 from keylatch.model import FULL, KeyRecord
-from keylatch_sidecar import bodies
+from keylatch_sidecar import bodies, receipts
 from keylatch_sidecar.access import key_id, manager
 from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Instant, Shape, iso
 from keylatch_sidecar.problems import Fault, Problem, no_such_key
 from keylatch_sidecar.profile import speaking
+
+T = TypeVar("T")
 
 
 class CreateKey(Body):
@@ -66,9 +68,10 @@ class CreatedKey(Key):
 
 
 class Success(Shape):
-    """What deleting answers."""
+    """What deleting answers. `revocation` is keylatch's."""
 
     success: bool
+    revocation: receipts.Revocation
 
 
 class ErrorDetail(Shape):
@@ -140,27 +143,31 @@ class OneKey(HTTPEndpoint):
         if not values:
             raise Problem(400, "Nothing to change: send name, active, permission or expiresAt")
         try:
-            record = _found(
+            changed = _found(
                 await keyring.change(caller.organization_id, key_id(request), by=caller, **values)
             )
         except InvalidValue as error:
             raise bodies.invalid([Fault(error.field, error.message)]) from None
-        if record.deleted_at is not None:
+        if changed.record.deleted_at is not None:
             raise Problem(400, "The API key was deleted; that is final")
-        return JSON(describe(record))
+        return JSON(describe(changed.record))
 
     @speaking(spell)
     async def delete(self, request: Request) -> Response:
-        """Revoke a key, at once and finally. Repeating it answers the same."""
+        """Revoke a key, at once and finally. Repeating it changes nothing."""
         caller, keyring = await manager(request)
-        _found(await keyring.delete(caller.organization_id, key_id(request)))
-        return JSON(Success(success=True))
+        waited = receipts.waits(request)
+        changed = _found(
+            await keyring.delete(caller.organization_id, key_id(request), by=caller, wait=waited)
+        )
+        content = Success(success=True, revocation=receipts.revocation(changed.receipt))
+        return receipts.answer(content, changed.receipt, waited=waited)
 
 
-def _found(record: KeyRecord | None) -> KeyRecord:
-    if record is None:
+def _found(what: T | None) -> T:
+    if what is None:
         raise no_such_key()
-    return record
+    return what
 
 
 def describe(record: KeyRecord) -> Key:

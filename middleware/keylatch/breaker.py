@@ -1,0 +1,111 @@
+"""The one gate to Redis: one attempt within 50 ms, then nobody tries for a second.
+
+Redis down must never be auth down, so every failure here is a plain None. (redis-py's own
+defaults retry for 57 s on a paused server.)
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+T = TypeVar("T")
+
+BUDGET_SECONDS: Final = 0.05
+_BREAK_SECONDS: Final = 1.0
+FAILURES: Final = (RedisError, OSError, TimeoutError)
+"""What a broken Redis raises."""
+
+log = logging.getLogger("keylatch")
+
+
+def connect(url: str, **options: Any) -> "Redis":
+    """A client that gives up instead of retrying.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        options: of a redis-py connection, over ours.
+    """
+    ours = {
+        "socket_timeout": BUDGET_SECONDS,
+        "socket_connect_timeout": BUDGET_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    # A herd of cold keys waits for a connection instead of being refused one.
+    pool = BlockingConnectionPool.from_url(
+        url, max_connections=8, timeout=BUDGET_SECONDS, **{**ours, **options}
+    )
+    return Redis.from_pool(pool)
+
+
+class Breaker:
+    """After a failure, nobody tries for a second; then one does, and the others go without.
+
+    Args:
+        timer: seconds that never go back.
+    """
+
+    def __init__(self, timer: Callable[[], float] = time.monotonic) -> None:
+        self._timer = timer
+        self._closed_until = 0.0
+        self._under_way: set[asyncio.Future[Any]] = set()
+
+    async def attempt(self, call: Callable[[], Awaitable[T]]) -> T | None:
+        """What the call returns, or None: it failed, took too long, or was not tried.
+
+        A call that takes too long is left behind and not cancelled: it gives up by itself, and a
+        connection that is cancelled halfway keeps an answer that nobody has read.
+        """
+        if not self.lets_pass():
+            return None
+        attempt = asyncio.ensure_future(call())
+        self._under_way.add(attempt)
+        attempt.add_done_callback(self._ended)
+        done, _ = await asyncio.wait({attempt}, timeout=BUDGET_SECONDS)
+        error = attempt.exception() if done else TimeoutError()
+        if error is None:
+            self.succeeded()
+            return attempt.result()
+        if not isinstance(error, FAILURES):
+            raise error
+        if self.failed():
+            log.warning(
+                "Redis does not answer (%s): working without it; is KEYLATCH_REDIS right?",
+                type(error).__name__,
+            )
+        return None
+
+    async def close(self) -> None:
+        """Wait for what was left behind, which takes a fraction of a second at most."""
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=1)
+
+    def _ended(self, attempt: asyncio.Future[Any]) -> None:
+        self._under_way.discard(attempt)
+        if not attempt.cancelled():
+            attempt.exception()  # its caller has it, or has left
+
+    def lets_pass(self) -> bool:
+        """Whether the caller may try now."""
+        if not self._closed_until:
+            return True
+        if self._timer() < self._closed_until:
+            return False
+        self._closed_until = self._timer() + _BREAK_SECONDS  # this caller tries, others go without
+        return True
+
+    def failed(self) -> bool:
+        """Note a failure; True if it is the first one in a row."""
+        first = not self._closed_until
+        self._closed_until = self._timer() + _BREAK_SECONDS
+        return first
+
+    def succeeded(self) -> None:
+        """Note a success."""
+        self._closed_until = 0.0

@@ -1,0 +1,227 @@
+"""PostgreSQL's witness: the store grants leases, and a change waits for whoever holds one.
+
+A process may believe its feed until X after it *asked* (`t0`, taken before the question leaves).
+It asks every X/4, and at once when the bell rings. One question is one transaction on the primary:
+it acknowledges what was learned last time, counts the grant on the process's own row in `members`,
+and reads what changed. A replica cannot do that, so it grants nothing.
+
+A revoke commits, rings, and waits until every member has acknowledged its sequence number, at most
+X: by then every lease that was asked for before the commit is over, and every later one came
+with the tombstone. Members that did not acknowledge and whose count of grants stood still for X
+hold no lease; their rows are removed, so a process that died costs one revoke X, once. Whoever
+finds its row gone holds no lease either and joins again under a new name.
+
+Clocks: durations only, from CLOCK_BOOTTIME, which goes on while a machine is suspended. Rates may
+differ by 1 %, so holders give up 2 % early. No wall clock is compared with another.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from keylatch.errors import StoreUnavailable
+from keylatch.feed import END, Feed, Receipt
+from keylatch.store import Poll, Store
+
+_SAFETY: Final = 0.98
+_COALESCE_SECONDS: Final = 0.005
+_LOOK_SECONDS: Final = 0.001
+_LOOK_LONGEST_SECONDS: Final = 0.025
+
+log = logging.getLogger("keylatch")
+
+
+def boottime() -> float:
+    """Seconds since the machine booted, suspended time included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Lease:
+    """See `keylatch.feed.Witness`.
+
+    Args:
+        store: on PostgreSQL.
+        feed: to keep current.
+        seconds: X.
+        ring: rings the bell.
+        clock: seconds since the Unix epoch, until the store's own time is known.
+        timer: seconds that never go back and never stand still.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        feed: Feed,
+        seconds: float,
+        ring: Callable[[], Awaitable[None]],
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = boottime,
+    ) -> None:
+        self._store = store
+        self._feed = feed
+        self._seconds = seconds
+        self._ring = ring
+        self._clock = clock
+        self._timer = timer
+        self.forget()
+
+    def forget(self) -> None:
+        self._member = ""
+        self._until = 0.0
+        self._store_ahead = 0.0  # seconds that the store's clock is ahead of the timer
+        self._rung = asyncio.Event()
+        self._asking: asyncio.Task[bool] | None = None
+        self._asking_next: asyncio.Task[bool] | None = None
+        self._silent = False
+
+    def is_current(self) -> bool:
+        return self._timer() < self._until
+
+    def now_ms(self) -> int:
+        if not self._store_ahead:
+            return int(self._clock() * 1000)
+        return int((self._timer() + self._store_ahead) * 1000)
+
+    def hear(self) -> None:
+        """The bell rang."""
+        self._rung.set()
+
+    async def begin(self) -> None:
+        self._feed.begin(await self._store.changes(END))
+        await self.ask()
+
+    async def catch_up(self) -> None:
+        if not self.is_current():
+            await self.ask()
+        if not self.is_current():
+            # The answer took longer than the lease lasts: it is good for nobody.
+            raise StoreUnavailable(
+                "the store answers slower than a lease lasts", "is KEYLATCH_LEASE too short?"
+            )
+
+    async def run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._seconds / 4):
+                    await self._rung.wait()
+            except TimeoutError:
+                pass
+            self._rung.clear()
+            try:
+                if await self.ask():
+                    await self.ask()  # acknowledges what was just learned
+                self._silent = False
+            except StoreUnavailable as error:
+                if not self._silent:
+                    log.warning("no lease: %s; %s", error.message, error.hint)
+                self._silent = True
+            await asyncio.sleep(_COALESCE_SECONDS)
+
+    async def end(self) -> None:
+        while self._asking is not None:  # a question under way would join again
+            await asyncio.wait([self._asking])
+        self._until = 0.0
+        member, self._member = self._member, ""
+        if member:
+            try:
+                await self._store.leave(member)
+            except StoreUnavailable:
+                log.warning("could not say goodbye: the next revoke waits for this process once")
+
+    # Asking
+
+    async def ask(self) -> bool:
+        """Ask the store, in a question that leaves after this call; True if it told news.
+
+        At most one question is under way and one waits; whoever comes while the first is under
+        way shares the second, because the first may have read before they came.
+
+        Raises:
+            StoreUnavailable: nothing was learned.
+        """
+        if self._asking is None:
+            self._asking = self._question(None)
+            question = self._asking
+        else:
+            if self._asking_next is None:
+                self._asking_next = self._question(self._asking)
+            question = self._asking_next
+        return await asyncio.shield(question)
+
+    def _question(self, earlier: asyncio.Task[bool] | None) -> asyncio.Task[bool]:
+        task = asyncio.create_task(self._ask(earlier), name="keylatch-lease")
+        task.add_done_callback(self._answered)
+        return task
+
+    def _answered(self, task: asyncio.Task[bool]) -> None:
+        if not task.cancelled():
+            task.exception()  # its waiters have it; nobody may be left to wait
+        if self._asking is task:
+            self._asking, self._asking_next = self._asking_next, None
+
+    async def _ask(self, earlier: asyncio.Task[bool] | None) -> bool:
+        if earlier is not None:
+            await asyncio.wait([earlier])
+        for _ in range(2):
+            if not self._member:
+                member = secrets.token_hex(8)
+                await self._store.join(member)
+                self._member = member
+            asked_at = self._timer()
+            poll = await self._store.poll(self._member, self._feed.seq)
+            if poll.is_member:
+                return self._granted(poll, asked_at)
+            self._until, self._member = 0.0, ""
+            log.warning("this process was taken for dead and joins again")
+        raise StoreUnavailable("the store forgot this process twice", "is the machine overloaded?")
+
+    def _granted(self, poll: Poll, asked_at: float) -> bool:
+        """Tombstones and lease, in one step of the event loop."""
+        news = poll.changes.seq != self._feed.seq
+        self._feed.apply(poll.changes)
+        self._until = asked_at + self._seconds * _SAFETY
+        if poll.store_seconds is not None:
+            self._store_ahead = poll.store_seconds - asked_at
+        return news
+
+    # Waiting for the others
+
+    async def settle(self, seq: int, *, wait: bool = True) -> Receipt:
+        committed_at = self._timer()
+        await self._ring()
+        if not wait:
+            return Receipt(seq, acknowledged=0, members=0, bound_seconds=self._seconds)
+        self._rung.set()  # this process is one of those who must know
+        first_look: dict[str, int] | None = None
+        first_look_at = committed_at
+        pause = _LOOK_SECONDS
+        members = acknowledged = 0
+        while True:
+            looked_at = self._timer()
+            try:
+                laggards, members = await self._store.laggards(seq)
+                acknowledged = members - len(laggards)
+                if not laggards:
+                    break
+                if first_look is None:
+                    first_look, first_look_at = laggards, looked_at
+            except StoreUnavailable:
+                pass  # the change is committed; time alone will do
+            if self._timer() >= first_look_at + self._seconds:
+                await self._remove(first_look or {}, seq)
+                break
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _LOOK_LONGEST_SECONDS)
+        return Receipt(seq, acknowledged, members, bound_seconds=0.0)
+
+    async def _remove(self, silent: dict[str, int], seq: int) -> None:
+        """Remove members who acknowledged nothing and were granted nothing for X."""
+        try:
+            removed = await self._store.remove_members(silent, seq)
+        except StoreUnavailable:
+            return  # the next revoke tries again
+        if removed:
+            log.warning("%d processes did not answer for %g s: removed", removed, self._seconds)

@@ -1,0 +1,265 @@
+"""Leases: who may believe its cache, for how long, and whom a revoke waits for."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from conftest import Clock
+from keylatch.errors import StoreUnavailable
+from keylatch.feed import Feed, Receipt
+from keylatch.lease import Lease
+from keylatch.store import Changes, Poll
+
+pytestmark = pytest.mark.anyio
+X = 1.0
+
+
+class Members:
+    """A store's counter, log and members, for leases of several processes; parts can be cut off."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.seq = 1
+        self.rows: list[tuple[int, str | None, str | None]] = []
+        self.members: dict[str, list[int]] = {}
+        self.on_poll: Callable[[str], None] = lambda member: None
+        self.cut_off: set[str] = set()
+
+    def commit(self, key_id: str) -> int:
+        self.seq += 1
+        self.rows.append((self.seq, key_id, None))
+        return self.seq
+
+    async def changes(self, since: int) -> Changes:
+        return Changes(self.seq, "epoch", True, tuple(row for row in self.rows if row[0] > since))
+
+    async def join(self, member: str) -> None:
+        self.members[member] = [0, 0]
+
+    async def leave(self, member: str) -> None:
+        self.members.pop(member, None)
+
+    async def poll(self, member: str, seq: int) -> Poll:
+        if member in self.cut_off:
+            raise StoreUnavailable("cut off by the test")
+        row = self.members.get(member)
+        if row is not None:
+            row[0], row[1] = row[0] + 1, seq
+        answer = Poll(row is not None, await self.changes(seq), None)
+        self.on_poll(member)
+        return answer
+
+    async def laggards(self, seq: int) -> tuple[dict[str, int], int]:
+        late = {name: row[0] for name, row in self.members.items() if row[1] < seq}
+        if late:
+            self.clock.tick(X / 20)  # each look takes its time
+        return late, len(self.members)
+
+    async def remove_members(self, silent: dict[str, int], seq: int) -> int:
+        gone = [
+            name
+            for name, grants in silent.items()
+            if name in self.members
+            and self.members[name][0] == grants
+            and self.members[name][1] < seq
+        ]
+        for name in gone:
+            del self.members[name]
+        return len(gone)
+
+
+class Process:
+    """One process: a feed, a lease, and the task that keeps it."""
+
+    def __init__(self, store: Members, clock: Clock) -> None:
+        self.feed = Feed(lambda touched: None)
+        self.lease = Lease(store, self.feed, X, self.ring, clock, clock)  # type: ignore[arg-type]
+        self.others: list[Process] = []
+        self.deaf = False
+
+    async def ring(self) -> None:
+        for other in self.others:
+            if not other.deaf:
+                other.lease.hear()
+
+    def believes(self, key_id: str, as_of: int) -> bool:
+        return self.lease.is_current() and self.feed.accepts(key_id, "acme", as_of)
+
+
+@pytest.fixture
+def store(clock: Clock) -> Members:
+    return Members(clock)
+
+
+@pytest.fixture
+async def processes(store: Members, clock: Clock) -> AsyncIterator[list[Process]]:
+    """Three processes that hold leases and hear each other's bell."""
+    processes = [Process(store, clock) for _ in range(3)]
+    tasks = []
+    for process in processes:
+        process.others = processes
+        await process.lease.begin()
+        tasks.append(asyncio.create_task(process.lease.run()))
+    yield processes
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_a_lease_counts_from_the_question(store: Members, clock: Clock) -> None:
+    """An answer that takes half of X leaves half of X; one that takes all of it leaves nothing."""
+    process = Process(store, clock)
+    store.on_poll = lambda member: clock.tick(X / 2)
+    await process.lease.begin()
+    assert process.lease.is_current()
+    clock.tick(X / 2)
+    assert not process.lease.is_current()
+    store.on_poll = lambda member: clock.tick(X)
+    with pytest.raises(StoreUnavailable, match="slower"):
+        await process.lease.catch_up()
+
+
+async def test_a_holder_gives_up_early(store: Members, clock: Clock) -> None:
+    """Two clocks may differ by one percent each way, so the last two percent are not used."""
+    process = Process(store, clock)
+    await process.lease.begin()
+    clock.tick(X * 0.979)
+    assert process.lease.is_current()
+    clock.tick(X * 0.002)
+    assert not process.lease.is_current()
+
+
+async def test_tombstone_and_lease_come_in_one_step(store: Members, clock: Clock) -> None:
+    """Whoever has the new lease has the tombstone: nothing is believed in between."""
+    process = Process(store, clock)
+    await process.lease.begin()
+    read_at = store.seq
+    clock.tick(X)
+    store.commit("key_a")
+    await process.lease.catch_up()
+    assert process.lease.is_current()
+    assert not process.believes("key_a", read_at)
+
+
+async def test_a_revoke_waits_until_everybody_knows(
+    store: Members, processes: list[Process]
+) -> None:
+    """It returns when all have acknowledged, and says so."""
+    read_at = store.seq
+    assert all(process.believes("key_a", read_at) for process in processes)
+    seq = store.commit("key_a")
+    receipt = await processes[0].lease.settle(seq)
+    assert receipt == Receipt(seq, acknowledged=3, members=3, bound_seconds=0.0)
+    assert not any(process.believes("key_a", read_at) for process in processes)
+
+
+async def test_a_revoke_that_does_not_wait_says_how_long_it_may_take(
+    store: Members, processes: list[Process]
+) -> None:
+    """The receipt bounds it by X, and the bell has rung."""
+    seq = store.commit("key_a")
+    receipt = await processes[0].lease.settle(seq, wait=False)
+    assert receipt.bound_seconds == X
+    assert receipt.acknowledged == 0
+
+
+async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """The revoke takes X; then the process believes nothing, and its row is gone."""
+    lost = processes[2]
+    read_at = store.seq
+    store.cut_off.add(lost.lease._member)
+    began = clock()
+    receipt = await processes[0].lease.settle(store.commit("key_a"))
+    assert (receipt.acknowledged, receipt.members) == (2, 3)
+    assert X <= clock() - began <= X * 1.2
+    assert not lost.believes("key_a", read_at)
+    assert lost.lease._member not in store.members
+
+
+async def test_a_dead_process_costs_one_revoke(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """The second revoke after a kill -9 does not wait for it any more."""
+    await store.join("killed")
+    await processes[0].lease.settle(store.commit("key_a"))
+    began = clock()
+    receipt = await processes[0].lease.settle(store.commit("key_b"))
+    assert clock() - began < X / 4
+    assert (receipt.acknowledged, receipt.members) == (3, 3)
+
+
+async def test_a_hundred_that_left_cost_nothing(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """A rolling restart: every old worker says goodbye, so no revoke waits for it."""
+    for _ in range(100):
+        old = Process(store, clock)
+        await old.lease.begin()
+        await old.lease.end()
+        assert not old.lease.is_current()
+    began = clock()
+    await processes[0].lease.settle(store.commit("key_a"))
+    assert clock() - began < X / 4
+    assert len(store.members) == 3
+
+
+async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """Its lease may still run, so later revokes have to wait for it as well."""
+    await store.join("slow")
+
+    def granted(member: str) -> None:
+        store.members["slow"][0] += 1  # it asks, but what it learns never arrives
+
+    store.on_poll = granted
+    await processes[0].lease.settle(store.commit("key_a"))
+    for _ in range(3):
+        await processes[1].lease.ask()
+    assert "slow" in store.members
+
+
+async def test_whoever_was_removed_joins_again(
+    store: Members, processes: list[Process], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that comes back holds no lease until it has a new name and the tombstones."""
+    back = processes[2]
+    read_at = store.seq
+    name = back.lease._member
+    del store.members[name]
+    store.commit("key_a")
+    await back.lease.ask()
+    assert back.lease._member != name
+    assert back.lease._member in store.members
+    assert not back.believes("key_a", read_at)
+    assert "joins again" in caplog.text
+
+
+async def test_a_silent_bell_only_costs_time(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """Without the bell every process looks by itself, well before X."""
+    for process in processes:
+        process.deaf = True
+    seq = store.commit("key_a")
+    await asyncio.gather(*(process.lease.ask() for process in processes))
+    receipt = await processes[0].lease.settle(seq)
+    assert receipt.acknowledged == 3
+
+
+async def test_a_question_that_left_before_me_does_not_answer_me(
+    store: Members, clock: Clock
+) -> None:
+    """Whoever comes while a question is under way waits for the next one, and shares it."""
+    process = Process(store, clock)
+    await process.lease.begin()
+    polls: list[str] = []
+    store.on_poll = polls.append
+    early = asyncio.create_task(process.lease.ask())
+    await asyncio.sleep(0)
+    late = [asyncio.create_task(process.lease.ask()) for _ in range(20)]
+    await asyncio.gather(early, *late)
+    assert len(polls) == 2

@@ -1,0 +1,421 @@
+"""L2: what is believed of Redis, and what its faults may do. Nothing, but cost a moment."""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fakeredis
+import httpx
+import pytest
+
+from conftest import MakeEngine
+from keylatch.breaker import Breaker, connect
+from keylatch.cache import Absence, Entry
+from keylatch.engine import Engine
+from keylatch.keyring import Created
+from keylatch.model import Allow, Deny, KeyRecord, Reason
+from keylatch.settings import Settings
+from keylatch.shared_cache import SharedCache
+from keylatch.tokens import SECRET_LENGTH, CheckKeys, Token
+from keylatch_sidecar.app import create_app
+from servers import RedisServer, eventually, serving
+
+PEPPER = b"p" * 32
+EPOCH = "e"
+KEYS = CheckKeys([b"n" * 32])
+Connect = Callable[[], Any]
+
+
+def record_of(token: Token) -> KeyRecord:
+    return KeyRecord(
+        id=token.key_id,
+        organization_id="org",
+        name="Ü",
+        permission="FULL",
+        environment="live",
+        partial_token=token.partial,
+        active=True,
+        organization_active=True,
+        created_at=1,
+        updated_at=1,
+    )
+
+
+def with_another_secret(token: Token) -> Token:
+    """A token for the same key that nobody minted."""
+    start, _, tail = token.reveal().rpartition("_")
+    return Token(f"{start}_{tail[::-1]}")
+
+
+def bearer(token: Token) -> list[bytes]:
+    return [b"Bearer " + token.reveal().encode()]
+
+
+def shared(client: Any, peppers: list[bytes]) -> SharedCache:
+    """The shared cache of one process."""
+    return SharedCache(client, peppers, Breaker())
+
+
+async def told(client: Any, number: int) -> list[bytes]:
+    """The names of so many values, once Redis has been told of them in the background."""
+    while len(names := await client.keys()) < number:  # noqa: ASYNC110 - nobody rings a bell here
+        await asyncio.sleep(0.001)
+    return list(names)
+
+
+@pytest.fixture(params=["fakeredis", pytest.param("redis", marks=pytest.mark.service("redis"))])
+def connect_anew(request: pytest.FixtureRequest) -> Connect:
+    """Connects to the test's own Redis, as each process does for itself."""
+    if request.param == "fakeredis":
+        server = fakeredis.FakeServer()
+        return lambda: fakeredis.FakeAsyncRedis(server=server)
+    url = request.getfixturevalue("redis_server").url
+    return lambda: connect(url)
+
+
+@pytest.mark.anyio
+class TestSharedCacheContract:
+    """What holds for the real Redis holds for the fake one, so that other tests may use it."""
+
+    async def test_a_proven_key_is_told_to_the_others(self, connect_anew: Connect) -> None:
+        """What one process proves, another one finds: the same record, judged by the token."""
+        ours, theirs = shared(connect_anew(), [PEPPER]), shared(connect_anew(), [PEPPER])
+        token = KEYS.mint("kl", "live")
+        assert await theirs.get(token, EPOCH) is None
+        await ours.put(token, record_of(token), 7, EPOCH)
+        found = await theirs.get(token, EPOCH)
+        assert isinstance(found, Entry)
+        assert (found.record, found.as_of, found.digest) == (record_of(token), 7, token.digest)
+        await ours.close()
+        await theirs.close()
+
+    async def test_another_secret_is_known_to_be_wrong(self, connect_anew: Connect) -> None:
+        """A token with the same id and another secret is refused by what Redis holds."""
+        cache, token = shared(connect_anew(), [PEPPER]), KEYS.mint("kl", "live")
+        await cache.put(token, record_of(token), 7, EPOCH)
+        found = await cache.get(with_another_secret(token), EPOCH)
+        assert isinstance(found, Absence)
+        assert (found.reason, found.key_id) == (Reason.WRONG_SECRET, token.key_id)
+        await cache.close()
+
+    async def test_a_tombstone_is_a_miss(self, connect_anew: Connect) -> None:
+        """The revoker overwrites what was told, without knowing the token."""
+        cache, token = shared(connect_anew(), [PEPPER]), KEYS.mint("kl", "live")
+        await cache.put(token, record_of(token), 7, EPOCH)
+        await cache.bury(record_of(token), 8, EPOCH)
+        assert await cache.get(token, EPOCH) is None
+        await cache.close()
+
+    async def test_another_epoch_is_another_store(self, connect_anew: Connect) -> None:
+        """After a restore from a backup nothing is believed that was told before."""
+        cache, token = shared(connect_anew(), [PEPPER]), KEYS.mint("kl", "live")
+        await cache.put(token, record_of(token), 7, EPOCH)
+        assert await cache.get(token, "another") is None
+        await cache.close()
+
+    async def test_peppers_rotate(self, connect_anew: Connect) -> None:
+        """A value of an older pepper is read on; one of an unknown pepper is a miss."""
+        cache, token = shared(connect_anew(), [PEPPER]), KEYS.mint("kl", "live")
+        rotated = shared(connect_anew(), [b"q" * 32, PEPPER])
+        stranger = shared(connect_anew(), [b"s" * 32])
+        await cache.put(token, record_of(token), 7, EPOCH)
+        assert isinstance(await rotated.get(token, EPOCH), Entry)
+        assert await stranger.get(token, EPOCH) is None
+        for each in (cache, rotated, stranger):
+            await each.close()
+
+    async def test_what_was_written_by_others_is_a_miss(self, connect_anew: Connect) -> None:
+        """Any changed byte, any cut, garbage, a value of another key, a list: nothing is believed.
+
+        And none of it keeps the next good value from being found.
+        """
+        client = connect_anew()
+        cache = shared(connect_anew(), [PEPPER])
+        token, other = KEYS.mint("kl", "live"), KEYS.mint("kl", "live")
+        await cache.put(other, record_of(other), 7, EPOCH)
+        others = await client.get(f"keylatch:{EPOCH}:{other.key_id}")
+        await cache.put(token, record_of(token), 7, EPOCH)
+        name = f"keylatch:{EPOCH}:{token.key_id}"
+        good = await client.get(name)
+        forgeries = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(len(good))]
+        forgeries += [good[:at] for at in range(0, len(good), 16)]
+        forgeries += [others, good + b" ", good * 2, b"null", b"\xff" * 1_000_000]
+        for forgery in forgeries:
+            await client.set(name, forgery)
+            assert await cache.get(token, EPOCH) is None
+        await client.set(name, good)
+        assert isinstance(await cache.get(token, EPOCH), Entry)
+        await client.delete(name)
+        await client.rpush(name, good)
+        assert await cache.get(token, EPOCH) is None
+        await client.aclose()
+        await cache.close()
+
+    async def test_an_old_value_that_is_put_back_is_stale(
+        self, connect_anew: Connect, make_engine: MakeEngine
+    ) -> None:
+        """Whoever restores what Redis held before a revoke brings no key back, in no process."""
+        revoker, stranger = make_engine(redis=connect_anew()), make_engine(redis=connect_anew())
+        client = connect_anew()
+        await revoker.start()
+        await stranger.start()
+        keyring = await revoker.keyring()
+        created = await keyring.create("org", "key")
+        assert isinstance(await revoker.check(bearer(created.token)), Allow)
+        (name,) = await told(client, 1)
+        old = await client.get(name)
+        await keyring.delete("org", created.record.id)
+        await client.set(name, old)
+
+        newcomer = make_engine(redis=connect_anew())
+        await newcomer.start()
+        for engine in (revoker, stranger, newcomer):
+            assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+            await engine.stop()
+        await client.aclose()
+
+    async def test_redis_never_holds_a_token(
+        self, connect_anew: Connect, make_engine: MakeEngine
+    ) -> None:
+        """No key and no value holds a secret, nor its digest, with which one could try others."""
+        client, engine = connect_anew(), make_engine(redis=connect_anew())
+        await engine.start()
+        keyring = await engine.keyring()
+        created = [await keyring.create("org", f"key {number}") for number in range(20)]
+        for key in created:
+            assert isinstance(await engine.check(bearer(key.token)), Allow)
+        names = await told(client, len(created))
+        held = b"".join(names) + b"".join(await client.mget(names))
+        for key in created:
+            assert key.token.reveal()[-41:][:SECRET_LENGTH].encode() not in held
+            assert key.token.digest not in held
+            assert key.token.digest.hex().encode() not in held
+        await engine.stop()
+        await client.aclose()
+
+
+# Faults of a real Redis while a real sidecar answers
+
+
+class Storm:
+    """Keys of which Redis knows the best, and whoever wants to make it tell the worst."""
+
+    def __init__(self, server: RedisServer, before_revokes: dict[bytes, bytes]) -> None:
+        self.server = server
+        self._before_revokes = before_revokes
+
+    def kill(self) -> None:
+        self.server.kill()
+
+    def pause(self) -> None:
+        self.server.pause()
+
+    def flush(self) -> None:
+        self.server.flush()
+
+    def restart_empty(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+    def write_garbage(self) -> None:
+        chance = random.Random(1)
+        kinds = itertools.cycle([b"", chance.randbytes(31), chance.randbytes(300), b"[" * 20_000])
+        with self.server.client() as redis:
+            for name, garbage in zip(self._before_revokes, kinds, strict=False):
+                redis.set(name, garbage)
+
+    def write_other_types(self) -> None:
+        with self.server.client() as redis:
+            for name in self._before_revokes:
+                redis.delete(name)
+                redis.rpush(name, b"1")
+
+    def copy_from_other_keys(self) -> None:
+        names = [*self._before_revokes]
+        with self.server.client() as redis:
+            for name, other in zip(names, names[1:] + names[:1], strict=True):
+                redis.set(name, self._before_revokes[other])
+
+    def put_old_values_back(self) -> None:
+        with self.server.client() as redis:
+            for name, value in self._before_revokes.items():
+                redis.set(name, value)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client saw."""
+
+    status: int
+    seconds: float
+
+
+def ask(client: httpx.Client, key: Created, method: str = "GET", path: str = "/verify") -> Answer:
+    start = time.monotonic()
+    headers = {"Authorization": f"Bearer {key.token.reveal()}"}
+    response = client.request(method, path, headers=headers)
+    return Answer(response.status_code, time.monotonic() - start)
+
+
+@dataclass
+class Keys:
+    """Some of them good, some revoked while Redis knew them as good."""
+
+    good: list[Created]
+    revoked: list[Created]
+    doomed: list[Created]
+    manager: Created
+
+
+async def prepare(store_url: str, server: RedisServer) -> tuple[Keys, Storm]:
+    """Other processes have seen all keys, so Redis knows them; then one revoked some."""
+
+    def new_engine() -> Engine:
+        return Engine(Settings.load(store=store_url, redis=server.url, hasher="sha256"))
+
+    revoker = new_engine()
+    keyring = await revoker.keyring()
+    keys = await asyncio.gather(*(keyring.create("org", f"key {n}") for n in range(91)))
+    with server.client() as redis:
+        while redis.dbsize() < len(keys):  # on a busy machine some of it takes a second try
+            engine = new_engine()
+            for key in keys:
+                assert isinstance(await engine.check(bearer(key.token)), Allow)
+            await engine.stop()
+        storm = Storm(server, {name: redis.get(name) for name in redis.scan_iter()})
+    good, revoked, doomed, (manager,) = keys[:50], keys[50:80], keys[80:90], keys[90:]
+    for key in revoked:
+        await keyring.delete("org", key.record.id)
+    await revoker.stop()
+    return Keys(good, revoked, doomed, manager), storm
+
+
+@pytest.fixture
+def storm(store_url: str, redis_server: RedisServer) -> tuple[Keys, Storm]:
+    return asyncio.run(prepare(store_url, redis_server))
+
+
+@pytest.fixture
+def serve(store_url: str) -> Iterator[Callable[[str], httpx.Client]]:
+    """Serves a new sidecar, as another process, with or without Redis."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(redis: str) -> httpx.Client:
+            engine = Engine(Settings.load(store=store_url, redis=redis, hasher="sha256"))
+            url = stack.enter_context(serving(create_app(engine)))
+            return stack.enter_context(httpx.Client(base_url=url, timeout=10))
+
+        yield serve
+
+
+FAULTS = {
+    "killed": Storm.kill,
+    "paused": Storm.pause,
+    "flushed": Storm.flush,
+    "restarted empty": Storm.restart_empty,
+    "garbage": Storm.write_garbage,
+    "lists": Storm.write_other_types,
+    "swapped": Storm.copy_from_other_keys,
+    "put back": Storm.put_old_values_back,
+}
+
+
+@pytest.mark.service("redis")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_fault_of_redis_shows(
+    storm: tuple[Keys, Storm], serve: Callable[[str], httpx.Client], fault: str
+) -> None:
+    """No good key is refused, no revoked key is accepted, nobody waits for 200 ms because of it.
+
+    Every key is new to the sidecar that answers. A second sidecar without Redis is asked the
+    same things in turn: what both of them wait for is the machine's fault, not that of Redis.
+    One request may be slower: a shared machine stalls once in a while, a missing budget always.
+    """
+    keys, cause = storm
+    client, without_redis = serve(cause.server.url), serve("")
+    seconds: dict[httpx.Client, list[float]] = {client: [], without_redis: []}
+
+    def expect(status: int, key: Created, *call: str) -> None:
+        for asked in (client, without_redis):
+            answer = ask(asked, key, *call)
+            assert answer.status == status
+            seconds[asked].append(answer.seconds)
+
+    expect(200, keys.manager)
+    hits = keyspace_hits(cause.server)
+    for key in keys.good[:10]:
+        expect(200, key)
+    assert keyspace_hits(cause.server) > hits  # so Redis is really asked
+    FAULTS[fault](cause)
+    for good, revoked in itertools.zip_longest(keys.good[10:], keys.revoked):
+        expect(200, good)
+        if revoked is not None:
+            expect(401, revoked)
+    for doomed in keys.doomed:
+        expect(200, doomed)
+        expect(200, keys.manager, "DELETE", f"/v1/api-keys/{doomed.record.id}")
+        expect(401, doomed)
+    bound = max(seconds[without_redis]) + 0.2
+    assert sum(spent > bound for spent in seconds[client]) <= 1
+
+
+def keyspace_hits(server: RedisServer) -> int:
+    with server.client() as redis:
+        return int(redis.info("stats")["keyspace_hits"])
+
+
+@pytest.mark.service("redis")
+def test_a_paused_redis_really_hangs(redis_server: RedisServer) -> None:
+    """Whoever waits for it without a budget waits on: the bound above could fail."""
+    redis_server.pause()
+    with socket.create_connection(("127.0.0.1", redis_server.port), timeout=0.3) as client:
+        client.sendall(b"PING\r\n")
+        with pytest.raises(TimeoutError):
+            client.recv(7)
+
+
+@pytest.mark.service("redis")
+def test_redis_is_used_again_when_it_is_back(
+    storm: tuple[Keys, Storm], serve: Callable[[str], httpx.Client]
+) -> None:
+    """A second after the last failure somebody tries, and the good times are back."""
+    keys, cause = storm
+    client = serve(cause.server.url)
+    cause.pause()
+    assert ask(client, keys.good[0]).status == 200
+    cause.server.resume()
+    hits = keyspace_hits(cause.server)
+    cold = iter(keys.good[1:])
+
+    def one_more_hits() -> bool:
+        threading.Event().wait(0.05)
+        assert ask(client, next(cold)).status == 200
+        return keyspace_hits(cause.server) > hits
+
+    eventually(one_more_hits)
+
+
+@pytest.mark.service("redis")
+def test_a_herd_of_cold_keys_does_not_break_redis(
+    storm: tuple[Keys, Storm], store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More requests at once than the client has connections: Redis is not taken for down."""
+    keys, cause = storm
+    herd = [*keys.good, *keys.doomed, *keys.revoked]
+
+    async def arrive() -> list[bool]:
+        engine = Engine(Settings.load(store=store_url, redis=cause.server.url, hasher="sha256"))
+        await engine.start()
+        verdicts = await asyncio.gather(*(engine.check(bearer(key.token)) for key in herd))
+        await engine.stop()
+        return [isinstance(verdict, Allow) for verdict in verdicts]
+
+    assert asyncio.run(arrive()) == [key not in keys.revoked for key in herd]
+    assert "MaxConnectionsError" not in caplog.text

@@ -1,0 +1,104 @@
+"""One process of the revocation test: checks keys in a loop and logs every check.
+
+    python worker_checks.py STORE LOG ENGINE < tokens
+
+It says `ready` once every key was accepted, goes on until SIGTERM, checks every key once more,
+and writes its log: four 64-bit integers for each check (key, start, end, outcome), the times in
+nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from array import array
+from pathlib import Path
+
+from keylatch.counter import Counter
+from keylatch.engine import Engine
+from keylatch.feed import Feed
+from keylatch.model import Allow, Deny, Reason
+from keylatch.settings import Settings
+
+REFUSED, ACCEPTED, UNDECIDED = range(3)
+_AT_A_TIME = 50
+
+
+class Blind(Counter):
+    """A broken twin: never asks whether anything was committed."""
+
+    def is_current(self) -> bool:
+        return True
+
+
+class Forgetful(Feed):
+    """A broken twin: asks, and then trusts an entry that was read before the change."""
+
+    def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
+        return True
+
+
+class BlindEngine(Engine):
+    """An engine with a blind witness."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._witness = Blind(self.store, self._feed, time.time)
+
+
+class ForgetfulEngine(Engine):
+    """An engine with a forgetful feed."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._feed = Forgetful(lambda touched: None)
+        self._witness = Counter(self.store, self._feed, time.time)
+
+
+ENGINES = {"sound": Engine, "blind": BlindEngine, "forgetful": ForgetfulEngine}
+
+
+async def check_again_and_again(engine: Engine, tokens: list[str]) -> bytes:
+    """Sweep over the keys until told to stop; return the log."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    headers = [[b"Bearer " + token.encode()] for token in tokens]
+    checks = array("q")
+
+    async def sweep() -> int:
+        accepted = 0
+        for key, values in enumerate(headers):
+            start = time.monotonic_ns()
+            verdict = await engine.check(values)
+            end = time.monotonic_ns()
+            match verdict:
+                case Allow():
+                    outcome = ACCEPTED
+                case Deny(Reason.UNAVAILABLE | Reason.BUSY):
+                    outcome = UNDECIDED
+                case _:
+                    outcome = REFUSED
+            accepted += outcome == ACCEPTED
+            checks.extend((key, start, end, outcome))
+            if key % _AT_A_TIME == 0:
+                await asyncio.sleep(0)  # the loop is everybody's
+        return accepted
+
+    await engine.start()
+    while await sweep() < len(headers):
+        pass
+    print("ready", flush=True)
+    while not stop.is_set():
+        await sweep()
+    await sweep()
+    await engine.stop()
+    return checks.tobytes()
+
+
+if __name__ == "__main__":
+    os.nice(10)  # four of them must not keep the revoker from its work
+    store, log, kind = sys.argv[1:]
+    tokens = sys.stdin.read().split()
+    engine = ENGINES[kind](Settings.load(store=store, redis="", hasher="sha256"))
+    Path(log).write_bytes(asyncio.run(check_again_and_again(engine, tokens)))

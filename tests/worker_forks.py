@@ -1,0 +1,76 @@
+"""A process with a started engine that forks, as servers do that load the app first.
+
+    python worker_forks.py STORE REDIS PARENT_FD CHILD_FD
+
+Parent and child do what they are told over sockets of their own: a line of JSON with the name
+of a deed and its argument, answered by a line of JSON.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+from keylatch.engine import Engine
+from keylatch.model import Allow
+from keylatch.settings import Settings
+
+
+class Process:
+    """One of the two, with an event loop of its own."""
+
+    def __init__(self, engine: Engine, child_fd: int) -> None:
+        self._engine = engine
+        self._child_fd = child_fd
+        self._loop = asyncio.new_event_loop()
+
+    def obey(self, fd: int) -> None:
+        """Do one deed after the other, until nobody is there to order any."""
+        with socket.socket(fileno=fd) as orders, orders.makefile("rw") as lines:
+            for line in lines:
+                deed, argument = json.loads(line)
+                answer = self._loop.run_until_complete(getattr(self, deed)(argument))
+                lines.write(json.dumps(answer) + "\n")
+                lines.flush()
+
+    async def create(self, name: str) -> list[str]:
+        created = await (await self._engine.keyring()).create("org", name)
+        return [created.record.id, created.token.reveal()]
+
+    async def revoke(self, key_id: str) -> None:
+        await (await self._engine.keyring()).delete("org", key_id)
+
+    async def check(self, token: str) -> str:
+        verdict = await self._engine.check([b"Bearer " + token.encode()])
+        return "accepted" if isinstance(verdict, Allow) else verdict.reason.name
+
+    async def was_used(self, key_id: str) -> bool:
+        """Whether the store knows of a use."""
+        record = await self._engine.store.get("org", key_id)
+        return record is not None and record.last_used is not None
+
+    async def stop(self, _: Any) -> None:
+        await self._engine.stop()
+
+    async def fork(self, _: Any) -> int:
+        pid = os.fork()
+        if not pid:
+            Process(self._engine, -1).obey(self._child_fd)
+            os._exit(0)
+        return pid
+
+    async def fork_amid_writes(self, writes: int) -> int:
+        """Fork at a moment when other threads are writing."""
+        creates = [asyncio.create_task(self.create("amid")) for _ in range(writes)]
+        await asyncio.wait(creates, return_when=asyncio.FIRST_COMPLETED)
+        pid = await self.fork(None)
+        await asyncio.gather(*creates)
+        return pid
+
+
+if __name__ == "__main__":
+    store, redis, parent_fd, child_fd = sys.argv[1:]
+    engine = Engine(Settings.load(store=store, redis=redis, hasher="sha256"))
+    Process(engine, int(child_fd)).obey(int(parent_fd))

@@ -1,0 +1,64 @@
+"""A process to be killed: creates and revokes keys, and says so after each answer.
+
+    python worker_writes.py STORE WRITES sound|hasty
+
+It prints `created TOKEN` and `revoked TOKEN` after the answer, and `revoking TOKEN` before the
+call, from when on nobody can know. Every third key is revoked.
+"""
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from keylatch.engine import Engine
+from keylatch.model import KeyRecord
+from keylatch.settings import Settings
+from keylatch.store import Store
+
+
+class HastyStore(Store):
+    """A broken twin: answers at once and writes a moment later."""
+
+    async def add(self, record: KeyRecord, hashed: str) -> int:
+        self._in_a_moment(super().add(record, hashed))
+        return 0
+
+    async def change(
+        self, organization_id: str, key_id: str, now_ms: int, values: Mapping[str, Any]
+    ) -> None:
+        self._in_a_moment(super().change(organization_id, key_id, now_ms, values))
+
+    def _in_a_moment(self, work: Any) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.2, lambda: tasks.append(loop.create_task(work)))
+
+
+tasks: list[asyncio.Task[Any]] = []
+
+
+async def write(engine: Engine, writes: int) -> None:
+    """Create and revoke for four clients at a time, as a server does."""
+    await engine.start()
+    keyring = await engine.keyring()
+    numbers = iter(range(writes))
+
+    async def client() -> None:
+        for number in numbers:
+            created = await keyring.create("org", f"key {number}")
+            print("created", created.token.reveal(), flush=True)
+            if number % 3 == 0:
+                print("revoking", created.token.reveal(), flush=True)
+                await keyring.delete("org", created.record.id)
+                print("revoked", created.token.reveal(), flush=True)
+
+    await asyncio.gather(*(client() for _ in range(4)))
+    await engine.stop()
+
+
+if __name__ == "__main__":
+    store, writes, kind = sys.argv[1:]
+    engine = Engine(Settings.load(store=store, redis="", hasher="sha256"))
+    if kind == "hasty":
+        engine.store = HastyStore(store)
+    asyncio.run(write(engine, int(writes)))
