@@ -12,7 +12,7 @@ serve: .venv/demo           ## the sidecar on 127.0.0.1:8700, keys in ./keylatch
 	@$(BIN)/keylatch serve
 
 test: .venv/dev             ## all tests; those that need a missing server are skipped and named
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: .venv/dev            ## lint, types, and who may import whom
 	@$(BIN)/ruff check .

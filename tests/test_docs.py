@@ -60,10 +60,11 @@ def test_every_verb_in_the_documents_exists() -> None:
     """`make` commands that the documents name are in the Makefile."""
     verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
-        verb for text in DOCUMENTS for verb in re.findall(r"`?make ([a-z]+)", text.read_text())
+        verb
+        for document in DOCUMENTS
+        for verb in re.findall(r"(?:`|^)make ([a-z]+)(?:`|,| +#)", document.read_text(), re.M)
     }
-    assert {"demo", "serve", "test", "check", "bench"} <= verbs
-    assert named - {"that", "names", "keys", "one", "a"} <= verbs
+    assert {"demo", "test", "check", "bench"} <= named <= verbs
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import sys
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -317,3 +318,12 @@ class TestPostgreSQL(StoreContract):
             await store.open(NOW)
         await store.close()
         assert "pass-word" not in f"{caught.value} {caught.value.hint} {store!r}"
+
+
+@pytest.mark.parametrize("package", ["psycopg", "greenlet"])
+def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, a PostgreSQL store says what to install, before anything is imported."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "keylatch.postgresql", raising=False)
+    with pytest.raises(ConfigurationError, match=r"keylatch\[postgres\]"):
+        database_of("postgresql://localhost/keys")

@@ -7,14 +7,13 @@ long enough leaves it behind and cuts its connection.
 
 import asyncio
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, Final, TypeVar
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.database import Work, errors_translated
-from keylatch.errors import ConfigurationError, StoreUnavailable
+from keylatch.errors import StoreUnavailable
 
 T = TypeVar("T")
 
@@ -27,19 +26,12 @@ class PostgreSQL:
 
     Args:
         url: `postgresql://…`
-
-    Raises:
-        ConfigurationError: a package is missing.
     """
 
     is_shared = True
     warnings: tuple[str, ...] = ()
 
     def __init__(self, url: URL) -> None:
-        for package in ("psycopg", "greenlet"):
-            if find_spec(package) is None:
-                wrong = f"KEYLATCH_STORE: postgresql needs the package {package}"
-                raise ConfigurationError([(wrong, "pip install 'keylatch[postgres]'")])
         self._url = url.set(drivername="postgresql+psycopg")
         self._hint = f"is PostgreSQL up at {url.host or 'its socket'}, and does the user exist?"
         self._inherited: list[object] = []

@@ -9,6 +9,7 @@ import secrets as csprng
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import make_url
 
 from keylatch.database import Database
+from keylatch.errors import ConfigurationError
 from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
 from keylatch.schema import invalidations, keys, members, meta, organizations, secrets
@@ -92,6 +94,10 @@ def database_of(url: str) -> Database:
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return SQLite(Path(parsed.database or ""))
+    for package in ("psycopg", "greenlet"):
+        if find_spec(package) is None:
+            wrong = f"KEYLATCH_STORE: postgresql needs the package {package}"
+            raise ConfigurationError([(wrong, "pip install 'keylatch[postgres]'")])
     from keylatch.postgresql import PostgreSQL  # asyncio support costs 0.1 s at import
 
     return PostgreSQL(parsed)
