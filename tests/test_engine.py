@@ -19,7 +19,8 @@ from keylatch.hashing import CHEAPEST, Cost, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason, Wanted
 from keylatch.settings import Settings
-from keylatch.store import Absent, Found, Poll, Store, _advance
+from keylatch.statements import advance
+from keylatch.store import Absent, Found, Poll, Store
 from keylatch.tokens import Token
 from servers import PostgresServer
 
@@ -264,7 +265,7 @@ class TestRevocation:
             connection.exec_driver_sql(
                 "UPDATE keylatch_organizations SET active = false WHERE id = 'acme'"
             )
-            _advance(connection, 0, organization_id="acme")
+            advance(connection, 0, organization_id="acme")
 
         await other.store._database.write(disable)
         assert await engine.check(bearer(created.token)) == Deny(Reason.ORGANIZATION_DISABLED)
@@ -519,8 +520,7 @@ class TestPostgreSQL:
         """Stopped, revoked meanwhile, continued: the first check finds the lease over."""
         created = await create(engine)
         await engine.check(bearer(created.token))
-        for loop in engine._loops:
-            loop.cancel()
+        await engine._jobs.end()
         keyring = await other.keyring()
         await keyring.delete("acme", created.record.id, wait=False)
         clock.tick(3600)

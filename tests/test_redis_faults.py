@@ -336,7 +336,7 @@ def test_no_fault_of_redis_shows(
 
     Every key is new to the sidecar that answers. A second sidecar without Redis is asked the
     same things in turn: what both of them wait for is the machine's fault, not that of Redis.
-    One request may be slower: a shared machine stalls once in a while, a missing budget always.
+    One in twenty may be slower: a shared machine stalls now and then, a missing budget always.
     """
     keys, cause = storm
     client, without_redis = serve(cause.server.url), serve("")
@@ -363,7 +363,7 @@ def test_no_fault_of_redis_shows(
         expect(200, keys.manager, "DELETE", f"/v1/api-keys/{doomed.record.id}")
         expect(401, doomed)
     bound = max(seconds[without_redis]) + 0.2
-    assert sum(spent > bound for spent in seconds[client]) <= 1
+    assert sum(spent > bound for spent in seconds[client]) <= len(seconds[client]) / 20
 
 
 def keyspace_hits(server: RedisServer) -> int:

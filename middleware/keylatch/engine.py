@@ -9,12 +9,11 @@ opened before `start` or the first `resolve`.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from keylatch import credentials
@@ -26,19 +25,20 @@ from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
 from keylatch.feed import Feed, Receipt, Witness
 from keylatch.flights import Flights
 from keylatch.hashing import Hasher
+from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
-from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, flaw, judge
+from keylatch.lookup import Lookup
+from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
-from keylatch.store import Absent, Found, Secrets, Store
+from keylatch.store import Found, Secrets, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.usage import Usage
 
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 1.0
 _TIDY_SECONDS: Final = 30.0
-_LAST_JOBS_SECONDS: Final = 1.0
 
 log = logging.getLogger("keylatch")
 
@@ -86,12 +86,12 @@ class Engine:
     def _begin_anew(self) -> None:
         self._check_keys: CheckKeys | None = None
         self._keyring: Keyring | None = None
+        self._lookup: Lookup | None = None
         self._l2: SharedCache | None = None
         self._bell: Bell | None = None
         self._starting: asyncio.Task[None] | None = None
         self._start_again_at = 0.0
-        self._loops: list[asyncio.Task[None]] = []
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._jobs = Jobs()
 
     # Lifecycle
 
@@ -127,16 +127,25 @@ class Engine:
         for warning in self.store.warnings:
             log.warning(warning)
         self._open_redis(secrets)
+        self._lookup = Lookup(
+            self.store,
+            self._l2,
+            self.hasher,
+            self._feed,
+            self._witness,
+            self._environment,
+            self._jobs.later,
+        )
         check_keys = CheckKeys(secrets.check_keys)
         self._keyring = Keyring(
             self.store, self.hasher, check_keys, self.settings, self._clock, self._announce
         )
         self._check_keys = check_keys  # last: from here on the engine counts as started
-        work = [self._usage.run(), self._tidy(), self._witness.run()]
+        for work in (self._usage.run(), self._tidy(), self._witness.run()):
+            self._jobs.loop(work)
         if isinstance(self._witness, Lease):
             self._bell = self._bell or StoreBell(self.store)
-            work.append(self._bell.listen(self._witness.hear))
-        self._loops = [self._in_background(each) for each in work]
+            self._jobs.loop(self._bell.listen(self._witness.hear))
 
     def _open_redis(self, secrets: Secrets) -> None:
         if self._redis is None and not self.settings.redis:
@@ -151,11 +160,7 @@ class Engine:
 
     async def stop(self) -> None:
         """Flush what was used, stop the background tasks, close what was opened."""
-        for loop in self._loops:
-            loop.cancel()
-        if self._jobs:
-            await asyncio.wait(self._jobs, timeout=_LAST_JOBS_SECONDS)
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await self._jobs.end()
         if self._check_keys is not None:
             await self._usage.flush()
             await self._witness.end()
@@ -172,7 +177,7 @@ class Engine:
 
     def forget(self) -> None:
         """After a fork: nothing of the parent's is used, and nothing of it is closed."""
-        self._inherited += [self._l2, self._bell, self._loops, self._jobs]
+        self._inherited += [self._l2, self._bell, self._jobs]
         self.store.forget()
         self.hasher.forget()
         self._l1.clear()
@@ -243,17 +248,20 @@ class Engine:
             return Deny(Reason.UNAVAILABLE)
 
     async def _resolve(self, token: Token, wanted: Wanted) -> Verdict:
-        if self._check_keys is None:
+        if self._lookup is None:
             if self._timer() < self._start_again_at:
                 return Deny(Reason.UNAVAILABLE)
-            await self.keyring()
+            await self.start()
+        lookup = self._lookup
+        if lookup is None:
+            return Deny(Reason.UNAVAILABLE)
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
         known = self._l1.entry(token.look_up) or self._l1.absence(token.digest)
         for _ in range(_ATTEMPTS):
             if known is None:
-                known = await self._flights.join(token.digest, lambda: self._fetch(token))
+                known = await self._flights.join(token.digest, lambda: self._fetch(lookup, token))
             # What was fetched is judged like what was cached: the flight may have left before
             # this request came.
             await self._witness.catch_up()
@@ -284,50 +292,15 @@ class Engine:
             return Deny(absence.reason)
         return None
 
-    # Fetching
-
-    async def _fetch(self, token: Token) -> Entry | Absence:
-        """Ask Redis, then the store, then argon2; remember what was found."""
-        known = await self._fetch_shared(token)
-        if known is None:
-            known = await self._fetch_stored(token)
+    async def _fetch(self, lookup: Lookup, token: Token) -> Entry | Absence:
+        known = await lookup.fetch(token)
         if isinstance(known, Entry):
             self._l1.remember(token.look_up, known)
         else:
             self._l1.remember_absence(token.digest, known)
         return known
 
-    async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
-        if self._l2 is None:
-            return None
-        known = await self._l2.get(token, self._feed.epoch)
-        if known is None:
-            return None
-        await self._witness.catch_up()
-        # What was read after all that this process has heard of is left to the store: it may
-        # come from before a restore, when numbers were higher.
-        fresh = known.as_of <= self._feed.seq and self._feed.accepts(
-            known.key_id, known.organization_id, known.as_of
-        )
-        return known if fresh else None
-
-    async def _fetch_stored(self, token: Token) -> Entry | Absence:
-        found = await self.store.find(token.key_id)
-        if isinstance(found, Absent):
-            return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
-        record = found.record
-        reason = flaw(record, self._witness.now_ms(), self._environment)
-        if reason is None and not await self.hasher.verify(found.hash, token):
-            reason = Reason.WRONG_SECRET
-        if reason is not None:
-            return Absence(reason, record.id, record.organization_id, found.as_of)
-        if self._l2 is not None:
-            self._do_later(self._l2.put(token, record, found.as_of, self._feed.epoch))
-        if self.hasher.is_outdated(found.hash):
-            self._do_later(self._hash_anew(token, record.id, found.hash))
-        return Entry(token.digest, record, found.as_of)
-
-    # In the background
+    # Changes, and the background
 
     async def _announce(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
@@ -341,7 +314,7 @@ class Engine:
 
     def _restored(self, touched: list[str]) -> None:
         self._l1.clear()
-        self._do_later(self._after_restore(touched, self._feed.epoch, self._feed.seq))
+        self._jobs.later(self._after_restore(touched, self._feed.epoch, self._feed.seq))
 
     async def _after_restore(self, touched: list[str], epoch: str, seq: int) -> None:
         await self.store.renew(epoch, seq)
@@ -350,10 +323,6 @@ class Engine:
             if isinstance(found, Found) and found.record.deleted_at is None:
                 log.critical("%s had been changed since and is as it was before", key_id)
 
-    async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
-        with contextlib.suppress(KeylatchError):  # the next use tries again
-            await self.store.replace_hash(key_id, old, await self.hasher.hash(token))
-
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(_TIDY_SECONDS)
@@ -361,20 +330,6 @@ class Engine:
                 await self.store.tidy(self._now_ms())
             except KeylatchError as error:
                 log.warning("housekeeping failed: %s", error.message)
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        task.add_done_callback(self._done)
-        return task
-
-    def _do_later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Work that no request waits for, but a stop does, for a moment."""
-        self._jobs.add(self._in_background(work))
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._jobs.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a background task failed", exc_info=task.exception())
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

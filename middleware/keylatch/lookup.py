@@ -1,0 +1,91 @@
+"""Finding out what a token is: Redis, then the store, then argon2. It decides nothing.
+
+An error anywhere on the way goes to the caller, and nothing is remembered of it.
+"""
+
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from keylatch.cache import Absence, Entry
+from keylatch.errors import KeylatchError
+from keylatch.feed import Feed, Witness
+from keylatch.hashing import Hasher
+from keylatch.model import Reason, flaw
+from keylatch.shared_cache import SharedCache
+from keylatch.store import Absent, Store
+from keylatch.tokens import Token
+
+
+class Lookup:
+    """Looks tokens up for one process.
+
+    Args:
+        store: an opened store.
+        shared: the shared cache, if there is one.
+        hasher: verifies, and makes outdated hashes anew.
+        feed: what has changed, to judge what Redis says.
+        witness: keeps the feed current.
+        environment: the only one whose keys are welcome; None: all of them.
+        later: runs work that no request waits for.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shared: SharedCache | None,
+        hasher: Hasher,
+        feed: Feed,
+        witness: Witness,
+        environment: str | None,
+        later: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._store = store
+        self._shared = shared
+        self._hasher = hasher
+        self._feed = feed
+        self._witness = witness
+        self._environment = environment
+        self._later = later
+
+    async def fetch(self, token: Token) -> Entry | Absence:
+        """What the token is, by whoever knows it.
+
+        Raises:
+            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
+        """
+        return await self._fetch_shared(token) or await self._fetch_stored(token)
+
+    async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
+        if self._shared is None:
+            return None
+        known = await self._shared.get(token, self._feed.epoch)
+        if known is None:
+            return None
+        await self._witness.catch_up()
+        # What was read after all that this process has heard of is left to the store: it may
+        # come from before a restore, when numbers were higher.
+        fresh = known.as_of <= self._feed.seq and self._feed.accepts(
+            known.key_id, known.organization_id, known.as_of
+        )
+        return known if fresh else None
+
+    async def _fetch_stored(self, token: Token) -> Entry | Absence:
+        found = await self._store.find(token.key_id)
+        if isinstance(found, Absent):
+            return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
+        record = found.record
+        reason = flaw(record, self._witness.now_ms(), self._environment)
+        if reason is None and not await self._hasher.verify(found.hash, token):
+            reason = Reason.WRONG_SECRET
+        if reason is not None:
+            return Absence(reason, record.id, record.organization_id, found.as_of)
+        if self._shared is not None:
+            self._later(self._shared.put(token, record, found.as_of, self._feed.epoch))
+        if self._hasher.is_outdated(found.hash):
+            self._later(self._hash_anew(token, record.id, found.hash))
+        return Entry(token.digest, record, found.as_of)
+
+    async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
+        with contextlib.suppress(KeylatchError):  # the next use tries again
+            await self._store.replace_hash(key_id, old, await self._hasher.hash(token))

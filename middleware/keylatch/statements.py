@@ -1,0 +1,354 @@
+"""The statements: every question and every change as a plain function of a connection.
+
+The law of this file: whatever changes what a key may do is ONE transaction that advances
+`meta.seq`, makes the change and writes the invalidation. Whatever is read to be cached carries
+`as_of`, the `seq` of the very snapshot it was read in. Recording a use is neither. The same
+statements run on SQLite and PostgreSQL.
+"""
+
+import secrets as csprng
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Row,
+    Select,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
+
+from keylatch.model import KeyRecord
+from keylatch.schema import invalidations, keys, members, meta, organizations, secrets
+
+_KEPT_INVALIDATIONS: Final = 100_000
+_MAX_CHANGES: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A key, its hash, and the sequence number at which both were true."""
+
+    record: KeyRecord
+    hash: str = field(repr=False)
+    as_of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """There was no such key at that sequence number."""
+
+    as_of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What happened after a sequence number; `complete` is False where not all of it is told."""
+
+    seq: int
+    epoch: str
+    complete: bool
+    touched: tuple[tuple[int, str | None, str | None], ...] = ()
+    """(seq, key id or None, organisation id or None)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """The answer to a process that asks for a lease."""
+
+    is_member: bool
+    changes: Changes
+    store_seconds: float | None
+    """The store's own time, in seconds since the epoch; None where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """The store's own secrets, newest first, so that they can rotate."""
+
+    check_keys: tuple[bytes, ...] = field(repr=False)
+    peppers: tuple[bytes, ...] = field(repr=False)
+
+
+RECORDS: Final[Select[Any]] = select(
+    keys, organizations.c.active.label("organization_active")
+).join(organizations, organizations.c.id == keys.c.organization_id)
+
+_USED_AT: Final = bindparam("used_at", type_=BigInteger)
+TOUCH: Final = (
+    update(keys)
+    .where(
+        keys.c.id == bindparam("used_id"),
+        or_(keys.c.last_used.is_(None), keys.c.last_used < _USED_AT),
+        or_(keys.c.deleted_at.is_(None), keys.c.deleted_at >= _USED_AT),
+    )
+    .values(last_used=_USED_AT)
+)
+
+
+def _changes() -> Select[Any]:
+    # One statement, so one snapshot: the counter and the log cannot disagree.
+    newer = (
+        select(invalidations)
+        .where(invalidations.c.seq > bindparam("since", type_=BigInteger))
+        .order_by(invalidations.c.seq)
+        .limit(_MAX_CHANGES + 1)
+        .subquery()
+    )
+    return select(
+        meta.c.seq,
+        meta.c.epoch,
+        meta.c.pruned,
+        newer.c.seq,
+        newer.c.key_id,
+        newer.c.organization_id,
+    ).join_from(meta, newer, true(), isouter=True)
+
+
+CHANGES: Final = _changes()
+SEQUENCE: Final = select(meta.c.seq)
+STORE_TIME: Final = select(func.extract("epoch", func.clock_timestamp()))
+BELL: Final = "keylatch_bell"
+
+
+class _Now:
+    """A statement as SQLite's own interface takes it, for `Database.read_now`."""
+
+    def __init__(self, statement: Select[Any]) -> None:
+        compiled = statement.compile(dialect=sqlite_dialect())
+        self.text = str(compiled)
+        self._order = tuple(compiled.positiontup or ())
+        self._fixed = compiled.params
+
+    def parameters(self, **given: Any) -> list[Any]:
+        """The values for the question marks, in their order."""
+        values = {**self._fixed, **given}
+        return [values[name] for name in self._order]
+
+
+SEQUENCE_NOW: Final = _Now(SEQUENCE)
+CHANGES_NOW: Final = _Now(CHANGES)
+
+
+def read_changes(rows: Sequence[tuple[Any, ...]], since: int) -> Changes:
+    seq, epoch, pruned, *_ = rows[0]
+    complete = since >= pruned and len(rows) <= _MAX_CHANGES
+    touched = tuple((row[3], row[4], row[5]) for row in rows if row[3] is not None)
+    return Changes(seq, epoch, complete, touched if complete else ())
+
+
+def record_of(row: Row[Any]) -> KeyRecord:
+    columns = row._mapping
+    return KeyRecord(**{name: columns[name] for name in KeyRecord.__slots__})
+
+
+def find_key(connection: Connection, key_id: str) -> Found | Absent:
+    statement = (
+        select(meta.c.seq, keys, organizations.c.active.label("organization_active"))
+        .join_from(meta, keys, keys.c.id == key_id, isouter=True)
+        .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
+    )
+    row = connection.execute(statement).one()
+    if row._mapping["id"] is None:
+        return Absent(row.seq)
+    return Found(record_of(row), row.hash, row.seq)
+
+
+def advance(
+    connection: Connection,
+    now_ms: int,
+    key_id: str | None = None,
+    organization_id: str | None = None,
+) -> int:
+    seq: int = connection.execute(
+        update(meta).values(seq=meta.c.seq + 1).returning(meta.c.seq)
+    ).scalar_one()
+    connection.execute(
+        insert(invalidations).values(
+            seq=seq, key_id=key_id, organization_id=organization_id, at=now_ms
+        )
+    )
+    return seq
+
+
+def add_key(connection: Connection, record: KeyRecord, hashed: str) -> int:
+    # A new key is announced too: somebody may remember that there is no such key.
+    seq = advance(connection, record.created_at, key_id=record.id)
+    if not connection.execute(
+        select(organizations.c.id).where(organizations.c.id == record.organization_id)
+    ).all():
+        connection.execute(
+            insert(organizations).values(
+                id=record.organization_id, active=True, created_at=record.created_at
+            )
+        )
+    values = {name: getattr(record, name) for name in KeyRecord.__slots__ if name in keys.c}
+    connection.execute(insert(keys).values(**values, hash=hashed, created_seq=seq))
+    return seq
+
+
+def change_key(
+    connection: Connection,
+    organization_id: str,
+    key_id: str,
+    now_ms: int,
+    values: Mapping[str, Any],
+) -> tuple[KeyRecord, int] | None:
+    row = connection.execute(
+        RECORDS.where(
+            keys.c.id == key_id, keys.c.organization_id == organization_id
+        ).with_for_update(of=keys)
+    ).first()
+    if row is None:
+        return None
+    record = record_of(row)
+    if record.deleted_at is not None:
+        return record, sequence(connection)
+    seq = advance(connection, now_ms, key_id=key_id)
+    changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
+    connection.execute(
+        update(keys).where(keys.c.id == key_id).values(**values, updated_at=changed.updated_at)
+    )
+    return changed, seq
+
+
+def set_organization_active(
+    connection: Connection, organization_id: str, now_ms: int, active: bool
+) -> int | None:
+    seq = advance(connection, now_ms, organization_id=organization_id)
+    changed = connection.execute(
+        update(organizations).where(organizations.c.id == organization_id).values(active=active)
+    )
+    return seq if changed.rowcount else None
+
+
+def poll(connection: Connection, member: str, seq: int) -> Poll:
+    # The row first: once it is locked, nobody can remove it before this grant is counted.
+    counted = connection.execute(
+        update(members)
+        .where(members.c.id == member)
+        .values(grants=members.c.grants + 1, acked_seq=seq)
+    ).rowcount
+    rows = connection.execute(CHANGES, {"since": seq}).all()
+    store_seconds = None
+    if connection.dialect.name == "postgresql":
+        store_seconds = float(connection.execute(STORE_TIME).scalar_one())
+    changes = read_changes([tuple(row) for row in rows], seq)
+    return Poll(counted == 1, changes, store_seconds)
+
+
+def renew(connection: Connection, epoch: str, seq: int) -> None:
+    row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
+    if row.epoch != epoch:
+        return  # somebody else was faster
+    connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
+    advance(connection, now_ms())  # it names nobody, so it concerns everybody
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def prune(connection: Connection) -> None:
+    seq = sequence(connection)
+    oldest = seq - _KEPT_INVALIDATIONS
+    if oldest <= 0:
+        return
+    connection.execute(update(meta).values(pruned=oldest))
+    connection.execute(invalidations.delete().where(invalidations.c.seq <= oldest))
+
+
+def read_secrets(connection: Connection) -> Secrets:
+    rows = connection.execute(
+        select(secrets.c.kind, secrets.c.value).order_by(secrets.c.id.desc())
+    ).all()
+    return Secrets(
+        check_keys=tuple(row.value for row in rows if row.kind == "check"),
+        peppers=tuple(row.value for row in rows if row.kind == "pepper"),
+    )
+
+
+def sequence(connection: Connection) -> int:
+    """The store's sequence number."""
+    seq: int = connection.execute(SEQUENCE).scalar_one()
+    return seq
+
+
+def changes(connection: Connection, since: int) -> Changes:
+    """What happened after a sequence number."""
+    rows = connection.execute(CHANGES, {"since": since}).all()
+    return read_changes([tuple(row) for row in rows], since)
+
+
+def touch(connection: Connection, uses: Mapping[str, int]) -> None:
+    """Record uses, in the order of ids, so that two processes cannot deadlock."""
+    rows = [{"used_id": key_id, "used_at": uses[key_id]} for key_id in sorted(uses)]
+    connection.execute(TOUCH, rows)
+
+
+def replace_hash(connection: Connection, key_id: str, old: str, new: str) -> None:
+    """Exchange a hash, if it is still the old one."""
+    connection.execute(update(keys).where(keys.c.id == key_id, keys.c.hash == old).values(hash=new))
+
+
+def get_key(connection: Connection, organization_id: str, key_id: str) -> KeyRecord | None:
+    """A key of an organisation."""
+    row = connection.execute(
+        RECORDS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+    ).first()
+    return None if row is None else record_of(row)
+
+
+def list_keys(
+    connection: Connection, organization_id: str, newest_first: bool, deleted: bool
+) -> list[KeyRecord]:
+    """The keys of an organisation in the order of their creation."""
+    order = keys.c.created_seq.desc() if newest_first else keys.c.created_seq
+    statement = RECORDS.where(keys.c.organization_id == organization_id).order_by(order)
+    if not deleted:
+        statement = statement.where(keys.c.deleted_at.is_(None))
+    return [record_of(row) for row in connection.execute(statement)]
+
+
+def join(connection: Connection, member: str) -> None:
+    """A process will ask for leases under this name."""
+    connection.execute(insert(members).values(id=member, grants=0, acked_seq=0, joined_at=now_ms()))
+
+
+def leave(connection: Connection, member: str) -> None:
+    """A process holds no lease any more."""
+    connection.execute(members.delete().where(members.c.id == member))
+
+
+def laggards(connection: Connection, seq: int) -> tuple[dict[str, int], int]:
+    """Members that have not acknowledged `seq`, with their grants; and how many there are."""
+    rows = connection.execute(select(members.c.id, members.c.grants, members.c.acked_seq)).all()
+    return {row.id: row.grants for row in rows if row.acked_seq < seq}, len(rows)
+
+
+def remove_members(connection: Connection, silent: Mapping[str, int], seq: int) -> int:
+    """Remove members that were granted nothing since and still have not acknowledged `seq`."""
+    return sum(
+        connection.execute(
+            members.delete().where(
+                members.c.id == member,
+                members.c.grants == silent[member],
+                members.c.acked_seq < seq,
+            )
+        ).rowcount
+        for member in sorted(silent)
+    )
+
+
+def ring(connection: Connection) -> None:
+    """Notify everybody who listens (PostgreSQL)."""
+    connection.execute(select(func.pg_notify(BELL, "")))
