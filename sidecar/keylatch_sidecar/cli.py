@@ -6,7 +6,6 @@ argument, because arguments land in shell histories and process lists; nor is on
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -24,21 +23,31 @@ from rich.table import Table
 from keylatch import credentials
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError, KeylatchError, StoreUnavailable
-from keylatch.feed import Receipt
 from keylatch.keyring import LIVE, ORGANIZATION_PATTERN, Changed, InvalidValue, Keyring
 from keylatch.model import FULL, Allow, KeyRecord, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
 from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
+from keylatch_sidecar import terminal
+from keylatch_sidecar.options import (
+    HasherOption,
+    JSONOption,
+    KeyId,
+    LeaseOption,
+    OrganizationArgument,
+    OrganizationOption,
+    OwnerOption,
+    PrefixOption,
+    RedisOption,
+    StoreOption,
+)
 from keylatch_sidecar.receipts import revocation
 from keylatch_sidecar.unsent import describe
 from keylatch_sidecar.verify import wanted_of
 
 T = TypeVar("T")
 
-REFUSED = 1
-UNUSABLE = 2
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 cli = typer.Typer(
@@ -52,68 +61,18 @@ cli.add_typer(keys, name="keys")
 organizations = typer.Typer(help="Disable or enable an organisation.", no_args_is_help=True)
 cli.add_typer(organizations, name="organizations")
 
-words = Console(stderr=True, highlight=False)
-
-StoreOption = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        envvar="KEYLATCH_STORE",
-        help="sqlite:///path.db or postgresql://…",
-        show_default="sqlite:///keylatch.db",
-    ),
-]
-RedisOption = Annotated[
-    str | None,
-    typer.Option(
-        "--redis", envvar="KEYLATCH_REDIS", help="URL of the shared cache", show_default="none"
-    ),
-]
-PrefixOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prefix", envvar="KEYLATCH_PREFIX", help="First word of new tokens.", show_default="kl"
-    ),
-]
-HasherOption = Annotated[
-    str | None,
-    typer.Option(
-        "--hasher",
-        envvar="KEYLATCH_HASHER",
-        help="How new keys are hashed: argon2id or sha256.",
-        show_default="argon2id",
-    ),
-]
-LeaseOption = Annotated[
-    str | None,  # and not a float: Settings names it along with the other mistakes
-    typer.Option(
-        "--lease",
-        envvar="KEYLATCH_LEASE",
-        help="Seconds to trust caches without hearing from the store.",
-        show_default="1.0",
-    ),
-]
-OrganizationOption = Annotated[str, typer.Option("--organization", help="Whose keys.")]
-OwnerOption = Annotated[
-    str | None,
-    typer.Option("--organization", help="Only if the key is this organisation's."),
-]
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")]
-OrganizationArgument = Annotated[str, typer.Argument(metavar="ORGANIZATION", help="Which one.")]
-JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-
 
 def main() -> None:
     """The console script."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     if any(re.search(SCAN_PATTERN, argument) for argument in sys.argv):
-        _refuse_token_in_argument()
+        terminal.refuse_token_in_argument()
     try:
         cli()
     except ConfigurationError as error:
         for wrong, hint in error.mistakes:
-            _say(wrong, hint)
-        sys.exit(UNUSABLE)
+            terminal.say(wrong, hint)
+        sys.exit(terminal.UNUSABLE)
 
 
 @cli.command()
@@ -139,7 +98,7 @@ def serve(
             os.environ[f"KEYLATCH_{name.upper()}"] = value  # for the workers
     place = f"{host}:{port}" if uds is None else str(uds)
     if uds is not None and not os.access(uds.parent, os.W_OK):
-        _fail(f"cannot make {uds}", "is its folder there, and writable?", UNUSABLE)
+        terminal.fail(f"cannot make {uds}", "is its folder there, and writable?", terminal.UNUSABLE)
     # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
     # us before it has removed the socket.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -160,10 +119,14 @@ def serve(
             log_level="info",
         )
     except OSError as error:
-        _fail(f"cannot listen on {place}: {error.strerror}", "another path or port", UNUSABLE)
+        terminal.fail(
+            f"cannot listen on {place}: {error.strerror}", "another path or port", terminal.UNUSABLE
+        )
     except SystemExit as ended:  # uvicorn has logged why
         if ended.code:
-            _fail(f"nothing is served on {place}", "the lines above say why", UNUSABLE)
+            terminal.fail(
+                f"nothing is served on {place}", "the lines above say why", terminal.UNUSABLE
+            )
 
 
 @keys.command("create")
@@ -186,10 +149,10 @@ def create(
         ),
     )
     if as_json:
-        _print_json(_json(created.record) | {"token": created.token.reveal()})
+        terminal.print_json(terminal.as_json(created.record) | {"token": created.token.reveal()})
         return
     sys.stdout.write(created.token.reveal() + "\n")
-    words.print(
+    terminal.words.print(
         f"Created {created.record.id} ({created.record.permission}) for {organization}. "
         "The token above is shown this once."
     )
@@ -204,12 +167,16 @@ def list_keys(
 ) -> None:
     """List an organisation's keys, newest first."""
     if not re.fullmatch(ORGANIZATION_PATTERN, organization):
-        _fail("no organisation has such a name", f"it matches {ORGANIZATION_PATTERN}", UNUSABLE)
+        terminal.fail(
+            "no organisation has such a name",
+            f"it matches {ORGANIZATION_PATTERN}",
+            terminal.UNUSABLE,
+        )
     records = _with_keyring(
         Settings.load(store=store, redis=redis), lambda keyring: keyring.list(organization)
     )
     if as_json:
-        _print_json([_json(record) for record in records])
+        terminal.print_json([terminal.as_json(record) for record in records])
         return
     table = Table(box=None)
     for heading in ("id", "name", "token", "permission", "created", "last used"):
@@ -232,7 +199,11 @@ def show(
     """Show one key."""
     settings = Settings.load(store=store, redis=redis)
     record = _with_engine(settings, lambda engine: _find(engine, key_id, organization))
-    _print_record(_known(record), as_json)
+    record = terminal.known(record)
+    if as_json:
+        terminal.print_json(terminal.as_json(record))
+    else:
+        terminal.print_record(record)
 
 
 @keys.command()
@@ -251,13 +222,13 @@ def revoke(
             return None
         return await (await engine.keyring()).delete(found.organization_id, key_id)
 
-    changed = _known(_with_engine(Settings.load(store=store, redis=redis), delete))
+    changed = terminal.known(_with_engine(Settings.load(store=store, redis=redis), delete))
     receipt = revocation(changed.receipt).model_dump(by_alias=True)
     if as_json:
-        _print_json(_json(changed.record) | {"revocation": receipt})
+        terminal.print_json(terminal.as_json(changed.record) | {"revocation": receipt})
         return
-    _print_record(changed.record, as_json)
-    words.print(f"Revoked {changed.record.id}: {_spread(changed.receipt)}.")
+    terminal.print_record(changed.record)
+    terminal.words.print(f"Revoked {changed.record.id}: {terminal.spread(changed.receipt)}.")
 
 
 @organizations.command()
@@ -282,14 +253,10 @@ def _set_active(organization: str, active: bool, settings: Settings) -> None:
         settings, lambda keyring: keyring.set_organization_active(organization, active)
     )
     if not receipt:
-        _fail("there is no such organisation", "its first key makes it", REFUSED)
-    words.print(f"{'Enabled' if active else 'Disabled'} {organization}: {_spread(receipt)}.")
-
-
-def _spread(receipt: Receipt) -> str:
-    if not receipt.members:
-        return "in force for every check that starts now"
-    return f"acknowledged by {receipt.acknowledged} of {receipt.members} processes, in force"
+        terminal.fail("there is no such organisation", "its first key makes it", terminal.REFUSED)
+    terminal.words.print(
+        f"{'Enabled' if active else 'Disabled'} {organization}: {terminal.spread(receipt)}."
+    )
 
 
 @cli.command(context_settings={"allow_extra_args": True})
@@ -303,19 +270,23 @@ def verify(
 ) -> None:
     """Judge a token read from standard input: exit 0 allowed, 1 refused, 2 cannot decide."""
     if context.args:
-        _refuse_token_in_argument()
+        terminal.refuse_token_in_argument()
     token = credentials.read([b"Bearer " + sys.stdin.buffer.readline(1024).strip()])
     if isinstance(token, Reason):
-        _fail("there is no token on standard input", "keylatch verify < token.txt", REFUSED)
+        terminal.fail(
+            "there is no token on standard input", "keylatch verify < token.txt", terminal.REFUSED
+        )
     wanted = wanted_of(permission or ())
     settings = Settings.load(store=store, redis=redis)
     verdict = _with_engine(settings, lambda engine: engine.resolve(token, wanted))
     if isinstance(verdict, Allow):
-        words.print(f"Allowed: {verdict.principal.key_id} ({verdict.principal.permission})")
+        terminal.words.print(
+            f"Allowed: {verdict.principal.key_id} ({verdict.principal.permission})"
+        )
         return
     answer = ANSWERS[verdict.reason]
-    code = UNUSABLE if answer.status == 503 else REFUSED
-    words.print(f"Refused: {answer.error}")
+    code = terminal.UNUSABLE if answer.status == 503 else terminal.REFUSED
+    terminal.words.print(f"Refused: {answer.error}")
     raise typer.Exit(code)
 
 
@@ -326,7 +297,7 @@ def _with_keyring(settings: Settings, work: Callable[[Keyring], Awaitable[T]]) -
     try:
         return _with_engine(settings, run)
     except InvalidValue as error:
-        _fail(str(error), "keylatch keys create --help", UNUSABLE)
+        terminal.fail(str(error), "keylatch keys create --help", terminal.UNUSABLE)
 
 
 def _with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
@@ -343,7 +314,7 @@ def _with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> 
     try:
         return asyncio.run(run())
     except KeylatchError as error:
-        _fail(error.message, error.hint, UNUSABLE)
+        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
 
 
 def _prepare_store(settings: Settings) -> None:
@@ -363,7 +334,7 @@ def _prepare_store(settings: Settings) -> None:
     try:
         asyncio.run(run())
     except KeylatchError as error:
-        _fail(error.message, error.hint, UNUSABLE)
+        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
 
 
 async def _find(engine: Engine, key_id: str, organization: str | None) -> KeyRecord | None:
@@ -372,44 +343,3 @@ async def _find(engine: Engine, key_id: str, organization: str | None) -> KeyRec
     if found is None or isinstance(found, Absent):
         return None
     return found.record if organization in (None, found.record.organization_id) else None
-
-
-def _known(found: T | None) -> T:
-    if found is None:  # what was asked for is not repeated: it could be a secret
-        _fail("there is no such key", "keylatch keys list --organization …", REFUSED)
-    return found
-
-
-def _json(record: KeyRecord) -> dict[str, Any]:
-    return describe(record).model_dump(by_alias=True)
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
-
-
-def _print_record(record: KeyRecord, as_json: bool) -> None:
-    if as_json:
-        _print_json(_json(record))
-        return
-    for name, value in _json(record).items():
-        sys.stdout.write(f"{name}: {value}\n")
-
-
-def _refuse_token_in_argument() -> NoReturn:
-    _say(
-        "a token is never an argument: it is in your shell's history and in process lists now",
-        "revoke that key; verify reads tokens from standard input, ids look like key_…",
-    )
-    sys.exit(UNUSABLE)
-
-
-def _fail(wrong: str, hint: str, code: int) -> NoReturn:
-    _say(wrong, hint)
-    raise typer.Exit(code)
-
-
-def _say(wrong: str, hint: str) -> None:
-    sys.stderr.write(f"error: {wrong}\n")
-    if hint:
-        sys.stderr.write(f"hint: {hint}\n")

@@ -1,0 +1,53 @@
+"""The options and arguments that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="KEYLATCH_STORE",
+        help="sqlite:///path.db or postgresql://…",
+        show_default="sqlite:///keylatch.db",
+    ),
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option(
+        "--redis", envvar="KEYLATCH_REDIS", help="URL of the shared cache", show_default="none"
+    ),
+]
+PrefixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix", envvar="KEYLATCH_PREFIX", help="First word of new tokens.", show_default="kl"
+    ),
+]
+HasherOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hasher",
+        envvar="KEYLATCH_HASHER",
+        help="How new keys are hashed: argon2id or sha256.",
+        show_default="argon2id",
+    ),
+]
+LeaseOption = Annotated[
+    str | None,  # and not a float: Settings names it along with the other mistakes
+    typer.Option(
+        "--lease",
+        envvar="KEYLATCH_LEASE",
+        help="Seconds to trust caches without hearing from the store.",
+        show_default="1.0",
+    ),
+]
+OrganizationOption = Annotated[str, typer.Option("--organization", help="Whose keys.")]
+OwnerOption = Annotated[
+    str | None,
+    typer.Option("--organization", help="Only if the key is this organisation's."),
+]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")]
+OrganizationArgument = Annotated[str, typer.Argument(metavar="ORGANIZATION", help="Which one.")]
+JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
