@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo serve test check bench clean
+.PHONY: demo serve test check prove bench clean
 
 demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
 	@$(BIN)/python deploy/example/demo.py
@@ -19,6 +19,9 @@ check: .venv/dev            ## lint, types, and who may import whom
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+prove: .venv/dev            ## every state of the lease protocol, and what each of its rules is for
+	@$(BIN)/python proofs/prove.py
 
 bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself
 	@$(BIN)/python benchmarks/l1_hit.py
