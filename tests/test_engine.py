@@ -503,7 +503,7 @@ class TestPostgreSQL:
         created = await create(engine)
         await engine.check(bearer(created.token))
 
-        async def fail(member: str, seq: int) -> Poll:
+        async def fail(member: str, seq: int, seconds: float) -> Poll:
             raise StoreUnavailable("broken by the test")
 
         monkeypatch.setattr(store, "poll", fail)

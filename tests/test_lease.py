@@ -40,7 +40,7 @@ class Members:
     async def leave(self, member: str) -> None:
         self.members.pop(member, None)
 
-    async def poll(self, member: str, seq: int) -> Poll:
+    async def poll(self, member: str, seq: int, seconds: float) -> Poll:
         if member in self.cut_off:
             raise StoreUnavailable("cut off by the test")
         row = self.members.get(member)
@@ -50,13 +50,13 @@ class Members:
         self.on_poll(member)
         return answer
 
-    async def laggards(self, seq: int) -> tuple[dict[str, int], int]:
+    async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
         late = {name: row[0] for name, row in self.members.items() if row[1] < seq}
         if late:
             self.clock.tick(X / 20)  # each look takes its time
         return late, len(self.members)
 
-    async def remove_members(self, silent: dict[str, int], seq: int) -> int:
+    async def remove_members(self, silent: dict[str, int], seq: int, seconds: float) -> int:
         gone = [
             name
             for name, grants in silent.items()

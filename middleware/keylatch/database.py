@@ -30,10 +30,17 @@ class Database(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
 
-    async def read(self, work: Work[T]) -> T:
-        """Run one statement that changes nothing, in a snapshot."""
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
+        """Run one statement that changes nothing, in a snapshot.
 
-    async def write(self, work: Work[T], *, durable: bool = True) -> T:
+        Args:
+            work: the statement.
+            seconds: how long to wait for a server; None: as long as is usual.
+        """
+
+    async def write(
+        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+    ) -> T:
         """Run a transaction; `durable=False` may lose the last ones when the power fails."""
 
     def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:

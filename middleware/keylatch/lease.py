@@ -170,8 +170,8 @@ class Lease:
                 member = secrets.token_hex(8)
                 await self._store.join(member)
                 self._member = member
-            asked_at = self._timer()
-            poll = await self._store.poll(self._member, self._feed.seq)
+            asked_at = self._timer()  # before it leaves; an answer later than X is good for nobody
+            poll = await self._store.poll(self._member, self._feed.seq, self._seconds)
             if poll.is_member:
                 return self._granted(poll, asked_at)
             self._until, self._member = 0.0, ""
@@ -202,7 +202,7 @@ class Lease:
         while True:
             looked_at = self._timer()
             try:
-                laggards, members = await self._store.laggards(seq)
+                laggards, members = await self._store.laggards(seq, self._seconds)
                 acknowledged = members - len(laggards)
                 if not laggards:
                     break
@@ -220,7 +220,7 @@ class Lease:
     async def _remove(self, silent: dict[str, int], seq: int) -> None:
         """Remove members who acknowledged nothing and were granted nothing for X."""
         try:
-            removed = await self._store.remove_members(silent, seq)
+            removed = await self._store.remove_members(silent, seq, self._seconds / 4)
         except StoreUnavailable:
             return  # the next revoke tries again
         if removed:

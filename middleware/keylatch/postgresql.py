@@ -6,10 +6,13 @@ long enough leaves it behind and cuts its connection.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from sqlalchemy import event
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.database import Work, errors_translated
@@ -19,6 +22,7 @@ T = TypeVar("T")
 
 _READ_SECONDS: Final = 2.0
 _WRITE_SECONDS: Final = 5.0
+_IDLE_MILLISECONDS: Final = 2_000
 
 
 class PostgreSQL:
@@ -40,32 +44,58 @@ class PostgreSQL:
     def _open(self) -> None:
         self._engine = create_async_engine(
             self._url,
-            connect_args={"connect_timeout": 2, "application_name": "keylatch"},
+            connect_args={
+                "connect_timeout": 2,
+                "tcp_user_timeout": 5_000,
+                "application_name": "keylatch",
+            },
             hide_parameters=True,
-            pool_pre_ping=True,
             pool_timeout=_READ_SECONDS,
         )
+        event.listen(self._engine.sync_engine, "connect", _configure)
         # One statement is its own snapshot, so reads need no BEGIN and no ROLLBACK.
         self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._under_way: dict[asyncio.Task[Any], list[AsyncConnection]] = {}
 
-    async def read(self, work: Work[T]) -> T:
-        return await self._within(_READ_SECONDS, self._reader, work)
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
+        return await self._twice(seconds or _READ_SECONDS, self._reader, work)
 
-    async def write(self, work: Work[T], *, durable: bool = True) -> T:
-        return await self._within(_WRITE_SECONDS, self._engine, work)
+    async def write(
+        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+    ) -> T:
+        return await self._twice(seconds or _WRITE_SECONDS, self._engine, work)
 
-    async def _within(self, seconds: float, engine: AsyncEngine, work: Work[T]) -> T:
+    async def _twice(self, seconds: float, engine: AsyncEngine, work: Work[T]) -> T:
+        """Once more where the connection had died before: the server was restarted, say.
+
+        All work may be repeated: it says what shall be so, and not what to add to what is.
+        """
+        with errors_translated(self._hint):
+            try:
+                return await self._once(seconds, engine, work)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                return await self._once(seconds, engine, work)
+
+    async def _once(self, seconds: float, engine: AsyncEngine, work: Work[T]) -> T:
         used: list[AsyncConnection] = []
         task = asyncio.create_task(_run(engine, work, used), name="keylatch-postgresql")
         self._under_way[task] = used
         task.add_done_callback(self._done)
-        with errors_translated(self._hint):
-            done, _ = await asyncio.wait({task}, timeout=seconds)
-            if done:
-                return task.result()
-            _cut(used)
+        # A timer and not the waiter cuts the connection: the waiter may be cancelled.
+        timer = asyncio.get_running_loop().call_later(seconds, self._cut, task)
+        task.add_done_callback(lambda _: timer.cancel())
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
             raise TimeoutError
+        return task.result()
+
+    def _cut(self, task: asyncio.Task[Any]) -> None:
+        for connection in self._under_way.get(task, ()):
+            raw = connection.sync_connection
+            if raw is not None and raw.connection.driver_connection is not None:
+                raw.connection.driver_connection.pgconn.finish()
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         del self._under_way[task]
@@ -97,8 +127,8 @@ class PostgreSQL:
     async def close(self) -> None:
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=_READ_SECONDS)
-        for used in self._under_way.values():
-            _cut(used)
+        for task in tuple(self._under_way):
+            self._cut(task)
         await self._engine.dispose()
 
     def before_fork(self) -> None:
@@ -120,8 +150,9 @@ async def _run(engine: AsyncEngine, work: Work[T], used: list[AsyncConnection]) 
             return await connection.run_sync(work)
 
 
-def _cut(used: list[AsyncConnection]) -> None:
-    for connection in used:
-        raw = connection.sync_connection
-        if raw is not None and raw.connection.driver_connection is not None:
-            raw.connection.driver_connection.pgconn.finish()
+def _configure(raw: Any, record: object) -> None:
+    # A process that is stopped or cut off in the middle of a transaction must not keep its locks:
+    # the one on the counter row would stop every change.
+    with contextlib.closing(raw.cursor()) as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_MILLISECONDS}")
+    raw.commit()

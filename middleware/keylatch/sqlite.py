@@ -60,10 +60,12 @@ class SQLite:
             " avoids it by truncating checkpoints, other programs that write to this file may not",
         )
 
-    async def read(self, work: Work[T]) -> T:
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         return await self._on_thread(lambda: self._run(self._keys(), work, "BEGIN"))
 
-    async def write(self, work: Work[T], *, durable: bool = True) -> T:
+    async def write(
+        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+    ) -> T:
         engine = self._keys() if durable else self._usage()
         return await self._on_thread(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))
 

@@ -125,23 +125,29 @@ class Store:
         """A process will ask for leases under this name."""
         await self._write(sql.join, member)
 
-    async def poll(self, member: str, seq: int) -> Poll:
+    async def poll(self, member: str, seq: int, seconds: float) -> Poll:
         """Acknowledge `seq`, count a grant, and tell what happened since, in one transaction."""
-        return await self._write(sql.poll, member, seq)
+        return await self._database.write(
+            lambda connection: sql.poll(connection, member, seq), seconds=seconds
+        )
 
     async def leave(self, member: str) -> None:
         """A process holds no lease any more and will ask for none."""
         await self._write(sql.leave, member)
 
-    async def laggards(self, seq: int) -> tuple[dict[str, int], int]:
+    async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
         """Members that have not acknowledged `seq` (name → grants so far), and how many there
         are in all."""
-        return await self._read(sql.laggards, seq)
+        return await self._database.read(
+            lambda connection: sql.laggards(connection, seq), seconds=seconds
+        )
 
-    async def remove_members(self, silent: Mapping[str, int], seq: int) -> int:
+    async def remove_members(self, silent: Mapping[str, int], seq: int, seconds: float) -> int:
         """Remove those that still have not acknowledged `seq` and were granted nothing since;
         return how many."""
-        return await self._write(sql.remove_members, silent, seq)
+        return await self._database.write(
+            lambda connection: sql.remove_members(connection, silent, seq), seconds=seconds
+        )
 
     async def ring(self) -> None:
         """Ring the store's own bell (PostgreSQL)."""
