@@ -1,0 +1,166 @@
+"""The lease protocol, explored: no state breaks a promise, and each broken twin is caught."""
+
+from functools import cache
+
+import pytest
+
+from deletes import felt, world_steps
+from explorer import Explorer
+from protocol import member_steps
+from prove import described, main, mutant
+from states import MUTANTS, Configuration, Member, first_world, view
+from traces import trace
+
+SMALL = [
+    Configuration(polls=2, lease=1),
+    Configuration(requests=2, lease=1, shared_cache=True),
+]
+GRANTED = "a grant counted"
+
+# What must be told of each mutant, in this order.
+STORIES = {
+    "pub/sub only": ["fills L1", "DELETE 1 commits", "accepts", "G3"],
+    "lease without as_of": ["as_of = 0", "commits", "tombstone = 1, lease", "accepts", "G3"],
+    "as_of without lease": ["fills L1", "DELETE 1 commits", "accepts", "no lease", "G3"],
+    "poll without tombstones": ["commits", "seen = 1, tombstone = 0, lease", "accepts", "G3"],
+    "DELETE without waiting": ["commits", "answered", "after the answer", "accepts", "G2"],
+    "lease counted from the answer": ["t0 = 0", "seq = 0", "commits", "lease until", "accepts"],
+    "laggard removed at the first look": ["lease until", "commits", "removes", "answered", "G2"],
+    "removed although granted meanwhile": ["looks", GRANTED, "removes", "DELETE 1 is", "G2"],
+    "silence counted from before the look": ["reads its clock", GRANTED, "looks", "removes", "G2"],
+    "lease without membership": ["removes", "no row", "lease until", "answered", "G2"],
+    "deadline counted from before the commit": ["clock", "lease until", "commits", "X after", "G2"],
+    "acknowledged before applied": ["polls", "acknowledged = 1", "answered", "accepts", "G2"],
+    "repeated DELETE without waiting": ["commits", "does not wait", "after the answer", "accepts"],
+}
+
+
+@cache
+def traced(name: str) -> list[str]:
+    """The shortest broken run of a mutant."""
+    return trace(mutant(name, lease=1))
+
+
+@pytest.mark.parametrize("configuration", SMALL, ids=described)
+def test_no_state_of_the_protocol_breaks_a_promise(configuration: Configuration) -> None:
+    """Every reachable state of the small worlds is visited; G2 and G3 hold in all of them."""
+    outcome = Explorer(configuration).explore(10_000_000)
+    assert (outcome.violations, outcome.complete) == (0, True)
+    assert outcome.states > 25_000
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_each_mutant_is_caught_and_its_trace_tells_how(name: str) -> None:
+    """Leaving out any one rule breaks a promise; the run that shows it names what happened."""
+    told = "\n".join(traced(name))
+    at = -1
+    for words in STORIES[name]:
+        assert words in told[at + 1 :], told
+        at = told.index(words, at + 1)
+
+
+def test_the_explorer_leaves_nothing_out() -> None:
+    """It finds as many states as a search that numbers and remembers nothing."""
+    c = Configuration(lease=1)
+    first = (first_world(c), Member())
+    visited, frontier = {first}, [first]
+    while frontier:
+        world, member = frontier.pop()
+        following = [(world, step.member) for step in member_steps(c, view(c, world), member)]
+        for move in world_steps(c, world):
+            feels = felt(c, move.effect, member)
+            following += [(move.world, feels)] if feels else []
+        fresh = {state for state in following if len(state[1].requests) <= 1} - visited
+        visited |= fresh
+        frontier += fresh
+    assert Explorer(c).explore(1_000_000).states == len(visited)
+
+
+def test_a_trace_reads_like_a_story() -> None:
+    """One line per step, with the readings of one clock, and at its end the broken promise."""
+    assert traced("removed although granted meanwhile") == [
+        't = 0  every process is a member, has no lease yet, L1: "active", as_of = 0',
+        "t = 0  DELETE 2 commits at 0: seq = 1, revokes another key",
+        "t = 0  DELETE 2 reads its clock: 0",
+        "t = 0  DELETE 2 looks at the members: who lags, how many grants",
+        "t = 0  DELETE 2 reads its clock: 0",
+        "t = 1  the clock ticks",
+        "t = 1  process 1 polls: t0 = 1, acknowledges 0",
+        "t = 1  the store answers process 1: seq = 1, a grant counted, acknowledged = 0",
+        "t = 1  process 1 applies the answer: seen = 1, tombstone = 0, lease until 2",
+        "t = 1  DELETE 1 commits at 1: seq = 2, revokes the key",
+        "t = 1  DELETE 1 reads its clock: 1",
+        "t = 1  DELETE 2, X after its clock reading, removes who lags, whatever it was granted",
+        "t = 1  DELETE 1 looks at the members: who lags, how many grants",
+        "t = 1  DELETE 1 is answered at 1",
+        "t = 1  a request starts in process 1, after the answer",
+        "t = 1  process 1 accepts a request: as_of = 0, tombstone = 0, lease until 2",
+        "G2 is broken: accepted, though it started after the answer",
+    ]
+
+
+def test_the_sound_protocol_has_no_trace() -> None:
+    """Where no promise is broken there is nothing to tell."""
+    assert trace(Configuration(lease=1)) == []
+
+
+def test_who_is_called_process_1_makes_no_difference() -> None:
+    """States that differ only in the names of their processes are one state."""
+    explorer = Explorer(Configuration(processes=2))
+    world = first_world(Configuration(processes=2))
+    member = Member(row=0)
+    assert explorer.encode((world, (Member(), member))) == explorer.encode(
+        (world, (member, Member()))
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "gives its poll up",
+        "joins under a new id: acknowledged = 0, no grants",
+        "starts from the recent past: seen = 1, floor = 1",
+        "polls: t0 = @+0, acknowledges 1",
+        "a grant counted, acknowledged = 1",
+        "seq = 1, no row",
+        "hears that it is no member: drops its lease and its id",
+        "drops its tombstones: floor = 1",
+        "the flight of {p} fails",
+        "joins the flight under way",
+        "asks again",
+        "evicts the entry",
+        'L2, restored to "active", as_of = 0',
+        "stops or crashes",
+        "deletes its row",
+        "removes who lags and was granted nothing since",
+        "hears nothing of its removal",
+        "is carried out late",
+        "could never look",
+        "looks again: no row",
+        "looks again: {p} acknowledged 1",
+        "accepts a request: as_of = 0, tombstone = 0, lease until @+1",
+        "starts in {p}, after the answer",
+    ],
+)
+def test_the_model_can_misbehave(explored: str, words: str) -> None:
+    """The runs explored hold what the promises are made against: passing means something."""
+    assert words in explored
+
+
+@pytest.fixture(scope="module")
+def explored() -> str:
+    """The steps of two small worlds, one per line: a DELETE of the key, and one of another key."""
+    texts: set[str] = set()
+    for letter in "wo":
+        explorer = Explorer(Configuration(revokes=letter, shared_cache=True))
+        explorer.explore(1_000_000)
+        texts |= explorer.told()
+    return "\n".join(texts)
+
+
+def test_the_command_fails_if_a_mutant_survives(capsys: pytest.CaptureFixture[str]) -> None:
+    """`make prove` passes with figures and traces on the screen."""
+    assert main(["--quick", "--states", "2000"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 violations; 13 of 13 mutants caught" in shown
+    assert "cut off" in shown
