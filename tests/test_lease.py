@@ -263,3 +263,40 @@ async def test_a_question_that_left_before_me_does_not_answer_me(
     late = [asyncio.create_task(process.lease.ask()) for _ in range(20)]
     await asyncio.gather(early, *late)
     assert len(polls) == 2
+
+
+async def test_silence_counts_from_after_the_first_look(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """A look that takes long has counted grants that were made while it was under way: whoever was
+    granted one of them keeps its row, or a later revoke would not wait for it."""
+    await store.join("slow")
+    look = store.laggards
+
+    async def slow_look(seq: int, seconds: float) -> tuple[dict[str, int], int]:
+        if clock() < committed_at + X / 2:
+            clock.tick(X / 2)
+            store.members["slow"][0] += 1  # granted just before the look reads its row
+        return await look(seq, seconds)
+
+    store.laggards = slow_look  # type: ignore[method-assign]
+    committed_at = clock()
+    await processes[0].lease.settle(store.commit("key_a"))
+    assert committed_at + X <= clock() <= committed_at + 1.25 * X
+    assert "slow" in store.members
+
+
+async def test_a_revoke_whose_looks_all_fail_waits_for_time_alone(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """The change is committed: X later no lease from before it is left."""
+
+    async def fail(seq: int, seconds: float) -> tuple[dict[str, int], int]:
+        clock.tick(X / 20)
+        raise StoreUnavailable("cut off by the test")
+
+    store.laggards = fail  # type: ignore[method-assign]
+    committed_at = clock()
+    receipt = await processes[0].lease.settle(store.commit("key_a"))
+    assert clock() >= committed_at + X
+    assert receipt.bound_seconds == 0.0

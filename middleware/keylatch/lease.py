@@ -27,6 +27,7 @@ from keylatch.feed import END, Feed, Receipt
 from keylatch.store import Poll, Store
 
 _SAFETY: Final = 0.98
+_PATIENCE: Final = 1.1
 _COALESCE_SECONDS: Final = 0.005
 _LOOK_SECONDS: Final = 0.001
 _LOOK_LONGEST_SECONDS: Final = 0.025
@@ -195,26 +196,30 @@ class Lease:
         if not wait:
             return Receipt(seq, acknowledged=0, members=0, bound_seconds=self._seconds)
         self._rung.set()  # this process is one of those who must know
-        first_look: dict[str, int] | None = None
-        first_look_at = committed_at
+        laggards: dict[str, int] | None = None
+        grants: dict[str, int] = {}  # of those who lagged at the first look
+        looked_at = committed_at
         pause = _LOOK_SECONDS
-        members = acknowledged = 0
+        members = 0
         while True:
-            looked_at = self._timer()
             try:
                 laggards, members = await self._store.laggards(seq, self._seconds)
-                acknowledged = members - len(laggards)
                 if not laggards:
                     break
-                if first_look is None:
-                    first_look, first_look_at = laggards, looked_at
+                if not grants:
+                    # Read after the look: a grant that it has counted was made before this.
+                    grants, looked_at = laggards, self._timer()
             except StoreUnavailable:
                 pass  # the change is committed; time alone will do
-            if self._timer() >= first_look_at + self._seconds:
-                await self._remove(first_look or {}, seq)
+            now = self._timer()
+            if now >= looked_at + self._seconds:
+                await self._remove(grants, seq)
                 break
+            if now >= committed_at + self._seconds * _PATIENCE:
+                break  # the first look was late: enough for the answer, not for removing anybody
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _LOOK_LONGEST_SECONDS)
+        acknowledged = members - len(laggards or ())
         return Receipt(seq, acknowledged, members, bound_seconds=0.0)
 
     async def _remove(self, silent: dict[str, int], seq: int) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
+    and_,
     bindparam,
     func,
     insert,
@@ -336,17 +337,21 @@ def laggards(connection: Connection, seq: int) -> tuple[dict[str, int], int]:
 
 
 def remove_members(connection: Connection, silent: Mapping[str, int], seq: int) -> int:
-    """Remove members that were granted nothing since and still have not acknowledged `seq`."""
-    return sum(
-        connection.execute(
-            members.delete().where(
-                members.c.id == member,
-                members.c.grants == silent[member],
-                members.c.acked_seq < seq,
-            )
-        ).rowcount
-        for member in sorted(silent)
-    )
+    """Remove members that were granted nothing since and still have not acknowledged `seq`.
+
+    Whoever is locked is just being granted something, or hangs in the middle of it: next time.
+    """
+    removed = 0
+    for member in sorted(silent):
+        condition = and_(
+            members.c.id == member,
+            members.c.grants == silent[member],
+            members.c.acked_seq < seq,
+        )
+        locked = select(members.c.id).where(condition).with_for_update(skip_locked=True)
+        if connection.execute(locked).first() is not None:
+            removed += connection.execute(members.delete().where(condition)).rowcount
+    return removed
 
 
 def ring(connection: Connection) -> None:
