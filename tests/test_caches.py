@@ -12,6 +12,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from redis.exceptions import ResponseError
 
 from conftest import Clock
 from keylatch.breaker import Breaker
@@ -32,7 +33,7 @@ def test_a_spray_of_bad_tokens_evicts_no_good_key() -> None:
     cache = Cache(size=10)
     cache.remember("good", ENTRY)
     for number in range(10_000):
-        cache.remember_absence(b"%d" % number, ABSENCE)
+        cache.remember_absence("bad", b"%d" % number, ABSENCE)
     assert cache.entry("good") is ENTRY
     assert sum(cache.absence(b"%d" % number) is not None for number in range(10_000)) == 4_096
 
@@ -41,7 +42,7 @@ def test_an_absence_is_forgotten_after_ten_seconds() -> None:
     """Whatever else goes wrong, nobody is kept out for longer."""
     clock = Clock()
     cache = Cache(timer=clock)
-    cache.remember_absence(b"token", ABSENCE)
+    cache.remember_absence("bad", b"token", ABSENCE)
     clock.tick(9.9)
     assert cache.absence(b"token") is ABSENCE
     clock.tick(0.2)
@@ -329,3 +330,15 @@ def test_the_twin_that_believes_everything_is_caught() -> None:
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(AgainstTrusting)
+
+
+@pytest.mark.anyio
+async def test_a_value_of_another_type_is_a_miss_and_no_outage() -> None:
+    """Whoever can write Redis cannot switch the shared cache off for everybody."""
+    breaker = Breaker(Clock())
+
+    async def wrong_type() -> bytes:
+        raise ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+
+    assert await breaker.attempt(wrong_type) is None
+    assert breaker.lets_pass()

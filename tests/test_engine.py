@@ -181,6 +181,17 @@ class TestWhoIsAsked:
         assert hasher.verified == 1
         assert isinstance(await engine.check(bearer(created.token)), Allow)
 
+    async def test_a_revoked_key_that_was_cached_costs_one_look_up(
+        self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
+    ) -> None:
+        """What was remembered of it goes, so that the refusal is found in its place."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        await revoke(engine, created)
+        for _ in range(5):
+            assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+        assert (store.finds, hasher.verified) == (2, 1)
+
 
 class TestRevocation:
     """What is believed, and for how long."""

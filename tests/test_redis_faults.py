@@ -340,19 +340,19 @@ def test_no_fault_of_redis_shows(
 ) -> None:
     """No good key is refused, no revoked key is accepted, nobody waits for 200 ms because of it.
 
-    Every key is new to the sidecar that answers. A second sidecar without Redis is asked the
-    same things in turn: what both of them wait for is the machine's fault, not that of Redis.
-    One in twenty may be slower: a shared machine stalls now and then, a missing budget always.
+    Every key is new to the sidecar that answers. Three of them are asked in turn, each with a
+    breaker of its own: a busy machine stalls one of them by chance, a missing budget stalls all,
+    though the breaker sees to it that each stalls only once. So the quickest of them is judged.
     """
     keys, cause = storm
-    client, without_redis = serve(cause.server.url), serve("")
-    seconds: dict[httpx.Client, list[float]] = {client: [], without_redis: []}
+    slowest = {serve(cause.server.url): 0.0 for _ in range(3)}
 
     def expect(status: int, key: Created, *call: str) -> None:
-        for asked in (client, without_redis):
-            answer = ask(asked, key, *call)
+        for client in slowest:
+            answer = ask(client, key, *call)
             assert answer.status == status
-            seconds[asked].append(answer.seconds)
+            slowest[client] = max(slowest[client], answer.seconds)
+        assert min(slowest.values()) < 0.2
 
     expect(200, keys.manager)
     hits = keyspace_hits(cause.server)
@@ -368,8 +368,6 @@ def test_no_fault_of_redis_shows(
         expect(200, doomed)
         expect(200, keys.manager, "DELETE", f"/v1/api-keys/{doomed.record.id}")
         expect(401, doomed)
-    bound = max(seconds[without_redis]) + 0.2
-    assert sum(spent > bound for spent in seconds[client]) <= len(seconds[client]) / 20
 
 
 def keyspace_hits(server: RedisServer) -> int:

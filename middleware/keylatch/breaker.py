@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 T = TypeVar("T")
 
@@ -74,6 +74,9 @@ class Breaker:
             return attempt.result()
         if not isinstance(error, FAILURES):
             raise error
+        if isinstance(error, ResponseError):
+            self.succeeded()  # it answers; somebody put a value of another type there
+            return None
         if self.failed():
             log.warning(
                 "Redis does not answer (%s): working without it; is KEYLATCH_REDIS right?",

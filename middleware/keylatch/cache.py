@@ -63,9 +63,15 @@ class Cache:
         """Keep a key under its token's look-up part."""
         self._entries[look_up] = entry
 
-    def remember_absence(self, digest: bytes, absence: Absence) -> None:
-        """Keep, for ten seconds at most, that a token is no usable key."""
+    def remember_absence(self, look_up: str, digest: bytes, absence: Absence) -> None:
+        """Keep, for ten seconds at most, that a token is no usable key.
+
+        Where that is the key's fault and not the token's, what was known of the key goes: a stale
+        entry would hide the absence, and every check of a revoked key would ask the store.
+        """
         self._absences[digest] = absence
+        if absence.reason is not Reason.WRONG_SECRET:
+            self._entries.pop(look_up, None)
 
     def clear(self) -> None:
         """Forget everything."""

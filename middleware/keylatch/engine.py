@@ -297,7 +297,7 @@ class Engine:
         if isinstance(known, Entry):
             self._l1.remember(token.look_up, known)
         else:
-            self._l1.remember_absence(token.digest, known)
+            self._l1.remember_absence(token.look_up, token.digest, known)
         return known
 
     # Changes, and the background
