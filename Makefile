@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo serve test check prove bench clean
+.PHONY: demo serve test check prove chaos bench clean
 
 demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
 	@$(BIN)/python deploy/example/demo.py
@@ -22,6 +22,9 @@ check: .venv/dev            ## lint, types, and who may import whom
 
 prove: .venv/dev            ## every state of the lease protocol, and what each of its rules is for
 	@$(BIN)/python proofs/prove.py
+
+chaos: .venv/dev            ## 20 minutes of random faults, and what was promised meanwhile
+	@$(BIN)/python chaos/run.py
 
 bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself
 	@$(BIN)/python benchmarks/l1_hit.py

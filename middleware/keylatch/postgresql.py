@@ -7,18 +7,22 @@ long enough leaves it behind and cuts its connection.
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
+import psycopg
 from sqlalchemy import event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from keylatch.database import Work, errors_translated
 from keylatch.errors import StoreUnavailable
 
 T = TypeVar("T")
+Line = psycopg.AsyncConnection[Any]
 
 _READ_SECONDS: Final = 2.0
 _WRITE_SECONDS: Final = 5.0
@@ -55,7 +59,7 @@ class PostgreSQL:
         event.listen(self._engine.sync_engine, "connect", _configure)
         # One statement is its own snapshot, so reads need no BEGIN and no ROLLBACK.
         self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._under_way: dict[asyncio.Task[Any], list[AsyncConnection]] = {}
+        self._under_way: dict[asyncio.Task[Any], list[Line]] = {}
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         return await self._twice(seconds or _READ_SECONDS, self._reader, work)
@@ -79,7 +83,7 @@ class PostgreSQL:
                 return await self._once(seconds, engine, work)
 
     async def _once(self, seconds: float, engine: AsyncEngine, work: Work[T]) -> T:
-        used: list[AsyncConnection] = []
+        used: list[Line] = []
         task = asyncio.create_task(_run(engine, work, used), name="keylatch-postgresql")
         self._under_way[task] = used
         task.add_done_callback(self._done)
@@ -92,10 +96,14 @@ class PostgreSQL:
         return task.result()
 
     def _cut(self, task: asyncio.Task[Any]) -> None:
-        for connection in self._under_way.get(task, ()):
-            raw = connection.sync_connection
-            if raw is not None and raw.connection.driver_connection is not None:
-                raw.connection.driver_connection.pgconn.finish()
+        for line in self._under_way.get(task, ()):
+            # The socket and not the connection: libpq is in the middle of using that, and takes
+            # the end of the stream for what it is.
+            with (
+                contextlib.suppress(psycopg.Error, OSError),
+                socket.socket(fileno=os.dup(line.fileno())) as plug,
+            ):
+                plug.shutdown(socket.SHUT_RDWR)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         del self._under_way[task]
@@ -106,8 +114,6 @@ class PostgreSQL:
         return None
 
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
-        import psycopg
-
         url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
         try:
             line = await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=2)
@@ -143,9 +149,10 @@ class PostgreSQL:
         self._open()
 
 
-async def _run(engine: AsyncEngine, work: Work[T], used: list[AsyncConnection]) -> T:
+async def _run(engine: AsyncEngine, work: Work[T], used: list[Line]) -> T:
     async with engine.connect() as connection:
-        used.append(connection)
+        pooled = await connection.get_raw_connection()
+        used.append(cast(Line, pooled.driver_connection))
         async with connection.begin():
             return await connection.run_sync(work)
 

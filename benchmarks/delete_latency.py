@@ -1,0 +1,129 @@
+"""How long a DELETE takes while other processes use the keys, and that none of them is late.
+
+    python benchmarks/delete_latency.py --store postgresql://… [--redis redis://…]
+        [--processes 4] [--revokes 300] [--rate 200] [--json results.json]
+
+Every process checks all keys in turn, at an open-loop rate; one more creates and revokes keys, one
+after the other, and waits for each. Latencies are from the call to its return; a check that started
+after that and was allowed is counted as late. Point it at a store made for the purpose.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from keylatch.engine import Engine
+from keylatch.model import Allow
+from keylatch.settings import Settings
+
+
+def check_keys(pipe: Connection, store: str, redis: str, rate: float) -> None:
+    """One process: checks what it is told to, until it is told to stop; then reports."""
+
+    async def run() -> dict[str, int]:
+        engine = Engine(Settings.load(store=store, redis=redis, hasher="sha256"))
+        await engine.start()
+        tokens: list[tuple[str, bytes]] = []
+        last_allowed: dict[str, int] = {}
+        due = time.monotonic()
+        pipe.send("ready")
+        while True:
+            while pipe.poll():
+                told = pipe.recv()
+                if told is None:
+                    await engine.stop()
+                    return last_allowed
+                tokens.append(told)
+                tokens = tokens[-50:]
+            for key_id, value in tokens[-10:]:
+                began = time.monotonic_ns()
+                if isinstance(await engine.check([value]), Allow):
+                    last_allowed[key_id] = began
+            due += 10 / rate
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+
+    pipe.send(asyncio.run(run()))
+
+
+async def measure(given: argparse.Namespace, pipes: list[Connection]) -> dict[str, Any]:
+    """Create, let everybody see it, revoke; again and again."""
+    engine = Engine(Settings.load(store=given.store, redis=given.redis, hasher="sha256"))
+    await engine.start()
+    keyring = await engine.keyring()
+    answered: dict[str, int] = {}
+    spent: list[float] = []
+    console = Console(stderr=True)
+    for number in track(range(given.revokes), "revoking", console=console, transient=True):
+        created = await keyring.create("bench", f"key {number}")
+        for pipe in pipes:
+            pipe.send((created.record.id, b"Bearer " + created.token.reveal().encode()))
+        await asyncio.sleep(20 / given.rate)
+        began = time.perf_counter()
+        await keyring.delete("bench", created.record.id)
+        spent.append((time.perf_counter() - began) * 1000)
+        answered[created.record.id] = time.monotonic_ns()
+    await asyncio.sleep(0.5)
+    for pipe in pipes:
+        pipe.send(None)
+    late = seen = 0
+    for pipe in pipes:
+        allowed: dict[str, int] = pipe.recv()
+        seen += len(allowed)
+        late += sum(began > answered[key_id] for key_id, began in allowed.items())
+    await engine.stop()
+    spent.sort()
+    return {
+        "processes": given.processes,
+        "revokes": given.revokes,
+        "pairs of key and process that were allowed before": seen,
+        "allowed after the answer": late,
+        "p50 ms": round(spent[len(spent) // 2], 1),
+        "p99 ms": round(spent[int(len(spent) * 0.99)], 1),
+        "max ms": round(spent[-1], 1),
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--redis", default="")
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--revokes", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=200, help="checks per second and process")
+    parser.add_argument("--json", type=Path, help="write the result here as well")
+    given = parser.parse_args()
+    start = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for _ in range(given.processes):
+        ours, theirs = start.Pipe()
+        process = start.Process(
+            target=check_keys, args=(theirs, given.store, given.redis, given.rate), daemon=True
+        )
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    for pipe in pipes:
+        pipe.recv()
+    result = asyncio.run(measure(given, pipes))
+    for process in processes:
+        process.join(timeout=10)
+    table = Table("", "", title="DELETE, while others use the keys", show_header=False)
+    for name, value in result.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

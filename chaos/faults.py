@@ -1,0 +1,239 @@
+"""What is done to whom: one function for each kind of fault.
+
+Each returns when the fault is over. What falls on a place falls on both sides: on the worker with
+keylatch and on its naive twin. Faults of one server or one process wait for each other.
+"""
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from typing import Final
+
+import psycopg
+from redis.exceptions import RedisError
+
+from judge import Interval
+from schedule import Fault
+from stage import Place, Stage
+
+Deed = Callable[[Stage, Fault], Awaitable[None]]
+
+_SLOWEST_SECONDS: Final = 0.2
+_SLOW_BLOCK_SECONDS: Final = 0.05
+
+
+async def redis_paused(stage: Stage, fault: Fault) -> None:
+    """SIGSTOP, later SIGCONT."""
+    stage.redis.pause()
+    try:
+        await asyncio.sleep(fault.seconds)
+    finally:
+        stage.redis.resume()
+
+
+async def redis_killed(stage: Stage, fault: Fault) -> None:
+    """SIGKILL; it comes back empty."""
+    stage.redis.kill()
+    await asyncio.sleep(fault.seconds)
+    await stage.redis.start()
+
+
+async def redis_flushed(stage: Stage, fault: Fault) -> None:
+    """FLUSHALL."""
+    async with stage.redis.client() as client:
+        await client.flushall()
+
+
+async def redis_restored(stage: Stage, fault: Fault) -> None:
+    """All values are copied, and put back later, over what was revoked in the meantime."""
+    async with stage.redis.client() as client:
+        names = await client.keys("*")
+        values = await client.mget(names) if names else []
+        await asyncio.sleep(2 * fault.seconds)
+        async with client.pipeline(transaction=False) as pipeline:
+            pipeline.flushall()
+            for name, value in zip(names, values, strict=True):
+                if value is not None:
+                    pipeline.set(name, value, ex=60)
+            await pipeline.execute()
+
+
+async def redis_connections_killed(stage: Stage, fault: Fault) -> None:
+    """CLIENT KILL of every subscriber and everybody else."""
+    async with stage.redis.client() as client:
+        for kind in "pubsub", "normal":
+            await client.client_kill_filter(_type=kind)
+
+
+async def redis_slow(stage: Stage, fault: Fault) -> None:
+    """Every answer comes up to 0.2 s late, for everybody."""
+    delay = _SLOWEST_SECONDS * (fault.target % 100 + 1) / 100
+    with ExitStack() as stack:
+        for place in stage.places:
+            stack.enter_context(place.redis.slow(delay))
+        await asyncio.sleep(fault.seconds)
+
+
+async def worker_deaf(stage: Stage, fault: Fault) -> None:
+    """What a worker hears from Redis is swallowed: the bell is lost, and the line stays up."""
+    with _lines(place.redis.swallowing() for place in stage.of("worker", fault.target)):
+        await asyncio.sleep(fault.seconds)
+
+
+async def revoker_mute(stage: Stage, fault: Fault) -> None:
+    """A revoker's connections to Redis are reset, and so is every new one."""
+    with _lines(place.redis.refusing() for place in stage.of("revoker", fault.target)):
+        await asyncio.sleep(fault.seconds)
+
+
+async def store_swallowed(stage: Stage, fault: Fault) -> None:
+    """Between a worker and the store bytes vanish; connections that lost some stay dead."""
+    with _lines(place.store.swallowing() for place in stage.of("worker", fault.target)):
+        await asyncio.sleep(fault.seconds)
+
+
+async def store_held(stage: Stage, fault: Fault) -> None:
+    """Between a worker and the store bytes are held, and arrive late."""
+    with _lines(place.store.held() for place in stage.of("worker", fault.target)):
+        await asyncio.sleep(fault.seconds)
+
+
+async def store_cut(stage: Stage, fault: Fault) -> None:
+    """A worker's connections to the store are reset, and so is every new one."""
+    with _lines(place.store.refusing() for place in stage.of("worker", fault.target)):
+        await asyncio.sleep(fault.seconds)
+
+
+async def store_sessions_terminated(stage: Stage, fault: Fault) -> None:
+    """pg_terminate_backend of everybody."""
+    await stage.postgres.terminate_sessions()
+
+
+async def store_restarted(stage: Stage, fault: Fault) -> None:
+    """SIGQUIT, as in a crash; then recovery."""
+    await stage.postgres.crash()
+    await stage.postgres.start()
+
+
+async def revoker_cut(stage: Stage, fault: Fault) -> None:
+    """A revoker's line to the store swallows, or is reset."""
+    lines = [place.store for place in stage.of("revoker", fault.target)]
+    swallows = fault.target // 2 % 2
+    with _lines(line.swallowing() if swallows else line.refusing() for line in lines):
+        await asyncio.sleep(fault.seconds)
+
+
+async def worker_stopped(stage: Stage, fault: Fault) -> None:
+    """SIGSTOP, later SIGCONT."""
+    places = stage.of("worker", fault.target)
+    for place in places:
+        place.signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(fault.seconds)
+    finally:
+        for place in places:
+            place.signal(signal.SIGCONT)
+
+
+async def worker_killed(stage: Stage, fault: Fault) -> None:
+    """SIGKILL; another process takes the place."""
+    places = stage.of("worker", fault.target)
+    for place in places:
+        stage.kill(place)
+    for place in places:
+        stage.fill(place)
+    for place in places:
+        await stage.arrived(place)
+
+
+async def loop_blocked(stage: Stage, fault: Fault) -> None:
+    """A worker's event loop stands still."""
+    await _tell(stage, fault, "block")
+
+
+async def worker_forked(stage: Stage, fault: Fault) -> None:
+    """A worker forks in the middle of everything; the child checks too, and ends."""
+    await _tell(stage, fault, "fork")
+
+
+async def _tell(stage: Stage, fault: Fault, deed: str) -> None:
+    for place in stage.of("worker", fault.target):
+        stage.hub.tell(place.who, deed, seconds=fault.seconds)
+    await asyncio.sleep(fault.seconds + _SLOW_BLOCK_SECONDS)
+
+
+@contextlib.contextmanager
+def _lines(faults: "Iterator[contextlib.AbstractContextManager[None]]") -> Iterator[None]:
+    with ExitStack() as stack:
+        for fault in faults:
+            stack.enter_context(fault)
+        yield
+
+
+DEEDS: Final[dict[str, tuple[Deed, str, str]]] = {
+    "redis paused": (redis_paused, "redis", ""),
+    "redis killed, comes back empty": (redis_killed, "redis", ""),
+    "redis flushed": (redis_flushed, "redis", ""),
+    "redis restored from a backup": (redis_restored, "redis", ""),
+    "redis connections killed": (redis_connections_killed, "redis", ""),
+    "redis slow": (redis_slow, "", ""),
+    "worker cut from redis": (worker_deaf, "", ""),
+    "revoker cut from redis": (revoker_mute, "", ""),
+    "store line swallows": (store_swallowed, "", "worker"),
+    "store line held": (store_held, "", "worker"),
+    "store line cut": (store_cut, "", "worker"),
+    "store sessions terminated": (store_sessions_terminated, "store", "all"),
+    "store restarted": (store_restarted, "store", "all"),
+    "revoker cut from the store": (revoker_cut, "", ""),
+    "worker stopped": (worker_stopped, "worker", "worker"),
+    "worker killed": (worker_killed, "worker", "worker"),
+    "event loop blocked": (loop_blocked, "worker", "worker"),
+    "worker forked": (worker_forked, "worker", "worker"),
+}
+"""Kind → the deed, whose turns it takes, and whose checks may be 503 for it ("": nobody's)."""
+
+
+class Faults:
+    """Applies a schedule, and knows what was applied.
+
+    Args:
+        stage: to apply it to.
+        schedule: what to apply.
+    """
+
+    def __init__(self, stage: Stage, schedule: list[Fault]) -> None:
+        self._stage = stage
+        self._schedule = schedule
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.applied: list[Interval] = []
+        self.failed: list[str] = []
+        """Faults that did not go as planned; they count as applied."""
+
+    async def run(self, seconds: float) -> None:
+        """Apply each fault when its time has come; return when all are over, and the time is."""
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for fault in self._schedule:
+                await asyncio.sleep(began + fault.at - time.monotonic())
+                group.create_task(self._apply(fault))
+            await asyncio.sleep(began + seconds - time.monotonic())
+
+    async def _apply(self, fault: Fault) -> None:
+        deed, takes_turns_of, silences = DEEDS[fault.kind]
+        place = self._place(fault)
+        turns = place.name if takes_turns_of == "worker" else takes_turns_of or str(id(fault))
+        async with self._turns[turns]:
+            start = time.monotonic_ns()
+            try:
+                await deed(self._stage, fault)
+            except (OSError, TimeoutError, RedisError, psycopg.Error) as error:
+                self.failed.append(f"{fault.kind}: {type(error).__name__}: {error}")
+            silenced = place.name if silences == "worker" else silences
+            self.applied.append(Interval(fault.kind, start, time.monotonic_ns(), silenced))
+
+    def _place(self, fault: Fault) -> Place:
+        return self._stage.of("worker", fault.target)[0]

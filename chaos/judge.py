@@ -1,0 +1,148 @@
+"""What is held against a side: a pure ledger of revokes, facts and faults.
+
+The law of this file: no I/O, no clock. An acceptance counts by the START of its check, a refusal by
+its END, so no doubt is left: what started after the answer must be refused, and what was refused
+before anybody asked for the revoke was refused wrongly. Findings are pairs of a key and a process.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+BUCKET_NS: Final = 100_000_000
+SECOND_NS: Final = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Revoke:
+    """The life of one key's revoke, in nanoseconds of CLOCK_MONOTONIC; 0: not yet."""
+
+    asked: int = 0
+    committed: int = 0
+    answered: int = 0
+    waited: bool = False
+    refused: int = 0
+    bound_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A fault as it happened. `silences`: whose checks may be 503 for it: a worker, all, none."""
+
+    kind: str
+    start: int
+    end: int
+    silences: str
+
+
+@dataclass
+class Ledger:
+    """What is known of one side.
+
+    Args:
+        lease_ns: X.
+    """
+
+    lease_ns: int
+    revokes: dict[str, Revoke] = field(default_factory=dict)
+    accepted: int = 0
+    refused: int = 0
+    undecided: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(process, bucket of START) → checks without a decision"""
+    after_answer: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(key, process) → by how many nanoseconds the latest such check was too late"""
+    after_bound: dict[tuple[str, str], int] = field(default_factory=dict)
+    refused_before: dict[tuple[str, str], int] = field(default_factory=dict)
+    witnessed: int = 0
+    """Pairs in which the process accepted the key before, and refused it after, the revoke."""
+    _open: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    @property
+    def checks(self) -> int:
+        """All of them."""
+        return self.accepted + self.refused + sum(self.undecided.values())
+
+    def observe(self, process: str, facts: Iterable[Sequence[Any]]) -> None:
+        """Take over the facts of one report."""
+        for key, accepted, refused, _, latest_accepted, earliest_refused in facts:
+            self.accepted += accepted
+            self.refused += refused
+            known = self._open.setdefault((key, process), [0, 0])
+            known[0] = max(known[0], latest_accepted)
+            if earliest_refused:
+                known[1] = min(known[1] or earliest_refused, earliest_refused)
+
+    def count_undecided(self, process: str, buckets: Iterable[tuple[int, int]]) -> None:
+        """Take over when checks went without a decision."""
+        for bucket, checks in buckets:
+            self.undecided[process, bucket] += checks
+
+    def close(self, keys: set[str] | None = None) -> None:
+        """Judge these keys (None: all), about which little more will be heard; that is judged too,
+        by a later call."""
+        chosen = [pair for pair in self._open if keys is None or pair[0] in keys]
+        for pair in chosen:
+            self._judge(pair, *self._open.pop(pair))
+
+    def _judge(self, pair: tuple[str, str], latest_accepted: int, earliest_refused: int) -> None:
+        revoke = self.revokes.get(pair[0], Revoke())
+        if revoke.answered:
+            # Without waiting, the receipt says how much longer it may take; with it, nothing.
+            late = latest_accepted - revoke.answered - revoke.bound_ns
+            _worst(self.after_answer, pair, late)
+        if revoke.committed:
+            late = latest_accepted - revoke.committed - self.lease_ns
+            _worst(self.after_bound, pair, late)
+        if earliest_refused and (not revoke.asked or earliest_refused < revoke.asked):
+            self.refused_before[pair] = earliest_refused
+        if revoke.asked and latest_accepted and earliest_refused > revoke.asked:
+            self.witnessed += 1
+
+    def unexcused(self, faults: Sequence[Interval], grace_ns: int) -> int:
+        """Checks without a decision that no fault of that process explains, up to `grace_ns` after
+        its end."""
+        buckets = _buckets(faults, grace_ns)
+        everybody = buckets.get("all", set())
+        return sum(
+            checks
+            for (process, bucket), checks in self.undecided.items()
+            if bucket not in everybody
+            and bucket not in buckets.get(process.split("/")[0].split("#")[0], set())
+        )
+
+    def durations(self, faults: Sequence[Interval], grace_ns: int) -> dict[str, list[float]]:
+        """Milliseconds from asking to the answer, of revokes that waited: far from every fault, and
+        near one."""
+        found: dict[str, list[float]] = {"healthy": [], "under faults": []}
+        troubled = set().union(*_buckets(faults, grace_ns).values())
+        for revoke in self.revokes.values():
+            if revoke.answered and revoke.waited:
+                during = range(revoke.asked // BUCKET_NS, revoke.answered // BUCKET_NS + 1)
+                duration = (revoke.answered - revoke.asked) / 1e6
+                is_near = not troubled.isdisjoint(during)
+                found["under faults" if is_near else "healthy"].append(duration)
+        return found
+
+
+def percentiles(durations: Sequence[float]) -> dict[str, float | None]:
+    """p50, p99 and the longest."""
+    if len(durations) < 2:
+        return {"p50": None, "p99": None, "max": max(durations, default=None)}
+    hundredths = statistics.quantiles(durations, n=100, method="inclusive")
+    return {"p50": hundredths[49], "p99": hundredths[98], "max": max(durations)}
+
+
+def _worst(found: dict[tuple[str, str], int], pair: tuple[str, str], late: int) -> None:
+    if late > 0:
+        found[pair] = max(found.get(pair, 0), late)
+
+
+def _buckets(faults: Sequence[Interval], grace_ns: int) -> dict[str, set[int]]:
+    """Who is silenced → the buckets in which, or shortly after which, a fault was under way."""
+    buckets: dict[str, set[int]] = {}
+    for fault in faults:
+        first, last = fault.start // BUCKET_NS - 1, (fault.end + grace_ns) // BUCKET_NS
+        buckets.setdefault(fault.silences, set()).update(range(first, last + 1))
+    return buckets

@@ -1,0 +1,174 @@
+"""What lies between a process and a server: a network that can be broken on purpose.
+
+One listener on a free port passes bytes to one server. `held` is a partition that heals: bytes wait
+and arrive late. `swallowing` is a line that dies in silence: bytes vanish, and the connections that
+lost some stay dead for ever, on the server's side too, as where no FIN arrives. `refusing` and
+`cut` are the loud ways.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Final
+
+_CHUNK: Final = 65_536
+_HALF_OPEN_SECONDS: Final = 8.0  # how long a server keeps a dead line; real ones keep it for hours
+
+
+class _Line:
+    """One connection: what the client sees of it and, once connected, what the server sees."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self.client = client
+        self.server: asyncio.StreamWriter | None = None
+        self.dead = False
+
+    def abort(self) -> None:
+        self.client.transport.abort()
+        if self.server is not None:
+            self.server.transport.abort()
+
+
+class Proxy:
+    """A listener in front of one server.
+
+    Args:
+        port: of the server, on this machine.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self._lines: set[_Line] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._swallowing = 0
+        self._refusing = 0
+        self._held = 0
+        self._delays: list[float] = []
+
+    async def start(self) -> None:
+        """Listen; `port` is known then."""
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port: int = self._listener.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Let everything go."""
+        self._listener.close()
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # What can be done to the line; each may overlap with itself and with the others
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Bytes wait in both directions, and so does whoever connects."""
+        self._held += 1
+        self._flows.clear()
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if not self._held:
+                self._flows.set()
+
+    @contextlib.contextmanager
+    def swallowing(self) -> Iterator[None]:
+        """Bytes vanish in both directions. What lost bytes once never comes to life again."""
+        self._swallowing += 1
+        try:
+            yield
+        finally:
+            self._swallowing -= 1
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Every connection is reset, and so is every new one."""
+        self._refusing += 1
+        self.cut()
+        try:
+            yield
+        finally:
+            self._refusing -= 1
+
+    @contextlib.contextmanager
+    def slow(self, seconds: float) -> Iterator[None]:
+        """Answers come so much later."""
+        self._delays.append(seconds)
+        try:
+            yield
+        finally:
+            self._delays.remove(seconds)
+
+    def cut(self) -> None:
+        """Reset every connection, on both sides."""
+        for line in list(self._lines):
+            line.abort()
+
+    # Passing bytes
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = _Line(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._lines.add(line)
+        self._tasks.add(task)
+        try:
+            await self._serve(line, reader)
+        except (OSError, asyncio.CancelledError):
+            pass  # the line broke or the run is over; both ends are let go below
+        finally:
+            line.abort()
+            self._lines.discard(line)
+            self._tasks.discard(task)
+
+    async def _serve(self, line: _Line, questions: asyncio.StreamReader) -> None:
+        if self._refusing:
+            return
+        await self._flows.wait()
+        if self._swallowing:
+            line.dead = True
+            while await _read(questions):
+                pass
+            return
+        answers, line.server = await asyncio.open_connection("127.0.0.1", self._server_port)
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._pass(line, questions, line.server, is_answer=False))
+            both.create_task(self._pass(line, answers, line.client, is_answer=True))
+
+    async def _pass(
+        self,
+        line: _Line,
+        source: asyncio.StreamReader,
+        target: asyncio.StreamWriter,
+        *,
+        is_answer: bool,
+    ) -> None:
+        while True:
+            data = await _read(source)
+            if self._swallowing:
+                line.dead = True
+            if not line.dead:
+                await self._flows.wait()
+                if is_answer and self._delays:
+                    await asyncio.sleep(max(self._delays))
+            if not data:
+                break
+            if not line.dead and not target.transport.is_closing():
+                target.write(data)
+                with contextlib.suppress(OSError):  # the next read tells
+                    await target.drain()
+        if line.dead:
+            if is_answer:
+                return  # the client is not told; it gives up by itself
+            await asyncio.sleep(_HALF_OPEN_SECONDS)
+        line.abort()
+
+
+async def _read(source: asyncio.StreamReader) -> bytes:
+    try:
+        return await source.read(_CHUNK)
+    except OSError:  # reset: for who waits at the other end, the same as closed
+        return b""

@@ -1,0 +1,106 @@
+"""Revoking again and again, whatever it is that revokes: a pool of live keys that stays as large.
+
+Each of a few loops makes keys, lets them live for a while, so that everybody has them cached,
+revokes the oldest and makes another. A revoke that was refused is repeated until it is answered.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+from channel import Channel
+
+T = TypeVar("T")
+
+_LIVE_PER_LOOP: Final = 4
+_PAUSE_SECONDS: Final = 0.4  # on average
+_AGAIN_SECONDS: Final = 0.03
+_WAITED: Final = 0.7  # of all revokes; the others are answered right after the commit
+
+
+class Refused(Exception):
+    """Nothing is known to have been done: to be repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The answer to a revoke: when the commit was known, when it came, and what it promises."""
+
+    committed: int
+    answered: int
+    bound_ns: int
+
+
+class Revoking(Protocol):
+    """What is under test."""
+
+    async def create(self) -> tuple[str, str]:
+        """A new key and its token. May raise `Refused`."""
+
+    async def revoke(self, key: str, wait: bool) -> Revoked:
+        """Revoke a key. May raise `Refused`."""
+
+
+async def revoke_until_told(
+    revoking: Revoking, channel: Channel, chance: random.Random, at_a_time: int
+) -> None:
+    """Revoke until told to end or nobody is there any more.
+
+    Args:
+        revoking: revokes.
+        channel: to the run.
+        chance: when, and whether to wait for the others.
+        at_a_time: loops.
+    """
+    ending = asyncio.Event()
+    loops = [
+        asyncio.create_task(_revoke_again_and_again(revoking, channel, chance, ending))
+        for _ in range(at_a_time)
+    ]
+    order = await channel.receive()
+    assert order is None or order["do"] == "end"
+    ending.set()
+    await asyncio.gather(*loops)
+
+
+async def _revoke_again_and_again(
+    revoking: Revoking, channel: Channel, chance: random.Random, ending: asyncio.Event
+) -> None:
+    live: deque[str] = deque()
+    while not ending.is_set():
+        _, (key, token) = await _persist(revoking.create)
+        channel.send(created=key, token=token)
+        live.append(key)
+        if len(live) < _LIVE_PER_LOOP:
+            continue
+        await asyncio.sleep(chance.expovariate(1 / _PAUSE_SECONDS))
+        await _revoke(revoking, channel, live.popleft(), chance.random() < _WAITED)
+
+
+async def _revoke(revoking: Revoking, channel: Channel, key: str, wait: bool) -> None:
+    asked = time.monotonic_ns()
+    channel.send(asked=key, at=asked)
+    refused, revoked = await _persist(lambda: revoking.revoke(key, wait))
+    channel.send(
+        answered=key,
+        at=revoked.answered,
+        committed=revoked.committed,
+        bound_ns=revoked.bound_ns,
+        waited=wait,
+        refused=refused,
+    )
+
+
+async def _persist(deed: Callable[[], Awaitable[T]]) -> tuple[int, T]:
+    """The answer, and how often it was refused before."""
+    refused = 0
+    while True:
+        try:
+            return refused, await deed()
+        except Refused:
+            refused += 1
+            await asyncio.sleep(_AGAIN_SECONDS)

@@ -1,0 +1,195 @@
+"""All that a run starts: Redis, PostgreSQL, and processes of both sides with their own lines."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import naive
+from hub import Hub
+from proxy import Proxy
+from services import PostgresService, RedisService
+
+HERE: Final = Path(__file__).parent
+SIDES: Final = {"keylatch": "worker.py", "naive": "naive.py"}
+_PATIENCE_SECONDS: Final = 20.0
+_UNEXPECTED: Final = (
+    "a background task failed",
+    "Task exception was never",
+    "Exception in callback",
+    "Fatal Python error",
+)
+
+
+@dataclass
+class Place:
+    """Where a process of one side runs; its lines stay when the process is replaced."""
+
+    side: str
+    name: str
+    store: Proxy
+    redis: Proxy
+    process: "subprocess.Popen[bytes] | None" = None
+    generation: int = 0
+
+    @property
+    def who(self) -> str:
+        """The present process, as the hub calls it."""
+        return f"{self.side} {self.name}#{self.generation}"
+
+    def signal(self, number: int) -> None:
+        """Send the present process a signal."""
+        if self.process is not None:
+            self.process.send_signal(number)
+
+
+class Stage:
+    """The services, and the places of all processes.
+
+    Args:
+        folder: a temporary one.
+        workers: processes that check, on each side.
+        revokers: processes that revoke, on each side.
+        lease_seconds: X.
+        seed: of what the revokers do.
+    """
+
+    def __init__(
+        self, folder: Path, workers: int, revokers: int, lease_seconds: float, seed: int
+    ) -> None:
+        self.folder = folder
+        self.hub = Hub(folder / "hub", int(lease_seconds * 1e9))
+        self._lease = lease_seconds
+        self._seed = seed
+        self._counts = {"worker": workers, "revoker": revokers}
+        self.places: list[Place] = []
+        self._forgotten: set[int] = set()
+
+    async def set_up(self) -> None:
+        """Start everything; return once every worker is at work.
+
+        Raises:
+            ProgramMissing: there is no Redis or no PostgreSQL.
+        """
+        self.redis = RedisService(self.folder)
+        self.postgres = PostgresService(self.folder / "postgres.log")
+        await self.redis.start()
+        await self.postgres.make()
+        for side in SIDES:
+            await self.postgres.create(side)
+        async with await self.postgres.connect("naive") as connection:
+            await connection.execute(naive.TABLE.encode())
+        await self.hub.start()
+        for side in SIDES:
+            for role, count in self._counts.items():
+                for number in range(count):
+                    place = Place(
+                        side, f"{role}-{number}", Proxy(self.postgres.port), Proxy(self.redis.port)
+                    )
+                    await place.store.start()
+                    await place.redis.start()
+                    self.places.append(place)
+                    self.fill(place)
+        for place in self.places:
+            await self.arrived(place)
+
+    async def tear_down(self) -> None:
+        """Stop everything that was started, by pid."""
+        for place in self.places:
+            if place.process is not None:
+                place.signal(signal.SIGKILL)
+                place.process.wait()
+            with contextlib.suppress(AttributeError):  # it never started
+                await place.store.stop()
+                await place.redis.stop()
+        for pid in self.hub.pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # the children of those above
+        if hasattr(self, "redis"):
+            self.redis.resume()
+            self.redis.kill()
+        if hasattr(self, "postgres"):
+            await self.postgres.remove()
+
+    async def end(self) -> None:
+        """Tell everybody to end, revokers first, and wait until they have."""
+        for role in "revoker", "worker":
+            leaving = self.of(role)
+            for place in leaving:
+                self.hub.tell(place.who, "end")
+            waiting = [asyncio.create_task(self._gone(place)) for place in leaving]
+            await asyncio.wait(waiting, timeout=_PATIENCE_SECONDS)
+            for task in waiting:
+                task.cancel()
+            if role == "revoker":
+                await asyncio.sleep(self._lease + 1)  # what was revoked last is checked too
+
+    async def _gone(self, place: Place) -> None:
+        while place.process is not None and place.process.poll() is None:
+            await asyncio.sleep(0.02)
+
+    # Processes
+
+    def of(self, role: str, number: int | None = None) -> list[Place]:
+        """The places of a role on both sides: all of them, or one on each side."""
+        if number is None:
+            return [place for place in self.places if place.name.startswith(role)]
+        name = f"{role}-{number % self._counts[role]}"
+        return [place for place in self.places if place.name == name]
+
+    def fill(self, place: Place) -> None:
+        """Start a process in a place."""
+        place.generation += 1
+        role, number = place.name.split("-")
+        arguments = [
+            str(HERE / SIDES[place.side]),
+            "check" if role == "worker" else "revoke",
+            f"postgresql://postgres@127.0.0.1:{place.store.port}/{place.side}",
+            f"redis://127.0.0.1:{place.redis.port}/0",
+            *([str(self._lease)] if place.side == "keylatch" else []),
+            self.hub.path,
+            f"{place.name}#{place.generation}",
+            *([str(self._seed + int(number))] if role == "revoker" else []),
+        ]
+        with (self.folder / f"{place.side}-{place.name}.log").open("ab") as log:
+            place.process = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", *arguments],
+                env=_without_settings(),
+                stderr=log,
+                start_new_session=True,
+            )
+
+    async def arrived(self, place: Place) -> None:
+        """Return once the process in this place has said hello."""
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            while place.who not in self.hub.pids:
+                await asyncio.sleep(0.02)
+
+    def kill(self, place: Place) -> None:
+        """kill -9."""
+        if place.process is not None:
+            place.process.kill()
+            place.process.wait()
+
+    def crashes(self) -> list[str]:
+        """What processes of ours said that nobody expected, and who ended without being told."""
+        found = [
+            f"{log.stem}: {line}"
+            for log in sorted(self.folder.glob("keylatch-*.log"))
+            for line in log.read_text(errors="replace").splitlines()
+            if line.startswith(_UNEXPECTED)
+        ]
+        for place in self.places:
+            if place.process is not None and place.process.poll() not in (None, 0):
+                found.append(f"{place.who}: exit {place.process.returncode}")
+        return found
+
+
+def _without_settings() -> dict[str, str]:
+    """The environment without what would configure keylatch."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("KEYLATCH_")}

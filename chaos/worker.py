@@ -1,0 +1,120 @@
+"""A process that checks keys with keylatch's own engine, or revokes them with its keyring.
+
+    python worker.py check|revoke STORE REDIS LEASE SOCKET NAME [SEED]
+
+Nothing in here stands between the product and the faults: a check is what the middleware does, and
+a revoke is `Keyring.delete`. The store notes when a change was committed, and that is all it adds.
+"""
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from channel import Channel
+from checker import ACCEPTED, REFUSED, UNDECIDED, Checker
+from keylatch import credentials
+from keylatch.engine import Engine
+from keylatch.errors import StoreUnavailable
+from keylatch.keyring import Keyring
+from keylatch.model import Allow, KeyRecord, Reason, Verdict
+from keylatch.settings import Settings
+from keylatch.store import Store
+from keylatch.tokens import Token
+from revoker import Refused, Revoked, revoke_until_told
+
+_AT_A_TIME: Final = 5
+
+
+class Product:
+    """See `checker.Subject`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.start = engine.start
+        self.stop = engine.stop
+
+    def at_once(self, token: str) -> int | None:
+        verdict = self._engine.peek(_read(token))
+        return None if verdict is None else _outcome(verdict)
+
+    async def slowly(self, token: str) -> int:
+        return _outcome(await self._engine.resolve(_read(token)))
+
+    def forked(self) -> None:
+        return None  # an engine notices by itself
+
+
+def _read(token: str) -> Token:
+    read = credentials.read([b"Bearer " + token.encode()])
+    if isinstance(read, Reason):
+        raise TypeError("the run made up a token")
+    return read
+
+
+def _outcome(verdict: Verdict) -> int:
+    if isinstance(verdict, Allow):
+        return ACCEPTED
+    return UNDECIDED if verdict.reason in (Reason.UNAVAILABLE, Reason.BUSY) else REFUSED
+
+
+class WitnessedStore(Store):
+    """A store that notes when a change of a key was known to be committed."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.committed: dict[str, int] = {}
+
+    async def change(
+        self, organization_id: str, key_id: str, now_ms: int, values: Mapping[str, Any]
+    ) -> tuple[KeyRecord, int] | None:
+        changed = await super().change(organization_id, key_id, now_ms, values)
+        self.committed[key_id] = time.monotonic_ns()
+        return changed
+
+
+class Revoker:
+    """See `revoker.Revoking`."""
+
+    def __init__(self, keyring: Keyring, store: WitnessedStore) -> None:
+        self._keyring = keyring
+        self._committed = store.committed
+
+    async def create(self) -> tuple[str, str]:
+        try:
+            created = await self._keyring.create("org", "key")
+        except StoreUnavailable:
+            raise Refused from None
+        return created.record.id, created.token.reveal()
+
+    async def revoke(self, key: str, wait: bool) -> Revoked:
+        try:
+            changed = await self._keyring.delete("org", key, wait=wait)
+        except StoreUnavailable:
+            raise Refused from None
+        assert changed is not None
+        answered = time.monotonic_ns()
+        bound_ns = int(changed.receipt.bound_seconds * 1e9)
+        return Revoked(self._committed.pop(key), answered, bound_ns)
+
+
+async def revoke(engine: Engine, store: WitnessedStore, path: str, name: str, seed: int) -> None:
+    """Revoke with the engine's keyring until told to end."""
+    channel = await Channel.to(path, role="revoker", side="keylatch", name=name)
+    revoker = Revoker(await engine.keyring(), store)
+    await revoke_until_told(revoker, channel, random.Random(seed), _AT_A_TIME)
+    await engine.stop()
+    await channel.close()
+
+
+if __name__ == "__main__":
+    deed, store_url, redis_url, lease, path, name, *seed = sys.argv[1:]
+    store = WitnessedStore(store_url)
+    settings = Settings.load(store=store_url, redis=redis_url, lease=float(lease), hasher="sha256")
+    engine = Engine(settings, store=store)
+    if deed == "check":
+        Checker(Product(engine), path, "keylatch", name).run()
+    else:
+        asyncio.run(revoke(engine, store, path, name, int(seed[0])))

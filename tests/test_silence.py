@@ -1,0 +1,67 @@
+"""A PostgreSQL that falls silent: no answer, no reset, and later a network that is sound again."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from keylatch.errors import StoreUnavailable
+from keylatch.store import Absent, Store
+from proxy import Proxy
+from servers import PostgresServer
+
+pytestmark = pytest.mark.anyio
+MORE_THAN_THE_POOL = 20
+
+
+@pytest.fixture
+async def line(postgres: PostgresServer) -> AsyncIterator[Proxy]:
+    """The network between the store and its server."""
+    line = Proxy(postgres.port)
+    await line.start()
+    yield line
+    await line.stop()
+
+
+@pytest.fixture
+async def store(postgres: PostgresServer, line: Proxy) -> AsyncIterator[Store]:
+    url = postgres.new_database().replace(str(postgres.port), str(line.port))
+    store = Store(url)
+    await store.open(0)
+    await store.join("member")
+    yield store
+    await store.close()
+
+
+async def test_whoever_asks_a_silent_server_is_told_in_time(store: Store, line: Proxy) -> None:
+    """Every question ends as unavailable, and none of them keeps a place in the pool: when the
+    network is sound again, so is the store."""
+    assert (await store.poll("member", 0, seconds=5)).is_member
+    with line.swallowing():
+        for _ in range(MORE_THAN_THE_POOL):
+            with pytest.raises(StoreUnavailable, match="in time"):
+                await store.poll("member", 0, seconds=0.1)
+    assert (await store.poll("member", 0, seconds=5)).is_member
+    assert isinstance(await store.find("key_unknown"), Absent)
+
+
+async def test_a_connection_that_died_meanwhile_does_not_show(store: Store, line: Proxy) -> None:
+    """A server that was restarted costs a second attempt, and nobody a refusal."""
+    assert isinstance(await store.find("key_unknown"), Absent)
+    line.cut()
+    assert isinstance(await store.find("key_unknown"), Absent)
+    line.cut()
+    assert (await store.poll("member", 0, seconds=5)).is_member
+
+
+async def test_a_lock_is_not_kept_by_whoever_fell_silent(
+    store: Store, line: Proxy, postgres: PostgresServer
+) -> None:
+    """The counter row is everybody's: a process that is cut off in the middle of a change lets
+    go of it in two seconds, not when TCP gives up."""
+    database = store._database
+    held = database.write(
+        lambda c: c.exec_driver_sql(
+            "SELECT current_setting('idle_in_transaction_session_timeout')"
+        ).scalar_one()
+    )
+    assert await held == "2s"
