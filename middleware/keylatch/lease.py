@@ -218,7 +218,8 @@ class Lease:
             if now >= committed_at + self._seconds * _PATIENCE:
                 break  # the first look was late: enough for the answer, not for removing anybody
             await asyncio.sleep(pause)
-            pause = min(pause * 1.5, _LOOK_LONGEST_SECONDS)
+            # A tenth of what it has taken so far: close to the end, and no hammering.
+            pause = min(max(_LOOK_SECONDS, (now - committed_at) / 10), _LOOK_LONGEST_SECONDS)
         acknowledged = members - len(laggards or ())
         return Receipt(seq, acknowledged, members, bound_seconds=0.0)
 

@@ -117,7 +117,7 @@ def _changes() -> Select[Any]:
 
 CHANGES: Final = _changes()
 SEQUENCE: Final = select(meta.c.seq)
-STORE_TIME: Final = select(func.extract("epoch", func.clock_timestamp()))
+TIMED_CHANGES: Final = CHANGES.add_columns(func.extract("epoch", func.clock_timestamp()))
 BELL: Final = "keylatch_bell"
 
 
@@ -239,12 +239,10 @@ def poll(connection: Connection, member: str, seq: int) -> Poll:
         .where(members.c.id == member)
         .values(grants=members.c.grants + 1, acked_seq=seq)
     ).rowcount
-    rows = connection.execute(CHANGES, {"since": seq}).all()
-    store_seconds = None
-    if connection.dialect.name == "postgresql":
-        store_seconds = float(connection.execute(STORE_TIME).scalar_one())
+    is_timed = connection.dialect.name == "postgresql"
+    rows = connection.execute(TIMED_CHANGES if is_timed else CHANGES, {"since": seq}).all()
     changes = read_changes([tuple(row) for row in rows], seq)
-    return Poll(counted == 1, changes, store_seconds)
+    return Poll(counted == 1, changes, float(rows[0][-1]) if is_timed else None)
 
 
 def renew(connection: Connection, epoch: str, seq: int) -> None:
