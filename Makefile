@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# Tests that load the machine by themselves: one after the other, when the others are done.
+ALONE := $(patsubst %,tests/test_%.py,chaos fork kill redis_faults revocation_sqlite silence)
 
 .PHONY: demo serve test check prove chaos bench clean
 
@@ -12,7 +14,8 @@ serve: .venv/demo           ## the sidecar on 127.0.0.1:8700, keys in ./keylatch
 	@$(BIN)/keylatch serve
 
 test: .venv/dev             ## all tests; those that need a missing server are skipped and named
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE:%=--ignore=%)
+	@$(BIN)/python -m pytest $(ALONE)
 
 check: .venv/dev            ## lint, types, and who may import whom
 	@$(BIN)/ruff check .
