@@ -1,8 +1,11 @@
 """A PostgreSQL that falls silent: no answer, no reset, and later a network that is sound again."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import pytest
+from sqlalchemy import Connection
 
 from keylatch.errors import StoreUnavailable
 from keylatch.store import Absent, Store
@@ -11,6 +14,7 @@ from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
 MORE_THAN_THE_POOL = 20
+AT_ONCE = 5
 
 
 @pytest.fixture
@@ -23,8 +27,12 @@ async def line(postgres: PostgresServer) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-async def store(postgres: PostgresServer, line: Proxy) -> AsyncIterator[Store]:
-    url = postgres.new_database().replace(str(postgres.port), str(line.port))
+def url(postgres: PostgresServer, line: Proxy) -> str:
+    return postgres.new_database().replace(str(postgres.port), str(line.port))
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[Store]:
     store = Store(url)
     await store.open(0)
     await store.join("member")
@@ -37,9 +45,12 @@ async def test_whoever_asks_a_silent_server_is_told_in_time(store: Store, line: 
     network is sound again, so is the store."""
     assert (await store.poll("member", 0, seconds=5)).is_member
     with line.swallowing():
-        for _ in range(MORE_THAN_THE_POOL):
-            with pytest.raises(StoreUnavailable, match="in time"):
-                await store.poll("member", 0, seconds=0.1)
+        for _ in range(MORE_THAN_THE_POOL // AT_ONCE):
+            answers = await asyncio.gather(
+                *(store.poll("member", 0, seconds=0.1) for _ in range(AT_ONCE)),
+                return_exceptions=True,
+            )
+            assert [type(answer) for answer in answers] == [StoreUnavailable] * AT_ONCE
     assert (await store.poll("member", 0, seconds=5)).is_member
     assert isinstance(await store.find("key_unknown"), Absent)
 
@@ -54,14 +65,19 @@ async def test_a_connection_that_died_meanwhile_does_not_show(store: Store, line
 
 
 async def test_a_lock_is_not_kept_by_whoever_fell_silent(
-    store: Store, line: Proxy, postgres: PostgresServer
+    store: Store, url: str, line: Proxy, postgres: PostgresServer
 ) -> None:
     """The counter row is everybody's: a process that is cut off in the middle of a change lets
-    go of it in two seconds, not when TCP gives up."""
-    database = store._database
-    held = database.write(
-        lambda c: c.exec_driver_sql(
-            "SELECT current_setting('idle_in_transaction_session_timeout')"
-        ).scalar_one()
-    )
-    assert await held == "2s"
+    go of it in two seconds, not when the server gives the line up."""
+    others = Store(url.replace(str(line.port), str(postgres.port)))
+    await others.open(0)
+    with ExitStack() as silence:
+
+        def change_and_fall_silent(connection: Connection) -> None:
+            connection.exec_driver_sql("UPDATE keylatch_meta SET seq = seq + 1")
+            silence.enter_context(line.swallowing())
+
+        with pytest.raises(StoreUnavailable, match="in time"):
+            await store._database.write(change_and_fall_silent, seconds=0.2)
+        await others.renew((await others.changes(0)).epoch, 1)  # it needs the row
+    await others.close()
