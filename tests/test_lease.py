@@ -46,7 +46,7 @@ class Members:
         row = self.members.get(member)
         if row is not None:
             row[0], row[1] = row[0] + 1, seq
-        answer = Poll(row is not None, await self.changes(seq), None)
+        answer = Poll(row is not None, await self.changes(seq), self.clock())
         self.on_poll(member)
         return answer
 

@@ -99,6 +99,14 @@ class StoreContract:
         assert (await store.changes(0)).seq == seq + 1
         assert await store.get("acme", "key_a") == record()
 
+    async def test_an_addition_may_be_repeated(self, store: Store) -> None:
+        """Whoever lost the answer of the commit tries again, and makes no second change."""
+        seq = await store.add(record(), "hashed")
+        assert await store.add(record(), "hashed") == seq
+        assert await store.find("key_a") == Found(record(), "hashed", seq)
+        await store.join("member")
+        await store.join("member")
+
     async def test_lists_are_in_the_order_of_creation(self, store: Store) -> None:
         """Also where many keys are made in the same millisecond; deleted ones only on demand."""
         for name in ("key_c", "key_a", "key_b"):
@@ -283,7 +291,7 @@ class TestSQLite(StoreContract):
         """A failing statement does not carry the hash into the exception or its chain."""
         await store.add(record(), "hashed-secret")
         with pytest.raises(StoreUnavailable) as caught:
-            await store.add(record(), "hashed-secret")
+            await store.add(record(), "another-hashed-secret")
         assert caught.value.__suppress_context__
         assert "hashed-secret" not in str(caught.value)
 

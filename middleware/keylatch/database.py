@@ -1,16 +1,17 @@
 """What the store needs of a database, and the one gate through which drivers' errors pass.
 
-A unit of work is a plain function of a SQLAlchemy `Connection`; `store` writes each of them once
-and both `sqlite` and `postgresql` run it. Every error of a driver becomes `StoreUnavailable`
-here and nowhere else, with a one-line message that holds no parameters.
+A unit of work is a plain function of a SQLAlchemy `Connection`; a question is one statement, which
+is compiled once and then given to the driver as text, because checks and leases ask it often.
+`statements` writes each of them once and both `sqlite` and `postgresql` run it. Every error of a
+driver becomes `StoreUnavailable` here and nowhere else, with a one-line message that holds no
+parameters.
 """
 
 import contextlib
-import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Dialect, Select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -18,6 +19,29 @@ from keylatch.errors import StoreUnavailable
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
+Rows = list[tuple[Any, ...]]
+
+
+class Question:
+    """One statement, in one snapshot.
+
+    Args:
+        statement: what is asked; its bind parameters are given with every question.
+    """
+
+    def __init__(self, statement: Select[Any]) -> None:
+        self.statement = statement
+        self._compiled: dict[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {}
+
+    def spelled(self, dialect: Dialect) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
+        """The text for a driver, the parameters that never change, and the order of all of them
+        where the driver wants an order."""
+        known = self._compiled.get(dialect.name)
+        if known is None:
+            compiled = self.statement.compile(dialect=dialect)
+            order = tuple(getattr(compiled, "positiontup", None) or ())
+            known = self._compiled[dialect.name] = (str(compiled), compiled.params, order)
+        return known
 
 
 class Database(Protocol):
@@ -30,21 +54,27 @@ class Database(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
 
-    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
-        """Run one statement that changes nothing, in a snapshot.
+    async def ask(
+        self, question: Question, *, seconds: float | None = None, **parameters: Any
+    ) -> Rows:
+        """The rows that answer a question.
 
         Args:
-            work: the statement.
+            question: what is asked.
             seconds: how long to wait for a server; None: as long as is usual.
+            parameters: the question's own.
         """
+
+    async def read(self, work: Work[T]) -> T:
+        """Run work that changes nothing, in a snapshot."""
 
     async def write(
         self, work: Work[T], *, durable: bool = True, seconds: float | None = None
     ) -> T:
         """Run a transaction; `durable=False` may lose the last ones when the power fails."""
 
-    def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:
-        """Rows at once, without waiting for a disk or a socket; None where that is impossible."""
+    def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
+        """`ask` at once, without waiting for a disk or a socket; None where that is impossible."""
 
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
         """Call `heard` at once, and whenever the channel is notified, until the line breaks."""
@@ -66,15 +96,16 @@ class Database(Protocol):
 
 
 @contextlib.contextmanager
-def errors_translated(hint: str) -> Iterator[None]:
+def errors_translated(driver: type[Exception], hint: str) -> Iterator[None]:
     """Turn whatever a driver raises into `StoreUnavailable`.
 
     Args:
+        driver: the driver's base class of errors.
         hint: what the operator should look at.
     """
     try:
         yield
-    except (DBAPIError, sqlite3.Error) as error:
+    except (DBAPIError, driver) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         # The first line only: PostgreSQL's DETAIL below it may quote the row.
         first, *_ = str(cause).strip().splitlines() or [type(cause).__name__]

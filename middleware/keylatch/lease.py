@@ -184,8 +184,7 @@ class Lease:
         news = poll.changes.seq != self._feed.seq
         self._feed.apply(poll.changes)
         self._until = asked_at + self._seconds * _SAFETY
-        if poll.store_seconds is not None:
-            self._store_ahead = poll.store_seconds - asked_at
+        self._store_ahead = poll.store_seconds - asked_at
         return news
 
     # Waiting for the others

@@ -9,24 +9,29 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
 from sqlalchemy import event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from keylatch.database import Work, errors_translated
+from keylatch.database import Question, Rows, Work, errors_translated
 from keylatch.errors import StoreUnavailable
 
 T = TypeVar("T")
 Line = psycopg.AsyncConnection[Any]
+Use = Callable[[AsyncConnection, Line], Awaitable[T]]
 
 _READ_SECONDS: Final = 2.0
 _WRITE_SECONDS: Final = 5.0
 _IDLE_MILLISECONDS: Final = 2_000
+
+
+class _LineLost(Exception):
+    """A connection that had been open turned out to be dead, or was cut."""
 
 
 class PostgreSQL:
@@ -55,36 +60,55 @@ class PostgreSQL:
             },
             hide_parameters=True,
             pool_timeout=_READ_SECONDS,
+            # Questions and reads need no BEGIN and no ROLLBACK, and transactions bring their own.
+            isolation_level="AUTOCOMMIT",
+            skip_autocommit_rollback=True,
+            pool_reset_on_return=None,
         )
         event.listen(self._engine.sync_engine, "connect", _configure)
-        # One statement is its own snapshot, so reads need no BEGIN and no ROLLBACK.
-        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._under_way: dict[asyncio.Task[Any], list[Line]] = {}
 
-    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
-        return await self._twice(seconds or _READ_SECONDS, self._reader, work)
+    async def ask(
+        self, question: Question, *, seconds: float | None = None, **parameters: Any
+    ) -> Rows:
+        text, fixed, _ = question.spelled(self._engine.dialect)
+        values = {**fixed, **parameters}
+
+        async def answer(connection: AsyncConnection, line: Line) -> Rows:
+            # Around SQLAlchemy, whose share of a statement is several times the driver's.
+            cursor = await line.execute(text.encode(), values)
+            return await cursor.fetchall()
+
+        return await self._twice(seconds or _READ_SECONDS, answer)
+
+    async def read(self, work: Work[T]) -> T:
+        return await self._twice(_READ_SECONDS, lambda connection, _: connection.run_sync(work))
 
     async def write(
         self, work: Work[T], *, durable: bool = True, seconds: float | None = None
     ) -> T:
-        return await self._twice(seconds or _WRITE_SECONDS, self._engine, work)
+        async def transact(connection: AsyncConnection, line: Line) -> T:
+            async with line.transaction():
+                return await connection.run_sync(work)
 
-    async def _twice(self, seconds: float, engine: AsyncEngine, work: Work[T]) -> T:
+        return await self._twice(seconds or _WRITE_SECONDS, transact)
+
+    async def _twice(self, seconds: float, use: Use[T]) -> T:
         """Once more where the connection had died before: the server was restarted, say.
 
         All work may be repeated: it says what shall be so, and not what to add to what is.
         """
-        with errors_translated(self._hint):
+        with errors_translated(psycopg.Error, self._hint):
             try:
-                return await self._once(seconds, engine, work)
-            except DBAPIError as error:
-                if not error.connection_invalidated:
-                    raise
-                return await self._once(seconds, engine, work)
+                return await self._once(seconds, use)
+            except _LineLost:
+                with contextlib.suppress(_LineLost):
+                    return await self._once(seconds, use)
+        raise StoreUnavailable("the store closed the connection", self._hint)
 
-    async def _once(self, seconds: float, engine: AsyncEngine, work: Work[T]) -> T:
+    async def _once(self, seconds: float, use: Use[T]) -> T:
         used: list[Line] = []
-        task = asyncio.create_task(_run(engine, work, used), name="keylatch-postgresql")
+        task = asyncio.create_task(self._run(use, used), name="keylatch-postgresql")
         self._under_way[task] = used
         task.add_done_callback(self._done)
         # A timer and not the waiter cuts the connection: the waiter may be cancelled.
@@ -94,6 +118,26 @@ class PostgreSQL:
         if not done:
             raise TimeoutError
         return task.result()
+
+    async def _run(self, use: Use[T], used: list[Line]) -> T:
+        engine = self._engine
+        pool = engine.pool
+        async with engine.connect() as connection:
+            pooled = await connection.get_raw_connection()
+            line = cast(Line, pooled.driver_connection)
+            used.append(line)
+            try:
+                return await use(connection, line)
+            except (DBAPIError, psycopg.Error):
+                if not line.closed:
+                    raise
+            finally:
+                if line.closed or engine.pool is not pool:
+                    await connection.invalidate()  # or its pool would keep it
+        # What killed this connection may have killed its idle siblings as well.
+        if engine.pool is pool:
+            await engine.dispose()
+        raise _LineLost
 
     def _cut(self, task: asyncio.Task[Any]) -> None:
         for line in self._under_way.get(task, ()):
@@ -110,7 +154,7 @@ class PostgreSQL:
         if not task.cancelled():
             task.exception()  # its caller has it, or has left
 
-    def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:
+    def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         return None
 
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
@@ -147,14 +191,6 @@ class PostgreSQL:
         # Kept, never closed: closing would say goodbye on the parent's connections.
         self._inherited += [self._engine, self._under_way]
         self._open()
-
-
-async def _run(engine: AsyncEngine, work: Work[T], used: list[Line]) -> T:
-    async with engine.connect() as connection:
-        pooled = await connection.get_raw_connection()
-        used.append(cast(Line, pooled.driver_connection))
-        async with connection.begin():
-            return await connection.run_sync(work)
 
 
 def _configure(raw: Any, record: object) -> None:

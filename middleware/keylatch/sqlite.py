@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import URL
 
-from keylatch.database import Work, errors_translated
+from keylatch.database import Question, Rows, Work, errors_translated
 from keylatch.errors import ConfigurationError, StoreUnavailable
 
 T = TypeVar("T")
 
+_DIALECT: Final = sqlite_dialect()
 _THREADS: Final = 4
 _BUSY_SECONDS: Final = 5.0
 _CHECKPOINT_AT_BYTES: Final = 1 << 20
@@ -60,7 +62,16 @@ class SQLite:
             " avoids it by truncating checkpoints, other programs that write to this file may not",
         )
 
-    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
+    async def ask(
+        self, question: Question, *, seconds: float | None = None, **parameters: Any
+    ) -> Rows:
+        return await self.read(
+            lambda connection: [
+                tuple(row) for row in connection.execute(question.statement, parameters)
+            ]
+        )
+
+    async def read(self, work: Work[T]) -> T:
         return await self._on_thread(lambda: self._run(self._keys(), work, "BEGIN"))
 
     async def write(
@@ -69,13 +80,15 @@ class SQLite:
         engine = self._keys() if durable else self._usage()
         return await self._on_thread(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))
 
-    def read_now(self, sql: str, *parameters: object) -> list[tuple[Any, ...]] | None:
+    def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         # A reader of a WAL database never waits for a writer, and the pages it touches here are
         # in memory: 2 us. fetchall() ends the statement, so no snapshot is held open.
         if self._private is None:
             return None
+        text, fixed, order = question.spelled(_DIALECT)
+        values = {**fixed, **parameters}
         try:
-            return self._private.execute(sql, parameters).fetchall()
+            return self._private.execute(text, [values[name] for name in order]).fetchall()
         except sqlite3.Error:
             return None
 
@@ -121,13 +134,16 @@ class SQLite:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _run(self, engine: Engine, work: Work[T], begin: str) -> T:
-        with self._places, errors_translated(self._hint), engine.connect() as connection:
+        with self._places, self._errors_translated(), engine.connect() as connection:
             connection.execution_options(keylatch_begin=begin)
             with connection.begin():
                 result = work(connection)
             if self._private is None:
                 self._private = self._connect_private()
             return result
+
+    def _errors_translated(self) -> contextlib.AbstractContextManager[None]:
+        return errors_translated(sqlite3.Error, self._hint)
 
     def _keys(self) -> Engine:
         return self._engine("FULL")
@@ -173,7 +189,7 @@ class SQLite:
             contextlib.suppress(BlockingIOError),
             self._owned(wait=False),
             self._places,
-            errors_translated(self._hint),
+            self._errors_translated(),
             self._keys().connect() as connection,
         ):
             connection.execution_options(keylatch_begin="")

@@ -1,4 +1,4 @@
-"""The statements: every question and every change as a plain function of a connection.
+"""The statements: every question, and every change as a plain function of a connection.
 
 The law of this file: whatever changes what a key may do is ONE transaction that advances
 `meta.seq`, makes the change and writes the invalidation. Whatever is read to be cached carries
@@ -15,10 +15,11 @@ from typing import Any, Final
 from sqlalchemy import (
     BigInteger,
     Connection,
-    Row,
+    Double,
     Select,
     and_,
     bindparam,
+    cast,
     func,
     insert,
     or_,
@@ -26,8 +27,8 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
+from keylatch.database import Question, Rows
 from keylatch.model import KeyRecord
 from keylatch.schema import invalidations, keys, members, meta, organizations, secrets
 
@@ -68,8 +69,8 @@ class Poll:
 
     is_member: bool
     changes: Changes
-    store_seconds: float | None
-    """The store's own time, in seconds since the epoch; None where it has none."""
+    store_seconds: float
+    """The store's own time, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,13 @@ class Secrets:
     peppers: tuple[bytes, ...] = field(repr=False)
 
 
-RECORDS: Final[Select[Any]] = select(
-    keys, organizations.c.active.label("organization_active")
-).join(organizations, organizations.c.id == keys.c.organization_id)
+_RECORD: Final = [
+    organizations.c.active if name == "organization_active" else keys.c[name]
+    for name in KeyRecord.__slots__
+]
+RECORDS: Final[Select[Any]] = select(*_RECORD).join(
+    organizations, organizations.c.id == keys.c.organization_id
+)
 
 _USED_AT: Final = bindparam("used_at", type_=BigInteger)
 TOUCH: Final = (
@@ -115,53 +120,58 @@ def _changes() -> Select[Any]:
     ).join_from(meta, newer, true(), isouter=True)
 
 
-CHANGES: Final = _changes()
-SEQUENCE: Final = select(meta.c.seq)
-TIMED_CHANGES: Final = CHANGES.add_columns(func.extract("epoch", func.clock_timestamp()))
+def _poll() -> Select[Any]:
+    # The log is read as it was when the statement began, the grant is counted when the row is
+    # locked: a little later. A removal in between finds fewer grants and takes the row away; then
+    # none is counted here, and nothing was granted.
+    granted = (
+        update(members)
+        .where(members.c.id == bindparam("member"))
+        .values(grants=members.c.grants + 1, acked_seq=bindparam("since", type_=BigInteger))
+        .returning(members.c.id)
+        .cte("granted")
+    )
+    counted = select(func.count()).select_from(granted).scalar_subquery()
+    store_seconds = func.extract("epoch", func.clock_timestamp())
+    return _changes().add_columns(counted, cast(store_seconds, Double))
+
+
+def _find() -> Select[Any]:
+    return (
+        select(meta.c.seq, keys.c.hash, *_RECORD)
+        .join_from(meta, keys, keys.c.id == bindparam("key_id"), isouter=True)
+        .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
+    )
+
+
+CHANGES: Final = Question(_changes())
+FIND: Final = Question(_find())
+LAGGARDS: Final = Question(select(members.c.id, members.c.grants, members.c.acked_seq))
+POLL: Final = Question(_poll())
 BELL: Final = "keylatch_bell"
+RING: Final = Question(select(func.pg_notify(BELL, "")))
+SEQUENCE: Final = Question(select(meta.c.seq))
 
 
-class _Now:
-    """A statement as SQLite's own interface takes it, for `Database.read_now`."""
-
-    def __init__(self, statement: Select[Any]) -> None:
-        compiled = statement.compile(dialect=sqlite_dialect())
-        self.text = str(compiled)
-        self._order = tuple(compiled.positiontup or ())
-        self._fixed = compiled.params
-
-    def parameters(self, **given: Any) -> list[Any]:
-        """The values for the question marks, in their order."""
-        values = {**self._fixed, **given}
-        return [values[name] for name in self._order]
-
-
-SEQUENCE_NOW: Final = _Now(SEQUENCE)
-CHANGES_NOW: Final = _Now(CHANGES)
-
-
-def read_changes(rows: Sequence[tuple[Any, ...]], since: int) -> Changes:
+def read_changes(rows: Rows, since: int) -> Changes:
     seq, epoch, pruned, *_ = rows[0]
     complete = since >= pruned and len(rows) <= _MAX_CHANGES
     touched = tuple((row[3], row[4], row[5]) for row in rows if row[3] is not None)
     return Changes(seq, epoch, complete, touched if complete else ())
 
 
-def record_of(row: Row[Any]) -> KeyRecord:
-    columns = row._mapping
-    return KeyRecord(**{name: columns[name] for name in KeyRecord.__slots__})
+def read_found(rows: Rows) -> Found | Absent:
+    seq, hashed, *_ = rows[0]
+    return Absent(seq) if hashed is None else Found(record_of(rows[0][2:]), hashed, seq)
 
 
-def find_key(connection: Connection, key_id: str) -> Found | Absent:
-    statement = (
-        select(meta.c.seq, keys, organizations.c.active.label("organization_active"))
-        .join_from(meta, keys, keys.c.id == key_id, isouter=True)
-        .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
-    )
-    row = connection.execute(statement).one()
-    if row._mapping["id"] is None:
-        return Absent(row.seq)
-    return Found(record_of(row), row.hash, row.seq)
+def read_poll(rows: Rows, since: int) -> Poll:
+    *_, granted, store_seconds = rows[0]
+    return Poll(granted == 1, read_changes(rows, since), store_seconds)
+
+
+def record_of(columns: Sequence[Any]) -> KeyRecord:
+    return KeyRecord(*columns)
 
 
 def advance(
@@ -182,6 +192,12 @@ def advance(
 
 
 def add_key(connection: Connection, record: KeyRecord, hashed: str) -> int:
+    # Repeated after its answer was lost, it finds its own work done.
+    made = connection.execute(
+        select(keys.c.created_seq).where(keys.c.id == record.id, keys.c.hash == hashed)
+    ).scalar()
+    if made is not None:
+        return int(made)
     # A new key is announced too: somebody may remember that there is no such key.
     seq = advance(connection, record.created_at, key_id=record.id)
     if not connection.execute(
@@ -214,12 +230,12 @@ def change_key(
     record = record_of(row)
     if record.deleted_at is not None:
         return record, sequence(connection)
-    seq = advance(connection, now_ms, key_id=key_id)
     changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
     connection.execute(
         update(keys).where(keys.c.id == key_id).values(**values, updated_at=changed.updated_at)
     )
-    return changed, seq
+    # Last: it locks the counter row until the commit, and every other change waits for that.
+    return changed, advance(connection, now_ms, key_id=key_id)
 
 
 def set_organization_active(
@@ -230,19 +246,6 @@ def set_organization_active(
         update(organizations).where(organizations.c.id == organization_id).values(active=active)
     )
     return seq if changed.rowcount else None
-
-
-def poll(connection: Connection, member: str, seq: int) -> Poll:
-    # The row first: once it is locked, nobody can remove it before this grant is counted.
-    counted = connection.execute(
-        update(members)
-        .where(members.c.id == member)
-        .values(grants=members.c.grants + 1, acked_seq=seq)
-    ).rowcount
-    is_timed = connection.dialect.name == "postgresql"
-    rows = connection.execute(TIMED_CHANGES if is_timed else CHANGES, {"since": seq}).all()
-    changes = read_changes([tuple(row) for row in rows], seq)
-    return Poll(counted == 1, changes, float(rows[0][-1]) if is_timed else None)
 
 
 def renew(connection: Connection, epoch: str, seq: int) -> None:
@@ -278,14 +281,8 @@ def read_secrets(connection: Connection) -> Secrets:
 
 def sequence(connection: Connection) -> int:
     """The store's sequence number."""
-    seq: int = connection.execute(SEQUENCE).scalar_one()
+    seq: int = connection.execute(SEQUENCE.statement).scalar_one()
     return seq
-
-
-def changes(connection: Connection, since: int) -> Changes:
-    """What happened after a sequence number."""
-    rows = connection.execute(CHANGES, {"since": since}).all()
-    return read_changes([tuple(row) for row in rows], since)
 
 
 def touch(connection: Connection, uses: Mapping[str, int]) -> None:
@@ -320,18 +317,15 @@ def list_keys(
 
 def join(connection: Connection, member: str) -> None:
     """A process will ask for leases under this name."""
-    connection.execute(insert(members).values(id=member, grants=0, acked_seq=0, joined_at=now_ms()))
+    if not connection.execute(select(members.c.id).where(members.c.id == member)).all():
+        connection.execute(
+            insert(members).values(id=member, grants=0, acked_seq=0, joined_at=now_ms())
+        )
 
 
 def leave(connection: Connection, member: str) -> None:
     """A process holds no lease any more."""
     connection.execute(members.delete().where(members.c.id == member))
-
-
-def laggards(connection: Connection, seq: int) -> tuple[dict[str, int], int]:
-    """Members that have not acknowledged `seq`, with their grants; and how many there are."""
-    rows = connection.execute(select(members.c.id, members.c.grants, members.c.acked_seq)).all()
-    return {row.id: row.grants for row in rows if row.acked_seq < seq}, len(rows)
 
 
 def remove_members(connection: Connection, silent: Mapping[str, int], seq: int) -> int:
@@ -350,8 +344,3 @@ def remove_members(connection: Connection, silent: Mapping[str, int], seq: int) 
         if connection.execute(locked).first() is not None:
             removed += connection.execute(members.delete().where(condition)).rowcount
     return removed
-
-
-def ring(connection: Connection) -> None:
-    """Notify everybody who listens (PostgreSQL)."""
-    connection.execute(select(func.pg_notify(BELL, "")))

@@ -90,28 +90,26 @@ class Store:
 
     async def ping(self) -> None:
         """Return if the store answers."""
-        await self._read(sql.sequence)
+        await self._database.ask(sql.SEQUENCE)
 
     # What the engine asks
 
     async def find(self, key_id: str) -> Found | Absent:
         """The key with this id, deleted ones included."""
-        return await self._read(sql.find_key, key_id)
+        return sql.read_found(await self._database.ask(sql.FIND, key_id=key_id))
 
     async def changes(self, since: int) -> Changes:
         """What happened after the sequence number `since`."""
-        return await self._read(sql.changes, since)
+        return sql.read_changes(await self._database.ask(sql.CHANGES, since=since), since)
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.read_now(sql.SEQUENCE_NOW.text)
+        rows = self._database.ask_now(sql.SEQUENCE)
         return rows[0][0] if rows else None
 
     def changes_now(self, since: int) -> Changes | None:
         """`changes` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.read_now(
-            sql.CHANGES_NOW.text, *sql.CHANGES_NOW.parameters(since=since)
-        )
+        rows = self._database.ask_now(sql.CHANGES, since=since)
         return sql.read_changes(rows, since) if rows else None
 
     # What witnesses ask
@@ -126,10 +124,10 @@ class Store:
         await self._write(sql.join, member)
 
     async def poll(self, member: str, seq: int, seconds: float) -> Poll:
-        """Acknowledge `seq`, count a grant, and tell what happened since, in one transaction."""
-        return await self._database.write(
-            lambda connection: sql.poll(connection, member, seq), seconds=seconds
-        )
+        """Acknowledge `seq`, count a grant, and tell what happened since, in one statement
+        (PostgreSQL)."""
+        rows = await self._database.ask(sql.POLL, seconds=seconds, member=member, since=seq)
+        return sql.read_poll(rows, seq)
 
     async def leave(self, member: str) -> None:
         """A process holds no lease any more and will ask for none."""
@@ -138,9 +136,8 @@ class Store:
     async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
         """Members that have not acknowledged `seq` (name → grants so far), and how many there
         are in all."""
-        return await self._database.read(
-            lambda connection: sql.laggards(connection, seq), seconds=seconds
-        )
+        rows = await self._database.ask(sql.LAGGARDS, seconds=seconds)
+        return {member: grants for member, grants, acked in rows if acked < seq}, len(rows)
 
     async def remove_members(self, silent: Mapping[str, int], seq: int, seconds: float) -> int:
         """Remove those that still have not acknowledged `seq` and were granted nothing since;
@@ -151,7 +148,7 @@ class Store:
 
     async def ring(self) -> None:
         """Ring the store's own bell (PostgreSQL)."""
-        await self._read(sql.ring)
+        await self._database.ask(sql.RING)
 
     async def listen(self, heard: Callable[[], None]) -> None:
         """Hear the store's own bell (PostgreSQL), until the line breaks."""
