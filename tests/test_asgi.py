@@ -31,7 +31,7 @@ from keylatch.store import Secrets, Store
 from servers import serving
 from wire import Header, http_scope, knock, lifespan
 
-RULES = {"SENDING": ["POST /v1/emails", "GET /v1/emails"], "READING": []}
+RULES = {"SENDING": ["POST /v1/emails", "GET /v1/emails"]}
 
 
 async def whoami(request: Request) -> Response:
@@ -70,7 +70,7 @@ both = pytest.mark.parametrize("build", [starlette_app, fastapi_app])
 
 
 async def create(engine: Engine, permission: str = "FULL") -> Created:
-    """A key; READING is one of an older configuration, which nobody may be given any more."""
+    """A key; READING is one of an older configuration, which no rule names any more."""
     created = await (await engine.keyring()).create("default", f"my {permission}")
     await engine.store.change("default", created.record.id, 0, {"permission": permission})
     return created
@@ -131,8 +131,9 @@ async def test_a_permission_opens_what_is_named_for_it(
 
 
 @pytest.mark.anyio
-async def test_requires_guards_what_the_rules_forgot(engine: Engine) -> None:
+async def test_requires_guards_what_the_rules_forgot(make_engine: MakeEngine) -> None:
     """The rules open a route to two permissions, `@requires` to one: both must agree."""
+    engine = make_engine(permissions="FULL,SENDING,READING")
     app = Starlette(routes=[Route("/v1/emails", sending)])
     rules = {"SENDING": ["GET /v1/emails"], "READING": ["GET /v1/emails"]}
     app.add_middleware(APIKeyMiddleware, engine=engine, permissions=rules)
@@ -140,6 +141,7 @@ async def test_requires_guards_what_the_rules_forgot(engine: Engine) -> None:
     assert (await knock(app, "/v1/emails", bearing(reader))).status == 403
     sender = await create(engine, "SENDING")
     assert (await knock(app, "/v1/emails", bearing(sender))).body == b"sent"
+    await engine.stop()
 
 
 @both

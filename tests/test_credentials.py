@@ -20,9 +20,10 @@ def understood(values: Sequence[bytes]) -> bytes | Reason:
     """The grammar once more, without regular expressions: what `read` must say."""
     if not values:
         return Reason.MISSING
-    if len(values) > 1 or len(values[0]) > 512:
+    value = b",".join(values)
+    if len(value) > 512:
         return Reason.MALFORMED
-    value = values[0].strip(b" \t")
+    value = value.strip(b" \t")
     if not value:
         return Reason.MISSING
     scheme, blank, token = value.partition(b" ")
@@ -30,7 +31,23 @@ def understood(values: Sequence[bytes]) -> bytes | Reason:
         return token.lstrip(b" ")
     scheme = value.replace(b"\t", b" ").partition(b" ")[0]
     another = set(scheme) <= TCHAR and scheme.lower() != b"bearer"
-    return Reason.MISSING if another else Reason.MALFORMED
+    return Reason.MISSING if another and not two_in(value) else Reason.MALFORMED
+
+
+def two_in(value: bytes) -> bool:
+    """Whether a second credential, or an empty one, follows behind a comma outside of quotes."""
+    parts = value.split(b'"')
+    closed = parts if len(parts) % 2 else [*parts[:-2], b'"'.join(parts[-2:])]
+    for piece in b"".join(closed[::2]).split(b",")[1:]:
+        word, rest = piece.lstrip(b" \t"), b""
+        while word and not set(word) <= TCHAR:
+            word, rest = word[:-1], word[-1:] + rest
+        if not rest or (word and not rest.strip(b" \t")):
+            return True
+        after = rest.lstrip(b" \t")
+        if word and after != rest and not after[:1].isspace() and after[:1] != b"=":
+            return True
+    return False
 
 
 def said(values: Sequence[bytes]) -> bytes | Reason:
@@ -63,11 +80,30 @@ def test_a_value_is_understood_as_documented(value: bytes) -> None:
 
 
 @given(st.lists(one_value, min_size=2, max_size=4))
-@example([b"Bearer a", b"Bearer a"])
-@example([b"Bearer a", b""])
-def test_two_fields_are_never_chosen_between(values: list[bytes]) -> None:
-    """More than one `Authorization` field is malformed, even if they are equal or empty."""
-    assert read(values) is Reason.MALFORMED
+def test_two_fields_are_what_a_server_makes_of_them(values: list[bytes]) -> None:
+    """ASGI servers hand two fields over, WSGI servers join them: one answer, and never a token."""
+    assert said(values) == said([b",".join(values)]) == understood(values)
+    assert not isinstance(read(values), Token)
+
+
+@pytest.mark.parametrize("other", [b"Bearer a", b"Bearer b", b"Basic Zm9v", b"", b" ", b"Bearer"])
+@pytest.mark.parametrize("comma", [b",", b", "])
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_credentials_are_never_chosen_between(other: bytes, comma: bytes, turned: bool) -> None:
+    """Two fields are malformed, even if they are equal or one is empty, also where joined."""
+    for one in (b"Bearer a", b"Basic Zm9v"):
+        values = [other, one] if turned else [one, other]
+        assert read(values) is Reason.MALFORMED
+        assert read([comma.join(values)]) is Reason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b'Digest username="a, Bearer b", realm = "c",qop=auth', b"Basic Zm9v", b"AWS4 a=b, c=d"],
+)
+def test_a_single_credential_of_another_scheme_is_none_of_ours(value: bytes) -> None:
+    """Parameters behind a comma are no second credential."""
+    assert read([value]) is Reason.MISSING
 
 
 @given(

@@ -97,22 +97,81 @@ async def test_a_path_is_what_the_router_takes_it_for(path: str, root: str) -> N
     assert path_of({"path": path, "root_path": root}) == seen
 
 
+PARAMETERS = Policy(
+    public=["/docs/{page}", "/img/<int:number>"],
+    permissions={
+        "SENDING": ["GET /v1/emails/{id}", "POST /v1/emails/<string:id>/send"],
+        "READING": ["GET /v1/emails/batch", "GET /v1/files/{name:path}", "GET /v1/n/<int:n>"],
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "named"),
+    [
+        ("GET", "/v1/emails/7", {"SENDING"}),
+        ("HEAD", "/v1/emails/7", {"SENDING"}),
+        ("POST", "/v1/emails/7", set()),
+        ("GET", "/v1/emails/", set()),
+        ("GET", "/v1/emails/7/", set()),
+        ("GET", "/v1/emails/7/send", set()),
+        ("POST", "/v1/emails/7/send", {"SENDING"}),
+        ("POST", "/v1/emails/7/send\n", set()),
+        ("GET", "/v1/emails/batch", {"SENDING", "READING"}),
+        ("GET", "/v1/files/a/b", {"READING"}),
+        ("GET", "/v1/n/7", {"READING"}),
+        ("GET", "/v1/n/x", set()),
+        ("GET", "/x/v1/n/7", set()),
+    ],
+)
+def test_parameters_open_what_they_match(method: str, path: str, named: set[str]) -> None:
+    """A parameter is one segment, whole, in the spelling of any framework; all rules count."""
+    assert PARAMETERS.wanted(method, path).permissions == frozenset(named | {FULL})
+
+
+@pytest.mark.parametrize(
+    ("path", "public"),
+    [
+        ("/docs/a", True),
+        ("/docs/", False),
+        ("/docs/a/b", False),
+        ("/img/12", True),
+        ("/img/x", False),
+        ("/docs", False),
+    ],
+)
+def test_public_parameters_open_one_segment(path: str, public: bool) -> None:
+    """Never what lies below."""
+    assert PARAMETERS.is_public(path) is public
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     """Each mistake comes with a hint, so that one restart repairs them all."""
     with pytest.raises(ConfigurationError) as caught:
         Policy(
-            public=["healthz", "/docs/*", "/good", "/{id}"],
+            public=["healthz", "/docs/*", "/good", "/{rest:path}", "/{a}/{a}"],
             permissions={
                 "sending": ["POST /v1/emails"],
-                "READING": ["/v1/emails", "GET /v1/{id}", "get /v1", "GET  /v1", "GET /good"],
+                "READING": ["/v1/emails", "GET /v1/{id:word}", "get /v1", "GET  /v1", "GET /good"],
                 "WRITING": "POST /v1/emails",
                 "PEEKING": ["HEAD /v1/emails"],
             },
+            grantable=("FULL", "READING", "WRITING"),
         )
     wrong = [wrong for wrong, _ in caught.value.mistakes]
-    assert len(wrong) == 10
+    assert len(wrong) == 12
     assert all(hint for _, hint in caught.value.mistakes)
-    for named in ("healthz", "/docs/*", "/{id}", "sending", "WRITING", "HEAD /v1/emails"):
+    for named in (
+        "healthz",
+        "/docs/*",
+        "/{rest:path}",
+        "{a}",
+        "{id:word}",
+        "PEEKING",
+        "sending",
+        "WRITING",
+        "HEAD /v1/emails",
+    ):
         assert any(named in text for text in wrong)
     assert all(text in str(caught.value) for text in wrong)
 

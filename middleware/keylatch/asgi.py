@@ -6,7 +6,6 @@ It spells what `credentials`, `engine`, `policy` and `refusals` decide in terms 
 nothing else. Scopes are copied, never written on.
 """
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
@@ -15,64 +14,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from keylatch.credentials import is_identity_header
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
+from keylatch.gate import Gate
 from keylatch.model import Deny, credentials_of
-from keylatch.policy import Policy, path_of
-from keylatch.refusals import Refusal, Refusals
-from keylatch.settings import Settings, together
+from keylatch.policy import path_of
+from keylatch.refusals import Refusal
 
 
-class APIKeyMiddleware:
-    """Lets a request pass if it carries a good key, as `scope["user"]` and `scope["auth"]`.
-
-    Args:
-        app: the ASGI application to protect.
-        store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
-        redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
-        public: exact paths that need no key.
-        permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`.
-        realm: named in challenges; None: `KEYLATCH_REALM`.
-        environment: the only environment whose keys are welcome; None: `KEYLATCH_ENVIRONMENT`.
-        lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
-        hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
-        engine: one that is shared with others, instead of all of the settings above.
-
-    Raises:
-        ConfigurationError: naming every wrong setting and rule.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        store: str | None = None,
-        redis: str | None = None,
-        public: Iterable[str] = (),
-        permissions: Mapping[str, Iterable[str]] | None = None,
-        realm: str | None = None,
-        environment: str | None = None,
-        lease: float | None = None,
-        hasher: str | None = None,
-        engine: Engine | None = None,
-    ) -> None:
-        self._app = app
-        given = {
-            "store": store,
-            "redis": redis,
-            "realm": realm,
-            "environment": environment,
-            "lease": lease,
-            "hasher": hasher,
-        }
-        self._policy, self._engine = together(
-            lambda: Policy(public, permissions),
-            lambda: engine or Engine(Settings.load(**given)),
-        )
-        self._refusals = Refusals(self._engine.settings.realm)
+class APIKeyMiddleware(Gate[ASGIApp]):
+    __doc__ = (
+        f"""The principal is `scope["user"]`, what it may do `scope["auth"]`. {Gate.__doc__}"""
+    )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             if scope["type"] == "lifespan":
-                await _with_lifespan(self._app, self._engine, scope, receive, send)
+                await _with_lifespan(self._app, self.engine, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
             return
@@ -83,7 +39,7 @@ class APIKeyMiddleware:
             await self._app(scope, receive, send)
             return
         wanted = self._policy.wanted(scope.get("method", "GET"), path)
-        verdict = await self._engine.check(values, wanted)
+        verdict = await self.engine.check(values, wanted)
         if isinstance(verdict, Deny):
             await refuse(self._refusals.of(verdict), scope, receive, send)
             return

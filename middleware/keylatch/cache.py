@@ -2,9 +2,11 @@
 
 Keys that exist and tokens that fit none are kept apart, so a spray of bad tokens evicts no good
 key. Nothing here expires by being told so: whether an entry may be used is asked of the `Feed`
-at each use, and whether its key has expired of `judge`.
+at each use, and whether its key has expired of `judge`. Threads may share it: reading an LRU map
+changes it, so every access holds the lock.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -52,16 +54,33 @@ class Cache:
     """
 
     def __init__(self, size: int = 50_000, timer: Callable[[], float] = time.monotonic) -> None:
-        self._entries: LRUCache[str, Entry] = LRUCache(size)
-        self._absences: TTLCache[bytes, Absence] = TTLCache(_ABSENCES, _ABSENCE_SECONDS, timer)
-        self.entry = self._entries.get
+        self._size = size
+        self._timer = timer
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with a lock that nobody holds: in a forked child, a thread of the parent may
+        have held the old one."""
+        self._lock = threading.Lock()
+        self._entries: LRUCache[str, Entry] = LRUCache(self._size)
+        self._absences: TTLCache[bytes, Absence] = TTLCache(
+            _ABSENCES, _ABSENCE_SECONDS, self._timer
+        )
+
+    def entry(self, look_up: str) -> Entry | None:
         """The entry for a token's look-up part, or None."""
-        self.absence = self._absences.get
+        with self._lock:
+            return self._entries.get(look_up)
+
+    def absence(self, digest: bytes) -> Absence | None:
         """The absence for a token's digest, or None."""
+        with self._lock:
+            return self._absences.get(digest)
 
     def remember(self, look_up: str, entry: Entry) -> None:
         """Keep a key under its token's look-up part."""
-        self._entries[look_up] = entry
+        with self._lock:
+            self._entries[look_up] = entry
 
     def remember_absence(self, look_up: str, digest: bytes, absence: Absence) -> None:
         """Keep, for ten seconds at most, that a token is no usable key.
@@ -69,11 +88,13 @@ class Cache:
         Where that is the key's fault and not the token's, what was known of the key goes: a stale
         entry would hide the absence, and every check of a revoked key would ask the store.
         """
-        self._absences[digest] = absence
-        if absence.reason is not Reason.WRONG_SECRET:
-            self._entries.pop(look_up, None)
+        with self._lock:
+            self._absences[digest] = absence
+            if absence.reason is not Reason.WRONG_SECRET:
+                self._entries.pop(look_up, None)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries.clear()
-        self._absences.clear()
+        with self._lock:
+            self._entries.clear()
+            self._absences.clear()

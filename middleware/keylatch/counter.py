@@ -3,6 +3,7 @@
 No process needs to be told and none needs to be waited for (X = 0).
 """
 
+import threading
 from collections.abc import Callable
 
 from keylatch.errors import StoreUnavailable
@@ -23,17 +24,23 @@ class Counter:
         self._store = store
         self._feed = feed
         self._clock = clock
+        self.forget()
+
+    def forget(self) -> None:
+        self._lock = threading.Lock()
 
     def is_current(self) -> bool:
-        seq = self._store.sequence_now()
-        if seq is None:
-            return False
-        if seq != self._feed.seq:
-            changes = self._store.changes_now(self._feed.seq)
-            if changes is None:
+        # One thread at a time: whoever learned less, later, would take the feed back.
+        with self._lock:
+            seq = self._store.sequence_now()
+            if seq is None:
                 return False
-            self._feed.apply(changes)
-        return True
+            if seq != self._feed.seq:
+                changes = self._store.changes_now(self._feed.seq)
+                if changes is None:
+                    return False
+                self._feed.apply(changes)
+            return True
 
     async def begin(self) -> None:
         self._feed.begin(await self._store.changes(END))
@@ -57,6 +64,3 @@ class Counter:
 
     def now_ms(self) -> int:
         return int(self._clock() * 1000)
-
-    def forget(self) -> None:
-        return None

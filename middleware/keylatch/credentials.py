@@ -1,9 +1,10 @@
 """From header values to one token, none, or a refusal: the grammar is ours, not the server's.
 
-Servers differ in what they hand over: two fields as two values or joined by a comma, trailing
-blanks kept or stripped, values of two megabytes. So this file leans on none of them. It knows
-RFC 6750 section 2.1 (`Bearer` and a b64token), RFC 9110 section 11.1 (the scheme's letter case
-does not matter) and section 5.5 (blanks around a value are no part of it). It never guesses
+Servers differ in what they hand over: two fields as two values (ASGI) or joined by a comma (WSGI),
+trailing blanks kept or stripped, values of two megabytes. So this file leans on none of them, and
+joins what came apart (RFC 9110 section 5.3): the same fields get the same answer everywhere. It
+knows RFC 6750 section 2.1 (`Bearer` and a b64token), RFC 9110 section 11.1 (the scheme's letter
+case does not matter) and section 5.5 (blanks around a value are no part of it). It never guesses
 between two credentials and never looks into the query, a cookie or the body.
 """
 
@@ -20,6 +21,11 @@ _BEARER: Final = re.compile(rb"[ \t]*[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9\-._~+
 # RFC 9110 section 5.6.2: the characters that a scheme's name is made of, but for the quote, which
 # no scheme has and a badly quoted shell line does.
 _SCHEME: Final = re.compile(rb"[ \t]*([\w!#$%&*+.^`|~-]+)(?:[ \t]|\Z)")
+_QUOTED: Final = re.compile(rb'"[^"]*"')
+# Behind a comma another credential, or nothing; the parameters of Digest are `name = value`.
+_SECOND: Final = re.compile(
+    rb",[ \t]*(?:[\w!#$%&*+.^`|~-]+(?:[ \t]+(?=[^=\s])|[ \t]*(?=,|\Z))|(?=,|\Z))"
+)
 
 
 def read(values: Sequence[bytes]) -> Token | Reason:
@@ -34,17 +40,18 @@ def read(values: Sequence[bytes]) -> Token | Reason:
     """
     if not values:
         return Reason.MISSING
-    if len(values) > 1 or len(values[0]) > MAX_VALUE_BYTES:
+    value = values[0] if len(values) == 1 else b",".join(values)
+    if len(value) > MAX_VALUE_BYTES:
         return Reason.MALFORMED
-    match = _BEARER.fullmatch(values[0])
+    match = _BEARER.fullmatch(value)
     if match is not None:
         return Token(match[1].decode("ascii"))
-    if not values[0].strip(b" \t"):
+    if not value.strip(b" \t"):
         return Reason.MISSING
-    scheme = _SCHEME.match(values[0])
-    if scheme is not None and scheme[1].lower() != b"bearer":
-        return Reason.MISSING
-    return Reason.MALFORMED
+    scheme = _SCHEME.match(value)
+    if scheme is None or scheme[1].lower() == b"bearer" or _SECOND.search(_QUOTED.sub(b"", value)):
+        return Reason.MALFORMED
+    return Reason.MISSING
 
 
 def is_identity_header(name: bytes) -> bool:

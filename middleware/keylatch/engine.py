@@ -180,7 +180,7 @@ class Engine:
         self._inherited += [self._l2, self._bell, self._jobs]
         self.store.forget()
         self.hasher.forget()
-        self._l1.clear()
+        self._l1.forget()
         self._feed.forget()
         self._witness.forget()
         self._flights.forget()

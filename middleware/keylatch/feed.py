@@ -74,6 +74,9 @@ class Witness(Protocol):
 class Feed:
     """The tombstones of one process.
 
+    Floor and tombstones are one attribute, because threads judge while another one learns: a
+    floor from before and tombstones from after would let an old entry through.
+
     Args:
         on_restore: called when the store is not the one we knew (it went back to a backup), with
             the keys that had been touched since: whatever is cached must go.
@@ -87,19 +90,23 @@ class Feed:
         """Know nothing."""
         self.seq = 0
         self.epoch = ""
-        self._floor = 0
-        self._tombstones: dict[str, int] = {}
+        self._start_from(0)
+
+    def _start_from(self, floor: int) -> None:
+        """Nothing that was read before `floor` is believed; what comes after leaves tombstones."""
+        self._known: tuple[int, dict[str, int]] = (floor, {})
 
     def begin(self, present: Changes) -> None:
         """Start from the recent past, so that fresh entries in Redis are of use after a restart."""
         self.epoch = present.epoch
-        self.seq = self._floor = max(0, present.seq - _RECENT)
+        self.seq = max(0, present.seq - _RECENT)
+        self._start_from(self.seq)
 
     def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
         """Whether an entry read at `as_of` still says the truth, by all that is known."""
-        tombstones = self._tombstones
+        floor, tombstones = self._known
         return (
-            as_of >= self._floor
+            as_of >= floor
             and as_of >= tombstones.get(key_id, 0)
             and as_of >= tombstones.get(organization_id, 0)
         )
@@ -108,16 +115,15 @@ class Feed:
         """Learn what was committed after `seq`."""
         if self.epoch and (changes.epoch != self.epoch or changes.seq < self.seq):
             self._restored(changes)
-        elif not changes.complete or len(self._tombstones) > _MAX_TOMBSTONES:
-            self._tombstones.clear()
-            self._floor = changes.seq
+        elif not changes.complete or len(self._known[1]) > _MAX_TOMBSTONES:
+            self._start_from(changes.seq)
         else:
             for seq, key_id, organization_id in changes.touched:
+                if key_id is None and organization_id is None:
+                    self._start_from(seq)
                 for touched in (key_id, organization_id):
                     if touched is not None:
-                        self._tombstones[touched] = seq
-                if key_id is None and organization_id is None:
-                    self._floor = seq
+                        self._known[1][touched] = seq
         self.seq = changes.seq
         self.epoch = changes.epoch
 
@@ -127,7 +133,6 @@ class Feed:
             "Keys that were revoked in between may be alive again",
             *(self.epoch, self.seq, changes.epoch, changes.seq),
         )
-        touched = [name for name, seq in self._tombstones.items() if seq > changes.seq]
-        self._tombstones.clear()
-        self._floor = changes.seq
+        touched = [name for name, seq in self._known[1].items() if seq > changes.seq]
+        self._start_from(changes.seq)
         self._on_restore(touched)

@@ -16,14 +16,19 @@ class Jobs:
     def __init__(self) -> None:
         self._loops: list[asyncio.Task[None]] = []
         self._errands: set[asyncio.Task[None]] = set()
+        self._home: asyncio.AbstractEventLoop | None = None
 
     def loop(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work that goes on until it is cancelled."""
+        self._home = asyncio.get_running_loop()
         self._loops.append(self._begin(work))
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work that no request waits for, but a stop does, for a moment."""
-        self._errands.add(self._begin(work))
+        """Run work that no request waits for, but a stop does, for a moment. Any thread may ask."""
+        if self._home is None or asyncio._get_running_loop() is self._home:
+            self._errands.add(self._begin(work))
+        else:
+            self._home.call_soon_threadsafe(lambda: self._errands.add(self._begin(work)))
 
     async def end(self) -> None:
         """Cancel the loops, and give errands a second to finish."""

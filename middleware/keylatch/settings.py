@@ -5,8 +5,7 @@ or Redis URL may hold a password, so no message repeats a value.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,9 +15,6 @@ from sqlalchemy.exc import ArgumentError
 
 from keylatch.errors import ConfigurationError
 from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
 
@@ -132,24 +128,6 @@ class Settings(BaseSettings):
                 for name in [str(problem["loc"][0])]
             ]
         raise ConfigurationError(mistakes)
-
-
-def together(first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
-    """The results of both, or the mistakes of both.
-
-    Raises:
-        ConfigurationError: naming everything that either of them found wrong.
-    """
-    results: list[Any] = []
-    mistakes: list[tuple[str, str]] = []
-    for step in (first, second):
-        try:
-            results.append(step())
-        except ConfigurationError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return results[0], results[1]
 
 
 def _matching(pattern: str, text: str) -> str:

@@ -131,7 +131,11 @@ class SQLite:
     async def _on_thread(self, work: Callable[[], T]) -> T:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="keylatch-store")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            place = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except RuntimeError:  # the interpreter ends and starts no more threads: nobody is kept
+            return work()
+        return await place
 
     def _run(self, engine: Engine, work: Work[T], begin: str) -> T:
         with self._places, self._errors_translated(), engine.connect() as connection:

@@ -7,6 +7,7 @@ seconds; a graceful stop loses nothing.
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -39,24 +40,34 @@ class Usage:
 
     def forget(self) -> None:
         """After a fork: the parent flushes what it noted."""
+        self._lock = threading.Lock()  # threads note while the loop takes what was noted
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, int] = {}
         self._noted = asyncio.Event()
         self._full = asyncio.Event()
 
     def note(self, key_id: str, now_ms: int) -> None:
         """A key was used; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
-        waiting = self._waiting
-        if key_id not in waiting:
-            if len(waiting) >= _CAPACITY:
-                return
-            if not waiting:
-                self._noted.set()
-            elif len(waiting) >= _FLUSH_AT:
-                self._full.set()
-        waiting[key_id] = now_ms
+        with self._lock:
+            waiting = self._waiting
+            if key_id not in waiting:
+                if len(waiting) >= _CAPACITY:
+                    return
+                if not waiting:
+                    self._tell(self._noted)
+                elif len(waiting) == _FLUSH_AT:
+                    self._tell(self._full)
+            waiting[key_id] = now_ms
+
+    def _tell(self, event: asyncio.Event) -> None:
+        if self._loop is None or self._loop.is_closed():
+            event.set()  # nobody waits for it yet
+        else:
+            self._loop.call_soon_threadsafe(event.set)
 
     async def run(self) -> None:
         """Flush again and again, until cancelled."""
+        self._loop = asyncio.get_running_loop()
         while True:
             await self._noted.wait()
             await self._sleep(_SOON_SECONDS)
@@ -65,7 +76,8 @@ class Usage:
 
     async def flush(self) -> None:
         """Store what is waiting. What cannot be stored waits on."""
-        uses, self._waiting = self._waiting, {}
+        with self._lock:
+            uses, self._waiting = self._waiting, {}
         self._noted.clear()
         self._full.clear()
         try:
@@ -78,11 +90,12 @@ class Usage:
             raise
 
     def _keep(self, uses: Mapping[str, int]) -> None:
-        for key_id, used_at in uses.items():
-            if key_id not in self._waiting and len(self._waiting) < _CAPACITY:
-                self._waiting[key_id] = used_at
-        if self._waiting:
-            self._noted.set()
+        with self._lock:
+            for key_id, used_at in uses.items():
+                if key_id not in self._waiting and len(self._waiting) < _CAPACITY:
+                    self._waiting[key_id] = used_at
+            if self._waiting:
+                self._noted.set()
 
     async def _pause(self) -> None:
         """Wait for the interval, or until many keys wait."""

@@ -1,0 +1,81 @@
+"""What all adapters share: the arguments, and what is decided by them once.
+
+An adapter is a `Gate` that spells requests and answers in its own protocol, and nothing else.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Generic, TypeVar
+
+from keylatch.engine import Engine
+from keylatch.errors import ConfigurationError
+from keylatch.policy import Policy
+from keylatch.refusals import Refusals
+from keylatch.settings import Settings
+
+App = TypeVar("App")
+
+
+class Gate(Generic[App]):
+    """Lets a request pass to the app if it carries a good key.
+
+    Args:
+        app: the application to protect.
+        store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
+        redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
+        public: paths that need no key, such as `/healthz` or `/docs/{page}`.
+        permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
+            parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`.
+        realm: named in challenges; None: `KEYLATCH_REALM`.
+        environment: the only environment whose keys are welcome; None: `KEYLATCH_ENVIRONMENT`.
+        lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
+        hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
+        engine: one that is shared with others, instead of all of the settings above.
+
+    Raises:
+        ConfigurationError: naming every wrong setting and rule.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        store: str | None = None,
+        redis: str | None = None,
+        public: Iterable[str] = (),
+        permissions: Mapping[str, Iterable[str]] | None = None,
+        realm: str | None = None,
+        environment: str | None = None,
+        lease: float | None = None,
+        hasher: str | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        mistakes: list[tuple[str, str]] = []
+        grantable = None
+        try:
+            engine = engine or Engine(
+                Settings.load(
+                    store=store,
+                    redis=redis,
+                    realm=realm,
+                    environment=environment,
+                    lease=lease,
+                    hasher=hasher,
+                )
+            )
+            grantable = engine.settings.grantable
+        except ConfigurationError as error:
+            mistakes += error.mistakes
+        try:
+            policy = Policy(public, permissions, grantable)
+        except ConfigurationError as error:
+            mistakes += error.mistakes
+        if mistakes or engine is None:
+            raise ConfigurationError(mistakes)
+        self.engine = engine
+        self._app = app
+        self._policy = policy
+        self._refusals = Refusals(engine.settings.realm)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What an adapter needs besides."""

@@ -1,0 +1,76 @@
+"""The WSGI middleware: the same name, arguments and answers as the ASGI one, over the same engine.
+
+    app.wsgi_app = APIKeyMiddleware(app.wsgi_app, store="sqlite:///keys.db", public=["/healthz"])
+
+What this process knows is answered in the calling thread; the rest is asked through the portal.
+"""
+
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Final
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from starlette.authentication import UnauthenticatedUser
+
+from keylatch import credentials
+from keylatch.credentials import is_identity_header
+from keylatch.gate import Gate
+from keylatch.model import Deny, Reason, Verdict, Wanted
+from keylatch.portal import Portal
+from keylatch.refusals import Refusal
+
+PRINCIPAL: Final = "keylatch.principal"
+"""Where in `environ` the principal is: PEP 3333 lets a middleware add keys of its own name."""
+
+_STATUS: Final = {int(status): f"{int(status)} {status.phrase}" for status in HTTPStatus}
+
+
+class APIKeyMiddleware(Gate[WSGIApplication]):
+    """Lets a request pass if it carries a good key, as `environ["keylatch.principal"]`.
+
+    The arguments are those of `keylatch.gate.Gate`, as for ASGI.
+    """
+
+    def _prepare(self) -> None:
+        self._portal = Portal(self.engine)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        for name in [name for name in environ if name[:6] == "HTTP_X"]:
+            if is_identity_header(name[5:].encode("latin-1", "replace")):
+                del environ[name]
+        path = path_of(environ)
+        if self._policy.is_public(path):
+            environ[PRINCIPAL] = UnauthenticatedUser()
+            return self._app(environ, start_response)
+        verdict = self._check(environ, self._policy.wanted(environ["REQUEST_METHOD"], path))
+        if isinstance(verdict, Deny):
+            return refuse(self._refusals.of(verdict), environ, start_response)
+        environ[PRINCIPAL] = verdict.principal
+        return self._app(environ, start_response)
+
+    def close(self) -> None:
+        """Store what was used and let go of everything, until the next request comes."""
+        self._portal.close()
+
+    def _check(self, environ: WSGIEnvironment, wanted: Wanted) -> Verdict:
+        value = environ.get("HTTP_AUTHORIZATION")
+        token = credentials.read(() if value is None else (value.encode("latin-1"),))
+        if isinstance(token, Reason):
+            return Deny(token)
+        verdict = self.engine.peek(token, wanted)
+        return verdict or self._portal.run(self.engine.resolve(token, wanted))
+
+
+def path_of(environ: WSGIEnvironment) -> str:
+    """The path as the app's own router sees it; WSGI carries its UTF-8 bytes as Latin-1."""
+    path: str = environ.get("PATH_INFO", "")
+    return path if path.isascii() else path.encode("latin-1").decode("utf-8", "replace")
+
+
+def refuse(
+    refusal: Refusal, environ: WSGIEnvironment, start_response: StartResponse
+) -> Iterable[bytes]:
+    """Answer with a refusal."""
+    headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in refusal.headers]
+    start_response(_STATUS[refusal.status], headers)
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [refusal.body]
