@@ -19,6 +19,7 @@ from keylatch_sidecar.app import create_app
 from servers import PostgresServer, RedisServer, serving
 
 MakeEngine = Callable[..., Engine]
+Times = Callable[[int, int], int]
 
 
 class Clock:
@@ -32,6 +33,18 @@ class Clock:
 
     def tick(self, seconds: float) -> None:
         self.seconds += seconds
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="the length that SECURITY.md speaks of; takes hours"
+    )
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest) -> Times:
+    """How often: the first of two numbers, or the second where `--full` is given."""
+    return lambda short, full: full if request.config.getoption("--full") else short
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ from hypothesis.stateful import (
 )
 from redis.exceptions import ResponseError
 
-from conftest import Clock
+from conftest import Clock, Times
 from keylatch.breaker import Breaker
 from keylatch.cache import Absence, Cache, Entry
 from keylatch.counter import Counter
+from keylatch.engine import Engine
 from keylatch.feed import Feed
 from keylatch.flights import Flights
-from keylatch.model import KeyRecord, Reason
+from keylatch.model import Allow, Deny, KeyRecord, Reason
 from keylatch.store import Changes
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
@@ -275,6 +276,33 @@ async def test_a_cancelled_leader_takes_nobody_down() -> None:
     assert await follower == 7
     with pytest.raises(asyncio.CancelledError):
         await leader
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(600)
+async def test_cancelled_leaders_cost_nobody_an_answer(engine: Engine, times: Times) -> None:
+    """Leaders of cold tokens hang up at every possible moment: whoever waits with them gets the
+    right answer, and nobody waits for ever."""
+    keyring = await engine.keyring()
+    good = await keyring.create("org", "good")
+    gone = await keyring.create("org", "gone")
+    await keyring.delete("org", gone.record.id)
+    headers = [[b"Bearer " + key.token.reveal().encode()] for key in (good, gone)]
+
+    async def one_round(number: int) -> None:
+        engine._l1.clear()
+        leaders = [asyncio.create_task(engine.check(values)) for values in headers]
+        followers = [asyncio.create_task(engine.check(values)) for values in headers]
+        for _ in range(number % 8):
+            await asyncio.sleep(0)
+        for leader in leaders:
+            leader.cancel()
+        allowed, refused = await asyncio.gather(*followers)
+        assert isinstance(allowed, Allow)
+        assert refused == Deny(Reason.REVOKED)
+
+    for number in range(times(250, 5_000)):
+        await asyncio.wait_for(one_round(number), 10)
 
 
 @pytest.mark.anyio

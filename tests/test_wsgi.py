@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import worker_wsgi
-from conftest import Clock, MakeEngine
+from conftest import Clock, MakeEngine, Times
 from keylatch.asgi import APIKeyMiddleware as ASGIMiddleware
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
@@ -365,3 +366,41 @@ def test_pre_fork_workers_stop_in_order(
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     assert protected.last_used(key) is not None
+
+
+@pytest.mark.timeout(1_800)
+@pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["late", "preload"])
+def test_workers_are_replaced_under_load(
+    protected: Protected, store_url: str, preload: tuple[str, ...], times: Times
+) -> None:
+    """Four workers are forked anew again and again while others call: no wrong answer, and each
+    use that only a worker on its way out knew of is stored."""
+    good, gone = protected.create("good"), protected.create("gone")
+    protected.revoke(gone)
+    answers: Counter[tuple[str, int]] = Counter()
+    done = threading.Event()
+
+    def load(port: int, key: Created) -> None:
+        while not done.is_set():
+            answers[key.record.name, worker_wsgi.ask(port, "/", bearer(key))] += 1
+
+    with gunicorn(store_url, "--workers", "4", *preload) as (port, process):
+        with ThreadPoolExecutor(4) as threads:
+            callers = [threads.submit(load, int(port), key) for key in (good, gone) * 2]
+            try:
+                for number in range(times(2, 25)):
+                    key = protected.create(f"used once {number}")
+                    assert worker_wsgi.ask(int(port), "/", bearer(key)) == 200
+                    process.send_signal(signal.SIGHUP)
+                    eventually(lambda key=key: protected.last_used(key) is not None)  # type: ignore[misc]
+            finally:
+                done.set()
+        for caller in callers:
+            caller.result()
+        last = protected.create("last")
+        assert worker_wsgi.ask(int(port), "/", bearer(last)) == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert protected.last_used(last) is not None
+    assert {("good", 200), ("gone", 401)} <= set(answers)
+    assert set(answers) <= {("good", 200), ("gone", 401), ("good", 0), ("gone", 0)}

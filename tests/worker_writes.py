@@ -3,7 +3,7 @@
     python worker_writes.py STORE WRITES sound|hasty
 
 It prints `created TOKEN` and `revoked TOKEN` after the answer, and `revoking TOKEN` before the
-call, from when on nobody can know. Every third key is revoked.
+call, from when on nobody can know. Two of three keys are revoked.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ async def write(engine: Engine, writes: int) -> None:
         for number in numbers:
             created = await keyring.create("org", f"key {number}")
             print("created", created.token.reveal(), flush=True)
-            if number % 3 == 0:
+            if number % 3:
                 print("revoking", created.token.reveal(), flush=True)
                 await keyring.delete("org", created.record.id)
                 print("revoked", created.token.reveal(), flush=True)
