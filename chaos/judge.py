@@ -100,17 +100,26 @@ class Ledger:
         if revoke.asked and latest_accepted and earliest_refused > revoke.asked:
             self.witnessed += 1
 
-    def unexcused(self, faults: Sequence[Interval], grace_ns: int) -> int:
+    def unexcused(
+        self, faults: Sequence[Interval], grace_ns: int
+    ) -> dict[tuple[str, str, float], int]:
         """Checks without a decision that no fault of that process explains, up to `grace_ns` after
-        its end."""
+        its end: (process, last fault before, seconds since its end) → how many."""
         buckets = _buckets(faults, grace_ns)
         everybody = buckets.get("all", set())
-        return sum(
-            checks
-            for (process, bucket), checks in self.undecided.items()
-            if bucket not in everybody
-            and bucket not in buckets.get(process.split("/")[0].split("#")[0], set())
-        )
+        found = {}
+        for (process, bucket), checks in self.undecided.items():
+            place = process.split("/")[0].split("#")[0]
+            if bucket not in everybody and bucket not in buckets.get(place, set()):
+                earlier = [
+                    fault
+                    for fault in faults
+                    if fault.silences in ("all", place) and fault.end < bucket * BUCKET_NS
+                ]
+                last = max(earlier, key=lambda fault: fault.end, default=Interval("none", 0, 0, ""))
+                since = round((bucket * BUCKET_NS - last.end) / SECOND_NS, 1)
+                found[process, last.kind, since] = checks
+        return found
 
     def durations(self, faults: Sequence[Interval], grace_ns: int) -> dict[str, list[float]]:
         """Milliseconds from asking to the answer, of revokes that waited: far from every fault, and

@@ -62,6 +62,7 @@ PROMISES: Final = (
 def _side(ledger: Ledger, faults: list[Interval], grace_ns: int) -> dict[str, Any]:
     answered = [revoke for revoke in ledger.revokes.values() if revoke.answered]
     durations = ledger.durations(faults, grace_ns)
+    unexcused = ledger.unexcused(faults, grace_ns)
     return {
         "revokes": len(answered),
         "of these waited": sum(revoke.waited for revoke in answered),
@@ -73,12 +74,13 @@ def _side(ledger: Ledger, faults: list[Interval], grace_ns: int) -> dict[str, An
         "latest by, s": max(ledger.after_answer.values(), default=0) / SECOND_NS,
         "false 401": len(ledger.refused_before),
         "503": sum(ledger.undecided.values()),
-        "503 far from any fault that explains it": ledger.unexcused(faults, grace_ns),
+        "503 far from any fault that explains it": sum(unexcused.values()),
         **{f"DELETE ms, {state}": percentiles(each) for state, each in durations.items()},
         "evidence": {
             "accepted after the answer": _first(ledger.after_answer),
             "accepted after commit + X": _first(ledger.after_bound),
             "false 401": _first(ledger.refused_before),
+            "503": _most(unexcused),
         },
     }
 
@@ -93,6 +95,11 @@ def _longest(faults: list[Interval]) -> dict[str, float]:
 
 def _first(found: dict[tuple[str, str], int]) -> list[list[Any]]:
     return [[*pair, number] for pair, number in list(found.items())[:_SHOWN]]
+
+
+def _most(found: dict[tuple[str, str, float], int]) -> list[list[Any]]:
+    most = sorted(found.items(), key=lambda item: -item[1])[:_SHOWN]
+    return [[*where, checks] for where, checks in most]
 
 
 def tables(found: dict[str, Any]) -> Group:

@@ -41,7 +41,7 @@ def status_of(app: Any) -> int:
         return httpx.get(f"{url}/v1/me").status_code
 
 
-@pytest.mark.parametrize("program", examples())
+@pytest.mark.parametrize("program", [program for program in examples() if "app =" in program])
 def test_the_examples_in_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
@@ -49,6 +49,20 @@ def test_the_examples_in_the_readme_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example.py").write_text(program)
     assert status_of(runpy.run_path("example.py")["app"]) == 401
+
+
+def test_the_test_in_the_readme_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of `keylatch.testing`, run on the README's first app."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    first, test = (
+        next(program for program in examples() if word in program)
+        for word in ("Starlette(", "Keys()")
+    )
+    for number, program in enumerate((first, test)):
+        (tmp_path / f"{number}.py").write_text(program)
+        names |= runpy.run_path(f"{number}.py")
+    names["test_a_revoked_key_is_gone_at_once"](names["app"])
 
 
 def test_the_settings_in_the_readme_are_the_settings() -> None:

@@ -142,6 +142,38 @@ class StoreContract:
         assert isinstance(found, Found)
         assert found.hash == "new"
 
+    async def test_writers_at_once_lose_nothing(self, store: Store) -> None:
+        """Forty keys from many tasks: forty sequence numbers, none skipped, none twice."""
+        before = (await store.changes(0)).seq
+        seqs = await asyncio.gather(
+            *(store.add(record(f"key_{n}", f"org{n % 3}"), "hashed") for n in range(40))
+        )
+        assert sorted(seqs) == list(range(before + 1, before + 41))
+
+    async def test_the_log_is_pruned_and_says_so(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who asks for more than the log still holds is told that it is not complete."""
+        monkeypatch.setattr("keylatch.statements._KEPT_INVALIDATIONS", 2)
+        for number in range(5):
+            last = await store.add(record(f"key_{number}"), "hashed")
+        await store.tidy(NOW)
+        assert (await store.changes(last - 2)).complete
+        assert not (await store.changes(last - 3)).complete
+        assert (await store.changes(last - 3)).touched == ()
+
+
+class TestMemory(StoreContract):
+    """The double that tests of apps use passes what the real ones pass."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        return "sqlite://"
+
+
+class LastingStoreContract(StoreContract):
+    """What every store promises that other processes open as well."""
+
     async def test_two_at_once_set_up_one_store(self, url: str) -> None:
         """Whoever comes first does it; everybody ends with the same secrets."""
         stores = [Store(url) for _ in range(4)]
@@ -150,14 +182,6 @@ class StoreContract:
         assert len({each.peppers for each in secrets}) == 1
         for store in stores:
             await store.close()
-
-    async def test_writers_at_once_lose_nothing(self, store: Store) -> None:
-        """Forty keys from many tasks: forty sequence numbers, none skipped, none twice."""
-        before = (await store.changes(0)).seq
-        seqs = await asyncio.gather(
-            *(store.add(record(f"key_{n}", f"org{n % 3}"), "hashed") for n in range(40))
-        )
-        assert sorted(seqs) == list(range(before + 1, before + 41))
 
     async def test_a_newer_store_is_refused(self, url: str, store: Store) -> None:
         """An old keylatch does not touch tables that it does not understand."""
@@ -186,20 +210,8 @@ class StoreContract:
         assert await database.read(difference) == []
         await database.close()
 
-    async def test_the_log_is_pruned_and_says_so(
-        self, store: Store, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Who asks for more than the log still holds is told that it is not complete."""
-        monkeypatch.setattr("keylatch.statements._KEPT_INVALIDATIONS", 2)
-        for number in range(5):
-            last = await store.add(record(f"key_{number}"), "hashed")
-        await store.tidy(NOW)
-        assert (await store.changes(last - 2)).complete
-        assert not (await store.changes(last - 3)).complete
-        assert (await store.changes(last - 3)).touched == ()
 
-
-class TestSQLite(StoreContract):
+class TestSQLite(LastingStoreContract):
     """The contract on a SQLite file, and what only SQLite promises."""
 
     @pytest.fixture
@@ -296,7 +308,7 @@ class TestSQLite(StoreContract):
         assert "hashed-secret" not in str(caught.value)
 
 
-class TestPostgreSQL(StoreContract):
+class TestPostgreSQL(LastingStoreContract):
     """The contract on a real PostgreSQL, and what only PostgreSQL promises."""
 
     @pytest.fixture

@@ -212,12 +212,17 @@ class Engine:
     async def check(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a request by the values of its `Authorization` fields.
 
-        A hit in this process is answered without suspending: no hop, no lock, no waiting.
+        A hit in this process is answered without suspending: no hop, no waiting.
         """
+        known = self.glance(values, wanted)
+        return await self.resolve(known, wanted) if isinstance(known, Token) else known
+
+    def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
+        """`check` without waiting, from any thread; the token where that does not suffice."""
         token = credentials.read(values)
         if isinstance(token, Reason):
             return Deny(token)
-        return self.peek(token, wanted) or await self.resolve(token, wanted)
+        return self.peek(token, wanted) or token
 
     def peek(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict | None:
         """Judge a token by what this process knows; None where that does not suffice.

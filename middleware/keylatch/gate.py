@@ -77,5 +77,10 @@ class Gate(Generic[App]):
         self._refusals = Refusals(engine.settings.realm)
         self._prepare()
 
+    def use(self, engine: Engine) -> None:
+        """Decide by another engine from now on: in an app's tests."""
+        self.engine = engine
+        self._prepare()
+
     def _prepare(self) -> None:
         """What an adapter needs besides."""

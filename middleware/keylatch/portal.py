@@ -12,12 +12,14 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from multiprocessing.util import Finalize
 from typing import Any, Final, TypeVar
 
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
+from keylatch.model import ANY_KEY, Verdict, Wanted
+from keylatch.tokens import Token
 
 T = TypeVar("T")
 
@@ -57,6 +59,18 @@ class Portal:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._under_way: set[concurrent.futures.Future[Any]] = set()
+
+    def check(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
+        """`Engine.check` for a thread: a hit is answered in it, without any hop."""
+        known = self._engine.glance(values, wanted)
+        return self.run(self._engine.resolve(known, wanted)) if isinstance(known, Token) else known
+
+    async def check_from_loop(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
+        """The same for an event loop that is not the engine's own; it never waits."""
+        known = self._engine.glance(values, wanted)
+        if not isinstance(known, Token):
+            return known
+        return await asyncio.wrap_future(self.submit(self._engine.resolve(known, wanted)))
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
         """Run work on the loop; never waits."""

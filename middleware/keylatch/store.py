@@ -15,6 +15,7 @@ from sqlalchemy.engine import make_url
 from keylatch import statements as sql
 from keylatch.database import Database
 from keylatch.errors import ConfigurationError
+from keylatch.memory import Memory
 from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
 from keylatch.sqlite import SQLite
@@ -35,7 +36,7 @@ def database_of(url: str) -> Database:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
-        return SQLite(Path(parsed.database or ""))
+        return SQLite(Path(parsed.database)) if parsed.database else Memory()
     for package in ("psycopg", "greenlet"):
         if find_spec(package) is None:
             wrong = f"KEYLATCH_STORE: postgresql needs the package {package}"
@@ -49,7 +50,7 @@ class Store:
     """Keys and what belongs to them, on SQLite or PostgreSQL.
 
     Args:
-        url: `sqlite:///path.db` or `postgresql://…`.
+        url: `sqlite:///path.db`, `postgresql://…`, or `sqlite://` for one in memory (tests).
     """
 
     def __init__(self, url: str) -> None:

@@ -12,10 +12,9 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from starlette.authentication import UnauthenticatedUser
 
-from keylatch import credentials
 from keylatch.credentials import is_identity_header
 from keylatch.gate import Gate
-from keylatch.model import Deny, Reason, Verdict, Wanted
+from keylatch.model import Deny
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
 
@@ -35,14 +34,14 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         self._portal = Portal(self.engine)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        for name in [name for name in environ if name[:6] == "HTTP_X"]:
-            if is_identity_header(name[5:].encode("latin-1", "replace")):
-                del environ[name]
+        strip_identity(environ)
         path = path_of(environ)
         if self._policy.is_public(path):
             environ[PRINCIPAL] = UnauthenticatedUser()
             return self._app(environ, start_response)
-        verdict = self._check(environ, self._policy.wanted(environ["REQUEST_METHOD"], path))
+        verdict = self._portal.check(
+            authorization(environ), self._policy.wanted(environ["REQUEST_METHOD"], path)
+        )
         if isinstance(verdict, Deny):
             return refuse(self._refusals.of(verdict), environ, start_response)
         environ[PRINCIPAL] = verdict.principal
@@ -52,13 +51,18 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         """Store what was used and let go of everything, until the next request comes."""
         self._portal.close()
 
-    def _check(self, environ: WSGIEnvironment, wanted: Wanted) -> Verdict:
-        value = environ.get("HTTP_AUTHORIZATION")
-        token = credentials.read(() if value is None else (value.encode("latin-1"),))
-        if isinstance(token, Reason):
-            return Deny(token)
-        verdict = self.engine.peek(token, wanted)
-        return verdict or self._portal.run(self.engine.resolve(token, wanted))
+
+def strip_identity(environ: WSGIEnvironment) -> None:
+    """Drop headers that pose as keylatch's."""
+    for name in [name for name in environ if name[:6] == "HTTP_X"]:
+        if is_identity_header(name[5:].encode("latin-1", "replace")):
+            del environ[name]
+
+
+def authorization(environ: WSGIEnvironment) -> tuple[bytes, ...]:
+    """The value of `Authorization`, if there is one; several came joined by commas."""
+    value = environ.get("HTTP_AUTHORIZATION")
+    return () if value is None else (value.encode("latin-1", "replace"),)
 
 
 def path_of(environ: WSGIEnvironment) -> str:

@@ -1,0 +1,259 @@
+"""What an app's own tests need: real keys in memory, a clock to move, and nobody who asks for one.
+
+    pytest_plugins = ["keylatch.testing"]                  # in conftest.py: the fixture `api_keys`
+
+    def test_who_calls(api_keys):
+        with api_keys.behind(app):                         # a Starlette, FastAPI, Flask, … app
+            key = api_keys.create(permission="SENDING")
+            answer = client.get("/v1/me", headers=key.headers)
+
+It is the real engine over a real store, so whatever a test learns is true in production; only the
+hashes are cheap, and time stands still until it is moved.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from keylatch.engine import Engine
+from keylatch.gate import Gate
+from keylatch.hashing import Hasher
+from keylatch.keyring import Keyring
+from keylatch.model import ANY_KEY, FULL, Allow, KeyRecord, Principal, Verdict, Wanted
+from keylatch.model import missing_scope as _missing_scope
+from keylatch.settings import Settings
+from keylatch.store import Store
+from keylatch.tokens import Token
+
+try:
+    import pytest
+except ImportError:  # unittest is welcome
+    pytest = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+
+__all__ = ["Clock", "Key", "Keys"]
+
+
+class Clock:
+    """Seconds since the Unix epoch, moved by hand."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = time.time() if seconds is None else seconds
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def tick(self, seconds: float) -> None:
+        """Let so many seconds pass."""
+        self.seconds += seconds
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that was made for a test.
+
+    Args:
+        id: `key_…`.
+        token: what a caller sends.
+        principal: what the app finds in `request.user`.
+    """
+
+    id: str
+    token: str = field(repr=False)
+    principal: Principal
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that sends it."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+
+class Keys:
+    """The keys of one test; nothing of them is left when it is gone.
+
+    Args:
+        settings: those of `keylatch.Settings`, such as `permissions="FULL,SENDING,READING"`;
+            the environment's are not looked at for store and Redis.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.clock = Clock()
+        self._settings = Settings.load(**{"store": None, "redis": "", **settings})
+        self._store = Store("sqlite://")
+        self._everyone: Principal | None = None
+        self._manager = self.engine()
+        self._managing = threading.Lock()
+
+    def engine(self) -> Engine:
+        """An engine that accepts these keys: `APIKeyMiddleware(app, engine=keys.engine())`."""
+        return _Engine(self)
+
+    @contextlib.contextmanager
+    def behind(self, app: Any) -> Iterator["Keys"]:
+        """The app's middleware decides by these keys until the end of the block.
+
+        Args:
+            app: a Starlette or FastAPI app, a Flask or Quart app, or the middleware itself. For
+                Django: `override_settings(KEYLATCH={…, "engine": keys.engine()})`.
+
+        Raises:
+            LookupError: there is no keylatch middleware in it.
+        """
+        with contextlib.ExitStack() as stack:
+            if not any([_replaced(stack, app, self.engine), *_gates(stack, app, self.engine)]):
+                raise LookupError(f"no keylatch middleware was found in {type(app).__name__}")
+            yield self
+
+    def create(
+        self,
+        name: str = "test key",
+        *,
+        organization: str = "default",
+        permission: str = FULL,
+        environment: str = "live",
+        expires_in: float | None = None,
+    ) -> Key:
+        """Make a key.
+
+        Args:
+            name: as an operator would call it.
+            organization: whose key it is.
+            permission: one of the settings' `permissions`.
+            environment: such as `live` or `test`.
+            expires_in: seconds from now on the movable clock; None: never.
+        """
+        expires_at = None if expires_in is None else int((self.clock() + expires_in) * 1000)
+        made = self._manage(
+            lambda keyring: keyring.create(
+                organization,
+                name,
+                permission=permission,
+                environment=environment,
+                expires_at=expires_at,
+            )
+        )
+        record = made.record
+        return Key(record.id, made.token.reveal(), _principal(record))
+
+    def revoke(self, key: Key) -> None:
+        """Delete the key; the next request with it is refused."""
+        self._manage(lambda keyring: keyring.delete(key.principal.organization_id, key.id))
+
+    def change(self, key: Key, **values: Any) -> None:
+        """Change `name`, `active`, `permission` or `expires_at` of a key."""
+        self._manage(
+            lambda keyring: keyring.change(key.principal.organization_id, key.id, **values)
+        )
+
+    def records(self, organization: str = "default") -> list[KeyRecord]:
+        """What is stored of the organisation's keys, the newest first."""
+        found: list[KeyRecord] = self._manage(lambda keyring: keyring.list(organization))
+        return found
+
+    @contextlib.contextmanager
+    def everyone_is(self, principal: Principal | None = None) -> Iterator[Principal]:
+        """Until the end of the block every request is allowed as this principal, with any key or
+        none; its permission still decides what it may call.
+
+        Args:
+            principal: None: one with FULL.
+        """
+        principal = principal or Principal("key_test", "test key", "default", FULL, "live")
+        before, self._everyone = self._everyone, principal
+        try:
+            yield principal
+        finally:
+            self._everyone = before
+
+    def _manage(self, work: Any) -> Any:
+        async def managed() -> Any:
+            keyring: Keyring = await self._manager.keyring()
+            try:
+                return await work(keyring)
+            finally:
+                await self._manager.stop()
+
+        with self._managing:
+            return _finished(managed())
+
+
+class _Engine(Engine):
+    """The real one on the test's store and clock; and everybody may be somebody."""
+
+    def __init__(self, keys: Keys) -> None:
+        super().__init__(
+            keys._settings,
+            clock=keys.clock,
+            timer=keys.clock,
+            store=keys._store,
+            hasher=Hasher("sha256"),
+        )
+        self._keys = keys
+
+    def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
+        principal = self._keys._everyone
+        if principal is None:
+            return super().glance(values, wanted)
+        return _missing_scope(principal.permission, wanted) or Allow(principal)
+
+
+def _principal(record: KeyRecord) -> Principal:
+    return Principal(
+        record.id, record.name, record.organization_id, record.permission, record.environment
+    )
+
+
+def _gates(stack: contextlib.ExitStack, app: Any, engine: Any) -> list[bool]:
+    """Replace the engine of every middleware that wraps the app or hangs on it."""
+    found = []
+    for gate in (app, *(getattr(app, name, None) for name in ("wsgi_app", "asgi_app"))):
+        while isinstance(gate, Gate):
+            stack.callback(gate.use, gate.engine)
+            gate.use(engine())
+            found.append(True)
+            gate = gate._app
+    return found
+
+
+def _replaced(stack: contextlib.ExitStack, app: Any, engine: Any) -> bool:
+    """Replace the engine in Starlette's list of middlewares to build."""
+    listed = getattr(app, "user_middleware", None)
+    if not isinstance(listed, list):
+        return False
+    before = list(listed)
+    ours = [each for each in before if isinstance(each.cls, type) and issubclass(each.cls, Gate)]
+
+    def rebuild(middlewares: list[Any]) -> None:
+        app.user_middleware[:] = middlewares
+        app.middleware_stack = None
+
+    stack.callback(rebuild, before)
+    rebuild(
+        [
+            type(each)(each.cls, *each.args, **{**each.kwargs, "engine": engine()})
+            if each in ours
+            else each
+            for each in before
+        ]
+    )
+    return bool(ours)
+
+
+def _finished(work: Coroutine[Any, Any, T]) -> T:
+    """The result of work, from any test: on a thread of its own, because a loop may run in this."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+if pytest is not None:
+
+    @pytest.fixture
+    def api_keys() -> Keys:
+        """Keys in memory, for one test."""
+        return Keys()
