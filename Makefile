@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Tests that load the machine by themselves: one after the other, when the others are done.
 ALONE := $(patsubst %,tests/test_%.py,chaos fork kill redis_faults revocation_sqlite silence)
 
-.PHONY: demo serve test check prove chaos bench clean
+.PHONY: demo serve test check prove chaos grammar bench clean
 
 demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
 	@$(BIN)/python deploy/example/demo.py
@@ -28,6 +28,9 @@ prove: .venv/dev            ## every state of the lease protocol, and what each 
 
 chaos: .venv/dev            ## 20 minutes of random faults, and what was promised meanwhile
 	@$(BIN)/python chaos/run.py
+
+grammar: .venv/dev          ## what seven servers make of 140 requests, cell by cell
+	@$(BIN)/python tests/grammar.py
 
 bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself
 	@$(BIN)/python benchmarks/l1_hit.py

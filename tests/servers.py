@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -43,6 +44,14 @@ def eventually(is_so: Callable[[], bool], seconds: float = 20) -> None:
     while not is_so():
         assert time.monotonic() < deadline, "it never came to be"
         threading.Event().wait(0.02)
+
+
+def said_without(package: str, program: str) -> str:
+    """The last line of a Python program's complaint where a package is not installed."""
+    program = f"import sys; sys.modules[{package!r}] = None; {program}"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stdout
+    return ended.stderr.strip().splitlines()[-1]
 
 
 class RedisServer:
@@ -116,7 +125,8 @@ class PostgresServer:
     def start(self) -> None:
         self._process = subprocess.Popen(
             [self._postgres, "-D", str(self._data), "-p", str(self.port), "-k", str(self._folder)]
-            + ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"],
+            + ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+            + ["-c", "max_connections=400"],
             user=self._user,
             cwd=self._folder,
             stderr=subprocess.DEVNULL,

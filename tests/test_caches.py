@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -64,6 +65,8 @@ class Log:
     """A store's counter and log, as far as a feed needs one; `blind` makes it unreadable."""
 
     def __init__(self) -> None:
+        self.mark: Callable[[], bytes] | None = None
+        self.asked = 0
         self.seq = 1
         self.epoch = "first"
         self.rows: list[tuple[int, str | None, str | None]] = []
@@ -77,7 +80,11 @@ class Log:
         self.rows.append((self.seq, key_id, organization_id))
         return self.seq
 
+    def mark_now(self) -> bytes | None:
+        return None if self.mark is None else self.mark()
+
     def sequence_now(self) -> int | None:
+        self.asked += 1
         return None if self.blind else self.seq
 
     def changes_now(self, since: int) -> Changes:
@@ -148,6 +155,38 @@ def test_what_was_not_told_is_not_believed(cause: str) -> None:
     assert witness.is_current()
     assert not feed.accepts("key_z", "acme", read_at)
     assert feed.accepts("key_z", "acme", log.seq)
+
+
+def test_an_unchanged_mark_spares_the_question() -> None:
+    """Equal bytes, no commit: the counter is read only when they differ."""
+    store, feed = Log(), Feed(lambda touched: None)
+    counter = Counter(store, feed, Clock())  # type: ignore[arg-type]
+    store.mark = lambda: b"%d" % store.seq
+    assert counter.is_current()
+    asked = store.asked
+    assert counter.is_current()
+    assert store.asked == asked
+    store.commit("key_a")
+    assert counter.is_current()
+    assert (store.asked, feed.seq) == (asked + 1, store.seq)
+
+
+def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
+    """The mark is read first: what is committed meanwhile shows as another mark, later."""
+    store, feed = Log(), Feed(lambda touched: None)
+    counter = Counter(store, feed, Clock())  # type: ignore[arg-type]
+
+    def mark_and_commit() -> bytes:
+        mark = b"%d" % store.seq
+        store.mark = lambda: b"%d" % store.seq
+        store.commit("key_a")
+        return mark
+
+    store.mark = mark_and_commit
+    assert counter.is_current()
+    store.commit("key_b")
+    assert counter.is_current()
+    assert feed.seq == store.seq
 
 
 def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:

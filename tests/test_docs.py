@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from flask import Flask
 
 import keylatch
+from keylatch.django import get_asgi_application
 from keylatch.settings import Settings
 from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar import verify
@@ -33,22 +36,28 @@ def examples() -> list[str]:
     return programs
 
 
-def status_of(app: Any) -> int:
-    """What a call without a key is answered."""
-    if isinstance(app, Flask):
-        return app.test_client().get("/v1/me").status_code
-    with serving(app) as url:
-        return httpx.get(f"{url}/v1/me").status_code
+def status_of(names: dict[str, Any]) -> int:
+    """What the program's app answers to a call without a key."""
+    if isinstance(names.get("app"), Flask):
+        return int(names["app"].test_client().post("/v1/emails").status_code)
+    with serving(names["app"] if "app" in names else get_asgi_application()) as url:
+        return httpx.post(f"{url}/v1/emails").status_code
 
 
-@pytest.mark.parametrize("program", [program for program in examples() if "app =" in program])
+@pytest.mark.parametrize(
+    "program", [each for each in examples() if "MIDDLEWARE=" in each or "app =" in each]
+)
 def test_the_examples_in_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
     """As a reader would paste them into a file; and they protect their app."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "example.py").write_text(program)
-    assert status_of(runpy.run_path("example.py")["app"]) == 401
+    (tmp_path / "example.py").write_text(
+        f"import sys; sys.path += {[str(ROOT / 'tests')]}\n{program}\n"
+        "from test_docs import status_of\nprint(status_of(globals()))\n"
+    )
+    done = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "401\n"), done.stderr
 
 
 def test_the_test_in_the_readme_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

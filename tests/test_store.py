@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -225,6 +226,41 @@ class TestSQLite(LastingStoreContract):
         seq = await store.add(record(), "hashed")
         assert store.sequence_now() == seq == before + 1
         assert store.changes_now(before) == await store.changes(before)
+
+    async def test_every_commit_leaves_another_mark(
+        self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also one of another process, also after the log was truncated, and nothing else does."""
+        monkeypatch.setattr("keylatch.sqlite._CHECKPOINT_AT_BYTES", 1)
+        program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2])"
+        program += "; c.commit(); c.execute('PRAGMA wal_checkpoint(TRUNCATE)'); c.close()"
+        change = "UPDATE keylatch_meta SET seq = seq + 1"
+        marks = [store.mark_now()]
+        for number in range(200):
+            seq = await store.add(record(f"key_{number}"), "hashed")
+            marks.append(store.mark_now())
+            assert store.sequence_now() == seq
+            assert store.mark_now() == marks[-1]
+            if number % 50 == 0:
+                await store.tidy(NOW)
+                marks[-1] = store.mark_now()
+                command = [sys.executable, "-c", program, url.removeprefix("sqlite:///"), change]
+                await asyncio.to_thread(subprocess.run, command, check=True)
+                marks.append(store.mark_now())
+        assert None not in marks
+        assert len(set(marks)) == len(marks)
+
+    async def test_without_a_mark_the_counter_is_asked(
+        self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """A system that does not tell where the index is costs microseconds, and no key."""
+        monkeypatch.setattr("keylatch.wal_index._MAPS", tmp_path / "missing")
+        unaided = Store(url)
+        await unaided.open(NOW)
+        assert unaided.mark_now() is None
+        assert unaided.sequence_now() == store.sequence_now()
+        await unaided.close()
+        assert unaided.mark_now() is None
 
     async def test_reading_in_place_holds_no_snapshot(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,14 +1,24 @@
-"""An app with one protected route of each kind: what a keylatch user writes."""
+"""FastAPI: the key is a dependency, and a route's permission is declared at the route.
 
-from fastapi import FastAPI, Request
+    keylatch keys create --name me
+    uvicorn --lifespan on --app-dir deploy/example app:app
 
-from keylatch.asgi import APIKeyMiddleware
+http://127.0.0.1:8000/docs shows what each route needs, and has a button to authorize.
+"""
+
+from typing import Annotated
+
+from fastapi import FastAPI, Security
+
+from keylatch import Principal
+from keylatch.fastapi import APIKey, APIKeyMiddleware, permissions_of
 
 app = FastAPI(title="Example")
+api_key = APIKey()
 app.add_middleware(
     APIKeyMiddleware,  # the store comes from KEYLATCH_STORE
-    public=["/healthz"],
-    permissions={"SENDING": ["POST /v1/emails"]},
+    public=["/healthz", "/docs", "/openapi.json"],
+    permissions=permissions_of(app),
 )
 
 
@@ -19,12 +29,14 @@ async def healthz() -> dict[str, str]:
 
 
 @app.get("/v1/me")
-async def me(request: Request) -> dict[str, str]:
+async def me(key: Annotated[Principal, Security(api_key)]) -> dict[str, str]:
     """Needs a key with FULL."""
-    return {"key": request.user.key_id, "name": request.user.key_name}
+    return {"key": key.key_id, "name": key.key_name}
 
 
 @app.post("/v1/emails")
-async def send_email(request: Request) -> dict[str, str]:
+async def send_email(
+    key: Annotated[Principal, Security(api_key, scopes=["SENDING"])],
+) -> dict[str, str]:
     """Needs a key with FULL or SENDING."""
-    return {"sent by": request.user.key_name}
+    return {"sent by": key.key_name}

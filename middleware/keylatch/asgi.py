@@ -18,6 +18,19 @@ from keylatch.gate import Gate
 from keylatch.model import Deny, credentials_of
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
+from keylatch.websocket import run_until
+
+
+class Refused(Exception):
+    """Raised inside the app, before it has begun to answer: the middleware answers with a refusal.
+
+    Args:
+        deny: why, and what would have sufficed.
+    """
+
+    def __init__(self, deny: Deny) -> None:
+        super().__init__(deny.reason.value)
+        self.deny = deny
 
 
 class APIKeyMiddleware(Gate[ASGIApp]):
@@ -34,18 +47,25 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             return
         scope, values = _without_identity(scope)
         path = path_of(scope)
-        if self._policy.is_public(path):
-            scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
+        try:
+            if self._policy.is_public(path):
+                scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
+                await self._app(scope, receive, send)
+                return
+            wanted = self._policy.wanted(scope.get("method", "GET"), path)
+            verdict = await self.engine.check(values, wanted)
+            if isinstance(verdict, Deny):
+                await refuse(self._refusals.of(verdict), scope, receive, send)
+                return
+            scope["user"] = verdict.principal
+            scope["auth"] = credentials_of(verdict.principal)
+            if scope["type"] == "websocket":
+                with self.engine.watching(values, wanted) as ended:
+                    await run_until(ended, self._app, scope, receive, send)
+                return
             await self._app(scope, receive, send)
-            return
-        wanted = self._policy.wanted(scope.get("method", "GET"), path)
-        verdict = await self.engine.check(values, wanted)
-        if isinstance(verdict, Deny):
-            await refuse(self._refusals.of(verdict), scope, receive, send)
-            return
-        scope["user"] = verdict.principal
-        scope["auth"] = credentials_of(verdict.principal)
-        await self._app(scope, receive, send)
+        except Refused as refused:
+            await refuse(self._refusals.of(refused.deny), scope, receive, send)
 
 
 def _without_identity(scope: Scope) -> tuple[dict[str, Any], list[bytes]]:
@@ -60,12 +80,11 @@ def _without_identity(scope: Scope) -> tuple[dict[str, Any], list[bytes]]:
             values.append(value)
         elif name[:1] in b"xX" and is_identity_header(name):
             posing = True
-    copy = dict(scope)
+    headers = scope["headers"]
     if posing:
-        copy["headers"] = [
-            header for header in scope["headers"] if not is_identity_header(header[0])
-        ]
-    return copy, values
+        headers = [header for header in headers if not is_identity_header(header[0])]
+    # A list of our own in any case: uvicorn on httptools appends trailers to the one it gave away.
+    return {**scope, "headers": [*headers]}, values
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:

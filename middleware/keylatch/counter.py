@@ -28,10 +28,14 @@ class Counter:
 
     def forget(self) -> None:
         self._lock = threading.Lock()
+        self._mark: bytes | None = None
 
     def is_current(self) -> bool:
         # One thread at a time: whoever learned less, later, would take the feed back.
         with self._lock:
+            mark = self._store.mark_now()  # before the counter is read
+            if mark is not None and mark == self._mark:
+                return True
             seq = self._store.sequence_now()
             if seq is None:
                 return False
@@ -40,9 +44,11 @@ class Counter:
                 if changes is None:
                     return False
                 self._feed.apply(changes)
+            self._mark = mark
             return True
 
     async def begin(self) -> None:
+        self._mark = None
         self._feed.begin(await self._store.changes(END))
         await self.catch_up()
 

@@ -3,9 +3,9 @@
 Servers differ in what they hand over: two fields as two values (ASGI) or joined by a comma (WSGI),
 trailing blanks kept or stripped, values of two megabytes. So this file leans on none of them, and
 joins what came apart (RFC 9110 section 5.3): the same fields get the same answer everywhere. It
-knows RFC 6750 section 2.1 (`Bearer` and a b64token), RFC 9110 section 11.1 (the scheme's letter
-case does not matter) and section 5.5 (blanks around a value are no part of it). It never guesses
-between two credentials and never looks into the query, a cookie or the body.
+knows RFC 6750 section 2.1 (`Bearer`, blanks, the characters of a b64token), RFC 9110 section 11.1
+(the scheme's letter case does not matter) and section 5.5 (blanks around a value are no part of
+it). It never guesses between two credentials and never looks into the query, a cookie or the body.
 """
 
 import re

@@ -76,6 +76,10 @@ class Database(Protocol):
     def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         """`ask` at once, without waiting for a disk or a socket; None where that is impossible."""
 
+    def mark_now(self) -> bytes | None:
+        """Bytes that differ after every commit, by whomever, so that equal ones spare the question;
+        None where there are none."""
+
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
         """Call `heard` at once, and whenever the channel is notified, until the line breaks."""
 

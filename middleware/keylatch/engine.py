@@ -14,6 +14,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 from keylatch import credentials
@@ -35,6 +36,7 @@ from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.usage import Usage
+from keylatch.watch import Watch
 
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 1.0
@@ -73,7 +75,8 @@ class Engine:
         self._redis = redis
         self._environment = settings.environment or None
         self._l1 = Cache(timer=timer)
-        self._feed = Feed(self._restored)
+        self._watch = Watch(lambda: self._witness.is_current(), self._is_good, settings.lease / 4)
+        self._feed = Feed(self._restored, self._watch.hear)
         self._witness: Witness = Counter(self.store, self._feed, clock)
         if self.store.is_shared:
             self._witness = Lease(self.store, self._feed, settings.lease, self._ring, clock, timer)
@@ -141,7 +144,7 @@ class Engine:
             self.store, self.hasher, check_keys, self.settings, self._clock, self._announce
         )
         self._check_keys = check_keys  # last: from here on the engine counts as started
-        for work in (self._usage.run(), self._tidy(), self._witness.run()):
+        for work in (self._usage.run(), self._tidy(), self._witness.run(), self._watch.run()):
             self._jobs.loop(work)
         if isinstance(self._witness, Lease):
             self._bell = self._bell or StoreBell(self.store)
@@ -185,6 +188,7 @@ class Engine:
         self._witness.forget()
         self._flights.forget()
         self._usage.forget()
+        self._watch.forget()
         self._begin_anew()
 
     async def ready(self) -> None:
@@ -304,6 +308,31 @@ class Engine:
         else:
             self._l1.remember_absence(token.look_up, token.digest, known)
         return known
+
+    # Open connections
+
+    def watching(
+        self, values: Sequence[bytes], wanted: Wanted = ANY_KEY
+    ) -> AbstractContextManager[asyncio.Event]:
+        """After an allow: an event that is set once the same check would refuse, because the key
+        was revoked, changed, or has expired. An outage ends nothing.
+        """
+        token = credentials.read(values)
+        if isinstance(token, Reason):  # let in by something else than a key
+            return nullcontext(asyncio.Event())
+        return self._watch.over(token, wanted)
+
+    async def _is_good(self, token: Token, wanted: Wanted) -> bool:
+        entry = self._l1.entry(token.look_up)
+        if entry is not None and self._feed.accepts(
+            entry.key_id, entry.organization_id, entry.as_of
+        ):
+            now_ms = self._witness.now_ms()  # no use is noted: nobody called
+            verdict = judge(entry.record, entry.principal, now_ms, self._environment, wanted)
+        else:
+            verdict = await self.resolve(token, wanted)
+        undecided = (Reason.UNAVAILABLE, Reason.BUSY)
+        return isinstance(verdict, Allow) or verdict.reason in undecided
 
     # Changes, and the background
 

@@ -80,10 +80,16 @@ class Feed:
     Args:
         on_restore: called when the store is not the one we knew (it went back to a backup), with
             the keys that had been touched since: whatever is cached must go.
+        on_news: called when something was learned.
     """
 
-    def __init__(self, on_restore: Callable[[list[str]], None]) -> None:
+    def __init__(
+        self,
+        on_restore: Callable[[list[str]], None],
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
         self._on_restore = on_restore
+        self._on_news = on_news
         self.forget()
 
     def forget(self) -> None:
@@ -113,6 +119,7 @@ class Feed:
 
     def apply(self, changes: Changes) -> None:
         """Learn what was committed after `seq`."""
+        is_news = changes.seq != self.seq
         if self.epoch and (changes.epoch != self.epoch or changes.seq < self.seq):
             self._restored(changes)
         elif not changes.complete or len(self._known[1]) > _MAX_TOMBSTONES:
@@ -126,6 +133,8 @@ class Feed:
                         self._known[1][touched] = seq
         self.seq = changes.seq
         self.epoch = changes.epoch
+        if is_news:
+            self._on_news()
 
     def _restored(self, changes: Changes) -> None:
         log.critical(

@@ -58,6 +58,9 @@ class Memory:
         ):
             return work(connection)
 
+    def mark_now(self) -> bytes | None:
+        return None
+
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
         raise StoreUnavailable("a store in memory has no bell", "and needs none")
 

@@ -1,8 +1,9 @@
 """From a route to the permissions that suffice for it. Compiled once, looked up per request.
 
 FULL may do everything. Any other permission may call only the routes named for it, and none
-where none are named. Where several rules match, each of them counts. Paths match as a whole,
-never by prefix: a prefix also opens the neighbours.
+where none are named. A path named as it is counts before any with parameters, so naming it for
+FULL closes it; of several with parameters, each counts. Paths match as a whole, never by prefix: a
+prefix also opens the neighbours.
 """
 
 import functools
@@ -67,14 +68,15 @@ class Policy:
         """What a request asks of a key. HEAD follows GET (RFC 9110 section 9.3.2)."""
         if method == "HEAD":
             method = "GET"
-        exact = self._exact.get((method, path), ONLY_FULL)
-        if method not in self._patterns:
+        exact = self._exact.get((method, path))
+        if exact is not None:
             return exact
-        named = set(exact.permissions or ()) - {FULL}
-        for pattern, permissions in self._patterns[method]:
-            if pattern.fullmatch(path):
-                named |= permissions
-        return _sufficient(frozenset(named)) if named else ONLY_FULL
+        named = [
+            permissions
+            for pattern, permissions in self._patterns.get(method, ())
+            if pattern.fullmatch(path)
+        ]
+        return _sufficient(frozenset().union(*named)) if named else ONLY_FULL
 
 
 def path_of(scope: Mapping[str, Any]) -> str:

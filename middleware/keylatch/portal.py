@@ -54,6 +54,14 @@ class Portal:
 
         os.register_at_fork(after_in_child=forget)
 
+    @classmethod
+    def of(cls, engine: Engine) -> "Portal":
+        """The one of this engine: several middlewares may share it, and so meet on one loop."""
+        portal = _PORTALS.get(engine)
+        if portal is None:
+            portal = _PORTALS[engine] = cls(engine)
+        return portal
+
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,6 +121,15 @@ class Portal:
         # A child of multiprocessing leaves without atexit.
         self._at_exit = Finalize(None, self.close, exitpriority=100)
         return loop
+
+
+_PORTALS: Final = weakref.WeakValueDictionary[Engine, Portal]()
+
+
+def close_all() -> None:
+    """Store what was used in this process; each engine begins anew with the next request."""
+    for portal in tuple(_PORTALS.values()):
+        portal.close()
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

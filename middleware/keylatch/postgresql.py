@@ -157,6 +157,9 @@ class PostgreSQL:
     def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         return None
 
+    def mark_now(self) -> bytes | None:
+        return None
+
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
         url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
         try:

@@ -21,6 +21,7 @@ from sqlalchemy.engine import URL
 
 from keylatch.database import Question, Rows, Work, errors_translated
 from keylatch.errors import ConfigurationError, StoreUnavailable
+from keylatch.wal_index import WalIndex
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class SQLite:
         _refuse_network_file_system(self._path)
         self._hint = f"is {self._path} writable, on a disk with room, and not held by a backup?"
         self._private: sqlite3.Connection | None = None
+        self._index: WalIndex | None = None
+        self._reading = threading.Lock()  # the index must not be unmapped under a reader
         self._engines: dict[str, Engine] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._places = threading.Semaphore(_THREADS)
@@ -92,6 +95,10 @@ class SQLite:
         except sqlite3.Error:
             return None
 
+    def mark_now(self) -> bytes | None:
+        with self._reading:
+            return None if self._index is None else self._index.header()
+
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
         raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")
 
@@ -118,10 +125,13 @@ class SQLite:
 
     def forget(self) -> None:
         self._places = threading.Semaphore(_THREADS)
+        self._reading = threading.Lock()
         self._threads = None  # they are the parent's
         self._engines = {}
 
     def _close_connections(self) -> None:
+        with self._reading:
+            self._index = None
         if self._private is not None:
             self._private.close()
             self._private = None
@@ -144,6 +154,7 @@ class SQLite:
                 result = work(connection)
             if self._private is None:
                 self._private = self._connect_private()
+                self._index = WalIndex.of(self._path)
             return result
 
     def _errors_translated(self) -> contextlib.AbstractContextManager[None]:
@@ -183,6 +194,7 @@ class SQLite:
         )
         private.execute("PRAGMA wal_autocheckpoint = 0")
         private.execute("PRAGMA query_only = ON")
+        private.execute("SELECT count(*) FROM sqlite_schema").fetchall()  # maps the index
         return private
 
     def _checkpoint(self) -> None:

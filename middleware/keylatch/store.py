@@ -108,6 +108,10 @@ class Store:
         rows = self._database.ask_now(sql.SEQUENCE)
         return rows[0][0] if rows else None
 
+    def mark_now(self) -> bytes | None:
+        """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
+        return self._database.mark_now()
+
     def changes_now(self, since: int) -> Changes | None:
         """`changes` without waiting (SQLite), or None where it cannot be had that way."""
         rows = self._database.ask_now(sql.CHANGES, since=since)

@@ -216,6 +216,8 @@ def _gates(stack: contextlib.ExitStack, app: Any, engine: Any) -> list[bool]:
         while isinstance(gate, Gate):
             stack.callback(gate.use, gate.engine)
             gate.use(engine())
+            if hasattr(gate, "close"):  # a portal's thread ends with the test
+                stack.callback(gate.close)
             found.append(True)
             gate = gate._app
     return found

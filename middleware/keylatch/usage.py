@@ -67,7 +67,11 @@ class Usage:
 
     async def run(self) -> None:
         """Flush again and again, until cancelled."""
-        self._loop = asyncio.get_running_loop()
+        with self._lock:  # events belong to the loop on which somebody waited for them
+            self._loop = asyncio.get_running_loop()
+            self._noted, self._full = asyncio.Event(), asyncio.Event()
+            if self._waiting:
+                self._noted.set()
         while True:
             await self._noted.wait()
             await self._sleep(_SOON_SECONDS)

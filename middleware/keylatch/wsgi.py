@@ -20,6 +20,8 @@ from keylatch.refusals import Refusal
 
 PRINCIPAL: Final = "keylatch.principal"
 """Where in `environ` the principal is: PEP 3333 lets a middleware add keys of its own name."""
+REFUSALS: Final = "keylatch.refusals"
+"""Where in `environ` a view that asks for more finds the answers to refuse with."""
 
 _STATUS: Final = {int(status): f"{int(status)} {status.phrase}" for status in HTTPStatus}
 
@@ -31,10 +33,11 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
     """
 
     def _prepare(self) -> None:
-        self._portal = Portal(self.engine)
+        self._portal = Portal.of(self.engine)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         strip_identity(environ)
+        environ[REFUSALS] = self._refusals
         path = path_of(environ)
         if self._policy.is_public(path):
             environ[PRINCIPAL] = UnauthenticatedUser()

@@ -1,0 +1,77 @@
+"""What a view asks of a key: declared at the view, read at the door, asked again at the call.
+
+A framework's `requires` is spelled with these few functions. `environ` is that of WSGI, or Django's
+`request.META`. What a view does not declare is for FULL only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from starlette.authentication import UnauthenticatedUser
+
+from keylatch.model import Deny, Principal, Reason, Wanted, missing_scope
+from keylatch.policy import Policy
+from keylatch.refusals import Refusal
+from keylatch.wsgi import PRINCIPAL, REFUSALS
+
+_DECLARED: Final = "keylatch_wanted"
+
+
+def wanted_of(permissions: Sequence[str]) -> Wanted:
+    """What a view asks that names these permissions: any one of them suffices, and FULL always.
+
+    Raises:
+        ConfigurationError: naming every word that is no permission.
+    """
+    route = ["GET /"]
+    return Policy(permissions=dict.fromkeys(permissions, route)).wanted("GET", "/")
+
+
+def declare(view: Callable[..., Any], wanted: Wanted) -> None:
+    """Mark a view with what it asks; `functools.wraps` carries the mark on."""
+    setattr(view, _DECLARED, wanted)
+
+
+def declared(view: object, method: str) -> Wanted | None:
+    """What a view asks of a request with this method, or None where it declares nothing.
+
+    Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
+    methods are asked. HEAD follows GET, as in `policy`.
+    """
+    name = "get" if method == "HEAD" else method.lower()
+    name = getattr(view, "actions", {}).get(name, name)
+    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
+    for place in (view, getattr(of_class, name, None)):
+        wanted = getattr(place, _DECLARED, None)
+        if isinstance(wanted, Wanted):
+            return wanted
+    return None
+
+
+def principal_of(environ: Mapping[str, Any]) -> Principal | UnauthenticatedUser:
+    """Whom the middleware let in; on a public path: nobody.
+
+    Raises:
+        RuntimeError: the middleware has not seen this request.
+    """
+    principal: Principal | UnauthenticatedUser | None = environ.get(PRINCIPAL)
+    if principal is None:
+        raise RuntimeError(
+            "no API key was checked for this request: put the app behind "
+            "keylatch.wsgi.APIKeyMiddleware (Flask: app.wsgi_app = APIKeyMiddleware(app.wsgi_app)),"
+            " or name keylatch.django.APIKeyMiddleware in MIDDLEWARE"
+        )
+    return principal
+
+
+def refusal_of(environ: Mapping[str, Any], wanted: Wanted) -> Refusal | None:
+    """The refusal for a request that was let in and may not do this, or None if it may."""
+    principal = principal_of(environ)
+    if isinstance(principal, Principal):
+        denied = missing_scope(principal.permission, wanted)
+    else:
+        denied = Deny(Reason.MISSING)
+    if denied is None:
+        return None
+    refusal: Refusal = environ[REFUSALS].of(denied)
+    return refusal

@@ -1,0 +1,177 @@
+"""Django: one line in MIDDLEWARE, one setting, and `request.api_key` says who calls.
+
+    MIDDLEWARE = ["keylatch.django.APIKeyMiddleware", ...]
+    KEYLATCH = {"store": "sqlite:///keys.db", "public": ["/healthz"]}
+
+    @requires("SENDING")
+    def send_email(request): ...
+
+Under ASGI the event loop never waits: what this process does not know is asked through the portal,
+because Django may run several loops. Take `get_asgi_application` from here: Django's own knows no
+lifespan events, so under uvicorn nobody would store the last uses when the server stops.
+"""
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar, cast
+
+try:
+    from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+    from django.conf import settings
+    from django.core import asgi
+    from django.http import HttpRequest, HttpResponse
+    from django.urls import Resolver404, resolve
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] not in ("asgiref", "django"):
+        raise
+    raise ImportError("keylatch.django needs the package Django: pip install Django") from error
+
+from starlette.authentication import UnauthenticatedUser
+from starlette.types import Receive, Scope, Send
+
+from keylatch.demands import declare, declared, refusal_of, wanted_of
+from keylatch.errors import ConfigurationError
+from keylatch.gate import Gate
+from keylatch.model import Allow, Deny, Verdict, missing_scope
+from keylatch.portal import Portal, close_all
+from keylatch.refusals import Refusal
+from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, strip_identity
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+_NAMES: Final = tuple(name for name in inspect.signature(Gate).parameters if name != "app")
+
+
+class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
+    """Lets a request pass if it carries a good key, as `request.api_key`.
+
+    The setting KEYLATCH is a dict of the arguments of `keylatch.gate.Gate`. A key without FULL may
+    call what `permissions` names for it, and the views that say `requires`. Name this middleware
+    first: what stands before it sees requests that nobody has checked. Only one that chooses
+    `request.urlconf` belongs before it, because the view is looked up there.
+
+    Raises:
+        ConfigurationError: naming every wrong setting and rule.
+    """
+
+    sync_capable = async_capable = True
+
+    def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        given = dict(getattr(settings, "KEYLATCH", {}))
+        unknown = [name for name in given if name not in _NAMES]
+        mistakes = [(f"KEYLATCH[{name!r}]", f"is none of {', '.join(_NAMES)}") for name in unknown]
+        for name in unknown:
+            del given[name]
+        try:
+            super().__init__(get_response, **given)
+        except ConfigurationError as error:
+            mistakes += error.mistakes
+        if mistakes:
+            raise ConfigurationError(mistakes)
+        self._awaits = iscoroutinefunction(get_response)
+        if self._awaits:
+            markcoroutinefunction(self)
+
+    def _prepare(self) -> None:
+        self._portal = Portal.of(self.engine)
+
+    def __call__(self, request: HttpRequest) -> Any:
+        if self._awaits:
+            return self._call(request)
+        refusal = None
+        if self._needs_key(request):
+            verdict = self._portal.check(authorization(request.META))
+            refusal = self._refusal(request, verdict)
+        return refusal or self._app(request)
+
+    async def _call(self, request: HttpRequest) -> Any:
+        refusal = None
+        if self._needs_key(request):
+            verdict = await self._portal.check_from_loop(authorization(request.META))
+            refusal = self._refusal(request, verdict)
+        return refusal or await self._app(request)
+
+    def close(self) -> None:
+        """Store what was used and let go of everything, until the next request comes."""
+        self._portal.close()
+
+    def _needs_key(self, request: HttpRequest) -> bool:
+        strip_identity(request.META)
+        request.__dict__.pop("headers", None)  # made of META once, if somebody has looked already
+        request.META[REFUSALS] = self._refusals
+        request.META[PRINCIPAL] = request.api_key = UnauthenticatedUser()
+        return not self._policy.is_public(request.path_info)
+
+    def _refusal(self, request: HttpRequest, verdict: Verdict) -> HttpResponse | None:
+        denied = verdict if isinstance(verdict, Deny) else None
+        if isinstance(verdict, Allow):
+            denied = self._missing(request, verdict.principal.permission)
+            request.META[PRINCIPAL] = request.api_key = verdict.principal
+        return None if denied is None else refuse(self._refusals.of(denied), request)
+
+    def _missing(self, request: HttpRequest, permission: str) -> Deny | None:
+        """What the key lacks, by the rules of the settings or by what the view declares."""
+        denied = missing_scope(permission, self._policy.wanted(request.method, request.path_info))
+        if denied is None:
+            return None
+        try:
+            view = resolve(request.path_info, getattr(request, "urlconf", None)).func
+        except Resolver404:
+            return denied
+        wanted = declared(view, request.method)
+        return denied if wanted is None else missing_scope(permission, wanted)
+
+
+def get_asgi_application() -> Callable[..., Awaitable[None]]:
+    """Django's own, and the lifespan events by which a server says that it stops."""
+    app = asgi.get_asgi_application()
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+            return
+        for event in ("startup", "shutdown"):
+            await receive()
+            if event == "shutdown":
+                await asyncio.to_thread(close_all)
+            await send({"type": f"lifespan.{event}.complete"})
+
+    return application
+
+
+def requires(*permissions: str) -> Callable[[View], View]:
+    """Let a view be called by keys with any one of these permissions, and by FULL.
+
+    For functions and, with `method_decorator`, for the methods of classes; sync or async. The
+    middleware reads it; the view itself refuses with the very same answer.
+
+    Raises:
+        ConfigurationError: naming every word that is no permission.
+    """
+    wanted = wanted_of(permissions)
+
+    def decorate(view: View) -> View:
+        @functools.wraps(view)
+        def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            refusal = refusal_of(request.META, wanted)
+            return view(request, *args, **kwargs) if refusal is None else refuse(refusal, request)
+
+        @functools.wraps(view)
+        async def guarded_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+            answer = guarded(request, *args, **kwargs)
+            return await answer if inspect.isawaitable(answer) else answer
+
+        guard = guarded_async if iscoroutinefunction(view) else guarded
+        declare(guard, wanted)
+        return cast(View, guard)
+
+    return decorate
+
+
+def refuse(refusal: Refusal, request: HttpRequest) -> HttpResponse:
+    """A refusal as Django's response, with nothing added."""
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in refusal.headers}
+    body = b"" if request.method == "HEAD" else refusal.body
+    return HttpResponse(body, status=refusal.status, headers=headers)

@@ -1,0 +1,58 @@
+"""Django REST framework: the key that the middleware let in is `request.user`.
+
+    REST_FRAMEWORK = {
+        "DEFAULT_AUTHENTICATION_CLASSES": ["keylatch.django_rest.APIKeyAuthentication"],
+        "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+    }
+
+`keylatch.django.APIKeyMiddleware` decides. What a view is for says `keylatch.django.requires`: on
+an `@api_view`, or with `method_decorator` on a class, on its methods or on a view set's actions.
+"""
+
+from typing import Any
+
+try:
+    from rest_framework.authentication import BaseAuthentication
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "rest_framework":
+        raise
+    raise ImportError(
+        "keylatch.django_rest needs the package djangorestframework: "
+        "pip install djangorestframework"
+    ) from error
+
+from keylatch.demands import principal_of
+from keylatch.model import Deny, Principal, Reason
+from keylatch.wsgi import REFUSALS
+
+
+class Caller(Principal):
+    """The principal, with the name by which REST framework's throttles count their users."""
+
+    @property
+    def pk(self) -> str:
+        """The id of the key."""
+        return self.key_id
+
+
+class APIKeyAuthentication(BaseAuthentication):
+    """`request.user` is the principal, `request.auth` its permission.
+
+    On a public path nobody is authenticated: a view that wants somebody there answers 401.
+
+    Raises:
+        RuntimeError: the middleware has not seen this request.
+    """
+
+    def authenticate(self, request: Any) -> tuple[Caller, str] | None:
+        """The principal and its permission, or None on a public path."""
+        principal = principal_of(request.META)
+        if not isinstance(principal, Principal):
+            return None
+        fields = {field: getattr(principal, field) for field in Principal.__slots__}
+        return Caller(**fields), principal.permission
+
+    def authenticate_header(self, request: Any) -> str:
+        """The challenge that makes an answer a 401 (RFC 6750 section 3)."""
+        refusal = request.META[REFUSALS].of(Deny(Reason.MISSING))
+        return str(dict(refusal.headers)[b"www-authenticate"].decode("latin-1"))

@@ -1,0 +1,235 @@
+"""FastAPI: the key as a dependency, declared where the route is, and shown in OpenAPI.
+
+    api_key = APIKey()
+    app.add_middleware(APIKeyMiddleware, permissions=permissions_of(app))
+
+    @app.post("/v1/emails")
+    async def send(key: Principal = Security(api_key, scopes=["SENDING"])) -> str: ...
+
+The middleware stays the guard: it has checked the key before FastAPI looks for a route, also where
+a route forgot the dependency. The dependency asks what the key may do here, and nothing else.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Final
+
+from starlette.authentication import UnauthenticatedUser
+from starlette.requests import HTTPConnection
+from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute, compile_path
+
+from keylatch.asgi import APIKeyMiddleware, Refused
+from keylatch.errors import ConfigurationError
+from keylatch.model import FULL, Deny, Principal, Reason, Wanted
+
+try:
+    from fastapi import FastAPI
+    from fastapi.dependencies.models import Dependant
+    from fastapi.openapi.models import HTTPBearer
+    from fastapi.routing import RouteContext, iter_route_contexts
+    from fastapi.security import SecurityScopes
+    from fastapi.security.base import SecurityBase
+except ImportError as error:
+    raise ImportError(
+        "keylatch.fastapi needs the package fastapi: pip install 'fastapi>=0.150'", name="fastapi"
+    ) from error
+
+__all__ = ["APIKey", "APIKeyMiddleware", "permissions_of"]
+
+
+class APIKey(SecurityBase):
+    """A dependency that returns the request's `keylatch.Principal`.
+
+    As `Security(api_key, scopes=["SENDING"])` it refuses keys that do not hold every scope; FULL
+    holds all. A refusal is the very answer that the middleware gives.
+
+    Args:
+        scheme_name: what OpenAPI and the Authorize dialog call it.
+        description: what they say about it, in Markdown.
+        bearer_format: what kind of token it is.
+
+    Raises:
+        RuntimeError: for a request that did not pass `APIKeyMiddleware`.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheme_name: str = "APIKey",
+        description: str = "An API key, sent as `Authorization: Bearer <key>`.",
+        bearer_format: str = "API key",
+    ) -> None:
+        self.model = HTTPBearer(bearerFormat=bearer_format, description=description)
+        self.scheme_name = scheme_name
+
+    async def __call__(self, wanted: SecurityScopes, connection: HTTPConnection) -> Principal:
+        user = connection.scope.get("user")
+        if isinstance(user, UnauthenticatedUser):
+            raise Refused(Deny(Reason.MISSING))
+        if not isinstance(user, Principal):
+            raise RuntimeError(
+                "keylatch.fastapi.APIKey needs the middleware: "
+                "app.add_middleware(keylatch.asgi.APIKeyMiddleware, …)"
+            )
+        held = connection.auth.scopes
+        if all(scope in held for scope in wanted.scopes):
+            return user
+        raise Refused(Deny(Reason.INSUFFICIENT_SCOPE, Wanted.all_of(wanted.scopes).scope))
+
+
+def permissions_of(app: FastAPI) -> Mapping[str, Sequence[str]]:
+    """The middleware's `permissions=`, as the app's routes declare them.
+
+    A route is for the one permission that its `Security(api_key, scopes=[…])` names. With none, or
+    with several (a key has but one), it is for FULL. The routes are read when the middleware is
+    built, at the app's first call; those added later are for FULL.
+
+    Rules know methods and paths, not the order of routes: where a route for FULL comes before one
+    whose path also matches, the start fails, until the former says `scopes=["FULL"]`.
+
+    Args:
+        app: with its included routers and whatever is mounted.
+    """
+    return _Permissions(app)
+
+
+class _Permissions(Mapping[str, Sequence[str]]):
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    def __iter__(self) -> Iterator[str]:
+        mistakes = list(_shadowed(list(_declarations(self._app.routes))))
+        if mistakes:
+            raise ConfigurationError(mistakes)
+        return iter(self._rules())
+
+    def __len__(self) -> int:
+        return len(self._rules())
+
+    def __getitem__(self, permission: str) -> Sequence[str]:
+        return self._rules()[permission]
+
+    def _rules(self) -> dict[str, list[str]]:
+        rules: dict[str, list[str]] = {}
+        for declared in _declarations(self._app.routes):
+            if declared.permission:
+                rules.setdefault(declared.permission, []).append(declared.rule)
+        return rules
+
+
+@dataclass(frozen=True, slots=True)
+class _Declaration:
+    """What a route says of one method."""
+
+    method: str
+    path: str
+    scopes: frozenset[str]
+    kind: object
+    """What the router tells apart and a rule does not: HEAD from GET, WebSockets, hosts."""
+
+    @property
+    def permission(self) -> str | None:
+        """The one that the middleware lets pass besides FULL."""
+        if len(self.scopes) != 1 or self.method in ("HEAD", "OPTIONS"):
+            return None
+        return next(iter(self.scopes - {FULL}), None)
+
+    @property
+    def rule(self) -> str:
+        return f"{self.method} {self.path}"
+
+    def is_opened_by(self, other: "_Declaration") -> bool:
+        """Whether the other's rule matches requests that are ours."""
+        method = "GET" if self.method == "HEAD" else self.method
+        return method in (_ANY, other.method) and _overlap(self.path, other.path)
+
+
+_ANY: Final = "*"
+
+
+def _declarations(
+    routes: Sequence[BaseRoute], prefix: str = "", host: object = None
+) -> Iterator[_Declaration]:
+    """In the order in which the router tries them."""
+    for context in iter_route_contexts(routes):
+        route = context.original_route
+        path = prefix + (context.path or "")
+        if isinstance(route, Host):
+            yield from _declarations(context.routes, prefix, route)
+        elif isinstance(route, Mount) and context.routes:
+            yield from _declarations(context.routes, path, host)
+        elif isinstance(route, Mount):
+            yield _Declaration(_ANY, path + "/{path:path}", frozenset(), (host, "http"))
+        elif not _is_documentation(route):
+            scopes = _scopes_of(getattr(context, "dependant", None))
+            for method, kind in _methods_of(context):
+                yield _Declaration(method, path, scopes, (host, kind))
+
+
+def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
+    """Its methods, each with what it is asked over."""
+    if isinstance(context.original_route, WebSocketRoute):
+        yield "GET", "websocket"
+        return
+    methods = set(context.methods or [_ANY])
+    if "GET" in methods:
+        methods.discard("HEAD")
+    for method in sorted(methods):
+        yield method, "HEAD" if method == "HEAD" else "http"
+
+
+def _is_documentation(route: BaseRoute) -> bool:
+    """Whether FastAPI added it by itself, where nobody could declare anything."""
+    return isinstance(route, Route) and route.endpoint.__module__ == "fastapi.applications"
+
+
+def _scopes_of(dependant: Dependant | None) -> frozenset[str]:
+    """Every scope that an `APIKey` is asked for, here and in sub-dependencies."""
+    if dependant is None:
+        return frozenset()
+    scopes = frozenset[str]()
+    if isinstance(dependant.call, APIKey):
+        scopes |= {*(dependant.parent_oauth_scopes or ()), *(dependant.own_oauth_scopes or ())}
+    return scopes.union(*map(_scopes_of, dependant.dependencies))
+
+
+def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]:
+    """Each route for FULL whose requests the rule of another route would let pass.
+
+    One that names scopes looks after itself, as does a route that comes later: the router never
+    gets to it.
+    """
+    for place, opener in enumerate(declarations):
+        if opener.permission is None:
+            continue
+        for at, closed in enumerate(declarations):
+            reached = at < place or closed.kind != opener.kind
+            if not closed.scopes and reached and closed.is_opened_by(opener):
+                yield (
+                    f"{closed.rule} is for FULL, but {opener.rule} of {opener.permission} opens it",
+                    f'declare Security(api_key, scopes=["{FULL}"]) there, or change a path',
+                )
+
+
+_WITHIN_A_SEGMENT: Final = re.compile(r"{\w+(:(str|int|float|uuid))?}")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether some path matches both; where that is hard to tell, yes."""
+    for pair in zip_longest(one.split("/"), other.split("/")):
+        if any("{" in _WITHIN_A_SEGMENT.sub("", segment or "") for segment in pair):
+            return True  # `path`, or a kind of the app's own: it may go beyond the next slash
+        if not _segments_overlap(*pair):
+            return False
+    return True
+
+
+def _segments_overlap(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return False
+    if "{" in one and "{" in other:
+        return True
+    pattern, literal = (one, other) if "{" in one else (other, one)
+    return compile_path("/" + pattern)[0].match("/" + literal) is not None
