@@ -43,7 +43,7 @@ def me() -> dict[str, str]:
 
 def app(environ: dict[str, Any], start_response: Any) -> Any:
     """The open app and the protected one, told apart by the query."""
-    chosen = protected if environ["QUERY_STRING"] else flask.wsgi_app
+    chosen = protected if environ["QUERY_STRING"] == "on" else flask.wsgi_app
     return chosen(environ, start_response)
 
 
@@ -75,7 +75,7 @@ def measure(given: argparse.Namespace, url: str, token: str) -> list[tuple[float
     rounds = []
     console = Console(stderr=True)
     for number in track(range(given.rounds + 1), "calling", console=console, transient=True):
-        both = [url, f"{url}?protected"]
+        both = [f"{url}?no", f"{url}?on"]
         figures = {
             place: requests_a_second(place, token, given.seconds)
             for place in (both if number % 2 else reversed(both))

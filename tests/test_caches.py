@@ -345,6 +345,28 @@ async def test_cancelled_leaders_cost_nobody_an_answer(engine: Engine, times: Ti
 
 
 @pytest.mark.anyio
+async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
+    """Whoever comes in the same turn of the loop would get what was true before, and get it again
+    and again, because nothing makes them wait for the landing to be noted."""
+    flights: Flights[int] = Flights()
+    fetched: list[int] = []
+
+    async def fetch() -> int:
+        fetched.append(len(fetched))
+        return fetched[-1]
+
+    async def come_when_it_lands() -> tuple[int, int]:
+        while not fetched:
+            await asyncio.sleep(0)
+        return await flights.join("token", fetch), await flights.join("token", fetch)
+
+    late = [asyncio.create_task(come_when_it_lands()) for _ in range(3)]
+    assert await flights.join("token", fetch) == 0
+    for first, second in await asyncio.gather(*late):
+        assert second > first > 0
+
+
+@pytest.mark.anyio
 async def test_a_failed_flight_is_not_remembered() -> None:
     """Everybody on it hears of the error; the next caller tries anew."""
     flights: Flights[int] = Flights()

@@ -1,9 +1,9 @@
-"""L1: what this process remembers, in two bounded LRU maps. It holds digests, never tokens.
+"""L1: what this process remembers, in two bounded maps. It holds digests, never tokens.
 
 Keys that exist and tokens that fit none are kept apart, so a spray of bad tokens evicts no good
 key. Nothing here expires by being told so: whether an entry may be used is asked of the `Feed`
-at each use, and whether its key has expired of `judge`. Threads may share it: reading an LRU map
-changes it, so every access holds the lock.
+at each use, and whether its key has expired of `judge`. Threads may share it: a hit takes no lock,
+because one that is preempted while holding a lock makes all the others queue for it.
 """
 
 import threading
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from cachetools import LRUCache, TTLCache
+from cachetools import FIFOCache, TTLCache
 
 from keylatch.model import KeyRecord, Principal, Reason, principal_of
 
@@ -22,7 +22,7 @@ _ABSENCE_SECONDS: Final = 10.0
 class Entry:
     """A key whose secret was proven: the token has this digest."""
 
-    __slots__ = ("as_of", "digest", "key_id", "organization_id", "principal", "record")
+    __slots__ = ("as_of", "digest", "key_id", "organization_id", "principal", "record", "used")
 
     def __init__(self, digest: bytes, record: KeyRecord, as_of: int) -> None:
         self.digest = digest
@@ -31,6 +31,20 @@ class Entry:
         self.record = record
         self.principal: Principal = principal_of(record)
         self.as_of = as_of
+        self.used = False
+
+
+class _Entries(FIFOCache[str, Entry]):
+    """Least recently used, more or less: the oldest goes, unless it was used since it was last
+    considered (second chance). So a hit marks the entry and leaves the order alone."""
+
+    def popitem(self) -> tuple[str, Entry]:
+        while True:
+            look_up, entry = super().popitem()
+            if not entry.used:
+                return look_up, entry
+            entry.used = False
+            super().__setitem__(look_up, entry)
 
 
 class Absence:
@@ -62,15 +76,19 @@ class Cache:
         """Begin anew, with a lock that nobody holds: in a forked child, a thread of the parent may
         have held the old one."""
         self._lock = threading.Lock()
-        self._entries: LRUCache[str, Entry] = LRUCache(self._size)
+        self._entries = _Entries(self._size)
         self._absences: TTLCache[bytes, Absence] = TTLCache(
             _ABSENCES, _ABSENCE_SECONDS, self._timer
         )
 
     def entry(self, look_up: str) -> Entry | None:
         """The entry for a token's look-up part, or None."""
-        with self._lock:
-            return self._entries.get(look_up)
+        try:
+            entry = self._entries[look_up]
+        except KeyError:
+            return None
+        entry.used = True
+        return entry
 
     def absence(self, digest: bytes) -> Absence | None:
         """The absence for a token's digest, or None."""

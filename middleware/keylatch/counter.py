@@ -31,11 +31,12 @@ class Counter:
         self._mark: bytes | None = None
 
     def is_current(self) -> bool:
+        mark = self._store.mark_now()  # before the counter is read
+        if mark is not None and mark == self._mark:
+            return True
         # One thread at a time: whoever learned less, later, would take the feed back.
         with self._lock:
-            mark = self._store.mark_now()  # before the counter is read
-            if mark is not None and mark == self._mark:
-                return True
+            mark = self._store.mark_now()
             seq = self._store.sequence_now()
             if seq is None:
                 return False

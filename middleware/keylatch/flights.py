@@ -22,7 +22,8 @@ class Flights(Generic[T]):
         A result may be older than the call: whoever joins late judges it as if it were cached.
         """
         task = self._under_way.get(key)
-        if task is None:
+        # Done is over, although the loop may not have come to `_landed` yet.
+        if task is None or task.done():
             task = asyncio.create_task(_run(fetch), name="keylatch-flight")
             self._under_way[key] = task
             task.add_done_callback(lambda done: self._landed(key, done))

@@ -51,7 +51,6 @@ class SQLite:
         self._hint = f"is {self._path} writable, on a disk with room, and not held by a backup?"
         self._private: sqlite3.Connection | None = None
         self._index: WalIndex | None = None
-        self._reading = threading.Lock()  # the index must not be unmapped under a reader
         self._engines: dict[str, Engine] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._places = threading.Semaphore(_THREADS)
@@ -96,8 +95,8 @@ class SQLite:
             return None
 
     def mark_now(self) -> bytes | None:
-        with self._reading:
-            return None if self._index is None else self._index.header()
+        index = self._index
+        return None if index is None else index.header()
 
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
         raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")
@@ -125,13 +124,11 @@ class SQLite:
 
     def forget(self) -> None:
         self._places = threading.Semaphore(_THREADS)
-        self._reading = threading.Lock()
         self._threads = None  # they are the parent's
         self._engines = {}
 
     def _close_connections(self) -> None:
-        with self._reading:
-            self._index = None
+        self._index = None
         if self._private is not None:
             self._private.close()
             self._private = None

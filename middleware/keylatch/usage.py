@@ -48,16 +48,25 @@ class Usage:
 
     def note(self, key_id: str, now_ms: int) -> None:
         """A key was used; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
-        with self._lock:
-            waiting = self._waiting
-            if key_id not in waiting:
-                if len(waiting) >= _CAPACITY:
-                    return
-                if not waiting:
-                    self._tell(self._noted)
-                elif len(waiting) == _FLUSH_AT:
-                    self._tell(self._full)
+        waiting = self._waiting
+        if key_id in waiting:
             waiting[key_id] = now_ms
+            if waiting is self._waiting:
+                return
+        # New, or a flush took the dict away, and nobody knows whether before or after that.
+        with self._lock:
+            self._note(key_id, now_ms)
+
+    def _note(self, key_id: str, now_ms: int) -> None:
+        waiting = self._waiting
+        if key_id not in waiting:
+            if len(waiting) >= _CAPACITY:
+                return
+            if not waiting:
+                self._tell(self._noted)
+            elif len(waiting) == _FLUSH_AT:
+                self._tell(self._full)
+        waiting[key_id] = now_ms
 
     def _tell(self, event: asyncio.Event) -> None:
         if self._loop is None or self._loop.is_closed():
@@ -81,7 +90,8 @@ class Usage:
     async def flush(self) -> None:
         """Store what is waiting. What cannot be stored waits on."""
         with self._lock:
-            uses, self._waiting = self._waiting, {}
+            taken, self._waiting = self._waiting, {}
+        uses = taken.copy()  # a thread may still write into the other
         self._noted.clear()
         self._full.clear()
         try:

@@ -1,28 +1,50 @@
 """Has anybody committed to the SQLite file? Told by 48 bytes, without a call into SQLite.
 
 In WAL mode all processes share a memory-mapped index, the `-shm` file, whose header changes with
-every commit and every reset of the log (sqlite.org/walformat.html section 2.2). It is read where
-SQLite has mapped it itself: whoever opens that file on his own and closes it again drops the
+every commit and every reset of the log (sqlite.org/walformat.html section 2.2). SQLite's mapping is
+mapped once more here, and the file is not opened: whoever opens it and closes it again drops the
 locks that SQLite holds on it, because POSIX locks belong to the process.
 """
 
 import ctypes
+import mmap
 from pathlib import Path
 from typing import Final
 
 _HEADER_BYTES: Final = 48
 _MAPS: Final = Path("/proc/self/maps")
+_MAY_MOVE: Final = 1
+_FAILED: Final = ctypes.c_void_p(-1).value
+
+_libc: Final = ctypes.CDLL(None)
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+_libc.mremap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class WalIndex:
-    """The header of the index, for as long as a connection to the file is open.
+    """The header of the index. It means something while a connection to the file is open.
+
+    It may be read from any thread, also while another one closes that connection: the mapping is
+    our own, and goes when the last reader has gone.
 
     Args:
-        address: where the index begins in this process.
+        address: where this process has the index mapped.
+
+    Raises:
+        OSError: it cannot be mapped once more.
     """
 
     def __init__(self, address: int) -> None:
-        self._header = (ctypes.c_char * _HEADER_BYTES).from_address(address)
+        # An old size of 0 makes a second mapping of the same shared pages: mremap(2).
+        self._address = _libc.mremap(address, 0, mmap.PAGESIZE, _MAY_MOVE)
+        if self._address == _FAILED:
+            raise OSError("the index cannot be mapped once more")
+        self._header = (ctypes.c_char * _HEADER_BYTES).from_address(self._address)
+
+    def __del__(self) -> None:
+        if self._address != _FAILED:
+            _libc.munmap(self._address, mmap.PAGESIZE)
 
     def header(self) -> bytes:
         """The bytes; equal to those seen before if and only if nothing was committed since.
@@ -39,11 +61,10 @@ class WalIndex:
         shm = database.with_name(database.name + "-shm")
         try:
             inode = str(shm.stat().st_ino)
-            lines = _MAPS.read_text().splitlines()
+            for line in _MAPS.read_text().splitlines():
+                span, access, offset, _, mapped, *name = line.split(maxsplit=5)
+                if (mapped, access, name) == (inode, "rw-s", [str(shm)]) and not int(offset, 16):
+                    return cls(int(span.partition("-")[0], 16))
         except OSError:
             return None
-        for line in lines:
-            span, access, offset, _, mapped, *name = line.split(maxsplit=5)
-            if (mapped, access, name) == (inode, "rw-s", [str(shm)]) and not int(offset, 16):
-                return cls(int(span.partition("-")[0], 16))
         return None

@@ -12,7 +12,6 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from starlette.authentication import UnauthenticatedUser
 
-from keylatch.credentials import is_identity_header
 from keylatch.gate import Gate
 from keylatch.model import Deny
 from keylatch.portal import Portal
@@ -23,6 +22,7 @@ PRINCIPAL: Final = "keylatch.principal"
 REFUSALS: Final = "keylatch.refusals"
 """Where in `environ` a view that asks for more finds the answers to refuse with."""
 
+_IDENTITY: Final = "HTTP_X_KEYLATCH_"
 _STATUS: Final = {int(status): f"{int(status)} {status.phrase}" for status in HTTPStatus}
 
 
@@ -56,9 +56,10 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
 
 
 def strip_identity(environ: WSGIEnvironment) -> None:
-    """Drop headers that pose as keylatch's."""
-    for name in [name for name in environ if name[:6] == "HTTP_X"]:
-        if is_identity_header(name[5:].encode("latin-1", "replace")):
+    """Drop headers that pose as keylatch's; servers have folded their names already (RFC 3875
+    section 4.1.18)."""
+    if _IDENTITY in "\0".join(environ):  # one search and no loop: nearly nobody sends them
+        for name in [name for name in environ if name.startswith(_IDENTITY)]:
             del environ[name]
 
 
