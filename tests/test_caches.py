@@ -356,8 +356,8 @@ async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
         return fetched[-1]
 
     async def come_when_it_lands() -> tuple[int, int]:
-        while not fetched:
-            await asyncio.sleep(0)  # noqa: ASYNC110 - to come in the very turn
+        while not fetched:  # noqa: ASYNC110 - to come in the very turn in which it lands
+            await asyncio.sleep(0)
         return await flights.join("token", fetch), await flights.join("token", fetch)
 
     late = [asyncio.create_task(come_when_it_lands()) for _ in range(3)]
