@@ -13,7 +13,16 @@ from typing import Final
 
 from cachetools import FIFOCache, TTLCache
 
-from keylatch.model import KeyRecord, Principal, Reason, principal_of
+from keylatch.model import (
+    Allow,
+    KeyRecord,
+    Principal,
+    Reason,
+    Verdict,
+    Wanted,
+    judge,
+    principal_of,
+)
 
 _ABSENCES: Final = 4_096
 _ABSENCE_SECONDS: Final = 10.0
@@ -22,7 +31,10 @@ _ABSENCE_SECONDS: Final = 10.0
 class Entry:
     """A key whose secret was proven: the token has this digest."""
 
-    __slots__ = ("as_of", "digest", "key_id", "organization_id", "principal", "record", "used")
+    __slots__ = (
+        *("_allowed", "as_of", "digest", "key_id", "organization_id", "principal", "record"),
+        "used",
+    )
 
     def __init__(self, digest: bytes, record: KeyRecord, as_of: int) -> None:
         self.digest = digest
@@ -32,6 +44,24 @@ class Entry:
         self.principal: Principal = principal_of(record)
         self.as_of = as_of
         self.used = False
+        # One attribute: two threads that write two of them could marry one's question to the
+        # other's answer.
+        self._allowed: tuple[Wanted, Allow] | None = None
+
+    def judge(self, wanted: Wanted, now_ms: int, environment: str | None) -> Verdict:
+        """`model.judge`, remembering what it allowed last: only time can take that back."""
+        record = self.record
+        allowed = self._allowed
+        if (
+            allowed is not None
+            and allowed[0] is wanted
+            and (record.expires_at is None or now_ms < record.expires_at)
+        ):
+            return allowed[1]
+        verdict = judge(record, self.principal, now_ms, environment, wanted)
+        if isinstance(verdict, Allow):
+            self._allowed = (wanted, verdict)
+        return verdict
 
 
 class _Entries(FIFOCache[str, Entry]):

@@ -24,6 +24,7 @@ class Counter:
         self._store = store
         self._feed = feed
         self._clock = clock
+        self._mark_now = store.mark_now  # asked at every check
         self.forget()
 
     def forget(self) -> None:
@@ -31,12 +32,12 @@ class Counter:
         self._mark: bytes | None = None
 
     def is_current(self) -> bool:
-        mark = self._store.mark_now()  # before the counter is read
+        mark = self._mark_now()  # before the counter is read
         if mark is not None and mark == self._mark:
             return True
         # One thread at a time: whoever learned less, later, would take the feed back.
         with self._lock:
-            mark = self._store.mark_now()
+            mark = self._mark_now()
             seq = self._store.sequence_now()
             if seq is None:
                 return False

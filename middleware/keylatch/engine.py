@@ -30,7 +30,7 @@ from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
 from keylatch.lookup import Lookup
-from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
+from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
@@ -291,7 +291,7 @@ class Engine:
         if entry.digest != token.digest:
             return Deny(Reason.WRONG_SECRET)
         now_ms = self._witness.now_ms()
-        verdict = judge(entry.record, entry.principal, now_ms, self._environment, wanted)
+        verdict = entry.judge(wanted, now_ms, self._environment)
         if isinstance(verdict, Allow) or verdict.reason is Reason.INSUFFICIENT_SCOPE:
             self._usage.note(entry.key_id, now_ms)
         return verdict
@@ -328,7 +328,7 @@ class Engine:
             entry.key_id, entry.organization_id, entry.as_of
         ):
             now_ms = self._witness.now_ms()  # no use is noted: nobody called
-            verdict = judge(entry.record, entry.principal, now_ms, self._environment, wanted)
+            verdict = entry.judge(wanted, now_ms, self._environment)
         else:
             verdict = await self.resolve(token, wanted)
         undecided = (Reason.UNAVAILABLE, Reason.BUSY)

@@ -45,7 +45,7 @@ class Policy:
         grantable: Collection[str] | None = None,
     ) -> None:
         mistakes: Mistakes = []
-        self._public = _public(public, mistakes)
+        self._public, self._public_patterns = _public(public, mistakes)
         routes = _routes(permissions or {}, grantable, mistakes)
         if mistakes:
             raise ConfigurationError(mistakes)
@@ -61,8 +61,11 @@ class Policy:
 
     def is_public(self, path: str) -> bool:
         """Whether a path needs no key."""
-        exact, patterns = self._public
-        return path in exact or any(pattern.fullmatch(path) for pattern in patterns)
+        if path in self._public:
+            return True
+        return bool(self._public_patterns) and any(
+            pattern.fullmatch(path) for pattern in self._public_patterns
+        )
 
     def wanted(self, method: str, path: str) -> Wanted:
         """What a request asks of a key. HEAD follows GET (RFC 9110 section 9.3.2)."""
@@ -71,11 +74,10 @@ class Policy:
         exact = self._exact.get((method, path))
         if exact is not None:
             return exact
-        named = [
-            permissions
-            for pattern, permissions in self._patterns.get(method, ())
-            if pattern.fullmatch(path)
-        ]
+        patterns = self._patterns.get(method)
+        if patterns is None:
+            return ONLY_FULL
+        named = [permissions for pattern, permissions in patterns if pattern.fullmatch(path)]
         return _sufficient(frozenset().union(*named)) if named else ONLY_FULL
 
 

@@ -55,6 +55,8 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._database = database_of(url)
+        self.mark_now = self._database.mark_now
+        """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -107,10 +109,6 @@ class Store:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
         rows = self._database.ask_now(sql.SEQUENCE)
         return rows[0][0] if rows else None
-
-    def mark_now(self) -> bytes | None:
-        """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
-        return self._database.mark_now()
 
     def changes_now(self, since: int) -> Changes | None:
         """`changes` without waiting (SQLite), or None where it cannot be had that way."""
