@@ -110,6 +110,7 @@ class Lease:
                     await self._rung.wait()
             except TimeoutError:
                 pass
+            was_rung = self._rung.is_set()
             self._rung.clear()
             try:
                 if await self.ask():
@@ -119,7 +120,8 @@ class Lease:
                 if not self._silent:
                     log.warning("no lease: %s; %s", error.message, error.hint)
                 self._silent = True
-            await asyncio.sleep(_COALESCE_SECONDS)
+            if was_rung:  # many may ring in a row
+                await asyncio.sleep(_COALESCE_SECONDS)
 
     async def end(self) -> None:
         while self._asking is not None:  # a question under way would join again
@@ -217,8 +219,8 @@ class Lease:
             if now >= committed_at + self._seconds * _PATIENCE:
                 break  # the first look was late: enough for the answer, not for removing anybody
             await asyncio.sleep(pause)
-            # A tenth of what it has taken so far: close to the end, and no hammering.
-            pause = min(max(_LOOK_SECONDS, (now - committed_at) / 10), _LOOK_LONGEST_SECONDS)
+            # A fifth of what it has taken so far: close to the end, and no hammering.
+            pause = min(max(_LOOK_SECONDS, (now - committed_at) / 5), _LOOK_LONGEST_SECONDS)
         acknowledged = members - len(laggards or ())
         return Receipt(seq, acknowledged, members, bound_seconds=0.0)
 

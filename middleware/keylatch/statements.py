@@ -136,6 +136,15 @@ def _poll() -> Select[Any]:
     return _changes().add_columns(counted, cast(store_seconds, Double))
 
 
+def _laggards() -> Select[Any]:
+    # One row at least, because nobody may be left who lags; and few, because it is asked often.
+    everybody = select(func.count().label("members")).select_from(members).subquery()
+    lagging = members.c.acked_seq < bindparam("seq", type_=BigInteger)
+    return select(everybody.c.members, members.c.id, members.c.grants).join_from(
+        everybody, members, lagging, isouter=True
+    )
+
+
 def _find() -> Select[Any]:
     return (
         select(meta.c.seq, keys.c.hash, *_RECORD)
@@ -146,7 +155,7 @@ def _find() -> Select[Any]:
 
 CHANGES: Final = Question(_changes())
 FIND: Final = Question(_find())
-LAGGARDS: Final = Question(select(members.c.id, members.c.grants, members.c.acked_seq))
+LAGGARDS: Final = Question(_laggards())
 POLL: Final = Question(_poll())
 BELL: Final = "keylatch_bell"
 RING: Final = Question(select(func.pg_notify(BELL, "")))

@@ -139,8 +139,9 @@ class Store:
     async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
         """Members that have not acknowledged `seq` (name → grants so far), and how many there
         are in all."""
-        rows = await self._database.ask(sql.LAGGARDS, seconds=seconds)
-        return {member: grants for member, grants, acked in rows if acked < seq}, len(rows)
+        rows = await self._database.ask(sql.LAGGARDS, seconds=seconds, seq=seq)
+        late = {member: grants for _, member, grants in rows if member is not None}
+        return late, rows[0][0]
 
     async def remove_members(self, silent: Mapping[str, int], seq: int, seconds: float) -> int:
         """Remove those that still have not acknowledged `seq` and were granted nothing since;
