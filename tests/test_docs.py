@@ -16,8 +16,9 @@ import keylatch
 from keylatch.django import get_asgi_application
 from keylatch.settings import Settings
 from keylatch.tokens import SCAN_PATTERN
-from keylatch_sidecar import verify
+from keylatch_sidecar import ext_authz, verify
 from keylatch_sidecar.app import ROUTES
+from keylatch_sidecar.settings import ProxySettings
 from servers import serving
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def test_the_settings_in_the_readme_are_the_settings() -> None:
     described = {name.lower(): default.strip("`") for name, default in rows}
     real = {
         name: "empty" if field.default == "" else str(field.default)
-        for name, field in Settings.model_fields.items()
+        for name, field in (Settings.model_fields | ProxySettings.model_fields).items()
     }
     assert described == real
 
@@ -90,7 +91,8 @@ def test_the_routes_in_the_readme_are_served() -> None:
     section = README.partition("## Manage keys")[2].partition("##")[0]
     rows = "".join(re.findall(r"^\| (`/.*?) \|", section, re.MULTILINE))
     described = set(re.findall(r"`(/[^`?]*)", rows))
-    served = {route.path.replace(":path", "") for route in ROUTES} | {verify.PATH}
+    served = {route.path.replace(":path", "") for route in ROUTES}
+    served |= {verify.PATH, f"{ext_authz.PATH}/…"}
     assert described == served
 
 

@@ -309,6 +309,10 @@ class Engine:
             self._l1.remember_absence(token.look_up, token.digest, known)
         return known
 
+    def now_ms(self) -> int:
+        """The time that expiry is judged at: the store's, in milliseconds since the epoch."""
+        return self._witness.now_ms()
+
     # Open connections
 
     def watching(

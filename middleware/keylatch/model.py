@@ -155,9 +155,15 @@ _NAMED_SCOPES: Final = 8  # more of them would make a header that proxies refuse
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """The request may pass, as this principal."""
+    """The request may pass, as this principal.
+
+    Args:
+        principal: who calls.
+        expires_at: when the key ends, in milliseconds since the epoch; None: it does not.
+    """
 
     principal: Principal
+    expires_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,4 +212,4 @@ def judge(
     reason = flaw(record, now_ms, environment)
     if reason is not None:
         return Deny(reason)
-    return missing_scope(principal.permission, wanted) or Allow(principal)
+    return missing_scope(principal.permission, wanted) or Allow(principal, record.expires_at)

@@ -5,7 +5,8 @@ or Redis URL may hold a password, so no message repeats a value.
 """
 
 import re
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,6 +16,8 @@ from sqlalchemy.exc import ArgumentError
 
 from keylatch.errors import ConfigurationError
 from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
+
+S = TypeVar("S", bound=BaseSettings)
 
 PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
 
@@ -116,18 +119,27 @@ class Settings(BaseSettings):
         Raises:
             ConfigurationError: naming every wrong setting, with a hint for each.
         """
-        try:
-            return cls(**{name: value for name, value in given.items() if value is not None})
-        except ValidationError as error:
-            mistakes = [
-                (
-                    f"KEYLATCH_{name.upper()}: {problem['msg'].removeprefix('Value error, ')}",
-                    _HINTS.get(name, "no such setting"),
-                )
-                for problem in error.errors(include_input=False, include_url=False)
-                for name in [str(problem["loc"][0])]
-            ]
-        raise ConfigurationError(mistakes)
+        return loaded(cls, given, _HINTS)
+
+
+def loaded(kind: type[S], given: Mapping[str, Any], hints: Mapping[str, str]) -> S:
+    """Settings of this kind, from arguments (None: not given) over the environment.
+
+    Raises:
+        ConfigurationError: naming every wrong setting, with a hint for each.
+    """
+    try:
+        return kind(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        mistakes = [
+            (
+                f"KEYLATCH_{name.upper()}: {problem['msg'].removeprefix('Value error, ')}",
+                hints.get(name, "no such setting"),
+            )
+            for problem in error.errors(include_input=False, include_url=False)
+            for name in [str(problem["loc"][0])]
+        ]
+    raise ConfigurationError(mistakes)
 
 
 def _matching(pattern: str, text: str) -> str:

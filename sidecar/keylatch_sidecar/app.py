@@ -13,8 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch_sidecar import health, openapi, sendook, unsent, verify
+from keylatch_sidecar import ext_authz, health, openapi, sendook, unsent, verify
+from keylatch_sidecar.facts import PROFILES
 from keylatch_sidecar.problems import Problem, no_such_key
+from keylatch_sidecar.proxies import Proxies
+from keylatch_sidecar.settings import ProxySettings
 
 ROUTES = [
     Route("/v1/api-keys", unsent.Keys),
@@ -28,8 +31,14 @@ ROUTES = [
 _OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
 
 
-def create_app(engine: Engine) -> ASGIApp:
-    """The sidecar around an engine, which it starts and stops."""
+def create_app(engine: Engine, settings: ProxySettings | None = None) -> ASGIApp:
+    """The sidecar around an engine, which it starts and stops.
+
+    Args:
+        engine: judges tokens and manages keys.
+        settings: how proxies ask; None: from the environment.
+    """
+    settings = settings or ProxySettings.load()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -46,11 +55,15 @@ def create_app(engine: Engine) -> ASGIApp:
     )
     management.state.engine = engine
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
-    verifying = verify.Verify(engine)
+    proxies = Proxies(engine, settings.proxy_cache_ttl)
+    verifying = verify.Verify(proxies, PROFILES[settings.verify_facts])
+    authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == verify.PATH:
             await verifying(scope, receive, send)
+        elif scope["type"] == "http" and ext_authz.is_asked(scope["path"]):
+            await authorizing(scope, receive, send)
         else:
             await management(scope, receive, send)
 

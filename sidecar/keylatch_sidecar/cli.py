@@ -31,6 +31,7 @@ from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar import terminal
 from keylatch_sidecar.options import (
+    ExtAuthzFactsOption,
     HasherOption,
     JSONOption,
     KeyId,
@@ -39,12 +40,15 @@ from keylatch_sidecar.options import (
     OrganizationOption,
     OwnerOption,
     PrefixOption,
+    ProxyCacheOption,
     RedisOption,
     StoreOption,
+    VerifyFactsOption,
 )
+from keylatch_sidecar.proxies import wanted_of
 from keylatch_sidecar.receipts import revocation
+from keylatch_sidecar.settings import ProxySettings
 from keylatch_sidecar.unsent import describe
-from keylatch_sidecar.verify import wanted_of
 
 T = TypeVar("T")
 
@@ -86,14 +90,25 @@ def serve(
     prefix: PrefixOption = None,
     hasher: HasherOption = None,
     lease: LeaseOption = None,
+    verify_facts: VerifyFactsOption = None,
+    ext_authz_facts: ExtAuthzFactsOption = None,
+    proxy_cache_ttl: ProxyCacheOption = None,
 ) -> None:
     """Serve the management endpoints and answer proxies' verify calls."""
     import uvicorn
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
-    _prepare_store(Settings.load(**given))
-    for name, value in given.items():
+    proxies = {
+        "verify_facts": verify_facts,
+        "ext_authz_facts": ext_authz_facts,
+        "proxy_cache_ttl": proxy_cache_ttl,
+    }
+    settings = _all_or_every_mistake(
+        lambda: Settings.load(**given), lambda: ProxySettings.load(**proxies)
+    )
+    _prepare_store(settings)
+    for name, value in (given | proxies).items():
         if value is not None:
             os.environ[f"KEYLATCH_{name.upper()}"] = value  # for the workers
     place = f"{host}:{port}" if uds is None else str(uds)
@@ -127,6 +142,20 @@ def serve(
             terminal.fail(
                 f"nothing is served on {place}", "the lines above say why", terminal.UNUSABLE
             )
+
+
+def _all_or_every_mistake(first: Callable[[], T], *others: Callable[[], object]) -> T:
+    """The first one's result, or what any of them found wrong."""
+    results: list[T] = []
+    mistakes: list[tuple[str, str]] = []
+    for load in (lambda: results.append(first()), *others):
+        try:
+            load()
+        except ConfigurationError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return results[0]
 
 
 @keys.command("create")

@@ -43,6 +43,33 @@ LeaseOption = Annotated[
         show_default="1.0",
     ),
 ]
+VerifyFactsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--verify-facts",
+        envvar="KEYLATCH_VERIFY_FACTS",
+        help="Where proxies tell /verify what they were asked: none, forwarded or original.",
+        show_default="none",
+    ),
+]
+ExtAuthzFactsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ext-authz-facts",
+        envvar="KEYLATCH_EXT_AUTHZ_FACTS",
+        help="The same for /ext_authz: envoy, none, forwarded or original.",
+        show_default="envoy",
+    ),
+]
+ProxyCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy-cache-ttl",
+        envvar="KEYLATCH_PROXY_CACHE_TTL",
+        help="Seconds a proxy may remember an allow; a revoke does not reach it there.",
+        show_default="0",
+    ),
+]
 OrganizationOption = Annotated[str, typer.Option("--organization", help="Whose keys.")]
 OwnerOption = Annotated[
     str | None,

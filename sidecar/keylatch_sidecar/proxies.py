@@ -1,0 +1,133 @@
+"""What all of the proxies' endpoints share: one question, one answer, whatever it came in.
+
+An allow is `200` with an empty body and every identity header, every time: a proxy that copies
+only what it gets would otherwise let the client's own copy through. Permissions can only add up,
+because some proxies append the client's query to ours. A malformed credential is 401 and not 400,
+because nginx's `auth_request` turns 400 into 500. What cannot be decided within the deadline is
+503: no proxy shall wait longer than its client.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import quote
+
+from starlette.types import Receive, Scope, Send
+
+from keylatch.asgi import refuse
+from keylatch.engine import Engine
+from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Reason, Verdict, Wanted
+from keylatch.refusals import Header, Refusal, Refusals
+from keylatch.settings import PERMISSION_PATTERN
+from keylatch.tokens import Token
+from keylatch_sidecar.facts import Facts, Profile
+
+DEADLINE_SECONDS: Final = 0.8
+
+_MISCONFIGURED_BODY: Final = (
+    b'{"error":"misconfigured","error_description":'
+    b'"The proxy does not say what it was asked, as the sidecar is told to expect"}'
+)
+_MISCONFIGURED: Final = Refusal(
+    403,
+    (
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(_MISCONFIGURED_BODY)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-keylatch-error", b"misconfigured"),
+    ),
+    _MISCONFIGURED_BODY,
+)
+
+log = logging.getLogger("keylatch.proxies")
+
+
+class Proxies:
+    """Answers proxies.
+
+    Args:
+        engine: judges the tokens.
+        cache_seconds: how long a proxy may remember an allow, never beyond the key's expiry; 0: not
+            at all. A revoke does not reach what a proxy remembers.
+    """
+
+    def __init__(self, engine: Engine, cache_seconds: int = 0) -> None:
+        self._engine = engine
+        self._cache_seconds = cache_seconds
+        self._refusals = Refusals(engine.settings.realm, malformed_status=401)
+
+    async def answer(
+        self, scope: Scope, receive: Receive, send: Send, wanted: Wanted, profile: Profile
+    ) -> None:
+        """Answer a question that came as an HTTP request; its body is never awaited.
+
+        Args:
+            scope: of the request.
+            receive: not asked for anything.
+            send: takes the answer.
+            wanted: what the request behind it asks of a key.
+            profile: where the facts about that request are.
+        """
+        facts = profile(scope)
+        if facts is None:
+            log.warning("a proxy sends no facts as KEYLATCH_*_FACTS says it does: refused with 403")
+            await refuse(_MISCONFIGURED, scope, receive, send)
+            return
+        values = [value for name, value in scope["headers"] if name == b"authorization"]
+        verdict = await self.decide(values, wanted)
+        _note(facts, verdict)
+        if isinstance(verdict, Deny):
+            await refuse(self._refusals.of(verdict), scope, receive, send)
+            return
+        headers = [(b"content-length", b"0"), self._cache_control(verdict)]
+        headers += identity_headers(verdict.principal)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def decide(self, values: Sequence[bytes], wanted: Wanted) -> Verdict:
+        """The verdict, within the deadline."""
+        known = self._engine.glance(values, wanted)
+        if not isinstance(known, Token):
+            return known
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                return await self._engine.resolve(known, wanted)
+        except TimeoutError:
+            log.warning("refused with 503: nothing could be decided in %g s", DEADLINE_SECONDS)
+            return Deny(Reason.UNAVAILABLE)
+
+    def _cache_control(self, allow: Allow) -> Header:
+        seconds = self._cache_seconds
+        if seconds and allow.expires_at is not None:
+            seconds = min(seconds, (allow.expires_at - self._engine.now_ms()) // 1000)
+        return b"cache-control", b"max-age=%d" % seconds if seconds > 0 else b"no-store"
+
+
+def _note(facts: Facts, verdict: Verdict) -> None:
+    """For operators who ask why: no query, which may hold secrets, and no token."""
+    if log.isEnabledFor(logging.DEBUG):
+        said = "allowed" if isinstance(verdict, Allow) else verdict.reason.value
+        log.debug("%s %s: %s", facts.method, facts.uri.partition("?")[0], said)
+
+
+def wanted_of(permissions: Sequence[str]) -> Wanted:
+    """Permissions add up, and a malformed one leaves only FULL.
+
+    An empty one is malformed: it is what a proxy sends whose variable was never set.
+    """
+    if all(re.fullmatch(PERMISSION_PATTERN, permission) for permission in permissions):
+        return Wanted.all_of(permissions)
+    return ONLY_FULL
+
+
+def identity_headers(principal: Principal) -> list[Header]:
+    """Names in lower case, values in ASCII, the key's name percent-encoded."""
+    return [
+        (b"x-keylatch-key-id", principal.key_id.encode()),
+        (b"x-keylatch-key-name", quote(principal.key_name, safe="").encode()),
+        (b"x-keylatch-organization-id", principal.organization_id.encode()),
+        (b"x-keylatch-permission", principal.permission.encode()),
+        (b"x-keylatch-environment", principal.environment.encode()),
+    ]
