@@ -15,6 +15,7 @@ from keylatch.credentials import is_identity_header
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.gate import Gate
+from keylatch.identity import ProxyGate
 from keylatch.model import Deny, credentials_of
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
@@ -63,6 +64,34 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                 with self.engine.watching(values, wanted) as ended:
                     await run_until(ended, self._app, scope, receive, send)
                 return
+            await self._app(scope, receive, send)
+        except Refused as refused:
+            await refuse(self._refusals.of(refused.deny), scope, receive, send)
+
+
+class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
+    """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
+
+    The arguments are those of `keylatch.identity.ProxyGate`. Run uvicorn with `--no-proxy-headers`,
+    or the peer is whom `X-Forwarded-For` names.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        client = scope.get("client")
+        method = scope.get("method", "GET")
+        verdict = self.judge(client and client[0], scope["headers"], method, path_of(scope))
+        if isinstance(verdict, Deny):
+            await refuse(self._refusals.of(verdict), scope, receive, send)
+            return
+        scope, _ = _without_identity(scope)
+        scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
+        if verdict is not None:
+            scope["user"] = verdict.principal
+            scope["auth"] = credentials_of(verdict.principal)
+        try:
             await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)

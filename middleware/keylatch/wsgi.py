@@ -13,6 +13,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from starlette.authentication import UnauthenticatedUser
 
 from keylatch.gate import Gate
+from keylatch.identity import ProxyGate
 from keylatch.model import Deny
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
@@ -53,6 +54,29 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
     def close(self) -> None:
         """Store what was used and let go of everything, until the next request comes."""
         self._portal.close()
+
+
+class ProxyIdentityMiddleware(ProxyGate[WSGIApplication]):
+    """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
+
+    The arguments are those of `keylatch.identity.ProxyGate`. Servers fold look-alike spellings
+    into one name and join their values with commas, which no identity holds: both are refused.
+    """
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        headers = [
+            (name[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
+            for name, value in environ.items()
+            if name.startswith(_IDENTITY)
+        ]
+        method, path = environ["REQUEST_METHOD"], path_of(environ)
+        verdict = self.judge(environ.get("REMOTE_ADDR") or None, headers, method, path)
+        strip_identity(environ)
+        environ[REFUSALS] = self._refusals
+        if isinstance(verdict, Deny):
+            return refuse(self._refusals.of(verdict), environ, start_response)
+        environ[PRINCIPAL] = UnauthenticatedUser() if verdict is None else verdict.principal
+        return self._app(environ, start_response)
 
 
 def strip_identity(environ: WSGIEnvironment) -> None:

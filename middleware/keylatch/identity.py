@@ -1,0 +1,141 @@
+"""Behind a proxy that asks the sidecar: the key's identity comes in headers, and only from there.
+
+Whoever can reach the app without the proxy could write these headers himself. So they count only
+from named peers, each spelled exactly once, and a request without them is nobody's: a proxy may
+have dropped them (RFC 9110 section 7.6.1 lets a client name any header in `Connection`).
+"""
+
+import ipaddress
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Final, Generic, TypeVar
+from urllib.parse import unquote
+
+from keylatch.credentials import is_identity_header
+from keylatch.errors import ConfigurationError
+from keylatch.model import Allow, Deny, Principal, Reason, Verdict, Wanted, missing_scope
+from keylatch.policy import Policy
+from keylatch.refusals import Header, Refusals
+
+App = TypeVar("App")
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+UNIX: Final = "unix"
+"""The peer at the other end of a Unix socket."""
+
+_PREFIX: Final = b"x-keylatch-"
+_FIELDS: Final = (b"key-id", b"key-name", b"organization-id", b"permission", b"environment")
+
+log = logging.getLogger("keylatch")
+
+
+class ProxyGate(Generic[App]):
+    """Lets a request pass if a proxy says whose it is; the app finds the same principal as behind
+    `APIKeyMiddleware`.
+
+    Args:
+        app: the application.
+        trusted: the proxy's addresses or networks (`10.0.0.7`, `10.0.0.0/24`), and `unix` for a
+            Unix socket. Nobody else may say who somebody is.
+        public: paths that need no key, such as `/healthz` or `/docs/{page}`.
+        permissions: as for `APIKeyMiddleware`; None: the proxy asks for them, route by route.
+        realm: named in challenges.
+
+    Raises:
+        ConfigurationError: naming every wrong peer and rule.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        trusted: Iterable[str],
+        public: Iterable[str] = (),
+        permissions: Mapping[str, Iterable[str]] | None = None,
+        realm: str = "keylatch",
+    ) -> None:
+        mistakes: list[tuple[str, str]] = []
+        self._networks, self._trusts_unix = _peers(trusted, mistakes)
+        try:
+            self._policy = Policy(public, permissions)
+        except ConfigurationError as error:
+            mistakes += error.mistakes
+        if mistakes:
+            raise ConfigurationError(mistakes)
+        self._app = app
+        self._asks = permissions is not None
+        self._refusals = Refusals(realm)
+        self._is_trusted = lru_cache(maxsize=1024)(self._trusts)
+
+    def judge(
+        self, peer: str | None, headers: Sequence[Header], method: str, path: str
+    ) -> Verdict | None:
+        """Whose request it is; None on a public path.
+
+        Args:
+            peer: the address at the other end; None: a Unix socket.
+            headers: of the request.
+            method: of the request.
+            path: as the app's own router sees it.
+        """
+        if self._policy.is_public(path):
+            return None
+        if not self._is_trusted(peer):
+            log.warning("%s is not among the trusted peers: nobody's request", peer or UNIX)
+            return Deny(Reason.MISSING)
+        principal = principal_in(headers)
+        if isinstance(principal, Reason):
+            return Deny(principal)
+        wanted = self._policy.wanted(method, path) if self._asks else Wanted()
+        return missing_scope(principal.permission, wanted) or Allow(principal)
+
+    def _trusts(self, peer: str | None) -> bool:
+        if peer is None:
+            return self._trusts_unix
+        try:
+            address = ipaddress.ip_address(peer)
+        except ValueError:
+            return False
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        return any(address in network for network in self._networks)
+
+
+def principal_in(headers: Sequence[Header]) -> Principal | Reason:
+    """The principal that identity headers speak of.
+
+    Returns:
+        `Reason.MISSING` without a key's id, `Reason.MALFORMED` where a header came twice (joined
+        by a comma, too) or is spelled in another way: somebody else than the proxy wrote it.
+    """
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if is_identity_header(name):
+            field = name.lower().removeprefix(_PREFIX)
+            if field in found or b"_" in name or b"," in value:
+                return Reason.MALFORMED
+            found[field] = value
+    if not found.get(b"key-id"):
+        return Reason.MISSING
+    key_id, key_name, *others = (found.get(field, b"").decode("latin-1") for field in _FIELDS)
+    return Principal(key_id, unquote(key_name), *others)
+
+
+def _peers(
+    trusted: Iterable[str], mistakes: list[tuple[str, str]]
+) -> tuple[tuple[Network, ...], bool]:
+    if isinstance(trusted, str):
+        mistakes.append((f"trusted={trusted!r} is one string", f"write trusted=[{trusted!r}]"))
+        return (), False
+    networks: list[Network] = []
+    names = set(trusted)
+    for name in sorted(names - {UNIX}):
+        try:
+            networks.append(ipaddress.ip_network(name))
+        except ValueError:
+            hint = "an address, a network such as 10.0.0.0/24, or unix"
+            mistakes.append((f"trusted peer {name!r}", hint))
+    if not names:
+        mistakes.append(("trusted names nobody", "name the proxy's address, or unix"))
+    return tuple(networks), UNIX in names
