@@ -1,7 +1,7 @@
 """How long a DELETE takes while other processes use the keys, and that none of them is late.
 
     python benchmarks/delete_latency.py --store postgresql://… [--redis redis://…]
-        [--processes 4] [--members 4] [--revokes 300] [--rate 200] [--json results.json]
+        [--processes 4] [--members 4] [--revokes 300] [--rate 200] [--freeze] [--json results.json]
 
 Every process checks all keys in turn, at an open-loop rate; one more creates and revokes keys, one
 after the other, and waits for each. More members than processes are simulated: leases like any
@@ -15,6 +15,8 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
+import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -129,7 +131,9 @@ def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: i
     pipe.send(asyncio.run(run()))
 
 
-async def measure(given: argparse.Namespace, pipes: list[Connection]) -> dict[str, Any]:
+async def measure(
+    given: argparse.Namespace, pipes: list[Connection], pids: list[int]
+) -> dict[str, Any]:
     """Create, let everybody see it, revoke; again and again."""
     engine = Engine(Settings.load(store=given.store, redis=given.redis, hasher="sha256"))
     await engine.start()
@@ -143,10 +147,14 @@ async def measure(given: argparse.Namespace, pipes: list[Connection]) -> dict[st
         for pipe in pipes:
             pipe.send((created.record.id, b"Bearer " + created.token.reveal().encode()))
         await asyncio.sleep(20 / given.rate)
+        if given.freeze:
+            os.kill(pids[number % len(pids)], signal.SIGSTOP)
         began = time.perf_counter()
         await keyring.delete("bench", created.record.id)
         spent.append((time.perf_counter() - began) * 1000)
         answered[created.record.id] = time.monotonic_ns()
+        if given.freeze:
+            os.kill(pids[number % len(pids)], signal.SIGCONT)
     await asyncio.sleep(0.5)
     for pipe in pipes:
         pipe.send(None)
@@ -192,6 +200,9 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=0, help="at least as many as processes")
     parser.add_argument("--revokes", type=int, default=300)
     parser.add_argument("--rate", type=float, default=200, help="checks per second and process")
+    parser.add_argument(
+        "--freeze", action="store_true", help="stop one process during each revoke (SIGSTOP)"
+    )
     parser.add_argument("--json", type=Path, help="write the result here as well")
     given = parser.parse_args()
     given.members = max(given.members, given.processes)
@@ -210,7 +221,7 @@ def main() -> None:
         processes.append(process)
     for pipe in pipes:
         pipe.recv()
-    result = asyncio.run(measure(given, pipes))
+    result = asyncio.run(measure(given, pipes, [process.pid or 0 for process in processes]))
     for process in processes:
         process.join(timeout=10)
     table = Table("", "", title="DELETE, while others use the keys", show_header=False)

@@ -59,6 +59,8 @@ class Proxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _ in range(3):  # an aborted transport closes its socket in a later turn of the loop
+            await asyncio.sleep(0)
 
     # What can be done to the line; each may overlap with itself and with the others
 

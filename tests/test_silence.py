@@ -55,6 +55,17 @@ async def test_whoever_asks_a_silent_server_is_told_in_time(store: Store, line: 
     assert isinstance(await store.find("key_unknown"), Absent)
 
 
+async def test_connecting_to_a_silent_server_keeps_no_place(store: Store, line: Proxy) -> None:
+    """More attempts than the pool has places, one after the other, each given up in time: when the
+    network is sound again, the next one is answered at once."""
+    line.cut()
+    with line.swallowing():
+        for _ in range(MORE_THAN_THE_POOL):
+            with pytest.raises(StoreUnavailable):
+                await store.poll("member", 0, seconds=0.05)
+    assert (await store.poll("member", 0, seconds=0.5)).is_member
+
+
 async def test_connections_that_died_meanwhile_do_not_show(
     store: Store, line: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -115,7 +115,7 @@ class PostgreSQL:
         timer = asyncio.get_running_loop().call_later(seconds, self._cut, task)
         task.add_done_callback(lambda _: timer.cancel())
         done, _ = await asyncio.wait({task}, timeout=seconds)
-        if not done:
+        if not done or task.cancelled():
             raise TimeoutError
         return task.result()
 
@@ -140,7 +140,10 @@ class PostgreSQL:
         raise _LineLost
 
     def _cut(self, task: asyncio.Task[Any]) -> None:
-        for line in self._under_way.get(task, ()):
+        lines = self._under_way.get(task, ())
+        if not lines:  # still connecting, or waiting for a place: each keeps one for 2 s otherwise
+            task.cancel()
+        for line in lines:
             # The socket and not the connection: libpq is in the middle of using that, and takes
             # the end of the stream for what it is.
             with (
