@@ -324,14 +324,19 @@ def test_both_adapters_give_the_same_answer(
 
 
 @contextlib.contextmanager
-def gunicorn(store_url: str, *options: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """A real gunicorn with a protected app."""
+def served(store_url: str, *options: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """A protected app on a real server: gunicorn, or what the options begin with."""
     port = free_port()
-    command = [sys.executable, "-m", "gunicorn", "worker_wsgi:app", "--bind", f"127.0.0.1:{port}"]
+    place = ["--bind", f"127.0.0.1:{port}"]
+    if options[0] == "granian":
+        place = ["--host", "127.0.0.1", "--port", str(port)]
+    else:
+        options = ("gunicorn", *options)
     process = subprocess.Popen(
-        [*command, *options],
+        [sys.executable, "-m", *options, *place, "worker_wsgi:app"],
         env={"KEYLATCH_STORE": store_url, "KEYLATCH_HASHER": "sha256", "PATH": ""},
         cwd=Path(worker_wsgi.__file__).parent,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
@@ -348,15 +353,16 @@ def gunicorn(store_url: str, *options: str) -> Iterator[tuple[str, "subprocess.P
         ("--workers", "2"),
         ("--workers", "2", "--preload"),
         ("--workers", "1", "--worker-class", "gthread", "--threads", "4"),
+        ("granian", "--interface", "wsgi", "--workers", "2"),
     ],
-    ids=["sync", "preload", "gthread"],
+    ids=["sync", "preload", "gthread", "granian"],
 )
 def test_pre_fork_workers_stop_in_order(
     protected: Protected, store_url: str, options: tuple[str, ...]
 ) -> None:
-    """gunicorn's workers check keys, see a revoke at once, and store their uses at SIGTERM."""
+    """Workers check keys, see a revoke at once, and store their uses at SIGTERM."""
     key, other = protected.create(), protected.create()
-    with gunicorn(store_url, *options) as (port, process):
+    with served(store_url, *options) as (port, process):
         for _ in range(8):
             assert worker_wsgi.ask(int(port), "/", bearer(key)) == 200
             assert worker_wsgi.ask(int(port), "/", bearer(other)) == 200
@@ -384,7 +390,7 @@ def test_workers_are_replaced_under_load(
         while not done.is_set():
             answers[key.record.name, worker_wsgi.ask(port, "/", bearer(key))] += 1
 
-    with gunicorn(store_url, "--workers", "4", *preload) as (port, process):
+    with served(store_url, "--workers", "4", *preload) as (port, process):
         with ThreadPoolExecutor(4) as threads:
             callers = [threads.submit(load, int(port), key) for key in (good, gone) * 2]
             try:
