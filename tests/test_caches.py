@@ -61,6 +61,18 @@ def test_the_least_recently_used_key_goes_first() -> None:
     assert [cache.entry(name) is not None for name in "abc"] == [True, False, True]
 
 
+def test_a_full_cache_of_keys_in_use_still_takes_new_ones() -> None:
+    """It lets one go after a few looks, and not after looking at all of them."""
+    cache = Cache(size=100)
+    for number in range(100):
+        cache.remember(str(number), Entry(b"digest", RECORD, 1))
+        assert cache.entry(str(number)) is not None
+    cache.remember("new", ENTRY)
+    left = [number for number in range(100) if str(number) in cache._entries]
+    assert (len(left), cache.entry("new")) == (99, ENTRY)
+    assert sum(cache._entries[str(number)].used for number in left) > 80
+
+
 class Log:
     """A store's counter and log, as far as a feed needs one; `blind` makes it unreadable."""
 

@@ -26,6 +26,7 @@ from keylatch.model import (
 
 _ABSENCES: Final = 4_096
 _ABSENCE_SECONDS: Final = 10.0
+_SECOND_CHANCES: Final = 16
 
 
 class Entry:
@@ -66,15 +67,17 @@ class Entry:
 
 class _Entries(FIFOCache[str, Entry]):
     """Least recently used, more or less: the oldest goes, unless it was used since it was last
-    considered (second chance). So a hit marks the entry and leaves the order alone."""
+    considered (second chance). So a hit marks the entry and leaves the order alone. Only so many get
+    a second chance at a time: going through all of them would hold up the event loop."""
 
     def popitem(self) -> tuple[str, Entry]:
-        while True:
+        for _ in range(_SECOND_CHANCES):
             look_up, entry = super().popitem()
             if not entry.used:
                 return look_up, entry
             entry.used = False
             super().__setitem__(look_up, entry)
+        return super().popitem()
 
 
 class Absence:
