@@ -67,7 +67,7 @@ class Entry:
 
 class _Entries(FIFOCache[str, Entry]):
     """Least recently used, more or less: the oldest goes, unless it was used since it was last
-    considered (second chance). So a hit marks the entry and leaves the order alone. Only so many get
+    considered (second chance). So a hit marks the entry and leaves the order alone. Only a few get
     a second chance at a time: going through all of them would hold up the event loop."""
 
     def popitem(self) -> tuple[str, Entry]:
