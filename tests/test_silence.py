@@ -66,6 +66,18 @@ async def test_connecting_to_a_silent_server_keeps_no_place(store: Store, line: 
     assert (await store.poll("member", 0, seconds=0.5)).is_member
 
 
+async def test_a_lease_does_not_queue_behind_look_ups(store: Store, line: Proxy) -> None:
+    """Look-ups that fell into the silence wait it out; the lease is renewed as soon as it ends."""
+    await store.find("key_unknown")
+    with line.swallowing():
+        stuck = [asyncio.create_task(store.find("key_unknown")) for _ in range(MORE_THAN_THE_POOL)]
+        with pytest.raises(StoreUnavailable):
+            await store.poll("member", 0, seconds=0.3)
+    assert (await store.poll("member", 0, seconds=0.5)).is_member
+    assert not all(task.done() for task in stuck)
+    await asyncio.gather(*stuck, return_exceptions=True)
+
+
 async def test_connections_that_died_meanwhile_do_not_show(
     store: Store, line: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:

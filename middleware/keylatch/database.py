@@ -61,7 +61,8 @@ class Database(Protocol):
 
         Args:
             question: what is asked.
-            seconds: how long to wait for a server; None: as long as is usual.
+            seconds: how long to wait for a server, where it is urgent: then it waits for nobody
+                else's question; None: as long as is usual.
             parameters: the question's own.
         """
 

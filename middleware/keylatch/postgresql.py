@@ -16,7 +16,7 @@ import psycopg
 from sqlalchemy import event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.database import Question, Rows, Work, errors_translated
 from keylatch.errors import StoreUnavailable
@@ -51,7 +51,14 @@ class PostgreSQL:
         self._open()
 
     def _open(self) -> None:
-        self._engine = create_async_engine(
+        self._engine = self._connecting(places=5, more=10)
+        # Leases have places of their own. Else, after a silence, they would queue behind look-ups
+        # that wait out their two seconds, and every check would be 503 for as long.
+        self._urgent = self._connecting(places=1, more=2)
+        self._under_way: dict[asyncio.Task[Any], list[Line]] = {}
+
+    def _connecting(self, places: int, more: int) -> AsyncEngine:
+        engine = create_async_engine(
             self._url,
             connect_args={
                 "connect_timeout": 2,
@@ -59,14 +66,16 @@ class PostgreSQL:
                 "application_name": "keylatch",
             },
             hide_parameters=True,
+            pool_size=places,
+            max_overflow=more,
             pool_timeout=_READ_SECONDS,
             # Questions and reads need no BEGIN and no ROLLBACK, and transactions bring their own.
             isolation_level="AUTOCOMMIT",
             skip_autocommit_rollback=True,
             pool_reset_on_return=None,
         )
-        event.listen(self._engine.sync_engine, "connect", _configure)
-        self._under_way: dict[asyncio.Task[Any], list[Line]] = {}
+        event.listen(engine.sync_engine, "connect", _configure)
+        return engine
 
     async def ask(
         self, question: Question, *, seconds: float | None = None, **parameters: Any
@@ -79,10 +88,13 @@ class PostgreSQL:
             cursor = await line.execute(text.encode(), values)
             return await cursor.fetchall()
 
-        return await self._twice(seconds or _READ_SECONDS, answer)
+        engine = self._engine if seconds is None else self._urgent
+        return await self._twice(engine, seconds or _READ_SECONDS, answer)
 
     async def read(self, work: Work[T]) -> T:
-        return await self._twice(_READ_SECONDS, lambda connection, _: connection.run_sync(work))
+        return await self._twice(
+            self._engine, _READ_SECONDS, lambda connection, _: connection.run_sync(work)
+        )
 
     async def write(
         self, work: Work[T], *, durable: bool = True, seconds: float | None = None
@@ -91,24 +103,24 @@ class PostgreSQL:
             async with line.transaction():
                 return await connection.run_sync(work)
 
-        return await self._twice(seconds or _WRITE_SECONDS, transact)
+        return await self._twice(self._engine, seconds or _WRITE_SECONDS, transact)
 
-    async def _twice(self, seconds: float, use: Use[T]) -> T:
+    async def _twice(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
         """Once more where the connection had died before: the server was restarted, say.
 
         All work may be repeated: it says what shall be so, and not what to add to what is.
         """
         with errors_translated(psycopg.Error, self._hint):
             try:
-                return await self._once(seconds, use)
+                return await self._once(engine, seconds, use)
             except _LineLost:
                 with contextlib.suppress(_LineLost):
-                    return await self._once(seconds, use)
+                    return await self._once(engine, seconds, use)
         raise StoreUnavailable("the store closed the connection", self._hint)
 
-    async def _once(self, seconds: float, use: Use[T]) -> T:
+    async def _once(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
         used: list[Line] = []
-        task = asyncio.create_task(self._run(use, used), name="keylatch-postgresql")
+        task = asyncio.create_task(self._run(engine, use, used), name="keylatch-postgresql")
         self._under_way[task] = used
         task.add_done_callback(self._done)
         # A timer and not the waiter cuts the connection: the waiter may be cancelled.
@@ -119,8 +131,7 @@ class PostgreSQL:
             raise TimeoutError
         return task.result()
 
-    async def _run(self, use: Use[T], used: list[Line]) -> T:
-        engine = self._engine
+    async def _run(self, engine: AsyncEngine, use: Use[T], used: list[Line]) -> T:
         pool = engine.pool
         async with engine.connect() as connection:
             pooled = await connection.get_raw_connection()
@@ -185,7 +196,8 @@ class PostgreSQL:
             await asyncio.wait(self._under_way, timeout=_READ_SECONDS)
         for task in tuple(self._under_way):
             self._cut(task)
-        await self._engine.dispose()
+        for engine in (self._engine, self._urgent):
+            await engine.dispose()
 
     def before_fork(self) -> None:
         return None
@@ -195,7 +207,7 @@ class PostgreSQL:
 
     def forget(self) -> None:
         # Kept, never closed: closing would say goodbye on the parent's connections.
-        self._inherited += [self._engine, self._under_way]
+        self._inherited += [self._engine, self._urgent, self._under_way]
         self._open()
 
 
