@@ -16,7 +16,10 @@ from keylatch.keyring import Created
 from keylatch.settings import Settings
 from keylatch.store import Store
 from keylatch_sidecar.app import create_app
+from keylatch_sidecar.settings import ProxySettings
 from servers import PostgresServer, RedisServer, serving
+
+pytest.register_assert_rewrite("proxies")
 
 MakeEngine = Callable[..., Engine]
 Times = Callable[[int, int], int]
@@ -54,8 +57,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("STORE", "REDIS", "PREFIX", "HASHER", "LEASE", "ENVIRONMENT", "PERMISSIONS"):
-        monkeypatch.delenv(f"KEYLATCH_{name}", raising=False)
+    for name in Settings.model_fields | ProxySettings.model_fields:
+        monkeypatch.delenv(f"KEYLATCH_{name.upper()}", raising=False)
 
 
 @pytest.fixture

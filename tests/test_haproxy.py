@@ -1,0 +1,124 @@
+"""HAProxy with the files in `deploy/haproxy`: a short Lua action asks the sidecar."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+
+from proxies import (
+    Kind,
+    Proxy,
+    ProxyContract,
+    Rig,
+    Stand,
+    bearing,
+    exchange_until_idle,
+    identity,
+    is_unavailable,
+    proxy,
+    rig,
+    stand_in,
+    told,
+    with_trailer,
+)
+from wire import exchange, read, send
+
+HAPROXY = Kind(
+    name="haproxy",
+    program="haproxy",
+    package="haproxy",
+    command=["-db", "-f", "{folder}/haproxy.cfg"],
+    check=["-c", "-q", "-dW", "-f", "{folder}/haproxy.cfg"],
+    files=["haproxy.cfg", "keylatch.lua"],
+    files_named=["/etc/haproxy/keylatch.lua"],
+    sockets=["abns@keylatch"],
+    unix="unix@{}",
+    only_root=r"\s*(user|group) ",
+)
+
+
+@pytest.fixture(scope="module", name="rig")
+def _rig() -> Iterator[Rig]:
+    with rig(HAPROXY) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def between(rig: Rig) -> Iterator[tuple[Stand, Proxy]]:
+    with stand_in(rig) as made:
+        yield made
+
+
+class TestHAProxy(ProxyContract):
+    """All that a proxy promises; bodies need a length."""
+
+    chunked_bodies: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/../me",
+        "/v1/..",
+        "/./v1/me",
+        "/v1/.",
+        "/v1/%2e%2E/me",
+        "/v1/.%2e/me",
+        "/v1%2f..%2fme",
+        "/v1/..;a=b/me",
+        "/v1\\..\\me",
+    ],
+)
+def test_dot_segments_never_get_to_the_app(rig: Rig, path: str) -> None:
+    """400 for a FULL key too: HAProxy compares them as they came, and the app may resolve them."""
+    assert rig.refused(f"GET {path}".encode(), bearing(rig.full)).status == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/a..b", "/v1/...", "/.well-known/x", "/v1/a.", "/v1/x?../y"])
+def test_dots_that_are_no_segments_do(rig: Rig, path: str) -> None:
+    """A file's name may have them."""
+    assert rig.ask(f"GET {path}".encode(), bearing(rig.full)).status == 200
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"local answer = ask(txn)": "error('a mistake')"},
+        {"local answer = ask(txn)": "local answer = nil"},
+        {"local answer = ask(txn)": "do return end"},
+        {"txn.http:req_set_header(name, values[1])": "txn.http:no_such_thing()"},
+    ],
+)
+def test_a_mistake_in_lua_lets_nobody_in(rig: Rig, mistake: dict[str, str]) -> None:
+    """HAProxy goes on with the next rule then: that one keeps the door closed."""
+    asked = rig.app.asked
+    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, mistake) as other:
+        is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
+    assert rig.app.asked == asked
+
+
+def test_without_the_closing_rule_such_a_mistake_would_let_everybody_in(rig: Rig) -> None:
+    """Why nobody may delete it."""
+    mistakes = {
+        "local answer = ask(txn)": "error('a mistake')",
+        "unless { var(txn.keylatch) -m str allowed public }": "if FALSE",
+    }
+    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, mistakes) as other:
+        assert send(other.url, b"GET /v1/me").status == 200
+
+
+def test_without_the_rule_on_bodies_a_trailer_would_say_who_calls(rig: Rig) -> None:
+    """Why bodies need a length: uvicorn with httptools takes a trailer for one more header."""
+    mistake = {"if { req.hdr(transfer-encoding) -m found }": "if FALSE"}
+    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, mistake) as other:
+        seen = told(read(exchange(other.url, with_trailer(rig.full))))
+    assert identity(seen)["x-keylatch-key-id"] == [rig.full.record.id, "evil"]
+
+
+def test_http_2_without_tls_is_no_way_around(rig: Rig) -> None:
+    """Its bodies could have trailers without `Transfer-Encoding`."""
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    assert exchange_until_idle(rig.proxy.port, preface + settings)[3:4] != settings[3:4]
+    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, {" proto h1": ""}) as other:
+        assert exchange_until_idle(other.port, preface + settings)[3:4] == settings[3:4]
