@@ -34,7 +34,7 @@ class Members:
     async def changes(self, since: int) -> Changes:
         return Changes(self.seq, "epoch", True, tuple(row for row in self.rows if row[0] > since))
 
-    async def join(self, member: str) -> None:
+    async def join(self, member: str, seconds: float) -> None:
         self.members[member] = [0, 0]
 
     async def leave(self, member: str) -> None:

@@ -35,7 +35,7 @@ def url(postgres: PostgresServer, line: Proxy) -> str:
 async def store(url: str) -> AsyncIterator[Store]:
     store = Store(url)
     await store.open(0)
-    await store.join("member")
+    await store.join("member", seconds=5)
     yield store
     await store.close()
 
@@ -67,12 +67,15 @@ async def test_connecting_to_a_silent_server_keeps_no_place(store: Store, line: 
 
 
 async def test_a_lease_does_not_queue_behind_look_ups(store: Store, line: Proxy) -> None:
-    """Look-ups that fell into the silence wait it out; the lease is renewed as soon as it ends."""
+    """Look-ups that fell into the silence wait it out; the lease is renewed, or the process joins
+    again, as soon as it ends."""
     await store.find("key_unknown")
     with line.swallowing():
         stuck = [asyncio.create_task(store.find("key_unknown")) for _ in range(MORE_THAN_THE_POOL)]
         with pytest.raises(StoreUnavailable):
             await store.poll("member", 0, seconds=0.3)
+        with pytest.raises(StoreUnavailable):
+            await store.join("another", seconds=0.3)
     assert (await store.poll("member", 0, seconds=0.5)).is_member
     assert not all(task.done() for task in stuck)
     await asyncio.gather(*stuck, return_exceptions=True)

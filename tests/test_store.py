@@ -105,8 +105,8 @@ class StoreContract:
         seq = await store.add(record(), "hashed")
         assert await store.add(record(), "hashed") == seq
         assert await store.find("key_a") == Found(record(), "hashed", seq)
-        await store.join("member")
-        await store.join("member")
+        await store.join("member", seconds=5)
+        await store.join("member", seconds=5)
 
     async def test_lists_are_in_the_order_of_creation(self, store: Store) -> None:
         """Also where many keys are made in the same millisecond; deleted ones only on demand."""

@@ -171,7 +171,7 @@ class Lease:
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)
-                await self._store.join(member)
+                await self._store.join(member, self._seconds)
                 self._member = member
             asked_at = self._timer()  # before it leaves; an answer later than X is good for nobody
             poll = await self._store.poll(self._member, self._feed.seq, self._seconds)

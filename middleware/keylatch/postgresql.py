@@ -103,7 +103,8 @@ class PostgreSQL:
             async with line.transaction():
                 return await connection.run_sync(work)
 
-        return await self._twice(self._engine, seconds or _WRITE_SECONDS, transact)
+        engine = self._engine if seconds is None else self._urgent
+        return await self._twice(engine, seconds or _WRITE_SECONDS, transact)
 
     async def _twice(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
         """Once more where the connection had died before: the server was restarted, say.

@@ -122,9 +122,9 @@ class Store:
         """Whether many hosts use it, so that it has to be asked and cannot just be read."""
         return self._database.is_shared
 
-    async def join(self, member: str) -> None:
+    async def join(self, member: str, seconds: float) -> None:
         """A process will ask for leases under this name."""
-        await self._write(sql.join, member)
+        await self._database.write(lambda connection: sql.join(connection, member), seconds=seconds)
 
     async def poll(self, member: str, seq: int, seconds: float) -> Poll:
         """Acknowledge `seq`, count a grant, and tell what happened since, in one statement
