@@ -183,7 +183,7 @@ async def test_a_dead_process_costs_one_revoke(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
     """The second revoke after a kill -9 does not wait for it any more."""
-    await store.join("killed")
+    await store.join("killed", seconds=X)
     await processes[0].lease.settle(store.commit("key_a"))
     began = clock()
     receipt = await processes[0].lease.settle(store.commit("key_b"))
@@ -210,7 +210,7 @@ async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
     """Its lease may still run, so later revokes have to wait for it as well."""
-    await store.join("slow")
+    await store.join("slow", seconds=X)
 
     def granted(member: str) -> None:
         store.members["slow"][0] += 1  # it asks, but what it learns never arrives
@@ -270,7 +270,7 @@ async def test_silence_counts_from_after_the_first_look(
 ) -> None:
     """A look that takes long has counted grants that were made while it was under way: whoever was
     granted one of them keeps its row, or a later revoke would not wait for it."""
-    await store.join("slow")
+    await store.join("slow", seconds=X)
     look = store.laggards
 
     async def slow_look(seq: int, seconds: float) -> tuple[dict[str, int], int]:
