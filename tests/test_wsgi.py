@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -148,8 +149,7 @@ def test_refusals(protected: Protected) -> None:
 def test_public_paths_and_parameters(protected: Protected) -> None:
     """The same rules as over ASGI, also for paths beyond ASCII."""
     key = bearer(protected.create(permission="SENDING"))
-    assert call(protected.app, "/healthz") == call(protected.app, "/healthz")
-    assert call(protected.app, "/healthz")[2] == b"nobody"
+    assert call(protected.app, "/healthz")[::2] == (200, b"nobody")
     assert call(protected.app, "/v1/emails/7", HTTP_AUTHORIZATION=key)[0] == 200
     wsgi_path = "/v1/emails/grüße".encode().decode("latin-1")
     assert call(protected.app, wsgi_path, HTTP_AUTHORIZATION=key)[0] == 200
@@ -338,12 +338,14 @@ def served(store_url: str, *options: str) -> Iterator[tuple[str, "subprocess.Pop
         cwd=Path(worker_wsgi.__file__).parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         eventually(lambda: worker_wsgi.ask(port, "/healthz") == 200)
         yield str(port), process
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it stopped in order
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too
         process.wait()
 
 
