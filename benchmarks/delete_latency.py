@@ -4,9 +4,9 @@
         [--processes 4] [--members 4] [--revokes 300] [--rate 200] [--freeze] [--json results.json]
 
 Every process checks all keys in turn, at an open-loop rate; one more creates and revokes keys, one
-after the other, and waits for each. More members than processes are simulated: leases like any
-other, each with a connection of its own, but in the same processes and hearing one bell, because
-a hundred real ones would measure this machine's processors and not the store. Latencies are from
+after the other, and waits for each. More members than processes are simulated: each asks what a
+lease asks, when it would, over a connection of its own, but in the same processes, because a
+hundred real ones would measure this machine's processors and not the store. Latencies are from
 the call to its return; a check that started after that and was allowed is counted as late. Point
 it at a store made for the purpose.
 """
@@ -16,6 +16,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import time
 from multiprocessing.connection import Connection
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg import pq
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,73 +32,101 @@ from sqlalchemy.dialects import postgresql
 
 from keylatch import statements as sql
 from keylatch.engine import Engine
-from keylatch.feed import Feed
 from keylatch.lease import Lease
 from keylatch.model import Allow
 from keylatch.settings import Settings
-from keylatch.store import Store
 
-_DIALECT = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]
-
-
-class LineStore(Store):
-    """What a lease asks, over one plain connection."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self._url = url
-        self._text, self._fixed, _ = sql.POLL.spelled(_DIALECT)
-
-    async def connect(self) -> None:
-        """Open the connection."""
-        self._line = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
-
-    async def poll(self, member: str, seq: int, seconds: float) -> sql.Poll:
-        """See `Store.poll`."""
-        values = {**self._fixed, "member": member, "since": seq}
-        cursor = await self._line.execute(self._text.encode(), values)
-        return sql.read_poll(await cursor.fetchall(), seq)
-
-    async def close(self) -> None:
-        """Close the connection."""
-        await self._line.close()
-        await super().close()
+_POLL = sql.POLL.statement.compile(
+    dialect=postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+)
 
 
-class Simulated:
-    """Members that are asked nothing, and hear the bell that the process's engine hears."""
+class Member:
+    """What the store sees of a `Lease`: the same question at the same moments, asked by libpq.
+
+    Python around each of a hundred would take this machine's processors from the store, which in
+    life has its own. It believes nothing, so it has no lease to lose.
+    """
+
+    def __init__(self, name: str, url: str, seconds: float) -> None:
+        self._values = {**_POLL.params, "member": name, "since": 0}
+        self._order = _POLL.positiontup or []
+        self._pause = seconds / 4
+        self._loop = asyncio.get_running_loop()
+        self._line = pq.PGconn.connect(url.encode())
+        self._line.prepare(b"poll", str(_POLL).encode())
+        self._line.nonblocking = 1
+        self._asking = self._asked_again = False
+        self._seq = 0
+        self._timer = self._loop.call_soon(self.look)
+        self._loop.add_reader(self._line.socket, self._heard)
+
+    def look(self) -> None:
+        """Ask; once more afterwards if a question is under way."""
+        if self._asking:
+            self._asked_again = True
+            return
+        self._timer.cancel()
+        self._asking, self._asked_again = True, False
+        values = [str(self._values[name]).encode() for name in self._order]
+        self._line.send_query_prepared(b"poll", values)
+        self._line.flush()
+
+    def _heard(self) -> None:
+        self._line.consume_input()
+        while not self._line.is_busy():
+            answer = self._line.get_result()
+            if answer is None:
+                self._answered()
+                break
+            self._seq = int(answer.get_value(0, 0) or b"")
+
+    def _answered(self) -> None:
+        self._asking = False
+        if self._seq == self._values["since"] and not self._asked_again:
+            self._timer = self._loop.call_later(self._pause, self.look)
+        else:
+            self._values["since"] = self._seq
+            self.look()  # acknowledges it
+
+    def close(self) -> None:
+        """Hang up."""
+        self._timer.cancel()
+        self._loop.remove_reader(self._line.socket)
+        self._line.finish()
+
+
+class Crowd:
+    """Members beside the process's own, who hear the bell that its engine hears."""
 
     def __init__(self, engine: Engine, settings: Settings, count: int) -> None:
         assert isinstance(engine._witness, Lease)
+        self._store = engine.store
         self._settings = settings
-        self._stores = [LineStore(settings.store) for _ in range(count)]
-        self._leases: list[Lease] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._names = [secrets.token_hex(8) for _ in range(count)]
+        self._members: list[Member] = []
         self._hear = engine._witness.hear
         engine._witness.hear = self.hear  # type: ignore[method-assign]
 
     def hear(self) -> None:
         """The bell rang."""
         self._hear()
-        for lease in self._leases:
-            lease.hear()
+        for member in self._members:
+            member.look()
 
     async def start(self) -> None:
         """Join one after the other, so that nobody polls in step."""
-        for store in self._stores:
-            await store.connect()
-            lease = Lease(store, Feed(lambda _: None), self._settings.lease, store.ring)
-            await lease.begin()
-            self._leases.append(lease)
-            self._tasks.append(asyncio.create_task(lease.run()))
-            await asyncio.sleep(self._settings.lease / 4 / len(self._stores))
+        for name in self._names:
+            await self._store.join(name, self._settings.lease)
+            self._members.append(Member(name, self._settings.store, self._settings.lease))
+            await asyncio.sleep(self._settings.lease / 4 / len(self._names))
 
     async def stop(self) -> None:
         """Leave."""
-        for task, lease, store in zip(self._tasks, self._leases, self._stores, strict=True):
-            task.cancel()
-            await lease.end()
-            await store.close()
+        for member in self._members:
+            member.close()
+        for name in self._names:
+            await self._store.leave(name)
 
 
 def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: int) -> None:
@@ -105,9 +135,9 @@ def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: i
     async def run() -> dict[str, int]:
         settings = Settings.load(store=store, redis=redis, hasher="sha256")
         engine = Engine(settings)
-        simulated = Simulated(engine, settings, members - 1)
+        crowd = Crowd(engine, settings, members - 1)
         await engine.start()
-        await simulated.start()
+        await crowd.start()
         tokens: list[tuple[str, bytes]] = []
         last_allowed: dict[str, int] = {}
         due = time.monotonic()
@@ -116,7 +146,7 @@ def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: i
             while pipe.poll():
                 told = pipe.recv()
                 if told is None:
-                    await simulated.stop()
+                    await crowd.stop()
                     await engine.stop()
                     return last_allowed
                 tokens.append(told)
