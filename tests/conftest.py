@@ -5,7 +5,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -19,7 +19,10 @@ from keylatch_sidecar.app import create_app
 from keylatch_sidecar.settings import ProxySettings
 from servers import PostgresServer, RedisServer, serving
 
-pytest.register_assert_rewrite("proxies")
+if TYPE_CHECKING:
+    from proxies import Proxy, Rig, Stand
+
+pytest.register_assert_rewrite("proxies", "proxy_contract")  # imported only where needed
 
 MakeEngine = Callable[..., Engine]
 Times = Callable[[int, int], int]
@@ -188,3 +191,37 @@ def client(sidecar: Sidecar, boss: Created) -> Iterator[httpx.Client]:
     """HTTP with the boss's key."""
     with sidecar.client(boss) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def rig(request: pytest.FixtureRequest) -> "Iterator[Rig]":
+    """The proxy that the module calls `KIND`, with a sidecar, an app, and keys."""
+    import proxies
+
+    with proxies.rig(request.module.KIND) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def between(rig: "Rig") -> "Iterator[tuple[Stand, Proxy]]":
+    """Another such proxy, with somebody between it and the sidecar."""
+    import proxies
+
+    with proxies.stand_in(rig) as made:
+        yield made
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was found of each proxy, where any was tested."""
+    reports = [
+        (outcome, report.nodeid)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call"
+    ]
+    if any("::Test" in nodeid and "test_a_websocket_opens" in nodeid for _, nodeid in reports):
+        from proxy_contract import properties
+
+        terminalreporter.section("proxy x property: tests passed (failed)")
+        for line in properties(reports):
+            terminalreporter.write_line(line)

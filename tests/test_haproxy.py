@@ -1,29 +1,24 @@
 """HAProxy with the files in `deploy/haproxy`: a short Lua action asks the sidecar."""
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
 
 from proxies import (
     Kind,
-    Proxy,
-    ProxyContract,
     Rig,
-    Stand,
     bearing,
     exchange_until_idle,
     identity,
     is_unavailable,
     proxy,
-    rig,
-    stand_in,
     told,
     with_trailer,
 )
+from proxy_contract import ProxyContract
 from wire import exchange, read, send
 
-HAPROXY = Kind(
+KIND = Kind(
     name="haproxy",
     program="haproxy",
     package="haproxy",
@@ -35,18 +30,6 @@ HAPROXY = Kind(
     unix="unix@{}",
     only_root=r"\s*(user|group) ",
 )
-
-
-@pytest.fixture(scope="module", name="rig")
-def _rig() -> Iterator[Rig]:
-    with rig(HAPROXY) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def between(rig: Rig) -> Iterator[tuple[Stand, Proxy]]:
-    with stand_in(rig) as made:
-        yield made
 
 
 class TestHAProxy(ProxyContract):
@@ -92,7 +75,7 @@ def test_dots_that_are_no_segments_do(rig: Rig, path: str) -> None:
 def test_a_mistake_in_lua_lets_nobody_in(rig: Rig, mistake: dict[str, str]) -> None:
     """HAProxy goes on with the next rule then: that one keeps the door closed."""
     asked = rig.app.asked
-    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, mistake) as other:
+    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
         is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
     assert rig.app.asked == asked
 
@@ -103,14 +86,14 @@ def test_without_the_closing_rule_such_a_mistake_would_let_everybody_in(rig: Rig
         "local answer = ask(txn)": "error('a mistake')",
         "unless { var(txn.keylatch) -m str allowed public }": "if FALSE",
     }
-    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, mistakes) as other:
+    with proxy(KIND, rig.app_url, rig.sidecar.port, mistakes) as other:
         assert send(other.url, b"GET /v1/me").status == 200
 
 
 def test_without_the_rule_on_bodies_a_trailer_would_say_who_calls(rig: Rig) -> None:
     """Why bodies need a length: uvicorn with httptools takes a trailer for one more header."""
     mistake = {"if { req.hdr(transfer-encoding) -m found }": "if FALSE"}
-    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, mistake) as other:
+    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
         seen = told(read(exchange(other.url, with_trailer(rig.full))))
     assert identity(seen)["x-keylatch-key-id"] == [rig.full.record.id, "evil"]
 
@@ -120,5 +103,5 @@ def test_http_2_without_tls_is_no_way_around(rig: Rig) -> None:
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     assert exchange_until_idle(rig.proxy.port, preface + settings)[3:4] != settings[3:4]
-    with proxy(HAPROXY, rig.app_url, rig.sidecar.port, {" proto h1": ""}) as other:
+    with proxy(KIND, rig.app_url, rig.sidecar.port, {" proto h1": ""}) as other:
         assert exchange_until_idle(other.port, preface + settings)[3:4] == settings[3:4]

@@ -1,25 +1,19 @@
 """nginx with the files in `deploy/nginx`: auth_request asks the sidecar."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from proxies import (
     Kind,
-    Proxy,
-    ProxyContract,
     Rig,
-    Stand,
     bearing,
     identity,
     proxy,
-    rig,
-    stand_in,
     told,
 )
+from proxy_contract import ProxyContract
 from wire import send
 
-NGINX = Kind(
+KIND = Kind(
     name="nginx",
     program="nginx",
     package="nginx",
@@ -30,18 +24,6 @@ NGINX = Kind(
     files_named=["/run/nginx.pid"],
     unix="unix:{}",
 )
-
-
-@pytest.fixture(scope="module", name="rig")
-def _rig() -> Iterator[Rig]:
-    with rig(NGINX) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def between(rig: Rig) -> Iterator[tuple[Stand, Proxy]]:
-    with stand_in(rig) as made:
-        yield made
 
 
 class TestNginx(ProxyContract):
@@ -57,7 +39,7 @@ def test_the_question_cannot_be_asked_from_outside(rig: Rig, path: bytes) -> Non
 def test_a_new_location_is_closed_until_it_is_opened(rig: Rig) -> None:
     """The check is the server's: a location that says nothing about it is protected."""
     more = "location = /new { proxy_pass http://app; }\n location = /healthz {"
-    with proxy(NGINX, rig.app_url, rig.sidecar.port, {"location = /healthz {": more}) as other:
+    with proxy(KIND, rig.app_url, rig.sidecar.port, {"location = /healthz {": more}) as other:
         assert send(other.url, b"GET /new").status == 401
         assert send(other.url, b"GET /new", bearing(rig.sender)).status == 403
         assert told(send(other.url, b"GET /new", bearing(rig.full)))["path"] == "/new"
@@ -66,7 +48,7 @@ def test_a_new_location_is_closed_until_it_is_opened(rig: Rig) -> None:
 def test_a_location_with_headers_of_its_own_would_believe_the_client(rig: Rig) -> None:
     """Why the files warn of `proxy_set_header` in a location: it undoes those of the server."""
     mistake = {"proxy_pass http://app;": "proxy_pass http://app; proxy_set_header X-Mine 1;"}
-    with proxy(NGINX, rig.app_url, rig.sidecar.port, mistake) as other:
+    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
         lie = b"X-Keylatch-Key-Id: evil"
         seen = told(send(other.url, b"GET /v1/me", bearing(rig.full), lie))
     assert identity(seen) == {"x-keylatch-key-id": ["evil"]}

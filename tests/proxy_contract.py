@@ -1,0 +1,631 @@
+"""What every reverse proxy promises with its files in `deploy/`; `test_<proxy>.py` inherits it."""
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from keylatch.keyring import Created
+from proxies import (
+    IDENTITY,
+    Proxy,
+    Rig,
+    SidecarProcess,
+    Stand,
+    bearing,
+    complaints,
+    exchange_until_idle,
+    identity,
+    identity_of,
+    is_as_the_sidecar_says,
+    is_unavailable,
+    lowered,
+    proxy,
+    told,
+    values_of,
+    with_trailer,
+)
+from wire import exchange, read, send
+
+PATIENCE_SECONDS = 20  # a third of what proxies wait for by default; measured: 1 to 2
+BROKEN = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+NAMED = b"".join(name.encode() + b": x\r\n" for name in IDENTITY)
+
+SPELLINGS = [
+    b"X-Keylatch-Key-Id",
+    b"x-keylatch-KEY-ID",
+    b"X_Keylatch_Key_Id",
+    b"X-Keylatch_Key-Id",
+    b"x_KEYLATCH-key_id",
+    b"X.Keylatch.Key.Id",
+    b"X-Keylatch-Key-Name",
+    b"X-Keylatch-Organization-Id",
+    b"X_Keylatch_Organization_Id",
+    b"X-Keylatch-Permission",
+    b"X_KEYLATCH_PERMISSION",
+    b"X-Keylatch-Environment",
+    b"X-Keylatch-Require",
+    b"X-Keylatch-Error",
+]
+
+
+class ProxyContract:
+    """What every proxy must do. The module of a subclass says how to run it: `KIND`."""
+
+    chunked_bodies: ClassVar[bool] = True
+    """Whether bodies without a length arrive; if not, they are refused with 411."""
+    question: ClassVar[bytes] = b"/verify?permission=SENDING"
+    """The target of the question about a route that SENDING may call."""
+
+    def test_it_has_no_complaint_about_its_files(self, rig: Rig) -> None:
+        """The files are right for this version, in its own judgement."""
+        assert complaints(rig.kind) == ""
+
+    @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "PROPFIND"])
+    def test_a_good_key_is_let_in_and_the_app_knows_whose_it_is(
+        self, rig: Rig, method: str
+    ) -> None:
+        """All identity headers, once each; method, path and query as they came."""
+        start = f"{method} /v1/me?a=1&b=%2F".encode()
+        answered = rig.ask(start, bearing(rig.full), b"Content-Length: 0")
+        seen = told(answered)
+        assert identity(seen) == identity_of(rig.full)
+        assert (seen["method"], seen["path"], seen["query"]) == (method, "/v1/me", "a=1&b=%2F")
+        assert lowered(answered)[b"x-echo"] == b"the app"
+
+    def test_the_app_never_sees_the_key(self, rig: Rig) -> None:
+        """`Authorization` ends at the proxy, on public routes too."""
+        for start in (b"GET /v1/me", b"GET /healthz"):
+            assert values_of(told(rig.ask(start, bearing(rig.full))), "authorization") == []
+
+    def test_the_longest_name_and_address_pass(self, rig: Rig) -> None:
+        """1.2 kB of a key's name in the sidecar's answer, 7 kB of a query in the question."""
+        key = rig.sidecar.create(name=100 * "\N{MUSICAL SYMBOL G CLEF}")
+        seen = told(rig.ask(b"GET /v1/me?" + 7_000 * b"x", bearing(key)))
+        assert identity(seen) == identity_of(key)
+        assert seen["query"] == 7_000 * "x"
+
+    def test_head_is_answered_without_a_body(self, rig: Rig) -> None:
+        """The app is asked HEAD; a refused HEAD has no body either."""
+        asked = rig.app.asked
+        allowed = rig.ask(b"HEAD /v1/me", bearing(rig.full))
+        assert (allowed.status, allowed.body, rig.app.asked) == (200, b"", asked + 1)
+        refused = rig.refused(b"HEAD /v1/me")
+        assert (refused.status, refused.body) == (401, b"")
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            None,
+            "",
+            "Bearer",
+            "Bearer ",
+            "Basic dXNlcjpwYXNz",
+            "Bearer wrong",
+            "Bearer kl_live_000000000000_00000000000000000000000000000000000000000",
+            "Bearer {token}x",
+            "Bearer {token}, Bearer {token}",
+            "Bearer {token} {token}",
+            "Bearer x" + 600 * "x",
+        ],
+    )
+    def test_without_a_good_key_it_is_401(self, rig: Rig, value: str | None) -> None:
+        """Challenge once, JSON body, error word: as the sidecar says it."""
+        fields = []
+        if value is not None:
+            value = value.replace("{token}", rig.full.token.reveal())
+            fields = [f"Authorization: {value}".encode()]
+        refused = rig.refused(b"GET /v1/me", *fields)
+        assert refused.status == 401
+        is_as_the_sidecar_says(refused, rig.sidecar.says(*fields))
+        assert lowered(refused)[b"www-authenticate"].startswith(b'Bearer realm="keylatch"')
+
+    def test_a_revoked_key_is_refused_on_the_very_next_request(self, rig: Rig) -> None:
+        """On the same kept connection too; nothing on the way remembers it."""
+        for _ in range(5):
+            key = rig.sidecar.create()
+            assert rig.ask(b"GET /v1/me", bearing(key)).status == 200
+            rig.sidecar.revoke(key)
+            refused = rig.refused(b"GET /v1/me", bearing(key))
+            is_as_the_sidecar_says(refused, rig.sidecar.says(bearing(key)))
+            assert refused.status == 401
+
+    @pytest.mark.parametrize(
+        ("start", "status"),
+        [
+            ("POST /v1/emails", 200),
+            ("POST /v1/emails?x=1", 200),
+            ("POST /v1/emails?permission=FULL", 200),
+            ("POST /v1/emails/batch", 200),
+            ("GET /v1/emails", 403),
+            ("DELETE /v1/emails", 403),
+            ("OPTIONS /v1/emails", 403),
+            ("post /v1/emails", 403),
+            ("POSTX /v1/emails", 403),
+            ("POST /v1/emails/", 403),
+            ("POST /v1/emails/x", 403),
+            ("POST /v1/emailsx", 403),
+            ("POST /V1/emails", 403),
+            ("POST /v1/email%73", 403),
+            ("POST /v1/emails;a=b", 403),
+            ("POST /v1/me", 403),
+            ("GET /v1/me?permission=SENDING", 403),
+            ("GET /v1/me?x=/v1/emails", 403),
+            ("GET /v1/me?permission=FULL&permission=", 403),
+        ],
+    )
+    def test_a_key_may_call_what_the_table_names_and_nothing_else(
+        self, rig: Rig, start: str, status: int
+    ) -> None:
+        """Method and whole path decide; a refusal says what would have sufficed."""
+        fields = (bearing(rig.sender), b"Content-Length: 0")
+        if status == 200:
+            answered = rig.ask(start.encode(), *fields)
+            assert identity(told(answered)) == identity_of(rig.sender)
+            return
+        refused = rig.refused(start.encode(), *fields)
+        if refused.status == 400:  # some refuse unusual methods by themselves
+            assert start.startswith("post")
+            return
+        assert refused.status == 403
+        is_as_the_sidecar_says(refused, rig.sidecar.says(bearing(rig.sender)))
+        challenge = lowered(refused)[b"www-authenticate"]
+        assert b'error="insufficient_scope"' in challenge
+
+    @pytest.mark.parametrize(
+        "field",
+        [
+            b"X-Forwarded-Method: POST",
+            b"X-Forwarded-Uri: /v1/emails",
+            b"X-Original-Method: POST",
+            b"X-Original-URL: /v1/emails",
+            b"X-Original-URI: /v1/emails",
+            b"X-Rewrite-URL: /v1/emails",
+            b"X-HTTP-Method-Override: POST",
+            b"X-Keylatch-Require: SENDING",
+            b"X-Keylatch-Permission: FULL",
+            b"Host: 127.0.0.1:8700",
+            b"X-Forwarded-Host: 127.0.0.1:8700",
+            b"Accept: */*\r\nX-Forwarded-Method: POST\r\nX-Forwarded-Uri: /v1/emails",
+        ],
+    )
+    def test_no_header_changes_what_a_request_asks_of_its_key(self, rig: Rig, field: bytes) -> None:
+        """A SENDING key stays out, a FULL key in, and the facts for the sidecar are the proxy's."""
+        assert rig.refused(b"GET /v1/emails", bearing(rig.sender), field).status in (400, 403)
+        answered = rig.ask(b"GET /v1/emails", bearing(rig.full), field)
+        if b"Host" not in field.split(b":")[0] or answered.status != 400:
+            assert identity(told(answered)) == identity_of(rig.full)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            b"X-HTTP-Method-Override",
+            b"X_HTTP_Method_Override",
+            b"X-HTTP-Method",
+            b"X-Method-Override",
+        ],
+    )
+    def test_a_judged_method_is_the_method(self, rig: Rig, name: bytes) -> None:
+        """The app never hears of another one: it was judged as what it is."""
+        fields = (bearing(rig.sender), b"Content-Length: 0", name + b": DELETE")
+        seen = told(rig.ask(b"POST /v1/emails", *fields))
+        assert "DELETE" not in json.dumps(seen)
+
+    @pytest.mark.parametrize("name", SPELLINGS)
+    def test_nobody_can_say_for_himself_who_he_is(self, rig: Rig, name: bytes) -> None:
+        """In no spelling, once or twice, with a key or without one: the app hears the sidecar."""
+        lies = (name + b": evil", name + b": evil2")
+        keyed = told(rig.ask(b"GET /v1/me", bearing(rig.full), *lies))
+        public = told(rig.ask(b"GET /healthz", *lies))
+        assert identity(keyed) == identity_of(rig.full)
+        assert identity(public) == {}
+        assert "evil" not in json.dumps([keyed, public])
+
+    @pytest.mark.parametrize("name", [*(name.encode() for name in IDENTITY), b"Authorization"])
+    def test_a_connection_header_takes_nothing_away(self, rig: Rig, name: bytes) -> None:
+        """`Connection: X-Keylatch-Key-Id` would make an anonymous request of an allowed one."""
+        lines = [b"GET /v1/me HTTP/1.1", b"Host: test", bearing(rig.full)]
+        lines += [b"Connection: close, " + name, b"", b""]
+        answered = read(exchange(rig.url, b"\r\n".join(lines)))
+        if answered.status != 401:
+            seen = told(answered)
+            assert identity(seen) == identity_of(rig.full)
+            assert name.decode() not in "".join(values_of(seen, "connection"))
+
+    @pytest.mark.parametrize("order", ["good bad", "bad good", "good good", "good empty"])
+    def test_two_credentials_are_never_allowed(self, rig: Rig, order: str) -> None:
+        """Whichever comes first: who reads the other one would be deceived."""
+        fields = {
+            "good": bearing(rig.full),
+            "bad": b"Authorization: Bearer wrong",
+            "empty": b"Authorization: Basic",
+        }
+        refused = rig.refused(b"GET /v1/me", *(fields[word] for word in order.split()))
+        assert refused.status in (400, 401)
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/v1/emails/../me",
+            "/v1/emails/..",
+            "/v1/./emails",
+            "/v1/../v1/emails",
+            "//v1/emails",
+            "/v1//emails",
+            "/v1/emails/%2e%2e/me",
+            "/v1/emails/.%2E/me",
+            "/v1/emails%2f..%2fme",
+            "/v1/emails%2F%2e%2e%2Fme",
+            "/v1/emails\\..\\me",
+            "/v1/emails/..;/me",
+            "/v1/emails;/../me",
+            "/v1/me/../emails",
+            "/v1/me#/../emails",
+            "/v1/emails%00",
+            "/v1/emails%3F",
+            "/v1/emails%",
+            "http://test/v1/me",
+            "*",
+        ],
+    )
+    def test_no_way_to_spell_a_path_reaches_another_permission(self, rig: Rig, path: str) -> None:
+        """A SENDING key: refused, or what the app gets is the very path that the table names."""
+        asked = rig.app.asked
+        answered = rig.ask(f"POST {path}".encode(), bearing(rig.sender), b"Content-Length: 0")
+        if answered.status == 200:
+            assert told(answered)["path"] == "/v1/emails"
+            return
+        assert answered.status in (400, 403, 404)
+        assert rig.app.asked == asked
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/healthz/../v1/me",
+            "/v1/me/../../healthz",
+            "/healthz/",
+            "/healthz/x",
+            "/healthz;/v1/me",
+            "/healthz%2f..%2fv1%2fme",
+            "/healthz%00",
+            "/healthz#/../v1/me",
+            "//healthz",
+            "/./healthz",
+            "/%68ealthz",
+            "/HEALTHZ",
+            "http://test/v1/me",
+        ],
+    )
+    def test_no_way_to_spell_a_path_makes_it_public(self, rig: Rig, path: str) -> None:
+        """Without a key: refused, or what the app gets is the very path that is public."""
+        asked = rig.app.asked
+        answered = rig.ask(f"GET {path}".encode())
+        if answered.status == 200:
+            seen = told(answered)
+            assert (seen["path"], identity(seen)) == ("/healthz", {})
+            return
+        assert answered.status in (400, 401, 404)
+        assert rig.app.asked == asked
+
+    @pytest.mark.parametrize("fields", [[], [b"Authorization: Bearer wrong"]])
+    def test_what_is_public_needs_no_key(self, rig: Rig, fields: list[bytes]) -> None:
+        """And a bad one does no harm there; its query arrives."""
+        seen = told(rig.ask(b"GET /healthz?deep=1", *fields))
+        assert (seen["path"], seen["query"], identity(seen)) == ("/healthz", "deep=1", {})
+
+    @pytest.mark.parametrize("fields", [[], [b"X-Keylatch-Key-Id: evil"]])
+    def test_a_preflight_is_answered_by_the_app(self, rig: Rig, fields: list[bytes]) -> None:
+        """Browsers send it without the key; it comes from nobody."""
+        asking = (b"Origin: https://a.test", b"Access-Control-Request-Method: DELETE")
+        seen = told(rig.ask(b"OPTIONS /v1/emails", *asking, *fields))
+        assert (seen["method"], seen["path"], identity(seen)) == ("OPTIONS", "/v1/emails", {})
+
+    @pytest.mark.parametrize(
+        ("method", "fields"),
+        [
+            (b"OPTIONS", []),
+            (b"OPTIONS", [b"Origin: https://a.test"]),
+            (b"OPTIONS", [b"Access-Control-Request-Method: GET"]),
+            (b"OPTIONS", [b"Origin:", b"Access-Control-Request-Method: GET b"]),
+            (b"GET", [b"Origin: https://a.test", b"Access-Control-Request-Method: GET"]),
+        ],
+    )
+    def test_nothing_else_passes_for_a_preflight(
+        self, rig: Rig, method: bytes, fields: list[bytes]
+    ) -> None:
+        """An OPTIONS that no browser asks ahead, and what is no OPTIONS, need a key."""
+        assert rig.refused(method + b" /v1/me", *fields).status in (400, 401)
+
+    @pytest.mark.parametrize("key", ["full", "sender"])
+    def test_a_large_body_arrives_whole(self, rig: Rig, key: str) -> None:
+        """300 kB, as the sidecar never waits for any of it."""
+        lines = [b"POST /v1/emails HTTP/1.1", b"Host: test", bearing(getattr(rig, key))]
+        lines += [b"Content-Length: 300000", b"Connection: close", b"", 300_000 * b"x"]
+        seen = told(read(exchange(rig.url, b"\r\n".join(lines))))
+        assert seen["length"] == 300_000
+        assert identity(seen) == identity_of(getattr(rig, key))
+
+    def test_a_large_body_without_a_key_is_refused(self, rig: Rig) -> None:
+        """401, and nothing of it gets to the app."""
+        asked = rig.app.asked
+        lines = [b"POST /v1/emails HTTP/1.1", b"Host: test", b"Content-Length: 300000"]
+        lines += [b"Expect: 100-continue", b"Connection: close", b"", b""]
+        received = exchange_until_idle(rig.proxy.port, b"\r\n".join(lines))
+        assert received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 401 ")
+        assert rig.app.asked == asked
+
+    def test_trailers_never_become_headers(self, rig: Rig) -> None:
+        """Some app servers add them to the headers: they could say who calls."""
+        answered = read(exchange(rig.url, with_trailer(rig.full)))
+        if not self.chunked_bodies:
+            assert answered.status == 411
+            return
+        seen = told(answered)
+        assert (seen["length"], identity(seen)) == (5, identity_of(rig.full))
+
+    def test_two_lengths_are_not_two_requests(self, rig: Rig) -> None:
+        """What is smuggled behind a length that contradicts the encoding never gets to the app."""
+        smuggled = b"0\r\n\r\nGET /v1/smuggled HTTP/1.1\r\nHost: test\r\n\r\n"
+        lines = [b"POST /v1/emails HTTP/1.1", b"Host: test", bearing(rig.full)]
+        lines += [b"Content-Length: %d" % len(smuggled), b"Transfer-Encoding: chunked", b""]
+        received = exchange_until_idle(rig.proxy.port, b"\r\n".join([*lines, smuggled]))
+        assert b"/v1/smuggled" not in received
+
+    def test_requests_on_one_connection_are_judged_one_by_one(self, rig: Rig) -> None:
+        """Who came before on the same connection lends nothing to who comes after."""
+        good = [b"GET /v1/me HTTP/1.1", b"Host: test", bearing(rig.full), b"", b""]
+        keyless = [b"GET /v1/me HTTP/1.1", b"Host: test", b"Connection: close", b"", b""]
+        asked = rig.app.asked
+        received = exchange(rig.url, b"\r\n".join(good) + b"\r\n".join(keyless))
+        assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"401"]
+        assert rig.app.asked == asked + 1
+
+    def test_at_the_same_time_everybody_is_himself(self, rig: Rig) -> None:
+        """Forty callers at once, on routes that both may call: no identity is mixed up."""
+
+        def ask(key: Created) -> dict[str, list[str]]:
+            return identity(told(rig.ask(b"POST /v1/emails", bearing(key), b"Content-Length: 0")))
+
+        keys = [rig.full, rig.sender] * 20
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, keys)) == [identity_of(key) for key in keys]
+
+    @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 502, 503])
+    def test_what_the_app_answers_is_not_touched(self, rig: Rig, status: int) -> None:
+        """Its own refusals and faults are its own: never turned into the sidecar's."""
+        answered = rig.ask(b"GET /status/%d" % status, bearing(rig.full))
+        headers = lowered(answered)
+        assert answered.status == status
+        assert headers[b"x-echo"] == b"the app"
+        assert json.loads(answered.body)["path"] == f"/status/{status}"
+        assert b"x-keylatch-error" not in headers
+        if status == 401:
+            assert headers[b"www-authenticate"] == b'Basic realm="the app"'
+
+    def test_a_websocket_opens_with_a_good_key(self, rig: Rig) -> None:
+        """The app knows whose it is; messages go both ways."""
+        headers = {
+            "Authorization": f"Bearer {rig.full.token.reveal()}",
+            "X-Keylatch-Key-Id": "evil",
+        }
+        url = f"ws://127.0.0.1:{rig.proxy.port}/v1/live"
+        with connect(url, additional_headers=headers, proxy=None) as chat:
+            seen = json.loads(chat.recv(timeout=10))
+            assert identity(seen) == identity_of(rig.full)
+            for text in ("one", "two"):
+                chat.send(text)
+                assert chat.recv(timeout=10) == text
+
+    @pytest.mark.parametrize(("who", "status"), [("nobody", 401), ("bad", 401), ("sender", 403)])
+    def test_a_websocket_does_not_open_otherwise(self, rig: Rig, who: str, status: int) -> None:
+        """The handshake is refused like any other request."""
+        token = {"nobody": "", "bad": "wrong", "sender": rig.sender.token.reveal()}[who]
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        asked = rig.app.asked
+        url = f"ws://127.0.0.1:{rig.proxy.port}/v1/live"
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url, additional_headers=headers, proxy=None)
+        assert refused.value.response.status_code == status
+        assert rig.app.asked == asked
+
+    def test_only_websockets_are_upgrades(self, rig: Rig) -> None:
+        """With `Upgrade: h2c` a client could talk to the app past the proxy."""
+        lines = [b"GET /v1/me HTTP/1.1", b"Host: test", bearing(rig.full)]
+        lines += [b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__"]
+        lines += [b"Connection: Upgrade, HTTP2-Settings", b"", b""]
+        received = exchange_until_idle(rig.proxy.port, b"\r\n".join(lines))
+        assert received.startswith(b"HTTP/1.1 200 ")
+        assert b"h2c" not in received
+
+    def test_no_key_is_written_anywhere(self, rig: Rig) -> None:
+        """Not into a log, not into a temporary file: allowed, refused or upgraded."""
+        secrets = [key.token.reveal().encode()[-40:] for key in (rig.full, rig.sender)]
+        rig.ask(b"GET /v1/me", bearing(rig.full))
+        rig.ask(b"GET /v1/me", bearing(rig.sender))
+        for file in (file for file in rig.proxy.folder.rglob("*") if file.is_file()):
+            written = file.read_bytes()
+            assert not any(secret in written for secret in secrets), file
+
+    def test_a_sidecar_that_is_gone_means_503_until_it_is_back(self, rig: Rig) -> None:
+        """In time; public routes go on; the first request after the restart is served."""
+        assert rig.ask(b"GET /v1/me", bearing(rig.full)).status == 200
+        rig.sidecar.stop()
+        began = time.monotonic()
+        for fields in ([bearing(rig.full)], []):
+            is_unavailable(rig.refused(b"GET /v1/me", *fields))
+        assert time.monotonic() - began < 2 * PATIENCE_SECONDS
+        assert rig.ask(b"GET /healthz").status == 200
+        rig.sidecar.start()
+        assert rig.ask(b"GET /v1/me", bearing(rig.full)).status == 200
+
+    def test_connections_that_a_restart_closed_are_not_missed(self, rig: Rig) -> None:
+        """Killed and restarted between two requests: the kept connections lead nowhere."""
+        with ThreadPoolExecutor(8) as pool:
+            asking = [pool.submit(rig.ask, b"GET /v1/me", bearing(rig.full)) for _ in range(24)]
+            assert {asked.result().status for asked in asking} == {200}
+        rig.sidecar.kill()
+        rig.sidecar.start()
+        answers = [rig.ask(b"GET /v1/me", bearing(rig.full)).status for _ in range(12)]
+        assert answers == 12 * [200]
+
+    def test_a_sidecar_that_hangs_means_503_in_time(self, rig: Rig) -> None:
+        """Long before a proxy's usual minute, for seventy callers at once; and all is well when it
+        goes on."""
+
+        def ask(_: int) -> float:
+            began = time.monotonic()
+            is_unavailable(rig.refused(b"GET /v1/me", bearing(rig.full)))
+            return time.monotonic() - began
+
+        rig.sidecar.pause()
+        try:
+            with ThreadPoolExecutor(70) as pool:
+                assert max(pool.map(ask, range(70))) < PATIENCE_SECONDS
+            assert rig.ask(b"GET /healthz").status == 200
+        finally:
+            rig.sidecar.resume()
+        assert rig.ask(b"GET /v1/me", bearing(rig.full)).status == 200
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"",
+            b"HTTP/1.1",
+            b"SSH-2.0-OpenSSH_9.2\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-",
+            b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 100 Continue\r\n\r\n",
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+            BROKEN,
+            BROKEN.replace(b"Content-Length", NAMED + b"Content-Length"),
+        ],
+    )
+    def test_nothing_but_an_allow_is_an_allow(
+        self, rig: Rig, between: tuple[Stand, Proxy], answer: bytes
+    ) -> None:
+        """Whatever else comes from the sidecar's address is 503, and the app is not asked."""
+        stand, other = between
+        asked = rig.app.asked
+        with stand.answering(answer):
+            is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
+        assert rig.app.asked == asked
+
+    def test_an_allow_that_names_nobody_lets_nobody_speak_for_himself(
+        self, rig: Rig, between: tuple[Stand, Proxy]
+    ) -> None:
+        """200 from something that is no sidecar: refused, or the app hears of no identity."""
+        stand, other = between
+        lies = [name + b": evil" for name in SPELLINGS]
+        with stand.answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
+            answered = send(other.url, b"GET /v1/me", bearing(rig.full), *lies)
+        if answered.status != 503:
+            seen = told(answered)
+            assert identity(seen) == {}
+            assert "evil" not in json.dumps(seen)
+
+    def test_the_question_holds_what_it_must_and_nothing_of_the_clients(
+        self, rig: Rig, between: tuple[Stand, Proxy]
+    ) -> None:
+        """One question for a request: the permission, the credential, the facts; no body."""
+        stand, other = between
+        with stand.answering(BROKEN):
+            head = [b"POST /v1/emails?permission=X HTTP/1.1", b"Host: test", b"Cookie: secret=1"]
+            head += [bearing(rig.full), b"X-Forwarded-Method: GET", b"X-Evil: 1"]
+            head += [b"Content-Length: 5", b"Connection: close", b"", b"hello"]
+            exchange(other.url, b"\r\n".join(head))
+        (question,) = stand.questions
+        first, *fields = question.partition(b"\r\n\r\n")[0].split(b"\r\n")
+        assert first.split(b" ")[1] == self.question
+        assert question.endswith(b"\r\n\r\n")
+        sent = [
+            (name.lower(), value.strip()) for name, _, value in (f.partition(b":") for f in fields)
+        ]
+        for name, value in (
+            (b"authorization", bearing(rig.full).partition(b": ")[2]),
+            (b"x-forwarded-method", b"POST"),
+            (b"x-forwarded-uri", b"/v1/emails?permission=X"),
+        ):
+            assert [v for n, v in sent if n == name] == [value]
+        names = {name for name, _ in sent}
+        assert names.isdisjoint({b"content-length", b"transfer-encoding", b"cookie", b"x-evil"})
+
+    def test_a_kept_connection_that_ends_under_a_question_is_not_missed(
+        self, rig: Rig, between: tuple[Stand, Proxy]
+    ) -> None:
+        """Closed by the sidecar while a question is on its way: it is asked again on a new one."""
+        stand, other = between
+        allow = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + NAMED + b"\r\n"
+        with stand.answering(allow, is_tired=True):
+            answers = [send(other.url, b"GET /v1/me", bearing(rig.full)) for _ in range(6)]
+        assert [answered.status for answered in answers] == 6 * [200]
+        assert len(stand.questions) == 6
+
+    @pytest.mark.parametrize("who", ["full", "nobody"])
+    def test_many_requests_share_few_connections_to_the_sidecar(
+        self, rig: Rig, between: tuple[Stand, Proxy], who: str
+    ) -> None:
+        """Allowed or refused: a flood of bad keys opens no connection each."""
+        stand, other = between
+        fields = [bearing(rig.full)] if who == "full" else []
+        before = stand.connections
+        for _ in range(60):
+            assert send(other.url, b"GET /v1/me", *fields).status == (200 if fields else 401)
+        assert stand.connections - before <= 2 * (os.cpu_count() or 1)
+
+    def test_it_asks_over_a_unix_socket_as_well(self, rig: Rig) -> None:
+        """The other spelling that the files name; the sidecar with its default settings."""
+        if rig.kind.unix is None:
+            pytest.skip(f"{rig.kind.name} cannot")
+        with tempfile.TemporaryDirectory(prefix="keylatch-uds-") as temporary:
+            folder = Path(temporary)
+            folder.chmod(0o755)
+            place = folder / "keylatch.sock"
+            sidecar = SidecarProcess(folder, place)
+            try:
+                with proxy(rig.kind, rig.app_url, place) as other:
+                    key = sidecar.create()
+                    seen = told(send(other.url, b"GET /v1/me", bearing(key)))
+                    assert identity(seen) == identity_of(key)
+                    refused = send(other.url, b"GET /v1/me", bearing(rig.full))
+                    assert refused.status == 401  # a key of the other sidecar
+                    sidecar.stop()
+                    is_unavailable(send(other.url, b"GET /v1/me", bearing(key)))
+            finally:
+                sidecar.close()
+
+
+def properties(reports: Iterable[tuple[str, str]]) -> list[str]:
+    """The table proxy x property, from pytest's outcomes ("passed", "failed") and test names."""
+    cells: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    claims = [name for name in vars(ProxyContract) if name.startswith("test_")]
+    for outcome, name in reports:
+        found = re.search(r"test_(\w+)\.py::Test\w+::(test_\w+)", name)
+        if found and found[2] in claims:
+            cells[found[1]][found[2]][outcome] += 1
+            cells[found[1]]["in all"][outcome] += 1
+
+    def row(heading: str, words: Iterable[str]) -> str:
+        return f"{heading:<82}" + "".join(f"{word:>13}" for word in words)
+
+    def cell(counts: Counter[str]) -> str:
+        return f"{counts['passed']}" + f" ({counts['failed']})" * bool(counts["failed"])
+
+    proxies = sorted(cells)
+    return [row("", proxies)] + [
+        row(claim.removeprefix("test_").replace("_", " "), (cell(cells[p][claim]) for p in proxies))
+        for claim in [*claims, "in all"]
+    ]
