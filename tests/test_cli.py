@@ -217,7 +217,10 @@ MISTAKES = {
         *(2, "the store failed"),
     ),
     "a socket in a missing folder": (
-        *(["serve", "--uds", "/missing/folder/keylatch.sock"], "", {}, 2, "cannot make"),
+        *(["serve", "--uds", "/missing/folder/keylatch.sock"], "", {}, 2, "cannot listen on"),
+    ),
+    "one listener for two": (
+        *(["serve", "--admin-port", "8700"], "", {}, 2, "want the same listener"),
     ),
 }
 
@@ -283,10 +286,10 @@ def test_a_read_only_store_is_named(operator: Operator) -> None:
 
 
 def test_a_server_that_cannot_listen_says_so(operator: Operator) -> None:
-    """Also what the server library would end with a code or a traceback of its own."""
+    """It names the address that it cannot have."""
     outcome = ended(operator.start("serve", "--host", "192.0.2.1"))
     assert (outcome.code, outcome.out) == (2, "")
-    assert "error: nothing is served on 192.0.2.1:8700\nhint: " in outcome.err
+    assert "error: cannot listen on 192.0.2.1:8700: " in outcome.err
     assert "Traceback" not in outcome.err
 
 
@@ -360,3 +363,56 @@ def test_serve_answers_until_it_is_told_to_stop(operator: Operator, way: str) ->
         (last_used,) = raw.execute(query, (key["id"],)).fetchone()
     assert last_used is not None, "what was used is stored before the process ends"
     assert way == "port" or not Path(place).exists(), "the socket is gone with its server"
+
+
+def is_none_of_your_business(place: str | Path, path: str, credential: bytes) -> bool:
+    """Whether it is answered as if there were no such thing."""
+    return send(place, f"GET {path}".encode(), credential).status == 404
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("way", ["ports", "sockets"])
+def test_management_may_have_a_listener_of_its_own(
+    operator: Operator, way: str, workers: str
+) -> None:
+    """Then proxies, and whoever gets through them, find no key there to list, make or delete."""
+    key = operator.create()
+    credential = f"Authorization: Bearer {key['token']}".encode()
+    ports = [free_port(), free_port()]
+    sockets = [operator.folder / name for name in ("keylatch.sock", "admin.sock")]
+    if way == "ports":
+        words = ["--port", str(ports[0]), "--admin-port", str(ports[1])]
+        asking, managing = (f"http://127.0.0.1:{port}" for port in ports)
+    else:
+        words = ["--uds", str(sockets[0]), "--admin-uds", str(sockets[1])]
+        asking, managing = sockets  # type: ignore[assignment]
+    with served(operator, "--workers", workers, *words) as process:
+        eventually(lambda: answers(asking) or process.poll() is not None)
+        for path in ("/v1/api-keys", "/v1/api_keys", f"/v1/api-keys/{key['id']}", "/openapi.json"):
+            assert is_none_of_your_business(asking, path, credential)
+            assert not is_none_of_your_business(managing, path, credential)
+        for path in ("/verify", "/ext_authz/v1/api-keys", "/healthz", "/readyz"):
+            assert send(asking, f"GET {path}".encode(), credential).status == 200
+        assert len(json.loads(send(managing, b"GET /v1/api-keys", credential).body)) == 1
+        if way == "sockets":
+            modes = [place.stat().st_mode & 0o777 for place in sockets]
+            assert modes == [0o666, 0o600]
+        process.send_signal(signal.SIGTERM)
+        assert ended(process).code == 0
+    assert not any(place.exists() for place in sockets)
+
+
+def test_a_socket_that_a_killed_server_left_is_replaced(operator: Operator) -> None:
+    """One that is in use is not, and neither is a file that is no socket."""
+    place = operator.folder / "keylatch.sock"
+    for _ in range(2):
+        with served(operator, "--uds", str(place)) as process:
+            eventually(lambda: answers(place) or process.poll() is not None)
+            second = ended(operator.start("serve", "--uds", str(place)))
+            assert second.code == 2
+            assert f"error: cannot listen on {place}: Address already in use" in second.err
+            assert answers(place)
+    file = operator.folder / "letter.txt"
+    file.write_text("not a socket")
+    assert ended(operator.start("serve", "--uds", str(file))).code == 2
+    assert file.read_text() == "not a socket"

@@ -29,14 +29,18 @@ ROUTES = [
     Route("/openapi.json", openapi.document),
 ]
 _OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
+_FOR_PROXIES: Final = ("/healthz", "/readyz")
 
 
-def create_app(engine: Engine, settings: ProxySettings | None = None) -> ASGIApp:
+def create_app(
+    engine: Engine, settings: ProxySettings | None = None, admin: int | str | None = None
+) -> ASGIApp:
     """The sidecar around an engine, which it starts and stops.
 
     Args:
         engine: judges tokens and manages keys.
         settings: how proxies ask; None: from the environment.
+        admin: the port, or the Unix socket's path, where alone keys are managed; None: everywhere.
     """
     settings = settings or ProxySettings.load()
 
@@ -64,15 +68,24 @@ def create_app(engine: Engine, settings: ProxySettings | None = None) -> ASGIApp
             await verifying(scope, receive, send)
         elif scope["type"] == "http" and ext_authz.is_asked(scope["path"]):
             await authorizing(scope, receive, send)
-        else:
+        elif scope["type"] != "http" or _is_served(scope, admin):
             await management(scope, receive, send)
+        else:
+            await unsent.spell(Problem(404, "Not Found"))(scope, receive, send)
 
     return app
 
 
-def from_environment() -> ASGIApp:
-    """What `keylatch serve` runs: settings come from `KEYLATCH_*`."""
-    return create_app(Engine(Settings.load()))
+def _is_served(scope: Scope, admin: int | str | None) -> bool:
+    """Whether what is not for proxies may be asked where this request came to."""
+    host, port = scope.get("server") or (None, None)
+    came_to = host if port is None else port
+    return admin in (None, came_to) or scope["path"] in _FOR_PROXIES
+
+
+def from_environment(admin: int | str | None = None) -> ASGIApp:
+    """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
+    return create_app(Engine(Settings.load()), admin=admin)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

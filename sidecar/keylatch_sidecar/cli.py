@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -84,6 +83,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8700,
     uds: Annotated[Path | None, typer.Option(help="Unix socket instead of a port.")] = None,
+    admin_host: Annotated[str, typer.Option(help="Address of --admin-port.")] = "127.0.0.1",
+    admin_port: Annotated[
+        int | None, typer.Option(help="Manage keys on this port only.", min=1, max=65535)
+    ] = None,
+    admin_uds: Annotated[Path | None, typer.Option(help="Or on this Unix socket only.")] = None,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     store: StoreOption = None,
     redis: RedisOption = None,
@@ -95,7 +99,8 @@ def serve(
     proxy_cache_ttl: ProxyCacheOption = None,
 ) -> None:
     """Serve the management endpoints and answer proxies' verify calls."""
-    import uvicorn
+    from keylatch_sidecar import serving  # the server's library costs 0.1 s at import
+    from keylatch_sidecar.serving import Listener
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
@@ -111,37 +116,21 @@ def serve(
     for name, value in (given | proxies).items():
         if value is not None:
             os.environ[f"KEYLATCH_{name.upper()}"] = value  # for the workers
-    place = f"{host}:{port}" if uds is None else str(uds)
-    if uds is not None and not os.access(uds.parent, os.W_OK):
-        terminal.fail(f"cannot make {uds}", "is its folder there, and writable?", terminal.UNUSABLE)
-    # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
-    # us before it has removed the socket.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    listener = Listener(host, port, uds)
+    admin = None
+    if admin_port is not None or admin_uds is not None:
+        admin = Listener(admin_host, admin_port or 0, admin_uds)
+        if admin.key == listener.key:
+            wrong = "proxies and management want the same listener"
+            terminal.fail(wrong, "another --admin-port", terminal.UNUSABLE)
     try:
-        uvicorn.run(
-            "keylatch_sidecar.app:from_environment",
-            factory=True,
-            host=host,
-            port=port,
-            uds=None if uds is None else str(uds),
-            workers=workers,
-            ws="none",  # an upgrade request is answered like any other
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=75,  # above the proxies' idle times, or they find closed ones
-            access_log=False,
-            log_level="info",
-        )
-    except OSError as error:
+        started = serving.run(listener, admin, workers)
+    except serving.CannotListen as error:
+        terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
+    if not started:
         terminal.fail(
-            f"cannot listen on {place}: {error.strerror}", "another path or port", terminal.UNUSABLE
+            f"nothing is served on {listener}", "the lines above say why", terminal.UNUSABLE
         )
-    except SystemExit as ended:  # uvicorn has logged why
-        if ended.code:
-            terminal.fail(
-                f"nothing is served on {place}", "the lines above say why", terminal.UNUSABLE
-            )
 
 
 def _all_or_every_mistake(first: Callable[[], T], *others: Callable[[], object]) -> T:

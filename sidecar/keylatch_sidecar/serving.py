@@ -1,0 +1,136 @@
+"""`keylatch serve`: which listeners there are, who may come through them, and the server behind.
+
+All listeners belong to one server and one engine; the app tells them apart by the address that a
+request came to. Sockets are made here and shared by all workers.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from keylatch_sidecar.app import from_environment
+
+# Above the idle times of proxies, who would otherwise ask on connections that we have closed.
+_KEEP_ALIVE_SECONDS: Final = 75
+
+log = logging.getLogger("keylatch.serving")
+
+
+class CannotListen(Exception):
+    """An address cannot be had; the text says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A port of a host, or a Unix socket."""
+
+    host: str
+    port: int
+    uds: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}" if self.uds is None else str(self.uds)
+
+    @property
+    def key(self) -> int | str:
+        """What a request's scope says of where it came to: the port, or the socket's path."""
+        return self.port if self.uds is None else str(self.uds)
+
+    def bind(self, mode: int) -> socket.socket:
+        """The socket; a Unix socket gets the mode, and replaces one that nobody listens on.
+
+        Raises:
+            CannotListen: somebody else has it, or it may not be made.
+        """
+        family = socket.AF_UNIX
+        if self.uds is None:
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        bound = socket.socket(family)
+        try:
+            if self.uds is None:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                bound.bind((self.host, self.port))
+            else:
+                _remove_abandoned(self.uds)
+                bound.bind(str(self.uds))
+                self.uds.chmod(mode)
+        except OSError as error:
+            bound.close()
+            raise CannotListen(f"cannot listen on {self}: {error.strerror or error}") from None
+        return bound
+
+
+def _remove_abandoned(path: Path) -> None:
+    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+        return
+    with socket.socket(socket.AF_UNIX) as knock:
+        try:
+            knock.connect(str(path))
+        except ConnectionRefusedError:  # its server was killed
+            path.unlink()
+
+
+def run(main: Listener, admin: Listener | None, workers: int) -> bool:
+    """Serve until told to stop.
+
+    Args:
+        main: for proxies, and for everything where `admin` is None.
+        admin: for management, which is then nowhere else.
+        workers: processes that share the listeners.
+
+    Returns:
+        False: it could not start, and has logged why.
+
+    Raises:
+        CannotListen: nothing was started.
+    """
+    listeners = [main] if admin is None else [main, admin]
+    with contextlib.ExitStack() as stack:
+        # Whoever may enter the folder may ask; management is for the account that it runs as.
+        sockets = [stack.enter_context(main.bind(0o666))]
+        if admin is not None:
+            sockets.append(stack.enter_context(admin.bind(0o600)))
+        stack.pop_all()  # from here on they are the server's
+    config = uvicorn.Config(
+        functools.partial(from_environment, None if admin is None else admin.key),
+        factory=True,
+        workers=workers,
+        ws="none",  # an upgrade request is answered like any other
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        access_log=False,
+        log_level="info",
+    )
+    log.info("listening on %s", " and ".join(str(listener) for listener in listeners))
+    # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
+    # us before the sockets are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        if workers > 1:
+            Multiprocess(config, sockets=sockets).run()
+            return True
+        server = uvicorn.Server(config)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=sockets)
+        return server.started
+    except SystemExit as ended:
+        if not ended.code:  # SIGTERM, see above
+            raise
+        return False
+    finally:
+        for listener in listeners:
+            if listener.uds is not None and os.path.lexists(listener.uds):
+                listener.uds.unlink()
