@@ -3,11 +3,14 @@
 import contextlib
 import os
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
+from rich.progress import track
 
 import worker_writes
 from conftest import MakeEngine, Times
@@ -20,22 +23,38 @@ Answers = dict[str, str]
 LEASE = 0.2
 
 
-def killed_after(store_url: str, lines: int, kind: str = "sound") -> Answers:
-    """Let a process write until it has printed so many lines, kill it; the last word per token."""
-    process = subprocess.Popen(
-        [sys.executable, worker_writes.__file__, store_url, "1000", kind],
-        env={**os.environ, "KEYLATCH_LEASE": str(LEASE)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        printed = [process.stdout.readline() for _ in range(lines)]
-        process.kill()
-        printed += process.stdout.readlines()  # what it had answered before the kill arrived
-    words = (line.split() for line in printed if line.endswith("\n"))
-    return {token: word for word, token in words}
+class Writers:
+    """Processes that write to one store, one after the other, each until it is killed."""
+
+    def __init__(self, store_url: str, kind: str = "sound") -> None:
+        self._parent = subprocess.Popen(
+            [sys.executable, worker_writes.__file__, store_url, "1000", kind],
+            env={**os.environ, "KEYLATCH_LEASE": str(LEASE)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._parent:
+            self._parent.kill()
+
+    def killed_after(self, lines: int) -> Answers:
+        """Let one write until it has printed so many lines, kill it; the last word per token."""
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write("go\n")
+        self._parent.stdin.flush()
+        _, pid = self._parent.stdout.readline().split()
+        printed = [self._parent.stdout.readline() for _ in range(lines)]
+        os.kill(int(pid), signal.SIGKILL)
+        while printed[-1] != "ended\n":  # what it had answered before the kill arrived
+            printed.append(self._parent.stdout.readline())
+        return {token: word for word, token in (line.split() for line in printed[:-1])}
 
 
 async def lost(make_engine: MakeEngine, answers: Answers) -> list[str]:
@@ -83,11 +102,12 @@ async def kill_again_and_again(
     """So many processes, one after the other, and at least so many answered revokes in all."""
     chosen = random.Random(9)
     revoked = 0
-    answers: Answers = {}
-    for _ in range(kills):
-        answers = killed_after(store_url, chosen.randint(1, 850))
-        assert await lost(make_engine, answers) == []
-        revoked += sum(word == "revoked" for word in answers.values())
+    with Writers(store_url) as writers:
+        for _ in track(range(kills), "killing", console=Console(stderr=True)):
+            answers = writers.killed_after(chosen.randint(1, 850))
+            assert await lost(make_engine, answers) == []
+            revoked += sum(word == "revoked" for word in answers.values())
+    print(f"{kills:,} kills, {revoked:,} answered revokes")
     assert revoked >= revokes
 
 
@@ -96,4 +116,5 @@ async def test_a_twin_that_answers_before_it_commits_is_caught(
     store_url: str, make_engine: MakeEngine
 ) -> None:
     """The same kill and the same questions find what a hasty process lost."""
-    assert await lost(make_engine, killed_after(store_url, 50, "hasty")) != []
+    with Writers(store_url, "hasty") as writers:
+        assert await lost(make_engine, writers.killed_after(50)) != []

@@ -1,12 +1,15 @@
-"""A process to be killed: creates and revokes keys, and says so after each answer.
+"""Processes to be killed: each creates and revokes keys, and says so after each answer.
 
     python worker_writes.py STORE WRITES sound|hasty
 
-It prints `created TOKEN` and `revoked TOKEN` after the answer, and `revoking TOKEN` before the
-call, from when on nobody can know. Two of three keys are revoked.
+For every line of its input it forks one, which saves the second that imports take. That prints
+`pid PID`, then `created TOKEN` and `revoked TOKEN` after the answer, and `revoking TOKEN` before
+the call, from when on nobody can know; two of three keys are revoked. When it has ended, the
+parent prints `ended`. Lines are written whole: they are shorter than PIPE_BUF.
 """
 
 import asyncio
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -56,9 +59,20 @@ async def write(engine: Engine, writes: int) -> None:
     await engine.stop()
 
 
-if __name__ == "__main__":
-    store, writes, kind = sys.argv[1:]
+def main(store: str, writes: int, kind: str) -> None:
+    """One of them."""
+    print("pid", os.getpid(), flush=True)
     engine = Engine(Settings.load(store=store, redis="", hasher="sha256"))
     if kind == "hasty":
         engine.store = HastyStore(store)
-    asyncio.run(write(engine, int(writes)))
+    asyncio.run(write(engine, writes))
+
+
+if __name__ == "__main__":
+    for _ in sys.stdin:
+        child = os.fork()
+        if not child:
+            main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+            os._exit(0)
+        os.waitpid(child, 0)
+        print("ended", flush=True)

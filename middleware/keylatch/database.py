@@ -66,8 +66,8 @@ class Database(Protocol):
             parameters: the question's own.
         """
 
-    async def read(self, work: Work[T]) -> T:
-        """Run work that changes nothing, in a snapshot."""
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
+        """Run work that changes nothing, in a snapshot; `seconds` as in `ask`."""
 
     async def write(
         self, work: Work[T], *, durable: bool = True, seconds: float | None = None

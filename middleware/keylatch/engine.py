@@ -39,7 +39,7 @@ from keylatch.usage import Usage
 from keylatch.watch import Watch
 
 _ATTEMPTS: Final = 3
-_RETRY_START_SECONDS: Final = 1.0
+_RETRY_START_SECONDS: Final = 0.1
 _TIDY_SECONDS: Final = 30.0
 
 log = logging.getLogger("keylatch")
@@ -94,6 +94,7 @@ class Engine:
         self._bell: Bell | None = None
         self._starting: asyncio.Task[None] | None = None
         self._start_again_at = 0.0
+        self._told_why = False
         self._jobs = Jobs()
 
     # Lifecycle
@@ -102,8 +103,8 @@ class Engine:
         """Open the store (setting up an empty one) and start the background tasks.
 
         Whoever calls while a start is under way waits for it. A store that cannot be reached is
-        logged and tried again by later requests, at most once a second: an app whose database
-        is late still starts, and answers 503 until then.
+        logged once and tried again by later requests, every tenth of a second at most: an app
+        whose database is late still starts, and answers 503 until then.
 
         Raises:
             StoreIncompatible: the store was made by a newer keylatch.
@@ -115,8 +116,10 @@ class Engine:
         try:
             await asyncio.shield(self._starting)
         except StoreUnavailable as error:
-            log.error("error: %s", error.message)
-            log.error("hint: %s", error.hint)
+            if not self._told_why:
+                log.error("error: %s", error.message)
+                log.error("hint: %s", error.hint)
+            self._told_why = True
 
     async def _start(self) -> None:
         try:

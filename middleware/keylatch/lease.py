@@ -91,7 +91,7 @@ class Lease:
         self._rung.set()
 
     async def begin(self) -> None:
-        self._feed.begin(await self._store.changes(END))
+        self._feed.begin(await self._store.changes(END, self._seconds))
         await self.ask()
 
     async def catch_up(self) -> None:

@@ -35,7 +35,7 @@ class Memory:
     ) -> Rows:
         return self.ask_now(question, **parameters)
 
-    async def read(self, work: Work[T]) -> T:
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         return self._run(work)
 
     async def write(

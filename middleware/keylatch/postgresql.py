@@ -91,9 +91,10 @@ class PostgreSQL:
         engine = self._engine if seconds is None else self._urgent
         return await self._twice(engine, seconds or _READ_SECONDS, answer)
 
-    async def read(self, work: Work[T]) -> T:
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
+        engine = self._engine if seconds is None else self._urgent
         return await self._twice(
-            self._engine, _READ_SECONDS, lambda connection, _: connection.run_sync(work)
+            engine, seconds or _READ_SECONDS, lambda connection, _: connection.run_sync(work)
         )
 
     async def write(

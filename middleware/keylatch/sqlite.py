@@ -73,7 +73,7 @@ class SQLite:
             ]
         )
 
-    async def read(self, work: Work[T]) -> T:
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         return await self._on_thread(lambda: self._run(self._keys(), work, "BEGIN"))
 
     async def write(

@@ -7,7 +7,7 @@ Every method may raise `StoreUnavailable`; then nothing was changed that had bee
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
@@ -20,6 +20,9 @@ from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
 from keylatch.sqlite import SQLite
 from keylatch.statements import BELL, Absent, Changes, Found, Poll, Secrets
+
+# A silent server is given up soon and asked anew: checks are 503 until it has answered.
+_OPEN_SECONDS: Final = 1.0
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -71,9 +74,15 @@ class Store:
         Raises:
             StoreIncompatible: the store was made by a newer keylatch.
         """
-        if not await self._read(is_up_to_date):
+
+        def secrets_of(connection: Connection) -> Secrets | None:
+            return sql.read_secrets(connection) if is_up_to_date(connection) else None
+
+        secrets = await self._database.read(secrets_of, seconds=_OPEN_SECONDS)
+        if secrets is None:
             await self._write(bring_up_to_date, now_ms)
-        return await self._read(sql.read_secrets)
+            secrets = await self._read(sql.read_secrets)
+        return secrets
 
     async def close(self) -> None:
         """Let connections and threads go."""
@@ -101,9 +110,10 @@ class Store:
         """The key with this id, deleted ones included."""
         return sql.read_found(await self._database.ask(sql.FIND, key_id=key_id))
 
-    async def changes(self, since: int) -> Changes:
-        """What happened after the sequence number `since`."""
-        return sql.read_changes(await self._database.ask(sql.CHANGES, since=since), since)
+    async def changes(self, since: int, seconds: float | None = None) -> Changes:
+        """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
+        rows = await self._database.ask(sql.CHANGES, seconds=seconds, since=since)
+        return sql.read_changes(rows, since)
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
