@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from keylatch.tokens import CheckKeys, looks_minted
 from keylatch_sidecar.cli import main
 from servers import eventually, free_port
-from wire import answer, send
+from wire import answer, exchange, send
 
 SCRIPT = Path(sys.executable).parent / "keylatch"
 STRANGER = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
@@ -219,8 +221,12 @@ MISTAKES = {
     "a socket in a missing folder": (
         *(["serve", "--uds", "/missing/folder/keylatch.sock"], "", {}, 2, "cannot listen on"),
     ),
+    "a Unix socket for gRPC and several workers": (
+        *(["serve", "--grpc-uds", "/tmp/grpc.sock", "--workers", "2"], "", {}),
+        *(2, "cannot share a Unix socket for gRPC"),
+    ),
     "one listener for two": (
-        *(["serve", "--admin-port", "8700"], "", {}, 2, "want the same listener"),
+        *(["serve", "--admin-port", "8700"], "", {}, 2, "want to listen in the same place"),
     ),
 }
 
@@ -416,3 +422,58 @@ def test_a_socket_that_a_killed_server_left_is_replaced(operator: Operator) -> N
     file.write_text("not a socket")
     assert ended(operator.start("serve", "--uds", str(file))).code == 2
     assert file.read_text() == "not a socket"
+
+
+@pytest.mark.parametrize(("way", "workers"), [("port", "1"), ("port", "2"), ("socket", "1")])
+def test_proxies_may_ask_over_grpc(operator: Operator, way: str, workers: str) -> None:
+    """It answers as soon as HTTP does; SIGTERM ends both; a port that is taken is an error."""
+    port, grpc_port, path = free_port(), free_port(), operator.folder / "grpc.sock"
+    words, target = ["--grpc-port", str(grpc_port)], f"127.0.0.1:{grpc_port}"
+    if way == "socket":
+        words, target = ["--grpc-uds", str(path)], f"unix:{path}"
+    with served(operator, "--port", str(port), "--workers", workers, *words) as process:
+        eventually(lambda: answers(f"http://127.0.0.1:{port}") or process.poll() is not None)
+        with grpc.insecure_channel(target) as channel:
+            ask: Any = channel.unary_unary("/envoy.service.auth.v3.Authorization/Check")
+            assert b"misconfigured" in ask(b"", timeout=20, wait_for_ready=True)
+        if way == "port":
+            second = ended(operator.start("serve", "--port", str(free_port()), *words))
+            assert second.code == 2
+            assert f"error: cannot listen on {target}: Address already in use" in second.err
+        process.send_signal(signal.SIGTERM)
+        stopped = ended(process)
+        assert (stopped.code, "Traceback" in stopped.err) == (0, False)
+    assert not path.exists()
+
+
+def test_any_method_may_be_asked_about(operator: Operator) -> None:
+    """On one connection, in any order; what looks like a request in a body is none."""
+    key = operator.create()
+    port = free_port()
+    credential = b"\r\nHost: test\r\nAuthorization: Bearer " + key["token"].encode() + b"\r\n"
+    with served(operator, "--port", str(port)) as process:
+        eventually(lambda: answers(f"http://127.0.0.1:{port}") or process.poll() is not None)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+
+            def asked(start: bytes, body: bytes = b"") -> bytes:
+                length = b"Content-Length: %d\r\n" % len(body)
+                connection.sendall(start + b" HTTP/1.1" + credential + length + b"\r\n")
+                answered = connection.recv(65536)
+                connection.sendall(body)
+                return answered.partition(b"\r\n")[0]
+
+            smuggled = b"FOO /healthz HTTP/1.1\r\nHost: test\r\n\r\n"
+            for method in (b"GET", b"PATCH", b"FOO", b"GET", b"VERSION-CONTROL", b"M-SEARCH"):
+                assert asked(method + b" /ext_authz/v1/me") == b"HTTP/1.1 200 OK"
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            for body in (smuggled, b"", smuggled):
+                assert asked(b"POST /ext_authz/v1/me", body) == b"HTTP/1.1 200 OK"
+            connection.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                connection.recv(65536)
+        for nonsense in (
+            b"\x16\x03\x01\x02\x00\r\n\r\n",
+            b"FOO\r\n\r\n",
+            b"G@T / HTTP/1.1\r\n\r\n",
+        ):
+            assert exchange(f"http://127.0.0.1:{port}", nonsense).startswith(b"HTTP/1.1 400 ")

@@ -12,10 +12,11 @@ from openapi_spec_validator import validate
 
 from conftest import Clock, Sidecar, sidecar_on
 from keylatch.keyring import Created
-from keylatch_sidecar import verify
+from keylatch_sidecar import ext_authz, verify
 from keylatch_sidecar.app import ROUTES
 
 AS_JSON = {"Content-Type": "application/json"}
+EXT_AUTHZ = f"{ext_authz.PATH}/{{path}}"
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
 
 
@@ -42,7 +43,7 @@ def test_the_document_is_valid_openapi(document: dict[str, Any]) -> None:
 
 def test_every_route_is_described(document: dict[str, Any]) -> None:
     """A route that is added to the table must be added to the document."""
-    served = {route.path_format for route in ROUTES} | {verify.PATH}
+    served = {route.path_format for route in ROUTES} | {verify.PATH, EXT_AUTHZ}
     assert document["paths"].keys() == served
 
 
@@ -55,7 +56,7 @@ def test_what_is_described_is_served_and_nothing_else(
         answered = {
             method
             for method in METHODS
-            if client.request(method, path.format(id="key_1")).status_code != 405
+            if client.request(method, path.format(id="key_1", path="v1/me")).status_code != 405
         }
         assert answered == described - {"HEAD"}, path
 
@@ -87,7 +88,7 @@ def test_requests_are_described_as_strictly_as_they_are_read(document: dict[str,
 def test_management_needs_a_key_and_the_rest_does_not(document: dict[str, Any]) -> None:
     """`security` is on the operations that answer 401 without one."""
     for path, _, operation in operations(document):
-        assert ("security" in operation) == path.startswith(("/v1/", "/verify"))
+        assert ("security" in operation) == path.startswith(("/v1/", "/verify", "/ext_authz"))
 
 
 class Transcript:
@@ -155,6 +156,9 @@ def test_real_answers_are_as_described(
         for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
             query = {"permission": asked} if asked else {}
             transcript.call(caller, "GET", "/verify", params=query)
+            required = {"X-Keylatch-Require": asked} if asked else {}
+            for method in sorted(METHODS):
+                transcript.call(caller, method, "/ext_authz/x", EXT_AUTHZ, headers=required)
         transcript.call(client, "GET", "/healthz")
         transcript.call(client, "GET", "/readyz")
         transcript.call(waiting, "GET", "/readyz")

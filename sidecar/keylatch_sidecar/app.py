@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Final, cast
 
 from starlette.applications import Starlette
@@ -30,10 +31,28 @@ ROUTES = [
 ]
 _OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
 _FOR_PROXIES: Final = ("/healthz", "/readyz")
+_GRPC_GRACE_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class GRPCListener:
+    """Where to listen for gRPC.
+
+    Args:
+        address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
+        is_shared: whether several processes do, on one port.
+    """
+
+    address: str
+    is_shared: bool
 
 
 def create_app(
-    engine: Engine, settings: ProxySettings | None = None, admin: int | str | None = None
+    engine: Engine,
+    settings: ProxySettings | None = None,
+    *,
+    admin: int | str | None = None,
+    grpc: GRPCListener | None = None,
 ) -> ASGIApp:
     """The sidecar around an engine, which it starts and stops.
 
@@ -41,16 +60,24 @@ def create_app(
         engine: judges tokens and manages keys.
         settings: how proxies ask; None: from the environment.
         admin: the port, or the Unix socket's path, where alone keys are managed; None: everywhere.
+        grpc: where proxies ask over gRPC; None: nowhere.
     """
     settings = settings or ProxySettings.load()
+    proxies = Proxies(engine, settings.proxy_cache_ttl)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        await engine.start()
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(engine.stop)
+            await engine.start()
+            if grpc is not None:
+                from keylatch_sidecar import grpc_authz  # an extra
+
+                server = await grpc_authz.serve(
+                    proxies, engine, grpc.address, is_shared=grpc.is_shared
+                )
+                stack.push_async_callback(server.stop, _GRPC_GRACE_SECONDS)
             yield
-        finally:
-            await engine.stop()
 
     management = Starlette(
         routes=ROUTES,
@@ -59,7 +86,6 @@ def create_app(
     )
     management.state.engine = engine
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
-    proxies = Proxies(engine, settings.proxy_cache_ttl)
     verifying = verify.Verify(proxies, PROFILES[settings.verify_facts])
     authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])
 
@@ -83,9 +109,9 @@ def _is_served(scope: Scope, admin: int | str | None) -> bool:
     return admin in (None, came_to) or scope["path"] in _FOR_PROXIES
 
 
-def from_environment(admin: int | str | None = None) -> ASGIApp:
+def from_environment(admin: int | str | None = None, grpc: GRPCListener | None = None) -> ASGIApp:
     """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
-    return create_app(Engine(Settings.load()), admin=admin)
+    return create_app(Engine(Settings.load()), admin=admin, grpc=grpc)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -88,6 +88,10 @@ def serve(
         int | None, typer.Option(help="Manage keys on this port only.", min=1, max=65535)
     ] = None,
     admin_uds: Annotated[Path | None, typer.Option(help="Or on this Unix socket only.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Answer Envoy's gRPC on this port.", min=1, max=65535)
+    ] = None,
+    grpc_uds: Annotated[Path | None, typer.Option(help="Or on this Unix socket.")] = None,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     store: StoreOption = None,
     redis: RedisOption = None,
@@ -117,14 +121,22 @@ def serve(
         if value is not None:
             os.environ[f"KEYLATCH_{name.upper()}"] = value  # for the workers
     listener = Listener(host, port, uds)
-    admin = None
-    if admin_port is not None or admin_uds is not None:
-        admin = Listener(admin_host, admin_port or 0, admin_uds)
-        if admin.key == listener.key:
-            wrong = "proxies and management want the same listener"
-            terminal.fail(wrong, "another --admin-port", terminal.UNUSABLE)
+    admin = Listener.optional(admin_host, admin_port, admin_uds)
+    grpc = Listener.optional(host, grpc_port, grpc_uds)
+    taken = [other.key for other in (listener, admin, grpc) if other is not None]
+    if len(set(taken)) < len(taken):
+        terminal.fail("two want to listen in the same place", "another port", terminal.UNUSABLE)
+    if grpc is not None:
+        if workers > 1 and grpc.uds is not None:
+            wrong = "several workers cannot share a Unix socket for gRPC"
+            terminal.fail(wrong, "--grpc-port, or one worker", terminal.UNUSABLE)
+        try:
+            import keylatch_sidecar.grpc_authz  # noqa: F401 - here, and not in every worker
+        except ImportError as error:
+            wrong, _, hint = str(error).partition(": ")
+            terminal.fail(wrong, hint, terminal.UNUSABLE)
     try:
-        started = serving.run(listener, admin, workers)
+        started = serving.run(listener, admin, grpc, workers)
     except serving.CannotListen as error:
         terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
     if not started:

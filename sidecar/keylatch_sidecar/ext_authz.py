@@ -4,10 +4,12 @@ Any method and any path below it, custom ones too; path, query and body are the 
 nothing. What the route asks of a key is in a header that the proxy sets: `X-Keylatch-Require`.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from starlette.types import Receive, Scope, Send
 
+from keylatch.model import Wanted
 from keylatch_sidecar.facts import Profile
 from keylatch_sidecar.proxies import Proxies, wanted_of
 
@@ -29,14 +31,19 @@ class ExtAuthz:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         required = [value for name, value in scope["headers"] if name == REQUIRE]
-        wanted = wanted_of(
-            [
-                permission.strip(" \t")
-                for value in required
-                for permission in value.decode("latin-1").split(",")
-            ]
-        )
+        wanted = wanted_by(required)
         await self._proxies.answer(scope, receive, send, wanted, self._profile)
+
+
+def wanted_by(required: Sequence[bytes]) -> Wanted:
+    """What lists of permissions ask for: one list or several, each separated by commas."""
+    return wanted_of(
+        [
+            permission.strip(" \t")
+            for value in required
+            for permission in value.decode("latin-1").split(",")
+        ]
+    )
 
 
 def is_asked(path: str) -> bool:

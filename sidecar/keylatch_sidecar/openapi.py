@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import health, sendook, unsent, verify
+from keylatch_sidecar import ext_authz, health, sendook, unsent, verify
 from keylatch_sidecar.bodies import JSON
 
 _OF_A_CALLER: Final = (401, 403, 503)
@@ -31,10 +32,11 @@ class Operation:
     errors: tuple[int, ...] = _OF_A_CALLER
     error: type[BaseModel] | None = None
     query: tuple[tuple[str, str], ...] = ()
+    header: tuple[tuple[str, str], ...] = ()
 
 
 class Refused(BaseModel):
-    """Why `/verify` says no."""
+    """Why `/verify` and `/ext_authz` say no."""
 
     error: str
     error_description: str
@@ -114,6 +116,15 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
         ),
     },
+    f"{ext_authz.PATH}/{{path}}": {
+        method: Operation(
+            ext_authz.ExtAuthz,
+            None,
+            error=None if method == "head" else Refused,
+            header=(("X-Keylatch-Require", "what the key must be allowed to do; commas add up"),),
+        )
+        for method in ("get", "head", "post", "put", "patch", "delete", "options", "trace")
+    },
     "/healthz": {"get": Operation(health.healthz, health.Health, errors=())},
     "/readyz": {"get": Operation(health.readyz, health.Health, errors=(503,), error=health.Health)},
     "/openapi.json": {"get": Operation(document, None, errors=())},
@@ -178,15 +189,16 @@ def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
         "responses": {"200": _success(operation)}
         | {str(status): _failure(operation, status) for status in operation.errors},
         "parameters": [
-            {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
-            for name, text in operation.query
+            {"name": name, "in": place, "description": text, "schema": {"type": "string"}}
+            for place, parameters in (("query", operation.query), ("header", operation.header))
+            for name, text in parameters
         ],
     }
     if 401 in operation.errors:
         described["security"] = [{"key": []}]
-    if "{id}" in path:
+    for name in re.findall(r"{(\w+)}", path):
         described["parameters"].append(
-            {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         )
     if operation.takes is not None:
         described["requestBody"] = {

@@ -70,23 +70,34 @@ class Proxies:
             wanted: what the request behind it asks of a key.
             profile: where the facts about that request are.
         """
-        facts = profile(scope)
-        if facts is None:
-            log.warning("a proxy sends no facts as KEYLATCH_*_FACTS says it does: refused with 403")
-            await refuse(_MISCONFIGURED, scope, receive, send)
-            return
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        verdict = await self.decide(values, wanted)
-        _note(facts, verdict)
-        if isinstance(verdict, Deny):
-            await refuse(self._refusals.of(verdict), scope, receive, send)
+        verdict = await self.judge(profile(scope), values, wanted)
+        if isinstance(verdict, Refusal):
+            await refuse(verdict, scope, receive, send)
             return
         headers = [(b"content-length", b"0"), self._cache_control(verdict)]
         headers += identity_headers(verdict.principal)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 
-    async def decide(self, values: Sequence[bytes], wanted: Wanted) -> Verdict:
+    async def judge(
+        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted
+    ) -> Allow | Refusal:
+        """What the proxy is answered, in whatever protocol it asks.
+
+        Args:
+            facts: what it says of the request that it asks about; None: it does not say.
+            values: of that request's `Authorization` fields.
+            wanted: what the request asks of a key.
+        """
+        if facts is None:
+            log.warning("a proxy does not say what it was asked as it should: refused with 403")
+            return _MISCONFIGURED
+        verdict = await self._decide(values, wanted)
+        _note(facts, verdict)
+        return self._refusals.of(verdict) if isinstance(verdict, Deny) else verdict
+
+    async def _decide(self, values: Sequence[bytes], wanted: Wanted) -> Verdict:
         """The verdict, within the deadline."""
         known = self._engine.glance(values, wanted)
         if not isinstance(known, Token):

@@ -19,7 +19,8 @@ from typing import Final
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from keylatch_sidecar.app import from_environment
+from keylatch_sidecar.any_method import AnyMethod
+from keylatch_sidecar.app import GRPCListener, from_environment
 
 # Above the idle times of proxies, who would otherwise ask on connections that we have closed.
 _KEEP_ALIVE_SECONDS: Final = 75
@@ -39,6 +40,11 @@ class Listener:
     port: int
     uds: Path | None = None
 
+    @classmethod
+    def optional(cls, host: str, port: int | None, uds: Path | None) -> "Listener | None":
+        """One if a port or a path is given."""
+        return None if port is None and uds is None else cls(host, port or 0, uds)
+
     def __str__(self) -> str:
         return f"{self.host}:{self.port}" if self.uds is None else str(self.uds)
 
@@ -46,6 +52,13 @@ class Listener:
     def key(self) -> int | str:
         """What a request's scope says of where it came to: the port, or the socket's path."""
         return self.port if self.uds is None else str(self.uds)
+
+    @property
+    def target(self) -> str:
+        """The listener in gRPC's spelling."""
+        if self.uds is not None:
+            return f"unix:{self.uds.absolute()}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def bind(self, mode: int) -> socket.socket:
         """The socket; a Unix socket gets the mode, and replaces one that nobody listens on.
@@ -81,12 +94,13 @@ def _remove_abandoned(path: Path) -> None:
             path.unlink()
 
 
-def run(main: Listener, admin: Listener | None, workers: int) -> bool:
+def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: int) -> bool:
     """Serve until told to stop.
 
     Args:
         main: for proxies, and for everything where `admin` is None.
         admin: for management, which is then nowhere else.
+        grpc: for proxies that speak gRPC.
         workers: processes that share the listeners.
 
     Returns:
@@ -95,17 +109,24 @@ def run(main: Listener, admin: Listener | None, workers: int) -> bool:
     Raises:
         CannotListen: nothing was started.
     """
-    listeners = [main] if admin is None else [main, admin]
+    listeners = [listener for listener in (main, admin, grpc) if listener is not None]
     with contextlib.ExitStack() as stack:
         # Whoever may enter the folder may ask; management is for the account that it runs as.
         sockets = [stack.enter_context(main.bind(0o666))]
         if admin is not None:
             sockets.append(stack.enter_context(admin.bind(0o600)))
+        if grpc is not None:
+            grpc.bind(0o666).close()  # gRPC makes its own, and some failures it would not tell
         stack.pop_all()  # from here on they are the server's
     config = uvicorn.Config(
-        functools.partial(from_environment, None if admin is None else admin.key),
+        functools.partial(
+            from_environment,
+            admin=None if admin is None else admin.key,
+            grpc=None if grpc is None else GRPCListener(grpc.target, is_shared=workers > 1),
+        ),
         factory=True,
         workers=workers,
+        http=AnyMethod,
         ws="none",  # an upgrade request is answered like any other
         proxy_headers=False,
         server_header=False,
