@@ -21,8 +21,9 @@ from servers import PostgresServer, RedisServer, serving
 
 if TYPE_CHECKING:
     from proxies import Proxy, Rig, Stand
+    from shell import Operator
 
-pytest.register_assert_rewrite("proxies", "proxy_contract")  # imported only where needed
+pytest.register_assert_rewrite("proxies", "proxy_contract", "shell")  # imported only where needed
 
 MakeEngine = Callable[..., Engine]
 Times = Callable[[int, int], int]
@@ -191,6 +192,16 @@ def client(sidecar: Sidecar, boss: Created) -> Iterator[httpx.Client]:
     """HTTP with the boss's key."""
     with sidecar.client(boss) as client:
         yield client
+
+
+@pytest.fixture
+def operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> "Operator":
+    """Somebody at a shell, with a store of the test's own."""
+    from shell import Operator
+
+    return Operator(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

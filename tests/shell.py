@@ -1,0 +1,77 @@
+"""Somebody at a shell who runs `keylatch`, in this process or in one of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keylatch_sidecar.cli import main
+
+SCRIPT = Path(sys.executable).parent / "keylatch"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Operator:
+    """Somebody at a shell, with a store."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
+    ) -> None:
+        self.folder = folder
+        self.database = folder / "keys.db"
+        self._monkeypatch = monkeypatch
+        self._capture = capture
+        self.set(STORE=f"sqlite:///{self.database}", HASHER="sha256", REDIS="")
+        monkeypatch.setenv("COLUMNS", "200")
+
+    def set(self, **settings: str) -> None:
+        for name, value in settings.items():
+            self._monkeypatch.setenv(f"KEYLATCH_{name}", value)
+
+    def run(self, *words: str, typed: str = "") -> Outcome:
+        """The command in this process, which saves Python's start; an exception fails the test."""
+        self._monkeypatch.setattr(sys, "argv", ["keylatch", *words])
+        self._monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(typed.encode())))
+        self._capture.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return Outcome(code, *self._capture.readouterr())
+
+    def start(self, *words: str, wrapper: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        """The real console script, in a process of its own."""
+        return subprocess.Popen(
+            [*wrapper, str(SCRIPT), *words],
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def create(self, *words: str) -> dict[str, Any]:
+        """A key, as `--json` shows it."""
+        created = self.run("keys", "create", "--name", "a key", "--json", *words)
+        key: dict[str, Any] = json.loads(created.out)
+        return key
+
+
+def ended(process: "subprocess.Popen[str]") -> Outcome:
+    """How a process ends, in a minute at most."""
+    out, err = process.communicate(timeout=60)
+    return Outcome(process.returncode, out, err)
