@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -38,7 +38,7 @@ IDENTITY = [
     f"x-keylatch-{word}"
     for word in ("key-id", "key-name", "organization-id", "permission", "environment")
 ]
-SEARCHED = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
+SEARCHED = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 
 JSON = dict[str, Any]
 
@@ -118,16 +118,19 @@ class SidecarProcess:
         self.start()
 
     def start(self) -> None:
-        where = ["--uds", str(self._uds)] if self._uds else ["--port", str(self.port)]
         with (self._folder / "sidecar.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "keylatch_sidecar", "serve", *where],
+                [sys.executable, "-m", "keylatch_sidecar", "serve", *self._where()],
                 env=self._environment,
                 cwd=self._folder,
                 stdout=log,
                 stderr=log,
             )
         eventually(self._is_ready)
+
+    def _where(self) -> list[str]:
+        """Arguments that say where it listens."""
+        return ["--uds", str(self._uds)] if self._uds else ["--port", str(self.port)]
 
     def _is_ready(self) -> bool:
         assert self._process.poll() is None, (self._folder / "sidecar.log").read_text()
@@ -211,9 +214,9 @@ class Stand:
 
     def _one(self, proxy: socket.socket) -> None:
         with proxy, contextlib.suppress(OSError):
-            if self.answer is not None:
+            if (answer := self.answer) is not None:
                 self.questions.append(proxy.recv(65536))
-                proxy.sendall(self.answer)
+                proxy.sendall(answer)
                 if self.is_tired:
                     proxy.recv(65536)
                 proxy.shutdown(socket.SHUT_WR)
@@ -260,11 +263,20 @@ class Kind:
         command: its arguments; `{folder}` is where the files are.
         check: arguments with which it judges its files and ends.
         front: where the files make it listen.
+        asked: where the files say that the sidecar is.
+        sidecar: how to run one that it can ask.
+        fronted: how they spell that, around a port.
+        address: how the files spell an address.
         files: which of the folder's files it needs.
         folders: those that the files name, to be replaced by temporary ones.
         files_named: the same for single files.
         sockets: names that are global on the machine, to be made unique.
         unix: how the files' sidecar address is spelled for a Unix socket; None: it cannot.
+        inner: more addresses that it listens at, for itself.
+        home: the folder it is started in; `{folder}` is where the files are.
+        first: a request that is 404 until it has read its files, and is then refused without a
+            question; empty: it has read them when it listens.
+        environment: variables that say where it writes; `{folder}` is where the files are.
     """
 
     name: str
@@ -273,13 +285,30 @@ class Kind:
     command: Sequence[str]
     check: Sequence[str]
     front: str = "127.0.0.1:8080"
+    asked: str = SIDECAR
+    sidecar: type[SidecarProcess] = SidecarProcess
+    fronted: str = "127.0.0.1:{port}"
+    address: str = "{host}:{port}"
     files: Sequence[str] = ()
     folders: Sequence[str] = ()
     files_named: Sequence[str] = ()
     sockets: Sequence[str] = ()
     unix: str | None = None
+    inner: Sequence[str] = ()
+    home: str = "/"  # as a service manager starts it
+    first: bytes = b""
+    environment: Mapping[str, str] = field(default_factory=dict)
     only_root: str = ""
     """Lines (a pattern) that only root may use: others run it without."""
+    limited: Mapping[str, str] = field(default_factory=dict)
+    """What to replace so that a key may ask twice, and no third time; empty: there is no limit."""
+    unlimited: Mapping[str, str] = field(default_factory=dict)
+    """What to replace so that a key may ask as often as it likes."""
+
+    def spelled(self, address: str) -> str:
+        """An address, which is given as host:port, as the files spell it."""
+        host, _, port = address.partition(":")
+        return self.address.format(host=host, port=port)
 
 
 class Proxy:
@@ -294,9 +323,11 @@ class Proxy:
 def written(kind: Kind, folder: Path, substitutions: Mapping[str, str]) -> int:
     """Copy a proxy's files with their addresses and folders replaced; its own port."""
     port = free_port()
-    replace = {kind.front: f"127.0.0.1:{port}", **substitutions}
+    front = kind.fronted.format(port=port)
+    replace = {kind.spelled(kind.front): kind.spelled(front), **substitutions}
     replace |= {name: f"{name}-{port}" for name in kind.sockets}
     replace |= {name: str(folder / Path(name).name) for name in kind.files_named}
+    replace |= {address: f"127.0.0.1:{free_port()}" for address in kind.inner}
     for number, name in enumerate(kind.folders):
         (folder / str(number)).mkdir()
         replace[name] = str(folder / str(number))
@@ -314,6 +345,7 @@ def written(kind: Kind, folder: Path, substitutions: Mapping[str, str]) -> int:
                     unseen.discard(old)
                     line = line.replace(old, new)
             lines[number] = line
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("".join(lines))
     assert not unseen, f"{kind.name} does not name {unseen}"
     return port
@@ -332,19 +364,21 @@ def proxy(
         twin: further texts to replace: a mistake that tests look at.
     """
     program = needs(shutil.which(kind.program, path=SEARCHED), kind.package)
-    place = f"127.0.0.1:{sidecar}"
+    place = kind.spelled(f"127.0.0.1:{sidecar}")
     if isinstance(sidecar, Path):
         assert kind.unix is not None
         place = kind.unix.format(sidecar)
     # Not below pytest's folder: a worker process of another user could not reach it.
     folder = Path(tempfile.mkdtemp(prefix=f"keylatch-{kind.name}-"))
     folder.chmod(0o755)
-    substitutions = {SIDECAR: place, APP: urlsplit(app).netloc, **(twin or {})}
+    addresses = {kind.asked: place, APP: kind.spelled(urlsplit(app).netloc)}
+    substitutions = {kind.spelled(old): new for old, new in addresses.items()} | dict(twin or {})
     port = written(kind, folder, substitutions)
     with (folder / "output.log").open("ab") as log:
         process = subprocess.Popen(
             [program, *(part.format(folder=folder) for part in kind.command)],
-            cwd="/",  # as a service manager starts it
+            cwd=kind.home.format(folder=folder),
+            env={**os.environ, **{n: v.format(folder=folder) for n, v in kind.environment.items()}},
             stdout=log,
             stderr=log,
         )
@@ -353,7 +387,7 @@ def proxy(
         assert process.poll() is None, (folder / "output.log").read_text()
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", port)).close()
-            return True
+            return not kind.first or send(f"http://127.0.0.1:{port}", kind.first).status != 404
         return False
 
     try:
@@ -416,7 +450,7 @@ def rig(kind: Kind) -> Iterator[Rig]:
     needs(shutil.which(kind.program, path=SEARCHED), kind.package)
     app = Echo()
     with tempfile.TemporaryDirectory(prefix="keylatch-sidecar-") as folder, serving(app) as app_url:
-        sidecar = SidecarProcess(Path(folder), VERIFY_FACTS="forwarded")
+        sidecar = kind.sidecar(Path(folder), VERIFY_FACTS="forwarded")
         try:
             made = Rig(kind, app, app_url, sidecar)
             with proxy(kind, app_url, sidecar.port) as made.proxy:
@@ -426,11 +460,11 @@ def rig(kind: Kind) -> Iterator[Rig]:
 
 
 @contextlib.contextmanager
-def stand_in(rig: Rig) -> Iterator[tuple[Stand, Proxy]]:
+def stand_in(rig: Rig, twin: Mapping[str, str] | None = None) -> Iterator[tuple[Stand, Proxy]]:
     """A second proxy, with somebody between it and the sidecar."""
     stand = Stand(rig.sidecar.port)
     try:
-        with proxy(rig.kind, rig.app_url, stand.port) as other:
+        with proxy(rig.kind, rig.app_url, stand.port, twin) as other:
             yield stand, other
     finally:
         stand.close()
@@ -490,6 +524,18 @@ def is_unavailable(answer: Answer) -> None:
         "error": "unavailable",
         "error_description": "The API key could not be checked; try again in a moment",
     }
+
+
+def is_limited(answer: Answer) -> None:
+    """429 as JSON, with the time to try again."""
+    headers = lowered(answer)
+    assert answer.status == 429
+    assert headers[b"content-type"] == b"application/json"
+    assert int(headers[b"retry-after"]) > 0
+    assert headers[b"x-keylatch-error"] == b"rate_limited"
+    assert headers[b"cache-control"] == b"no-store"
+    assert b"www-authenticate" not in headers
+    assert json.loads(answer.body)["error"] == "rate_limited"
 
 
 def is_as_the_sidecar_says(answer: Answer, said: Answer) -> None:

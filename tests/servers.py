@@ -25,7 +25,8 @@ def needs(program: str | None, package: str) -> str:
     """The program's path; without it the test is skipped, or fails where services are required."""
     if program is not None:
         return program
-    missing = f"a real server is missing: apt-get install {package}"
+    how = package if package.startswith("pip ") else f"apt-get install {package}"
+    missing = f"a real server is missing: {how}"
     if os.environ.get("KEYLATCH_REQUIRE_SERVICES") == "1":
         pytest.fail(missing)
     pytest.skip(missing)

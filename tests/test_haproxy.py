@@ -16,6 +16,7 @@ from proxies import (
     with_trailer,
 )
 from proxy_contract import ProxyContract
+from servers import eventually
 from wire import exchange, read, send
 
 KIND = Kind(
@@ -29,6 +30,8 @@ KIND = Kind(
     sockets=["abns@keylatch"],
     unix="unix@{}",
     only_root=r"\s*(user|group) ",
+    limited={"ge 1000": "ge 2"},
+    unlimited={"ge 1000": "ge 1000000000"},
 )
 
 
@@ -36,6 +39,7 @@ class TestHAProxy(ProxyContract):
     """All that a proxy promises; bodies need a length."""
 
     chunked_bodies: ClassVar[bool] = False
+    passes_429: ClassVar[bool] = True
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,18 @@ def test_without_the_rule_on_bodies_a_trailer_would_say_who_calls(rig: Rig) -> N
     with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
         seen = told(read(exchange(other.url, with_trailer(rig.full))))
     assert identity(seen)["x-keylatch-key-id"] == [rig.full.record.id, "evil"]
+
+
+def test_who_is_refused_for_asking_too_often_is_served_again_without_a_pause(rig: Rig) -> None:
+    """Requests that were refused do not count; else a busy client would be shut out for good."""
+    short = {**KIND.limited, "http_req_rate(10s)": "http_req_rate(1s)"}
+    with proxy(KIND, rig.app_url, rig.sidecar.port, short) as other:
+
+        def ask() -> int:
+            return send(other.url, b"GET /v1/me", bearing(rig.full)).status
+
+        eventually(lambda: ask() == 429)
+        eventually(lambda: ask() == 200)
 
 
 def test_http_2_without_tls_is_no_way_around(rig: Rig) -> None:

@@ -13,7 +13,14 @@ local IDENTITY = {
     "x-keylatch-permission",
     "x-keylatch-environment",
 }
-local OF_REFUSALS = {"content-type", "cache-control", "x-keylatch-error", "www-authenticate"}
+local REFUSALS = {[401] = true, [403] = true, [429] = true}
+local OF_REFUSALS = {
+    "content-type",
+    "cache-control",
+    "x-keylatch-error",
+    "www-authenticate",
+    "retry-after",
+}
 
 local function all(values) -- HAProxy counts from 0
     local list = {}
@@ -54,7 +61,7 @@ end
 
 core.register_action("keylatch", {"http-req"}, function(txn)
     local answer = ask(txn)
-    if answer.status == 401 or answer.status == 403 then
+    if REFUSALS[answer.status] then
         refuse(txn, answer)
         return
     end
