@@ -23,7 +23,7 @@ from servers import serving
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/README.md")])
 
 
 def examples() -> list[str]:
@@ -117,8 +117,9 @@ def test_every_file_that_a_document_names_exists(document: Path) -> None:
     """Tests that hold a promise, benchmarks that make a number, and linked pages are there."""
     text = document.read_text()
     named = re.findall(r"`((?:tests|benchmarks|middleware|sidecar|deploy)/[\w./-]*)`", text)
-    named += re.findall(r"\]\(([\w./-]+)\)", text)
+    linked = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
     missing = [name for name in named if not (ROOT / name).exists()]
+    missing += [name for name in linked if not (document.parent / name).exists()]
     assert missing == []
 
 

@@ -1,0 +1,355 @@
+"""Envoy with `deploy/envoy/envoy-grpc.yaml`: ext_authz asks the sidecar over gRPC."""
+
+import contextlib
+import dataclasses
+import json
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import test_envoy
+from keylatch_sidecar.check_messages import CheckRequest, CheckResponse
+from keylatch_sidecar.grpc_authz import SERVICE
+from proxies import (
+    DEPLOY,
+    Proxy,
+    Rig,
+    SidecarProcess,
+    Stand,
+    bearing,
+    identity,
+    identity_of,
+    is_limited,
+    is_unavailable,
+    lowered,
+    proxy,
+    pump,
+    told,
+    values_of,
+)
+from proxy_contract import SPELLINGS, TOO_MANY_BODY, ProxyContract
+from servers import eventually, free_port
+from wire import exchange, send
+
+
+class GRPCSidecar(SidecarProcess):
+    """One whose `port`, or Unix socket, is for gRPC; HTTP is at its `place`."""
+
+    def __init__(self, folder: Path, place: Path | None = None, **settings: str) -> None:
+        self._http = free_port()
+        super().__init__(folder, place, **settings)
+
+    def _where(self) -> list[str]:
+        self.place = f"http://127.0.0.1:{self._http}"
+        where = ["--grpc-uds", str(self._uds)] if self._uds else ["--grpc-port", str(self.port)]
+        return ["--port", str(self._http), *where]
+
+
+KIND = dataclasses.replace(
+    test_envoy.KIND,
+    command=["-c", "{folder}/envoy-grpc.yaml", *test_envoy.KIND.command[2:]],
+    check=["-c", "{folder}/envoy-grpc.yaml", *test_envoy.KIND.check[2:]],
+    files=["envoy-grpc.yaml"],
+    asked="127.0.0.1:8701",
+    sidecar=GRPCSidecar,
+)
+
+
+class Oracle:
+    """Says the same to every question, in place of the sidecar, and keeps the questions.
+
+    Args:
+        answer: a message, as it is on the wire, or an error.
+    """
+
+    def __init__(self, answer: bytes | grpc.StatusCode) -> None:
+        self.questions: list[Any] = []
+        self._answer = answer
+
+    def check(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+        self.questions.append(CheckRequest.FromString(message))
+        if isinstance(self._answer, grpc.StatusCode):
+            context.abort(self._answer, "an error")
+        return self._answer
+
+
+@contextlib.contextmanager
+def answering(
+    rig: Rig, answer: bytes | grpc.StatusCode, twin: Mapping[str, str] | None = None
+) -> Iterator[tuple[Oracle, Proxy]]:
+    """Another proxy, whose sidecar is an oracle."""
+    oracle = Oracle(answer)
+    methods: dict[str, Any] = {"Check": grpc.unary_unary_rpc_method_handler(oracle.check)}
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, methods)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with proxy(KIND, rig.app_url, port, twin) as other:
+            yield oracle, other
+    finally:
+        server.stop(None).wait()
+
+
+def written(**fields: Any) -> bytes:
+    """An answer as the sidecar would write it."""
+    message: bytes = CheckResponse(**fields).SerializeToString()
+    return message
+
+
+def denied(status: int, body: bytes = b"", **headers: bytes) -> bytes:
+    options = [
+        {"header": {"key": name.replace("_", "-").encode(), "value": value}, "append_action": 2}
+        for name, value in headers.items()
+    ]
+    return written(
+        status={"code": 7},
+        denied_response={"status": {"code": status}, "headers": options, "body": body},
+    )
+
+
+class TestEnvoyOverGRPC(ProxyContract):
+    """All that a proxy promises. What stands in for the sidecar must speak gRPC here."""
+
+    def test_an_allow_that_names_nobody_lets_nobody_speak_for_himself(
+        self, rig: Rig, between: tuple[Stand, Proxy]
+    ) -> None:
+        """An empty message is an allow: the app hears of no identity."""
+        lies = [name + b": evil" for name in SPELLINGS]
+        with answering(rig, b"") as (_, other):
+            seen = told(send(other.url, b"GET /v1/me", bearing(rig.full), *lies))
+        assert identity(seen) == {}
+        assert "evil" not in json.dumps(seen)
+
+    def test_the_question_holds_what_it_must_and_nothing_of_the_clients(
+        self, rig: Rig, between: tuple[Stand, Proxy]
+    ) -> None:
+        """One question for a request: the permission, the credential, the facts; no body."""
+        head = [b"POST /v1/emails?permission=X HTTP/1.1", b"Host: test", b"Cookie: secret=1"]
+        head += [bearing(rig.full), b"X-Forwarded-Method: GET", b"X-Keylatch-Require: X"]
+        head += [b"Content-Length: 5", b"Connection: close", b"", b"hello"]
+        with answering(rig, grpc.StatusCode.INTERNAL) as (oracle, other):
+            exchange(other.url, b"\r\n".join(head))
+        (question,) = oracle.questions
+        http = question.attributes.request.http
+        assert (http.method, http.path) == (b"POST", b"/v1/emails?permission=X")
+        (header,) = http.headers
+        assert header.key == b"authorization"
+        assert header.value == bearing(rig.full).partition(b": ")[2]
+        (extension,) = question.attributes.context_extensions
+        assert (extension.key, extension.value) == (b"permission", b"SENDING")
+        message = question.SerializeToString()
+        assert b"hello" not in message
+        assert b"secret" not in message
+
+    def test_a_sidecar_that_limits_a_key_is_understood(
+        self, rig: Rig, between: tuple[Stand, Proxy]
+    ) -> None:
+        """429 and its `Retry-After` reach the client as they are; the app is not asked."""
+        asked = rig.app.asked
+        headers = {"content_type": b"application/json", "cache_control": b"no-store"}
+        headers |= {"x_keylatch_error": b"rate_limited", "retry_after": b"7"}
+        with answering(rig, denied(429, TOO_MANY_BODY, **headers)) as (_, other):
+            answered = send(other.url, b"GET /v1/me", bearing(rig.full))
+        assert rig.app.asked == asked
+        is_limited(answered)
+        assert lowered(answered)[b"retry-after"] == b"7"
+
+    def test_a_kept_connection_that_ends_under_a_question_is_not_missed(
+        self, rig: Rig, between: tuple[Stand, Proxy]
+    ) -> None:
+        """Closed by the sidecar while a question is on its way: it is asked again on a new one."""
+        assert statuses(rig, {}) == {200}
+
+
+class TiredStand:
+    """Stands between Envoy and its sidecar: a connection ends with its second question, unanswered.
+
+    Args:
+        port: of the sidecar.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                envoy, _ = self._listener.accept()
+                threading.Thread(target=self._one, args=[envoy], daemon=True).start()
+
+    def _one(self, envoy: socket.socket) -> None:
+        with envoy, socket.create_connection(("127.0.0.1", self._port)) as sidecar:
+            threading.Thread(target=pump, args=[sidecar, envoy], daemon=True).start()
+            with contextlib.suppress(OSError), envoy.makefile("rb") as frames:
+                sidecar.sendall(frames.read(24))  # the preface of HTTP/2 (RFC 9113 section 3.4)
+                questions = 0
+                while head := frames.read(9):  # length, type, flags, stream (section 4.1)
+                    questions += head[3] == 1  # HEADERS
+                    if questions == 2:
+                        break
+                    sidecar.sendall(head + frames.read(int.from_bytes(head[:3])))
+                envoy.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def statuses(rig: Rig, mistake: Mapping[str, str]) -> set[int]:
+    """What twelve requests are answered while connections to the sidecar end under questions."""
+    stand = TiredStand(rig.sidecar.port)
+    try:
+        with proxy(KIND, rig.app_url, stand.port, mistake) as other:
+            return {send(other.url, b"GET /v1/me", bearing(rig.full)).status for _ in range(12)}
+    finally:
+        stand.close()
+
+
+def test_without_the_retry_a_connection_that_ends_would_be_noticed(rig: Rig) -> None:
+    """Why the question is asked again: no proxy knows of a closed connection before it writes."""
+    assert statuses(rig, {"num_retries: 1": "num_retries: 0"}) == {200, 503}
+
+
+def test_a_new_route_is_closed_until_it_is_opened(rig: Rig) -> None:
+    """A route that says nothing of keylatch asks for FULL."""
+    more = "- match: {path: /new}\n                          route: {cluster: app}\n"
+    more += "                        - match: {path: /healthz}"
+    with proxy(KIND, rig.app_url, rig.sidecar.port, {"- match: {path: /healthz}": more}) as other:
+        assert send(other.url, b"GET /new").status == 401
+        assert send(other.url, b"GET /new", bearing(rig.sender)).status == 403
+        assert told(send(other.url, b"GET /new", bearing(rig.full)))["path"] == "/new"
+
+
+def test_without_the_default_permission_every_good_key_would_do(rig: Rig) -> None:
+    """Why all routes ask for FULL together: a question without a permission is weaker."""
+    mistake = {"{permission: FULL}": "{mine: FULL}"}
+    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
+        assert send(other.url, b"GET /v1/me", bearing(rig.sender)).status == 200
+
+
+def test_a_permission_without_a_word_is_no_permission(rig: Rig) -> None:
+    """It leaves only FULL, on this route too."""
+    with proxy(KIND, rig.app_url, rig.sidecar.port, {"permission: SENDING": 'permission: ""'}) as p:
+        assert send(p.url, b"POST /v1/emails", bearing(rig.sender)).status == 403
+        assert send(p.url, b"POST /v1/emails", bearing(rig.full)).status == 200
+
+
+def test_failing_open_would_let_everybody_in(rig: Rig) -> None:
+    """Why nobody may set `failure_mode_allow`: the sidecar is down, and the app serves."""
+    mistake = {"failure_mode_allow: false": "failure_mode_allow: true"}
+    with proxy(KIND, rig.app_url, free_port(), mistake) as other:
+        assert send(other.url, b"GET /v1/me").status == 200
+    with proxy(KIND, rig.app_url, free_port()) as other:
+        is_unavailable(send(other.url, b"GET /v1/me"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE),
+        *(grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED),
+        b"\xff\xff\xff",
+        denied(200),
+        denied(204, x_keylatch_key_id=b"key_1"),
+        denied(302, location=b"/"),
+        denied(500),
+        denied(503),
+        written(status={"code": 14}, denied_response={"status": {"code": 503}}),
+    ],
+    ids=str,
+)
+def test_no_other_answer_is_an_allow(rig: Rig, answer: bytes | grpc.StatusCode) -> None:
+    """503, whatever it is, and the app is not asked: above all what looks like its success."""
+    asked = rig.app.asked
+    with answering(rig, answer) as (_, other):
+        is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
+    assert rig.app.asked == asked
+
+
+@pytest.mark.parametrize("code", [1, 2, 7, 16, 99])
+def test_a_refusal_without_words_is_a_refusal(rig: Rig, code: int) -> None:
+    """Nothing but 0 lets a request pass, not even beside the headers of an allow."""
+    asked = rig.app.asked
+    for response in ({}, {"ok_response": {"headers_to_remove": [b"cookie"]}}):
+        with answering(rig, written(status={"code": code}, **response)) as (_, other):
+            assert send(other.url, b"GET /v1/me", bearing(rig.full)).status == 403
+    assert rig.app.asked == asked
+
+
+ALL_HEADERS = {"allowed_headers: {patterns: [{exact: authorization}]}": "clear_route_cache: false"}
+BELIEVING = {
+    "x[^a-z0-9]keylatch.*": "nothing",
+    "headers_with_underscores_action: DROP_HEADER": "max_headers_count: 100",
+}
+
+
+@pytest.mark.parametrize("raw", ["false", "true"])
+def test_an_envoy_that_tells_the_sidecar_of_all_headers_believes_no_lie(rig: Rig, raw: str) -> None:
+    """For configurations of one's own: where the sidecar hears of names that could be taken for
+    its own, it has them removed; Envoy writes over the others. What is public stays open to lies.
+    """
+    version = "transport_api_version: V3"
+    mistakes = {**ALL_HEADERS, **BELIEVING}
+    mistakes[version] = f"{version}\n                      encode_raw_headers: {raw}"
+    lies = [name + b": evil" for name in SPELLINGS]
+    with proxy(KIND, rig.app_url, rig.sidecar.port, mistakes) as other:
+        keyed = told(send(other.url, b"GET /v1/me", bearing(rig.full), *lies))
+        public = told(send(other.url, b"GET /healthz", *lies))
+        for second in (bearing(rig.full), b"Authorization: Basic eDp5"):
+            assert send(other.url, b"GET /v1/me", bearing(rig.full), second).status == 401
+    assert identity(keyed) == identity_of(rig.full)
+    assert "evil" not in json.dumps(keyed)
+    assert identity(public)["x-keylatch-key-id"] != []
+    assert values_of(keyed, "authorization") == []
+
+
+ASKING = {
+    "http2_protocol_options: {}": (
+        "http2_protocol_options: {connection_keepalive: {interval: 0.01s, timeout: 5s}}"
+    ),
+    "num_retries: 1": "num_retries: 0",
+}
+
+
+def test_a_connection_may_be_asked_whether_it_lives(rig: Rig) -> None:
+    """As often as an operator likes: no question is lost."""
+    with proxy(KIND, rig.app_url, rig.sidecar.port, ASKING) as other:
+        answers = [send(other.url, b"GET /v1/me", bearing(rig.full)) for _ in range(100)]
+    assert {answered.status for answered in answers} == {200}
+
+
+def test_other_servers_would_hang_up_on_who_asks(rig: Rig) -> None:
+    """Why ours counts no pings: gRPC's default ends a connection, and questions with it."""
+    with answering(rig, b"", ASKING) as (_, other):
+        eventually(lambda: send(other.url, b"GET /v1/me").status == 503)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ("# 1. What could be read in two ways", "# 2."),
+        ("use_remote_address: true", "route_config:"),
+        ("# Public: an exact path.", "# What a request asks of its key. Method"),
+        ("failure_mode_allow: false", "allowed_headers:"),
+        ("# 6. What one key may do", "clusters:"),
+        ("- name: app\n      connect_timeout", ""),
+    ],
+)
+def test_the_two_files_differ_in_the_question_alone(start: str, end: str) -> None:
+    """What keeps a door closed in one of them keeps it closed in the other."""
+    parts = set()
+    for name in ("envoy.yaml", "envoy-grpc.yaml"):
+        text = (DEPLOY / "envoy" / name).read_text()
+        assert (text.count(start), text.count(end) > 0) == (1, True)
+        parts.add(text[text.index(start) :].partition(end or "\0")[0])
+    assert len(parts) == 1
