@@ -31,7 +31,7 @@ class Members:
         self.rows.append((self.seq, key_id, None))
         return self.seq
 
-    async def changes(self, since: int) -> Changes:
+    async def changes(self, since: int, seconds: float | None = None) -> Changes:
         return Changes(self.seq, "epoch", True, tuple(row for row in self.rows if row[0] > since))
 
     async def join(self, member: str, seconds: float) -> None:
