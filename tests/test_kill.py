@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from rich.console import Console
@@ -27,12 +28,13 @@ class Writers:
     """Processes that write to one store, one after the other, each until it is killed."""
 
     def __init__(self, store_url: str, kind: str = "sound") -> None:
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed at the exit
         self._parent = subprocess.Popen(
             [sys.executable, worker_writes.__file__, store_url, "1000", kind],
             env={**os.environ, "KEYLATCH_LEASE": str(LEASE)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._complaints,
             text=True,
         )
 
@@ -40,7 +42,7 @@ class Writers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._parent:
+        with self._parent, self._complaints:
             self._parent.kill()
 
     def killed_after(self, lines: int) -> Answers:
@@ -50,7 +52,12 @@ class Writers:
         self._parent.stdin.write("go\n")
         self._parent.stdin.flush()
         _, pid = self._parent.stdout.readline().split()
-        printed = [self._parent.stdout.readline() for _ in range(lines)]
+        printed = []
+        for _ in range(lines):
+            printed.append(self._parent.stdout.readline())
+            if printed[-1] == "ended\n":
+                self._complaints.seek(0)
+                pytest.fail(f"it ended before it was killed: {self._complaints.read()}")
         os.kill(int(pid), signal.SIGKILL)
         while printed[-1] != "ended\n":  # what it had answered before the kill arrived
             printed.append(self._parent.stdout.readline())
