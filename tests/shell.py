@@ -62,6 +62,7 @@ class Operator:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a server's workers can be ended with it
         )
 
     def create(self, *words: str) -> dict[str, Any]:

@@ -5,9 +5,11 @@ Below them: what a framework hears besides requests, through the middleware arou
 
 import ast
 import asyncio
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -121,6 +123,7 @@ def examples(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
                     cwd=ROOT,
                     stdout=output,
                     stderr=output,
+                    start_new_session=True,
                 )
             examples[name] = Example(f"http://127.0.0.1:{port}", process, log)
         for example in examples.values():
@@ -128,7 +131,8 @@ def examples(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
         yield examples
     finally:
         for example in examples.values():
-            example.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it stopped in order
+                os.killpg(example.process.pid, signal.SIGKILL)  # its workers, too
             example.process.wait()
 
 

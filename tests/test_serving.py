@@ -1,12 +1,13 @@
 """`keylatch serve`: its listeners, who may come through which, and how it ends."""
 
 import json
+import os
 import signal
 import socket
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def served(operator: Operator, *words: str) -> Iterator["subprocess.Popen[str]"]
     try:
         yield process
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):  # it stopped in order
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too
         process.communicate()
 
 

@@ -45,6 +45,11 @@ _TIDY_SECONDS: Final = 30.0
 log = logging.getLogger("keylatch")
 
 
+def _its_waiters_have_it(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # nobody may be left to wait
+
+
 class Engine:
     """Resolves tokens for one process.
 
@@ -113,6 +118,7 @@ class Engine:
             return
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(), name="keylatch-start")
+            self._starting.add_done_callback(_its_waiters_have_it)
         try:
             await asyncio.shield(self._starting)
         except StoreUnavailable as error:

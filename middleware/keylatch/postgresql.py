@@ -74,8 +74,15 @@ class PostgreSQL:
             skip_autocommit_rollback=True,
             pool_reset_on_return=None,
         )
-        event.listen(engine.sync_engine, "connect", _configure)
+        # First of all listeners: SQLAlchemy's own asks what server this is, and may wait for ever.
+        event.listen(engine.sync_engine, "connect", self._connected, insert=True)
         return engine
+
+    def _connected(self, raw: Any, record: object) -> None:
+        task = asyncio.current_task()
+        if task is not None and task in self._under_way:
+            self._under_way[task].append(raw.driver_connection)
+        _configure(raw)
 
     async def ask(
         self, question: Question, *, seconds: float | None = None, **parameters: Any
@@ -138,7 +145,8 @@ class PostgreSQL:
         async with engine.connect() as connection:
             pooled = await connection.get_raw_connection()
             line = cast(Line, pooled.driver_connection)
-            used.append(line)
+            if line not in used:  # it was there before
+                used.append(line)
             try:
                 return await use(connection, line)
             except (DBAPIError, psycopg.Error):
@@ -213,7 +221,7 @@ class PostgreSQL:
         self._open()
 
 
-def _configure(raw: Any, record: object) -> None:
+def _configure(raw: Any) -> None:
     # A process that is stopped or cut off in the middle of a transaction must not keep its locks:
     # the one on the counter row would stop every change.
     with contextlib.closing(raw.cursor()) as cursor:
