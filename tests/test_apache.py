@@ -126,7 +126,7 @@ def test_a_mistake_in_lua_is_503(rig: Rig, mistake: dict[str, str]) -> None:
     [
         {"function keylatch(r)": "function keylatch(r"},
         {"function keylatch(r)": "function another(r)"},
-        {'require "socket.unix"': 'require "no.such.library"'},
+        {'require "socket.unix"': 'require "no.such.module"'},
         {"return refuse(r, verdict)": "error('a mistake')"},
     ],
 )

@@ -62,6 +62,7 @@ def test_serve_answers_until_it_is_told_to_stop(operator: Operator, way: str) ->
         process.send_signal(signal.SIGTERM)
         stopped = ended(process)
     assert stopped.code == 0
+    assert f"listening on {str(place).removeprefix('http://')}\n" in stopped.err
     assert "Traceback" not in stopped.err
     assert key["token"] not in stopped.err
     with closing(sqlite3.connect(operator.database)) as raw:

@@ -135,6 +135,7 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
         access_log=False,
         log_level="info",
     )
+    log.setLevel(logging.INFO)  # uvicorn says it only of sockets that it made itself
     log.info("listening on %s", " and ".join(str(listener) for listener in listeners))
     # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
     # us before the sockets are removed.
