@@ -59,6 +59,11 @@ def _polling(c: Configuration, v: View, m: Member) -> Iterator[Step]:
     if m.joined and len(m.polls) < c.polls:
         polls = in_order([*m.polls, Poll(acked=m.seen)])
         yield Step(f"{{p}} polls: t0 = @+0, acknowledges {m.seen}", m._replace(polls=polls))
+        if m.seen < len(v.log):
+            # At the bell: nothing is acknowledged and nothing granted, as if asked too long ago.
+            news = in_order([*m.polls, Poll(c.lease, seq=len(v.log))])
+            text = f"the store tells {{p}}, who only reads: seq = {len(v.log)}"
+            yield Step(text, m._replace(polls=news))
     for poll in dict.fromkeys(m.polls):
         rest = m._replace(polls=without(m.polls, poll))
         if not c.warm:

@@ -250,6 +250,32 @@ async def test_a_silent_bell_only_costs_time(
     assert receipt.acknowledged == 3
 
 
+async def test_a_bell_costs_the_store_one_grant(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """Whoever hears it reads, and acknowledges news; where there are none, nobody writes."""
+    polls: list[str] = []
+    store.on_poll = polls.append
+    seq = store.commit("key_a")
+    await processes[0].lease.settle(seq)
+    assert sorted(polls) == sorted(process.lease._member for process in processes)
+    for process in processes:
+        assert await process.lease.ask(only_news=True) is False
+    assert len(polls) == 3
+
+
+async def test_bells_without_end_keep_no_lease_from_being_renewed(
+    store: Members, clock: Clock
+) -> None:
+    """Whoever can publish in Redis can ring for ever; a lease that grows old is renewed anyway."""
+    process = Process(store, clock)
+    await process.lease.begin()
+    for _ in range(40):
+        clock.tick(X / 10)
+        await process.lease.ask(only_news=True)
+        assert process.lease.is_current()
+
+
 async def test_a_question_that_left_before_me_does_not_answer_me(
     store: Members, clock: Clock
 ) -> None:

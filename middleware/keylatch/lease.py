@@ -1,9 +1,10 @@
 """PostgreSQL's witness: the store grants leases, and a change waits for whoever holds one.
 
 A process may believe its feed until X after it *asked* (`t0`, taken before the question leaves).
-It asks every X/4, and at once when the bell rings. One question is one transaction on the primary:
-it acknowledges what was learned last time, counts the grant on the process's own row in `members`,
-and reads what changed. A replica cannot do that, so it grants nothing.
+It asks every X/4. One question is one transaction on the primary: it acknowledges what was learned
+last time, counts the grant on the process's own row in `members`, and reads what changed. A replica
+cannot do that, so it grants nothing. When the bell rings, it reads what changed at once, and
+acknowledges that with the question that follows.
 
 A revoke commits, rings, and waits until every member has acknowledged its sequence number, at most
 X: by then every lease that was asked for before the commit is over, and every later one came
@@ -24,9 +25,10 @@ from typing import Final
 
 from keylatch.errors import StoreUnavailable
 from keylatch.feed import END, Feed, Receipt
-from keylatch.store import Poll, Store
+from keylatch.store import Changes, Poll, Store
 
 _SAFETY: Final = 0.98
+_YOUNG: Final = 0.75  # of X are left: the next poll is still to come
 _PATIENCE: Final = 1.1
 _COALESCE_SECONDS: Final = 0.005
 _LOOK_SECONDS: Final = 0.001
@@ -113,7 +115,7 @@ class Lease:
             was_rung = self._rung.is_set()
             self._rung.clear()
             try:
-                if await self.ask():
+                if await self.ask(only_news=was_rung):
                     await self.ask()  # acknowledges what was just learned
                 self._silent = False
             except StoreUnavailable as error:
@@ -136,26 +138,30 @@ class Lease:
 
     # Asking
 
-    async def ask(self) -> bool:
+    async def ask(self, *, only_news: bool = False) -> bool:
         """Ask the store, in a question that leaves after this call; True if it told news.
 
         At most one question is under way and one waits; whoever comes while the first is under
         way shares the second, because the first may have read before they came.
 
+        Args:
+            only_news: for no lease while that is young: a bell is heard by all at once, and to read
+                is a fraction of what a grant costs the store.
+
         Raises:
             StoreUnavailable: nothing was learned.
         """
         if self._asking is None:
-            self._asking = self._question(None)
+            self._asking = self._question(None, only_news)
             question = self._asking
         else:
             if self._asking_next is None:
-                self._asking_next = self._question(self._asking)
+                self._asking_next = self._question(self._asking, only_news)
             question = self._asking_next
         return await asyncio.shield(question)
 
-    def _question(self, earlier: asyncio.Task[bool] | None) -> asyncio.Task[bool]:
-        task = asyncio.create_task(self._ask(earlier), name="keylatch-lease")
+    def _question(self, earlier: asyncio.Task[bool] | None, only_news: bool) -> asyncio.Task[bool]:
+        task = asyncio.create_task(self._ask(earlier, only_news), name="keylatch-lease")
         task.add_done_callback(self._answered)
         return task
 
@@ -165,9 +171,12 @@ class Lease:
         if self._asking is task:
             self._asking, self._asking_next = self._asking_next, None
 
-    async def _ask(self, earlier: asyncio.Task[bool] | None) -> bool:
+    async def _ask(self, earlier: asyncio.Task[bool] | None, only_news: bool) -> bool:
         if earlier is not None:
             await asyncio.wait([earlier])
+        # Not while a lease grows old: bells without end shall not keep it from being renewed.
+        if only_news and self._until - self._timer() > self._seconds * _YOUNG:
+            return self._learn(await self._store.changes(self._feed.seq, self._seconds))
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)
@@ -183,10 +192,14 @@ class Lease:
 
     def _granted(self, poll: Poll, asked_at: float) -> bool:
         """Tombstones and lease, in one step of the event loop."""
-        news = poll.changes.seq != self._feed.seq
-        self._feed.apply(poll.changes)
+        news = self._learn(poll.changes)
         self._until = asked_at + self._seconds * _SAFETY
         self._store_ahead = poll.store_seconds - asked_at
+        return news
+
+    def _learn(self, changes: Changes) -> bool:
+        news = changes.seq != self._feed.seq
+        self._feed.apply(changes)
         return news
 
     # Waiting for the others

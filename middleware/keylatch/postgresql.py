@@ -1,8 +1,9 @@
 """The store as a server for many hosts, over psycopg's asynchronous sockets.
 
-A server may fall silent without closing its connections. psycopg, when cancelled, first asks the
-server to cancel and waits for its answer; so work runs in a task of its own, and whoever has waited
-long enough leaves it behind and cuts its connection.
+Questions go over `line`, reads and transactions through SQLAlchemy. A server may fall silent
+without closing its connections. psycopg, when cancelled, first asks the server to cancel and waits
+for its answer; so work runs in a task of its own, and whoever has waited long enough leaves it
+behind and cuts its connection.
 """
 
 import asyncio
@@ -14,18 +15,27 @@ from typing import Any, Final, TypeVar, cast
 
 import psycopg
 from sqlalchemy import event
+from sqlalchemy.dialects.postgresql import dialect as postgresql_dialect
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.database import Question, Rows, Work, errors_translated
 from keylatch.errors import StoreUnavailable
+from keylatch.line import Lines
 
 T = TypeVar("T")
 Line = psycopg.AsyncConnection[Any]
 Use = Callable[[AsyncConnection, Line], Awaitable[T]]
 
+_DIALECT: Final = postgresql_dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+_SESSION: Final[dict[str, Any]] = {
+    "connect_timeout": 2,
+    "tcp_user_timeout": 5_000,
+    "application_name": "keylatch",
+}
 _READ_SECONDS: Final = 2.0
+_STALE_SECONDS: Final = 0.5
 _WRITE_SECONDS: Final = 5.0
 _IDLE_MILLISECONDS: Final = 2_000
 
@@ -55,16 +65,14 @@ class PostgreSQL:
         # Leases have places of their own. Else, after a silence, they would queue behind look-ups
         # that wait out their two seconds, and every check would be 503 for as long.
         self._urgent = self._connecting(places=1, more=2)
+        self._looking_up = Lines(self._connect, places=8, stale_seconds=_STALE_SECONDS)
+        self._leasing = Lines(self._connect_for_leases, places=4)
         self._under_way: dict[asyncio.Task[Any], list[Line]] = {}
 
     def _connecting(self, places: int, more: int) -> AsyncEngine:
         engine = create_async_engine(
             self._url,
-            connect_args={
-                "connect_timeout": 2,
-                "tcp_user_timeout": 5_000,
-                "application_name": "keylatch",
-            },
+            connect_args=_SESSION,
             hide_parameters=True,
             pool_size=places,
             max_overflow=more,
@@ -84,19 +92,26 @@ class PostgreSQL:
             self._under_way[task].append(raw.driver_connection)
         _configure(raw)
 
+    async def _connect(self) -> Line:
+        url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
+        return await psycopg.AsyncConnection.connect(url, autocommit=True, **_SESSION)
+
+    async def _connect_for_leases(self) -> Line:
+        line = await self._connect()
+        # Nobody waits for a disk to be granted a lease. What a crash takes back are grants and
+        # acknowledgements; then revokes wait longer, or for somebody who knows already.
+        await line.execute("SET synchronous_commit = off")
+        return line
+
     async def ask(
         self, question: Question, *, seconds: float | None = None, **parameters: Any
     ) -> Rows:
-        text, fixed, _ = question.spelled(self._engine.dialect)
-        values = {**fixed, **parameters}
-
-        async def answer(connection: AsyncConnection, line: Line) -> Rows:
-            # Around SQLAlchemy, whose share of a statement is several times the driver's.
-            cursor = await line.execute(text.encode(), values)
-            return await cursor.fetchall()
-
-        engine = self._engine if seconds is None else self._urgent
-        return await self._twice(engine, seconds or _READ_SECONDS, answer)
+        text, fixed, order = question.spelled(_DIALECT)
+        named = {**fixed, **parameters}
+        values = [str(named[name]).encode() for name in order]
+        lines = self._looking_up if seconds is None else self._leasing
+        with errors_translated(psycopg.Error, self._hint):
+            return await lines.ask(text, values, seconds or _READ_SECONDS)
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         engine = self._engine if seconds is None else self._urgent
@@ -185,9 +200,8 @@ class PostgreSQL:
         return None
 
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
-        url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
         try:
-            line = await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=2)
+            line = await self._connect()
             async with line:
                 await line.execute(f'LISTEN "{channel}"')
                 heard()
@@ -206,6 +220,8 @@ class PostgreSQL:
             await asyncio.wait(self._under_way, timeout=_READ_SECONDS)
         for task in tuple(self._under_way):
             self._cut(task)
+        for lines in (self._looking_up, self._leasing):
+            lines.close()
         for engine in (self._engine, self._urgent):
             await engine.dispose()
 
@@ -218,6 +234,7 @@ class PostgreSQL:
     def forget(self) -> None:
         # Kept, never closed: closing would say goodbye on the parent's connections.
         self._inherited += [self._engine, self._urgent, self._under_way]
+        self._inherited += [self._looking_up, self._leasing]
         self._open()
 
 
