@@ -26,8 +26,12 @@ from keylatch.model import Allow, Deny, KeyRecord, Reason
 from keylatch.store import Changes
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
-ENTRY = Entry(b"digest", RECORD, 1)
+ENTRY = Entry(b"fingerprint", RECORD, 1)
 ABSENCE = Absence(Reason.UNKNOWN, "key_a", "", 1)
+
+
+def entry(fingerprint: bytes) -> Entry:
+    return Entry(fingerprint, RECORD, 1)
 
 
 def test_a_spray_of_bad_tokens_evicts_no_good_key() -> None:
@@ -54,10 +58,10 @@ def test_an_absence_is_forgotten_after_ten_seconds() -> None:
 def test_the_least_recently_used_key_goes_first() -> None:
     """The bound holds, and a key in use stays."""
     cache = Cache(size=2)
-    cache.remember("a", ENTRY)
-    cache.remember("b", ENTRY)
-    cache.entry("a")
-    cache.remember("c", ENTRY)
+    cache.remember("a", used := entry(b"a"))
+    cache.remember("b", entry(b"b"))
+    used.used_at = 1.0
+    cache.remember("c", entry(b"c"))
     assert [cache.entry(name) is not None for name in "abc"] == [True, False, True]
 
 
@@ -65,12 +69,26 @@ def test_a_full_cache_of_keys_in_use_still_takes_new_ones() -> None:
     """It lets one go after a few looks, and not after looking at all of them."""
     cache = Cache(size=100)
     for number in range(100):
-        cache.remember(str(number), Entry(b"digest", RECORD, 1))
-        assert cache.entry(str(number)) is not None
+        cache.remember(str(number), used := entry(b"%d" % number))
+        used.used_at = 1.0
     cache.remember("new", ENTRY)
     left = [number for number in range(100) if str(number) in cache._entries]
     assert (len(left), cache.entry("new")) == (99, ENTRY)
-    assert sum(cache._entries[str(number)].used for number in left) > 80
+    spared = [cache._entries[str(number)].considered_at for number in left]
+    assert 0 < sum(spared) < 20
+
+
+def test_a_key_is_found_by_its_fingerprint_as_long_as_it_is_kept() -> None:
+    """Whatever drops an entry drops it from both indexes: else one would grow without bound."""
+    cache = Cache(size=3)
+    for number in range(10):
+        cache.remember(str(number), entry(b"%d" % number))
+    kept = [number for number in range(10) if cache.proven(b"%d" % number)]
+    assert kept == [7, 8, 9]
+    cache.remember_absence("8", b"8", ABSENCE)
+    assert cache.proven(b"8") is None
+    cache.clear()
+    assert cache._entries.by_fingerprint == {}
 
 
 class Log:

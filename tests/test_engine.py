@@ -15,6 +15,7 @@ from conftest import Clock, MakeEngine
 from keylatch import tokens
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
+from keylatch.feed import Feed
 from keylatch.hashing import CHEAPEST, Cost, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason, Wanted
@@ -193,6 +194,14 @@ class TestWhoIsAsked:
         assert (store.finds, hasher.verified) == (2, 1)
 
 
+class Unmoved(Feed):
+    """A broken twin: it learns, and does not show it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "state":
+            super().__setattr__(name, value)
+
+
 class TestRevocation:
     """What is believed, and for how long."""
 
@@ -211,9 +220,20 @@ class TestRevocation:
         """Without the counter the same story accepts a revoked key."""
         created = await create(engine)
         await engine.check(bearer(created.token))
-        engine._witness.is_current = lambda: True  # type: ignore[method-assign]
+        engine._witness.moment = lambda: 0.0  # type: ignore[method-assign]
         await revoke(other, created)
         assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+    async def test_the_twin_whose_feed_never_says_that_it_learned_is_caught(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """What was found true once would be believed for ever, whatever tombstones there are."""
+        created = await create(engine)
+        await engine.check(bearer(created.token))
+        engine._feed.__class__ = Unmoved
+        await revoke(other, created)
+        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert not engine._feed.accepts(created.record.id, "acme", as_of=0)
 
     async def test_a_read_in_flight_cannot_revive_a_revoked_key(
         self, engine: Engine, other: Engine, store: WatchedStore

@@ -16,7 +16,7 @@ from keylatch_sidecar.proxies import identity_headers
 from wire import Header, knock
 
 SOMEBODY = Principal("key_a", "Grüße, 日本 %0d", "acme", "SENDING", "live")
-TOLD = identity_headers(SOMEBODY)
+TOLD = [*identity_headers(SOMEBODY)]
 TRUSTED = ["127.0.0.1", "10.1.0.0/16", "::1", "unix"]
 
 

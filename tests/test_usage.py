@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
+from keylatch.cache import Use
 from keylatch.errors import StoreUnavailable
 from keylatch.usage import Usage
 
@@ -63,8 +64,9 @@ async def test_uses_coalesce_to_the_newest_and_show_within_a_second(
 ) -> None:
     """A thousand uses of a key are one write, half a second after the first."""
     usage, store, sleep = running
+    key = Use("key_a")
     for at in range(1000):
-        usage.note("key_a", at)
+        usage.note(key, at)
     await sleep.pass_time(0)
     assert store.told == []
     await sleep.pass_time(0.5)
@@ -76,10 +78,11 @@ async def test_a_busy_process_writes_every_five_seconds(
 ) -> None:
     """After a flush the next one waits for the interval, however much is noted."""
     usage, store, sleep = running
-    usage.note("key_a", 1)
+    key = Use("key_a")
+    usage.note(key, 1)
     await sleep.pass_time(0)
     await sleep.pass_time(0.5)
-    usage.note("key_a", 2)
+    usage.note(key, 2)
     await sleep.pass_time(4.9)
     assert len(store.told) == 1
     await sleep.pass_time(0.2)
@@ -90,11 +93,11 @@ async def test_a_busy_process_writes_every_five_seconds(
 async def test_many_keys_are_written_sooner(running: tuple[Usage, Store, Sleep]) -> None:
     """A thousand waiting keys do not wait for the interval."""
     usage, store, sleep = running
-    usage.note("key_first", 1)
+    usage.note(Use("key_first"), 1)
     await sleep.pass_time(0)
     await sleep.pass_time(0.5)
     for number in range(1_002):
-        usage.note(f"key_{number}", 2)
+        usage.note(Use(f"key_{number}"), 2)
     await sleep.pass_time(0)
     await sleep.pass_time(0.5)
     assert len(store.told[1]) == 1_002
@@ -104,10 +107,11 @@ async def test_what_could_not_be_stored_waits_and_newer_uses_win() -> None:
     """An outage loses nothing, and an older time does not overwrite a newer one."""
     store = Store(failures=1)
     usage = Usage(store.touch)
-    usage.note("key_a", 1)
-    usage.note("key_b", 1)
+    key = Use("key_a")
+    usage.note(key, 1)
+    usage.note(Use("key_b"), 1)
     await usage.flush()
-    usage.note("key_a", 5)
+    usage.note(key, 5)
     await usage.flush()
     assert store.told == [{"key_a": 5, "key_b": 1}]
 
@@ -118,11 +122,12 @@ async def test_a_use_during_the_flush_is_kept() -> None:
 
     async def slow(uses: Mapping[str, int]) -> None:
         if not told:
-            usage.note("key_a", 2)
+            usage.note(key, 2)
         told.append(dict(uses))
 
     usage = Usage(slow)
-    usage.note("key_a", 1)
+    key = Use("key_a")
+    usage.note(key, 1)
     await usage.flush()
     await usage.flush()
     assert told == [{"key_a": 1}, {"key_a": 2}]
@@ -138,7 +143,7 @@ async def test_a_cancelled_flush_loses_nothing() -> None:
         told.append(dict(uses))
 
     usage = Usage(slow)
-    usage.note("key_a", 1)
+    usage.note(Use("key_a"), 1)
     flush = asyncio.create_task(usage.flush())
     await asyncio.sleep(0)
     flush.cancel()
@@ -152,9 +157,21 @@ async def test_the_buffer_is_bounded() -> None:
     """While the store is down for long, memory does not grow beyond 50,000 keys."""
     store = Store()
     usage = Usage(store.touch)
-    for number in range(60_000):
-        usage.note(f"key_{number}", 1)
-    usage.note("key_0", 2)
+    keys = [Use(f"key_{number}") for number in range(60_000)]
+    for key in keys:
+        usage.note(key, 1)
+    usage.note(keys[0], 2)
     await usage.flush()
     assert len(store.told[0]) == 50_000
     assert store.told[0]["key_0"] == 2
+
+
+async def test_a_key_that_was_read_anew_still_has_its_newest_use() -> None:
+    """A change makes this process read a key again: old and new are one key, whoever waits."""
+    store = Store()
+    usage = Usage(store.touch)
+    old, new = Use("key_a"), Use("key_a")
+    usage.note(new, 7)
+    usage.note(old, 3)
+    await usage.flush()
+    assert store.told == [{"key_a": 7}]

@@ -8,9 +8,10 @@ nothing else. Scopes are copied, never written on.
 
 from typing import Any
 
-from starlette.authentication import AuthCredentials, UnauthenticatedUser
+from starlette.authentication import AuthCredentials, BaseUser, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from keylatch import credentials
 from keylatch.credentials import is_identity_header
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
@@ -19,6 +20,7 @@ from keylatch.identity import ProxyGate
 from keylatch.model import Deny, credentials_of
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
+from keylatch.tokens import Token
 from keylatch.websocket import run_until
 
 
@@ -46,25 +48,26 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             else:
                 await self._app(scope, receive, send)
             return
-        scope, values = _without_identity(scope)
+        values, is_posing = credentials.among(scope["headers"])
         path = path_of(scope)
-        try:
-            if self._policy.is_public(path):
-                scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
-                await self._app(scope, receive, send)
-                return
-            wanted = self._policy.wanted(scope.get("method", "GET"), path)
-            verdict = await self.engine.check(values, wanted)
+        wanted = self._policy.asked(scope.get("method", "GET"), path)
+        if wanted is None:
+            scope = _known_as(scope, is_posing, UnauthenticatedUser(), AuthCredentials())
+        else:
+            verdict = self.engine.glance(values, wanted)
+            if isinstance(verdict, Token):
+                verdict = await self.engine.resolve(verdict, wanted)
             if isinstance(verdict, Deny):
                 await refuse(self._refusals.of(verdict), scope, receive, send)
                 return
-            scope["user"] = verdict.principal
-            scope["auth"] = credentials_of(verdict.principal)
-            if scope["type"] == "websocket":
+            principal = verdict.principal
+            scope = _known_as(scope, is_posing, principal, credentials_of(principal.permission))
+        try:
+            if wanted is not None and scope["type"] == "websocket":
                 with self.engine.watching(values, wanted) as ended:
                     await run_until(ended, self._app, scope, receive, send)
-                return
-            await self._app(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
 
@@ -86,34 +89,27 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
         if isinstance(verdict, Deny):
             await refuse(self._refusals.of(verdict), scope, receive, send)
             return
-        scope, _ = _without_identity(scope)
-        scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
-        if verdict is not None:
-            scope["user"] = verdict.principal
-            scope["auth"] = credentials_of(verdict.principal)
+        _, is_posing = credentials.among(scope["headers"])
+        if verdict is None:
+            scope = _known_as(scope, is_posing, UnauthenticatedUser(), AuthCredentials())
+        else:
+            principal = verdict.principal
+            scope = _known_as(scope, is_posing, principal, credentials_of(principal.permission))
         try:
             await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
 
 
-def _without_identity(scope: Scope) -> tuple[dict[str, Any], list[bytes]]:
-    """A copy of the scope without headers that pose as keylatch's, and what `Authorization` says.
-
-    ASGI promises lower-case names; a server or test client that does not keep it changes nothing.
-    """
-    values = []
-    posing = False
-    for name, value in scope["headers"]:
-        if len(name) == 13 and name.lower() == b"authorization":
-            values.append(value)
-        elif name[:1] in b"xX" and is_identity_header(name):
-            posing = True
+def _known_as(
+    scope: Scope, is_posing: bool, user: BaseUser, auth: AuthCredentials
+) -> dict[str, Any]:
+    """A copy of the scope that says who calls, without headers that pose as keylatch's."""
     headers = scope["headers"]
-    if posing:
+    if is_posing:
         headers = [header for header in headers if not is_identity_header(header[0])]
     # A list of our own in any case: uvicorn on httptools appends trailers to the one it gave away.
-    return {**scope, "headers": [*headers]}, values
+    return {**scope, "headers": [*headers], "user": user, "auth": auth}
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:

@@ -31,10 +31,16 @@ class Counter:
         self._lock = threading.Lock()
         self._mark: bytes | None = None
 
-    def is_current(self) -> bool:
+    def moment(self) -> float | None:
         mark = self._mark_now()  # before the counter is read
-        if mark is not None and mark == self._mark:
-            return True
+        if (mark is not None and mark == self._mark) or self._has_caught_up():
+            return self._clock() * 1000
+        return None
+
+    def is_current(self) -> bool:
+        return self.moment() is not None
+
+    def _has_caught_up(self) -> bool:
         # One thread at a time: whoever learned less, later, would take the feed back.
         with self._lock:
             mark = self._mark_now()

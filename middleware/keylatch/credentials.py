@@ -9,7 +9,7 @@ it). It never guesses between two credentials and never looks into the query, a 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from keylatch.model import Reason
@@ -52,6 +52,34 @@ def read(values: Sequence[bytes]) -> Token | Reason:
     if scheme is None or scheme[1].lower() == b"bearer" or _SECOND.search(_QUOTED.sub(b"", value)):
         return Reason.MALFORMED
     return Reason.MISSING
+
+
+def among(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[bytes], bool]:
+    """What `Authorization` says among a request's headers, and whether any of the others poses as
+    one of keylatch's.
+
+    ASGI promises lower-case names; a server or test client that does not keep it changes nothing.
+    """
+    values = []
+    is_posing = False
+    for name, value in headers:
+        if name in _PLAIN:
+            continue
+        if name == _AUTHORIZATION or name.lower() == _AUTHORIZATION:
+            values.append(value)
+        elif is_identity_header(name):
+            is_posing = True
+        elif len(_PLAIN) < _PLAIN_NAMES and len(name) <= _PLAIN_BYTES:
+            _PLAIN.add(name)
+    return values, is_posing
+
+
+_AUTHORIZATION: Final = b"authorization"
+_PLAIN: Final[set[bytes]] = set()
+"""Names that were looked at before and are neither. Strangers may fill it with names of their own;
+then the others are looked at each time."""
+_PLAIN_NAMES: Final = 1_000
+_PLAIN_BYTES: Final = 64
 
 
 def is_identity_header(name: bytes) -> bool:

@@ -9,6 +9,7 @@ opened before `start` or the first `resolve`.
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import time
@@ -30,7 +31,7 @@ from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
 from keylatch.lookup import Lookup
-from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted
+from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
@@ -41,6 +42,7 @@ from keylatch.watch import Watch
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 0.1
 _TIDY_SECONDS: Final = 30.0
+_sha256: Final = hashlib.sha256
 
 log = logging.getLogger("keylatch")
 
@@ -232,10 +234,41 @@ class Engine:
 
     def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
         """`check` without waiting, from any thread; the token where that does not suffice."""
+        if len(values) == 1:
+            allow = self._recognised(values[0], wanted)
+            if allow is not None:
+                return allow
         token = credentials.read(values)
         if isinstance(token, Reason):
             return Deny(token)
         return self.peek(token, wanted) or token
+
+    def _recognised(self, value: bytes, wanted: Wanted) -> Allow | None:
+        """The hit: a value that was let in before, while nothing has changed since that would
+        matter. Whatever is not as usual is None, and goes the long way round."""
+        entry = self._l1.proven(_sha256(value).digest())
+        if entry is None:
+            return None
+        now_ms = self._witness.moment()
+        if now_ms is None or (entry.state is not self._feed.state and not self._renewed(entry)):
+            return None
+        allow = entry.allow
+        if allow.expires_at is not None and allow.expires_at <= now_ms:
+            return None
+        if wanted.permissions is not None and allow.principal.permission not in wanted.permissions:
+            return None
+        entry.used_at = now_ms
+        if not entry.is_waiting:
+            self._usage.add(entry)
+        return allow
+
+    def _renewed(self, entry: Entry) -> bool:
+        """Whether an entry says the truth by what the feed has learned since it was last asked."""
+        state = self._feed.state  # before it is asked: it may learn more meanwhile
+        accepted = self._feed.accepts(entry.key_id, entry.organization_id, entry.as_of)
+        if accepted:
+            entry.state = state
+        return accepted
 
     def peek(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict | None:
         """Judge a token by what this process knows; None where that does not suffice.
@@ -246,7 +279,7 @@ class Engine:
             return None
         entry = self._l1.entry(token.look_up)
         if entry is None:
-            absence = self._l1.absence(token.digest)
+            absence = self._l1.absence(token.fingerprint)
             if absence is None:
                 return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
             return self._judge_absence(absence) if self._witness.is_current() else None
@@ -276,10 +309,12 @@ class Engine:
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
-        known = self._l1.entry(token.look_up) or self._l1.absence(token.digest)
+        known = self._l1.entry(token.look_up) or self._l1.absence(token.fingerprint)
         for _ in range(_ATTEMPTS):
             if known is None:
-                known = await self._flights.join(token.digest, lambda: self._fetch(lookup, token))
+                known = await self._flights.join(
+                    token.fingerprint, lambda: self._fetch(lookup, token)
+                )
             # What was fetched is judged like what was cached: the flight may have left before
             # this request came.
             await self._witness.catch_up()
@@ -295,14 +330,14 @@ class Engine:
 
     def _judge(self, entry: Entry, token: Token, wanted: Wanted) -> Verdict | None:
         """The verdict by an entry, or None if it is stale. The feed must be current."""
-        if not self._feed.accepts(entry.key_id, entry.organization_id, entry.as_of):
+        if not self._renewed(entry):
             return None
-        if entry.digest != token.digest:
+        if entry.fingerprint != token.fingerprint:
             return Deny(Reason.WRONG_SECRET)
         now_ms = self._witness.now_ms()
-        verdict = entry.judge(wanted, now_ms, self._environment)
+        verdict = judge(entry.allow, now_ms, wanted)
         if isinstance(verdict, Allow) or verdict.reason is Reason.INSUFFICIENT_SCOPE:
-            self._usage.note(entry.key_id, now_ms)
+            self._usage.note(entry, now_ms)
         return verdict
 
     def _judge_absence(self, absence: Absence) -> Verdict | None:
@@ -315,7 +350,7 @@ class Engine:
         if isinstance(known, Entry):
             self._l1.remember(token.look_up, known)
         else:
-            self._l1.remember_absence(token.look_up, token.digest, known)
+            self._l1.remember_absence(token.look_up, token.fingerprint, known)
         return known
 
     def now_ms(self) -> int:
@@ -337,11 +372,8 @@ class Engine:
 
     async def _is_good(self, token: Token, wanted: Wanted) -> bool:
         entry = self._l1.entry(token.look_up)
-        if entry is not None and self._feed.accepts(
-            entry.key_id, entry.organization_id, entry.as_of
-        ):
-            now_ms = self._witness.now_ms()  # no use is noted: nobody called
-            verdict = entry.judge(wanted, now_ms, self._environment)
+        if entry is not None and self._renewed(entry):
+            verdict = judge(entry.allow, self._witness.now_ms(), wanted)  # nobody called: no use
         else:
             verdict = await self.resolve(token, wanted)
         undecided = (Reason.UNAVAILABLE, Reason.BUSY)

@@ -41,8 +41,9 @@ class Receipt:
 class Witness(Protocol):
     """Says whether the feed may be believed, and sees to it that it may."""
 
-    def is_current(self) -> bool:
-        """Whether cached entries that the feed accepts may be used now; never waits."""
+    def moment(self) -> float | None:
+        """The time to judge at, in milliseconds since the epoch; None while cached entries may not
+        be used, whatever the feed accepts. Never waits, and reads one clock."""
 
     async def begin(self) -> None:
         """Learn where the store stands."""
@@ -64,8 +65,11 @@ class Witness(Protocol):
     async def end(self) -> None:
         """Trust nothing any more, and say goodbye."""
 
+    def is_current(self) -> bool:
+        """Whether cached entries that the feed accepts may be used now."""
+
     def now_ms(self) -> int:
-        """The time to judge expiry at, in milliseconds since the epoch."""
+        """The same time, also while nothing may be used."""
 
     def forget(self) -> None:
         """Know nothing, trust nothing."""
@@ -97,6 +101,9 @@ class Feed:
         self.seq = 0
         self.epoch = ""
         self._start_from(0)
+        self.state = object()
+        """Another one whenever something was learned: what was accepted by the present one still
+        is. Whoever uses it reads it after asking whether the feed is current."""
 
     def _start_from(self, floor: int) -> None:
         """Nothing that was read before `floor` is believed; what comes after leaves tombstones."""
@@ -107,6 +114,7 @@ class Feed:
         self.epoch = present.epoch
         self.seq = max(0, present.seq - _RECENT)
         self._start_from(self.seq)
+        self.state = object()
 
     def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
         """Whether an entry read at `as_of` still says the truth, by all that is known."""
@@ -119,7 +127,7 @@ class Feed:
 
     def apply(self, changes: Changes) -> None:
         """Learn what was committed after `seq`."""
-        is_news = changes.seq != self.seq
+        is_news = (changes.seq, changes.epoch) != (self.seq, self.epoch)
         if self.epoch and (changes.epoch != self.epoch or changes.seq < self.seq):
             self._restored(changes)
         elif not changes.complete or len(self._known[1]) > _MAX_TOMBSTONES:
@@ -134,6 +142,7 @@ class Feed:
         self.seq = changes.seq
         self.epoch = changes.epoch
         if is_news:
+            self.state = object()  # last: nobody finds the new one beside the old tombstones
             self._on_news()
 
     def _restored(self, changes: Changes) -> None:

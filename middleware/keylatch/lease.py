@@ -80,8 +80,12 @@ class Lease:
         self._asking_next: asyncio.Task[bool] | None = None
         self._silent = False
 
+    def moment(self) -> float | None:
+        now = self._timer()
+        return (now + self._store_ahead) * 1000 if now < self._until else None
+
     def is_current(self) -> bool:
-        return self._timer() < self._until
+        return self.moment() is not None
 
     def now_ms(self) -> int:
         if not self._store_ahead:

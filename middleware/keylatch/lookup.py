@@ -11,8 +11,8 @@ from keylatch.cache import Absence, Entry
 from keylatch.errors import KeylatchError
 from keylatch.feed import Feed, Witness
 from keylatch.hashing import Hasher
-from keylatch.model import Reason, flaw
-from keylatch.shared_cache import SharedCache
+from keylatch.model import KeyRecord, Reason, flaw
+from keylatch.shared_cache import SharedCache, Told
 from keylatch.store import Absent, Store
 from keylatch.tokens import Token
 
@@ -59,9 +59,10 @@ class Lookup:
     async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
         if self._shared is None:
             return None
-        known = await self._shared.get(token, self._feed.epoch)
-        if known is None:
+        told = await self._shared.get(token, self._feed.epoch)
+        if told is None:
             return None
+        known = self._known(token, told.record, told.as_of) if isinstance(told, Told) else told
         await self._witness.catch_up()
         # What was read after all that this process has heard of is left to the store: it may
         # come from before a restore, when numbers were higher.
@@ -75,16 +76,23 @@ class Lookup:
         if isinstance(found, Absent):
             return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
         record = found.record
-        reason = flaw(record, self._witness.now_ms(), self._environment)
-        if reason is None and not await self._hasher.verify(found.hash, token):
-            reason = Reason.WRONG_SECRET
-        if reason is not None:
-            return Absence(reason, record.id, record.organization_id, found.as_of)
+        known = self._known(token, record, found.as_of)
+        if isinstance(known, Absence):
+            return known
+        if not await self._hasher.verify(found.hash, token):
+            return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
         if self._shared is not None:
             self._later(self._shared.put(token, record, found.as_of, self._feed.epoch))
         if self._hasher.is_outdated(found.hash):
             self._later(self._hash_anew(token, record.id, found.hash))
-        return Entry(token.digest, record, found.as_of)
+        return known
+
+    def _known(self, token: Token, record: KeyRecord, as_of: int) -> Entry | Absence:
+        """What the token is if its secret is right."""
+        reason = flaw(record, self._witness.now_ms(), self._environment)
+        if reason is not None:
+            return Absence(reason, record.id, record.organization_id, as_of)
+        return Entry(token.fingerprint, record, as_of)
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again

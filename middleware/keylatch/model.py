@@ -4,10 +4,11 @@ The law of this file: no I/O, no clock, no lock. Time comes in as an argument, i
 since the Unix epoch (UTC).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, NoReturn, TypeAlias
 
 from starlette.authentication import AuthCredentials, BaseUser
 
@@ -35,24 +36,37 @@ class KeyRecord:
 
 
 class Principal(BaseUser):
-    """Who calls: what an app finds in `request.user` after a key was accepted."""
+    """Who calls: what an app finds in `request.user` after a key was accepted.
 
-    __slots__ = (
-        "environment",
-        "key_id",
-        "key_name",
-        "organization_id",
-        "permission",
-    )
+    All requests with a key share one, so it cannot be changed.
+    """
+
+    __slots__ = ("key_id", "key_name", "organization_id", "permission", "environment")  # noqa: RUF023
+
+    key_id: str
+    key_name: str
+    organization_id: str
+    permission: str
+    environment: str
 
     def __init__(
         self, key_id: str, key_name: str, organization_id: str, permission: str, environment: str
     ) -> None:
-        self.key_id = key_id
-        self.key_name = key_name
-        self.organization_id = organization_id
-        self.permission = permission
-        self.environment = environment
+        begin = object.__setattr__
+        begin(self, "key_id", key_id)
+        begin(self, "key_name", key_name)
+        begin(self, "organization_id", organization_id)
+        begin(self, "permission", permission)
+        begin(self, "environment", environment)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("a principal is shared by all requests with its key")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a principal is shared by all requests with its key")
+
+    def __reduce__(self) -> tuple[type["Principal"], tuple[str, ...]]:
+        return Principal, tuple(getattr(self, field) for field in Principal.__slots__)
 
     @property
     def is_authenticated(self) -> bool:
@@ -78,25 +92,33 @@ class Principal(BaseUser):
         return f"<Principal {self.key_id} of {self.organization_id}: {self.permission}>"
 
 
-class Scopes(list[str]):
+class Scopes(tuple[str, ...]):
     """The scopes of a principal, as Starlette's `@requires` asks for them.
 
     A FULL key contains every scope, because FULL may do everything.
     """
 
-    def __init__(self, permission: str) -> None:
-        super().__init__(("authenticated", permission))
-        self._every = permission == FULL
+    __slots__ = ()
 
     def __contains__(self, scope: object) -> bool:
-        return self._every or super().__contains__(scope)
+        return super().__contains__(FULL) or super().__contains__(scope)
 
 
-def credentials_of(principal: Principal) -> AuthCredentials:
-    """What Starlette expects in `scope["auth"]` for this principal."""
-    credentials = AuthCredentials()
-    credentials.scopes = Scopes(principal.permission)
-    return credentials
+class Credentials(AuthCredentials):
+    """What Starlette expects in `scope["auth"]`. All requests with a permission share one, so it
+    cannot be changed."""
+
+    def __init__(self, permission: str) -> None:
+        self.__dict__["scopes"] = Scopes(("authenticated", permission))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("credentials are shared by all requests with their permission")
+
+
+@functools.lru_cache(maxsize=1024)
+def credentials_of(permission: str) -> AuthCredentials:
+    """What a principal with this permission may do."""
+    return Credentials(permission)
 
 
 def principal_of(record: KeyRecord) -> Principal:
@@ -177,7 +199,7 @@ class Deny:
 Verdict: TypeAlias = Allow | Deny
 
 
-def flaw(record: KeyRecord, now_ms: int, environment: str | None) -> Reason | None:
+def flaw(record: KeyRecord, now_ms: float, environment: str | None) -> Reason | None:
     """What makes the key unusable for everything, if anything does.
 
     Args:
@@ -205,11 +227,8 @@ def missing_scope(permission: str, wanted: Wanted) -> Deny | None:
     return Deny(Reason.INSUFFICIENT_SCOPE, wanted.scope)
 
 
-def judge(
-    record: KeyRecord, principal: Principal, now_ms: int, environment: str | None, wanted: Wanted
-) -> Verdict:
-    """Decide on a key whose secret was proven: the one place where that is done."""
-    reason = flaw(record, now_ms, environment)
-    if reason is not None:
-        return Deny(reason)
-    return missing_scope(principal.permission, wanted) or Allow(principal, record.expires_at)
+def judge(allow: Allow, now_ms: float, wanted: Wanted) -> Verdict:
+    """Decide on a key that was good when it was read: only time and the request are left."""
+    if allow.expires_at is not None and allow.expires_at <= now_ms:
+        return Deny(Reason.EXPIRED)
+    return missing_scope(allow.principal.permission, wanted) or allow

@@ -54,21 +54,24 @@ class Policy:
             for route, named in routes.items()
             if "{" not in route[1]
         }
+        self._has_rules = bool(routes)
         self._patterns: dict[str, list[tuple[re.Pattern[str], set[str]]]] = {}
         for (method, path), named in routes.items():
             if "{" in path:
                 self._patterns.setdefault(method, []).append((_pattern(path), named))
 
+    def asked(self, method: str, path: str) -> Wanted | None:
+        """What a request asks of a key; None where it needs none."""
+        if path in self._public or (self._public_patterns and self.is_public(path)):
+            return None
+        return self.wanted(method, path) if self._has_rules else ONLY_FULL
+
     def is_public(self, path: str) -> bool:
         """Whether a path needs no key."""
-        if path in self._public:
-            return True
-        return bool(self._public_patterns) and any(
-            pattern.fullmatch(path) for pattern in self._public_patterns
-        )
+        return path in self._public or any(p.fullmatch(path) for p in self._public_patterns)
 
     def wanted(self, method: str, path: str) -> Wanted:
-        """What a request asks of a key. HEAD follows GET (RFC 9110 section 9.3.2)."""
+        """What a request asks of its key. HEAD follows GET (RFC 9110 section 9.3.2)."""
         if method == "HEAD":
             method = "GET"
         exact = self._exact.get((method, path))

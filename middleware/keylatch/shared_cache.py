@@ -12,11 +12,11 @@ import hmac
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from keylatch.breaker import Breaker
-from keylatch.cache import Absence, Entry
+from keylatch.cache import Absence
 from keylatch.model import KeyRecord, Reason
 from keylatch.tokens import Token
 
@@ -24,6 +24,14 @@ _TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32
 
 log = logging.getLogger("keylatch")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A key whose secret is right, as it was at that sequence number."""
+
+    record: KeyRecord
+    as_of: int
 
 
 class SharedCache:
@@ -49,7 +57,7 @@ class SharedCache:
         )
         self._breaker = breaker
 
-    async def get(self, token: Token, epoch: str) -> Entry | Absence | None:
+    async def get(self, token: Token, epoch: str) -> Told | Absence | None:
         """What is known of a token: it is this key, it is not that key's, or nothing (None)."""
         name = _name(epoch, token.key_id)
         raw = await self._breaker.attempt(lambda: self._client.get(name))
@@ -82,7 +90,7 @@ class SharedCache:
         sealed = _mac(self._mac_keys[0], name, body) + body
         await self._breaker.attempt(lambda: self._client.set(name, sealed, ex=_TTL_SECONDS))
 
-    def _opened(self, name: str, raw: bytes, token: Token) -> Entry | Absence | None:
+    def _opened(self, name: str, raw: bytes, token: Token) -> Told | Absence | None:
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
         for pepper, mac_key in zip(self._peppers, self._mac_keys, strict=True):
             if hmac.compare_digest(mac, _mac(mac_key, name, body)):
@@ -91,7 +99,7 @@ class SharedCache:
                     return None
                 record, as_of = KeyRecord(**value["record"]), value["as_of"]
                 if hmac.compare_digest(value["tag"], _tag(pepper, token)):
-                    return Entry(token.digest, record, as_of)
+                    return Told(record, as_of)
                 return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, as_of)
         log.warning("a value in Redis was not written by keylatch with this store's pepper")
         return None

@@ -96,7 +96,7 @@ class SQLite:
 
     def mark_now(self) -> bytes | None:
         index = self._index
-        return None if index is None else index.header()
+        return None if index is None else index.header.raw
 
     async def listen(self, channel: str, heard: Callable[[], None]) -> None:
         raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")

@@ -64,8 +64,14 @@ class Token:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the token (32 bytes): what in-process caches hold instead of it."""
+        """SHA-256 of the token (32 bytes)."""
         return hashlib.sha256(self._text.encode()).digest()
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of `Bearer {token}` (32 bytes), the value of the field that nearly all clients
+        send: what in-process caches hold instead of it."""
+        return hashlib.sha256(b"Bearer " + self._text.encode()).digest()
 
     @property
     def look_up(self) -> str:

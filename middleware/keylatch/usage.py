@@ -1,8 +1,8 @@
-"""lastUsed: noted on the request's path as one dictionary write, stored later by a task.
+"""lastUsed: noted on the request's path by writing one attribute, stored later by a task.
 
-Uses coalesce (`key id → newest time`) and are flushed half a second after the first one, then at
-most every five seconds, or as soon as 1,000 keys wait. A crash loses at most the last 5.5
-seconds; a graceful stop loses nothing.
+Uses coalesce (each key knows its newest time, and waits once) and are flushed half a second after
+the first one, then at most every five seconds, or as soon as 1,000 keys wait. A crash loses at
+most the last 5.5 seconds; a graceful stop loses nothing.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
+from keylatch.cache import Use
 from keylatch.errors import StoreUnavailable
 
 _SOON_SECONDS: Final = 0.5
@@ -42,31 +43,28 @@ class Usage:
         """After a fork: the parent flushes what it noted."""
         self._lock = threading.Lock()  # threads note while the loop takes what was noted
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: dict[str, int] = {}
+        self._waiting: list[Use] = []
+        self._unstored: dict[str, int] = {}
         self._noted = asyncio.Event()
         self._full = asyncio.Event()
 
-    def note(self, key_id: str, now_ms: int) -> None:
+    def note(self, use: Use, now_ms: float) -> None:
         """A key was used; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
-        waiting = self._waiting
-        if key_id in waiting:
-            waiting[key_id] = now_ms
-            if waiting is self._waiting:
-                return
-        # New, or a flush took the dict away, and nobody knows whether before or after that.
-        with self._lock:
-            self._note(key_id, now_ms)
+        use.used_at = now_ms
+        if not use.is_waiting:
+            self.add(use)
 
-    def _note(self, key_id: str, now_ms: int) -> None:
-        waiting = self._waiting
-        if key_id not in waiting:
-            if len(waiting) >= _CAPACITY:
+    def add(self, use: Use) -> None:
+        """A key was used that was not waiting to be stored."""
+        with self._lock:
+            if use.is_waiting or len(self._waiting) + len(self._unstored) >= _CAPACITY:
                 return
-            if not waiting:
+            use.is_waiting = True
+            self._waiting.append(use)
+            if len(self._waiting) == 1:
                 self._tell(self._noted)
-            elif len(waiting) == _FLUSH_AT:
+            elif len(self._waiting) == _FLUSH_AT + 1:
                 self._tell(self._full)
-        waiting[key_id] = now_ms
 
     def _tell(self, event: asyncio.Event) -> None:
         if self._loop is None or self._loop.is_closed():
@@ -79,7 +77,7 @@ class Usage:
         with self._lock:  # events belong to the loop on which somebody waited for them
             self._loop = asyncio.get_running_loop()
             self._noted, self._full = asyncio.Event(), asyncio.Event()
-            if self._waiting:
+            if self._waiting or self._unstored:
                 self._noted.set()
         while True:
             await self._noted.wait()
@@ -89,9 +87,7 @@ class Usage:
 
     async def flush(self) -> None:
         """Store what is waiting. What cannot be stored waits on."""
-        with self._lock:
-            taken, self._waiting = self._waiting, {}
-        uses = taken.copy()  # a thread may still write into the other
+        uses = self._taken()
         self._noted.clear()
         self._full.clear()
         try:
@@ -103,12 +99,19 @@ class Usage:
             self._keep(uses)
             raise
 
-    def _keep(self, uses: Mapping[str, int]) -> None:
+    def _taken(self) -> dict[str, int]:
         with self._lock:
-            for key_id, used_at in uses.items():
-                if key_id not in self._waiting and len(self._waiting) < _CAPACITY:
-                    self._waiting[key_id] = used_at
-            if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            uses, self._unstored = self._unstored, {}
+        for use in waiting:
+            use.is_waiting = False  # before it is read: whoever uses it meanwhile adds it again
+            uses[use.key_id] = max(uses.get(use.key_id, 0), int(use.used_at))
+        return uses
+
+    def _keep(self, uses: dict[str, int]) -> None:
+        with self._lock:
+            self._unstored = uses
+            if uses:
                 self._noted.set()
 
     async def _pause(self) -> None:

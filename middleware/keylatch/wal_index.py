@@ -40,19 +40,16 @@ class WalIndex:
         self._address = _libc.mremap(address, 0, mmap.PAGESIZE, _MAY_MOVE)
         if self._address == _FAILED:
             raise OSError("the index cannot be mapped once more")
-        self._header = (ctypes.c_char * _HEADER_BYTES).from_address(self._address)
+        self.header = (ctypes.c_char * _HEADER_BYTES).from_address(self._address)
+        """Its `raw` bytes equal those seen before if and only if nothing was committed since.
+
+        They may be caught in the middle of a change. So they are read before the data is, and then
+        differ at the next look. Whoever reads them holds on to this object, whose pages they are.
+        """
 
     def __del__(self) -> None:
         if self._address != _FAILED:
             _libc.munmap(self._address, mmap.PAGESIZE)
-
-    def header(self) -> bytes:
-        """The bytes; equal to those seen before if and only if nothing was committed since.
-
-        They may be caught in the middle of a change. So they are read before the data is, and then
-        differ at the next look.
-        """
-        return self._header.raw
 
     @classmethod
     def of(cls, database: Path) -> "WalIndex | None":

@@ -40,12 +40,11 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         strip_identity(environ)
         environ[REFUSALS] = self._refusals
         path = path_of(environ)
-        if self._policy.is_public(path):
+        wanted = self._policy.asked(environ["REQUEST_METHOD"], path)
+        if wanted is None:
             environ[PRINCIPAL] = UnauthenticatedUser()
             return self._app(environ, start_response)
-        verdict = self._portal.check(
-            authorization(environ), self._policy.wanted(environ["REQUEST_METHOD"], path)
-        )
+        verdict = self._portal.check(authorization(environ), wanted)
         if isinstance(verdict, Deny):
             return refuse(self._refusals.of(verdict), environ, start_response)
         environ[PRINCIPAL] = verdict.principal

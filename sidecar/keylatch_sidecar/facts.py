@@ -28,8 +28,12 @@ NOTHING: Final = Facts("", "")
 
 def _headers(method: bytes, uri: bytes) -> Profile:
     def read(scope: Scope) -> Facts | None:
-        methods = [value for name, value in scope["headers"] if name == method]
-        uris = [value for name, value in scope["headers"] if name == uri]
+        methods, uris = [], []
+        for name, value in scope["headers"]:
+            if name == method:
+                methods.append(value)
+            elif name == uri:
+                uris.append(value)
         if len(methods) != 1 or len(uris) != 1 or not methods[0] or not uris[0]:
             return None
         return Facts(methods[0].decode("latin-1"), uris[0].decode("latin-1"))

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
 
@@ -22,9 +23,12 @@ from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Reason, Verdict, W
 from keylatch.refusals import Header, Refusal, Refusals
 from keylatch.settings import PERMISSION_PATTERN
 from keylatch.tokens import Token
-from keylatch_sidecar.facts import Facts, Profile
+from keylatch_sidecar.facts import NOTHING, Facts, Profile
 
 DEADLINE_SECONDS: Final = 0.8
+
+_NO_CONTENT: Final = (b"content-length", b"0")
+_NO_STORE: Final = (b"cache-control", b"no-store")
 
 _MISCONFIGURED_BODY: Final = (
     b'{"error":"misconfigured","error_description":'
@@ -71,12 +75,14 @@ class Proxies:
             profile: where the facts about that request are.
         """
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        verdict = await self.judge(profile(scope), values, wanted)
+        facts = profile(scope)
+        verdict = self._glance(facts, values, wanted)
+        if isinstance(verdict, Token):
+            verdict = await self._resolve(facts, verdict, wanted)
         if isinstance(verdict, Refusal):
             await refuse(verdict, scope, receive, send)
             return
-        headers = [(b"content-length", b"0"), self._cache_control(verdict)]
-        headers += identity_headers(verdict.principal)
+        headers = [_NO_CONTENT, self._cache_control(verdict), *identity_headers(verdict.principal)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
 
@@ -90,37 +96,42 @@ class Proxies:
             values: of that request's `Authorization` fields.
             wanted: what the request asks of a key.
         """
+        verdict = self._glance(facts, values, wanted)
+        if isinstance(verdict, Token):
+            return await self._resolve(facts, verdict, wanted)
+        return verdict
+
+    def _glance(
+        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted
+    ) -> Allow | Refusal | Token:
+        """`judge` without waiting; the token where that does not suffice."""
         if facts is None:
             log.warning("a proxy does not say what it was asked as it should: refused with 403")
             return _MISCONFIGURED
-        verdict = await self._decide(values, wanted)
-        _note(facts, verdict)
-        return self._refusals.of(verdict) if isinstance(verdict, Deny) else verdict
-
-    async def _decide(self, values: Sequence[bytes], wanted: Wanted) -> Verdict:
-        """The verdict, within the deadline."""
         known = self._engine.glance(values, wanted)
-        if not isinstance(known, Token):
-            return known
+        return known if isinstance(known, Token) else self._answered(facts, known)
+
+    async def _resolve(self, facts: Facts | None, token: Token, wanted: Wanted) -> Allow | Refusal:
+        """`judge` within the deadline."""
+        verdict: Verdict = Deny(Reason.UNAVAILABLE)
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                return await self._engine.resolve(known, wanted)
+                verdict = await self._engine.resolve(token, wanted)
         except TimeoutError:
             log.warning("refused with 503: nothing could be decided in %g s", DEADLINE_SECONDS)
-            return Deny(Reason.UNAVAILABLE)
+        return self._answered(facts or NOTHING, verdict)
+
+    def _answered(self, facts: Facts, verdict: Verdict) -> Allow | Refusal:
+        if log.isEnabledFor(logging.DEBUG):  # no query, which may hold secrets, and no token
+            said = "allowed" if isinstance(verdict, Allow) else verdict.reason.value
+            log.debug("%s %s: %s", facts.method, facts.uri.partition("?")[0], said)
+        return self._refusals.of(verdict) if isinstance(verdict, Deny) else verdict
 
     def _cache_control(self, allow: Allow) -> Header:
         seconds = self._cache_seconds
         if seconds and allow.expires_at is not None:
             seconds = min(seconds, (allow.expires_at - self._engine.now_ms()) // 1000)
-        return b"cache-control", b"max-age=%d" % seconds if seconds > 0 else b"no-store"
-
-
-def _note(facts: Facts, verdict: Verdict) -> None:
-    """For operators who ask why: no query, which may hold secrets, and no token."""
-    if log.isEnabledFor(logging.DEBUG):
-        said = "allowed" if isinstance(verdict, Allow) else verdict.reason.value
-        log.debug("%s %s: %s", facts.method, facts.uri.partition("?")[0], said)
+        return (b"cache-control", b"max-age=%d" % seconds) if seconds > 0 else _NO_STORE
 
 
 def wanted_of(permissions: Sequence[str]) -> Wanted:
@@ -133,12 +144,13 @@ def wanted_of(permissions: Sequence[str]) -> Wanted:
     return ONLY_FULL
 
 
-def identity_headers(principal: Principal) -> list[Header]:
+@lru_cache(maxsize=10_000)
+def identity_headers(principal: Principal) -> tuple[Header, ...]:
     """Names in lower case, values in ASCII, the key's name percent-encoded."""
-    return [
+    return (
         (b"x-keylatch-key-id", principal.key_id.encode()),
         (b"x-keylatch-key-name", quote(principal.key_name, safe="").encode()),
         (b"x-keylatch-organization-id", principal.organization_id.encode()),
         (b"x-keylatch-permission", principal.permission.encode()),
         (b"x-keylatch-environment", principal.environment.encode()),
-    ]
+    )
