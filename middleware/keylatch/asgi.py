@@ -8,7 +8,7 @@ nothing else. Scopes are copied, never written on.
 
 from typing import Any
 
-from starlette.authentication import AuthCredentials, BaseUser, UnauthenticatedUser
+from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keylatch import credentials
@@ -17,7 +17,7 @@ from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.gate import Gate
 from keylatch.identity import ProxyGate
-from keylatch.model import Deny, credentials_of
+from keylatch.model import Allow, Deny, credentials_of
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
 from keylatch.tokens import Token
@@ -51,17 +51,19 @@ class APIKeyMiddleware(Gate[ASGIApp]):
         values, is_posing = credentials.among(scope["headers"])
         path = path_of(scope)
         wanted = self._policy.asked(scope.get("method", "GET"), path)
+        scope = _copy(scope, is_posing)
         if wanted is None:
-            scope = _known_as(scope, is_posing, UnauthenticatedUser(), AuthCredentials())
+            scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
             verdict = self.engine.glance(values, wanted)
-            if isinstance(verdict, Token):
-                verdict = await self.engine.resolve(verdict, wanted)
-            if isinstance(verdict, Deny):
-                await refuse(self._refusals.of(verdict), scope, receive, send)
-                return
-            principal = verdict.principal
-            scope = _known_as(scope, is_posing, principal, credentials_of(principal.permission))
+            if not isinstance(verdict, Allow):
+                if isinstance(verdict, Token):
+                    verdict = await self.engine.resolve(verdict, wanted)
+                if isinstance(verdict, Deny):
+                    await refuse(self._refusals.of(verdict), scope, receive, send)
+                    return
+            scope["user"] = verdict.principal
+            scope["auth"] = credentials_of(verdict.principal.permission)
         try:
             if wanted is not None and scope["type"] == "websocket":
                 with self.engine.watching(values, wanted) as ended:
@@ -89,27 +91,26 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
         if isinstance(verdict, Deny):
             await refuse(self._refusals.of(verdict), scope, receive, send)
             return
-        _, is_posing = credentials.among(scope["headers"])
+        scope = _copy(scope, is_posing=True)
         if verdict is None:
-            scope = _known_as(scope, is_posing, UnauthenticatedUser(), AuthCredentials())
+            scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
-            principal = verdict.principal
-            scope = _known_as(scope, is_posing, principal, credentials_of(principal.permission))
+            scope["user"] = verdict.principal
+            scope["auth"] = credentials_of(verdict.principal.permission)
         try:
             await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
 
 
-def _known_as(
-    scope: Scope, is_posing: bool, user: BaseUser, auth: AuthCredentials
-) -> dict[str, Any]:
-    """A copy of the scope that says who calls, without headers that pose as keylatch's."""
-    headers = scope["headers"]
-    if is_posing:
-        headers = [header for header in headers if not is_identity_header(header[0])]
+def _copy(scope: Scope, is_posing: bool) -> dict[str, Any]:
+    """A copy of the scope, without headers that pose as keylatch's."""
+    copy = dict(scope)
     # A list of our own in any case: uvicorn on httptools appends trailers to the one it gave away.
-    return {**scope, "headers": [*headers], "user": user, "auth": auth}
+    copy["headers"] = [*scope["headers"]]
+    if is_posing:
+        copy["headers"] = [each for each in copy["headers"] if not is_identity_header(each[0])]
+    return copy
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:

@@ -88,11 +88,11 @@ def path_of(scope: Mapping[str, Any]) -> str:
     """The path as the app's own router sees it: below the place where the app is mounted."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
-    if root and path == root:
+    if not root:
+        return path
+    if path == root:
         return ""
-    if root and path.startswith(root + "/"):
-        return path[len(root) :]
-    return path
+    return path[len(root) :] if path.startswith(root + "/") else path
 
 
 @functools.cache
