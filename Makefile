@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Tests that load the machine by themselves: one after the other, when the others are done.
 ALONE := $(patsubst %,tests/test_%.py,chaos fork kill redis_faults revocation_sqlite silence)
 
-.PHONY: demo serve test check prove chaos grammar bench clean
+.PHONY: demo serve test check prove chaos grammar bench bench-peers clean
 
 demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
 	@$(BIN)/python deploy/example/demo.py
@@ -34,6 +34,9 @@ grammar: .venv/dev          ## what seven servers make of 140 requests, cell by 
 
 bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself
 	@$(BIN)/python benchmarks/l1_hit.py
+
+bench-peers: .venv/dev      ## protected ÷ open with keylatch and with what one would pick instead (needs wrk)
+	@$(BIN)/python benchmarks/peers/compare.py --json peers.json --plot peers.png
 
 clean:                      ## remove the virtual environment
 	rm -rf .venv
