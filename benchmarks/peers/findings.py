@@ -84,7 +84,7 @@ def shown(ratio: float) -> str:
 
 def as_tables(findings: Sequence[Finding]) -> Group:
     """What it costs and what one gets for it, to read; keylatch's rows are bold."""
-    looks: dict[str, Any] = {"box": SIMPLE, "padding": (0, 1, 0, 0), "show_edge": False}
+    looks: dict[str, Any] = {"box": SIMPLE, "padding": 0, "show_edge": False}
     costs = Table(title="Throughput left when keys are checked: protected ÷ open", **looks)
     offers = Table(title="\nWhat it is paid for: when a revoked key is refused everywhere", **looks)
     for heading in ("", "on"):

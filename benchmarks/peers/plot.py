@@ -52,7 +52,9 @@ def bar(axes: Axes, row: int, each: Finding, left: float) -> None:
     for end in (min(each.ratios), max(each.ratios)):
         axes.plot([end, end], [row - 0.12, row + 0.12], color="#1f2933", linewidth=1.2)
     color = OURS if each.is_keylatch else "#1f2933"
-    axes.text(FIGURES_AT, row, percent(each.ratio), va="center", weight=weight, color=color)
+    label = axes.text(FIGURES_AT, row, percent(each.ratio), va="center", color=color)
+    label.set_fontweight(weight)
+    label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 2})  # above a wild spread
 
 
 def percent(ratio: float) -> str:
