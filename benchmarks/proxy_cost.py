@@ -12,112 +12,34 @@ needs `wrk` (apt-get install wrk).
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import logging
-import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from starlette.types import Receive, Scope, Send
 
-TESTS = Path(__file__).parent.parent / "tests"
-sys.path.append(str(TESTS))
-
-from proxies import SEARCHED, Kind, SidecarProcess, bearing, proxy  # noqa: E402
-from servers import eventually, free_port  # noqa: E402
-from wire import send as exchanged  # noqa: E402
-
-# What `keylatch serve` tells uvicorn, so that two apps are compared and not two servers.
-AS_THE_SIDECAR = ["--ws", "none", "--no-proxy-headers", "--no-server-header", "--no-date-header"]
-AS_THE_SIDECAR += ["--timeout-keep-alive", "75", "--no-access-log"]
-
-ALLOW = [
-    (b"content-length", b"0"),
-    (b"cache-control", b"no-store"),
-    (b"x-keylatch-key-id", b"key_000000000000"),
-    (b"x-keylatch-key-name", b"bench"),
-    (b"x-keylatch-organization-id", b"acme"),
-    (b"x-keylatch-permission", b"FULL"),
-    (b"x-keylatch-environment", b"live"),
-]
-HELLO = [(b"content-length", b"2"), (b"content-type", b"text/plain")]
+from processes import AS_THE_SIDECAR, TESTS, Program, running  # finds the tests' modules, below
+from proxies import SEARCHED, Kind, SidecarProcess, bearing, proxy
+from wire import send as exchanged
+from wrk import Load, NotMeasured, load, require
 
 ONE, MANY = 1, 16
 """Connections: nobody waits for anybody; and as many as keep everything busy."""
 
 
-async def allow(scope: Scope, receive: Receive, send: Send) -> None:
-    """The least that can answer a proxy."""
-    if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 200, "headers": ALLOW})
-        await send({"type": "http.response.body", "body": b""})
-
-
-async def hello(scope: Scope, receive: Receive, send: Send) -> None:
-    """The app behind the proxy."""
-    if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 200, "headers": HELLO})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-
-@contextlib.contextmanager
-def serving(app: str) -> Iterator[int]:
-    """One of the apps above in a process of its own; yields its port."""
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", f"{Path(__file__).stem}:{app}"]
-    command += ["--app-dir", str(Path(__file__).parent), "--port", str(port), *AS_THE_SIDECAR]
-    process = subprocess.Popen([*command, "--log-level", "error", "--lifespan", "off"])
-
-    def answers() -> bool:
-        with contextlib.suppress(OSError):
-            return exchanged(f"http://127.0.0.1:{port}", b"GET /").status == 200
-        return False
-
-    try:
-        eventually(answers)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-class NotMeasured(Exception):
-    """A proxy did not answer as it should; the others may."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What wrk found: the median latency, and how many requests were answered in a second."""
-
-    p50_us: float
-    per_second: float
-
-
-def load(url: str, field: str, connections: int, seconds: int) -> Load:
-    """Call for some seconds; nothing but 200s is let pass."""
-    command = ["wrk", "--latency", "-t1", f"-c{connections}", f"-d{seconds}s", "-H", field, url]
-    said = subprocess.run(
-        command, stdout=subprocess.PIPE, check=True, text=True, timeout=seconds + 30
-    ).stdout
-    if "Non-2xx" in said or "Socket errors" in said:
-        raise NotMeasured(f"not every answer was a 200\n{said}")
-    median = re.search(r"50%\s+([\d.]+)(us|ms|s)", said)
-    rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    assert median
-    assert rate
-    unit = {"us": 1, "ms": 1_000, "s": 1_000_000}[median[2]]
-    return Load(float(median[1]) * unit, float(rate[1]))
+def serving(app: str) -> AbstractContextManager[Program]:
+    """One of `apps` in a process of its own."""
+    command = ["-m", "uvicorn", f"apps:{app}", "--port", "{port}", *AS_THE_SIDECAR]
+    return running([*command, "--lifespan", "off"])
 
 
 @dataclass(frozen=True)
@@ -151,7 +73,9 @@ def measure(
         for connections in (ONE, MANY):
             for name in names:
                 try:
-                    figures[name, connections] = load(urls[name], field, connections, seconds)
+                    figures[name, connections] = load(
+                        urls[name], field, connections=connections, seconds=seconds
+                    )
                 except NotMeasured as error:
                     raise NotMeasured(f"{name}, {connections} at once: {error}") from None
                 done()
@@ -199,17 +123,16 @@ def installed(only: Sequence[str]) -> list[Kind]:
 
 
 def cost(
-    kind: Kind, app: int, bare: int, given: argparse.Namespace, done: Callable[[], None]
+    kind: Kind, app: Program, bare: Program, given: argparse.Namespace, done: Callable[[], None]
 ) -> dict[str, float]:
     """Start both of a proxy, and a sidecar; measure."""
     with tempfile.TemporaryDirectory(prefix="keylatch-sidecar-") as folder:
         sidecar = SidecarProcess(Path(folder), VERIFY_FACTS="forwarded")
-        behind = f"http://127.0.0.1:{app}"
         try:
             field = bearing(sidecar.create(name="bench")).decode()
             with (
-                proxy(kind, behind, sidecar.port, kind.unlimited) as asking_keylatch,
-                proxy(kind, behind, bare, kind.unlimited) as asking_bare,
+                proxy(kind, app.url, sidecar.port, kind.unlimited) as asking_keylatch,
+                proxy(kind, app.url, bare.port, kind.unlimited) as asking_bare,
             ):
                 if exchanged(asking_keylatch.url, b"GET /v1/me").status != 401:
                     raise NotMeasured("without a key it should say 401")
@@ -231,8 +154,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    if shutil.which("wrk") is None:
-        raise SystemExit("error: wrk is missing\nhint: apt-get install wrk")
+    require()
     kinds = installed(given.only)
     logging.getLogger("keylatch").setLevel(logging.ERROR)
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()

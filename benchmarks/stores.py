@@ -1,0 +1,55 @@
+"""Stores that a benchmark makes for itself, and the first key in them."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from keylatch.engine import Engine
+from keylatch.keyring import Created
+from keylatch.settings import Settings
+from servers import PostgresServer
+
+KINDS: Final = ("sqlite", "postgresql")
+
+
+@contextlib.contextmanager
+def made(kind: str) -> Iterator[str]:
+    """The URL of an empty store, until the end of the block.
+
+    Args:
+        kind: `sqlite` or `postgresql`; or the URL of one that is there.
+    """
+    logging.getLogger("keylatch").setLevel(logging.ERROR)  # what it warns of is not the point here
+    if "://" in kind:
+        yield kind
+    elif kind == "postgresql":
+        server = PostgresServer()
+        try:
+            yield server.new_database()
+        finally:
+            server.remove()
+    else:
+        with tempfile.TemporaryDirectory(prefix="keylatch-bench-") as folder:
+            yield f"sqlite:///{folder}/keys.db"
+
+
+async def filled(store: str, count: int = 1) -> list[Created]:
+    """New keys of one organisation, whose first check will cost an argon2."""
+    engine = Engine(Settings.load(store=store, redis=""))
+    keyring = await engine.keyring()
+    keys = [await keyring.create("bench", f"key {number}") for number in range(count)]
+    await engine.stop()
+    return keys
+
+
+def bearing(store: str) -> str:
+    """The header field that presents a new key."""
+    (key,) = asyncio.run(filled(store))
+    return f"Authorization: Bearer {key.token.reveal()}"
