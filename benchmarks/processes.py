@@ -20,7 +20,6 @@ from servers import eventually, free_port  # noqa: E402
 from wire import send  # noqa: E402
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
-_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 # What `keylatch serve` tells uvicorn; see also `apps`.
 AS_THE_SIDECAR: Final = (
@@ -84,7 +83,11 @@ class Program:
 
     def processor_seconds(self) -> float:
         """What it has cost so far."""
-        return sum(_stat(pid)[0] for pid in self._family())
+        return sum(self.costs().values())
+
+    def costs(self) -> dict[int, float]:
+        """The same for each of its processes."""
+        return {pid: _processor_seconds(pid) for pid in self._family()}
 
     def memory_mib(self) -> float:
         """Proportional share of memory, of all its processes: pages shared by n count 1/n."""
@@ -118,12 +121,11 @@ class Program:
         self._log.close()
 
 
-def _stat(pid: int) -> tuple[float, int]:
-    """(processor seconds, resident bytes) of one process; nothing of one that has ended."""
+def _processor_seconds(pid: int) -> float:
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * _PAGE
-    return 0.0, 0
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+    return 0.0  # it has ended
 
 
 def _pss_kib(pid: int) -> int:
