@@ -14,7 +14,9 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from keylatch.engine import Engine
 from keylatch.keyring import Created
 from keylatch.settings import Settings
-from servers import PostgresServer
+from servers import PostgresServer, RedisServer
+
+__all__ = ["KINDS", "RedisServer", "bearing", "filled", "made"]
 
 KINDS: Final = ("sqlite", "postgresql")
 
@@ -40,9 +42,9 @@ def made(kind: str) -> Iterator[str]:
             yield f"sqlite:///{folder}/keys.db"
 
 
-async def filled(store: str, count: int = 1) -> list[Created]:
-    """New keys of one organisation, whose first check will cost an argon2."""
-    engine = Engine(Settings.load(store=store, redis=""))
+async def filled(store: str, count: int = 1, hasher: str = "argon2id") -> list[Created]:
+    """New keys of one organisation."""
+    engine = Engine(Settings.load(store=store, redis="", hasher=hasher))
     keyring = await engine.keyring()
     keys = [await keyring.create("bench", f"key {number}") for number in range(count)]
     await engine.stop()

@@ -1,0 +1,432 @@
+"""What a check costs where this process does not know the key, and what others notice of it.
+
+    python benchmarks/miss_paths.py [--only l2|cold|herd|flood|pool|warm] [--rounds 7]
+        [--json out.json]
+
+In process, with a real Redis and a real PostgreSQL that are started here. Variants take turns.
+
+l2     a check that Redis answers ÷ one bare GET through the same client
+cold   a check that the store and argon2 answer ÷ a bare argon2 verify, on both stores
+herd   how late the event loop is while 100 cold keys arrive at once, on both stores, with Redis
+flood  a hit, counted from when it was due, while 10,000 made-up tokens a second arrive ÷ without;
+       Redis, store and argon2 may not be called for them: if they are, this fails
+pool   the threads that hash: verifies a second, and how late the loop is meanwhile
+warm   a process restarts while Redis knows all keys: how many argon2 verifies, and how long
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import argon2
+from rich.console import Console
+from rich.progress import Progress
+
+from counted import counted
+from keylatch.breaker import connect
+from keylatch.engine import Engine
+from keylatch.hashing import OWASP_MINIMUM, Hasher
+from keylatch.keyring import Created
+from keylatch.model import Allow, Deny, Reason
+from keylatch.settings import Settings
+from keylatch.store import Found, Store
+from keylatch.tokens import CheckKeys
+from open_loop import percentiles_us
+from stores import KINDS, RedisServer, filled, made
+from targets import Row, Spread, report
+from ticker import Ticker
+
+HERD: Final = 100
+STRANGERS_PER_SECOND: Final = 10_000
+HITS_PER_SECOND: Final = 500
+WARM_KEYS: Final = 40
+POOLS: Final = (1, 2, 4)
+BACKGROUND: Final = ("touch", "tidy", "poll", "sequence_now")
+"""What an engine asks its store whether strangers call or not: lastUsed of the hits, housekeeping,
+and, in place, the counter after each of these commits."""
+
+Done = Callable[[], None]
+
+
+def value_of(key: Created) -> bytes:
+    """The value of an `Authorization` field."""
+    return b"Bearer " + key.token.reveal().encode()
+
+
+@contextlib.asynccontextmanager
+async def started(url: str, redis: Any = "", **given: Any) -> AsyncIterator[Engine]:
+    """An engine until the end of the block.
+
+    Args:
+        url: of the store.
+        redis: a URL; or a client, if nobody else needs it afterwards.
+        given: more of `Engine`'s arguments.
+    """
+    place, client = (redis, None) if isinstance(redis, str) else ("", redis)
+    engine = Engine(Settings.load(store=url, redis=place), redis=client, **given)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def allowed(engine: Engine, values: Sequence[bytes]) -> None:
+    """Check one after the other; all must be let in."""
+    for value in values:
+        verdict = await engine.check([value])
+        if not isinstance(verdict, Allow):
+            raise SystemExit(f"error: a good key was refused: {verdict}")
+
+
+async def told(url: str, redis: RedisServer, keys: Sequence[Created]) -> None:
+    """Let Redis know all of them.
+
+    Telling it has a budget of 50 ms, so on a busy machine some of it takes another try.
+    """
+    values = [value_of(key) for key in keys]
+    with redis.client() as client:
+        while len(list(client.scan_iter("keylatch:*"))) < len(keys):
+            async with started(url, redis.url) as engine:
+                await allowed(engine, values)
+
+
+def forget(engine: Engine) -> None:
+    """Take away what this process remembers of keys."""
+    engine._l1.clear()
+
+
+# Redis
+
+
+async def l2(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
+    """A check that Redis answers ÷ one bare GET, one after the other."""
+    checks, gets, calls = [], [], Counter[str]()
+    with made("sqlite") as url:
+        keys = await filled(url, 100, "sha256")
+        await told(url, redis, keys)
+        values = [value_of(key) for key in keys]
+        client = connect(redis.url)
+        store = counted(Store(url), calls)
+        async with started(url, client, store=store) as engine:
+            names = [name async for name in client.scan_iter("keylatch:*")]
+            for number in range(-1, rounds):
+                calls.clear()
+                turn = {
+                    "get": lambda: each_us(client.get, names),
+                    "check": lambda: checked_us(engine, values),
+                }
+                spent = {
+                    name: await turn[name]()
+                    for name in (sorted(turn) if number % 2 else sorted(turn, reverse=True))
+                }
+                if calls["find"]:
+                    raise SystemExit("error: Redis did not know a key")
+                if number >= 0:
+                    gets.append(spent["get"])
+                    checks.append(spent["check"])
+                done()
+    return [
+        Row("L2: bare GET", Spread.of(gets), "us"),
+        Row("L2: check", Spread.of(checks), "us"),
+        Row("L2: check ÷ bare GET", Spread.ratio(checks, gets), "", "<=", 2.0),
+    ]
+
+
+async def each_us(call: Callable[[Any], Awaitable[Any]], given: Sequence[Any]) -> float:
+    """Microseconds for one of several calls, one after the other."""
+    began = time.perf_counter()
+    for one in given:
+        await call(one)
+    return (time.perf_counter() - began) / len(given) * 1e6
+
+
+async def checked_us(engine: Engine, values: Sequence[bytes]) -> float:
+    """The same for checks that this process cannot answer by itself."""
+    forget(engine)
+    began = time.perf_counter()
+    await allowed(engine, values)
+    return (time.perf_counter() - began) / len(values) * 1e6
+
+
+# Store and argon2
+
+
+async def cold(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
+    """A check that nobody has cached ÷ a bare argon2 verify; no Redis."""
+    rows = []
+    for kind in KINDS:
+        checks, verifies = [], []
+        with made(kind) as url:
+            keys = await filled(url, 8)
+            async with started(url) as engine:
+                hashes = {key: await hash_of(engine, key) for key in keys}
+                await engine.check([value_of(keys[0])])  # starts threads and connections
+                for number in range(rounds):
+                    forget(engine)
+                    ours: list[float] = []
+                    theirs: list[float] = []
+                    for key in keys:
+                        if (number + len(ours)) % 2:
+                            theirs.append(verified_ms(hashes[key], key))
+                            ours.append(await checked_ms(engine, key))
+                        else:
+                            ours.append(await checked_ms(engine, key))
+                            theirs.append(verified_ms(hashes[key], key))
+                    checks.append(Spread.of(ours).median)
+                    verifies.append(Spread.of(theirs).median)
+                    done()
+        rows += [
+            Row(f"cold, {kind}: bare argon2 verify", Spread.of(verifies), "ms"),
+            Row(f"cold, {kind}: check", Spread.of(checks), "ms"),
+            Row(f"cold, {kind}: check ÷ bare", Spread.ratio(checks, verifies), "", "<=", 1.15),
+        ]
+    return rows
+
+
+async def hash_of(engine: Engine, key: Created) -> str:
+    """What the store holds of a key."""
+    found = await engine.store.find(key.record.id)
+    assert isinstance(found, Found)
+    return found.hash
+
+
+def verified_ms(stored: str, key: Created) -> float:
+    """Milliseconds of argon2 itself, called here."""
+    cost = OWASP_MINIMUM
+    hasher = argon2.PasswordHasher(cost.passes, cost.memory_kib, cost.lanes)
+    began = time.perf_counter()
+    hasher.verify(stored, key.token.reveal())
+    return (time.perf_counter() - began) * 1e3
+
+
+async def checked_ms(engine: Engine, key: Created) -> float:
+    """Milliseconds of a check."""
+    value = value_of(key)
+    began = time.perf_counter()
+    await allowed(engine, [value])
+    return (time.perf_counter() - began) * 1e3
+
+
+async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
+    """How late the loop is while cold keys arrive at once."""
+    rows = []
+    for kind in KINDS:
+        p99s, longest, busy, idle = [], [], [], []
+        with made(kind) as url:
+            keys = await filled(url, HERD)
+            values = [value_of(key) for key in keys]
+            async with started(url, redis.url) as engine:
+                await allowed(engine, values[:1])  # starts threads and connections
+                for _ in range(rounds):
+                    await asyncio.sleep(0.2)  # what Redis is told of the last round
+                    redis.flush()
+                    forget(engine)
+                    async with Ticker() as alone:
+                        await asyncio.sleep(0.3)
+                    async with Ticker() as ticker:
+                        verdicts = await asyncio.gather(*(engine.check([v]) for v in values))
+                    idle.append(percentiles_us(alone.lateness)["p99"] / 1e3)
+                    p99s.append(percentiles_us(ticker.lateness)["p99"] / 1e3)
+                    longest.append(percentiles_us(ticker.lateness)["max"] / 1e3)
+                    busy.append(sum(verdict == Deny(Reason.BUSY) for verdict in verdicts))
+                    done()
+        rows += [
+            Row(f"herd, {kind}: loop late, p99", Spread.of(p99s), "ms", "<", 5),
+            Row(f"herd, {kind}: loop late, at most", Spread.of(longest), "ms"),
+            Row(f"herd, {kind}: loop late, p99 while idle", Spread.of(idle), "ms"),
+            Row(f"herd, {kind}: told to come again (503), of {HERD}", Spread.of(busy)),
+        ]
+    return rows
+
+
+async def pool(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
+    """How many threads shall hash; no Redis, SQLite."""
+    figures: dict[int, tuple[list[float], list[float], list[float]]] = {}
+    with made("sqlite") as url:
+        keys = await filled(url, 40)
+        values = [value_of(key) for key in keys]
+        for number in range(rounds):
+            for workers in POOLS if number % 2 else reversed(POOLS):
+                hasher = Hasher(workers=workers)
+                speeds, p99s, longest = figures.setdefault(workers, ([], [], []))
+                async with started(url, hasher=hasher) as engine:
+                    await allowed(engine, values[:1])
+                    forget(engine)
+                    began = time.perf_counter()
+                    async with Ticker() as ticker:
+                        await asyncio.gather(*(allowed(engine, [value]) for value in values))
+                    speeds.append(len(values) / (time.perf_counter() - began))
+                    late = percentiles_us(ticker.lateness)
+                    p99s.append(late["p99"] / 1e3)
+                    longest.append(late["max"] / 1e3)
+                done()
+    rows = []
+    for workers, (speeds, p99s, longest) in sorted(figures.items()):
+        name = f"pool of {workers} thread{'s' if workers > 1 else ''}"
+        rows += [
+            Row(f"{name}: verifies", Spread.of(speeds), "a second"),
+            Row(f"{name}: loop late, p99", Spread.of(p99s), "ms"),
+            Row(f"{name}: loop late, at most", Spread.of(longest), "ms"),
+        ]
+    return rows
+
+
+async def warm(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
+    """A process restarts: with Redis, and without."""
+    figures: dict[str, tuple[list[float], list[float]]] = {
+        "with Redis": ([], []),
+        "without": ([], []),
+    }
+    redis.flush()
+    with made("sqlite") as url:
+        keys = await filled(url, WARM_KEYS)
+        await told(url, redis, keys)
+        values = [value_of(key) for key in keys]
+        for number in range(rounds):
+            for name in figures if number % 2 else reversed(figures):
+                calls = Counter[str]()
+                place = redis.url if name == "with Redis" else ""
+                hasher = counted(Hasher(), calls)
+                async with started(url, place, hasher=hasher) as engine:
+                    began = time.perf_counter()
+                    await asyncio.gather(*(allowed(engine, [value]) for value in values))
+                    figures[name][0].append((time.perf_counter() - began) * 1e3)
+                    figures[name][1].append(calls["verify"])
+                done()
+    known, unknown = figures.values()
+    title = f"warm start, {WARM_KEYS} keys at once"
+    return [
+        Row(f"{title}: argon2 verifies", Spread.of(known[1]), "", "=", 0),
+        Row(f"{title}: until all are in L1", Spread.of(known[0]), "ms"),
+        Row(f"{title}, without Redis: argon2 verifies", Spread.of(unknown[1])),
+        Row(f"{title}, without Redis: until all are in L1", Spread.of(unknown[0]), "ms"),
+    ]
+
+
+# Strangers
+
+
+async def flood(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
+    """Hits, while made-up tokens arrive and while they do not."""
+    calls = {"store": Counter[str](), "Redis": Counter[str](), "argon2": Counter[str]()}
+    alone: list[float] = []
+    flooded: list[float] = []
+    with made("sqlite") as url:
+        (key,) = await filled(url, 1, "sha256")
+        async with started(
+            url,
+            counted(connect(redis.url), calls["Redis"]),
+            store=counted(Store(url), calls["store"]),
+            hasher=counted(Hasher(), calls["argon2"]),
+        ) as engine:
+            await allowed(engine, [value_of(key)])
+            await asyncio.sleep(0.1)  # Redis is told
+            made_up = strangers(key, 2_000)
+            for number in range(-1, rounds):
+                for each in calls.values():
+                    each.clear()
+                for is_flooded in (True, False) if number % 2 else (False, True):
+                    hits = await hits_seconds(engine, value_of(key), made_up if is_flooded else [])
+                    if number >= 0:
+                        (flooded if is_flooded else alone).append(percentiles_us(hits)["p99"])
+                asked = {
+                    f"{who}.{name}": count
+                    for who, each in calls.items()
+                    for name, count in each.items()
+                    if name not in BACKGROUND
+                }
+                if asked:
+                    raise SystemExit(f"error: for made-up tokens somebody was asked: {asked}")
+                done()
+    return [
+        Row("flood: p99 of a hit, idle", Spread.of(alone), "us"),
+        Row("flood: p99 of a hit, flooded", Spread.of(flooded), "us"),
+        Row("flood: flooded ÷ idle", Spread.ratio(flooded, alone), "", "<=", 2.0),
+        Row("flood: calls to Redis, store and argon2", Spread.of([0]), "", "=", 0),
+    ]
+
+
+def strangers(key: Created, count: int) -> list[bytes]:
+    """Made-up tokens: noise, another deployment's, and a good key's id with other secrets."""
+    others = CheckKeys([b"another deployment's key"])
+    start, _, _ = key.token.reveal().rpartition("_")
+    kinds = [
+        lambda: "nobody_" + random.randbytes(24).hex(),
+        lambda: others.mint("kl", "live").reveal(),
+        lambda: f"{start}_{others.mint('kl', 'live').reveal().rpartition('_')[2]}",
+    ]
+    return [b"Bearer " + kinds[number % 3]().encode() for number in range(count)]
+
+
+async def hits_seconds(
+    engine: Engine, good: bytes, made_up: Sequence[bytes], seconds: float = 1.0
+) -> list[float]:
+    """Latencies of hits, from when each was due; made-up tokens are due in between.
+
+    It spins, because timers of event loops have milliseconds, and lets the loop have a turn
+    after every hit.
+    """
+    noise = random.Random(1)
+    begin = time.perf_counter()
+    due = [
+        (begin + (number + noise.random()) / HITS_PER_SECOND, good)
+        for number in range(int(HITS_PER_SECOND * seconds))
+    ]
+    if made_up:
+        due += [
+            (begin + number / STRANGERS_PER_SECOND, made_up[number % len(made_up)])
+            for number in range(int(STRANGERS_PER_SECOND * seconds))
+        ]
+    latencies = []
+    for moment, value in sorted(due):
+        while time.perf_counter() < moment:
+            pass
+        verdict = await engine.check([value])
+        if value is good:
+            latencies.append(time.perf_counter() - moment)
+            await asyncio.sleep(0)
+        if isinstance(verdict, Allow) is not (value is good):
+            raise SystemExit(f"error: the wrong one was let in or refused: {verdict}")
+    return latencies
+
+
+PARTS: Final = {"l2": l2, "cold": cold, "herd": herd, "flood": flood, "pool": pool, "warm": warm}
+
+
+async def measure(only: Sequence[str], rounds: int, progress: Progress) -> list[Row]:
+    """One part after the other."""
+    rows: list[Row] = []
+    task = progress.add_task("", total=None)
+    with tempfile.TemporaryDirectory(prefix="keylatch-bench-") as folder:
+        redis = RedisServer(Path(folder))
+        try:
+            for name in only:
+                progress.update(task, description=name, completed=0)
+                rows += await PARTS[name](rounds, redis, lambda: progress.advance(task))
+        finally:
+            redis.kill()
+    return rows
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", choices=[*PARTS], action="append")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        rows = asyncio.run(measure(given.only or [*PARTS], given.rounds, progress))
+    report("Checks that L1 cannot answer, in process", rows, given.json)
+
+
+if __name__ == "__main__":
+    main()
