@@ -1,12 +1,13 @@
 """Apps that benchmarks serve: the least that can answer, and the same view open and protected.
 
-    python benchmarks/apps.py allow --port 8700 [--uds PATH] [--workers 2]
+    python benchmarks/apps.py allow [--port 8700] [--uds PATH] [--workers 2]
 
 serves one of them as `keylatch serve` serves the sidecar: the very same code with another app, so
 that two apps are compared and not two servers.
 """
 
 import argparse
+import asyncio
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, Final
@@ -96,6 +97,17 @@ def allowing(admin: int | str | None = None, grpc: GRPCListener | None = None) -
     return allow
 
 
+def answering_slowly() -> ASGIApp:
+    """`allow`, which takes a second for `/slow`."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/slow":
+            await asyncio.sleep(1)
+        await allow(scope, receive, send)
+
+    return app
+
+
 def main() -> None:
     """Serve as `keylatch serve` does."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -107,9 +119,11 @@ def main() -> None:
     import apps  # workers look the app up by its module's name, and this one is `__main__`
 
     serving.from_environment = apps.allowing  # type: ignore[attr-defined]
-    serving.run(
-        serving.Listener("127.0.0.1", given.port or 0, given.uds), None, None, given.workers
-    )
+    ports = [serving.Listener("127.0.0.1", given.port)] if given.port else []
+    sockets = [serving.Listener("127.0.0.1", 0, given.uds)] if given.uds else []
+    first, second = [*ports, *sockets, None][:2]
+    assert first is not None, "--port or --uds"
+    serving.run(first, second, None, given.workers)
 
 
 if __name__ == "__main__":

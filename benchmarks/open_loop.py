@@ -147,10 +147,13 @@ class _Load:
         self._idle: deque[_Connection] = deque()
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
-    async def connect(self, host: str, port: int, count: int) -> None:
-        """Open connections."""
+    async def connect(self, host: str, port: int, uds: str, count: int) -> None:
+        """Open connections, to a Unix socket if one is named."""
         for _ in range(count):
-            _, made = await self._loop.create_connection(lambda: _Connection(self), host, port)
+            if uds:
+                _, made = await self._loop.create_unix_connection(lambda: _Connection(self), uds)
+            else:
+                _, made = await self._loop.create_connection(lambda: _Connection(self), host, port)
             self._idle.append(made)
 
     def tick(self) -> None:
@@ -185,15 +188,23 @@ class _Load:
 async def call(url: str, field: str, rate: float, seconds: float, connections: int) -> Outcome:
     """Ask at a constant rate.
 
+    Args:
+        url: `http://host:port/target`, or `/path/of/a/socket:/target`.
+        field: a header field, such as `Authorization: Bearer …`.
+        rate: requests a second.
+        seconds: how long.
+        connections: so many may be under way at once.
+
     Raises:
         NotAnswered: not every answer was a 200.
     """
-    parts = urlsplit(url)
+    uds, is_uds, rest = url.partition(":") if url.startswith("/") else ("", "", "")
+    parts = urlsplit(f"http://localhost{rest}" if is_uds else url)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     lines = [f"GET {target} HTTP/1.1", f"Host: {parts.netloc}", *([field] if field else []), "", ""]
     schedule = Schedule(rate, round(rate * seconds), time.perf_counter() + 0.2)
     load = _Load("\r\n".join(lines).encode(), schedule)
-    await load.connect(parts.hostname or "", parts.port or 80, connections)
+    await load.connect(parts.hostname or "", parts.port or 80, uds, connections)
     load.tick()
     try:
         await asyncio.wait_for(load.ended, seconds + _LAST_ANSWERS_SECONDS)

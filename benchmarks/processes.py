@@ -19,7 +19,16 @@ sys.path.append(str(TESTS))
 from servers import eventually, free_port  # noqa: E402
 from wire import send  # noqa: E402
 
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
+__all__ = [
+    "AS_THE_SIDECAR",
+    "FOLDER",
+    "TESTS",
+    "Program",
+    "bare",
+    "free_port",
+    "running",
+    "sidecar",
+]
 
 # What `keylatch serve` tells uvicorn; see also `apps`.
 AS_THE_SIDECAR: Final = (
@@ -122,10 +131,12 @@ class Program:
 
 
 def _processor_seconds(pid: int) -> float:
+    """Of a process's threads that are there, to the nanosecond (`/proc/pid/stat` counts ticks)."""
+    spent = 0
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
-    return 0.0  # it has ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            spent += int((thread / "schedstat").read_text().split()[0])
+    return spent / 1e9
 
 
 def _pss_kib(pid: int) -> int:
