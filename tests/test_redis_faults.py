@@ -423,3 +423,21 @@ def test_a_herd_of_cold_keys_does_not_break_redis(
 
     assert asyncio.run(arrive()) == [key not in keys.revoked for key in herd]
     assert "MaxConnectionsError" not in caplog.text
+
+
+@pytest.mark.anyio
+@pytest.mark.service("redis")
+async def test_a_call_that_is_given_up_leaves_no_answer_behind(
+    redis_server: RedisServer,
+) -> None:
+    """Who asks next finds his own answer, and not a late one."""
+    client, breaker = connect(redis_server.url), Breaker(lambda: 0.0)
+    for name in ("first", "second"):
+        await client.set(name, name)
+    for _ in range(5):
+        redis_server.pause()
+        assert await breaker.attempt(lambda: client.get("first")) is None
+        redis_server.resume()
+        breaker.succeeded()  # try again at once
+        assert await breaker.attempt(lambda: client.get("second")) == b"second"
+    await client.aclose()

@@ -54,45 +54,31 @@ class Breaker:
     def __init__(self, timer: Callable[[], float] = time.monotonic) -> None:
         self._timer = timer
         self._closed_until = 0.0
-        self._under_way: set[asyncio.Future[Any]] = set()
 
     async def attempt(self, call: Callable[[], Awaitable[T]]) -> T | None:
         """What the call returns, or None: it failed, took too long, or was not tried.
 
-        A call that takes too long is left behind and not cancelled: it gives up by itself, and a
-        connection that is cancelled halfway keeps an answer that nobody has read.
+        A call that takes too long is cancelled, and redis-py (6.2 and later) then drops the
+        connection, so nobody finds an answer on it that was meant for another. No task is made for
+        it: that would cost three turns of the event loop, as much as the question itself.
         """
         if not self.lets_pass():
             return None
-        attempt = asyncio.ensure_future(call())
-        self._under_way.add(attempt)
-        attempt.add_done_callback(self._ended)
-        done, _ = await asyncio.wait({attempt}, timeout=BUDGET_SECONDS)
-        error = attempt.exception() if done else TimeoutError()
-        if error is None:
+        try:
+            async with asyncio.timeout(BUDGET_SECONDS):
+                result = await call()
+        except ResponseError:  # it answers; somebody put a value of another type there
             self.succeeded()
-            return attempt.result()
-        if not isinstance(error, FAILURES):
-            raise error
-        if isinstance(error, ResponseError):
-            self.succeeded()  # it answers; somebody put a value of another type there
             return None
-        if self.failed():
-            log.warning(
-                "Redis does not answer (%s): working without it; is KEYLATCH_REDIS right?",
-                type(error).__name__,
-            )
-        return None
-
-    async def close(self) -> None:
-        """Wait for what was left behind, which takes a fraction of a second at most."""
-        if self._under_way:
-            await asyncio.wait(self._under_way, timeout=1)
-
-    def _ended(self, attempt: asyncio.Future[Any]) -> None:
-        self._under_way.discard(attempt)
-        if not attempt.cancelled():
-            attempt.exception()  # its caller has it, or has left
+        except FAILURES as error:
+            if self.failed():
+                log.warning(
+                    "Redis does not answer (%s): working without it; is KEYLATCH_REDIS right?",
+                    type(error).__name__,
+                )
+            return None
+        self.succeeded()
+        return result
 
     def lets_pass(self) -> bool:
         """Whether the caller may try now."""

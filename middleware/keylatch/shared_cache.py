@@ -81,7 +81,6 @@ class SharedCache:
 
     async def close(self) -> None:
         """Let the connections go."""
-        await self._breaker.close()
         await self._client.aclose()
 
     async def _set(self, epoch: str, key_id: str, value: dict[str, Any]) -> None:
