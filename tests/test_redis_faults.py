@@ -139,6 +139,49 @@ class TestSharedCacheContract:
         for each in (cache, rotated, stranger):
             await each.close()
 
+    async def test_a_herd_is_answered_together(self, connect_anew: Connect) -> None:
+        """Whoever comes while somebody asks is asked for with all the others: each finds his own.
+
+        A value that is no value, one that is missing, and one who left keep nobody waiting.
+        """
+        calls: list[str] = []
+
+        class Listening:
+            """The client, overheard."""
+
+            def __init__(self, client: Any) -> None:
+                self._client = client
+
+            def __getattr__(self, name: str) -> Any:
+                calls.append(name)
+                return getattr(self._client, name)
+
+        client = connect_anew(**PATIENT)
+        cache = shared(Listening(client), [PEPPER])
+        tokens = [KEYS.mint("kl", "live") for _ in range(300)]
+        for number, token in enumerate(tokens):
+            await cache.put(token, record_of(token), number, EPOCH)
+        await client.delete(f"keylatch:{EPOCH}:{tokens[7].key_id}")
+        await client.delete(f"keylatch:{EPOCH}:{tokens[8].key_id}")
+        await client.rpush(f"keylatch:{EPOCH}:{tokens[8].key_id}", b"1")
+        calls.clear()
+        tasks = [asyncio.create_task(cache.get(token, EPOCH)) for token in tokens]
+        await asyncio.sleep(0)
+        tasks[9].cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert calls == ["get", "mget", "mget"]
+        for number, (token, known) in enumerate(zip(tokens, found, strict=True)):
+            if number in (7, 8):
+                assert known is None
+            elif number == 9:
+                assert isinstance(known, asyncio.CancelledError)
+            else:
+                assert isinstance(known, Entry)
+                assert (known.record.id, known.as_of) == (token.key_id, number)
+        assert isinstance(await cache.get(tokens[0], EPOCH), Entry)
+        assert calls[-1] == "get"
+        await client.aclose()
+
     async def test_what_was_written_by_others_is_a_miss(self, connect_anew: Connect) -> None:
         """Any changed byte, any cut, garbage, a value of another key, a list: nothing is believed.
 
@@ -432,12 +475,16 @@ async def test_a_call_that_is_given_up_leaves_no_answer_behind(
 ) -> None:
     """Who asks next finds his own answer, and not a late one."""
     client, breaker = connect(redis_server.url), Breaker(lambda: 0.0)
-    for name in ("first", "second"):
-        await client.set(name, name)
-    for _ in range(5):
+    with redis_server.client() as patient:
+        patient.mset({"first": "first", "second": "second"})
+    found = 0
+    while found < 5:
         redis_server.pause()
+        breaker.succeeded()  # try at once
         assert await breaker.attempt(lambda: client.get("first")) is None
         redis_server.resume()
-        breaker.succeeded()  # try again at once
-        assert await breaker.attempt(lambda: client.get("second")) == b"second"
+        breaker.succeeded()
+        value = await breaker.attempt(lambda: client.get("second"))
+        assert value in (b"second", None)  # on a busy machine it is late as well
+        found += value is not None
     await client.aclose()

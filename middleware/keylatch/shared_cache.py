@@ -8,11 +8,13 @@ write Redis cannot make an "active" (RFC 2104). Keyed by the public id, so the r
 overwrite an entry without knowing the token. `as_of` lets the reader refuse what is stale.
 """
 
+import asyncio
 import hmac
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 from keylatch.breaker import Breaker
@@ -23,6 +25,9 @@ from keylatch.tokens import Token
 _TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32
 
+_TOGETHER: Final = 256
+"""Keys in one question at most: Redis answers nobody else meanwhile."""
+
 log = logging.getLogger("keylatch")
 
 
@@ -32,6 +37,18 @@ class Told:
 
     record: KeyRecord
     as_of: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A name that somebody wants the value of, and waits."""
+
+    name: str
+    answer: "asyncio.Future[object]"
+
+    def settle(self, value: object) -> None:
+        if not self.answer.done():  # he may have left
+            self.answer.set_result(value)
 
 
 class SharedCache:
@@ -56,11 +73,14 @@ class SharedCache:
             for pepper in peppers
         )
         self._breaker = breaker
+        self._is_asking = False
+        self._waiting: list[_Question] = []
+        self._batch: asyncio.Task[None] | None = None
 
     async def get(self, token: Token, epoch: str) -> Told | Absence | None:
         """What is known of a token: it is this key, it is not that key's, or nothing (None)."""
         name = _name(epoch, token.key_id)
-        raw = await self._breaker.attempt(lambda: self._client.get(name))
+        raw = await self._value(name)
         return self._opened(name, raw, token) if isinstance(raw, bytes) else None
 
     async def put(self, token: Token, record: KeyRecord, as_of: int, epoch: str) -> None:
@@ -82,6 +102,40 @@ class SharedCache:
     async def close(self) -> None:
         """Let the connections go."""
         await self._client.aclose()
+
+    async def _value(self, name: str) -> object:
+        """What Redis holds under a name; whatever is no bytes is a miss.
+
+        One who comes alone asks at once. Those who come meanwhile are asked for together when that
+        is answered: a herd of cold keys is two questions, and not as many connections as there are.
+        """
+        if self._is_asking:
+            question = _Question(name, asyncio.get_running_loop().create_future())
+            self._waiting.append(question)
+            return await question.answer
+        self._is_asking = True
+        try:
+            return await self._breaker.attempt(lambda: self._client.get(name))
+        finally:
+            if self._waiting:
+                self._batch = asyncio.create_task(self._ask_for_all(), name="keylatch-batch")
+            else:
+                self._is_asking = False
+
+    async def _ask_for_all(self) -> None:
+        asked: list[_Question] = []
+        try:
+            while self._waiting:
+                asked, self._waiting = self._waiting[:_TOGETHER], self._waiting[_TOGETHER:]
+                names = [question.name for question in asked]
+                values = await self._breaker.attempt(partial(self._client.mget, names))
+                for question, value in zip(asked, values or [None] * len(asked), strict=True):
+                    question.settle(value)
+        finally:
+            self._is_asking = False
+            for question in [*asked, *self._waiting]:  # whatever went wrong, nobody is left to wait
+                question.settle(None)
+            self._waiting = []
 
     async def _set(self, epoch: str, key_id: str, value: dict[str, Any]) -> None:
         name = _name(epoch, key_id)
