@@ -240,7 +240,7 @@ async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
     """How late the loop is while cold keys arrive at once."""
     rows = []
     for kind in KINDS:
-        p99s, longest, busy, idle = [], [], [], []
+        p99s, longest, worked, busy, idle = [], [], [], [], []
         with made(kind) as url:
             keys = await filled(url, HERD)
             values = [value_of(key) for key in keys]
@@ -257,11 +257,13 @@ async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
                     idle.append(percentiles_us(alone.lateness)["p99"] / 1e3)
                     p99s.append(percentiles_us(ticker.lateness)["p99"] / 1e3)
                     longest.append(percentiles_us(ticker.lateness)["max"] / 1e3)
+                    worked.append(max(ticker.worked) * 1e3)
                     busy.append(sum(verdict == Deny(Reason.BUSY) for verdict in verdicts))
                     done()
         rows += [
             Row(f"herd, {kind}: loop late, p99", Spread.of(p99s), "ms", "<", 5),
             Row(f"herd, {kind}: loop late, at most", Spread.of(longest), "ms"),
+            Row(f"herd, {kind}: the loop's own longest piece of work", Spread.of(worked), "ms"),
             Row(f"herd, {kind}: loop late, p99 while idle", Spread.of(idle), "ms"),
             Row(f"herd, {kind}: told to come again (503), of {HERD}", Spread.of(busy)),
         ]

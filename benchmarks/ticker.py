@@ -13,10 +13,16 @@ PAUSE_SECONDS: Final = 0.001
 
 
 class Ticker:
-    """Ticks during an `async with`; then `lateness` holds a value for every tick, in seconds."""
+    """Ticks during an `async with`.
+
+    Then `lateness` holds a value for every tick, and `worked` the loop's own processor time between
+    two of them, both in seconds: a loop that is late and did not work had to wait for a processor,
+    or for the interpreter's lock.
+    """
 
     def __init__(self) -> None:
         self.lateness: list[float] = []
+        self.worked: list[float] = []
 
     async def __aenter__(self) -> "Ticker":
         self._task = asyncio.create_task(self._tick())
@@ -35,9 +41,12 @@ class Ticker:
 
     async def _tick(self) -> None:
         due = time.perf_counter()
+        before = time.thread_time()
         while True:
-            now = time.perf_counter()
+            now, spent = time.perf_counter(), time.thread_time()
             due = note(self.lateness, due, now)
+            self.worked.append(spent - before)
+            before = spent
             await asyncio.sleep(due - now)
 
 

@@ -1,11 +1,14 @@
 """What benchmarks reckon with: pure parts only. Nothing here measures time."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
+from counted import counted
 from open_loop import Schedule, percentiles_us
 from targets import Row, Spread, shown, table_of
+from ticker import PAUSE_SECONDS, note
 from wrk import NotMeasured, read
 
 SAID = """\
@@ -148,3 +151,34 @@ class TestOpenLoop:
         assert [schedule.take() for _ in range(3)] == [10.0, 10.25, 10.5]
         assert schedule.next_due is None
         assert not schedule.is_answered
+
+
+def test_a_stall_of_a_loop_is_charged_to_every_tick_of_it() -> None:
+    """A loop that stands still for 20 ms is late twenty times, and then on time again."""
+    lateness: list[float] = []
+    due = note(lateness, 0.0, 0.0)
+    due = note(lateness, due, 20.5 * PAUSE_SECONDS)
+    note(lateness, due, due)
+    expected = [0.0, *((late + 0.5) * PAUSE_SECONDS for late in range(19, -1, -1)), 0.0]
+    assert lateness == pytest.approx(expected)
+
+
+class Oracle:
+    """Somebody who is asked."""
+
+    name = "Delphi"
+
+    async def ask(self, question: str) -> str:
+        return question[::-1]
+
+    def know(self) -> int:
+        return 42
+
+
+@pytest.mark.anyio
+async def test_calls_are_counted_and_handed_on() -> None:
+    """What waits for somebody counts; what is known already does not."""
+    calls = Counter[str]()
+    oracle = counted(Oracle(), calls)
+    assert (await oracle.ask("ab"), oracle.know(), oracle.name) == ("ba", 42, "Delphi")
+    assert calls == {"ask": 1}
