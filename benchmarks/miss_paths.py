@@ -17,11 +17,14 @@ warm   a process restarts while Redis knows all keys: how many argon2 verifies, 
 import argparse
 import asyncio
 import contextlib
+import os
 import random
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,7 +51,8 @@ HERD: Final = 100
 STRANGERS_PER_SECOND: Final = 10_000
 HITS_PER_SECOND: Final = 500
 WARM_KEYS: Final = 40
-POOLS: Final = (1, 2, 4)
+POOLS: Final = ((1, 0), (2, 0), (4, 0), (1, 19), (2, 19))
+"""Threads, and how nice each of them is to all others (Linux)."""
 BACKGROUND: Final = ("touch", "tidy", "poll", "sequence_now")
 """What an engine asks its store whether strangers call or not: lastUsed of the hits, housekeeping,
 and, in place, the counter after each of these commits."""
@@ -271,16 +275,15 @@ async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
 
 
 async def pool(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
-    """How many threads shall hash; no Redis, SQLite."""
-    figures: dict[int, tuple[list[float], list[float], list[float]]] = {}
+    """How many threads shall hash, and how nice shall they be; no Redis, SQLite."""
+    figures: dict[tuple[int, int], tuple[list[float], list[float], list[float]]] = {}
     with made("sqlite") as url:
         keys = await filled(url, 40)
         values = [value_of(key) for key in keys]
         for number in range(rounds):
-            for workers in POOLS if number % 2 else reversed(POOLS):
-                hasher = Hasher(workers=workers)
-                speeds, p99s, longest = figures.setdefault(workers, ([], [], []))
-                async with started(url, hasher=hasher) as engine:
+            for kind in POOLS if number % 2 else reversed(POOLS):
+                speeds, p99s, longest = figures.setdefault(kind, ([], [], []))
+                async with started(url, hasher=hasher_of(*kind)) as engine:
                     await allowed(engine, values[:1])
                     forget(engine)
                     began = time.perf_counter()
@@ -292,14 +295,27 @@ async def pool(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
                     longest.append(late["max"] / 1e3)
                 done()
     rows = []
-    for workers, (speeds, p99s, longest) in sorted(figures.items()):
-        name = f"pool of {workers} thread{'s' if workers > 1 else ''}"
+    for (workers, niceness), (speeds, p99s, longest) in sorted(figures.items()):
+        name = f"pool of {workers}, nice {niceness}"
         rows += [
             Row(f"{name}: verifies", Spread.of(speeds), "a second"),
             Row(f"{name}: loop late, p99", Spread.of(p99s), "ms"),
             Row(f"{name}: loop late, at most", Spread.of(longest), "ms"),
         ]
     return rows
+
+
+def hasher_of(workers: int, niceness: int) -> Hasher:
+    """One whose threads let others go first."""
+    hasher = Hasher(workers=workers)
+    if niceness:
+        hasher._pool = ThreadPoolExecutor(
+            workers,
+            initializer=lambda: os.setpriority(
+                os.PRIO_PROCESS, threading.get_native_id(), niceness
+            ),
+        )
+    return hasher
 
 
 async def warm(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
