@@ -102,10 +102,6 @@ class Program:
         """Proportional share of memory, of all its processes: pages shared by n count 1/n."""
         return sum(_pss_kib(pid) for pid in self._family()) / 1024
 
-    def processes(self) -> int:
-        """How many there are that hold more than a little (helpers of multiprocessing do not)."""
-        return sum(_pss_kib(pid) > 12 * 1024 for pid in self._family())
-
     def _family(self) -> list[int]:
         family = [self._process.pid]
         for pid in family:
