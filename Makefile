@@ -55,5 +55,5 @@ clean:                      ## remove the virtual environment
 .venv/dev: .venv/bin/python pyproject.toml
 	@echo "Installing keylatch and its development tools into .venv ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,postgres,grpc]' --group dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,postgres,grpc,bench]' --group dev
 	@touch $@

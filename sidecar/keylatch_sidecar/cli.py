@@ -29,6 +29,7 @@ from keylatch.settings import Settings
 from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar import terminal
+from keylatch_sidecar.bench_command import bench
 from keylatch_sidecar.options import (
     ExtAuthzFactsOption,
     HasherOption,
@@ -63,6 +64,9 @@ keys = typer.Typer(help="Manage the keys of an organisation.", no_args_is_help=T
 cli.add_typer(keys, name="keys")
 organizations = typer.Typer(help="Disable or enable an organisation.", no_args_is_help=True)
 cli.add_typer(organizations, name="organizations")
+
+
+cli.command()(bench)
 
 
 def main() -> None:

@@ -1,0 +1,274 @@
+"""Open-loop load: requests are due at a constant rate, whether or not anybody answers.
+
+A latency counts from when its request was due. A closed loop, which sends when the last answer
+is there, stops asking exactly when the server is slow and so never sees it ("coordinated
+omission"). `OpenLoop` keeps the books and knows no clock; `drive` performs them.
+"""
+
+import asyncio
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from keylatch_sidecar.bench.plan import GRACE_SECONDS
+
+Outcome = int | str
+"""A status of HTTP, or a word for why there was none."""
+
+UNANSWERED: Final = "unanswered"
+
+# A timer is late by some 60 us. So the pacer wakes early, lets answers in, and spins at the end.
+_EARLY_NS: Final = 150_000
+_SPIN_NS: Final = 20_000
+_SOON_NS: Final = 500_000_000
+_BREATH: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """The value of an `Authorization` field (empty: none) and the status that it should get."""
+
+    value: bytes = field(repr=False)
+    expected: int
+
+
+class Line(Protocol):
+    """Carries one check at a time."""
+
+    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
+        """Have it checked; `answered` may be called at once."""
+
+    def give_up(self) -> None:
+        """Forget an answer that is still awaited; it is no longer told."""
+
+
+async def asked(line: Line, credential: Credential) -> Outcome:
+    """The answer to one check."""
+    answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    try:
+        line.ask(credential, answer.set_result)
+        return await answer
+    finally:
+        if answer.cancelled():
+            line.give_up()
+
+
+class OpenLoop:
+    """The books of one turn. Times are nanoseconds of any clock that never goes back.
+
+    Args:
+        start: when the first request is due.
+        interval: between two.
+        count: how many.
+    """
+
+    def __init__(self, start: int, interval: float, count: int) -> None:
+        self._start = start
+        self._interval = interval
+        self._count = count
+        self._arrived = 0
+        self._waiting: deque[int] = deque()
+        self.latencies: list[int] = []
+        self.outcomes: dict[Outcome, int] = {}
+        self.unexpected = 0
+        self.lateness: list[int] = []
+        """How late the generator itself was to notice that a request was due."""
+
+    @property
+    def next_due(self) -> int | None:
+        """When the next request is due; None: there will be no more."""
+        if self._arrived == self._count:
+            return None
+        return self._start + int(self._arrived * self._interval)
+
+    @property
+    def last_due(self) -> int:
+        """When the last request is due."""
+        return self._start + int((self._count - 1) * self._interval)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every request has its answer."""
+        return len(self.latencies) == self._count
+
+    def arrive(self, now: int) -> None:
+        """Whatever is due by now waits for a line."""
+        while (due := self.next_due) is not None and due <= now:
+            self._waiting.append(due)
+            self.lateness.append(now - due)
+            self._arrived += 1
+
+    def take(self) -> int | None:
+        """The request that has waited longest goes out; when it was due."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def note(self, due: int, now: int, outcome: Outcome, expected: int) -> None:
+        """A request that was due then has its answer."""
+        self.latencies.append(now - due)
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self.unexpected += outcome != expected
+
+    def give_up(self, sent: Sequence[int], now: int) -> None:
+        """The turn is over: whatever was sent or is waiting was not answered, and took at least
+        until now."""
+        for due in (*sent, *self._waiting):
+            self.note(due, now, UNANSWERED, 0)
+        self._waiting.clear()
+
+
+class _Driver:
+    def __init__(
+        self,
+        books: OpenLoop,
+        lines: Sequence[Line],
+        credentials: Iterator[Credential],
+        clock: Callable[[], int],
+    ) -> None:
+        self._books = books
+        self._free = deque(lines)
+        self._credentials = credentials
+        self._clock = clock
+        self._busy: dict[Line, int] = {}
+        self._is_sending = False
+        self.ended_at = 0
+        self.over = asyncio.Event()
+
+    def send(self) -> None:
+        """Whatever is waiting goes out, as far as lines are free."""
+        if self._is_sending:  # a line that answers at once has called us back
+            return
+        self._is_sending = True
+        while self._free and (due := self._books.take()) is not None:
+            line = self._free.popleft()
+            self._busy[line] = due
+            credential = next(self._credentials)
+            line.ask(credential, functools.partial(self._answered, line, credential))
+        self._is_sending = False
+
+    def _answered(self, line: Line, credential: Credential, outcome: Outcome) -> None:
+        now = self._clock()
+        self._books.note(self._busy.pop(line), now, outcome, credential.expected)
+        self._free.append(line)
+        if self._books.is_over:
+            self.ended_at = now
+            self.over.set()
+        else:
+            self.send()
+
+    def give_up(self) -> None:
+        """Nobody waits any longer."""
+        self.ended_at = self._clock()
+        self._books.give_up(list(self._busy.values()), self.ended_at)
+        for line in self._busy:
+            line.give_up()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What came of one turn; latencies and lateness in nanoseconds."""
+
+    latencies: Sequence[int]
+    lateness: Sequence[int]
+    outcomes: dict[Outcome, int]
+    unexpected: int
+    seconds: float
+    generator_busy: float
+    """The share of one processor that this process used."""
+    keeps_up: bool = True
+    """Whether the last answers came soon after they were due: nothing had piled up."""
+
+
+async def drive(
+    lines: Sequence[Line],
+    credentials: Iterator[Credential],
+    rate: float,
+    count: int,
+    *,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Turn:
+    """Send `count` checks at `rate` a second, and wait for their answers, ten seconds at most.
+
+    Args:
+        lines: idle ones; a check that finds none free waits, and its latency counts that.
+        credentials: what to send, in turn.
+        rate: checks a second.
+        count: how many.
+        clock: nanoseconds that never go back.
+    """
+    interval = 1e9 / rate
+    start = clock() + 2 * _EARLY_NS
+    books = OpenLoop(start, interval, count)
+    driver = _Driver(books, lines, credentials, clock)
+    busy_before = time.process_time()
+    while (due := books.next_due) is not None:
+        gap = due - clock()
+        if gap > _EARLY_NS:
+            await asyncio.sleep((gap - _EARLY_NS) / 1e9)
+        elif gap > _SPIN_NS:
+            await asyncio.sleep(0)
+        else:
+            while clock() < due:
+                pass
+            books.arrive(clock())
+            driver.send()
+            await asyncio.sleep(0)
+    try:
+        async with asyncio.timeout(GRACE_SECONDS):
+            await driver.over.wait()
+    except TimeoutError:
+        driver.give_up()
+    seconds = (driver.ended_at - start) / 1e9
+    return Turn(
+        books.latencies,
+        books.lateness,
+        books.outcomes,
+        books.unexpected,
+        seconds,
+        (time.process_time() - busy_before) / max(seconds, 1e-9),
+        keeps_up=driver.ended_at - books.last_due < _SOON_NS + 0.05 * count * interval,
+    )
+
+
+async def saturate(
+    lines: Sequence[Line],
+    credentials: Iterator[Credential],
+    seconds: float,
+    most: int,
+    *,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Turn:
+    """Every line sends as soon as it has its answer: how many checks a second are possible.
+
+    A closed loop: its throughput means something, its latencies would not, so there are none.
+
+    Args:
+        lines: idle ones.
+        credentials: what to send, in turn.
+        seconds: how long.
+        most: no more checks than this.
+        clock: nanoseconds that never go back.
+    """
+    start = clock()
+    end = start + int(seconds * 1e9)
+    outcomes: dict[Outcome, int] = {}
+    unexpected = 0
+    budget = iter(range(most))
+    busy_before = time.process_time()
+
+    async def pump(line: Line) -> None:
+        nonlocal unexpected
+        while clock() < end and (number := next(budget, None)) is not None:
+            credential = next(credentials)
+            outcome = await asked(line, credential)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            unexpected += outcome != credential.expected
+            if number % _BREATH == 0:  # lines that answer at once never wait
+                await asyncio.sleep(0)
+
+    await asyncio.gather(*map(pump, lines))
+    took = (clock() - start) / 1e9
+    busy = (time.process_time() - busy_before) / took
+    return Turn((), (), outcomes, unexpected, took, busy)

@@ -1,0 +1,206 @@
+"""Where the keys of a run are made: at the sidecar, with a FULL key, or in the store itself.
+
+In the store the hash can be chosen, so that a first sight costs argon2 or does not; and what
+Redis knows can be prepared from outside, with what every process of keylatch would write there.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from keylatch.breaker import Breaker, connect
+from keylatch.engine import Engine
+from keylatch.feed import END, Receipt
+from keylatch.hashing import Hasher
+from keylatch.keyring import Keyring
+from keylatch.model import KeyRecord
+from keylatch.settings import Settings
+from keylatch.shared_cache import SharedCache
+from keylatch.store import Found, Secrets
+from keylatch.tokens import CheckKeys, Token
+from keylatch_sidecar.bench.connection import Connection, Place, Unusable
+from keylatch_sidecar.bench.load import Credential
+from keylatch_sidecar.bench.supply import Key, Scheme
+
+ORGANIZATION: Final = "keylatch-bench"
+_KEYS: Final = "/v1/api-keys"
+_CONNECTIONS: Final = 4
+_LOOKS: Final = 20
+_LOOK_SECONDS: Final = 0.05
+_ALREADY_GONE: Final = 404
+_ASYNC: Final = "Prefer: respond-async\r\n"
+
+REFUSALS: Final = {
+    400: ("the key is not of the form of a key", "one line, nothing else, in KEYLATCH_BENCH_KEY"),
+    401: ("the sidecar refuses the key", "is KEYLATCH_BENCH_KEY a key of this sidecar, unexpired?"),
+    403: ("the key may not manage keys", "a FULL key is needed: keylatch keys create"),
+    404: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
+    405: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
+    503: ("the sidecar's store does not answer", "look at its log and at /readyz"),
+}
+
+
+class SidecarMaker:
+    """See `keylatch_sidecar.bench.supply.Maker`; hashes are what the sidecar makes.
+
+    Args:
+        place: where it manages keys.
+        boss: a FULL key of it.
+    """
+
+    def __init__(self, place: Place, boss: Credential) -> None:
+        self._place = place
+        self._boss = boss
+        self._idle: asyncio.Queue[Connection] = asyncio.Queue()
+        for _ in range(_CONNECTIONS):
+            self._idle.put_nowait(Connection(place))
+
+    async def make(self, name: str, scheme: Scheme, seconds: float) -> Key:
+        expires_at = datetime.now(UTC) + timedelta(seconds=seconds)
+        content = {"name": name, "expiresAt": expires_at.isoformat(timespec="milliseconds")}
+        made = await self._call("POST", _KEYS, content)
+        return Key(made["id"], made["organizationId"], Token(made["token"]))
+
+    async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
+        await self._call("DELETE", f"{_KEYS}/{key_id}", fields="" if wait else _ASYNC)
+
+    async def named(self, name: str) -> list[tuple[str, str]]:
+        keys = await self._call("GET", _KEYS)
+        return [(key["id"], key["organizationId"]) for key in keys if key["name"] == name]
+
+    async def check(self) -> None:
+        """Return if keys can be managed here.
+
+        Raises:
+            Unusable: why not.
+        """
+        await self._call("GET", _KEYS)
+
+    def close(self) -> None:
+        """Hang up."""
+        while not self._idle.empty():
+            self._idle.get_nowait().give_up()
+
+    async def _call(self, method: str, path: str, content: Any = None, fields: str = "") -> Any:
+        connection = await self._idle.get()
+        try:
+            status, body = await connection.call(method, path, self._boss.value, content, fields)
+        finally:
+            self._idle.put_nowait(connection)
+        if method == "DELETE" and status == _ALREADY_GONE and path != _KEYS:
+            return None
+        if status not in (200, 202):
+            unknown = (f"it answers {method} {_KEYS} with {status}", "is that a keylatch sidecar?")
+            wrong, hint = REFUSALS.get(status, unknown)
+            raise Unusable(f"{self._place}: {wrong}", hint)
+        try:
+            return json.loads(body)
+        except ValueError:
+            wrong = f"{self._place}: the answer is no JSON"
+            raise Unusable(wrong, "is that a keylatch sidecar?") from None
+
+
+class StoreMaker:
+    """See `keylatch_sidecar.bench.supply.Maker`.
+
+    Where processes hold leases, an engine is a member whom every DELETE waits for. So it lives only
+    while it is needed, unless it is the engine under test itself.
+
+    Args:
+        settings: store and Redis.
+        engine: the engine under test, if it is in this process.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
+        self._settings = settings
+        self._given = engine
+        self._engine: Engine | None = None
+        self._opening = asyncio.Lock()
+        self._hashers: dict[Scheme, Hasher] = {
+            "argon2id": Hasher("argon2id"),
+            "sha256": Hasher("sha256"),
+        }
+
+    async def make(self, name: str, scheme: Scheme, seconds: float) -> Key:
+        engine, secrets = await self._opened()
+        hasher, check_keys = self._hashers[scheme], CheckKeys(secrets.check_keys)
+        keyring = Keyring(
+            engine.store, hasher, check_keys, self._settings, time.time, _nothing_changes
+        )
+        expires_at = int((time.time() + seconds) * 1000)
+        created = await keyring.create(ORGANIZATION, name, expires_at=expires_at)
+        return Key(created.record.id, ORGANIZATION, created.token)
+
+    async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
+        engine, _ = await self._opened()
+        await (await engine.keyring()).delete(organization_id, key_id, wait=wait)
+
+    async def named(self, name: str) -> list[tuple[str, str]]:
+        engine, _ = await self._opened()
+        records = await (await engine.keyring()).list(ORGANIZATION)
+        return [(record.id, record.organization_id) for record in records if record.name == name]
+
+    async def share(self, keys: Sequence[Key]) -> bool:
+        """Put keys into Redis as a process does that has just proven them; False: it cannot."""
+        engine, secrets = await self._opened()
+        async with self._redis(secrets) as shared:
+            epoch = (await engine.store.changes(END)).epoch
+            for key in keys:
+                found = await engine.store.find(key.id)
+                if isinstance(found, Found):
+                    await shared.put(key.token, found.record, found.as_of, epoch)
+            return not keys or await shared.get(keys[-1].token, epoch) is not None
+
+    async def has_learned(self, key: Key) -> bool:
+        """Whether a key that was just checked comes to be in Redis; somebody puts it there after
+        his answer."""
+        engine, secrets = await self._opened()
+        async with self._redis(secrets) as shared:
+            epoch = (await engine.store.changes(END)).epoch
+            for _ in range(_LOOKS):
+                if await shared.get(key.token, epoch) is not None:
+                    return True
+                await asyncio.sleep(_LOOK_SECONDS)
+        return False
+
+    async def rest(self) -> None:
+        """Be no member of anything while others are measured."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.stop()
+
+    async def close(self) -> None:
+        """Let everything go."""
+        await self.rest()
+        for hasher in self._hashers.values():
+            hasher.close()
+
+    @contextlib.asynccontextmanager
+    async def _redis(self, secrets: Secrets) -> AsyncIterator[SharedCache]:
+        shared = SharedCache(connect(self._settings.redis), secrets.peppers, Breaker())
+        try:
+            yield shared
+        finally:
+            await shared.close()
+
+    async def _opened(self) -> tuple[Engine, Secrets]:
+        """An engine that works, and the store's secrets.
+
+        Raises:
+            KeylatchError: why there is none.
+        """
+        async with self._opening:
+            engine = self._given or self._engine or Engine(self._settings)
+            secrets = await engine.store.open(int(time.time() * 1000))
+            await engine.start()
+            if self._given is None:
+                self._engine = engine
+            return engine, secrets
+
+
+async def _nothing_changes(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
+    raise AssertionError("this keyring only makes keys")

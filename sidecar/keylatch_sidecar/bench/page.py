@@ -1,0 +1,49 @@
+"""The page: one file that needs no other, from nowhere, in light and dark.
+
+Pictures are part of it, once for each theme. Nothing in it runs, and it may not ask anybody.
+"""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from keylatch_sidecar.bench import plots, report
+from keylatch_sidecar.bench.comparison import Move
+from keylatch_sidecar.bench.figures import Results
+from keylatch_sidecar.bench.plots import DARK, LIGHT, Theme
+
+
+def render(results: Results, moves: Sequence[Move] = (), differences: Sequence[str] = ()) -> str:
+    """The HTML.
+
+    Args:
+        results: of this run.
+        moves: what moved since another.
+        differences: why the two may not be compared like with like.
+    """
+    template = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string((Path(__file__).parent / "page.html").read_text())
+    return template.render(
+        finding=report.finding(results),
+        warnings=report.warnings(results),
+        remarks=report.remarks(results),
+        rows=report.rows(results),
+        headings=report.HEADINGS,
+        results=results,
+        pictures=[
+            (name, picture(results, name, LIGHT), picture(results, name, DARK))
+            for name in plots.PLOTS
+        ],
+        moves=moves,
+        moved=report.moved(moves),
+        differences=differences,
+    )
+
+
+def picture(results: Results, name: str, theme: Theme) -> str:
+    """A plot as a `data:` URL."""
+    drawn = plots.png(plots.PLOTS[name](results, theme))
+    return f"data:image/png;base64,{b64encode(drawn).decode('ascii')}"
