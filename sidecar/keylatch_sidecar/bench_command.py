@@ -92,15 +92,16 @@ def bench(
         moves = comparison.compare(before, results.as_json())
         differences = comparison.differences(before, results.as_json())
     figures.write(results, out / "results.json")
-    plots.write(results, out)
-    (out / "report.html").write_text(page.render(results, moves, differences))
+    pictures = plots.pictures(results)
+    plots.write(pictures, out)
+    (out / "report.html").write_text(page.render(results, pictures, moves, differences))
     console = Console(highlight=False, markup=False, stderr=as_json)
     report.print_to(console, results)
     if before is not None:
         report.print_comparison(console, moves, differences)
     if as_json:
         terminal.print_json(results.as_json() | _as_json(moves, differences))
-    terminal.words.print(f"Wrote {out / 'report.html'}, results.json and {len(plots.PLOTS)} plots.")
+    terminal.words.print(f"Wrote {out / 'report.html'}, results.json and {len(pictures)} plots.")
     _tell_of_keys(results)
     if results.keys_left:
         raise typer.Exit(terminal.UNUSABLE)

@@ -187,15 +187,17 @@ async def drive(
     rate: float,
     count: int,
     *,
+    grace: float = GRACE_SECONDS,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Turn:
-    """Send `count` checks at `rate` a second, and wait for their answers, ten seconds at most.
+    """Send `count` checks at `rate` a second, and wait for their answers.
 
     Args:
         lines: idle ones; a check that finds none free waits, and its latency counts that.
         credentials: what to send, in turn.
         rate: checks a second.
         count: how many.
+        grace: seconds to wait for the last ones.
         clock: nanoseconds that never go back.
     """
     interval = 1e9 / rate
@@ -216,7 +218,7 @@ async def drive(
             driver.send()
             await asyncio.sleep(0)
     try:
-        async with asyncio.timeout(GRACE_SECONDS):
+        async with asyncio.timeout(grace):
             await driver.over.wait()
     except TimeoutError:
         driver.give_up()

@@ -9,17 +9,23 @@ from pathlib import Path
 
 import jinja2
 
-from keylatch_sidecar.bench import plots, report
+from keylatch_sidecar.bench import report
 from keylatch_sidecar.bench.comparison import Move
 from keylatch_sidecar.bench.figures import Results
-from keylatch_sidecar.bench.plots import DARK, LIGHT, Theme
+from keylatch_sidecar.bench.plots import Picture
 
 
-def render(results: Results, moves: Sequence[Move] = (), differences: Sequence[str] = ()) -> str:
+def render(
+    results: Results,
+    pictures: Sequence[Picture],
+    moves: Sequence[Move] = (),
+    differences: Sequence[str] = (),
+) -> str:
     """The HTML.
 
     Args:
         results: of this run.
+        pictures: of them.
         moves: what moved since another.
         differences: why the two may not be compared like with like.
     """
@@ -33,17 +39,12 @@ def render(results: Results, moves: Sequence[Move] = (), differences: Sequence[s
         rows=report.rows(results),
         headings=report.HEADINGS,
         results=results,
-        pictures=[
-            (name, picture(results, name, LIGHT), picture(results, name, DARK))
-            for name in plots.PLOTS
-        ],
+        pictures=[(each.name, _data_url(each.light), _data_url(each.dark)) for each in pictures],
         moves=moves,
         moved=report.moved(moves),
         differences=differences,
     )
 
 
-def picture(results: Results, name: str, theme: Theme) -> str:
-    """A plot as a `data:` URL."""
-    drawn = plots.png(plots.PLOTS[name](results, theme))
-    return f"data:image/png;base64,{b64encode(drawn).decode('ascii')}"
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{b64encode(png).decode('ascii')}"

@@ -6,7 +6,7 @@ colours (Okabe and Ito's) can be told apart by everybody, in a light and a dark 
 
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -55,8 +55,14 @@ def _blank(theme: Theme, title: str, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, theme: Theme) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
     legend = axes.legend(
-        loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=5, frameon=False, fontsize=9
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.6 / (axes.figure.bbox.height / _DPI - 1.2)),
+        ncols=5,
+        frameon=False,
+        fontsize=9,
     )
     for text in legend.get_texts():
         text.set_color(theme.ink)
@@ -120,7 +126,7 @@ def _costs(results: Results) -> str:
 
 
 def _short(tier: str) -> str:
-    return textwrap.fill(MEANINGS[tier], 30)
+    return textwrap.fill(MEANINGS[tier], 32)
 
 
 def throughput(results: Results, theme: Theme = LIGHT) -> Figure:
@@ -185,8 +191,7 @@ def revocation(results: Results, theme: Theme = LIGHT) -> Figure:
     _rows(axes, [f"{number + 1}" for number in range(len(results.revocations))])
     axes.set_ylabel("revocation", color=theme.ink)
     axes.set_xlabel("ms since the DELETE was sent", color=theme.ink)
-    if results.revocations:
-        _legend(axes, theme)
+    _legend(axes, theme)
     return figure
 
 
@@ -197,18 +202,30 @@ PLOTS: Final[dict[str, Callable[[Results, Theme], Figure]]] = {
 }
 
 
-def png(figure: Figure) -> bytes:
-    """The picture."""
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A plot in both themes, as PNG."""
+
+    name: str
+    light: bytes
+    dark: bytes
+
+
+def pictures(results: Results) -> list[Picture]:
+    """All plots of a run."""
+    return [
+        Picture(name, _png(draw(results, LIGHT)), _png(draw(results, DARK)))
+        for name, draw in PLOTS.items()
+    ]
+
+
+def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", facecolor=figure.get_facecolor())
     return out.getvalue()
 
 
-def write(results: Results, folder: Path) -> list[Path]:
-    """One file for each."""
-    paths = []
-    for name, draw in PLOTS.items():
-        path = folder / f"{name}.png"
-        path.write_bytes(png(draw(results, LIGHT)))
-        paths.append(path)
-    return paths
+def write(pictures: Sequence[Picture], folder: Path) -> None:
+    """One file for each, in the light theme."""
+    for picture in pictures:
+        (folder / f"{picture.name}.png").write_bytes(picture.light)

@@ -13,7 +13,7 @@ from rich.table import Table
 from keylatch_sidecar.bench.comparison import FASTER, SLOWER, Move
 from keylatch_sidecar.bench.figures import MAX, PERCENTILES, Results, label, median, readable
 from keylatch_sidecar.bench.figures import percentiles as percentiles_of
-from keylatch_sidecar.bench.plan import FLOOD, L1, MEANINGS, TIERS, Plan
+from keylatch_sidecar.bench.plan import FLOOD, L1, MEANINGS, STORE, TIERS, Plan
 
 HEADINGS = (*map(label, PERCENTILES), MAX)
 _GENERATOR_IS_THE_LIMIT = 0.9
@@ -117,6 +117,8 @@ def remarks(results: Results) -> list[str]:
         said = f"At most {most:,.0f} L1 checks a second were carried"
         limit = results.saturated_busy > _GENERATOR_IS_THE_LIMIT
         told.append(f"{said}; this tool was the limit." if limit else f"{said}.")
+    if STORE in results.skipped:
+        told.append("The cold keys were hashed as the sidecar hashes new ones (KEYLATCH_HASHER).")
     if results.revocations:
         told.append(
             "Each connection uses the key to be revoked up to 200 times a second, so when it is "

@@ -1,0 +1,571 @@
+"""`keylatch bench`: it cannot overlook a stall, it stays within its bounds, it leaves nothing."""
+
+import asyncio
+import itertools
+import json
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keylatch.errors import StoreUnavailable
+from keylatch.settings import Settings
+from keylatch.tokens import SCAN_PATTERN, CheckKeys
+from keylatch_sidecar.bench import comparison, figures, page, plan, plots, report
+from keylatch_sidecar.bench.comparison import FASTER, NOISE, SLOWER, UNKNOWN
+from keylatch_sidecar.bench.load import UNANSWERED, Credential, OpenLoop, Outcome, drive
+from keylatch_sidecar.bench.makers import ORGANIZATION, StoreMaker
+from keylatch_sidecar.bench.plan import OutOfBounds, Plan
+from keylatch_sidecar.bench.probe import revoke_in_use
+from keylatch_sidecar.bench.supply import Key, Scheme, Supply
+from keylatch_sidecar.bench.tiers import NEEDS
+from keylatch_sidecar.bench_command import bench
+from proxies import SidecarProcess
+from servers import RedisServer, eventually, free_port
+from shell import Operator, ended
+from shell import Outcome as Ending
+
+MS = 1_000_000
+GOOD = Credential(b"Bearer good", 200)
+SHORT = ["--seconds", "0.3", "--rate", "100", "--flood-rate", "100", "--connections", "2"]
+SHORT += ["--keys", "60", "--revocations", "2"]
+README = Path(__file__).parent.parent / "README.md"
+FILES = {"results.json", "report.html", "latency.png", "throughput.png", "revocation.png"}
+
+
+# Coordinated omission
+
+
+def answered_at(began: int) -> int:
+    """A server that takes 1 ms, and stands still from the second to the third second."""
+    return max(began, 3_000 * MS) + MS if 2_000 * MS <= began < 3_000 * MS else began + MS
+
+
+def open_loop(count: int, interval: int) -> list[int]:
+    """The latencies that `OpenLoop` finds over one connection to that server."""
+    books = OpenLoop(0, interval, count)
+    free_at = 0
+    while (due := books.next_due) is not None:
+        books.arrive(max(due, free_at))
+        while (taken := books.take()) is not None:
+            free_at = answered_at(max(taken, free_at))
+            books.note(taken, free_at, 200, 200)
+    assert books.is_over
+    return books.latencies
+
+
+def closed_loop(count: int, interval: int) -> list[int]:
+    """The broken twin: it sends when the last answer is there, and counts from sending."""
+    latencies, now = [], 0
+    for _ in range(count):
+        done = answered_at(now)
+        latencies.append(done - now)
+        now = max(now + interval, done)
+    return latencies
+
+
+def test_a_stall_of_the_server_shows_in_p99() -> None:
+    """One second out of ten: a tenth of all requests was due in it, and half of those waited
+    longer than half a second. A closed loop sees one slow answer in a thousand, and no p99."""
+    found = figures.percentiles(figures.histogram(open_loop(1_000, 10 * MS)))
+    assert found["p50"] == pytest.approx(MS, rel=0.01)
+    assert (found["p99"] or 0) > 850 * MS
+    overlooked = figures.percentiles(figures.histogram(closed_loop(1_000, 10 * MS)))
+    assert overlooked["p99"] == pytest.approx(MS, rel=0.01)
+
+
+class Echo:
+    """A line that answers with what was expected, at once or never."""
+
+    def __init__(self, *, is_deaf: bool = False) -> None:
+        self._is_deaf = is_deaf
+        self.asked = 0
+        self.given_up = 0
+
+    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
+        self.asked += 1
+        if not self._is_deaf:
+            answered(credential.expected)
+
+    def give_up(self) -> None:
+        self.given_up += 1
+
+
+def test_every_check_is_sent_once_and_counted() -> None:
+    """No more than the plan said, on lines that answer before they return as well."""
+    lines = [Echo(), Echo()]
+    turn = asyncio.run(drive(lines, itertools.repeat(GOOD), 20_000, 500))
+    assert sum(line.asked for line in lines) == len(turn.latencies) == 500
+    assert (turn.outcomes, turn.unexpected, turn.keeps_up) == ({200: 500}, 0, True)
+
+
+def test_what_is_not_answered_is_counted_with_the_time_that_it_took_at_least() -> None:
+    """Whatever waits behind it as well: silence must not make the figures better."""
+    deaf = Echo(is_deaf=True)
+    turn = asyncio.run(drive([deaf], itertools.repeat(GOOD), 1_000, 20, grace=0.05))
+    assert (turn.outcomes, turn.unexpected) == ({UNANSWERED: 20}, 20)
+    assert deaf.asked == deaf.given_up == 1
+    assert min(turn.latencies) >= 50 * MS
+    tier = figures.Tier(1_000)
+    tier.add(turn)
+    assert (tier.unexpected, tier.per_second) == (20, 1_000 if tier.keeps_up else 0)
+
+
+# Bounds
+
+
+@given(
+    seconds=st.floats(0.2, 600),
+    rate=st.integers(1, 20_000),
+    keys=st.integers(40, 5_000),
+    revocations=st.integers(0, 100),
+)
+def test_a_plan_never_needs_more_keys_than_it_may_make(
+    seconds: float, rate: int, keys: int, revocations: int
+) -> None:
+    """Whatever is asked for: first sights are as many as there are keys for."""
+    try:
+        made = Plan(seconds=seconds, rate=rate, keys=keys, revocations=revocations)
+    except OutOfBounds:
+        return
+    first_sights = made.rounds * sum(made.checks(tier) for tier in plan.FIRST_SIGHTS)
+    others = 2 + plan.WARM_KEYS + made.rounds + made.revocations
+    assert first_sights + others <= keys
+    assert all(made.checks(tier) <= max(1, rate * seconds) for tier in plan.TIERS)
+
+
+@pytest.mark.parametrize("name", plan.BOUNDS)
+def test_nothing_goes_beyond_its_bounds(name: str) -> None:
+    """Too long, too hard or too many is refused before anything is done."""
+    _, most = plan.BOUNDS[name]
+    with pytest.raises(OutOfBounds, match=f"--{name.replace('_', '-')} is"):
+        Plan(**{name: int(most) + 1})
+
+
+def test_a_percentile_needs_as_many_checks_as_it_speaks_of() -> None:
+    """The p99.9 of a hundred checks would be the slowest of them under another name."""
+    found = figures.percentiles(figures.histogram(range(MS, 101 * MS, MS)))
+    assert found["p99.9"] is None
+    assert found["p99"] == pytest.approx(99 * MS, rel=0.01)
+    assert figures.readable(found["p99.9"]) == "-"
+
+
+# Comparisons
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([10, 11, 10, 12, 10], [20, 21, 20, 22, 25], SLOWER),
+        ([20, 21, 20, 22, 25], [10, 11, 10, 12, 10], FASTER),
+        ([10, 11, 10, 30, 10], [20, 21, 20, 22, 25], NOISE),
+        ([100, 101, 100, 101, 100], [103, 104, 103, 104, 103], NOISE),
+        ([10, 11, 10], [20, 21, 20], UNKNOWN),
+    ],
+)
+def test_a_figure_moved_if_no_round_of_one_run_is_among_those_of_the_other(
+    before: list[float], after: list[float], said: str
+) -> None:
+    """One noisy round explains a difference of medians; three rounds explain nothing."""
+    assert comparison.verdict(before, after) == said
+    turned = {SLOWER: FASTER, FASTER: SLOWER}.get(said, said)
+    assert comparison.verdict(before, after, less_is_better=False) == turned
+
+
+# The probe
+
+
+class Door:
+    """A line to a keyring that may go on accepting after it said that a key is revoked."""
+
+    def __init__(self) -> None:
+        self.is_revoked = False
+        self.late = 0
+
+    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
+        self.late -= self.is_revoked
+        answered(401 if self.is_revoked and self.late < 0 else 200)
+
+    def give_up(self) -> None: ...
+
+    async def revoke(self) -> None:
+        self.is_revoked = True
+
+
+def probed(late: int) -> figures.Revocation:
+    """A revocation while a moved clock lets a millisecond go by at each look."""
+    time = itertools.count(0, MS)
+    doors = [Door(), Door()]
+    doors[1].late = late
+
+    async def delete() -> None:
+        for door in doors:
+            await door.revoke()
+
+    async def sleep(_: float) -> None:
+        await asyncio.sleep(0)
+
+    async def probe() -> figures.Revocation:
+        return await revoke_in_use(
+            doors, GOOD, delete, 1_000, clock=lambda: next(time), sleep=sleep
+        )
+
+    return asyncio.run(probe())
+
+
+def test_a_check_that_is_accepted_after_the_answer_is_caught() -> None:
+    """One connection that is told late suffices; a keyring that keeps its word is not blamed."""
+    kept, broken = probed(late=0), probed(late=3)
+    assert (kept.accepted_after, kept.last_accepted_ns < 0) == (0, True)
+    assert (broken.accepted_after, broken.last_accepted_ns > 0) == (3, True)
+    results = figures.Results("a test", {}, revocations=[kept, broken])
+    assert "3 checks that began after the answer of a DELETE were ACCEPTED" in report.finding(
+        results
+    )
+
+
+# Keys
+
+
+class Maker:
+    """Makes keys in a dictionary, and fails as it is told to."""
+
+    def __init__(self) -> None:
+        self._check_keys = CheckKeys([b"k" * 32])
+        self.living: dict[str, str] = {}
+        self.go_on = asyncio.Event()
+        self.is_broken = False
+        self.loses_answers = False
+
+    async def make(self, name: str, scheme: Scheme, seconds: float) -> Key:
+        await self.go_on.wait()
+        token = self._check_keys.mint("kl", "live")
+        self.living[token.key_id] = name
+        if self.loses_answers:
+            raise StoreUnavailable("the answer was lost")
+        return Key(token.key_id, "org", token)
+
+    async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
+        if self.is_broken:
+            raise StoreUnavailable("gone")
+        del self.living[key_id]
+
+    async def named(self, name: str) -> list[tuple[str, str]]:
+        return [(key_id, "org") for key_id, its in self.living.items() if its == name]
+
+
+def supplied(story: Callable[[Maker, Supply], Awaitable[None]]) -> None:
+    """What happens to the keys of a run."""
+
+    async def run() -> None:
+        maker = Maker()
+        maker.living["key_of_somebody"] = "in production"
+        await story(maker, Supply(maker, most=50, seconds=60))
+        assert maker.living.pop("key_of_somebody") == "in production"
+
+    asyncio.run(run())
+
+
+def test_keys_whose_making_was_interrupted_are_taken_back() -> None:
+    """Ctrl-C comes while they are made: what was under way is waited for, and revoked."""
+
+    async def story(maker: Maker, supply: Supply) -> None:
+        making = asyncio.create_task(supply.make(3))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        making.cancel()
+        await asyncio.wait([making])
+        maker.go_on.set()
+        await supply.take_back()
+        assert list(maker.living) == ["key_of_somebody"]
+        assert (making.cancelled(), supply.living) == (True, [])
+
+    supplied(story)
+
+
+def test_keys_whose_making_was_not_answered_are_found_by_their_name() -> None:
+    """They exist, and nobody has told their ids."""
+
+    async def story(maker: Maker, supply: Supply) -> None:
+        maker.go_on.set()
+        maker.loses_answers = True
+        with pytest.raises(StoreUnavailable):
+            await supply.make(2)
+        assert len(maker.living) == 3
+        await supply.take_back()
+        assert list(maker.living) == ["key_of_somebody"]
+
+    supplied(story)
+
+
+def test_keys_that_cannot_be_taken_back_are_named() -> None:
+    """The operator has to know which."""
+
+    async def story(maker: Maker, supply: Supply) -> None:
+        maker.go_on.set()
+        keys = await supply.make(2)
+        maker.is_broken = True
+        await supply.take_back()
+        assert sorted(supply.living) == sorted(key.id for key in keys)
+        results = figures.Results("a test", {}, keys_left=supply.living)
+        assert [
+            f"keylatch keys revoke {key_id}" in " ".join(report.warnings(results))
+            for key_id in supply.living
+        ] == [True, True]
+
+    supplied(story)
+
+
+def test_a_supply_makes_no_more_keys_than_it_was_told() -> None:
+    """Whatever is wrong with the rest of the program."""
+
+    async def story(maker: Maker, supply: Supply) -> None:
+        maker.go_on.set()
+        with pytest.raises(AssertionError):
+            await supply.make(51)
+        assert len(maker.living) == 51  # 50, and the one of somebody else
+        await supply.take_back()
+
+    supplied(story)
+
+
+# The whole of it
+
+
+@pytest.fixture(params=["tcp", "uds"])
+def sidecar(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SidecarProcess]:
+    """`keylatch serve` on SQLite; that on a Unix socket expects what a proxy would tell it."""
+    if request.param == "uds":
+        process = SidecarProcess(tmp_path, tmp_path / "keylatch.sock", VERIFY_FACTS="forwarded")
+    else:
+        process = SidecarProcess(tmp_path)
+    yield process
+    process.close()
+
+
+def words_for(sidecar: SidecarProcess) -> list[str]:
+    place = sidecar.place
+    return ["--uds", str(place)] if isinstance(place, Path) else [str(place)]
+
+
+def living_keys(database: Path) -> list[str]:
+    """Names of the keys in a store that were not revoked."""
+    with closing(sqlite3.connect(database)) as raw:
+        query = "SELECT name FROM keylatch_keys WHERE deleted_at IS NULL ORDER BY name"
+        return [name for (name,) in raw.execute(query)]
+
+
+def written(out: Path, ending: Ending) -> dict[str, Any]:
+    """The results, after looking at everything that was written for tokens."""
+    assert {path.name for path in out.iterdir()} == FILES
+    said = [
+        ending.out.encode(),
+        ending.err.encode(),
+        *(path.read_bytes() for path in out.iterdir()),
+    ]
+    assert not any(re.search(SCAN_PATTERN.encode(), text) for text in said)
+    html = (out / "report.html").read_text()
+    assert not re.search(r"(?:src|href|url)[=(]\W*(?:http|//|file)", html)
+    assert "<script" not in html
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return results
+
+
+def test_a_sidecar_is_measured_from_outside(operator: Operator, sidecar: SidecarProcess) -> None:
+    """With one FULL key: what can be prepared is measured, the rest says what to add, nothing is
+    refused that should not be, and afterwards there is no key but the operator's own."""
+    operator.set(BENCH_KEY=sidecar.create(name="boss").token.reveal())
+    out = operator.folder / "out"
+    ending = operator.run("bench", *words_for(sidecar), *SHORT, "--out", str(out), "--json")
+    assert ending.code == 0, ending.err
+    results = written(out, ending)
+    assert json.loads(ending.out) == results
+    assert results["skipped"] == NEEDS
+    assert set(results["tiers"]) == {"L1", "cold", "refused", "flood"}
+    for tier in results["tiers"].values():
+        assert (tier["unexpected"], len(tier["rounds"])) == (0, plan.ROUNDS)
+    assert set(results["tiers"]["L1"]["outcomes"]) == {"200"}
+    assert set(results["tiers"]["refused"]["outcomes"]) == {"401"}
+    assert [each["accepted_after"] for each in results["revocations"]] == [0, 0]
+    assert all(each["everywhere_ns"] is not None for each in results["revocations"])
+    assert results["keys"]["left"] == []
+    assert living_keys(operator.folder / "keys.db") == ["boss"]
+    assert "makes at most 60 keys" in ending.err
+    moves = comparison.compare(results, results)
+    assert {move.verdict for move in moves} <= {NOISE, UNKNOWN}
+    assert {move.ratio for move in moves} == {1.0}
+
+
+def test_a_store_is_measured_in_process_and_compared(operator: Operator) -> None:
+    """Without a sidecar and without a key; a later run says what moved."""
+    out = operator.folder / "out"
+    words = ["bench", "--store", f"sqlite:///{operator.database}", *SHORT, "--out", str(out)]
+    first = operator.run(*words)
+    assert first.code == 0, first.err
+    results = written(out, first)
+    assert results["skipped"] == {"L2": "give --redis"}
+    assert set(results["tiers"]) == {"L1", "store", "cold", "refused", "flood"}
+    assert all(tier["unexpected"] == 0 for tier in results["tiers"].values())
+    assert "L2 was not measured: give --redis." in first.out
+    second = operator.run(*words, "--compare", str(out / "results.json"))
+    assert second.code == 0, second.err
+    written(out, second)
+    assert re.search(r"Of \d+ figures", second.out)
+    assert "after ÷ before" in (out / "report.html").read_text()
+    assert living_keys(operator.database) == []
+
+
+def test_all_tiers_of_a_sidecar_are_prepared_through_its_store_and_redis(
+    operator: Operator, redis_server: RedisServer
+) -> None:
+    """No key is needed. A Redis that the sidecar does not use is found out, and not measured under
+    the name of L2."""
+    sidecar = SidecarProcess(operator.folder, REDIS=redis_server.url)
+    out = operator.folder / "out"
+    store = f"sqlite:///{operator.folder}/keys.db"
+    words = ["bench", *words_for(sidecar), "--store", store, "--redis", redis_server.url]
+    try:
+        ending = operator.run(*words, *SHORT, "--out", str(out))
+        assert ending.code == 0, ending.err
+        results = written(out, ending)
+        assert results["skipped"] == {}
+        assert set(results["tiers"]) == set(plan.TIERS)
+        assert all(tier["unexpected"] == 0 for tier in results["tiers"].values())
+        assert living_keys(operator.folder / "keys.db") == []
+        ending = operator.run(
+            *words[:-1], "redis://127.0.0.1:1", *SHORT, "--revocations", "0", "--out", str(out)
+        )
+        assert "L2 was not measured: that --redis does not answer, or is not the" in ending.out
+    finally:
+        sidecar.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_takes_its_keys_back(operator: Operator, how: signal.Signals) -> None:
+    """Ctrl-C in the middle of a long run: an error, exit 2, and no key is left."""
+    operator.create()
+    words = ["bench", "--store", f"sqlite:///{operator.database}", "--seconds", "600"]
+    process = operator.start(*words, "--keys", "60", "--out", "out")
+    eventually(lambda: len(living_keys(operator.database)) > 20 or process.poll() is not None)
+    process.send_signal(how)
+    ending = ended(process)
+    assert (ending.code, ending.out) == (2, ""), ending.err
+    assert "error: it was interrupted\nhint: " in ending.err
+    assert "Traceback" not in ending.err
+    assert living_keys(operator.database) == ["a key"]
+
+
+STRANGER = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
+NOBODY = f"http://127.0.0.1:{free_port()}"
+
+MISTAKES = {
+    "nothing to measure": ([], STRANGER, "nothing to measure"),
+    "no URL": (["127.0.0.1:8700"], STRANGER, "no URL of HTTP"),
+    "a port that is none": (["http://127.0.0.1:99999"], STRANGER, "no URL"),
+    "a password in the URL": (["http://u:hunter2@127.0.0.1"], STRANGER, "more than a place"),
+    "a URL and a socket": ([NOBODY, "--uds", "/x"], STRANGER, "two places"),
+    "nobody there": ([NOBODY], STRANGER, "cannot connect to http://127.0.0.1"),
+    "no socket": (["--uds", "/missing/keylatch.sock"], STRANGER, "cannot connect to unix:/missing"),
+    "no key": ([NOBODY], "", "no key to make keys with"),
+    "two lines for a key": ([NOBODY], "x y", "no key to make keys with"),
+    "a key as an argument": ([NOBODY, "--key", STRANGER], "", "never an argument"),
+    "too long": ([NOBODY, "--seconds", "9999"], STRANGER, "--seconds is 0.2 to 600"),
+    "Redis alone": ([NOBODY, "--redis", "redis://x"], STRANGER, "of no use"),
+    "no store": (["--store", "mysql://u:hunter2@db"], "", "neither sqlite nor postgresql"),
+    "an unreachable store": (
+        *(["--store", "postgresql://u:hunter2@127.0.0.1:1/keys"], "", "the store failed"),
+    ),
+    "nothing to compare with": ([NOBODY, "--compare", "/missing"], STRANGER, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_a_hint(operator: Operator, mistake: str) -> None:
+    """Exit code 2, no traceback, and nothing that is secret."""
+    words, typed, told = MISTAKES[mistake]
+    ending = operator.run("bench", *words, "--out", str(operator.folder / "out"), typed=typed)
+    assert (ending.code, ending.out) == (2, "")
+    assert told in ending.err
+    assert ending.err.count("error: ") == ending.err.count("hint: ") == 1
+    assert STRANGER[:-1] not in ending.err
+    assert "hunter2" not in ending.err
+
+
+@pytest.mark.parametrize(
+    ("permission", "told"),
+    [(None, "the sidecar refuses the key"), ("SENDING", "may not manage keys")],
+)
+def test_a_key_that_cannot_manage_is_told(
+    operator: Operator, tmp_path: Path, permission: str | None, told: str
+) -> None:
+    """A stranger's, or a small one."""
+    sidecar = SidecarProcess(tmp_path)
+    try:
+        token = sidecar.create(permission).token.reveal() if permission else STRANGER
+        ending = operator.run("bench", *words_for(sidecar), *SHORT, typed=token)
+        assert (ending.code, ending.out) == (2, "")
+        assert told in ending.err
+        assert "hint: " in ending.err
+    finally:
+        sidecar.close()
+
+
+def test_the_readme_names_every_option() -> None:
+    """Whoever reads it knows what there is."""
+    section = README.read_text().partition("## Measure your own")[2].partition("\n## ")[0]
+    options = {f"--{name.replace('_', '-')}" for name in signature(bench).parameters}
+    options = options - {"--url", "--as-json"} | {"--json"}
+    assert options == set(re.findall(r"--[a-z-]+", section))
+
+
+def test_a_missing_extra_is_named() -> None:
+    """The error says what to install."""
+    program = "import sys; sys.modules['hdrh'] = None; sys.argv = ['keylatch', 'bench']\n"
+    program += "from keylatch_sidecar.cli import main; main()"
+    ending = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ending.returncode == 2
+    assert ending.stderr.endswith("hint: pip install 'keylatch[bench]'\n")
+
+
+def test_what_went_wrong_is_on_the_page() -> None:
+    """Unexpected statuses, missing answers, and a rate that was not kept: never hidden."""
+    turn = asyncio.run(drive([Echo()], itertools.repeat(GOOD), 1_000, 20))
+    turn.outcomes[503] = 2
+    tier = figures.Tier(1_000)
+    tier.add(turn)
+    tier.unexpected, tier.keeps_up = 2, False
+    results = figures.Results("a test", {}, tiers={"L1": tier}, skipped=dict(NEEDS))
+    html = page.render(results, plots.pictures(results))
+    for told in (
+        "2 answers were not",
+        "2 x 503",
+        "L1: the answers did not keep up",
+        *NEEDS.values(),
+    ):
+        assert told in html
+
+
+def test_keys_made_in_a_store_show_no_token(tmp_path: Path) -> None:
+    """Neither a key, nor what is sent, nor whoever makes it."""
+
+    async def made() -> Key:
+        maker = StoreMaker(Settings.load(store=f"sqlite:///{tmp_path}/keys.db", redis=""))
+        try:
+            key = await maker.make("a name", "sha256", 60)
+            assert await maker.named("a name") == [(key.id, ORGANIZATION)]
+            return key
+        finally:
+            await maker.close()
+
+    key = asyncio.run(made())
+    assert not re.search(SCAN_PATTERN, f"{key!r} {key} {key.credential!r} {key.token}")
