@@ -139,8 +139,10 @@ def _boss() -> Credential:
 
 
 def _tell_of_keys(results: "Results") -> None:
-    for key_id in results.keys_left:
-        terminal.say(f"{key_id} could not be taken back", f"keylatch keys revoke {key_id}")
+    if results.keys_left:
+        left = " ".join(results.keys_left)
+        wrong = f"{len(results.keys_left)} keys could not be taken back: {left}"
+        terminal.say(wrong, "keylatch keys revoke ID for each; they also expire by themselves")
 
 
 def _as_json(moves: "list[Move]", differences: list[str]) -> dict[str, Any]:

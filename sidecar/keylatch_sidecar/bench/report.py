@@ -97,8 +97,12 @@ def warnings(results: Results) -> list[str]:
         told.append(f"{', '.join(slow)}: the answers did not keep up with --rate")
     if any(tier.busiest > _GENERATOR_IS_THE_LIMIT for tier in results.tiers.values()):
         told.append("this tool used a whole processor: it measured itself too; lower --rate")
-    for key_id in results.keys_left:
-        told.append(f"{key_id} could not be taken back: keylatch keys revoke {key_id}")
+    busy, processors = results.machine.get("loadAverage", 0), results.machine.get("processors", 1)
+    if busy > processors:
+        told.append(f"this machine was busy: load average {busy} on {processors} processors")
+    if results.keys_left:
+        left = ", ".join(results.keys_left)
+        told.append(f"could not be taken back: {left} (keylatch keys revoke ID)")
     return told
 
 
