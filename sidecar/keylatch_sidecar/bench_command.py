@@ -79,7 +79,7 @@ def bench(
     except OSError as error:
         wrong = f"cannot write to {out}: {error.strerror or error}"
         terminal.fail(wrong, "another --out", terminal.UNUSABLE)
-    terminal.words.print(report.bounds(target, plan))
+    terminal.words.print(report.bounds(target, plan), soft_wrap=True)
     try:
         with _Bar(plan.expected_seconds) as bar:
             results = session.run(target, plan, bar)
@@ -101,7 +101,8 @@ def bench(
         report.print_comparison(console, moves, differences)
     if as_json:
         terminal.print_json(results.as_json() | _as_json(moves, differences))
-    terminal.words.print(f"Wrote {out / 'report.html'}, results.json and {len(pictures)} plots.")
+    wrote = f"Wrote {out / 'report.html'}, results.json and {len(pictures)} plots."
+    terminal.words.print(wrote, soft_wrap=True)
     _tell_of_keys(results)
     if results.keys_left:
         raise typer.Exit(terminal.UNUSABLE)

@@ -21,6 +21,7 @@ FIRST_SIGHTS: Final = (L2, STORE, COLD)
 
 ROUNDS: Final = 5
 WARM_KEYS: Final = 8
+REDIS_TRIES: Final = 3
 GRACE_SECONDS: Final = 10.0
 """How long the last answers of a round are waited for."""
 KEYS_LIVE_BEYOND_SECONDS: Final = 900.0
@@ -87,8 +88,8 @@ class Plan:
     @property
     def _spare_keys(self) -> int:
         # One to manage with, those that are warm, one to revoke in each round and in each probe,
-        # one that tells whether the sidecar uses the Redis that was given.
-        return self.keys - 2 - WARM_KEYS - self.rounds - self.revocations
+        # some that tell whether the sidecar uses the Redis that was given.
+        return self.keys - 1 - REDIS_TRIES - WARM_KEYS - self.rounds - self.revocations
 
     def checks(self, tier: str) -> int:
         """How many a tier makes in each round."""
