@@ -1,14 +1,15 @@
 """What management does with keys: create, list, get, change, delete, within one organisation.
 
-The law of this file: every change goes through `Store.add` or `_change`, so there is no path that
-forgets to invalidate; the invalidation is part of the transaction, and what is told to Redis
-afterwards is a courtesy. The organisation always comes from the caller's own key, never from
-what the caller says.
+The law of this file: every change goes through `Store.add`, `Store.add_many` or `_change`, so there
+is no path that forgets to invalidate; the invalidation is part of the transaction, and what is told
+to Redis afterwards is a courtesy. The organisation always comes from the caller's own key, never
+from what the caller says.
 """
 
+import asyncio
 import re
 import unicodedata
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -50,6 +51,17 @@ class InvalidValue(ValueError):
 
 class NotPermitted(Exception):
     """The caller would hand out more rights than its own key has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A key to be made; see `Keyring.create`."""
+
+    organization_id: str
+    name: str
+    permission: str = FULL
+    environment: str = LIVE
+    expires_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,31 +135,69 @@ class Keyring:
             NotPermitted: the new key would have more rights than `by`.
             HashingBusy, StoreUnavailable: nothing was made.
         """
-        now_ms = self._now_ms()
-        if not re.fullmatch(ORGANIZATION_PATTERN, organization_id):
-            raise InvalidValue("organization", f"must match {ORGANIZATION_PATTERN}")
-        if not re.fullmatch(ENVIRONMENT_PATTERN, environment):
-            raise InvalidValue("environment", f"must match {ENVIRONMENT_PATTERN}")
-        name = checked_name(name)
-        self._check_permission(permission)
-        self._check_expiry(expires_at, now_ms)
+        draft = Draft(organization_id, name, permission, environment, expires_at)
+        for fault in self.faults(draft):
+            raise fault
         if by is not None:
             _check_rights(by, permission, environment)
-        token = self._check_keys.mint(self._prefix, environment)
+        created = self._mint(draft, self._now_ms())
+        await self._store.add(created.record, await self._hasher.hash(created.token))
+        return created
+
+    async def create_many(self, drafts: Sequence[Draft]) -> Sequence[Created]:
+        """Make keys in one transaction: all of them, or none.
+
+        A thousand at a time is plenty: every other change waits for the transaction.
+
+        Raises:
+            InvalidValue: naming the argument at fault of one of them; nothing was made.
+            HashingFailed: nothing was made.
+            StoreUnavailable: as a rule nothing was made, and if it was, nobody has the tokens.
+        """
+        if not drafts:
+            return []
+        for draft in drafts:
+            for fault in self.faults(draft):
+                raise fault
+        now_ms = self._now_ms()
+        created = await asyncio.to_thread(lambda: [self._mint(draft, now_ms) for draft in drafts])
+        hashes = await self._hasher.hash_all([each.token for each in created])
+        records = [each.record for each in created]
+        await self._store.add_many(list(zip(records, hashes, strict=True)))
+        return created
+
+    def faults(self, draft: Draft) -> list[InvalidValue]:
+        """Everything that is wrong with a key to be made."""
+        checks: list[Callable[[], object]] = [
+            lambda: _check_form("organization", ORGANIZATION_PATTERN, draft.organization_id),
+            lambda: _check_form("environment", ENVIRONMENT_PATTERN, draft.environment),
+            lambda: checked_name(draft.name),
+            lambda: self._check_permission(draft.permission),
+            lambda: self._check_expiry(draft.expires_at, self._now_ms()),
+        ]
+        found = []
+        for check in checks:
+            try:
+                check()
+            except InvalidValue as fault:
+                found.append(fault)
+        return found
+
+    def _mint(self, draft: Draft, now_ms: int) -> Created:
+        token = self._check_keys.mint(self._prefix, draft.environment)
         record = KeyRecord(
             id=token.key_id,
-            organization_id=organization_id,
-            name=name,
-            permission=permission,
-            environment=environment,
+            organization_id=draft.organization_id,
+            name=draft.name.strip(),
+            permission=draft.permission,
+            environment=draft.environment,
             partial_token=token.partial,
             active=True,
             organization_active=True,
             created_at=now_ms,
             updated_at=now_ms,
-            expires_at=expires_at,
+            expires_at=draft.expires_at,
         )
-        await self._store.add(record, await self._hasher.hash(token))
         return Created(record, token)
 
     async def list(
@@ -278,11 +328,21 @@ def checked_name(name: str) -> str:
         raise InvalidValue("name", "must not be empty or blank")
     if len(name) > MAX_NAME_LENGTH:
         raise InvalidValue("name", f"must have at most {MAX_NAME_LENGTH} characters")
-    if any(unicodedata.category(c) in _NAMELESS or c in _BIDI_CONTROLS for c in name):
+    is_plain = name.isascii() and name.isprintable()  # as most are
+    if not is_plain and any(
+        unicodedata.category(c) in _NAMELESS or c in _BIDI_CONTROLS for c in name
+    ):
         raise InvalidValue("name", "must not hold control characters")
     if without_tokens(name) != name:
         raise InvalidValue("name", "must not hold a token: names are stored and shown")
     return name
+
+
+def _check_form(field: str, pattern: str, value: str) -> None:
+    if not re.fullmatch(pattern, value):
+        raise InvalidValue(field, f"must match {pattern}")
+    if without_tokens(value) != value:
+        raise InvalidValue(field, "must not hold a token: it is stored and shown")
 
 
 def _check_rights(by: Principal, permission: str, environment: str) -> None:

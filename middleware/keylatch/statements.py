@@ -34,6 +34,10 @@ from keylatch.schema import invalidations, keys, members, meta, organizations, s
 
 _KEPT_INVALIDATIONS: Final = 100_000
 _MAX_CHANGES: Final = 1_000
+_MAX_NAMED: Final = 500  # parameters of one statement
+NOBODY: Final = ""
+"""The organisation of keys that are not there. An invalidation that names it makes everybody look
+anew for what they remember as absent, and leaves all that is known of keys that exist as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ _RECORD: Final = [
     organizations.c.active if name == "organization_active" else keys.c[name]
     for name in KeyRecord.__slots__
 ]
+_STORED: Final = tuple(name for name in KeyRecord.__slots__ if name in keys.c)
 RECORDS: Final[Select[Any]] = select(*_RECORD).join(
     organizations, organizations.c.id == keys.c.organization_id
 )
@@ -188,9 +193,10 @@ def advance(
     now_ms: int,
     key_id: str | None = None,
     organization_id: str | None = None,
+    steps: int = 1,
 ) -> int:
     seq: int = connection.execute(
-        update(meta).values(seq=meta.c.seq + 1).returning(meta.c.seq)
+        update(meta).values(seq=meta.c.seq + steps).returning(meta.c.seq)
     ).scalar_one()
     connection.execute(
         insert(invalidations).values(
@@ -201,25 +207,57 @@ def advance(
 
 
 def add_key(connection: Connection, record: KeyRecord, hashed: str) -> int:
-    # Repeated after its answer was lost, it finds its own work done.
-    made = connection.execute(
-        select(keys.c.created_seq).where(keys.c.id == record.id, keys.c.hash == hashed)
-    ).scalar()
-    if made is not None:
-        return int(made)
     # A new key is announced too: somebody may remember that there is no such key.
-    seq = advance(connection, record.created_at, key_id=record.id)
-    if not connection.execute(
-        select(organizations.c.id).where(organizations.c.id == record.organization_id)
-    ).all():
-        connection.execute(
-            insert(organizations).values(
-                id=record.organization_id, active=True, created_at=record.created_at
-            )
-        )
-    values = {name: getattr(record, name) for name in KeyRecord.__slots__ if name in keys.c}
-    connection.execute(insert(keys).values(**values, hash=hashed, created_seq=seq))
+    return _add(connection, [(record, hashed)], key_id=record.id)
+
+
+def add_keys(connection: Connection, made: Sequence[tuple[KeyRecord, str]]) -> int:
+    """Insert many keys with their hashes, in this order; each takes a sequence number of its own,
+    so that lists know it, and one invalidation tells of all of them."""
+    return _add(connection, made, organization_id=NOBODY)
+
+
+def _add(
+    connection: Connection,
+    made: Sequence[tuple[KeyRecord, str]],
+    key_id: str | None = None,
+    organization_id: str | None = None,
+) -> int:
+    # Repeated after its answer was lost, it finds its own work done.
+    last, hashed = made[-1]
+    done = connection.execute(
+        select(keys.c.created_seq).where(keys.c.id == last.id, keys.c.hash == hashed)
+    ).scalar()
+    if done is not None:
+        return int(done)
+    seq = advance(connection, last.created_at, key_id, organization_id, steps=len(made))
+    _add_organizations(connection, {record.organization_id for record, _ in made}, last.created_at)
+    first_seq = seq - len(made) + 1
+    connection.execute(
+        insert(keys),
+        [
+            {
+                **{name: getattr(record, name) for name in _STORED},
+                "hash": hashed,
+                "created_seq": created_seq,
+            }
+            for created_seq, (record, hashed) in enumerate(made, first_seq)
+        ],
+    )
     return seq
+
+
+def _add_organizations(connection: Connection, named: set[str], now_ms: int) -> None:
+    names = sorted(named)
+    for start in range(0, len(names), _MAX_NAMED):
+        some = names[start : start + _MAX_NAMED]
+        asked = select(organizations.c.id).where(organizations.c.id.in_(some))
+        missing = set(some).difference(connection.execute(asked).scalars())
+        if missing:
+            connection.execute(
+                insert(organizations),
+                [{"id": name, "active": True, "created_at": now_ms} for name in sorted(missing)],
+            )
 
 
 def change_key(

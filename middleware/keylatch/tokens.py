@@ -25,6 +25,7 @@ CHECK_LENGTH: Final = 8  # 47.6 bits
 CRC_LENGTH: Final = 6  # 62**6 > 2**32
 MAX_LENGTH: Final = 96
 
+_PAIRS: Final = [first + second for first in ALPHABET for second in ALPHABET]
 _TAIL: Final = SECRET_LENGTH + CHECK_LENGTH + CRC_LENGTH
 _ID: Final = slice(-_TAIL - 1 - ID_LENGTH, -_TAIL - 1)
 _SHAPE: Final = re.compile(
@@ -173,7 +174,9 @@ def _crc(body: str) -> str:
 
 def _base62(number: int, length: int) -> str:
     digits = []
-    for _ in range(length):
-        number, digit = divmod(number, 62)
-        digits.append(ALPHABET[digit])
+    for _ in range(length // 2):
+        number, pair = divmod(number, 62 * 62)
+        digits.append(_PAIRS[pair])
+    if length % 2:
+        digits.append(ALPHABET[number % 62])
     return "".join(reversed(digits))

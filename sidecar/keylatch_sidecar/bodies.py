@@ -107,6 +107,15 @@ async def read(request: Request, model: type[M]) -> M:
     content = _parsed(request, await _bytes(request))
     if not isinstance(content, dict):
         raise Problem(400, "The body must be a JSON object")
+    return checked(content, model)
+
+
+def checked(content: dict[str, Any], model: type[M]) -> M:
+    """What a JSON object says, as a model.
+
+    Raises:
+        Problem: 400, with the fields at fault.
+    """
     names = {field.alias or name for name, field in model.model_fields.items()}
     # Unknown fields are told here, because pydantic's exception would quote their names.
     faults = [
@@ -178,7 +187,7 @@ def _parsed(request: Request, body: bytes) -> Any:
     try:
         content = json.loads(
             body.decode(),
-            object_pairs_hook=_without_duplicates,
+            object_pairs_hook=without_duplicates,
             parse_constant=_no_constant,
             parse_float=_finite,
         )
@@ -191,7 +200,8 @@ def _parsed(request: Request, body: bytes) -> Any:
     return content
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `json.loads`; a `Problem` where a name is there twice."""
     content = dict(pairs)
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -28,7 +28,7 @@ from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
 from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
-from keylatch_sidecar import terminal
+from keylatch_sidecar import intake, key_file, terminal
 from keylatch_sidecar.bench_command import bench
 from keylatch_sidecar.options import (
     ExtAuthzFactsOption,
@@ -190,6 +190,58 @@ def create(
         f"Created {created.record.id} ({created.record.permission}) for {organization}. "
         "The token above is shown this once."
     )
+
+
+@keys.command("import")
+def import_keys(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSON lines or CSV; - reads standard input.")
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="jsonl or csv.", show_default="by the file's name, else jsonl"
+        ),
+    ] = None,
+    organization: OrganizationOption = "default",
+    permission: Annotated[str, typer.Option(help="FULL or SENDING.")] = FULL,
+    environment: Annotated[str, typer.Option(help="A word such as live or test.")] = LIVE,
+    from_line: Annotated[int, typer.Option(help="Leave out the lines before this one.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Keys a transaction.", min=1, max=10_000)] = 1_000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file only.")] = False,
+    store: StoreOption = None,
+    redis: RedisOption = None,
+    prefix: PrefixOption = None,
+    hasher: HasherOption = None,
+) -> None:
+    """Create a key for each line of a file; their tokens go to standard output, this once.
+
+    A line has a "name", and may have "organization", "permission", "environment" and
+    "expiresAt"; the options count for what it leaves out. All mistakes are told before anything
+    is created. Tokens and hashes of another system cannot be imported.
+    """
+    settings = Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher)
+    form = intake.form_of(file, form)
+    defaults = key_file.Defaults(organization, permission, environment)
+
+    async def run(keyring: Keyring, stream: TextIO) -> int:
+        asked = await asyncio.to_thread(
+            key_file.read, stream, form, defaults, keyring.faults, from_line
+        )
+        if not dry_run:
+            intake.forewarn(len(asked), settings.hasher)
+            await intake.make(keyring, asked, batch)
+        return len(asked)
+
+    try:
+        with intake.opened(file) as stream:
+            made = _with_keyring(settings, lambda keyring: run(keyring, stream))
+    except key_file.Mistakes as mistakes:
+        intake.refuse(mistakes)
+    if dry_run:
+        terminal.words.print(f"The file asks for {made:,} keys; nothing was created.")
+    else:
+        terminal.words.print(f"Created {made:,} keys. The tokens above are shown this once.")
 
 
 @keys.command("list")

@@ -1,0 +1,423 @@
+"""Many keys at once: what a batch promises, what a file may say, and what the import prints."""
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from conftest import Clock, MakeEngine
+from keylatch.engine import Engine
+from keylatch.errors import StoreUnavailable
+from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.keyring import Draft, InvalidValue, Keyring
+from keylatch.model import Allow, Deny, Reason
+from keylatch.store import Found, Store
+from keylatch.tokens import CheckKeys, Token, looks_minted
+from keylatch_sidecar import intake
+from servers import PostgresServer
+from shell import SCRIPT, Operator, Outcome
+from test_store import NOW, record
+
+pytestmark = pytest.mark.anyio
+
+
+class Foreseen(CheckKeys):
+    """Mints the token that somebody has already seen."""
+
+    def __init__(self, token: Token) -> None:
+        super().__init__([b"k" * 32])
+        self.token = token
+
+    def mint(self, prefix: str, environment: str) -> Token:
+        return self.token
+
+
+def forbidden_store(engine: Engine) -> None:
+    """From here on a look-up in the store fails the test."""
+
+    async def find(key_id: str) -> Found:
+        raise AssertionError("the store was asked")
+
+    engine.store.find = find  # type: ignore[method-assign]
+
+
+class ImportContract:
+    """What both databases promise of a batch."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise AssertionError("each database has its own")
+
+    @pytest.fixture
+    async def store(self, url: str) -> AsyncIterator[Store]:
+        store = Store(url)
+        await store.open(NOW)
+        yield store
+        await store.close()
+
+    @pytest.fixture
+    async def engines(self, url: str, make_engine: MakeEngine) -> AsyncIterator[list[Engine]]:
+        engines = [make_engine(store=Store(url)) for _ in range(2)]
+        for engine in engines:
+            await engine.start()
+        yield engines
+        for engine in engines:
+            await engine.stop()
+
+    async def test_each_key_of_a_batch_is_found_whole_and_listed_in_order(
+        self, store: Store
+    ) -> None:
+        """As if they had been made one after the other, new organisations on the way."""
+        made = [(record(f"key_{n}", f"org{n % 3}"), f"hash {n}") for n in (5, 3, 8, 1, 6)]
+        seq = await store.add_many(made)
+        for each, hashed in made:
+            assert await store.find(each.id) == Found(each, hashed, seq)
+        listed = await store.list("org2", newest_first=False)
+        assert [each.id for each in listed] == ["key_5", "key_8"]
+
+    async def test_a_batch_is_one_line_of_the_log(self, store: Store) -> None:
+        """A million keys leave no million tombstones, and every key has a number of its own."""
+        before = (await store.changes(0)).seq
+        seq = await store.add_many([(record(f"key_{n}"), "hashed") for n in range(2_500)])
+        assert seq == before + 2_500
+        changes = await store.changes(before)
+        assert changes.complete
+        assert changes.touched == ((seq, None, ""),)
+        later = await store.add(record("key_later"), "hashed")
+        assert (await store.changes(seq)).touched == ((later, "key_later", None),)
+
+    async def test_a_batch_may_be_repeated(self, store: Store) -> None:
+        """Whoever lost the answer of the commit tries again, and makes no second change."""
+        made = [(record(f"key_{n}"), f"hash {n}") for n in range(3)]
+        seq = await store.add_many(made)
+        assert await store.add_many(made) == seq
+        assert (await store.changes(0)).seq == seq
+
+    async def test_all_or_none(self, store: Store) -> None:
+        """One key that cannot be made takes its batch along, and nothing is told of it."""
+        await store.add(record("key_taken"), "hashed")
+        before = await store.changes(0)
+        made = [(record("key_1", "new"), "hashed"), (record("key_taken"), "other")]
+        with pytest.raises(StoreUnavailable):
+            await store.add_many([*made, (record("key_2"), "hashed")])
+        assert await store.changes(0) == before
+        assert await store.list("new") == []
+
+    async def test_an_import_is_believed_by_whoever_remembers_that_there_is_no_such_key(
+        self, engines: list[Engine], clock: Clock
+    ) -> None:
+        """A process that has just refused the token as unknown accepts it after the import, and
+        what it knows of keys that exist is as good as before: no look-up, no argon2."""
+        assert await self._remembered(engines, clock) == (True, True)
+
+    async def test_a_batch_that_told_nobody_would_be_refused(
+        self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The broken twin: it advances the counter, and its line of the log concerns others."""
+        monkeypatch.setattr("keylatch.statements.NOBODY", "somebody-else")
+        assert await self._remembered(engines, clock) == (False, True)
+
+    async def test_a_batch_that_told_everybody_would_empty_the_caches(
+        self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other twin: every process would ask the store, and argon2, for every key anew."""
+        monkeypatch.setattr("keylatch.statements.NOBODY", None)
+        assert await self._remembered(engines, clock) == (True, False)
+
+    async def _remembered(self, engines: list[Engine], clock: Clock) -> tuple[bool, bool]:
+        """Whether an import is believed by who remembered an absence, and whether what that
+        process knew of another key is still of use."""
+        importer, process = engines
+        keyring = await importer.keyring()
+        known = (await keyring.create("acme", "known")).token
+        assert isinstance(await process.resolve(known), Allow)
+        token = keyring._check_keys.mint("kl", "live")
+        assert await process.resolve(token) == Deny(Reason.UNKNOWN)
+        settings = importer.settings
+        foreseeing = Keyring(
+            *(importer.store, importer.hasher, Foreseen(token), settings, clock, importer._announce)
+        )
+        await foreseeing.create_many([Draft("acme", "foreseen")])
+        clock.tick(2)  # on PostgreSQL: no lease is older than the import
+        believed = isinstance(await process.resolve(token), Allow)
+        forbidden_store(process)
+        return believed, isinstance(process.peek(known), Allow)
+
+    async def test_the_command_imports_into_this_store(self, url: str, operator: Operator) -> None:
+        """Its tokens, and no others, open what its lines say; each batch is printed."""
+        operator.set(STORE=url)
+        lines = [
+            {"name": f"customer {n}", "organization": f"org{n % 2}", "permission": "SENDING"}
+            for n in range(25)
+        ]
+        text = "\n".join(json.dumps(line) for line in lines)
+        # In threads: the command has an event loop of its own.
+        outcome = await _in_thread(operator, "keys", "import", "-", "--batch", "10", typed=text)
+        assert (outcome.code, outcome.err) == (
+            0,
+            "Created 25 keys. The tokens above are shown this once.\n",
+        )
+        made = [json.loads(line) for line in outcome.out.splitlines()]
+        assert [each["line"] for each in made] == list(range(1, 26))
+        assert [each["name"] for each in made] == [line["name"] for line in lines]
+        verified = await _in_thread(
+            operator, "verify", "--permission", "SENDING", typed=made[17]["token"]
+        )
+        assert (verified.code, verified.err) == (0, f"Allowed: {made[17]['id']} (SENDING)\n")
+        store = Store(url)
+        await store.open(NOW)
+        listed = await store.list("org1", newest_first=False)
+        assert [each.id for each in listed] == [each["id"] for each in made[1::2]]
+        await store.close()
+
+
+class TestSQLite(ImportContract):
+    """On a file."""
+
+    @pytest.fixture
+    def url(self, store_url: str) -> str:
+        return store_url
+
+
+class TestPostgreSQL(ImportContract):
+    """On a real PostgreSQL."""
+
+    @pytest.fixture
+    def url(self, postgres: PostgresServer) -> str:
+        return postgres.new_database()
+
+
+async def _in_thread(operator: Operator, *words: str, typed: str) -> Outcome:
+    return await asyncio.to_thread(operator.run, *words, typed=typed)
+
+
+# What a file may say
+
+JSON_LINES = """\
+{"name": "ci, main", "organization": "acme", "permission": "SENDING", "environment": "test"}
+
+{"name": " Schlüssel ", "expiresAt": "2100-01-01T00:00:00+01:00"}
+{"name": "laptop", "organizationId": "acme", "expires": null}
+"""
+CSV = """\
+\ufeffname,organization,permission,environment,expires\r
+"ci, main",acme,SENDING,test,\r
+\r
+" Schlüssel ",,,,2100-01-01T00:00:00+01:00\r
+laptop,acme,,,\r
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "first"), [("keys.jsonl", JSON_LINES, 1), ("keys.CSV", CSV, 2)]
+)
+def test_a_file_says_what_keys_to_make(
+    operator: Operator, name: str, text: str, first: int
+) -> None:
+    """JSON lines or CSV by the file's name; options count for what a line leaves out."""
+    file = operator.folder / name
+    file.write_text(text, newline="")
+    made = operator.run("keys", "import", str(file), "--organization", "rest")
+    assert made.code == 0
+    assert made.out.isascii()
+    lines = [json.loads(line) for line in made.out.splitlines()]
+    assert all(looks_minted(line.pop("token")) for line in lines)
+    assert all(line.pop("id") in made.out for line in lines)
+    plain = {"permission": "FULL", "environment": "live", "expiresAt": None}
+    asked = [
+        {"name": "ci, main", "organizationId": "acme", "permission": "SENDING"}
+        | {"environment": "test", "expiresAt": None},
+        plain
+        | {"name": "Schlüssel", "organizationId": "rest", "expiresAt": "2099-12-31T23:00:00.000Z"},
+        plain | {"name": "laptop", "organizationId": "acme"},
+    ]
+    assert lines == [
+        {"line": line} | fields
+        for line, fields in zip((first, first + 2, first + 3), asked, strict=True)
+    ]
+
+
+WRONG = {
+    '{"name": ""}': "name: must not be empty or blank",
+    '{"name": 1}': "name: Input should be a valid string",
+    '{"nme": "x", "name": "x"}': "nme: is no field of this body",
+    "{}": "name: Field required",
+    "[]": "is no JSON object",
+    "name": "is not JSON",
+    "[" * 3_000: "is not JSON",
+    '{"name": "' + "x" * 20_000 + '"}': "has more than 16384 characters",
+    '{"name": "x", "name": "y"}': "name: is there twice",
+    '{"name": "x", "expires": null, "expiresAt": null}': "expiresAt: is there twice, as expires",
+    '{"name": "x", "organization": "a b"}': "organization: must match",
+    '{"name": "x", "organization": ""}': "organization: must match",
+    '{"name": "x", "permission": "ROOT"}': "permission: must be one of FULL, SENDING",
+    '{"name": "x", "environment": "LIVE"}': "environment: must match",
+    '{"name": "x", "expiresAt": "2001-01-01T00:00:00Z"}': "expiresAt: must lie in the future",
+    '{"name": "x", "expiresAt": "tomorrow"}': "expiresAt: must be an ISO 8601 time",
+    '{"name": "x", "expiresAt": 4102444800}': "expiresAt: must be an ISO 8601 time",
+    '{"name": "x", "token": "us_0123456789_0"}': "token: tokens and hashes from elsewhere cannot",
+    '{"name": "x", "hash": "$argon2id$v=19$"}': "hash: tokens and hashes from elsewhere cannot",
+}
+
+
+def test_all_mistakes_are_told_at_once_and_nothing_is_made(operator: Operator) -> None:
+    """Each with its line; good lines among them are not made either, and no value is repeated."""
+    text = "\n".join(['{"name": "good"}', *WRONG, '{"name": "good"}'])
+    outcome = operator.run("keys", "import", "-", typed=text)
+    assert (outcome.code, outcome.out) == (2, "")
+    *mistakes, nothing, hint = outcome.err.splitlines()
+    assert nothing == "error: nothing was created"
+    assert hint.startswith("hint: ")
+    for line, (mistake, told) in enumerate(zip(mistakes, WRONG.values(), strict=True), start=2):
+        assert mistake.startswith(f"error: line {line}: {told}")
+    assert "us_0123456789" not in outcome.err
+    assert json.loads(operator.run("keys", "list", "--json").out) == []
+
+
+def test_a_line_may_have_several_mistakes(operator: Operator) -> None:
+    """One run tells all of them."""
+    text = '{"name": " ", "permission": "ROOT", "environment": "L", "organization": "/"}'
+    outcome = operator.run("keys", "import", "-", typed=text)
+    told = [line.split(": ")[2] for line in outcome.err.splitlines()[:-2]]
+    assert sorted(told) == ["environment", "name", "organization", "permission"]
+
+
+def test_a_screenful_of_mistakes_is_enough(operator: Operator) -> None:
+    """Whoever gives the wrong file is not told of each of its million lines."""
+    outcome = operator.run("keys", "import", "-", typed="x\n" * 1_234)
+    assert len(outcome.err.splitlines()) == 53
+    assert "error: and 1,184 more mistakes\n" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("acme,ci\nacme,laptop\n", "line 1: is no header"),
+        ("", "line 1: is no header"),
+        ("name,organization\nci\n", "line 2: has 1 cells for 2 columns"),
+        ("name,hash\nci,x\n", "line 2: hash: tokens and hashes from elsewhere"),
+        ("name,name\nci,ci\n", "line 2: name: is there twice"),
+        ("name,colour\nci,red\n", "line 2: colour: is no field"),
+        ('name\n"ci\nlaptop\n', "is not CSV"),
+    ],
+)
+def test_csv_that_is_none(operator: Operator, text: str, told: str) -> None:
+    """The line is named here too."""
+    outcome = operator.run("keys", "import", "-", "--format", "csv", typed=text)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert told in outcome.err
+
+
+def test_a_token_in_a_file_gets_nowhere(operator: Operator) -> None:
+    """Not as a name, not as a field, and into no message."""
+    token = operator.create()["token"]
+    for line in ({"name": token}, {"name": "x", token: 1}, {"name": "x", "organization": token}):
+        outcome = operator.run("keys", "import", "-", typed=json.dumps(line))
+        assert (outcome.code, outcome.out) == (2, "")
+        assert token not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["missing.jsonl"], "the file cannot be read: No such file"),
+        (["."], "the file cannot be read: Is a directory"),
+        (["-", "--format", "xml"], "there is no such format"),
+    ],
+)
+def test_no_such_file(operator: Operator, words: list[str], told: str) -> None:
+    """With a hint."""
+    outcome = operator.run("keys", "import", *words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert told in outcome.err
+    assert "hint: " in outcome.err
+
+
+def test_bytes_that_are_no_text_are_no_name(operator: Operator) -> None:
+    """A file in another encoding is refused, instead of making keys with broken names."""
+    file = operator.folder / "latin.csv"
+    file.write_bytes(b"name\nSchl\xfcssel\n")
+    outcome = operator.run("keys", "import", str(file))
+    assert outcome.err.startswith("error: line 2: name: must not hold control characters\n")
+
+
+def test_a_dry_run_makes_nothing(operator: Operator) -> None:
+    """It checks the file, and says how many keys it asks for."""
+    outcome = operator.run("keys", "import", "-", "--dry-run", typed='{"name": "x"}\n' * 3)
+    assert outcome == Outcome(0, "", "The file asks for 3 keys; nothing was created.\n")
+    assert json.loads(operator.run("keys", "list", "--json").out) == []
+
+
+def test_an_import_goes_on_from_a_line(operator: Operator) -> None:
+    """Whatever ended the last one."""
+    text = "".join(f'{{"name": "key {n}"}}\n' for n in range(1, 8))
+    outcome = operator.run("keys", "import", "-", "--from-line", "6", typed=text)
+    names = [json.loads(line)["name"] for line in outcome.out.splitlines()]
+    assert names == ["key 6", "key 7"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_tokens_that_cannot_be_written_are_told_of(operator: Operator) -> None:
+    """The import stops after that batch, and names the lines whose keys nobody holds."""
+    file = operator.folder / "keys.jsonl"
+    file.write_text('{"name": "x"}\n' * 30)
+    with Path("/dev/full").open("w") as full:
+        command = [str(SCRIPT), "keys", "import", str(file), "--batch", "10"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "error: the tokens of lines 1 to 10 could not be written: No space left" in done.stderr
+    assert "--from-line 1\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(json.loads(operator.run("keys", "list", "--json").out)) == 10
+
+
+def test_a_store_that_fails_halfway_is_told_with_the_line_to_go_on_from(
+    operator: Operator,
+) -> None:
+    """What was printed is there; the rest is not."""
+    operator.create()
+    with closing(sqlite3.connect(operator.database, isolation_level=None)) as raw:
+        raw.execute(
+            "CREATE TRIGGER no_more BEFORE INSERT ON keylatch_keys WHEN new.name = 'key 6'"
+            " BEGIN SELECT raise(ABORT, 'no more'); END"
+        )
+    text = "".join(f'{{"name": "key {n}"}}\n' for n in range(1, 8))
+    outcome = operator.run("keys", "import", "-", "--batch", "2", typed=text)
+    assert outcome.code == 2
+    assert len(outcome.out.splitlines()) == 4
+    assert "error: lines 5 to 6 were not created: the store failed: no more\n" in outcome.err
+    assert "go on with --from-line 5\n" in outcome.err
+    assert len(json.loads(operator.run("keys", "list", "--json").out)) == 5
+
+
+def test_the_cost_of_argon2id_is_told_before_it_is_paid(
+    operator: Operator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A million keys take seven hours; a few are not worth a word."""
+    intake.forewarn(1_000_000, "argon2id")
+    assert "417 processor minutes" in capsys.readouterr().err
+    intake.forewarn(100, "argon2id")
+    intake.forewarn(1_000_000, "sha256")
+    assert capsys.readouterr().err == ""
+
+
+async def test_argon2id_hashes_a_batch_without_filling_the_queue(
+    make_engine: MakeEngine,
+) -> None:
+    """More keys than the queue has places; whoever is checked meanwhile finds one."""
+    engine = make_engine(hasher=Hasher("argon2id", CHEAPEST, workers=2, queue=1))
+    keyring = await engine.keyring()
+    made = await keyring.create_many([Draft("acme", f"key {n}") for n in range(12)])
+    for each in made:
+        assert isinstance(await engine.resolve(each.token), Allow)
+    assert await keyring.create_many([]) == []
+    with pytest.raises(InvalidValue, match="permission"):
+        await keyring.create_many([Draft("acme", "good"), Draft("acme", "bad", "ROOT")])
+    assert len(await keyring.list("acme")) == 12
+    await engine.stop()
