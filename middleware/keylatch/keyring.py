@@ -9,7 +9,7 @@ from what the caller says.
 import asyncio
 import re
 import unicodedata
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from keylatch.feed import Receipt
 from keylatch.hashing import Hasher
 from keylatch.model import FULL, KeyRecord, Principal
 from keylatch.settings import Settings
-from keylatch.store import Store
+from keylatch.store import Page, Store
 from keylatch.tokens import ENVIRONMENT_PATTERN, CheckKeys, Token, without_tokens
 
 MAX_NAME_LENGTH: Final = 100
@@ -205,6 +205,33 @@ class Keyring:
     ) -> list[KeyRecord]:
         """The organisation's keys in the order of their creation; deleted ones if asked for."""
         return await self._store.list(organization_id, newest_first=newest_first, deleted=deleted)
+
+    async def page(
+        self,
+        organization_id: str,
+        limit: int,
+        *,
+        newest_first: bool = True,
+        deleted: bool = False,
+        after: int | None = None,
+    ) -> Page:
+        """At most `limit` keys of that list, from where another page `goes_on_after`."""
+        return await self._store.page(
+            organization_id, limit, newest_first=newest_first, deleted=deleted, after=after
+        )
+
+    def pages(
+        self,
+        organization_id: str,
+        *,
+        newest_first: bool = True,
+        deleted: bool = False,
+        after: int | None = None,
+    ) -> AsyncIterator[Page]:
+        """That list page by page, for those that are long."""
+        return self._store.pages(
+            organization_id, newest_first=newest_first, deleted=deleted, after=after
+        )
 
     async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
         """The key, deleted or not; None where the organisation has no such key."""

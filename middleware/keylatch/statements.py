@@ -57,6 +57,14 @@ class Absent:
 
 
 @dataclass(frozen=True, slots=True)
+class Page:
+    """Some keys of a list, and the sequence number after which it goes on; None: that is all."""
+
+    records: list[KeyRecord]
+    goes_on_after: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """What happened after a sequence number; `complete` is False where not all of it is told."""
 
@@ -351,15 +359,25 @@ def get_key(connection: Connection, organization_id: str, key_id: str) -> KeyRec
     return None if row is None else record_of(row)
 
 
-def list_keys(
-    connection: Connection, organization_id: str, newest_first: bool, deleted: bool
-) -> list[KeyRecord]:
-    """The keys of an organisation in the order of their creation."""
-    order = keys.c.created_seq.desc() if newest_first else keys.c.created_seq
-    statement = RECORDS.where(keys.c.organization_id == organization_id).order_by(order)
+def page_of_keys(
+    connection: Connection,
+    organization_id: str,
+    limit: int,
+    newest_first: bool,
+    deleted: bool,
+    after: int | None,
+) -> Page:
+    """Some keys of an organisation in the order of their creation, from an index and unsorted."""
+    at = keys.c.created_seq
+    statement = RECORDS.add_columns(at).where(keys.c.organization_id == organization_id)
     if not deleted:
         statement = statement.where(keys.c.deleted_at.is_(None))
-    return [record_of(row) for row in connection.execute(statement)]
+    if after is not None:
+        statement = statement.where(at < after if newest_first else at > after)
+    statement = statement.order_by(at.desc() if newest_first else at).limit(limit + 1)
+    rows = connection.execute(statement).all()
+    records = [record_of(row[:-1]) for row in rows[:limit]]
+    return Page(records, rows[limit - 1][-1] if len(rows) > limit else None)
 
 
 def join(connection: Connection, member: str) -> None:

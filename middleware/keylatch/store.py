@@ -4,7 +4,7 @@ The statements are in `statements`, each written once; here they are run, on SQL
 Every method may raise `StoreUnavailable`; then nothing was changed that had been answered.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -19,16 +19,18 @@ from keylatch.memory import Memory
 from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
 from keylatch.sqlite import SQLite
-from keylatch.statements import BELL, Absent, Changes, Found, Poll, Secrets
+from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets
 
 # A silent server is given up soon and asked anew: checks are 503 until it has answered.
 _OPEN_SECONDS: Final = 1.0
+PAGE: Final = 500
+"""Keys that are read at once: they keep an event loop for a few milliseconds."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
 Statement = Callable[Concatenate[Connection, P], T]
 
-__all__ = ["Absent", "Changes", "Found", "Poll", "Secrets", "Store", "database_of"]
+__all__ = ["Absent", "Changes", "Found", "Page", "Poll", "Secrets", "Store", "database_of"]
 
 
 def database_of(url: str) -> Database:
@@ -211,11 +213,46 @@ class Store:
         """The key if it belongs to the organisation: a foreign key is an unknown key."""
         return await self._read(sql.get_key, organization_id, key_id)
 
+    async def page(
+        self,
+        organization_id: str,
+        limit: int = PAGE,
+        *,
+        newest_first: bool = True,
+        deleted: bool = False,
+        after: int | None = None,
+    ) -> Page:
+        """At most `limit` of the organisation's keys in the order of their creation, deleted ones
+        if asked for, from the page on that `goes_on_after` this number."""
+        return await self._read(
+            sql.page_of_keys, organization_id, limit, newest_first, deleted, after
+        )
+
+    async def pages(
+        self,
+        organization_id: str,
+        *,
+        newest_first: bool = True,
+        deleted: bool = False,
+        after: int | None = None,
+    ) -> AsyncIterator[Page]:
+        """All of them, page by page: no transaction is held in between, so keys that are made
+        meanwhile may be missing and those that are deleted may be there; no key is there twice."""
+        while True:
+            page = await self.page(
+                organization_id, newest_first=newest_first, deleted=deleted, after=after
+            )
+            yield page
+            if page.goes_on_after is None:
+                return
+            after = page.goes_on_after
+
     async def list(
         self, organization_id: str, *, newest_first: bool = True, deleted: bool = False
     ) -> list[KeyRecord]:
         """The organisation's keys in the order of their creation; deleted ones if asked for."""
-        return await self._read(sql.list_keys, organization_id, newest_first, deleted)
+        pages = self.pages(organization_id, newest_first=newest_first, deleted=deleted)
+        return [record async for page in pages for record in page.records]
 
     async def change(
         self, organization_id: str, key_id: str, now_ms: int, values: Mapping[str, Any]

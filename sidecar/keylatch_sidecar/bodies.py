@@ -82,12 +82,17 @@ class JSON(Response):
         super().__init__(content, status, {"Cache-Control": "no-store", **(headers or {})})
 
     def render(self, content: Any) -> bytes:
-        if isinstance(content, Shape):
-            content = content.model_dump(by_alias=True)
-        elif isinstance(content, list):
-            content = [shape.model_dump(by_alias=True) for shape in content]
-        # ASCII: an error may quote a lone surrogate, which has no UTF-8.
-        return json.dumps(content, separators=(",", ":")).encode()
+        return as_json(content)
+
+
+def as_json(content: Any) -> bytes:
+    """JSON of a shape, of a list of shapes, or of what JSON knows."""
+    if isinstance(content, Shape):
+        content = content.model_dump(by_alias=True)
+    elif isinstance(content, list):
+        content = [shape.model_dump(by_alias=True) for shape in content]
+    # ASCII: an error may quote a lone surrogate, which has no UTF-8.
+    return json.dumps(content, separators=(",", ":")).encode()
 
 
 class ErrorJSON(JSON):

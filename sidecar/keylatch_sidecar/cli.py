@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Annotated, TextIO, TypeVar
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from keylatch import credentials
 from keylatch.engine import Engine
@@ -48,7 +46,6 @@ from keylatch_sidecar.options import (
 from keylatch_sidecar.proxies import wanted_of
 from keylatch_sidecar.receipts import revocation
 from keylatch_sidecar.settings import ProxySettings
-from keylatch_sidecar.unsent import describe
 
 T = TypeVar("T")
 
@@ -247,6 +244,7 @@ def import_keys(
 @keys.command("list")
 def list_keys(
     organization: OrganizationOption = "default",
+    limit: Annotated[int | None, typer.Option(help="Only so many.", min=1)] = None,
     as_json: JSONOption = False,
     store: StoreOption = None,
     redis: RedisOption = None,
@@ -258,20 +256,21 @@ def list_keys(
             f"it matches {ORGANIZATION_PATTERN}",
             terminal.UNUSABLE,
         )
-    records = _with_keyring(
-        Settings.load(store=store, redis=redis), lambda keyring: keyring.list(organization)
-    )
-    if as_json:
-        terminal.print_json([terminal.as_json(record) for record in records])
-        return
-    table = Table(box=None)
-    for heading in ("id", "name", "token", "permission", "created", "last used"):
-        table.add_column(heading, no_wrap=heading in ("id", "token"), overflow="fold")
-    for record in records:
-        key = describe(record)
-        used = key.last_used or "never"
-        table.add_row(key.id, key.name, key.partial_token, key.permission, key.created_at, used)
-    Console(highlight=False, markup=False).print(table)
+    show = terminal.print_json_of if as_json else terminal.print_table_of
+
+    async def run(keyring: Keyring) -> None:
+        is_first, left = True, limit or sys.maxsize
+        async for page in keyring.pages(organization):
+            records = page.records[:left]
+            left -= len(records)
+            is_last = left == 0 or page.goes_on_after is None
+            # In a thread, because writing may take long: see `intake`.
+            await asyncio.to_thread(show, records, is_first, is_last)
+            if is_last:
+                return
+            is_first = False
+
+    _with_keyring(Settings.load(store=store, redis=redis), run)
 
 
 @keys.command()

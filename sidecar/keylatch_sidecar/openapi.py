@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import ext_authz, health, sendook, unsent, verify
+from keylatch_sidecar import ext_authz, health, listing, sendook, unsent, verify
 from keylatch_sidecar.bodies import JSON
 
 _OF_A_CALLER: Final = (401, 403, 503)
@@ -33,6 +33,16 @@ class Operation:
     error: type[BaseModel] | None = None
     query: tuple[tuple[str, str], ...] = ()
     header: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_paged(self) -> bool:
+        return self.query[-2:] == PAGED
+
+
+PAGED: Final = (
+    ("limit", f"at most so many keys, from 1 to {listing.MAX_LIMIT}; without it all of them"),
+    ("cursor", "where to go on: from the `Link` header of the page before"),
+)
 
 
 class Refused(BaseModel):
@@ -55,7 +65,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             many=True,
             errors=(400, *_OF_A_CALLER),
             error=unsent.Error,
-            query=(("include", "`deleted`: show deleted keys as well"),),
+            query=(("include", "`deleted`: show deleted keys as well"), *PAGED),
         ),
         "post": Operation(
             unsent.Keys.post,
@@ -85,7 +95,12 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     },
     "/v1/api_keys": {
         "get": Operation(
-            sendook.Keys.get, sendook.Key, many=True, errors=(400, 401, 503), error=sendook.Error
+            sendook.Keys.get,
+            sendook.Key,
+            many=True,
+            errors=(400, 401, 503),
+            error=sendook.Error,
+            query=PAGED,
         ),
         "post": Operation(
             sendook.Keys.post,
@@ -214,7 +229,13 @@ def _success(operation: Operation) -> dict[str, Any]:
     schema = _reference(operation.answer)
     if operation.many:
         schema = {"type": "array", "items": schema}
-    return {"description": "Done", "content": {"application/json": {"schema": schema}}}
+    done: dict[str, Any] = {
+        "description": "Done",
+        "content": {"application/json": {"schema": schema}},
+    }
+    if operation.is_paged:
+        done["headers"] = {"Link": {"description": _LINK, "schema": {"type": "string"}}}
+    return done
 
 
 def _failure(operation: Operation, status: int) -> dict[str, Any]:
@@ -227,6 +248,10 @@ def _failure(operation: Operation, status: int) -> dict[str, Any]:
     return described
 
 
+_LINK: Final = (
+    'Of a page after which there is more: `<?limit=…&cursor=…>; rel="next"` (RFC 8288), relative to'
+    " the URL that was asked"
+)
 _DESCRIPTIONS: Final = {
     400: "The request is malformed",
     401: "There is no good key, or (Sendook's dialect) its permission does not suffice",

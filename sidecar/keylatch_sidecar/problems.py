@@ -28,11 +28,12 @@ CODES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One field of a body that cannot be accepted."""
+    """One field of a body, or one parameter of a query, that cannot be accepted."""
 
     path: str
     message: str
     value: Any = NOT_GIVEN
+    location: str = "body"
 
 
 class Problem(Exception):

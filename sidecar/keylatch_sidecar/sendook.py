@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from keylatch.keyring import InvalidValue
 from keylatch.model import KeyRecord
-from keylatch_sidecar import bodies, receipts
+from keylatch_sidecar import bodies, listing, receipts
 from keylatch_sidecar.access import key_id, manager
 from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Shape
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem, no_such_key
@@ -82,10 +82,11 @@ class Keys(HTTPEndpoint):
 
     @speaking(spell)
     async def get(self, request: Request) -> Response:
-        """List the organisation's keys, oldest first."""
+        """List the organisation's keys, oldest first; with `?limit=` in pages."""
         caller, keyring = await manager(request)
-        records = await keyring.list(caller.organization_id, newest_first=False)
-        return JSON([_key(record) for record in records])
+        return await listing.answer(
+            request, keyring, caller.organization_id, _key, newest_first=False
+        )
 
     @speaking(spell)
     async def post(self, request: Request) -> Response:
@@ -141,5 +142,5 @@ def _fault(fault: Fault) -> dict[str, Any]:
         **given,
         "msg": "Invalid value",
         "path": fault.path,
-        "location": "body",
+        "location": fault.location,
     }

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from keylatch.feed import Receipt
 from keylatch.model import KeyRecord
@@ -15,6 +17,15 @@ T = TypeVar("T")
 
 REFUSED: Final = 1
 UNUSABLE: Final = 2
+
+_COLUMNS: Final = {
+    "id": 16,
+    "name": 40,
+    "token": 24,
+    "permission": 12,
+    "created": 24,
+    "last used": 24,
+}
 
 words = Console(stderr=True, highlight=False)
 
@@ -41,6 +52,32 @@ def as_json(record: KeyRecord) -> dict[str, Any]:
 def print_json(content: Any) -> None:
     """JSON on standard output; ASCII, so that no terminal's encoding can break it."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def print_json_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) -> None:
+    """A part of a list as JSON; the parts make one array."""
+    text = json.dumps([as_json(record) for record in records], indent=2)
+    if records:
+        text = ("[" if is_first else ",") + text[1:-2] + ("\n]" if is_last else "")
+    sys.stdout.write(text + ("\n" if is_last else ""))
+
+
+def print_table_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) -> None:
+    """A part of a list as a table; one that goes on has columns of the same width in all parts."""
+    goes_on = not (is_first and is_last)
+    table = Table(box=None, show_header=is_first)
+    for heading, width in _COLUMNS.items():
+        table.add_column(
+            heading,
+            no_wrap=heading in ("id", "token"),
+            overflow="fold",
+            width=width if goes_on else None,
+        )
+    for record in records:
+        key = describe(record)
+        used = key.last_used or "never"
+        table.add_row(key.id, key.name, key.partial_token, key.permission, key.created_at, used)
+    Console(highlight=False, markup=False).print(table)
 
 
 def print_record(record: KeyRecord) -> None:

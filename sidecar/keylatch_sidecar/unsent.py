@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from keylatch.keyring import InvalidValue
 from keylatch.model import FULL, KeyRecord
-from keylatch_sidecar import bodies, receipts
+from keylatch_sidecar import bodies, listing, receipts
 from keylatch_sidecar.access import key_id, manager
 from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Instant, Shape, iso
 from keylatch_sidecar.problems import Fault, Problem, no_such_key
@@ -98,11 +98,13 @@ class Keys(HTTPEndpoint):
 
     @speaking(spell)
     async def get(self, request: Request) -> Response:
-        """List the organisation's keys, newest first; `?include=deleted` shows those as well."""
+        """List the organisation's keys, newest first, with `?limit=` in pages;
+        `?include=deleted` shows those as well."""
         caller, keyring = await manager(request)
         deleted = request.query_params.get("include") == "deleted"
-        records = await keyring.list(caller.organization_id, deleted=deleted)
-        return JSON([describe(record) for record in records])
+        return await listing.answer(
+            request, keyring, caller.organization_id, describe, deleted=deleted
+        )
 
     @speaking(spell)
     async def post(self, request: Request) -> Response:
