@@ -166,6 +166,10 @@ class Keyring:
         await self._store.add_many(list(zip(records, hashes, strict=True)))
         return created
 
+    async def made_many(self) -> None:
+        """To be called when many were made: lists stay quick on a database that knows of them."""
+        await self._store.analyze()
+
     def faults(self, draft: Draft) -> list[InvalidValue]:
         """Everything that is wrong with a key to be made."""
         checks: list[Callable[[], object]] = [

@@ -17,12 +17,15 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    text,
 )
 
-VERSION: Final = "0002"
+VERSION: Final = "0003"
 """The newest migration: what a store must be at for this code to use it."""
 
 metadata: Final = MetaData()
+
+_IS_LIVE: Final = text("deleted_at IS NULL")
 
 meta: Final = Table(
     "keylatch_meta",
@@ -61,6 +64,14 @@ keys: Final = Table(
     Column("expires_at", BigInteger),
     Column("deleted_at", BigInteger),
     Index("keylatch_keys_of_organization", "organization_id", "created_seq"),
+    # Deleted keys stay for ever; a list of those that are live must not wade through them.
+    Index(
+        "keylatch_live_keys_of_organization",
+        "organization_id",
+        "created_seq",
+        sqlite_where=_IS_LIVE,
+        postgresql_where=_IS_LIVE,
+    ),
 )
 
 secrets: Final = Table(

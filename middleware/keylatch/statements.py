@@ -324,6 +324,14 @@ def prune(connection: Connection) -> None:
     connection.execute(invalidations.delete().where(invalidations.c.seq <= oldest))
 
 
+def analyze(connection: Connection) -> None:
+    """Let PostgreSQL count its rows, which it does by itself only minutes after many were added.
+    SQLite takes the indexes without."""
+    if connection.dialect.name == "postgresql":
+        for table in (keys, organizations, invalidations):
+            connection.exec_driver_sql(f"ANALYZE {table.name}")
+
+
 def read_secrets(connection: Connection) -> Secrets:
     rows = connection.execute(
         select(secrets.c.kind, secrets.c.value).order_by(secrets.c.id.desc())

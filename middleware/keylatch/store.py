@@ -23,6 +23,8 @@ from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secret
 
 # A silent server is given up soon and asked anew: checks are 503 until it has answered.
 _OPEN_SECONDS: Final = 1.0
+# An index of a million keys takes two seconds.
+_UPGRADE_SECONDS: Final = 60.0
 PAGE: Final = 500
 """Keys that are read at once: they keep an event loop for a few milliseconds."""
 
@@ -82,7 +84,9 @@ class Store:
 
         secrets = await self._database.read(secrets_of, seconds=_OPEN_SECONDS)
         if secrets is None:
-            await self._write(bring_up_to_date, now_ms)
+            await self._database.write(
+                lambda connection: bring_up_to_date(connection, now_ms), seconds=_UPGRADE_SECONDS
+            )
             secrets = await self._read(sql.read_secrets)
         return secrets
 
@@ -208,6 +212,10 @@ class Store:
         thousand keys take some twenty milliseconds.
         """
         return await self._write(sql.add_keys, made)
+
+    async def analyze(self) -> None:
+        """After many were added: let the database learn how many there are."""
+        await self._database.write(sql.analyze, seconds=_UPGRADE_SECONDS)
 
     async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
         """The key if it belongs to the organisation: a foreign key is an unknown key."""

@@ -6,6 +6,7 @@ elsewhere wait for it.
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -95,6 +96,8 @@ async def make(keyring: Keyring, asked: Sequence[Numbered], batch: int) -> None:
                 progress.stop()
                 _stopped(error, some)
             progress.advance(task, len(some))
+    with contextlib.suppress(KeylatchError):  # all is made and printed; it is about speed only
+        await keyring.made_many()
 
 
 def _print(asked: Sequence[Numbered], created: Sequence[Created]) -> None:

@@ -1,0 +1,172 @@
+"""The databases find what they are asked for by an index: nothing reads all keys, or sorts them.
+
+What is asked is not written down here again: the statements are run as the store runs them, and the
+database is asked how it does that. PostgreSQL may sort where it has no statistics yet, so an import
+ends with making them.
+"""
+
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event, insert
+
+from keylatch import statements as sql
+from keylatch.database import Database
+from keylatch.schema import invalidations
+from keylatch.store import Store, database_of
+from servers import PostgresServer
+from test_store import NOW, record
+
+pytestmark = pytest.mark.anyio
+
+KEYS, BIG, LOG = 12_000, 3_000, 5_000
+ONE = "key_00077"
+ASKED: dict[str, Callable[[Connection], object]] = {
+    "a cold look-up": lambda c: c.execute(sql.FIND.statement, {"key_id": ONE}).all(),
+    "one of an organisation": lambda c: sql.get_key(c, "org1", ONE),
+    "the first page": lambda c: sql.page_of_keys(c, "big", 100, True, False, None),
+    "the first page, oldest first": lambda c: sql.page_of_keys(c, "big", 100, False, False, None),
+    "a page": lambda c: sql.page_of_keys(c, "big", 100, True, False, 2_000),
+    "a page, oldest first": lambda c: sql.page_of_keys(c, "big", 100, False, False, 2_000),
+    "a page with deleted keys": lambda c: sql.page_of_keys(c, "big", 100, True, True, 2_000),
+    "uses": lambda c: sql.touch(c, {ONE: NOW}),
+    "a better hash": lambda c: sql.replace_hash(c, ONE, "old", "new"),
+    "a change": lambda c: sql.change_key(c, "org1", ONE, NOW, {"name": "new"}),
+    "a new key": lambda c: sql.add_key(c, record("key_new", "org1"), "hashed"),
+    "what happened": lambda c: c.execute(sql.CHANGES.statement, {"since": KEYS + LOG - 9}).all(),
+    "who lags": lambda c: c.execute(sql.LAGGARDS.statement, {"seq": 5}).all(),
+    "pruning": sql.prune,
+}
+LISTS = [name for name in ASKED if "page" in name]
+SCANS = re.compile(r"(SCAN|Seq Scan on) keylatch_(keys|invalidations)")
+SCANS_OF_KEYS = re.compile(r"(SCAN|Seq Scan on) keylatch_keys")
+SORTS = re.compile(r"USE TEMP B-TREE|^ *(->  )?Sort")
+
+
+def plan_of(connection: Connection, ask: Callable[[Connection], object]) -> list[str]:
+    """How the database does it, line by line."""
+    explain = "EXPLAIN " if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
+    with statements_of(connection) as asked:
+        ask(connection)
+    return [
+        str(row[-1])
+        for statement, parameters in asked
+        if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH"))
+        for row in connection.exec_driver_sql(explain + statement, parameters)
+    ]
+
+
+@contextmanager
+def statements_of(connection: Connection) -> Iterator[list[tuple[str, Any]]]:
+    asked: list[tuple[str, Any]] = []
+
+    def note(*args: Any) -> None:
+        _, _, statement, parameters, _, is_many = args
+        asked.append((statement, parameters[0] if is_many else parameters))
+
+    event.listen(connection, "before_cursor_execute", note)
+    yield asked
+    event.remove(connection, "before_cursor_execute", note)
+
+
+def slow_steps(
+    connection: Connection, ask: Callable[[Connection], object], *slow: re.Pattern[str]
+) -> list[str]:
+    plan = plan_of(connection, ask)
+    return [line for line in plan if any(pattern.search(line) for pattern in slow)]
+
+
+async def full(url: str) -> Database:
+    """A store with many keys, a long log, and one organisation that has a quarter of all keys."""
+    store = Store(url)
+    await store.open(NOW)
+    for start in range(0, KEYS, 1_000):
+        organizations = ["big" if n < BIG else f"org{n % 300}" for n in range(start, start + 1_000)]
+        made = [
+            (record(f"key_{n:05}", organization), "hashed")
+            for n, organization in enumerate(organizations, start)
+        ]
+        await store.add_many(made)
+    await store.close()
+    database = database_of(url)
+    log = [{"seq": KEYS + n + 2, "key_id": f"key_{n:05}", "at": NOW} for n in range(LOG)]
+
+    def lengthen(connection: Connection) -> None:
+        connection.execute(insert(invalidations), log)
+        sql.advance(connection, NOW, steps=LOG + 9)
+
+    await database.write(lengthen)
+    return database
+
+
+class PlanContract:
+    """What both databases promise."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise AssertionError("each database has its own")
+
+    @pytest.fixture
+    async def database(self, url: str) -> AsyncIterator[Database]:
+        database = await full(url)
+        yield database
+        await database.close()
+
+    async def test_nothing_reads_all_keys_or_sorts_them(self, database: Database) -> None:
+        """Every statement that is run while keys are checked, listed and changed."""
+
+        def slow(connection: Connection) -> dict[str, list[str]]:
+            sql.analyze(connection)
+            steps = {name: slow_steps(connection, ASKED[name], SCANS, SORTS) for name in ASKED}
+            return {name: found for name, found in steps.items() if found}
+
+        assert await database.write(slow) == {}
+
+    async def test_nothing_reads_all_keys_before_there_are_statistics(
+        self, database: Database
+    ) -> None:
+        """A database that knows nothing of its tables yet uses the indexes as well."""
+
+        def slow(connection: Connection) -> dict[str, list[str]]:
+            steps = {name: slow_steps(connection, ASKED[name], SCANS_OF_KEYS) for name in ASKED}
+            return {name: found for name, found in steps.items() if found}
+
+        assert await database.write(slow) == {}
+
+    async def test_without_the_indexes_lists_would_be_slow(self, database: Database) -> None:
+        """The twin: this test would notice, for every list."""
+
+        def slow(connection: Connection) -> list[str]:
+            for index in ("keylatch_keys_of_organization", "keylatch_live_keys_of_organization"):
+                connection.exec_driver_sql(f"DROP INDEX {index}")
+            sql.analyze(connection)
+            return [name for name in LISTS if slow_steps(connection, ASKED[name], SCANS, SORTS)]
+
+        assert await database.write(slow) == LISTS
+
+    async def test_a_list_does_not_wade_through_deleted_keys(self, database: Database) -> None:
+        """They stay for ever; the live ones have an index of their own."""
+
+        def plan(connection: Connection) -> str:
+            connection.exec_driver_sql(
+                f"UPDATE keylatch_keys SET deleted_at = {NOW} WHERE id < 'key_02990'"
+            )
+            sql.analyze(connection)
+            return "\n".join(plan_of(connection, ASKED["the first page"]))
+
+        assert "keylatch_live_keys_of_organization" in await database.write(plan)
+
+
+class TestSQLite(PlanContract):
+    @pytest.fixture
+    def url(self, store_url: str) -> str:
+        return store_url
+
+
+class TestPostgreSQL(PlanContract):
+    @pytest.fixture
+    def url(self, postgres: PostgresServer) -> str:
+        return postgres.new_database()
