@@ -407,6 +407,14 @@ def test_the_cost_of_argon2id_is_told_before_it_is_paid(
     assert capsys.readouterr().err == ""
 
 
+async def test_keys_share_the_words_that_they_have_in_common(engine: Engine) -> None:
+    """A cache of many keys holds each organisation, permission and environment once."""
+    await (await engine.keyring()).create_many([Draft("acme", f"key {n}") for n in range(3)])
+    records = await engine.store.list("acme")
+    for field in ("organization_id", "permission", "environment"):
+        assert len({id(getattr(record, field)) for record in records}) == 1
+
+
 async def test_argon2id_hashes_a_batch_without_filling_the_queue(
     make_engine: MakeEngine,
 ) -> None:
