@@ -312,6 +312,23 @@ async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -
     assert len(set(busy)) == len(busy)
 
 
+async def test_whoever_hangs_up_is_read_no_further(engine: Engine) -> None:
+    """The rest of a long list is not fetched for nobody."""
+    keyring = await engine.keyring()
+    boss = await keyring.create("acme", "boss")
+    await keyring.create_many([Draft("acme", f"key {n}") for n in range(1_300)])
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def hang_up() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    await create_app(engine)(asked(boss), hang_up, send)  # type: ignore[arg-type]
+    assert sum(message.get("body", b"").count(b'"id"') for message in sent) <= 100
+
+
 async def test_a_list_that_breaks_off_is_no_list(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

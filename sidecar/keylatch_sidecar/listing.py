@@ -19,7 +19,8 @@ from typing import Final
 from urllib.parse import urlencode
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from keylatch.feed import END
 from keylatch.keyring import Keyring
@@ -63,8 +64,27 @@ async def answer(
         body = b"".join([part async for part in _array(page, None, spell)])
         return Response(body, media_type=JSON.media_type, headers=_HEADERS | link)
     rest = keyring.pages(organization_id, newest_first=newest_first, deleted=deleted, after=place)
-    parts = _array(page, rest, spell)
-    return StreamingResponse(parts, media_type=JSON.media_type, headers=_HEADERS)
+    return _Sent(_array(page, rest, spell), request)
+
+
+class _Sent(Response):
+    """An answer that is sent as its parts come, for as long as somebody is there."""
+
+    def __init__(self, parts: AsyncIterator[bytes], request: Request) -> None:
+        super().__init__(None, media_type=JSON.media_type, headers=_HEADERS)
+        del self.headers["content-length"]
+        self._parts = parts
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            # Asked and not listened for: a task that listens would be one more that can hang.
+            if await self._request.is_disconnected():
+                return
+        await send({"type": "http.response.body", "body": b""})
 
 
 def cursor_of(place: int, newest_first: bool) -> str:
