@@ -1,89 +1,33 @@
-"""A constant-rate load: requests are due at their moments, whatever became of those before.
+"""A constant-rate load from a process of its own, by the generator of `keylatch bench`.
 
-    python benchmarks/open_loop.py http://127.0.0.1:8700/verify --rate 2000
+    python benchmarks/open_loop.py http://127.0.0.1:8700 --rate 2000
         [--seconds 5] [--connections 64] [--field 'Authorization: Bearer …']
 
-Open loop: a latency is counted from when its request was due, so a server that stalls is charged
-for everybody who would have come meanwhile (coordinated omission). A generator of its own, because
-wrk's loop is closed; it spins on one processor instead of sleeping, because timers of event loops
-have milliseconds. How late it was itself is told beside what it measured: where that is of the same
-size, it measured itself. It prints JSON on standard output.
+wrk's loop is closed: it asks no more while it waits, and a server that stalls looks fine. Here a
+latency counts from when its request was due. How late the generator was itself is told beside what
+it measured: where that is of the same size, it measured itself. It prints JSON on standard output.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
-import time
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Final, cast
-from urllib.parse import urlsplit
+from pathlib import Path
 
-import httptools
-import uvloop
-from hdrh.histogram import HdrHistogram
+from keylatch_sidecar.bench.connection import Connection, Place
+from keylatch_sidecar.bench.figures import histogram
+from keylatch_sidecar.bench.load import Credential, drive
+from keylatch_sidecar.bench.session import punctual_loop
 
-PERCENTILES: Final = (50, 90, 99, 99.9, 100)
-_SLEEP_BEYOND_SECONDS: Final = 0.003
-_LAST_ANSWERS_SECONDS: Final = 5.0
+PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "p99.9": 99.9, "max": 100}
 
 
-class Schedule:
-    """When requests are due, and what came of them; it reads no clock.
-
-    Args:
-        rate: requests a second.
-        count: of them.
-        begin: when the first is due, in seconds.
-    """
-
-    def __init__(self, rate: float, count: int, begin: float) -> None:
-        self._rate = rate
-        self._count = count
-        self._begin = begin
-        self._taken = 0
-        self.latencies: list[float] = []
-        """From when a request was due until it was answered, in seconds."""
-        self.services: list[float] = []
-        """From when it was sent: what a closed loop would take for the latency."""
-        self.lateness: list[float] = []
-        """From when it was due until it was sent."""
-
-    @property
-    def next_due(self) -> float | None:
-        """When the next request is due; None: there are no more."""
-        return self._begin + self._taken / self._rate if self._taken < self._count else None
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether every request was."""
-        return len(self.latencies) == self._count
-
-    def take(self) -> float:
-        """The next request is sent; when it was due."""
-        due = self._begin + self._taken / self._rate
-        self._taken += 1
-        return due
-
-    def note(self, due: float, sent: float, answered: float) -> None:
-        """It was answered."""
-        self.latencies.append(answered - due)
-        self.services.append(answered - sent)
-        self.lateness.append(sent - due)
-
-
-def percentiles_us(seconds: list[float]) -> dict[str, float]:
-    """The percentiles of an HDR histogram (three digits), in microseconds."""
-    histogram = HdrHistogram(1, 60_000_000_000, 3)  # nanoseconds, up to a minute
-    for value in seconds:
-        histogram.record_value(max(1, int(value * 1e9)))
-    names = ("p50", "p90", "p99", "p99.9", "max")
-    return {
-        name: histogram.get_value_at_percentile(percentile) / 1e3
-        for name, percentile in zip(names, PERCENTILES, strict=True)
-    }
+class NotAnswered(Exception):
+    """An answer was no 200, or did not come."""
 
 
 @dataclass(frozen=True)
@@ -94,103 +38,27 @@ class Outcome:
         rate: requests a second.
         answers: that were 200.
         latency: from due to answered.
-        service: from sent to answered, which is what a closed loop sees.
-        lateness: from due to sent: the generator's own, and waiting for a free connection.
+        lateness: how late the generator noticed that a request was due.
     """
 
     rate: float
     answers: int
     latency: dict[str, float]
-    service: dict[str, float]
     lateness: dict[str, float]
 
 
-class NotAnswered(Exception):
-    """An answer was no 200, or did not come."""
+def percentiles_us(seconds: Iterable[float]) -> dict[str, float]:
+    """The percentiles of an HDR histogram, in microseconds."""
+    made = histogram(int(value * 1e9) for value in seconds)
+    return {name: made.get_value_at_percentile(each) / 1e3 for name, each in PERCENTILES.items()}
 
 
-class _Connection(asyncio.Protocol):
-    """One connection, one request at a time."""
-
-    def __init__(self, load: "_Load") -> None:
-        self._load = load
-        self._parser = httptools.HttpResponseParser(self)
-        self._due = self._sent = 0.0
-        self.transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's inherits from nothing
-
-    def ask(self, due: float, request: bytes) -> None:
-        self._due, self._sent = due, time.perf_counter()
-        self.transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
-
-    def on_message_complete(self) -> None:
-        if self._parser.get_status_code() != 200:
-            self._load.fail(f"an answer was {self._parser.get_status_code()}")
-        self._load.answered(self, self._due, self._sent, time.perf_counter())
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._load.fail(f"a connection was closed: {error}")
-
-
-class _Load:
-    """Asks what is due, over whichever connection is free."""
-
-    def __init__(self, request: bytes, schedule: Schedule) -> None:
-        self._request = request
-        self._schedule = schedule
-        self._loop = asyncio.get_running_loop()
-        self._idle: deque[_Connection] = deque()
-        self.ended: asyncio.Future[None] = self._loop.create_future()
-
-    async def connect(self, host: str, port: int, uds: str, count: int) -> None:
-        """Open connections, to a Unix socket if one is named."""
-        for _ in range(count):
-            if uds:
-                _, made = await self._loop.create_unix_connection(lambda: _Connection(self), uds)
-            else:
-                _, made = await self._loop.create_connection(lambda: _Connection(self), host, port)
-            self._idle.append(made)
-
-    def tick(self) -> None:
-        """Send what is due, and come back."""
-        due = self._schedule.next_due
-        if self.ended.done() or due is None:
-            return
-        now = time.perf_counter()
-        while due is not None and due <= now and self._idle:
-            self._idle.popleft().ask(self._schedule.take(), self._request)
-            due = self._schedule.next_due
-        if due is not None and due - now > _SLEEP_BEYOND_SECONDS:
-            self._loop.call_later(due - now - _SLEEP_BEYOND_SECONDS / 2, self.tick)
-        else:
-            self._loop.call_soon(self.tick)
-
-    def answered(self, free: _Connection, due: float, sent: float, now: float) -> None:
-        self._schedule.note(due, sent, now)
-        self._idle.append(free)
-        if self._schedule.is_answered and not self.ended.done():
-            self.ended.set_result(None)
-
-    def fail(self, why: str) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(NotAnswered(why))
-
-    def close(self) -> None:
-        for connection in self._idle:
-            connection.transport.abort()
-
-
-async def call(url: str, field: str, rate: float, seconds: float, connections: int) -> Outcome:
-    """Ask at a constant rate.
+async def call(place: Place, field: str, rate: float, seconds: float, connections: int) -> Outcome:
+    """Ask `/verify` at a constant rate.
 
     Args:
-        url: `http://host:port/target`, or `/path/of/a/socket:/target`.
-        field: a header field, such as `Authorization: Bearer …`.
+        place: a server, which answers 200.
+        field: `Authorization: Bearer …`.
         rate: requests a second.
         seconds: how long.
         connections: so many may be under way at once.
@@ -198,32 +66,29 @@ async def call(url: str, field: str, rate: float, seconds: float, connections: i
     Raises:
         NotAnswered: not every answer was a 200.
     """
-    uds, is_uds, rest = url.partition(":") if url.startswith("/") else ("", "", "")
-    parts = urlsplit(f"http://localhost{rest}" if is_uds else url)
-    target = parts.path + (f"?{parts.query}" if parts.query else "")
-    lines = [f"GET {target} HTTP/1.1", f"Host: {parts.netloc}", *([field] if field else []), "", ""]
-    schedule = Schedule(rate, round(rate * seconds), time.perf_counter() + 0.2)
-    load = _Load("\r\n".join(lines).encode(), schedule)
-    await load.connect(parts.hostname or "", parts.port or 80, uds, connections)
-    load.tick()
-    try:
-        await asyncio.wait_for(load.ended, seconds + _LAST_ANSWERS_SECONDS)
-    except TimeoutError:
-        raise NotAnswered(f"{len(schedule.latencies)} of {round(rate * seconds)} came") from None
-    load.close()
-    return Outcome(
-        rate,
-        len(schedule.latencies),
-        percentiles_us(schedule.latencies),
-        percentiles_us(schedule.services),
-        percentiles_us(schedule.lateness),
+    lines = [Connection(place) for _ in range(connections)]
+    for line in lines:
+        await line.open()
+    credential = Credential(field.partition(": ")[2].encode(), 200)
+    turn = await drive(lines, itertools.repeat(credential), rate, round(rate * seconds))
+    for line in lines:
+        line.give_up()
+    if turn.unexpected:
+        raise NotAnswered(f"not every answer was a 200: {turn.outcomes}")
+    latency, lateness = (
+        percentiles_us(value / 1e9 for value in values)
+        for values in (turn.latencies, turn.lateness)
     )
+    return Outcome(rate, len(turn.latencies), latency, lateness)
 
 
 def in_a_process(
     url: str, field: str, rate: float, seconds: float, connections: int = 64
 ) -> Outcome:
     """`call` in a process of its own.
+
+    Args:
+        url: `http://host:port`, or the path of a Unix socket.
 
     Raises:
         NotAnswered: not every answer was a 200.
@@ -247,10 +112,12 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--field", default="")
     given = parser.parse_args()
+    is_path = given.url.startswith("/")
+    place = Place(uds=Path(given.url)) if is_path else Place.at(given.url)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=punctual_loop) as runner:
             outcome = runner.run(
-                call(given.url, given.field, given.rate, given.seconds, given.connections)
+                call(place, given.field, given.rate, given.seconds, given.connections)
             )
     except NotAnswered as error:
         raise SystemExit(f"error: {error}") from None

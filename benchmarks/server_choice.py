@@ -136,8 +136,8 @@ class Contestant:
             [plain.per_second],
             [pipelined.per_second],
             [spent / plain.answers * 1e6],
-            [self._quiet_us(self._tcp, url, seconds)],
-            [self._quiet_us(self._unix, f"{self._unix.place}:/verify", seconds)],
+            [self._quiet_us(self._tcp, self._tcp.url, seconds)],
+            [self._quiet_us(self._unix, str(self._unix.place), seconds)],
             self._tcp.memory_mib(),
         )
 

@@ -80,8 +80,8 @@ def measure(
         for name in (name for name in names if name in outcomes):
             if number >= 0:
                 half = figures[ONE].speed[-1] / 2
-                url = f"{servers[name].url}/verify"
-                outcomes[name].append(in_a_process(url, key, half, seconds, CONNECTIONS))
+                asked = in_a_process(servers[name].url, key, half, seconds, CONNECTIONS)
+                outcomes[name].append(asked)
             done()
         names = [*names[1:], names[0]]
     return figures, outcomes

@@ -1,12 +1,10 @@
 """What benchmarks reckon with: pure parts only. Nothing here measures time."""
 
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 
 from counted import counted
-from open_loop import Schedule, percentiles_us
 from targets import Row, Spread, shown, table_of
 from ticker import PAUSE_SECONDS, note
 from wrk import NotMeasured, read
@@ -90,67 +88,6 @@ class TestRatios:
         table = table_of("", [Row("a", Spread(1234.5, 1000, 2000), "requests/s")])
         assert table.row_count == 1
         assert [shown(value) for value in (1234.5, 12.34, 0.956)] == ["1,234", "12.3", "0.96"]
-
-
-def answered_by_a_server_that_stalls(came: float, free: float) -> float:
-    """When a server answers that takes a millisecond, and stands still from 1.0 to 1.5 s."""
-    begins = max(came, free)
-    if begins + 0.001 > 1.0 and begins < 1.5:
-        begins = 1.5
-    return begins + 0.001
-
-
-def open_loop(answers: Callable[[float, float], float]) -> Schedule:
-    """100 requests a second for three seconds over one connection, each due at its moment."""
-    schedule, free = Schedule(rate=100, count=300, begin=0.0), 0.0
-    while schedule.next_due is not None:
-        due = schedule.take()
-        sent = max(due, free)
-        free = answers(sent, free)
-        schedule.note(due, sent, free)
-    return schedule
-
-
-def closed_loop(answers: Callable[[float, float], float]) -> list[float]:
-    """The twin: asks again 10 ms after it asked, or when it has its answer, if that is later."""
-    latencies: list[float] = []
-    now = 0.0
-    while len(latencies) < 300:
-        done = answers(now, now)
-        latencies.append(done - now)
-        now = max(done, now + 0.01)
-    return latencies
-
-
-class TestOpenLoop:
-    def test_a_stall_is_charged_for_everybody_who_would_have_come(self) -> None:
-        """Half a second in three is one request of six: one of a hundred waits for most of it."""
-        schedule = open_loop(answered_by_a_server_that_stalls)
-        told = percentiles_us(schedule.latencies)
-        assert told["p50"] == pytest.approx(1_000, rel=0.01)
-        assert told["p90"] > 100_000
-        assert told["p99"] > 400_000
-        assert schedule.is_answered
-
-    def test_a_closed_loop_hides_the_stall(self) -> None:
-        """It asked nothing meanwhile, so one answer of 300 was late, and no percentile shows it."""
-        told = percentiles_us(closed_loop(answered_by_a_server_that_stalls))
-        assert told["p50"] == told["p99"] == pytest.approx(1_000, rel=0.01)
-        assert told["max"] > 400_000
-
-    def test_what_a_closed_loop_would_say_is_kept_beside_it(self) -> None:
-        """Latency is lateness and service, request by request."""
-        schedule = open_loop(answered_by_a_server_that_stalls)
-        both = zip(schedule.lateness, schedule.services, strict=True)
-        assert schedule.latencies == pytest.approx([late + served for late, served in both])
-        assert percentiles_us(schedule.services)["p99"] == pytest.approx(1_000, rel=0.01)
-
-    def test_requests_are_due_at_a_constant_rate(self) -> None:
-        """Whatever became of those before; then there are no more."""
-        schedule = Schedule(rate=4, count=3, begin=10.0)
-        assert [schedule.take() for _ in range(3)] == [10.0, 10.25, 10.5]
-        assert schedule.next_due is None
-        assert not schedule.is_answered
 
 
 def test_a_stall_of_a_loop_is_charged_to_every_tick_of_it() -> None:

@@ -82,7 +82,7 @@ def run(target: Target, plan: Plan, progress: Progress) -> Results:
         Failed: it could not be measured, was interrupted (Ctrl-C, SIGTERM), or took too long.
     """
     session = Session(target, plan, progress)
-    with asyncio.Runner(loop_factory=_punctual_loop) as runner:
+    with asyncio.Runner(loop_factory=punctual_loop) as runner:
         try:
             runner.run(session.whole())
         except (KeyboardInterrupt, asyncio.CancelledError):
@@ -99,7 +99,7 @@ def run(target: Target, plan: Plan, progress: Progress) -> Results:
     return session.results
 
 
-def _punctual_loop() -> asyncio.AbstractEventLoop:
+def punctual_loop() -> asyncio.AbstractEventLoop:
     """epoll waits in whole milliseconds, select in microseconds: requests are sent on time."""
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
