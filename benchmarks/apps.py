@@ -1,6 +1,6 @@
 """Apps that benchmarks serve: the least that can answer, and the same view open and protected.
 
-    python benchmarks/apps.py allow [--port 8700] [--uds PATH] [--workers 2]
+    python benchmarks/apps.py allow [--port 8700] [--uds PATH] [--grpc-port 8701] [--workers 2]
 
 serves one of them as `keylatch serve` serves the sidecar: the very same code with another app, so
 that two apps are compared and not two servers.
@@ -94,7 +94,32 @@ def on_flask() -> Any:
 
 def allowing(admin: int | str | None = None, grpc: GRPCListener | None = None) -> ASGIApp:
     """`allow` in the place of the sidecar's app; see `keylatch_sidecar.app.from_environment`."""
-    return allow
+    return allow if grpc is None else over_grpc_as_well(grpc.address)
+
+
+def over_grpc_as_well(address: str) -> ASGIApp:
+    """`allow`, and the same answer to every question over gRPC."""
+    import grpc.aio
+
+    from keylatch_sidecar.check_messages import allow as allowed
+    from keylatch_sidecar.grpc_authz import SERVICE
+
+    answer = allowed(ALLOW[2:], [b"authorization"])
+
+    async def check(message: bytes, context: object) -> bytes:
+        return answer
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            server = grpc.aio.server()
+            methods: dict[str, Any] = {"Check": grpc.unary_unary_rpc_method_handler(check)}
+            handler = grpc.method_handlers_generic_handler(SERVICE, methods)
+            server.add_generic_rpc_handlers([handler])
+            server.add_insecure_port(address)
+            await server.start()
+        await allow(scope, receive, send)
+
+    return app
 
 
 def answering_slowly() -> ASGIApp:
@@ -114,6 +139,7 @@ def main() -> None:
     parser.add_argument("app", choices=["allow"])
     parser.add_argument("--port", type=int)
     parser.add_argument("--uds", type=Path)
+    parser.add_argument("--grpc-port", type=int)
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
     import apps  # workers look the app up by its module's name, and this one is `__main__`
@@ -123,7 +149,8 @@ def main() -> None:
     sockets = [serving.Listener("127.0.0.1", 0, given.uds)] if given.uds else []
     first, second = [*ports, *sockets, None][:2]
     assert first is not None, "--port or --uds"
-    serving.run(first, second, None, given.workers)
+    grpc = serving.Listener.optional("127.0.0.1", given.grpc_port, None)
+    serving.run(first, second, grpc, given.workers)
 
 
 if __name__ == "__main__":

@@ -167,10 +167,12 @@ def running(
         program.close()
 
 
-def bare(workers: int = 1) -> "contextlib.AbstractContextManager[Program]":
+def bare(
+    workers: int = 1, grpc_port: int | None = None
+) -> "contextlib.AbstractContextManager[Program]":
     """An app that allows whatever comes, served as the sidecar is."""
     command = [str(FOLDER / "apps.py"), "allow", "--port", "{port}", "--workers", str(workers)]
-    return running(command)
+    return running(command + (["--grpc-port", str(grpc_port)] if grpc_port else []))
 
 
 def sidecar(store: str, workers: int = 1) -> "contextlib.AbstractContextManager[Program]":

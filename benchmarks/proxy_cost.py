@@ -3,12 +3,12 @@
     python benchmarks/proxy_cost.py [--only nginx] [--rounds 7] [--seconds 2] [--json out.json]
 
 Each proxy runs twice with its files from `deploy/`: one asks keylatch's sidecar (an L1 hit), the
-other a bare ASGI app that allows whatever comes, served by uvicorn with the sidecar's options. The
-public route of both goes to the app behind them without a question: what is beyond that is added by
-the check. `wrk` calls them in turn, always with the same key, over one connection for the median
-latency and over sixteen for the speed, which is requests a second. Ratios are taken round by round.
-It takes about (rounds + 1) x 6 x seconds for each proxy; one that is not installed is left out. It
-needs `wrk` (apt-get install wrk).
+other a bare app that allows whatever comes, served by the sidecar's own code, over HTTP or gRPC.
+The public route of both goes to the app behind them without a question: what is beyond that is
+added by the check. `wrk` calls them in turn, always with the same key, over one connection for the
+median latency and over sixteen for the speed, which is requests a second. Ratios are taken round by
+round. It takes about (rounds + 1) x 6 x seconds for each proxy; one that is not installed is left
+out. It needs `wrk` (apt-get install wrk).
 """
 
 import argparse
@@ -27,7 +27,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from processes import AS_THE_SIDECAR, TESTS, Program, running  # finds the tests' modules, below
+from processes import (  # finds the tests' modules, below
+    AS_THE_SIDECAR,
+    TESTS,
+    Program,
+    bare,
+    free_port,
+    running,
+)
 from proxies import SEARCHED, Kind, SidecarProcess, bearing, proxy
 from wire import send as exchanged
 from wrk import Load, NotMeasured, load, require
@@ -123,16 +130,16 @@ def installed(only: Sequence[str]) -> list[Kind]:
 
 
 def cost(
-    kind: Kind, app: Program, bare: Program, given: argparse.Namespace, done: Callable[[], None]
+    kind: Kind, app: Program, bare: int, given: argparse.Namespace, done: Callable[[], None]
 ) -> dict[str, float]:
-    """Start both of a proxy, and a sidecar; measure."""
+    """Start both of a proxy, and a sidecar; measure. `bare` is the other port to ask."""
     with tempfile.TemporaryDirectory(prefix="keylatch-sidecar-") as folder:
-        sidecar = SidecarProcess(Path(folder), VERIFY_FACTS="forwarded")
+        sidecar = kind.sidecar(Path(folder), VERIFY_FACTS="forwarded")
         try:
             field = bearing(sidecar.create(name="bench")).decode()
             with (
                 proxy(kind, app.url, sidecar.port, kind.unlimited) as asking_keylatch,
-                proxy(kind, app.url, bare.port, kind.unlimited) as asking_bare,
+                proxy(kind, app.url, bare, kind.unlimited) as asking_bare,
             ):
                 if exchanged(asking_keylatch.url, b"GET /v1/me").status != 401:
                     raise NotMeasured("without a key it should say 401")
@@ -160,19 +167,23 @@ def main() -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     results = {}
+    grpc_port = free_port()
     with (
         serving("hello") as app,
-        serving("allow") as bare,
+        bare(grpc_port=grpc_port) as other,
         Progress(*columns, console=console, transient=True) as progress,
     ):
         steps = (given.rounds + 1) * 6
         task = progress.add_task("", total=len(kinds) * steps)
         for number, kind in enumerate(kinds):
-            progress.update(task, description=kind.name, completed=number * steps)
+            name, asked = kind.name, other.port
+            if kind.sidecar is not SidecarProcess:
+                name, asked = f"{kind.name} over gRPC", grpc_port
+            progress.update(task, description=name, completed=number * steps)
             try:
-                results[kind.name] = cost(kind, app, bare, given, lambda: progress.advance(task))
+                results[name] = cost(kind, app, asked, given, lambda: progress.advance(task))
             except NotMeasured as error:
-                console.print(f"error: {kind.name}: {error}")
+                console.print(f"error: {name}: {error}")
     title = "What the check adds (p50, us), keylatch ÷ bare 200; the aim behind nginx: 1.3"
     table = Table(title=title)
     table.add_column("", no_wrap=True)

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from counted import counted
+from l1_hit import RECORDED, SQLITE, grown
 from targets import Row, Spread, shown, table_of
 from ticker import PAUSE_SECONDS, note
 from wrk import NotMeasured, read
@@ -88,6 +89,13 @@ class TestRatios:
         table = table_of("", [Row("a", Spread(1234.5, 1000, 2000), "requests/s")])
         assert table.row_count == 1
         assert [shown(value) for value in (1234.5, 12.34, 0.956)] == ["1,234", "12.3", "0.96"]
+
+
+def test_a_hit_that_costs_a_fifth_more_is_found() -> None:
+    """The guard that CI runs lets noise pass, and nothing that doubles a part of the hit."""
+    assert grown(RECORDED) == []
+    assert grown({**RECORDED, SQLITE: RECORDED[SQLITE] * 1.1}) == []
+    assert grown({**RECORDED, SQLITE: RECORDED[SQLITE] * 1.25}) == [SQLITE]
 
 
 def test_a_stall_of_a_loop_is_charged_to_every_tick_of_it() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -26,21 +27,21 @@ from keylatch.model import Allow, Deny, KeyRecord, Reason
 from keylatch.store import Changes
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
-ENTRY = Entry(b"fingerprint", RECORD, 1)
+ENTRY = Entry(b"key_a", RECORD, 1)
 ABSENCE = Absence(Reason.UNKNOWN, "key_a", "", 1)
 
 
-def entry(fingerprint: bytes) -> Entry:
-    return Entry(fingerprint, RECORD, 1)
+def entry(key_id: str) -> Entry:
+    return Entry(key_id.encode(), replace(RECORD, id=key_id), 1)
 
 
 def test_a_spray_of_bad_tokens_evicts_no_good_key() -> None:
     """Absences have a bounded map of their own."""
     cache = Cache(size=10)
-    cache.remember("good", ENTRY)
+    cache.remember(ENTRY)
     for number in range(10_000):
-        cache.remember_absence("bad", b"%d" % number, ABSENCE)
-    assert cache.entry("good") is ENTRY
+        cache.remember_absence(b"%d" % number, Absence(Reason.UNKNOWN, f"bad {number}", "", 1))
+    assert cache.entry("key_a") is ENTRY
     assert sum(cache.absence(b"%d" % number) is not None for number in range(10_000)) == 4_096
 
 
@@ -48,7 +49,7 @@ def test_an_absence_is_forgotten_after_ten_seconds() -> None:
     """Whatever else goes wrong, nobody is kept out for longer."""
     clock = Clock()
     cache = Cache(timer=clock)
-    cache.remember_absence("bad", b"token", ABSENCE)
+    cache.remember_absence(b"token", ABSENCE)
     clock.tick(9.9)
     assert cache.absence(b"token") is ABSENCE
     clock.tick(0.2)
@@ -58,10 +59,10 @@ def test_an_absence_is_forgotten_after_ten_seconds() -> None:
 def test_the_least_recently_used_key_goes_first() -> None:
     """The bound holds, and a key in use stays."""
     cache = Cache(size=2)
-    cache.remember("a", used := entry(b"a"))
-    cache.remember("b", entry(b"b"))
+    cache.remember(used := entry("a"))
+    cache.remember(entry("b"))
     used.used_at = 1.0
-    cache.remember("c", entry(b"c"))
+    cache.remember(entry("c"))
     assert [cache.entry(name) is not None for name in "abc"] == [True, False, True]
 
 
@@ -69,26 +70,35 @@ def test_a_full_cache_of_keys_in_use_still_takes_new_ones() -> None:
     """It lets one go after a few looks, and not after looking at all of them."""
     cache = Cache(size=100)
     for number in range(100):
-        cache.remember(str(number), used := entry(b"%d" % number))
+        cache.remember(used := entry(str(number)))
         used.used_at = 1.0
-    cache.remember("new", ENTRY)
-    left = [number for number in range(100) if str(number) in cache._entries]
-    assert (len(left), cache.entry("new")) == (99, ENTRY)
-    spared = [cache._entries[str(number)].considered_at for number in left]
-    assert 0 < sum(spared) < 20
+    cache.remember(ENTRY)
+    left = [known for number in range(100) if (known := cache.entry(str(number)))]
+    assert (len(left), cache.entry("key_a")) == (99, ENTRY)
+    assert 0 < sum(known.considered_at for known in left) < 20
 
 
 def test_a_key_is_found_by_its_fingerprint_as_long_as_it_is_kept() -> None:
     """Whatever drops an entry drops it from both indexes: else one would grow without bound."""
     cache = Cache(size=3)
     for number in range(10):
-        cache.remember(str(number), entry(b"%d" % number))
+        cache.remember(entry(str(number)))
     kept = [number for number in range(10) if cache.proven(b"%d" % number)]
     assert kept == [7, 8, 9]
-    cache.remember_absence("8", b"8", ABSENCE)
-    assert cache.proven(b"8") is None
+    cache.remember_absence(b"8", Absence(Reason.REVOKED, "8", "acme", 2))
+    assert cache.proven(b"8") is cache.entry("8") is None
     cache.clear()
-    assert cache._entries.by_fingerprint == {}
+    assert cache.proven(b"9") is cache.entry("9") is None
+
+
+def test_a_key_that_changes_again_and_again_takes_one_place() -> None:
+    """Its earlier entries are gone, from memory as well, and evict nobody."""
+    cache = Cache(size=10)
+    cache.remember(ENTRY)
+    for _ in range(1_000):
+        cache.remember(changing := entry("changing"))
+    assert (cache.entry("key_a"), cache.entry("changing")) == (ENTRY, changing)
+    assert len(cache._entries._queue) <= 20
 
 
 class Log:

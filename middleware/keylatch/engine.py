@@ -277,7 +277,7 @@ class Engine:
         """
         if self._check_keys is None:
             return None
-        entry = self._l1.entry(token.look_up)
+        entry = self._l1.entry(token.key_id)
         if entry is None:
             absence = self._l1.absence(token.fingerprint)
             if absence is None:
@@ -309,7 +309,7 @@ class Engine:
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
-        known = self._l1.entry(token.look_up) or self._l1.absence(token.fingerprint)
+        known = self._l1.entry(token.key_id) or self._l1.absence(token.fingerprint)
         for _ in range(_ATTEMPTS):
             if known is None:
                 known = await self._flights.join(
@@ -348,9 +348,9 @@ class Engine:
     async def _fetch(self, lookup: Lookup, token: Token) -> Entry | Absence:
         known = await lookup.fetch(token)
         if isinstance(known, Entry):
-            self._l1.remember(token.look_up, known)
+            self._l1.remember(known)
         else:
-            self._l1.remember_absence(token.look_up, token.fingerprint, known)
+            self._l1.remember_absence(token.fingerprint, known)
         return known
 
     def now_ms(self) -> int:
@@ -371,7 +371,7 @@ class Engine:
         return self._watch.over(token, wanted)
 
     async def _is_good(self, token: Token, wanted: Wanted) -> bool:
-        entry = self._l1.entry(token.look_up)
+        entry = self._l1.entry(token.key_id)
         if entry is not None and self._renewed(entry):
             verdict = judge(entry.allow, self._witness.now_ms(), wanted)  # nobody called: no use
         else:

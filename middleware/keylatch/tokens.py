@@ -75,11 +75,6 @@ class Token:
         return hashlib.sha256(b"Bearer " + self._text.encode()).digest()
 
     @property
-    def look_up(self) -> str:
-        """The part that names the key: 12 characters, or fewer if this is no keylatch token."""
-        return self._text[_ID]
-
-    @property
     def key_id(self) -> str:
         """The public id of the key that this token claims to be."""
         return "key_" + self._text[_ID]
