@@ -36,40 +36,46 @@ from keylatch.lease import Lease
 from keylatch.model import Allow
 from keylatch.settings import Settings
 
-_POLL = sql.POLL.statement.compile(
-    dialect=postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-)
+_DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+_QUESTIONS = {b"poll": sql.POLL, b"changes": sql.CHANGES}
 
 
 class Member:
-    """What the store sees of a `Lease`: the same question at the same moments, asked by libpq.
+    """What the store sees of a `Lease`: the same questions at the same moments, asked by libpq.
 
     Python around each of a hundred would take this machine's processors from the store, which in
     life has its own. It believes nothing, so it has no lease to lose.
     """
 
     def __init__(self, name: str, url: str, seconds: float) -> None:
-        self._values = {**_POLL.params, "member": name, "since": 0}
-        self._order = _POLL.positiontup or []
+        self._named = {"member": name, "since": 0}
         self._pause = seconds / 4
         self._loop = asyncio.get_running_loop()
         self._line = pq.PGconn.connect(url.encode())
-        self._line.prepare(b"poll", str(_POLL).encode())
+        self._line.exec_(b"SET synchronous_commit = off")
+        for question, asked in _QUESTIONS.items():
+            self._line.prepare(question, asked.spelled(_DIALECT)[0].encode())
         self._line.nonblocking = 1
-        self._asking = self._asked_again = False
+        self._asking = b""
+        self._is_rung = False
         self._seq = 0
-        self._timer = self._loop.call_soon(self.look)
+        self._timer = self._loop.call_soon(self._ask, b"poll")
         self._loop.add_reader(self._line.socket, self._heard)
 
     def look(self) -> None:
-        """Ask; once more afterwards if a question is under way."""
+        """The bell rang: read, and acknowledge what is news; afterwards if a question is under
+        way."""
         if self._asking:
-            self._asked_again = True
-            return
+            self._is_rung = True
+        else:
+            self._ask(b"changes")
+
+    def _ask(self, question: bytes) -> None:
         self._timer.cancel()
-        self._asking, self._asked_again = True, False
-        values = [str(self._values[name]).encode() for name in self._order]
-        self._line.send_query_prepared(b"poll", values)
+        self._asking, self._is_rung = question, False
+        _, fixed, order = _QUESTIONS[question].spelled(_DIALECT)
+        named = {**fixed, **self._named}
+        self._line.send_query_prepared(question, [str(named[name]).encode() for name in order])
         self._line.flush()
 
     def _heard(self) -> None:
@@ -82,12 +88,15 @@ class Member:
             self._seq = int(answer.get_value(0, 0) or b"")
 
     def _answered(self) -> None:
-        self._asking = False
-        if self._seq == self._values["since"] and not self._asked_again:
-            self._timer = self._loop.call_later(self._pause, self.look)
+        self._asking = b""
+        is_news = self._seq != self._named["since"]
+        self._named["since"] = self._seq
+        if is_news:
+            self._ask(b"poll")  # acknowledges it
+        elif self._is_rung:
+            self._ask(b"changes")
         else:
-            self._values["since"] = self._seq
-            self.look()  # acknowledges it
+            self._timer = self._loop.call_later(self._pause, self._ask, b"poll")
 
     def close(self) -> None:
         """Hang up."""
