@@ -17,7 +17,7 @@ from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.gate import Gate
 from keylatch.identity import ProxyGate
-from keylatch.model import Allow, Deny, credentials_of
+from keylatch.model import Allow, Deny
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
 from keylatch.tokens import Token
@@ -49,7 +49,7 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                 await self._app(scope, receive, send)
             return
         values, is_posing = credentials.among(scope["headers"])
-        path = path_of(scope)
+        path = path_of(scope) if scope.get("root_path") else scope["path"]
         wanted = self._policy.asked(scope.get("method", "GET"), path)
         scope = _copy(scope, is_posing)
         if wanted is None:
@@ -63,7 +63,7 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                     await refuse(self._refusals.of(verdict), scope, receive, send)
                     return
             scope["user"] = verdict.principal
-            scope["auth"] = credentials_of(verdict.principal.permission)
+            scope["auth"] = verdict.credentials
         try:
             if wanted is not None and scope["type"] == "websocket":
                 with self.engine.watching(values, wanted) as ended:
@@ -96,7 +96,7 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
             scope["user"] = verdict.principal
-            scope["auth"] = credentials_of(verdict.principal.permission)
+            scope["auth"] = verdict.credentials
         try:
             await self._app(scope, receive, send)
         except Refused as refused:

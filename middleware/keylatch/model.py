@@ -7,7 +7,7 @@ since the Unix epoch (UTC).
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NoReturn, TypeAlias
 
@@ -187,6 +187,11 @@ class Allow:
 
     principal: Principal
     expires_at: int | None = None
+    credentials: AuthCredentials = field(init=False, compare=False, repr=False)
+    """What Starlette expects in `scope["auth"]`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "credentials", credentials_of(self.principal.permission))
 
 
 @dataclass(frozen=True, slots=True)
