@@ -9,7 +9,6 @@ opened before `start` or the first `resolve`.
 """
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
@@ -35,14 +34,13 @@ from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wan
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import CheckKeys, Token, fingerprint
 from keylatch.usage import Usage
 from keylatch.watch import Watch
 
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 0.1
 _TIDY_SECONDS: Final = 30.0
-_sha256: Final = hashlib.sha256
 
 log = logging.getLogger("keylatch")
 
@@ -246,7 +244,7 @@ class Engine:
     def _recognised(self, value: bytes, wanted: Wanted) -> Allow | None:
         """The hit: a value that was let in before, while nothing has changed since that would
         matter. Whatever is not as usual is None, and goes the long way round."""
-        entry = self._l1.proven(_sha256(value).digest())
+        entry = self._l1.proven(fingerprint(value))
         if entry is None:
             return None
         now_ms = self._witness.moment()
