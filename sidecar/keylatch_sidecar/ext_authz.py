@@ -4,7 +4,7 @@ Any method and any path below it, custom ones too; path, query and body are the 
 nothing. What the route asks of a key is in a header that the proxy sets: `X-Keylatch-Require`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Final
 
 from starlette.types import Receive, Scope, Send
@@ -29,10 +29,10 @@ class ExtAuthz:
         self._proxies = proxies
         self._profile = profile
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         required = [value for name, value in scope["headers"] if name == REQUIRE]
         wanted = wanted_by(required)
-        await self._proxies.answer(scope, receive, send, wanted, self._profile)
+        return self._proxies.answer(scope, receive, send, wanted, self._profile)
 
 
 def wanted_by(required: Sequence[bytes]) -> Wanted:
