@@ -1,5 +1,7 @@
 """The store as a file on this host: work runs on threads, one private connection reads in place.
 
+Questions go to SQLite as text, reads and transactions through SQLAlchemy.
+
 `wal_autocheckpoint` is off everywhere, because SQLite 3.7.0 to 3.51.2 can lose commits when a
 checkpoint overlaps the commit that resets the log, and a lost commit is a lost revoke. Commits
 of keys are synced (`synchronous = FULL`), those of lastUsed are not.
@@ -10,7 +12,7 @@ import contextlib
 import fcntl
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -51,6 +53,7 @@ class SQLite:
         self._hint = f"is {self._path} writable, on a disk with room, and not held by a backup?"
         self._private: sqlite3.Connection | None = None
         self._index: WalIndex | None = None
+        self._readers: list[sqlite3.Connection] = []
         self._engines: dict[str, Engine] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._places = threading.Semaphore(_THREADS)
@@ -67,11 +70,8 @@ class SQLite:
     async def ask(
         self, question: Question, *, seconds: float | None = None, **parameters: Any
     ) -> Rows:
-        return await self.read(
-            lambda connection: [
-                tuple(row) for row in connection.execute(question.statement, parameters)
-            ]
-        )
+        text, values = _spelled(question, parameters)
+        return await self._on_thread(lambda: self._answer(text, values))
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         return await self._on_thread(lambda: self._run(self._keys(), work, "BEGIN"))
@@ -87,10 +87,9 @@ class SQLite:
         # in memory: 2 us. fetchall() ends the statement, so no snapshot is held open.
         if self._private is None:
             return None
-        text, fixed, order = question.spelled(_DIALECT)
-        values = {**fixed, **parameters}
+        text, values = _spelled(question, parameters)
         try:
-            return self._private.execute(text, [values[name] for name in order]).fetchall()
+            return self._private.execute(text, values).fetchall()
         except sqlite3.Error:
             return None
 
@@ -132,6 +131,8 @@ class SQLite:
         if self._private is not None:
             self._private.close()
             self._private = None
+        while self._readers:
+            self._readers.pop().close()
         for engine in self._engines.values():
             engine.dispose()
 
@@ -149,10 +150,29 @@ class SQLite:
             connection.execution_options(keylatch_begin=begin)
             with connection.begin():
                 result = work(connection)
-            if self._private is None:
-                self._private = self._connect_private()
-                self._index = WalIndex.of(self._path)
+            self._look_in_place()
             return result
+
+    def _answer(self, text: str, values: Sequence[Any]) -> Rows:
+        # Around SQLAlchemy, which holds the interpreter's lock ten times as long: a herd of cold
+        # keys on four threads would hold the event loop up.
+        with self._places, self._errors_translated():
+            reader = self._readers.pop() if self._readers else self._connect(_BUSY_SECONDS)
+            try:
+                rows = reader.execute(text, values).fetchall()
+            except sqlite3.Error:
+                reader.close()
+                raise
+            self._readers.append(reader)
+            self._look_in_place()
+            return rows
+
+    def _look_in_place(self) -> None:
+        if self._private is None:
+            private = self._connect(timeout=0)
+            private.execute("SELECT count(*) FROM sqlite_schema").fetchall()  # maps the index
+            self._private = private
+            self._index = WalIndex.of(self._path)
 
     def _errors_translated(self) -> contextlib.AbstractContextManager[None]:
         return errors_translated(sqlite3.Error, self._hint)
@@ -185,14 +205,14 @@ class SQLite:
         raw.execute(f"PRAGMA synchronous = {synchronous}")
         raw.execute("PRAGMA foreign_keys = ON")
 
-    def _connect_private(self) -> sqlite3.Connection:
-        private = sqlite3.connect(
-            self._path, timeout=0, isolation_level=None, check_same_thread=False
+    def _connect(self, timeout: float) -> sqlite3.Connection:
+        """A connection for questions alone."""
+        reader = sqlite3.connect(
+            self._path, timeout=timeout, isolation_level=None, check_same_thread=False
         )
-        private.execute("PRAGMA wal_autocheckpoint = 0")
-        private.execute("PRAGMA query_only = ON")
-        private.execute("SELECT count(*) FROM sqlite_schema").fetchall()  # maps the index
-        return private
+        reader.execute("PRAGMA wal_autocheckpoint = 0")
+        reader.execute("PRAGMA query_only = ON")
+        return reader
 
     def _checkpoint(self) -> None:
         log = self._path.with_name(self._path.name + "-wal")
@@ -214,6 +234,12 @@ class SQLite:
         with self._path.with_name(self._path.name + "-owner").open("a") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
+
+
+def _spelled(question: Question, parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    text, fixed, order = question.spelled(_DIALECT)
+    named = {**fixed, **parameters}
+    return text, [named[name] for name in order]
 
 
 def _begin(connection: Connection) -> None:
