@@ -20,6 +20,7 @@ from keylatch_sidecar.bench.figures import Results, median, percentiles, readabl
 from keylatch_sidecar.bench.plan import COLD, L1, MEANINGS, TIERS
 
 _DPI: Final = 130
+_TITLE_LETTERS: Final = 76
 _LAST: Final = "last accepted check began"
 
 
@@ -44,7 +45,10 @@ def _blank(theme: Theme, title: str, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9.6, height), dpi=_DPI, facecolor=theme.paper, layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor(theme.paper)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=theme.ink)
+    lines = [textwrap.fill(line, _TITLE_LETTERS) for line in title.split("\n")]
+    figure.suptitle(
+        "\n".join(lines), x=0.01, ha="left", fontsize=12, fontweight="bold", color=theme.ink
+    )
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(theme.faint)
@@ -101,17 +105,17 @@ def latency(results: Results, theme: Theme = LIGHT) -> Figure:
                     known[which], row, marker=mark, color=colour, label=name_once, zorder=3, s=52
                 )
         axes.annotate(
-            readable(low), (low, row), (0, 9), textcoords="offset points", ha="center",
+            readable(low), (low, row), (6, 9), textcoords="offset points", ha="right",
             fontsize=10, fontweight="bold", color=theme.good,
         )  # fmt: skip
         if "p99" in known:
             axes.annotate(
-                readable(known["p99"]), (known["p99"], row), (0, 9), textcoords="offset points",
-                ha="center", fontsize=9, color=theme.ink,
+                readable(known["p99"]), (known["p99"], row), (-6, 9), textcoords="offset points",
+                ha="left", fontsize=9, color=theme.ink,
             )  # fmt: skip
     _rows(axes, [f"{name}\n{_short(name)}" for name in names])
     axes.set_xlabel("time from when a check was due until its answer (log)", color=theme.ink)
-    axes.margins(x=0.06)
+    axes.margins(x=0.12)
     _legend(axes, theme)
     return figure
 
