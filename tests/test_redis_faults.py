@@ -17,12 +17,12 @@ import pytest
 
 from conftest import MakeEngine
 from keylatch.breaker import Breaker, connect
-from keylatch.cache import Absence, Entry
+from keylatch.cache import Absence
 from keylatch.engine import Engine
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, KeyRecord, Reason
 from keylatch.settings import Settings
-from keylatch.shared_cache import SharedCache
+from keylatch.shared_cache import SharedCache, Told
 from keylatch.tokens import SECRET_LENGTH, CheckKeys, Token
 from keylatch_sidecar.app import create_app
 from servers import RedisServer, eventually, serving
@@ -99,8 +99,8 @@ class TestSharedCacheContract:
         assert await theirs.get(token, EPOCH) is None
         await ours.put(token, record_of(token), 7, EPOCH)
         found = await theirs.get(token, EPOCH)
-        assert isinstance(found, Entry)
-        assert (found.record, found.as_of, found.digest) == (record_of(token), 7, token.digest)
+        assert isinstance(found, Told)
+        assert (found.record, found.as_of) == (record_of(token), 7)
         await ours.close()
         await theirs.close()
 
@@ -134,7 +134,7 @@ class TestSharedCacheContract:
         rotated = shared(connect_anew(), [b"q" * 32, PEPPER])
         stranger = shared(connect_anew(), [b"s" * 32])
         await cache.put(token, record_of(token), 7, EPOCH)
-        assert isinstance(await rotated.get(token, EPOCH), Entry)
+        assert isinstance(await rotated.get(token, EPOCH), Told)
         assert await stranger.get(token, EPOCH) is None
         for each in (cache, rotated, stranger):
             await each.close()
@@ -176,9 +176,9 @@ class TestSharedCacheContract:
             elif number == 9:
                 assert isinstance(known, asyncio.CancelledError)
             else:
-                assert isinstance(known, Entry)
+                assert isinstance(known, Told)
                 assert (known.record.id, known.as_of) == (token.key_id, number)
-        assert isinstance(await cache.get(tokens[0], EPOCH), Entry)
+        assert isinstance(await cache.get(tokens[0], EPOCH), Told)
         assert calls[-1] == "get"
         await client.aclose()
 
@@ -202,7 +202,7 @@ class TestSharedCacheContract:
             await client.set(name, forgery)
             assert await cache.get(token, EPOCH) is None
         await client.set(name, good)
-        assert isinstance(await cache.get(token, EPOCH), Entry)
+        assert isinstance(await cache.get(token, EPOCH), Told)
         await client.delete(name)
         await client.rpush(name, good)
         assert await cache.get(token, EPOCH) is None
@@ -244,8 +244,9 @@ class TestSharedCacheContract:
         held = b"".join(names) + b"".join(await client.mget(names))
         for key in created:
             assert key.token.reveal()[-41:][:SECRET_LENGTH].encode() not in held
-            assert key.token.digest not in held
-            assert key.token.digest.hex().encode() not in held
+            for digest in (key.token.digest, key.token.fingerprint):
+                assert digest not in held
+                assert digest.hex().encode() not in held
         await engine.stop()
         await client.aclose()
 
