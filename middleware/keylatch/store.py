@@ -209,7 +209,7 @@ class Store:
         """Insert keys with their hashes, all or none, in this order; return the sequence number.
 
         Every other change waits meanwhile, and PostgreSQL is given up after five seconds: a
-        thousand keys take some twenty milliseconds.
+        thousand keys take about a tenth of a second.
         """
         return await self._write(sql.add_keys, made)
 
