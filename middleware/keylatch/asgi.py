@@ -17,7 +17,7 @@ from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.gate import Gate
 from keylatch.identity import ProxyGate
-from keylatch.model import Allow, Deny
+from keylatch.model import Deny
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
 from keylatch.tokens import Token
@@ -49,19 +49,17 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                 await self._app(scope, receive, send)
             return
         values, is_posing = credentials.among(scope["headers"])
-        path = path_of(scope) if scope.get("root_path") else scope["path"]
-        wanted = self._policy.asked(scope.get("method", "GET"), path)
+        wanted = self._policy.asked(scope.get("method", "GET"), path_of(scope))
         scope = _copy(scope, is_posing)
         if wanted is None:
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
             verdict = self.engine.glance(values, wanted)
-            if not isinstance(verdict, Allow):
-                if isinstance(verdict, Token):
-                    verdict = await self.engine.resolve(verdict, wanted)
-                if isinstance(verdict, Deny):
-                    await refuse(self._refusals.of(verdict), scope, receive, send)
-                    return
+            if isinstance(verdict, Token):
+                verdict = await self.engine.resolve(verdict, wanted)
+            if isinstance(verdict, Deny):
+                await refuse(self._refusals.of(verdict), scope, receive, send)
+                return
             scope["user"] = verdict.principal
             scope["auth"] = verdict.credentials
         try:

@@ -243,7 +243,8 @@ class Engine:
 
     def _recognised(self, value: bytes, wanted: Wanted) -> Allow | None:
         """The hit: a value that was let in before, while nothing has changed since that would
-        matter. Whatever is not as usual is None, and goes the long way round."""
+        matter. Whatever is not as usual is None, and goes the long way round, where `judge` says
+        what is the matter: here its two questions are asked without calls."""
         entry = self._l1.proven(fingerprint(value))
         if entry is None:
             return None
@@ -255,9 +256,7 @@ class Engine:
             return None
         if wanted.permissions is not None and allow.principal.permission not in wanted.permissions:
             return None
-        entry.used_at = now_ms
-        if not entry.is_waiting:
-            self._usage.add(entry)
+        self._usage.note(entry, now_ms)
         return allow
 
     def _renewed(self, entry: Entry) -> bool:

@@ -52,10 +52,9 @@ class Usage:
         """A key was used; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
         use.used_at = now_ms
         if not use.is_waiting:
-            self.add(use)
+            self._add(use)
 
-    def add(self, use: Use) -> None:
-        """A key was used that was not waiting to be stored."""
+    def _add(self, use: Use) -> None:
         with self._lock:
             if use.is_waiting or len(self._waiting) + len(self._unstored) >= _CAPACITY:
                 return
