@@ -76,6 +76,21 @@ def store_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/keys.db"
 
 
+class OnAStore:
+    """For what both databases promise: each class of tests names its own `url`."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise AssertionError("each database has its own")
+
+    @pytest.fixture
+    async def store(self, url: str) -> AsyncIterator[Store]:
+        store = Store(url)
+        await store.open(0)
+        yield store
+        await store.close()
+
+
 @pytest.fixture
 def make_engine(store_url: str, clock: Clock) -> MakeEngine:
     """Builds engines on the test's store, with cheap hashes; the test starts and stops them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Clock, MakeEngine
+from conftest import Clock, MakeEngine, OnAStore
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
@@ -46,19 +46,8 @@ def forbidden_store(engine: Engine) -> None:
     engine.store.find = find  # type: ignore[method-assign]
 
 
-class ImportContract:
+class ImportContract(OnAStore):
     """What both databases promise of a batch."""
-
-    @pytest.fixture
-    def url(self) -> str:
-        raise AssertionError("each database has its own")
-
-    @pytest.fixture
-    async def store(self, url: str) -> AsyncIterator[Store]:
-        store = Store(url)
-        await store.open(NOW)
-        yield store
-        await store.close()
 
     @pytest.fixture
     async def engines(self, url: str, make_engine: MakeEngine) -> AsyncIterator[list[Engine]]:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Sidecar
+from conftest import OnAStore, Sidecar
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Created, Draft
@@ -167,19 +166,8 @@ def test_a_cursor_of_another_organisation_opens_nothing(
     }
 
 
-class ListingContract:
+class ListingContract(OnAStore):
     """What both databases promise of pages."""
-
-    @pytest.fixture
-    def url(self) -> str:
-        raise AssertionError("each database has its own")
-
-    @pytest.fixture
-    async def store(self, url: str) -> AsyncIterator[Store]:
-        store = Store(url)
-        await store.open(NOW)
-        yield store
-        await store.close()
 
     @pytest.mark.parametrize("newest_first", [True, False])
     async def test_what_is_there_all_the_time_is_listed_once_and_in_order(

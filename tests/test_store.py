@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
+from conftest import OnAStore
 from keylatch import schema
 from keylatch.errors import ConfigurationError, StoreIncompatible, StoreUnavailable
 from keylatch.model import KeyRecord
@@ -40,19 +40,8 @@ def record(key_id: str = "key_a", organization_id: str = "acme", **values: objec
     return replace(plain, **values)  # type: ignore[arg-type]
 
 
-class StoreContract:
+class StoreContract(OnAStore):
     """What both databases promise."""
-
-    @pytest.fixture
-    def url(self) -> str:
-        raise AssertionError("each database has its own")
-
-    @pytest.fixture
-    async def store(self, url: str) -> AsyncIterator[Store]:
-        store = Store(url)
-        await store.open(NOW)
-        yield store
-        await store.close()
 
     async def test_a_key_is_found_with_the_sequence_number_of_its_creation(
         self, store: Store
