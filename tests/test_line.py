@@ -107,10 +107,11 @@ async def test_a_line_that_is_lost_amid_a_question_is_replaced(
     office: Office, network: Proxy
 ) -> None:
     """Once: the question is asked again on a new one."""
-    await office.ask(SLOW_ECHO, b"it is prepared")
-    asking = asyncio.create_task(office.ask(SLOW_ECHO, b"again"))
-    await asyncio.sleep(0.05)
-    network.cut()
+    await office.ask(ECHO, b"it is prepared")
+    with network.held():
+        asking = asyncio.create_task(office.ask(ECHO, b"again"))
+        await asyncio.to_thread(eventually, lambda: bool(office.lines._busy))
+        network.cut()
     assert await asking == "again"
     assert office.opened == 2
 
