@@ -6,8 +6,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy.engine import make_url
 
 from keylatch.line import Lines
+from keylatch.postgresql import PostgreSQL
 from proxy import Proxy
 from servers import PostgresServer, eventually
 
@@ -159,3 +161,18 @@ async def test_closed_lines_tell_whoever_waits(office: Office) -> None:
     office.lines.close()
     with pytest.raises(psycopg.OperationalError):
         await asking
+
+
+async def test_only_leases_wait_for_no_disk(postgres: PostgresServer) -> None:
+    """What a crash may take back of them makes revokes wait longer; of a change it would take the
+    revoke."""
+    database = PostgreSQL(make_url(postgres.new_database()))
+    shown = "SHOW synchronous_commit"
+    assert await database._leasing.ask(shown, (), PATIENT) == [("off",)]
+    assert await database._looking_up.ask(shown, (), PATIENT) == [("on",)]
+    for seconds in (None, PATIENT):
+        written = await database.write(
+            lambda connection: connection.exec_driver_sql(shown).scalar(), seconds=seconds
+        )
+        assert written == "on"
+    await database.close()
