@@ -34,6 +34,16 @@ class KeyRecord:
     last_used: int | None = None
     expires_at: int | None = None
     deleted_at: int | None = None
+    revoked_reason: str | None = None
+    metadata: str | None = None
+    """A JSON object."""
+    locator: str | None = None
+    """How a token that was made elsewhere finds its key."""
+    rotated_at: int | None = None
+    previous_partial_token: str | None = None
+    previous_expires_at: int | None = None
+    """When the secret before the last rotation ends."""
+    previous_last_used: int | None = None
 
 
 class Principal(BaseUser):

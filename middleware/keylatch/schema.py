@@ -17,10 +17,12 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     text,
+    true,
 )
 
-VERSION: Final = "0003"
+VERSION: Final = "0004"
 """The newest migration: what a store must be at for this code to use it."""
 
 metadata: Final = MetaData()
@@ -63,6 +65,17 @@ keys: Final = Table(
     Column("last_used", BigInteger),
     Column("expires_at", BigInteger),
     Column("deleted_at", BigInteger),
+    Column("revoked_reason", String(200)),
+    Column("metadata", Text),  # a JSON object
+    # How the token of a key that was imported from elsewhere finds it; ours hold the id.
+    Column("locator", String(160)),
+    # The secret before the last rotation: good until its grace ends.
+    Column("rotated_at", BigInteger),
+    Column("previous_hash", String(255)),
+    Column("previous_partial_token", String(32)),
+    Column("previous_expires_at", BigInteger),
+    Column("previous_last_used", BigInteger),
+    Index("keylatch_keys_by_locator", "locator", unique=True),
     Index("keylatch_keys_of_organization", "organization_id", "created_seq"),
     # Deleted keys stay for ever; a list of those that are live must not wade through them.
     Index(
@@ -81,6 +94,8 @@ secrets: Final = Table(
     Column("kind", String(16), nullable=False),
     Column("value", LargeBinary, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    # Whether anything is made with it; before that, every process must have learned to read it.
+    Column("makes", Boolean, nullable=False, server_default=true()),
 )
 
 invalidations: Final = Table(
@@ -101,4 +116,35 @@ members: Final = Table(
     Column("grants", BigInteger, nullable=False),
     Column("acked_seq", BigInteger, nullable=False),
     Column("joined_at", BigInteger, nullable=False),
+)
+
+usage: Final = Table(
+    "keylatch_usage",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),  # since the epoch, UTC
+    Column("outcome", String(32), primary_key=True),  # `allowed`, or the name of a reason
+    Column("count", BigInteger, nullable=False),
+)
+
+clients: Final = Table(
+    "keylatch_clients",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("address", String(64)),
+    Column("agent", String(64)),
+    Column("seen_at", BigInteger, nullable=False),
+)
+
+audit: Final = Table(
+    "keylatch_audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", String(100), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("organization_id", String(64)),
+    Column("key_id", String(64)),
+    Column("details", Text),  # a JSON object
+    Index("keylatch_audit_of_organization", "organization_id", "id"),
 )

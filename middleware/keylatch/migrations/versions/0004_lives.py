@@ -1,0 +1,55 @@
+"""What a key's life needs: rotation, imports, metadata, counts of uses, an audit log; and secrets
+that are known everywhere before anything is made with them."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+
+# All may be NULL or have a default, so that a large table gains them at once.
+_OF_KEYS = (
+    ("revoked_reason", sa.String(200)),
+    ("metadata", sa.Text),
+    ("locator", sa.String(160)),
+    ("rotated_at", sa.BigInteger),
+    ("previous_hash", sa.String(255)),
+    ("previous_partial_token", sa.String(32)),
+    ("previous_expires_at", sa.BigInteger),
+    ("previous_last_used", sa.BigInteger),
+)
+
+
+def upgrade() -> None:
+    for name, kind in _OF_KEYS:
+        op.add_column("keylatch_keys", sa.Column(name, kind))
+    op.create_index("keylatch_keys_by_locator", "keylatch_keys", ["locator"], unique=True)
+    op.create_table(
+        "keylatch_usage",
+        sa.Column("key_id", sa.String(64), primary_key=True),
+        sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("outcome", sa.String(32), primary_key=True),
+        sa.Column("count", sa.BigInteger, nullable=False),
+    )
+    op.create_table(
+        "keylatch_clients",
+        sa.Column("key_id", sa.String(64), primary_key=True),
+        sa.Column("address", sa.String(64)),
+        sa.Column("agent", sa.String(64)),
+        sa.Column("seen_at", sa.BigInteger, nullable=False),
+    )
+    op.create_table(
+        "keylatch_audit",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+        sa.Column("at", sa.BigInteger, nullable=False),
+        sa.Column("actor", sa.String(100), nullable=False),
+        sa.Column("action", sa.String(32), nullable=False),
+        sa.Column("organization_id", sa.String(64)),
+        sa.Column("key_id", sa.String(64)),
+        sa.Column("details", sa.Text),
+    )
+    op.create_index("keylatch_audit_of_organization", "keylatch_audit", ["organization_id", "id"])
+    op.add_column(
+        "keylatch_secrets",
+        sa.Column("makes", sa.Boolean, nullable=False, server_default=sa.true()),
+    )
