@@ -153,6 +153,12 @@ def test_real_answers_are_as_described(
                         transcript.call(client, method, where, template, **sent)
                 else:
                     transcript.call(client, method, where, template)
+        usage = "/v1/api-keys/{id}/usage"
+        path = usage.format(id=boss.record.id)
+        for caller in (client, anonymous, sending, waiting):
+            transcript.call(caller, "GET", path, usage)
+        transcript.call(client, "GET", f"{path}?days=0", usage)
+        transcript.call(client, "GET", "/v1/api-keys/x/usage", usage)
         for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
             query = {"permission": asked} if asked else {}
             transcript.call(caller, "GET", "/verify", params=query)

@@ -18,6 +18,7 @@ from keylatch.hashing import Hasher
 from keylatch.model import FULL, KeyRecord, Principal
 from keylatch.settings import Settings
 from keylatch.store import Page, Store
+from keylatch.tally import DAY_MS, KeyUsage
 from keylatch.tokens import ENVIRONMENT_PATTERN, CheckKeys, Token, without_tokens
 
 MAX_NAME_LENGTH: Final = 100
@@ -218,10 +219,17 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
+        idle_days: int | None = None,
     ) -> Page:
-        """At most `limit` keys of that list, from where another page `goes_on_after`."""
+        """At most `limit` keys of that list, from where another page `goes_on_after`; only those
+        that nobody has used for so many days, if that is given."""
         return await self._store.page(
-            organization_id, limit, newest_first=newest_first, deleted=deleted, after=after
+            organization_id,
+            limit,
+            newest_first=newest_first,
+            deleted=deleted,
+            after=after,
+            unused_since=self._days_ago(idle_days),
         )
 
     def pages(
@@ -231,15 +239,28 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
+        idle_days: int | None = None,
     ) -> AsyncIterator[Page]:
         """That list page by page, for those that are long."""
         return self._store.pages(
-            organization_id, newest_first=newest_first, deleted=deleted, after=after
+            organization_id,
+            newest_first=newest_first,
+            deleted=deleted,
+            after=after,
+            unused_since=self._days_ago(idle_days),
         )
 
     async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
         """The key, deleted or not; None where the organisation has no such key."""
         return await self._store.get(organization_id, key_id)
+
+    async def usage(self, organization_id: str, key_id: str, days: int = 30) -> KeyUsage | None:
+        """How often the key was let in and refused on each of the last days, today included.
+
+        It is some seconds behind: see `usage`. None where the organisation has no such key.
+        """
+        since_day = self._now_ms() // DAY_MS - days + 1
+        return await self._store.usage(organization_id, key_id, since_day)
 
     async def change(
         self,
@@ -343,6 +364,9 @@ class Keyring:
     def _check_expiry(self, expires_at: int | None, now_ms: int) -> None:
         if expires_at is not None and expires_at <= now_ms:
             raise InvalidValue("expiresAt", "must lie in the future")
+
+    def _days_ago(self, days: int | None) -> int | None:
+        return None if days is None else self._now_ms() - days * DAY_MS
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

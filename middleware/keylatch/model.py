@@ -164,10 +164,12 @@ class Wanted:
     Args:
         permissions: those that suffice, any one of them; None: every valid key will do.
         scope: what to name in the challenge of a refusal (RFC 6750 section 3).
+        is_use: whether somebody calls with the key, and it does not merely keep something open.
     """
 
     permissions: frozenset[str] | None = None
     scope: str = FULL
+    is_use: bool = True
 
     @classmethod
     def all_of(cls, permissions: Sequence[str]) -> "Wanted":

@@ -29,6 +29,7 @@ _HINTS: Final = {
     "lease": "seconds, more than 0 and at most 60",
     "environment": f"matches {ENVIRONMENT_PATTERN}; empty: keys of every environment",
     "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
+    "clients": "off, or on: keep each key's last network and user agent's name",
     "realm": "up to 64 printable ASCII characters without quotes and backslashes",
 }
 
@@ -56,6 +57,9 @@ class Settings(BaseSettings):
     """The permissions that management may give to keys, separated by commas."""
     realm: str = "keylatch"
     """The realm named in `WWW-Authenticate` (RFC 9110 section 11.5)."""
+
+    clients: Literal["off", "on"] = "off"
+    """Whether to keep from which network and with what program each key was used last."""
 
     @field_validator("store")
     @classmethod

@@ -4,10 +4,12 @@ And which key is meant: ids go into the database only if they look like one.
 """
 
 import re
+from functools import partial
 from typing import Final
 
 from starlette.requests import Request
 
+from keylatch.asgi import caller_of
 from keylatch.engine import Engine
 from keylatch.keyring import Keyring
 from keylatch.model import ONLY_FULL, Deny, Principal
@@ -34,6 +36,8 @@ async def manager(request: Request) -> tuple[Principal, Keyring]:
     verdict = await engine.check(values, ONLY_FULL)
     if isinstance(verdict, Deny):
         raise refused(verdict, engine.settings.realm)
+    if engine.sees_clients:
+        engine.see(verdict.principal.key_id, partial(caller_of, request.scope))
     return verdict.principal, await engine.keyring()
 
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import ext_authz, health, listing, sendook, unsent, verify
+from keylatch_sidecar import days, ext_authz, health, key_usage, listing, sendook, unsent, verify
 from keylatch_sidecar.bodies import JSON
 
 _OF_A_CALLER: Final = (401, 403, 503)
@@ -65,7 +65,11 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             many=True,
             errors=(400, *_OF_A_CALLER),
             error=unsent.Error,
-            query=(("include", "`deleted`: show deleted keys as well"), *PAGED),
+            query=(
+                ("include", "`deleted`: show deleted keys as well"),
+                ("idle", f"only keys not used for so many days, from 1 to {days.MAX_IDLE}"),
+                *PAGED,
+            ),
         ),
         "post": Operation(
             unsent.Keys.post,
@@ -91,6 +95,15 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             unsent.Success,
             errors=(400, 404, *_OF_A_CALLER),
             error=unsent.Error,
+        ),
+    },
+    "/v1/api-keys/{id}/usage": {
+        "get": Operation(
+            key_usage.OneKeysUsage.get,
+            key_usage.UsageOfKey,
+            errors=(400, 404, *_OF_A_CALLER),
+            error=unsent.Error,
+            query=(("days", f"how far back, from 1 to {days.MAX_KEPT}; without it 30"),),
         ),
     },
     "/v1/api_keys": {

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from keylatch.keyring import InvalidValue
 from keylatch.model import FULL, KeyRecord
-from keylatch_sidecar import bodies, listing, receipts
+from keylatch_sidecar import bodies, days, listing, receipts
 from keylatch_sidecar.access import key_id, manager
 from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Instant, Shape, iso
 from keylatch_sidecar.problems import Fault, Problem, no_such_key
@@ -99,11 +99,16 @@ class Keys(HTTPEndpoint):
     @speaking(spell)
     async def get(self, request: Request) -> Response:
         """List the organisation's keys, newest first, with `?limit=` in pages;
-        `?include=deleted` shows those as well."""
+        `?include=deleted` shows those as well, `?idle=30` only those not used for so many days."""
         caller, keyring = await manager(request)
         deleted = request.query_params.get("include") == "deleted"
         return await listing.answer(
-            request, keyring, caller.organization_id, describe, deleted=deleted
+            request,
+            keyring,
+            caller.organization_id,
+            describe,
+            deleted=deleted,
+            idle_days=days.asked(request, "idle", days.MAX_IDLE),
         )
 
     @speaking(spell)
