@@ -405,6 +405,15 @@ async def test_every_refusal_of_a_known_key_counts_by_its_reason(
     assert await uses_of(other, test) == (0, refused)
 
 
+async def test_each_of_many_who_wait_for_one_look_up_counts(engine: Engine, other: Engine) -> None:
+    """A key that became cold is looked up once for all, and each of them has used it."""
+    key = await create(other)
+    verdicts = await asyncio.gather(*(engine.check(bearer(key.token)) for _ in range(50)))
+    assert all(isinstance(verdict, Allow) for verdict in verdicts)
+    await engine.stop()
+    assert await uses_of(other, key) == (50, {})
+
+
 async def test_strangers_write_nothing(engine: Engine, other: Engine) -> None:
     """A token that this store did not mint counts for nobody, also one with the id of a key, in
     cache or not; nor does a minted one of no key."""

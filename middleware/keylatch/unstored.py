@@ -79,9 +79,10 @@ class Unstored:
         """What to tell the store now: when keys were last used, and a tally."""
         if self._told is None:
             self._number += 1
-            counts, seen = _some_of(self._counts), _some_of(self._seen)
-            tally = Tally(self._by, self._number, self.day, counts, seen)
-            self._told = (_some_of(self._uses), tally)
+            uses, self._uses = _parted(self._uses)
+            counts, self._counts = _parted(self._counts)
+            seen, self._seen = _parted(self._seen)
+            self._told = (uses, Tally(self._by, self._number, self.day, counts, seen))
         return self._told
 
     def stored(self) -> None:
@@ -89,5 +90,7 @@ class Unstored:
         self._told = None
 
 
-def _some_of(waiting: dict[K, V]) -> dict[K, V]:
-    return {key: waiting.pop(key) for key in tuple(itertools.islice(waiting, _AT_ONCE))}
+def _parted(waiting: dict[K, V]) -> tuple[dict[K, V], dict[K, V]]:
+    """A portion and the rest, in new ones: a dictionary keeps the size that it once had."""
+    items = iter(waiting.items())
+    return dict(itertools.islice(items, _AT_ONCE)), dict(items)
