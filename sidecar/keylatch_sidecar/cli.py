@@ -18,9 +18,10 @@ from typing import Annotated, TextIO, TypeVar
 import typer
 
 from keylatch import credentials
+from keylatch.drafts import LIVE, ORGANIZATION_PATTERN, InvalidValue
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError, KeylatchError, StoreUnavailable
-from keylatch.keyring import LIVE, ORGANIZATION_PATTERN, Changed, InvalidValue, Keyring
+from keylatch.keyring import Changed, Keyring
 from keylatch.model import FULL, Allow, KeyRecord, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
