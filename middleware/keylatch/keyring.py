@@ -153,7 +153,7 @@ class Keyring:
             raise fault
         if by is not None:
             check_rights(by, permission, environment)
-        created = self._mint(draft, self._now_ms())
+        created = self._mint(draft, self.now_ms())
         hashed = await self._hasher.hash(created.token)
         await self._store.add(created.record, hashed, by=self._actor(by))
         return created
@@ -173,7 +173,7 @@ class Keyring:
         for draft in drafts:
             for fault in self.faults(draft):
                 raise fault
-        now_ms = self._now_ms()
+        now_ms = self.now_ms()
         created = await asyncio.to_thread(lambda: [self._mint(draft, now_ms) for draft in drafts])
         hashes = await self._hasher.hash_all([each.token for each in created])
         records = [each.record for each in created]
@@ -186,7 +186,7 @@ class Keyring:
 
     def faults(self, draft: Draft) -> list[InvalidValue]:
         """Everything that is wrong with a key to be made."""
-        return self._rules.faults(draft, self._now_ms())
+        return self._rules.faults(draft, self.now_ms())
 
     def _mint(self, draft: Draft, now_ms: int) -> Created:
         token = self._check_keys.mint(self._prefix, draft.environment)
@@ -268,7 +268,7 @@ class Keyring:
         if "permission" in values:
             self._rules.check_permission(values["permission"])
         if "expires_at" in values:
-            check_expiry(values["expires_at"], self._now_ms())
+            check_expiry(values["expires_at"], self.now_ms())
         if "metadata" in values:
             values["metadata"] = written_metadata(values["metadata"])
         if not await self._may_touch(organization_id, key_id, by, values.get("permission")):
@@ -305,7 +305,7 @@ class Keyring:
         values: dict[str, Any] = {"active": False, "revoked_reason": checked_reason(reason)}
         if not await self._may_touch(organization_id, key_id, by):
             return None
-        values["deleted_at"] = self._now_ms()
+        values["deleted_at"] = self.now_ms()
         return await self._change(organization_id, key_id, values, by, wait)
 
     async def rotate(
@@ -346,7 +346,7 @@ class Keyring:
             check_rights(by, record.permission, record.environment)
         token = self._check_keys.mint(self._prefix, record.environment, record.id)
         hashed = await self._hasher.hash(token)
-        now_ms = self._now_ms()
+        now_ms = self.now_ms()
         ends_at = now_ms + grace_seconds * 1000 if grace_seconds else None
         rotated = await self._store.rotate(
             organization_id, key_id, now_ms, hashed, token.partial, ends_at, by=self._actor(by)
@@ -408,7 +408,7 @@ class Keyring:
         if by is not None:
             check_rights(by, FULL, LIVE)
         count, seq = await self._store.revoke_all(
-            organization_id, self._now_ms(), reason, by=self._actor(by)
+            organization_id, self.now_ms(), reason, by=self._actor(by)
         )
         return Revoked(count, await self._announce(None, seq, wait))
 
@@ -421,7 +421,7 @@ class Keyring:
             what is known of the change's spreading; None: no such organisation.
         """
         seq = await self._store.change_organization(
-            organization_id, self._now_ms(), active, by=self._operator
+            organization_id, self.now_ms(), active, by=self._operator
         )
         return None if seq is None else await self._announce(None, seq, wait)
 
@@ -458,7 +458,7 @@ class Keyring:
                 return None
             check_rights(by, record.permission, record.environment)
         changed = await self._store.end_grace(
-            organization_id, key_id, self._now_ms(), goes_back, by=self._actor(by)
+            organization_id, key_id, self.now_ms(), goes_back, by=self._actor(by)
         )
         return None if changed is None else await self._spread(changed, wait)
 
@@ -487,7 +487,7 @@ class Keyring:
         wait: bool,
     ) -> Changed | None:
         changed = await self._store.change(
-            organization_id, key_id, self._now_ms(), values, by=self._actor(by)
+            organization_id, key_id, self.now_ms(), values, by=self._actor(by)
         )
         return None if changed is None else await self._spread(changed, wait)
 
@@ -498,5 +498,6 @@ class Keyring:
     def _actor(self, by: Principal | None) -> str:
         return self._operator if by is None else by.key_id
 
-    def _now_ms(self) -> int:
+    def now_ms(self) -> int:
+        """What the clock says, in milliseconds since the epoch."""
         return int(self._clock() * 1000)
