@@ -259,6 +259,8 @@ class Engine:
             return None
         if wanted.permissions is not None and allow.principal.permission not in wanted.permissions:
             return None
+        if wanted.environment is not None and allow.principal.environment != wanted.environment:
+            return None
         self._usage.note(entry, now_ms)
         return allow
 
@@ -277,15 +279,12 @@ class Engine:
         """
         if self._check_keys is None:
             return None
-        entry = self._l1.entry(token.key_id)
-        if entry is None:
-            absence = self._l1.absence(token.fingerprint)
-            if absence is None:
-                return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
-            return self._judge_absence(absence, wanted) if self._witness.is_current() else None
+        known = self._remembered(token)
+        if known is None:
+            return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
         if not self._witness.is_current():
             return None
-        return self._judge(entry, token, wanted)
+        return self._judge(known, token, wanted)
 
     async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
@@ -309,7 +308,7 @@ class Engine:
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
-        known = self._l1.entry(token.key_id) or self._l1.absence(token.fingerprint)
+        known = self._remembered(token)
         for _ in range(_ATTEMPTS):
             if known is None:
                 known = await self._flights.join(
@@ -318,18 +317,29 @@ class Engine:
             # What was fetched is judged like what was cached: the flight may have left before
             # this request came.
             await self._witness.catch_up()
-            if isinstance(known, Entry):
-                verdict = self._judge(known, token, wanted)
-            else:
-                verdict = self._judge_absence(known, wanted)
+            verdict = self._judge(known, token, wanted)
             if verdict is not None:
                 return verdict
             known = None
         log.warning("a key changed again and again while it was looked up")
         return Deny(Reason.UNAVAILABLE)
 
-    def _judge(self, entry: Entry, token: Token, wanted: Wanted) -> Verdict | None:
-        """The verdict by an entry, or None if it is stale. The feed must be current."""
+    def _remembered(self, token: Token) -> Entry | Absence | None:
+        """What this process knows of a token: that it is a key, or none, or that the key which it
+        claims to be has another secret. While a rotation's grace runs, that says nothing."""
+        fingerprint = token.fingerprint
+        entry = self._l1.proven(fingerprint) or self._l1.entry(token.key_id)
+        if entry is None or (
+            entry.fingerprint != fingerprint and entry.grace_ends_at > self._witness.now_ms()
+        ):
+            return self._l1.absence(fingerprint)
+        return entry
+
+    def _judge(self, known: Entry | Absence, token: Token, wanted: Wanted) -> Verdict | None:
+        """The verdict by what is known, or None if that is stale. The feed must be current."""
+        if isinstance(known, Absence):
+            return self._judge_absence(known, wanted)
+        entry = known
         if not self._renewed(entry):
             return None
         if entry.fingerprint != token.fingerprint:
@@ -388,7 +398,7 @@ class Engine:
 
     async def _is_good(self, token: Token, wanted: Wanted) -> bool:
         wanted = replace(wanted, is_use=False)  # nobody called
-        entry = self._l1.entry(token.key_id)
+        entry = self._l1.proven(token.fingerprint)
         if entry is not None and self._renewed(entry):
             verdict = judge(entry.allow, self._witness.now_ms(), wanted)
         else:

@@ -171,7 +171,7 @@ class Usage:
             unstored.count((key_id, day, ALLOWED), next(ticks) - read)
         for use, ticks in waiting:
             use.ticks = None  # before it is read: whoever uses it meanwhile adds it again
-            unstored.use(use.key_id, int(use.used_at))
+            unstored.use(use.secret, int(use.used_at))
             count = next(ticks)
             unstored.count((use.key_id, day, ALLOWED), count)
             self._taken.append((use.key_id, ticks, count + 1))

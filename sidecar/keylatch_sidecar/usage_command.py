@@ -9,6 +9,7 @@ from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch.tally import KeyUsage
 from keylatch_sidecar import terminal
+from keylatch_sidecar.command import find, with_engine
 from keylatch_sidecar.key_usage import USUAL_DAYS, UsageOfKey, describe
 from keylatch_sidecar.options import (
     DaysOption,
@@ -29,16 +30,15 @@ def usage(
     redis: RedisOption = None,
 ) -> None:
     """Tell how often a key was let in, and refused for which reason, on each of the last days."""
-    from keylatch_sidecar.cli import _find, _with_engine  # which registers this very command
 
     async def ask(engine: Engine) -> KeyUsage | None:
-        found = await _find(engine, key_id, organization)
+        found = await find(engine, key_id, organization)
         if found is None:
             return None
         return await (await engine.keyring()).usage(found.organization_id, key_id, days)
 
     settings = Settings.load(store=store, redis=redis)
-    told = describe(terminal.known(_with_engine(settings, ask)))
+    told = describe(terminal.known(with_engine(settings, ask)))
     if as_json:
         terminal.print_json(told.model_dump(by_alias=True))
     else:
