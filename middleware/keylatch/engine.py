@@ -34,7 +34,7 @@ from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wan
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
-from keylatch.tokens import CheckKeys, Token, fingerprint
+from keylatch.tokens import CheckKeys, Token, fingerprint, is_native
 from keylatch.usage import Usage
 from keylatch.watch import Watch
 
@@ -236,10 +236,21 @@ class Engine:
             allow = self._recognised(values[0], wanted)
             if allow is not None:
                 return allow
-        token = credentials.read(values)
+        token = self._read(values)
         if isinstance(token, Reason):
             return Deny(token)
         return self.peek(token, wanted) or token
+
+    def _read(self, values: Sequence[bytes]) -> Token | Reason:
+        said = credentials.read(values)
+        if said is Reason.MALFORMED and (self._check_keys is None or self._has_foreign()):
+            return credentials.read(values, barred=True)
+        return said
+
+    def _has_foreign(self) -> bool:
+        """Whether the store has keys that were made elsewhere, as the witness last heard."""
+        self._witness.is_current()  # so that it hears what it can without waiting
+        return self._feed.has_foreign
 
     def _recognised(self, value: bytes, wanted: Wanted) -> Allow | None:
         """The hit: a value that was let in before, while nothing has changed since that would
@@ -270,19 +281,29 @@ class Engine:
     def peek(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict | None:
         """Judge a token by what this process knows; None where that does not suffice.
 
-        A stranger's token is refused here, with no call to Redis, the store or argon2.
+        A stranger's token is refused here, with no call to Redis, the store or argon2; unless it
+        could be one that was made elsewhere, and the store has keys that were.
         """
         if self._check_keys is None:
             return None
-        entry = self._l1.entry(token.key_id)
+        entry = self._entry(token)
         if entry is None:
             absence = self._l1.absence(token.fingerprint)
             if absence is None:
-                return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
+                if self._check_keys.vouch(token) or (not is_native(token) and self._has_foreign()):
+                    return None
+                return Deny(Reason.FORGED)
             return self._judge_absence(absence) if self._witness.is_current() else None
         if not self._witness.is_current():
             return None
         return self._judge(entry, token, wanted)
+
+    def _entry(self, token: Token) -> Entry | None:
+        """What is remembered of the key that a token claims to be; of one that was made elsewhere
+        only the token itself says which that is."""
+        if is_native(token):
+            return self._l1.entry(token.key_id)
+        return self._l1.proven(token.fingerprint)
 
     async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
@@ -306,7 +327,7 @@ class Engine:
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
-        known = self._l1.entry(token.key_id) or self._l1.absence(token.fingerprint)
+        known = self._entry(token) or self._l1.absence(token.fingerprint)
         for _ in range(_ATTEMPTS):
             if known is None:
                 known = await self._flights.join(
@@ -362,13 +383,13 @@ class Engine:
         """After an allow: an event that is set once the same check would refuse, because the key
         was revoked, changed, or has expired. An outage ends nothing.
         """
-        token = credentials.read(values)
+        token = self._read(values)
         if isinstance(token, Reason):  # let in by something else than a key
             return nullcontext(asyncio.Event())
         return self._watch.over(token, wanted)
 
     async def _is_good(self, token: Token, wanted: Wanted) -> bool:
-        entry = self._l1.entry(token.key_id)
+        entry = self._entry(token)
         if entry is not None and self._renewed(entry):
             verdict = judge(entry.allow, self._witness.now_ms(), wanted)  # nobody called: no use
         else:
