@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ HEX64, HEX128 = "0a" * 32, "0a" * 64
 PHC = "$argon2id$v=19$m={m},t={t},p={p}$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc"
 PBKDF2 = "pbkdf2_sha256${}$seasalt$oBSd886ysm3AqYun62DOdin8YcfbU1z9cksZSuLP9r0="
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+SECTION = (
+    (Path(__file__).parent.parent / "README.md")
+    .read_text()
+    .partition("## Bring your keys")[2]
+    .partition("\n## ")[0]
+)
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scheme": "md5", "hash": "x"}, "scheme: must be one of usesend, sha256, sha512, sanctum,"),
@@ -252,6 +260,31 @@ def test_a_key_that_is_in_the_file_twice_is_a_mistake(operator: Operator) -> Non
     assert outcome.err.startswith(
         "error: line 3: is the same key as line 1\nerror: line 4: is the same key as line 2\n"
     )
+
+
+def test_the_lines_in_the_readme_bring_their_keys(operator: Operator) -> None:
+    """As they stand there; and each opens with the token that its system gave out."""
+    lines, commands = re.findall(r"```\n(.*?)```", SECTION, re.DOTALL)
+    (operator.folder / "old.jsonl").write_text(lines)
+    outcome = operator.run("keys", "import", str(operator.folder / "old.jsonl"))
+    assert outcome.code == 0
+    assert outcome.err in commands
+    typed = re.search(r"echo (\S+) \| keylatch verify", commands)
+    assert typed
+    for token in (
+        "us_k3j9x0a1b2_5f0c9d41a7e84b02b6c1d3f29e7a8054",
+        "3ZV8fZrWZkQxjJ5yBqN2TmEd",
+        "5d41402abc4b2a76b9719d911017c592a1b2c3d4",
+        typed[1],
+    ):
+        assert operator.run("verify", typed=token).code == 0
+
+
+def test_the_schemes_in_the_readme_are_the_schemes() -> None:
+    """With their fields, and no others."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", SECTION, re.MULTILINE)
+    told = {scheme: tuple(re.findall(r'"(\w+)"', fields)) for scheme, fields in rows}
+    assert told == {scheme: fields for scheme, (fields, _) in foreign_lines._SCHEMES.items()}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")

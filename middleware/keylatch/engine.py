@@ -243,8 +243,12 @@ class Engine:
 
     def _read(self, values: Sequence[bytes]) -> Token | Reason:
         said = credentials.read(values)
-        if said is Reason.MALFORMED and (self._check_keys is None or self._has_foreign()):
-            return credentials.read(values, barred=True)
+        if said is Reason.MALFORMED:
+            barred = credentials.read(values, barred=True)
+            is_welcome = isinstance(barred, Token) and (
+                self._check_keys is None or self._has_foreign()
+            )
+            return barred if is_welcome else said
         return said
 
     def _has_foreign(self) -> bool:
