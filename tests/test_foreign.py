@@ -413,17 +413,42 @@ class ForeignContract(OnAStore):
         assert held == {}
         assert await other.store.bring_many(made) == (seq, {"seam:a_b": ("key_brought", False)})
 
-    async def test_environments_and_expiry_count(
-        self, engine: Engine, other: Engine, clock: Clock, url: str, make_engine: MakeEngine
+    async def test_environments_count(
+        self, engine: Engine, other: Engine, url: str, make_engine: MakeEngine
     ) -> None:
         """As for every key."""
         key = elsewhere.better_auth()
-        ends_at = int(clock() * 1000) + 3_600_000
-        await bring(other, key, environment="test", expires_at=2 * ends_at)
+        await bring(other, key, environment="test")
         assert isinstance(await engine.check(bearer(key.token)), Allow)
         live = make_engine(store=Store(url), environment="live")
         assert await live.check(bearer(key.token)) == Deny(Reason.WRONG_ENVIRONMENT)
         await live.stop()
+
+    async def test_an_end_counts(self, engine: Engine, other: Engine) -> None:
+        """As for every key."""
+        key = elsewhere.better_auth()
+        [brought] = await bring(other, key)
+        await other.store.change("acme", brought.key_id, 0, {"expires_at": 1})
+        assert await engine.check(bearer(key.token)) == Deny(Reason.EXPIRED)
+
+    async def test_the_old_token_outlives_a_rotation_by_its_grace(
+        self, engine: Engine, other: Engine
+    ) -> None:
+        """So its holder moves to a token of keylatch's own, of the same key."""
+        key = elsewhere.usesend()
+        [brought] = await bring(other, key)
+        assert isinstance(await engine.check(bearer(key.token)), Allow)
+        keyring = await other.keyring()
+        rotated = await keyring.rotate("acme", brought.key_id, grace_seconds=3_600)
+        assert rotated
+        for token in (key.token, rotated.token.reveal(), key.token):
+            verdict = await engine.check(bearer(token))
+            assert isinstance(verdict, Allow)
+            assert verdict.principal.key_id == brought.key_id
+        assert await engine.check(bearer(key.wrong)) == Deny(Reason.WRONG_SECRET)
+        await keyring.rotate("acme", brought.key_id, grace_seconds=0)
+        for token in (key.token, rotated.token.reveal()):
+            assert await engine.check(bearer(token)) == Deny(Reason.WRONG_SECRET)
 
     async def test_a_token_that_fits_several_keys_is_the_one_of_its_digest(
         self, engine: Engine, other: Engine

@@ -72,7 +72,14 @@ def test_every_operation_has_a_name_of_its_own_and_a_summary(document: dict[str,
 def test_what_is_left_out_of_a_change_has_no_default(document: dict[str, Any]) -> None:
     """A generated client that filled defaults in would enable keys and widen their rights."""
     fields = document["components"]["schemas"]["ChangeKey"]["properties"]
-    assert fields.keys() == {"name", "active", "permission", "expiresAt"}
+    assert fields.keys() == {
+        "name",
+        "active",
+        "permission",
+        "expiresAt",
+        "expiresIn",
+        "metadata",
+    }
     assert all("default" not in field for field in fields.values())
 
 
@@ -89,6 +96,12 @@ def test_management_needs_a_key_and_the_rest_does_not(document: dict[str, Any]) 
     """`security` is on the operations that answer 401 without one."""
     for path, _, operation in operations(document):
         assert ("security" in operation) == path.startswith(("/v1/", "/verify", "/ext_authz"))
+
+
+MANAGED = [
+    *("/v1/api-keys", "/v1/api-keys/{id}"),
+    *("/v1/api_keys", "/v1/api_keys/{id}"),
+]
 
 
 class Transcript:
@@ -153,6 +166,34 @@ def test_real_answers_are_as_described(
                         transcript.call(client, method, where, template, **sent)
                 else:
                     transcript.call(client, method, where, template)
+        for template, method, _ in operations(document):
+            if template.startswith("/v1/") and template not in MANAGED:
+                its_boss = sidecar.create()
+                its_key = sidecar.create(its_boss.record.organization_id)
+                where = template.replace("{id}", its_key.record.id)
+                callers = [anonymous, waiting]
+                if "403" in document["paths"][template][method.lower()]["responses"]:
+                    callers.append(sending)
+                for caller in callers:
+                    transcript.call(caller, method, where, template)
+                with sidecar.client(its_boss) as caller:
+                    malformed: dict[str, Any] = {"headers": {"Authorization": "Bearer"}}
+                    for options in [
+                        malformed,
+                        {"content": b"x", "headers": AS_JSON},
+                        {"content": b"x" * 20_000, "headers": AS_JSON},
+                        {"content": b'{"no":1}', "headers": AS_JSON},
+                        {"params": {"reason": " "}},
+                        {"params": {"limit": "0"}},
+                        {"params": {"key": "!"}},
+                    ]:
+                        transcript.call(caller, method, where, template, **options)
+                    unknown = template.replace("{id}", "x")
+                    if unknown != template:
+                        transcript.call(caller, method, unknown, template)
+                    if template.endswith(("/cancel", "/finish")):
+                        caller.post(f"/v1/api-keys/{its_key.record.id}/rotate")
+                    transcript.call(caller, method, where, template)
         for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
             query = {"permission": asked} if asked else {}
             transcript.call(caller, "GET", "/verify", params=query)

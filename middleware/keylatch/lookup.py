@@ -70,7 +70,11 @@ class Lookup:
         told = await self._shared.get(token, self._feed.epoch)
         if told is None:
             return None
-        known = self._known(token, told.record, told.as_of) if isinstance(told, Told) else told
+        known: Entry | Absence
+        if isinstance(told, Told):
+            known = self._known(token, told.record, told.as_of, told.is_previous)
+        else:
+            known = told
         await self._witness.catch_up()
         # What was read after all that this process has heard of is left to the store: it may
         # come from before a restore, when numbers were higher.
@@ -87,13 +91,25 @@ class Lookup:
         known = self._known(token, record, found.as_of)
         if isinstance(known, Absence):
             return known
+        is_previous = False
         if not await self._hasher.verify(found.hash, token):
-            return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
+            is_previous = await self._is_previous(found, token)
+            if not is_previous:
+                return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
+            known = self._known(token, record, found.as_of, is_previous)
         if self._shared is not None and is_native(token):
-            self._later(self._shared.put(token, record, found.as_of, self._feed.epoch))
-        if self._hasher.is_outdated(found.hash):
+            self._later(self._shared.put(token, record, found.as_of, self._feed.epoch, is_previous))
+        if not is_previous and self._hasher.is_outdated(found.hash):
             self._later(self._hash_anew(token, record.id, found.hash))
         return known
+
+    async def _is_previous(self, found: Found, token: Token) -> bool:
+        """Whether its secret is the one before the last rotation, and still good."""
+        if found.previous_hash is None:
+            return False
+        if found.record.grace_ends_at(self._witness.now_ms()) is None:
+            return False
+        return await self._hasher.verify(found.previous_hash, token)
 
     async def _found(self, token: Token) -> Found | Absent:
         if is_native(token):
@@ -109,12 +125,14 @@ class Lookup:
         finally:
             self._foreign -= 1
 
-    def _known(self, token: Token, record: KeyRecord, as_of: int) -> Entry | Absence:
+    def _known(
+        self, token: Token, record: KeyRecord, as_of: int, is_previous: bool = False
+    ) -> Entry | Absence:
         """What the token is if its secret is right."""
         reason = flaw(record, self._witness.now_ms(), self._environment)
         if reason is not None:
             return Absence(reason, record.id, record.organization_id, as_of)
-        return Entry(token.fingerprint, record, as_of)
+        return Entry(token.fingerprint, record, as_of, is_previous)
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again

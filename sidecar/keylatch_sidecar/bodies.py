@@ -59,6 +59,9 @@ Instant = Annotated[
 ]
 
 
+Scalar = str | bool | int | float | None
+
+
 class Body(BaseModel):
     """A request body: exact types, no unknown fields, names in camelCase."""
 

@@ -14,7 +14,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import ext_authz, health, listing, sendook, unsent, verify
+from keylatch_sidecar import (
+    audit,
+    ext_authz,
+    health,
+    listing,
+    rotation,
+    sendook,
+    unsent,
+    verify,
+)
 from keylatch_sidecar.bodies import JSON
 
 _OF_A_CALLER: Final = (401, 403, 503)
@@ -42,6 +51,12 @@ class Operation:
 PAGED: Final = (
     ("limit", f"at most so many keys, from 1 to {listing.MAX_LIMIT}; without it all of them"),
     ("cursor", "where to go on: from the `Link` header of the page before"),
+)
+
+
+_OF_VERIFY: Final = (
+    ("permission", "what the key must be allowed to do; repeated ones add up"),
+    ("environment", "which environment the key must be for"),
 )
 
 
@@ -91,7 +106,63 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             unsent.Success,
             errors=(400, 404, *_OF_A_CALLER),
             error=unsent.Error,
+            query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
         ),
+    },
+    "/v1/api-keys/{id}/rotate": {
+        "post": Operation(
+            rotation.Rotation.post,
+            unsent.CreatedKey,
+            takes=rotation.Rotate,
+            errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+            error=unsent.Error,
+        )
+    },
+    **{
+        f"/v1/api-keys/{{id}}/rotate/{word}": {
+            "post": Operation(
+                endpoint.post,
+                unsent.Key,
+                errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+                error=unsent.Error,
+            )
+        }
+        for word, endpoint in (
+            ("cancel", rotation.CancelledRotation),
+            ("finish", rotation.FinishedRotation),
+        )
+    },
+    "/v1/api-keys/revoke-all": {
+        "post": Operation(
+            rotation.Everything.post,
+            rotation.AllRevoked,
+            takes=rotation.RevokeAll,
+            errors=(*_OF_A_BODY, *_OF_A_CALLER),
+            error=unsent.Error,
+        )
+    },
+    "/v1/api-keys/self": {
+        "delete": Operation(
+            rotation.Self.delete,
+            unsent.Success,
+            errors=(400, 401, 503),
+            error=unsent.Error,
+            query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
+        )
+    },
+    "/v1/audit": {
+        "get": Operation(
+            audit.Audit.get,
+            audit.Line,
+            many=True,
+            errors=(400, 404, *_OF_A_CALLER),
+            error=unsent.Error,
+            query=(
+                ("key", "only what was done to this key"),
+                ("limit", f"at most so many lines, from 1 to {listing.MAX_LIMIT}"),
+                ("before", "only lines before the one with this id"),
+            ),
+        )
     },
     "/v1/api_keys": {
         "get": Operation(
@@ -123,12 +194,12 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             verify.Verify,
             None,
             error=Refused,
-            query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
+            query=_OF_VERIFY,
         ),
         "head": Operation(
             verify.Verify,
             None,
-            query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
+            query=_OF_VERIFY,
         ),
     },
     f"{ext_authz.PATH}/{{path}}": {
@@ -136,7 +207,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             ext_authz.ExtAuthz,
             None,
             error=None if method == "head" else Refused,
-            header=(("X-Keylatch-Require", "what the key must be allowed to do; commas add up"),),
+            header=(
+                ("X-Keylatch-Require", "what the key must be allowed to do; commas add up"),
+                ("X-Keylatch-Require-Environment", "which environment the key must be for"),
+            ),
         )
         for method in ("get", "head", "post", "put", "patch", "delete", "options", "trace")
     },
