@@ -414,6 +414,23 @@ async def test_each_of_many_who_wait_for_one_look_up_counts(engine: Engine, othe
     assert await uses_of(other, key) == (50, {})
 
 
+async def test_both_secrets_of_a_key_count_for_it(engine: Engine, other: Engine) -> None:
+    """While a rotation's grace runs; and after it, the previous one counts as refused."""
+    key = await create(other)
+    assert isinstance(await engine.check(bearer(key.token)), Allow)
+    keyring = await other.keyring()
+    rotated = await keyring.rotate("acme", key.record.id, grace_seconds=60)
+    assert rotated is not None
+    for _ in range(3):
+        for token in (key.token, rotated.token):
+            assert isinstance(await engine.check(bearer(token)), Allow)
+    await keyring.finish_rotation("acme", key.record.id)
+    assert await engine.check(bearer(key.token)) == Deny(Reason.WRONG_SECRET)
+    assert isinstance(await engine.check(bearer(rotated.token)), Allow)
+    await engine.stop()
+    assert await uses_of(other, key) == (8, {"WRONG_SECRET": 1})
+
+
 async def test_strangers_write_nothing(engine: Engine, other: Engine) -> None:
     """A token that this store did not mint counts for nobody, also one with the id of a key, in
     cache or not; nor does a minted one of no key."""
