@@ -370,13 +370,15 @@ async def test_a_stranger_costs_no_call_to_redis_the_store_or_argon2(
     caplog.set_level("DEBUG", "keylatch")
     good = (await (await costs.engine.keyring()).create("default", "good")).token
     app = APIKeyMiddleware(echo, engine=costs.engine)
+    assert costs.engine._witness.is_current()  # it knows of the key that was just made
     costs.calls.clear()
     caplog.clear()
     for token in made_up(good.reveal()).values():
         assert await knock(app, headers=[bearer(token)]) == A2
     for value in (b"", b"Basic abc", b"Bearer", b"Bearer \xff", b"Bearer " + b"a" * 2_000_000):
         assert (await knock(app, headers=[(b"authorization", value)])) in (A0, A1)
-    assert costs.calls == []
+    # 48 bytes of memory: whether anything was committed, a new check key for example.
+    assert set(costs.calls) <= {"mark_now"}
     assert caplog.records == []
     assert (await knock(app, headers=[bearer(good.reveal())])).status == 200
     assert {"find", "get", "verify"} <= set(costs.calls), "store, Redis and argon2 were counted"

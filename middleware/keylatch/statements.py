@@ -38,6 +38,9 @@ _MAX_NAMED: Final = 500  # parameters of one statement
 NOBODY: Final = ""
 """The organisation of keys that are not there. An invalidation that names it makes everybody look
 anew for what they remember as absent, and leaves all that is known of keys that exist as it is."""
+VAULT: Final = "*"
+"""The organisation of the store's own secrets, which no key belongs to. Secrets are remembered like
+anything else: with `as_of`, and read again after an invalidation that names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +90,11 @@ class Poll:
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """The store's own secrets, newest first, so that they can rotate."""
+    """The store's own secrets, so that they can rotate: the first of each makes, all are read."""
 
     check_keys: tuple[bytes, ...] = field(repr=False)
     peppers: tuple[bytes, ...] = field(repr=False)
+    as_of: int
 
 
 _RECORD: Final = [
@@ -166,12 +170,22 @@ def _find() -> Select[Any]:
     )
 
 
+def _secrets() -> Select[Any]:
+    # Those that nothing is made with yet come last, so that the first one makes.
+    return (
+        select(meta.c.seq, secrets.c.kind, secrets.c.value)
+        .join_from(meta, secrets, true())
+        .order_by(secrets.c.makes.desc(), secrets.c.id.desc())
+    )
+
+
 CHANGES: Final = Question(_changes())
 FIND: Final = Question(_find())
 LAGGARDS: Final = Question(_laggards())
 POLL: Final = Question(_poll())
 BELL: Final = "keylatch_bell"
 RING: Final = Question(select(func.pg_notify(BELL, "")))
+SECRETS: Final = Question(_secrets())
 SEQUENCE: Final = Question(select(meta.c.seq))
 
 
@@ -332,14 +346,17 @@ def analyze(connection: Connection) -> None:
             connection.exec_driver_sql(f"ANALYZE {table.name}")
 
 
-def read_secrets(connection: Connection) -> Secrets:
-    rows = connection.execute(
-        select(secrets.c.kind, secrets.c.value).order_by(secrets.c.id.desc())
-    ).all()
+def read_secrets(rows: Rows) -> Secrets:
     return Secrets(
-        check_keys=tuple(row.value for row in rows if row.kind == "check"),
-        peppers=tuple(row.value for row in rows if row.kind == "pepper"),
+        check_keys=tuple(value for _, kind, value in rows if kind == "check"),
+        peppers=tuple(value for _, kind, value in rows if kind == "pepper"),
+        as_of=rows[0][0],
     )
+
+
+def secrets_of(connection: Connection) -> Secrets:
+    """The store's secrets, in one snapshot."""
+    return read_secrets([tuple(row) for row in connection.execute(SECRETS.statement)])
 
 
 def sequence(connection: Connection) -> int:

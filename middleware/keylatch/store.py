@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
 from keylatch import statements as sql
+from keylatch import vault_statements as vault
 from keylatch.database import Database
 from keylatch.errors import ConfigurationError
 from keylatch.memory import Memory
@@ -20,6 +21,7 @@ from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import KeyRecord
 from keylatch.sqlite import SQLite
 from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets
+from keylatch.vault_statements import Kept
 
 # A silent server is given up soon and asked anew: checks are 503 until it has answered.
 _OPEN_SECONDS: Final = 1.0
@@ -80,14 +82,14 @@ class Store:
         """
 
         def secrets_of(connection: Connection) -> Secrets | None:
-            return sql.read_secrets(connection) if is_up_to_date(connection) else None
+            return sql.secrets_of(connection) if is_up_to_date(connection) else None
 
         secrets = await self._database.read(secrets_of, seconds=_OPEN_SECONDS)
         if secrets is None:
             await self._database.write(
                 lambda connection: bring_up_to_date(connection, now_ms), seconds=_UPGRADE_SECONDS
             )
-            secrets = await self._read(sql.read_secrets)
+            secrets = await self._read(sql.secrets_of)
         return secrets
 
     async def close(self) -> None:
@@ -120,6 +122,10 @@ class Store:
         """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
         rows = await self._database.ask(sql.CHANGES, seconds=seconds, since=since)
         return sql.read_changes(rows, since)
+
+    async def secrets(self) -> Secrets:
+        """The store's own secrets, as they are now."""
+        return sql.read_secrets(await self._database.ask(sql.SECRETS))
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
@@ -277,6 +283,28 @@ class Store:
     ) -> int | None:
         """Enable or disable an organisation; the sequence number of it, or None: no such one."""
         return await self._write(sql.set_organization_active, organization_id, now_ms, active)
+
+    # What the vault asks
+
+    async def kept(self) -> Sequence[Kept]:
+        """What there is to know of the store's own secrets, without them."""
+        return await self._read(vault.kept)
+
+    async def introduce(self, kinds: Sequence[str], now_ms: int) -> int:
+        """Add a secret of each kind that nothing is made with yet; the sequence number of it."""
+        return await self._write(vault.introduce, kinds, now_ms)
+
+    async def promote(self, kinds: Sequence[str], now_ms: int) -> int:
+        """From now on, everything is made with what was introduced."""
+        return await self._write(vault.promote, kinds, now_ms)
+
+    async def retire(self, secret_id: int, before_ms: int, now_ms: int) -> int | None:
+        """Delete a secret that another one replaced before that time; None: there is none."""
+        return await self._write(vault.retire, secret_id, before_ms, now_ms)
+
+    async def made_before(self, time_ms: int, now_ms: int) -> int:
+        """How many keys are live whose tokens were made here and before that time."""
+        return await self._read(vault.made_before, time_ms, now_ms)
 
     async def _read(self, statement: "Statement[P, T]", *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._database.read(lambda connection: statement(connection, *args, **kwargs))
