@@ -28,6 +28,7 @@ from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar import intake, key_file, terminal
 from keylatch_sidecar.bench_command import bench
+from keylatch_sidecar.doctor_command import doctor
 from keylatch_sidecar.options import (
     ExtAuthzFactsOption,
     HasherOption,
@@ -65,6 +66,7 @@ cli.add_typer(organizations, name="organizations")
 
 
 cli.command()(bench)
+cli.command()(doctor)
 cli.add_typer(secrets, name="secrets")
 
 
