@@ -68,6 +68,14 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A key that is refused: revoked at that time, or disabled (None)."""
+
+    key_id: str
+    deleted_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """What happened after a sequence number; `complete` is False where not all of it is told."""
 
@@ -403,6 +411,14 @@ def page_of_keys(
     rows = connection.execute(statement).all()
     records = [record_of(row[:-1]) for row in rows[:limit]]
     return Page(records, rows[limit - 1][-1] if len(rows) > limit else None)
+
+
+def ended_keys(connection: Connection) -> list[Ended]:
+    """All keys that were revoked or disabled, of all organisations."""
+    statement = select(keys.c.id, keys.c.deleted_at).where(
+        or_(keys.c.deleted_at.is_not(None), keys.c.active.is_(False))
+    )
+    return [Ended(*row) for row in connection.execute(statement.order_by(keys.c.id))]
 
 
 def join(connection: Connection, member: str) -> None:

@@ -17,7 +17,7 @@ from keylatch import vault_statements as vault
 from keylatch.database import Database
 from keylatch.errors import ConfigurationError
 from keylatch.memory import Memory
-from keylatch.migrations import bring_up_to_date, is_up_to_date
+from keylatch.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.model import KeyRecord
 from keylatch.sqlite import SQLite
 from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets
@@ -55,15 +55,24 @@ def database_of(url: str) -> Database:
     return PostgreSQL(parsed)
 
 
+def file_of(url: str) -> Path | None:
+    """The SQLite file that a store URL names, if it names one."""
+    parsed = make_url(url)
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
+    return Path(parsed.database or "").absolute() if is_file else None
+
+
 class Store:
     """Keys and what belongs to them, on SQLite or PostgreSQL.
 
     Args:
         url: `sqlite:///path.db`, `postgresql://…`, or `sqlite://` for one in memory (tests).
+        upgrade_seconds: how long a server may take to bring old tables up to date.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, upgrade_seconds: float = _UPGRADE_SECONDS) -> None:
         self._database = database_of(url)
+        self._upgrade_seconds = upgrade_seconds
         self.mark_now = self._database.mark_now
         """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
 
@@ -71,6 +80,10 @@ class Store:
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
         return self._database.warnings
+
+    async def version(self) -> str | None:
+        """The version of its tables; None: there are none yet."""
+        return await self._database.read(version_of)
 
     async def open(self, now_ms: int) -> Secrets:
         """Set an empty store up, bring an old one up to date, and return its secrets.
@@ -87,7 +100,8 @@ class Store:
         secrets = await self._database.read(secrets_of, seconds=_OPEN_SECONDS)
         if secrets is None:
             await self._database.write(
-                lambda connection: bring_up_to_date(connection, now_ms), seconds=_UPGRADE_SECONDS
+                lambda connection: bring_up_to_date(connection, now_ms),
+                seconds=self._upgrade_seconds,
             )
             secrets = await self._read(sql.secrets_of)
         return secrets
@@ -283,6 +297,10 @@ class Store:
     ) -> int | None:
         """Enable or disable an organisation; the sequence number of it, or None: no such one."""
         return await self._write(sql.set_organization_active, organization_id, now_ms, active)
+
+    async def ended(self) -> Sequence[sql.Ended]:
+        """All keys that were revoked or disabled: what must not live again after a restore."""
+        return await self._database.read(sql.ended_keys, seconds=_UPGRADE_SECONDS)
 
     # What the vault asks
 

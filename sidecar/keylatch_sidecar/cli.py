@@ -27,8 +27,10 @@ from keylatch.settings import Settings
 from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar import intake, key_file, terminal
+from keylatch_sidecar.backup_command import backup, ended, restore, restored
 from keylatch_sidecar.bench_command import bench
 from keylatch_sidecar.doctor_command import doctor
+from keylatch_sidecar.migrate_command import migrate
 from keylatch_sidecar.options import (
     ExtAuthzFactsOption,
     HasherOption,
@@ -67,6 +69,11 @@ cli.add_typer(organizations, name="organizations")
 
 cli.command()(bench)
 cli.command()(doctor)
+cli.command()(migrate)
+cli.command()(backup)
+cli.command()(restore)
+cli.command()(restored)
+keys.command()(ended)
 cli.add_typer(secrets, name="secrets")
 
 

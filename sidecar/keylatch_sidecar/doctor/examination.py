@@ -3,15 +3,12 @@
 import asyncio
 import os
 from collections.abc import Awaitable
-from pathlib import Path
 from typing import Final
-
-from sqlalchemy.engine import make_url
 
 from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
 from keylatch.sqlite import SQLite
-from keylatch.store import database_of
+from keylatch.store import database_of, file_of
 from keylatch_sidecar.doctor import cache, file, host, server
 from keylatch_sidecar.doctor.finding import Finding, failure
 
@@ -36,15 +33,12 @@ async def _of_store(settings: Settings) -> list[Finding]:
     except ConfigurationError as error:
         return [failure("store", wrong, hint) for wrong, hint in error.mistakes]
     try:
-        if isinstance(database, SQLite):
-            return await asyncio.to_thread(file.examine, database, _path_of(settings.store))
+        path = file_of(settings.store)
+        if path is not None and isinstance(database, SQLite):
+            return await asyncio.to_thread(file.examine, database, path)
         return await server.examine(database, settings.lease)
     finally:
         await database.close()
-
-
-def _path_of(url: str) -> Path:
-    return Path(make_url(url).database or "").absolute()
 
 
 async def _in_time(check: str, findings: Awaitable[list[Finding]], seconds: float) -> list[Finding]:
