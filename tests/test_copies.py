@@ -158,6 +158,21 @@ def test_a_store_that_is_lost_is_restored(operator: Operator) -> None:
     assert operator.run("restored", str(listed)).out == ""
 
 
+def test_a_store_that_is_held_is_left_as_it_is(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody is in the middle of a change that does not end: nobody waits for ever."""
+    monkeypatch.setattr("keylatch_sidecar.copies._BUSY_SECONDS", 0.05)
+    key = operator.create()
+    backup = operator.folder / "backup.db"
+    operator.run("backup", str(backup))
+    with closing(sqlite3.connect(operator.database, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        told = operator.run("restore", str(backup))
+        assert (told.code, "database is locked" in told.err) == (1, True)
+    assert operator.run("verify", typed=key["token"]).code == 0
+
+
 def test_a_list_that_is_none_changes_nothing(operator: Operator) -> None:
     """Every line must be one of ours."""
     key = operator.create()

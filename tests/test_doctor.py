@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from keylatch_sidecar.doctor import cache, server
+from keylatch_sidecar.doctor import cache, server, tables
 from keylatch_sidecar.doctor.finding import Grade
 from servers import PostgresServer, RedisServer, eventually, free_port
 from shell import Operator
@@ -308,6 +308,8 @@ def test_answers_that_no_test_server_gives() -> None:
     assert graded(cache._of_server({}))["Redis"] is Grade.WARNING
     assert graded(cache._of_latency([0.001, 0.06]))["Redis latency"] is Grade.WARNING
     assert graded(cache._of_latency([0.006] * 3))["Redis latency"] is Grade.WARNING
+    many = [("check", True)] * 7 + [("pepper", True)] * 7
+    assert graded(tables.of_secrets(many)) == {"secrets": Grade.WARNING}
     told = server._of_server("17.1", False, "off", "on", "on", "on", 100, 90, False, "10.0.0.7")
     assert graded(told) == {
         "store": Grade.OK,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fakeredis import FakeAsyncRedis
 
-from conftest import Clock, MakeEngine, OnAStore
+from conftest import Clock, MakeEngine, OnAStore, Times
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.model import Allow, Deny, Reason
@@ -290,6 +290,9 @@ def test_the_command_line_rotates_and_retires(
 # Under load, in two processes
 
 
+Rotate = Callable[[str, str], Coroutine[Any, Any, None]]
+
+
 @dataclass(frozen=True)
 class Run:
     """What two processes made of their checks."""
@@ -303,7 +306,7 @@ def run(
     store_url: str,
     redis: Sequence[str],
     kinds: Sequence[str],
-    rotate: Callable[[str, str], Coroutine[Any, Any, None]],
+    rotate: Rotate,
 ) -> Run:
     """Two processes tell each other the tokens they make, while `rotate` runs."""
     logs = [folder / f"{number}.json" for number in range(2)]
@@ -346,14 +349,18 @@ def ended(processes: Sequence["subprocess.Popen[str]"]) -> Iterator[None]:
             process.communicate(timeout=60)
 
 
-async def rotate_twice(url: str, redis: str) -> None:
-    """Both secrets, at intervals in which the processes get to work."""
-    engine = Engine(Settings.load(store=url, redis=redis, hasher="sha256", lease=2))
-    vault = await engine.vault()
-    for _ in range(2):
-        await vault.rotate()
-        await asyncio.sleep(0.3)
-    await engine.stop()
+def rotations(count: int) -> Rotate:
+    """Both secrets so often, at intervals in which the processes get to work."""
+
+    async def rotate(url: str, redis: str) -> None:
+        engine = Engine(Settings.load(store=url, redis=redis, hasher="sha256", lease=2))
+        vault = await engine.vault()
+        for _ in range(count):
+            await vault.rotate()
+            await asyncio.sleep(0.3)
+        await engine.stop()
+
+    return rotate
 
 
 async def rotate_in_one_step(url: str, redis: str) -> None:
@@ -379,17 +386,20 @@ def shared_url(request: pytest.FixtureRequest, store_url: str) -> str:
     return postgres.new_database()
 
 
+@pytest.mark.timeout(900)
 def test_both_secrets_rotate_under_load(
-    tmp_path: Path, shared_url: str, redis_server: RedisServer
+    tmp_path: Path, shared_url: str, redis_server: RedisServer, times: Times
 ) -> None:
     """Two processes create keys and check each other's all the while, warm and cold: none is
     refused, none is unavailable, and in the end both make their tokens with the newest secret."""
     url = redis_server.url
     kinds = ("sound", "deaf") if shared_url.startswith("postgresql") else SOUND
-    told = run(tmp_path, shared_url, [url], kinds, rotate_twice)
+    count = times(2, 50)
+    told = run(tmp_path, shared_url, [url], kinds, rotations(count))
+    print(f"{count} rotations: {told.outcomes}")
     assert told.outcomes.keys() == {"ALLOWED"}, told.outcomes
     assert told.outcomes["ALLOWED"] > 100
-    assert told.made_with == [[2, 0], [2, 0]]
+    assert told.made_with == [[count, 0], [count, 0]]
 
 
 def test_the_twin_that_never_reads_its_secrets_again_refuses_good_keys(
@@ -397,7 +407,7 @@ def test_the_twin_that_never_reads_its_secrets_again_refuses_good_keys(
 ) -> None:
     """The same test catches a process that acknowledges what it does not act upon."""
     url = redis_server.url
-    told = run(tmp_path, shared_url, [url], ("sound", "stubborn"), rotate_twice)
+    told = run(tmp_path, shared_url, [url], ("sound", "stubborn"), rotations(2))
     assert told.outcomes["FORGED"] > 0
 
 

@@ -22,7 +22,7 @@ from keylatch.cache import Absence
 from keylatch.model import KeyRecord, Reason
 from keylatch.tokens import Token
 
-_TTL_SECONDS: Final = 300
+TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32
 
 _TOGETHER: Final = 256
@@ -145,7 +145,7 @@ class SharedCache:
         name = _name(epoch, key_id)
         body = json.dumps(value, separators=(",", ":")).encode()
         sealed = _mac(self._mac_keys[0], name, body) + body
-        await self._breaker.attempt(lambda: self._client.set(name, sealed, ex=_TTL_SECONDS))
+        await self._breaker.attempt(lambda: self._client.set(name, sealed, ex=TTL_SECONDS))
 
     def _opened(self, name: str, raw: bytes, token: Token) -> Told | Absence | None:
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]

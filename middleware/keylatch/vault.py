@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from keylatch.feed import Receipt
+from keylatch.shared_cache import TTL_SECONDS
 from keylatch.store import Store
 from keylatch.vault_statements import KINDS, Kept
 
-SHARED_CACHE_SECONDS: Final = 300
+SHARED_CACHE_SECONDS: Final = TTL_SECONDS
 """How long values live in the shared cache, and how long a process may still be about to make
 something with what it knew before: so long a secret that was replaced has to stay."""
 

@@ -111,7 +111,7 @@ def put_back(copy: Path, store: Path, now_ms: int) -> Restored:
             restored = _reconciled(ready, store, now_ms)
             ready.commit()
             store.touch(mode=0o600)  # it will hold the store's secrets
-            with closing(sqlite3.connect(store, timeout=_BUSY_SECONDS)) as replaced:
+            with closing(_writer(store)) as replaced:
                 ready.backup(replaced)
     except (sqlite3.Error, OSError) as error:
         hint = f"is {copy} a backup, and {store} on a disk with room?"
@@ -196,6 +196,15 @@ def _disable(ready: sqlite3.Connection, name: str) -> bool:
 
 def _reader(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
+
+
+def _writer(path: Path) -> sqlite3.Connection:
+    writer = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+    writer.execute("PRAGMA wal_autocheckpoint = 0")  # for the reason that `keylatch.sqlite` gives
+    writer.execute("PRAGMA synchronous = FULL")
+    writer.execute("BEGIN IMMEDIATE")  # a copy waits for a lock without end: rather fail here
+    writer.execute("ROLLBACK")
+    return writer
 
 
 def _refuse_strangers(reader: sqlite3.Connection, path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Final
 from keylatch.schema import VERSION
 from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
 
+_MANY: Final = 12
+
 Rows = Sequence[tuple[Any, ...]]
 
 STORED_VERSION: Final = "SELECT version_num FROM keylatch_version"
@@ -38,6 +40,9 @@ def of_secrets(secrets: Rows) -> Iterator[Finding]:
         yield failure("secrets", f"there is no {names}", "restore the store from a backup")
     elif not all(makes for _, makes in secrets):
         yield warning("secrets", "a rotation was not finished", "keylatch secrets rotate")
+    elif len(secrets) > _MANY:
+        wrong = f"{len(secrets)} kept: all of them are tried with every token that nobody made"
+        yield warning("secrets", wrong, "keylatch secrets list, then retire: peppers cost nothing")
     else:
         yield ok("secrets", f"{len(secrets)} kept")
 
@@ -49,6 +54,6 @@ def of_members(before: Mapping[str, int], after: Mapping[str, int]) -> Finding:
         return warning(
             "processes",
             f"{len(silent)} of {len(after)} renew no lease: killed, stopped, or cut off",
-            "none has to be done: the next revoke waits for them once and removes them",
+            "nothing has to be done: the next revoke waits for them once and removes them",
         )
     return ok("processes", f"{len(after)} renew their leases")
