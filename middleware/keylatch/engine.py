@@ -354,6 +354,35 @@ class Engine:
         """The time that expiry is judged at: the store's, in milliseconds since the epoch."""
         return self._witness.now_ms()
 
+    # Tokens that turned up somewhere
+
+    async def reach(self) -> None:
+        """Return if the store is there. Costs nothing while it was heard of lately: for whoever may
+        be asked by strangers.
+
+        Raises:
+            StoreUnavailable: it is not.
+        """
+        await self.keyring()
+        await self._witness.catch_up()
+
+    def vouches(self, token: Token) -> bool:
+        """Whether this store minted the token, by its keyed check alone. That proves no key."""
+        return self._check_keys is not None and self._check_keys.vouch(token)
+
+    async def identify(self, token: Token) -> KeyRecord | None:
+        """The key whose secret this token is, whatever has become of it since; None: there is none.
+
+        It asks the store and its hashes, no cache, and nobody has called: no use is noted.
+
+        Raises:
+            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
+        """
+        await self.keyring()
+        if self._lookup is None or not self.vouches(token):
+            return None
+        return await self._lookup.identify(token)
+
     # Open connections
 
     def watching(

@@ -56,6 +56,17 @@ class Lookup:
         """
         return await self._fetch_shared(token) or await self._fetch_stored(token)
 
+    async def identify(self, token: Token) -> KeyRecord | None:
+        """The key whose secret this token is, whatever has become of it since; None: there is none.
+
+        Raises:
+            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
+        """
+        found = await self._store.find(token.key_id)
+        if isinstance(found, Absent) or not await self._hasher.verify(found.hash, token):
+            return None
+        return found.record
+
     async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
         if self._shared is None:
             return None

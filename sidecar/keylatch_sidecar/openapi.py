@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import ext_authz, health, listing, sendook, unsent, verify
+from keylatch_sidecar import ext_authz, health, leaked, listing, sendook, unsent, verify
 from keylatch_sidecar.bodies import JSON
 
 _OF_A_CALLER: Final = (401, 403, 503)
@@ -33,6 +33,7 @@ class Operation:
     error: type[BaseModel] | None = None
     query: tuple[tuple[str, str], ...] = ()
     header: tuple[tuple[str, str], ...] = ()
+    done: int = 200
 
     @property
     def is_paged(self) -> bool:
@@ -118,6 +119,16 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             sendook.OneKey.delete, sendook.Key, errors=(400, 401, 404, 503), error=sendook.Error
         ),
     },
+    "/leaked": {
+        "post": Operation(
+            leaked.Leaked.post,
+            leaked.Accepted,
+            takes=leaked.Reported,
+            errors=(*_OF_A_BODY, 503),
+            error=unsent.Error,
+            done=202,
+        ),
+    },
     verify.PATH: {
         "get": Operation(
             verify.Verify,
@@ -201,7 +212,7 @@ def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {
         "operationId": f"{method} {path}",
         "summary": summary.splitlines()[0],
-        "responses": {"200": _success(operation)}
+        "responses": {str(operation.done): _success(operation)}
         | {str(status): _failure(operation, status) for status in operation.errors},
         "parameters": [
             {"name": name, "in": place, "description": text, "schema": {"type": "string"}}
