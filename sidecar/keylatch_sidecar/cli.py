@@ -45,6 +45,7 @@ from keylatch_sidecar.options import (
 )
 from keylatch_sidecar.proxies import wanted_of
 from keylatch_sidecar.receipts import revocation
+from keylatch_sidecar.scan_command import scan
 from keylatch_sidecar.settings import ProxySettings
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ cli.add_typer(organizations, name="organizations")
 
 
 cli.command()(bench)
+cli.command()(scan)
 
 
 def main() -> None:
