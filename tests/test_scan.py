@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import os
 import re
+import shutil
 import sqlite3
 import string
+import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import Sidecar
+from keylatch.keyring import Created
 from keylatch.tokens import SCAN_PATTERN, CheckKeys, Token
 from keylatch_sidecar.scan import MAX_BYTES, Search, _in_chunks, tokens_in
-from shell import Operator, Outcome
+from servers import eventually, needs
+from shell import SCRIPT, Operator, Outcome
 
+ROOT = Path(__file__).parent.parent
 KEYS = CheckKeys([b"n" * 32])
 minted = st.builds(
     KEYS.mint,
@@ -264,3 +271,41 @@ def test_a_files_name_cannot_steer_the_terminal_or_be_a_token(
         assert found.code == 1
         assert "\x1b" not in found.out
         assert token not in found.out
+
+
+def test_the_example_in_the_readme_runs(
+    operator: Operator, folder: Path, sidecar: Sidecar, boss: Created
+) -> None:
+    """A live key is found in files and in git's history, and reported; then it is live no more."""
+    section = (ROOT / "README.md").read_text().partition("## Leaked keys")[2]
+    lines = (
+        section.partition("```\n")[2].partition("```")[0].replace("http://127.0.0.1:8700", "$URL")
+    )
+    scanned, history, report = lines.splitlines()
+    key = operator.create()
+    leaky = sidecar.create(boss.record.organization_id)
+    (folder / "settings.py").write_text(f'KEY = "{key["token"]}"\n')
+    commit = "git init -q && git add . && git -c user.name=n -c user.email=e commit -qm m"
+    environment = os.environ | {
+        "PATH": f"{SCRIPT.parent}:{os.environ['PATH']}",
+        "TOKEN": leaky.token.reveal(),
+        "URL": sidecar.url,
+        "no_proxy": "*",
+    }
+
+    def run(line: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            ["sh", "-c", line], cwd=folder, env=environment, capture_output=True, text=True
+        )
+
+    needs(shutil.which("git"), "git")
+    needs(shutil.which("curl"), "curl")
+    assert run(scanned).stdout.startswith(f"settings.py:1: {key['id']} ")
+    assert run(commit).returncode == 0
+    assert run(history).stdout.startswith("-:")
+    assert run(history).returncode == 1
+    assert run(report).stdout == '{"status":"accepted"}'
+    with sidecar.client(leaky) as client:
+        eventually(lambda: client.get("/verify").status_code == 401)
+    operator.run("keys", "revoke", key["id"])
+    assert run(history).returncode == 0
