@@ -1,0 +1,249 @@
+"""Who may do what to whose keys: every operation of the sidecar x every role x every target.
+
+The table is the rule. An operation that is added to the document needs a row here; one number is
+the answer whatever the target is, three are those for a live key of one's own organisation, for one
+of its test environment, and for whatever is none of the caller's: foreign, unknown, malformed.
+"""
+
+import itertools
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from conftest import Clock, Sidecar, sidecar_on
+from keylatch.keyring import Created
+from keylatch_sidecar.openapi import OPERATIONS
+
+TABLE = """
+                                | nobody | dead | SENDING | FULL        | FULL of test
+GET     /v1/api-keys            | 401    | 401  | 403     | 200         | 200
+POST    /v1/api-keys            | 401    | 401  | 403     | 200         | 200
+GET     /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 200 200 404
+PATCH   /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 403 200 404
+DELETE  /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 403 200 404
+
+GET     /v1/api_keys            | 401    | 401  | 401     | 200         | 200
+POST    /v1/api_keys            | 401    | 401  | 401     | 200         | 200
+GET     /v1/api_keys/{id}       | 401    | 401  | 401     | 200 200 404 | 200 200 404
+DELETE  /v1/api_keys/{id}       | 401    | 401  | 401     | 200 200 404 | 401 200 404
+
+GET     /verify                 | 401    | 401  | 200     | 200         | 200
+HEAD    /verify                 | 401    | 401  | 200     | 200         | 200
+GET     /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+HEAD    /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+POST    /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+PUT     /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+PATCH   /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+DELETE  /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+OPTIONS /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+TRACE   /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
+
+POST    /leaked                 | 202    | 202  | 202     | 202         | 202
+GET     /healthz                | 200    | 200  | 200     | 200         | 200
+GET     /readyz                 | 200    | 200  | 200     | 200         | 200
+GET     /openapi.json           | 200    | 200  | 200     | 200         | 200
+"""
+
+BODIES: dict[str, Any] = {
+    "POST /v1/api-keys": {"name": "new"},
+    "PATCH /v1/api-keys/{id}": {"name": "renamed"},
+    "POST /v1/api_keys": {"name": "new"},
+    "POST /leaked": {"token": "no token"},
+}
+"""What is sent along: a body that is good where the caller may do it."""
+
+MALFORMED = ["", "%2e", "%2e%2e%2f", "key_%00", "key_1%20", "a/b", "k%C3%A9y", "x" * 5_000]
+OURS, TEST = "own live key", "own test key"
+OTHERS = ["foreign", "foreign test key", "unknown", *(f"malformed {each}" for each in MALFORMED)]
+
+Row = dict[str, list[int]]
+
+
+def rows() -> dict[str, Row]:
+    """The table by operation, and by role."""
+    first, *lines = [line.split("|") for line in TABLE.splitlines() if line]
+    roles = [cell.strip() for cell in first[1:]]
+    return {
+        " ".join(operation.split()): {
+            role: [int(status) for status in cell.split()]
+            for role, cell in zip(roles, cells, strict=True)
+        }
+        for operation, *cells in lines
+    }
+
+
+def operations() -> list[str]:
+    """Every operation in the document."""
+    return [
+        f"{method.upper()} {path}" for path, methods in OPERATIONS.items() for method in methods
+    ]
+
+
+def expected(statuses: list[int], target: str) -> int:
+    if len(statuses) == 1:
+        return statuses[0]
+    ours, test, none_of_theirs = statuses
+    return {OURS: ours, TEST: test}.get(target, none_of_theirs)
+
+
+@dataclass(frozen=True)
+class House:
+    """An organisation with somebody in every role."""
+
+    name: str
+    callers: dict[str, list[Created | None]]
+
+
+@dataclass(frozen=True)
+class World:
+    """A sidecar with two organisations, and the file that it keeps them in."""
+
+    sidecar: Sidecar
+    database: Path
+    houses: tuple[House, House]
+
+    def snapshot(self) -> list[Any]:
+        """All that a refused call must not change; when a key was used is no part of it."""
+        with closing(sqlite3.connect(self.database)) as connection:
+            connection.row_factory = sqlite3.Row
+            tables = ("keylatch_meta", "keylatch_organizations", "keylatch_invalidations")
+            found = [
+                [dict(row) for row in connection.execute(f"SELECT * FROM {table}")]
+                for table in (*tables, "keylatch_keys")
+            ]
+        for row in found[-1]:
+            del row["last_used"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Two organisations."""
+    database = tmp_path_factory.mktemp("authorisation") / "keys.db"
+    with sidecar_on(f"sqlite:///{database}", Clock()) as sidecar:
+        yield World(sidecar, database, (house(sidecar, "ours"), house(sidecar, "theirs")))
+
+
+def house(sidecar: Sidecar, name: str) -> House:
+    soon = int(sidecar.clock.seconds * 1000) + 1_000
+    full, revoked, disabled = (sidecar.create(name) for _ in range(3))
+    expired = sidecar.create(name, expires_at=soon)
+    with sidecar.client(full) as client:
+        assert client.delete(f"/v1/api-keys/{revoked.record.id}").status_code == 200
+        path = f"/v1/api-keys/{disabled.record.id}"
+        assert client.patch(path, json={"active": False}).status_code == 200
+    sidecar.clock.tick(2)
+    return House(
+        name,
+        {
+            "nobody": [None],
+            "dead": [revoked, disabled, expired],
+            "SENDING": [sidecar.create(name, permission="SENDING")],
+            "FULL": [full],
+            "FULL of test": [sidecar.create(name, environment="test")],
+        },
+    )
+
+
+def targets_of(world: World, ours: House, theirs: House) -> dict[str, str]:
+    """An id for each kind of target; new ones, so that they may be deleted."""
+    make = world.sidecar.create
+    return {
+        OURS: make(ours.name).record.id,
+        TEST: make(ours.name, environment="test").record.id,
+        "foreign": make(theirs.name).record.id,
+        "foreign test key": make(theirs.name, environment="test").record.id,
+        "unknown": "key_" + "0" * 12,
+        **{f"malformed {each}": each for each in MALFORMED},
+    }
+
+
+def call(world: World, caller: Created | None, operation: str, target: str) -> httpx.Response:
+    method, path = operation.split(" ")
+    path = path.replace("{id}", target).replace("{path}", "v1/emails")
+    sent: dict[str, Any] = {}
+    if operation in BODIES:
+        sent = {
+            "content": json.dumps(BODIES[operation]),
+            "headers": {"Content-Type": "application/json"},
+        }
+    with world.sidecar.client(caller) as client:
+        return client.request(method, path, **sent)
+
+
+def test_every_operation_has_a_row_and_every_row_an_operation() -> None:
+    """Whoever adds an endpoint says who may call it."""
+    assert sorted(rows()) == sorted(operations())
+    takers = {
+        f"{method.upper()} {path}"
+        for path, methods in OPERATIONS.items()
+        for method, operation in methods.items()
+        if operation.takes is not None
+    }
+    assert BODIES.keys() == takers
+
+
+@pytest.mark.parametrize("operation", operations())
+def test_the_table_is_true(world: World, operation: str) -> None:
+    """Every cell; what is refused changes nothing, and tells nothing of whether a key is there."""
+    row = rows()[operation]
+    wrong = []
+    for ours, theirs in (world.houses, world.houses[::-1]):
+        for role, callers in ours.callers.items():
+            for caller in callers:
+                targets = targets_of(world, ours, theirs) if "{id}" in operation else {"": ""}
+                refusals: dict[int, set[Any]] = {}
+                for target, key_id in targets.items():
+                    before = world.snapshot()
+                    answer = call(world, caller, operation, key_id)
+                    if answer.status_code != expected(row[role], target):
+                        wrong.append((ours.name, role, target, answer.status_code))
+                    if answer.status_code >= 400:
+                        assert world.snapshot() == before, (role, target)
+                        shown = (answer.content, tuple(sorted(answer.headers.multi_items())))
+                        refusals.setdefault(answer.status_code, set()).add(shown)
+                assert all(len(answers) == 1 for answers in refusals.values()), (role, refusals)
+    assert wrong == []
+
+
+def test_one_answer_for_whatever_is_not_the_callers(world: World) -> None:
+    """Byte for byte, over all operations of a dialect: foreign, unknown and malformed are alike."""
+    ours, theirs = world.houses
+    [full] = ours.callers["FULL"]
+    for prefix in ("/v1/api-keys/", "/v1/api_keys/"):
+        answers = set()
+        for operation in operations():
+            if prefix in operation:
+                targets = targets_of(world, ours, theirs)
+                for target in OTHERS:
+                    answer = call(world, full, operation, targets[target])
+                    answers.add((answer.status_code, answer.content))
+        [(status, _)] = answers
+        assert status == 404
+
+
+def test_a_call_that_changes_something_would_be_noticed(world: World) -> None:
+    """The twin: the snapshot sees what an allowed call changes."""
+    ours, theirs = world.houses
+    [full] = ours.callers["FULL"]
+    for operation in ("PATCH /v1/api-keys/{id}", "DELETE /v1/api-keys/{id}", "POST /v1/api-keys"):
+        targets = targets_of(world, ours, theirs)
+        before = world.snapshot()
+        assert call(world, full, operation, targets[OURS]).status_code == 200
+        assert world.snapshot() != before
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_three_numbers_are_for_three_kinds_of_target(index: int) -> None:
+    """The table is read as it says."""
+    kinds = [[OURS], [TEST], OTHERS]
+    numbers = [expected([200, 201, 404], target) for target in kinds[index]]
+    assert numbers == [[200, 201, 404][index]] * len(kinds[index])
+    assert list(itertools.chain(*kinds))[:2] == [OURS, TEST]
