@@ -1,19 +1,23 @@
 """The OpenAPI document: valid, complete, and true of real answers."""
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.keyring import Created
+from keylatch.keyring import Created, InvalidValue, checked_name
 from keylatch_sidecar import ext_authz, verify
 from keylatch_sidecar.app import ROUTES
+from keylatch_sidecar.bodies import NAME_PATTERN
 
 AS_JSON = {"Content-Type": "application/json"}
 EXT_AUTHZ = f"{ext_authz.PATH}/{{path}}"
@@ -96,6 +100,37 @@ def test_management_needs_a_key_and_the_rest_does_not(document: dict[str, Any]) 
         assert ("security" in operation) == path.startswith(("/v1/", "/verify", "/ext_authz"))
 
 
+BLANKS = " \t\n\x1c\x85\xa0\u2028\u3000"
+blanks_and_controls = st.sampled_from(BLANKS + "\0\x7f\u200e\u202e\ufeffCI\U0001f511")
+
+
+@given(st.text(blanks_and_controls, max_size=12) | st.text(max_size=110))
+def test_names_are_described_as_they_are_checked(name: str) -> None:
+    """What the pattern lets through makes a key, and nothing else does."""
+    try:
+        checked_name(name)
+        is_good = True
+    except InvalidValue:
+        is_good = False
+    assert (re.search(NAME_PATTERN, name) is not None) == is_good
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 99, 100, 101])
+def test_names_of_every_length_are_described(length: int) -> None:
+    """1 to 100 characters, not counting blanks around them."""
+    for name in ("x" * length, " " + "x" * length + " "):
+        assert (re.search(NAME_PATTERN, name) is not None) == (length <= 100)
+
+
+def test_permissions_are_those_that_may_be_given(store_url: str, clock: Clock) -> None:
+    """A sidecar with words of its own says which."""
+    with sidecar_on(store_url, clock, permissions="FULL,READ") as own, own.client() as anybody:
+        schemas = anybody.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("unsent.CreateKey", "ChangeKey"):
+        assert schemas[name]["properties"]["permission"]["enum"] == ["FULL", "READ"]
+    assert "enum" not in schemas["unsent.Key"]["properties"]["permission"]
+
+
 class Transcript:
     """Calls, and which of the described answers they met."""
 
@@ -141,6 +176,9 @@ def test_real_answers_are_as_described(
             one = f"{keys}/{{id}}"
             key = transcript.call(client, "POST", keys, json={"name": "CI"})
             path = f"{keys}/{key['id']}"
+            later = {"Prefer": "respond-async"}
+            spare = transcript.call(client, "POST", keys, json={"name": "spare"})
+            transcript.call(client, "DELETE", f"{keys}/{spare['id']}", one, headers=later)
             for template, method, operation in operations(document):
                 if template not in (keys, one):
                     continue

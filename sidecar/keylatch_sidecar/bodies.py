@@ -25,8 +25,9 @@ from pydantic.alias_generators import to_camel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from keylatch.keyring import MAX_NAME_LENGTH
 from keylatch.model import KeyRecord
-from keylatch.tokens import without_tokens
+from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem
 
 MAX_BODY_BYTES: Final = 16 * 1024
@@ -57,6 +58,23 @@ def _in_utc(moment: datetime) -> datetime:
 Instant = Annotated[
     AwareDatetime, Field(strict=False), BeforeValidator(_only_iso), AfterValidator(_in_utc)
 ]
+
+
+# What `keyring.checked_name` says, for clients made from the document: control characters, and
+# whatever makes a name read as another one, have no place but (blanks only) around it.
+_BLANKS: Final = r"\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_NAMELESS: Final = (
+    r"\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+)
+_END: Final = f"[^{_BLANKS}{_NAMELESS}]"
+NAME_PATTERN: Final = (
+    f"^[{_BLANKS}]*{_END}([^{_NAMELESS}]{{0,{MAX_NAME_LENGTH - 2}}}{_END})?[{_BLANKS}]*$"
+)
+
+Name = Annotated[str, Field(json_schema_extra={"pattern": NAME_PATTERN})]
+"""Of a key: checked by the keyring, described here."""
+Environment = Annotated[str, Field(json_schema_extra={"pattern": f"^{ENVIRONMENT_PATTERN}$"})]
+"""Of a key: checked by the keyring, described here."""
 
 
 class Body(BaseModel):

@@ -11,7 +11,7 @@ from keylatch.keyring import InvalidValue
 from keylatch.model import FULL, KeyRecord
 from keylatch_sidecar import bodies, listing, receipts
 from keylatch_sidecar.access import key_id, manager
-from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Instant, Shape, iso
+from keylatch_sidecar.bodies import JSON, Body, Environment, ErrorJSON, Instant, Name, Shape, iso
 from keylatch_sidecar.problems import Fault, Problem, no_such_key
 from keylatch_sidecar.profile import speaking
 
@@ -21,9 +21,9 @@ T = TypeVar("T")
 class CreateKey(Body):
     """`environment` and `expiresAt` are keylatch's."""
 
-    name: str
+    name: Name
     permission: str = FULL
-    environment: str | None = None
+    environment: Environment | None = None
     expires_at: Instant | None = None
 
 
@@ -39,7 +39,7 @@ class ChangeKey(Body):
 
     model_config = ConfigDict(json_schema_extra=_without_defaults)
 
-    name: str = ""
+    name: Name = ""
     active: bool = True
     permission: str = FULL
     expires_at: Instant | None = None
