@@ -68,9 +68,15 @@ class WitnessedStore(Store):
         self.committed: dict[str, int] = {}
 
     async def change(
-        self, organization_id: str, key_id: str, now_ms: int, values: Mapping[str, Any]
+        self,
+        organization_id: str,
+        key_id: str,
+        now_ms: int,
+        values: Mapping[str, Any],
+        *,
+        by: str = "",
     ) -> tuple[KeyRecord, int] | None:
-        changed = await super().change(organization_id, key_id, now_ms, values)
+        changed = await super().change(organization_id, key_id, now_ms, values, by=by)
         self.committed[key_id] = time.monotonic_ns()
         return changed
 

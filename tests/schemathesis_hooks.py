@@ -18,7 +18,14 @@ from keylatch.settings import Settings
 Case = schemathesis.Case[Any]
 
 ORGANIZATION = "fuzzed"
-BEYOND_SCHEMAS = "must lie in the future"
+BEYOND_SCHEMAS = [  # rules about the time, about two fields, and about the key's state
+    "must lie in the future",
+    "must end before the year 10000",
+    "is instead of expiresAt, not beside it",
+    "must have at most 4096 bytes as JSON",
+    "The API key was deleted; that is final",
+    "No rotation of the API key is under way",
+]
 
 
 @schemathesis.auth()
@@ -47,8 +54,8 @@ def what_a_schema_allows_is_accepted(
     response: Response,
     case: Case,
 ) -> Any:
-    """`positive_data_acceptance`, but for one rule that depends on what time it is."""
-    if response.status_code == 400 and BEYOND_SCHEMAS in response.text:
+    """`positive_data_acceptance`, but for rules that no schema can tell."""
+    if response.status_code == 400 and any(rule in response.text for rule in BEYOND_SCHEMAS):
         return None
     check: Any = CHECKS.get_one("positive_data_acceptance")
     return check(context, response, case)

@@ -552,7 +552,7 @@ def test_the_official_bytes_are_read() -> None:
         b"\x12\x07SENDINGZ\x11\n\x0f\n\x01f\x12\n\n\x08\n\x01x\x12\x03\x1a\x01yb\x03\n\x01s"
     )
     headers = [(b"authorization", b"Bearer k"), (b"x-raw", b"\xff"), (b"x-text", b"t")]
-    assert read(message) == Question(Facts("POST", "/v1/emails?x=1"), headers, [b"SENDING"])
+    assert read(message) == Question(Facts("POST", "/v1/emails?x=1"), headers, [b"SENDING"], [])
 
 
 def test_the_official_bytes_are_written() -> None:

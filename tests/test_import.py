@@ -33,7 +33,7 @@ class Foreseen(CheckKeys):
         super().__init__([b"k" * 32])
         self.token = token
 
-    def mint(self, prefix: str, environment: str) -> Token:
+    def mint(self, prefix: str, environment: str, key_id: str | None = None) -> Token:
         return self.token
 
 

@@ -12,11 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conftest import Clock, MakeEngine, Sidecar, sidecar_on
 from keylatch import tokens
+from keylatch.drafts import NotPossible
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
-from keylatch.model import KeyRecord
+from keylatch.lookup import Owner
 from keylatch.settings import Settings
 from keylatch.store import Found
 from keylatch.tokens import CheckKeys, Token, looks_minted
@@ -67,7 +68,11 @@ def test_a_leaked_key_is_revoked(sidecar: Sidecar, boss: Created) -> None:
     assert report(sidecar, {"token": leaky.token.reveal()}).body == ACCEPTED
     eventually(lambda: not works(sidecar, leaky))
     assert works(sidecar, other)
-    assert shown(sidecar, boss, leaky)["active"] is False
+    key = shown(sidecar, boss, leaky)
+    assert (key["active"], key["revokedReason"]) == (False, "leaked")
+    with sidecar.client(boss) as client:
+        lines = client.get("/v1/audit", params={"key": leaky.record.id, "limit": 1}).json()
+    assert lines[0]["actor"] == "leak report"
 
 
 def test_githubs_alerts_are_understood(sidecar: Sidecar, boss: Created) -> None:
@@ -182,6 +187,36 @@ def test_a_body_of_another_shape_is_refused(sidecar: Sidecar, content: Any, wron
     assert json.loads(answer.body)["message"] == wrong
 
 
+def rotated(sidecar: Sidecar, boss: Created, key: Created, grace_seconds: int) -> dict[str, str]:
+    """The header that sends the key's new secret."""
+    with sidecar.client(boss) as client:
+        path = f"/v1/api-keys/{key.record.id}/rotate"
+        answer = client.post(path, json={"graceSeconds": grace_seconds})
+    return {"Authorization": f"Bearer {answer.json()['token']}"}
+
+
+def test_a_secret_that_was_rotated_away_ends_alone(sidecar: Sidecar, boss: Created) -> None:
+    """Whoever rotates because of a leak does not lose the new secret to the report of the old."""
+    leaky = a_key_of(sidecar, boss)
+    new = rotated(sidecar, boss, leaky, 3_600)
+    assert works(sidecar, leaky)
+    report(sidecar, {"token": leaky.token.reveal()})
+    eventually(lambda: not works(sidecar, leaky))
+    report(sidecar, {"token": leaky.token.reveal()})
+    with sidecar.client() as client:
+        assert client.get("/verify", headers=new).status_code == 200
+    assert shown(sidecar, boss, leaky)["active"] is True
+
+
+def test_the_new_secret_ends_the_key(sidecar: Sidecar, boss: Created) -> None:
+    """And with it the old one, whatever is left of its grace."""
+    leaky = a_key_of(sidecar, boss)
+    new = rotated(sidecar, boss, leaky, 3_600)
+    report(sidecar, {"token": new["Authorization"].removeprefix("Bearer ")})
+    eventually(lambda: not works(sidecar, leaky))
+    assert shown(sidecar, boss, leaky)["active"] is False
+
+
 # What is done about it, in this process
 
 
@@ -198,7 +233,7 @@ class Counting(Engine):
         self.vouched += 1
         return super().vouches(token)
 
-    async def identify(self, token: Token) -> KeyRecord | None:
+    async def identify(self, token: Token) -> Owner | None:
         self.asked.append(token.key_id)
         if self.troubles:
             raise self.troubles.pop(0)
@@ -258,9 +293,9 @@ async def test_an_id_is_not_enough(counting: Counting) -> None:
 class Gullible(Counting):
     """The broken twin: it takes the keyed check for a proof."""
 
-    async def identify(self, token: Token) -> KeyRecord | None:
+    async def identify(self, token: Token) -> Owner | None:
         found = await self.store.find(token.key_id)
-        return found.record if isinstance(found, Found) else None
+        return Owner(found.record, is_of_use=True) if isinstance(found, Found) else None
 
 
 @pytest.mark.anyio
@@ -302,6 +337,16 @@ async def test_a_report_outlasts_an_outage(
         *["reports of leaked keys are waiting: the store is away"] * 3,
         f"{key.record.id} was reported as leaked and is revoked",
     ]
+
+
+@pytest.mark.anyio
+async def test_a_rotation_that_is_taken_back_in_between_saves_nothing(counting: Counting) -> None:
+    """The secret is the key's again, so the key ends."""
+    key, reports = await created(counting), Reports(counting)
+    counting.troubles = [NotPossible("No rotation of the API key is under way")]
+    await reports.take([key.token])
+    await done(reports)
+    assert await is_revoked(counting, key)
 
 
 @pytest.mark.anyio

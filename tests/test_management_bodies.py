@@ -326,7 +326,7 @@ def test_a_change_of_nothing_is_refused(line: Line, boss: Created, body: bytes) 
     """400 that says what could be changed."""
     before = line.all_keys()
     answer = line.send("PATCH", f"{UNSENT}/{boss.record.id}", body, JSON)
-    message = "Nothing to change: send name, active, permission or expiresAt"
+    message = "Nothing to change: send a field of the key"
     assert (answer.status, answer.body) == (400, unsent_error("BAD_REQUEST", message))
     assert line.all_keys() == before
 

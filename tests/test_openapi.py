@@ -14,7 +14,8 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.keyring import Created, InvalidValue, checked_name
+from keylatch.drafts import InvalidValue, checked_name
+from keylatch.keyring import Created
 from keylatch_sidecar import ext_authz, verify
 from keylatch_sidecar.app import ROUTES
 from keylatch_sidecar.bodies import NAME_PATTERN
@@ -76,7 +77,14 @@ def test_every_operation_has_a_name_of_its_own_and_a_summary(document: dict[str,
 def test_what_is_left_out_of_a_change_has_no_default(document: dict[str, Any]) -> None:
     """A generated client that filled defaults in would enable keys and widen their rights."""
     fields = document["components"]["schemas"]["ChangeKey"]["properties"]
-    assert fields.keys() == {"name", "active", "permission", "expiresAt"}
+    assert fields.keys() == {
+        "name",
+        "active",
+        "permission",
+        "expiresAt",
+        "expiresIn",
+        "metadata",
+    }
     assert all("default" not in field for field in fields.values())
 
 
@@ -98,6 +106,18 @@ def test_management_needs_a_key_and_the_rest_does_not(document: dict[str, Any]) 
     """`security` is on the operations that answer 401 without one."""
     for path, _, operation in operations(document):
         assert ("security" in operation) == path.startswith(("/v1/", "/verify", "/ext_authz"))
+
+
+def test_bodies_are_needed_where_they_are_called_so(
+    document: dict[str, Any], sidecar: Sidecar
+) -> None:
+    """A client made from the document may leave out what is optional, and nothing else."""
+    for path, method, operation in operations(document):
+        if "requestBody" in operation:
+            boss = sidecar.create()
+            with sidecar.client(boss) as caller:
+                answer = caller.request(method, path.replace("{id}", boss.record.id))
+            assert (answer.status_code == 400) == operation["requestBody"]["required"], path
 
 
 BLANKS = " \t\n\x1c\x85\xa0\u2028\u3000"
@@ -129,6 +149,12 @@ def test_permissions_are_those_that_may_be_given(store_url: str, clock: Clock) -
     for name in ("unsent.CreateKey", "ChangeKey"):
         assert schemas[name]["properties"]["permission"]["enum"] == ["FULL", "READ"]
     assert "enum" not in schemas["unsent.Key"]["properties"]["permission"]
+
+
+MANAGED = [
+    *("/v1/api-keys", "/v1/api-keys/{id}"),
+    *("/v1/api_keys", "/v1/api_keys/{id}"),
+]
 
 
 class Transcript:
@@ -196,6 +222,38 @@ def test_real_answers_are_as_described(
                         transcript.call(client, method, where, template, **sent)
                 else:
                     transcript.call(client, method, where, template)
+        for template, method, _ in operations(document):
+            if template.startswith("/v1/") and template not in MANAGED:
+                its_boss = sidecar.create()
+                its_key = sidecar.create(its_boss.record.organization_id)
+                where = template.replace("{id}", its_key.record.id)
+                callers = [anonymous, waiting]
+                if "403" in document["paths"][template][method.lower()]["responses"]:
+                    callers.append(sending)
+                for caller in callers:
+                    transcript.call(caller, method, where, template)
+                with sidecar.client(its_boss) as caller:
+                    malformed: dict[str, Any] = {"headers": {"Authorization": "Bearer"}}
+                    for options in [
+                        malformed,
+                        {"content": b"x", "headers": AS_JSON},
+                        {"content": b"x" * 20_000, "headers": AS_JSON},
+                        {"content": b'{"no":1}', "headers": AS_JSON},
+                        {"params": {"reason": " "}},
+                        {"params": {"limit": "0"}},
+                        {"params": {"key": "!"}},
+                    ]:
+                        transcript.call(caller, method, where, template, **options)
+                    unknown = template.replace("{id}", "x")
+                    if unknown != template:
+                        transcript.call(caller, method, unknown, template)
+                    if template.endswith(("/cancel", "/finish")):
+                        caller.post(f"/v1/api-keys/{its_key.record.id}/rotate")
+                    if "202" in document["paths"][template][method.lower()]["responses"]:
+                        spare = sidecar.create(its_boss.record.organization_id)
+                        with sidecar.client(spare) as last:
+                            transcript.call(last, method, where, template, headers=later)
+                    transcript.call(caller, method, where, template)
         for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
             query = {"permission": asked} if asked else {}
             transcript.call(caller, "GET", "/verify", params=query)

@@ -179,6 +179,27 @@ def test_a_live_key_is_told_from_a_dead_one(operator: Operator, folder: Path) ->
     assert not any(token in found.out + found.err for token in tokens)
 
 
+def test_a_secret_that_was_rotated_away_is_told(operator: Operator, folder: Path) -> None:
+    """Live while the grace runs, and then of no use; it is ended without its key."""
+    lapsed, leaked = operator.create(), operator.create()
+    new = [
+        operator.run("keys", "rotate", key["id"], "--grace", "1h").out.strip()
+        for key in (lapsed, leaked)
+    ]
+    with closing(sqlite3.connect(operator.database)) as raw, raw:
+        change = "UPDATE keylatch_keys SET previous_expires_at = 1 WHERE id = ?"
+        raw.execute(change, (lapsed["id"],))
+    (folder / "old").write_text(f"{lapsed['token']}\n{leaked['token']}")
+    found = operator.run("scan", str(folder), "--revoke")
+    first, second = found.out.splitlines()
+    assert found.code == 1
+    assert " rotated (a key" in first
+    assert " live, revoked now (a key" in second
+    assert operator.run("scan", str(folder), "--revoke").code == 0
+    for token in new:
+        assert operator.run("verify", typed=token).code == 0
+
+
 def test_scripts_get_json_and_an_exit_code(operator: Operator, folder: Path) -> None:
     """0 for none, 1 for a live one; the same fields for each."""
     assert operator.run("scan", str(folder), "--json").out == "[]\n"

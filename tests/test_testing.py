@@ -70,6 +70,18 @@ def keys() -> Keys:
     return Keys()
 
 
+def test_a_rotated_key_has_two_secrets_until_the_clock_says(app: Any, keys: Keys) -> None:
+    """What a client that is told late meets."""
+    caller = Caller(app)
+    with keys.behind(app):
+        old = keys.create()
+        new = keys.rotate(old, grace=60)
+        assert new.id == old.id
+        assert [caller.status(**key.headers) for key in (old, new)] == [200, 200]
+        keys.clock.tick(60)
+        assert [caller.status(**key.headers) for key in (old, new)] == [401, 200]
+
+
 def test_the_apps_own_middleware_accepts_minted_keys(app: Any, keys: Keys) -> None:
     """Rules, revokes and refusals are the real ones; afterwards the app is as it was."""
     caller = Caller(app)

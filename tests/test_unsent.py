@@ -22,6 +22,7 @@ KEYS = "/v1/api-keys"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 FIELDS = {"id", "name", "partialToken", "permission", "createdAt", "lastUsed"}
 OUR_FIELDS = {"organizationId", "active", "environment", "expiresAt", "updatedAt"}
+OUR_FIELDS |= {"metadata", "revokedReason", "rotatedAt", "previous"}
 CALLS = [
     ("GET", KEYS),
     ("POST", KEYS),
@@ -75,6 +76,10 @@ def test_a_created_key_is_answered_with_all_its_fields(
         "organizationId": boss.record.organization_id,
         "active": True,
         "environment": "live",
+        "metadata": {},
+        "revokedReason": None,
+        "rotatedAt": None,
+        "previous": None,
     }
     assert TIME.fullmatch(now)
     assert re.fullmatch(r"[A-Za-z0-9_-]+", key["id"])
@@ -89,7 +94,7 @@ def test_times_are_what_the_clock_says(store_url: str, clock: Clock) -> None:
 
 
 def test_the_token_is_in_the_create_answer_and_in_no_other(client: httpx.Client) -> None:
-    """Afterwards there are the six fields of the page and keylatch's five, never the token."""
+    """Afterwards there are the six fields of the page and keylatch's own, never the token."""
     key = created(client)
     path = f"{KEYS}/{key['id']}"
     answers = [

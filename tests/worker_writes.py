@@ -23,12 +23,18 @@ from keylatch.store import Store
 class HastyStore(Store):
     """A broken twin: answers at once and writes a moment later."""
 
-    async def add(self, record: KeyRecord, hashed: str) -> int:
+    async def add(self, record: KeyRecord, hashed: str, *, by: str = "") -> int:
         self._in_a_moment(super().add(record, hashed))
         return 0
 
     async def change(
-        self, organization_id: str, key_id: str, now_ms: int, values: Mapping[str, Any]
+        self,
+        organization_id: str,
+        key_id: str,
+        now_ms: int,
+        values: Mapping[str, Any],
+        *,
+        by: str = "",
     ) -> None:
         self._in_a_moment(super().change(organization_id, key_id, now_ms, values))
 

@@ -2,9 +2,10 @@
 
 Keys that exist and tokens that fit none are kept apart, so a spray of bad tokens evicts no good
 key. A key is found by the fingerprint of its token, which proves it, and by its id, which tells
-that another secret is wrong. Nothing here expires by being told so: whether an entry may be used is
-asked of the `Feed` at each use, and whether its key has expired of `judge`. Threads may share it: a
-hit takes no lock, because one that is preempted while holding a lock makes all the others queue.
+that another secret is wrong. While the grace of a rotation runs, a key has two entries. Nothing
+here expires by being told so: whether an entry may be used is asked of the `Feed` at each use, and
+whether its key has expired of `judge`. Threads may share it: a hit takes no lock, because one that
+is preempted while holding a lock makes all the others queue.
 """
 
 import threading
@@ -15,7 +16,7 @@ from typing import Final
 
 from cachetools import TTLCache
 
-from keylatch.model import Allow, KeyRecord, Reason, principal_of
+from keylatch.model import PREVIOUS, Allow, KeyRecord, Reason, principal_of
 
 _ABSENCES: Final = 4_096
 _ABSENCE_SECONDS: Final = 10.0
@@ -23,12 +24,18 @@ _SECOND_CHANCES: Final = 16
 
 
 class Use:
-    """When a key was last used, and whether that is waiting to be stored: see `usage`."""
+    """When a key was last used, and whether that is waiting to be stored: see `usage`.
 
-    __slots__ = ("is_waiting", "key_id", "used_at")
+    Args:
+        key_id: the key.
+        secret: the key's id, or that with `PREVIOUS` behind it: by which of its secrets.
+    """
 
-    def __init__(self, key_id: str) -> None:
+    __slots__ = ("is_waiting", "key_id", "secret", "used_at")
+
+    def __init__(self, key_id: str, secret: str | None = None) -> None:
         self.key_id = key_id
+        self.secret = secret or key_id
         self.used_at = 0.0
         self.is_waiting = False
 
@@ -40,14 +47,21 @@ class Entry(Use):
         fingerprint: of its token.
         record: it had no flaw.
         as_of: the sequence number at which that was so.
+        is_previous: the secret is the one before the last rotation.
     """
 
-    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "state")
+    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "grace_ends_at", "state")
 
-    def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
-        super().__init__(record.id)
+    def __init__(
+        self, fingerprint: bytes, record: KeyRecord, as_of: int, is_previous: bool = False
+    ) -> None:
+        super().__init__(record.id, record.id + PREVIOUS if is_previous else None)
         self.fingerprint = fingerprint
-        self.allow = Allow(principal_of(record), record.expires_at)
+        self.grace_ends_at = record.previous_expires_at or 0
+        ends_at = record.expires_at
+        if is_previous:  # the key's own end may have been moved since
+            ends_at = min(self.grace_ends_at, ends_at or self.grace_ends_at)
+        self.allow = Allow(principal_of(record), ends_at)
         self.as_of = as_of
         self.considered_at = 0.0  # when it was last spared, see `_Entries`
         self.state: object = None  # of the feed, by which it was last found to be true
@@ -76,18 +90,19 @@ class _Entries:
 
     def add(self, entry: Entry) -> None:
         """Keep a key; what was known of it goes."""
-        self.remove(entry.key_id)
+        self.remove(entry.secret)
         while len(self._by_id) >= self._size:
             self._let_one_go()
-        self._by_id[entry.key_id] = self.by_fingerprint[entry.fingerprint] = entry
+        self._by_id[entry.secret] = self.by_fingerprint[entry.fingerprint] = entry
         self._queue.append(entry)
         if len(self._queue) > 2 * self._size:  # keys that change again and again leave many
             self._queue = deque(filter(self._is_kept, self._queue))
 
-    def remove(self, key_id: str) -> None:
-        """Forget a key."""
-        entry = self._by_id.pop(key_id, None)
-        if entry is not None:
+    def remove(self, secret: str) -> None:
+        """Forget a key, or its previous secret."""
+        entry = self._by_id.pop(secret, None)
+        # After a rotation the same secret may have got another entry.
+        if entry is not None and self.by_fingerprint.get(entry.fingerprint) is entry:
             del self.by_fingerprint[entry.fingerprint]
 
     def _let_one_go(self) -> None:
@@ -97,14 +112,14 @@ class _Entries:
             if not self._is_kept(entry):
                 continue
             if entry.used_at == entry.considered_at or spared == _SECOND_CHANCES:
-                self.remove(entry.key_id)
+                self.remove(entry.secret)
                 return
             entry.considered_at = entry.used_at
             self._queue.append(entry)
             spared += 1
 
     def _is_kept(self, entry: Entry) -> bool:
-        return self._by_id.get(entry.key_id) is entry
+        return self._by_id.get(entry.secret) is entry
 
 
 class Absence:
@@ -146,7 +161,7 @@ class Cache:
         self.proven = self._entries.by_fingerprint.get
         """The entry for a token's fingerprint, or None."""
         self.entry = self._entries.of_id
-        """The entry for a key's id, or None."""
+        """The entry for a key's id and its present secret, or None."""
 
     def absence(self, fingerprint: bytes) -> Absence | None:
         """The absence for a token's fingerprint, or None."""
@@ -168,6 +183,7 @@ class Cache:
             self._absences[fingerprint] = absence
             if absence.reason is not Reason.WRONG_SECRET:
                 self._entries.remove(absence.key_id)
+                self._entries.remove(absence.key_id + PREVIOUS)
 
     def clear(self) -> None:
         """Forget everything."""

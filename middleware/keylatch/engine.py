@@ -29,7 +29,7 @@ from keylatch.hashing import Hasher
 from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
-from keylatch.lookup import Lookup
+from keylatch.lookup import Lookup, Owner
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
@@ -256,6 +256,8 @@ class Engine:
             return None
         if wanted.permissions is not None and allow.principal.permission not in wanted.permissions:
             return None
+        if wanted.environment is not None and allow.principal.environment != wanted.environment:
+            return None
         self._usage.note(entry, now_ms)
         return allow
 
@@ -274,15 +276,12 @@ class Engine:
         """
         if self._check_keys is None:
             return None
-        entry = self._l1.entry(token.key_id)
-        if entry is None:
-            absence = self._l1.absence(token.fingerprint)
-            if absence is None:
-                return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
-            return self._judge_absence(absence) if self._witness.is_current() else None
+        known = self._remembered(token)
+        if known is None:
+            return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
         if not self._witness.is_current():
             return None
-        return self._judge(entry, token, wanted)
+        return self._judge(known, token, wanted)
 
     async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
@@ -306,7 +305,7 @@ class Engine:
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
-        known = self._l1.entry(token.key_id) or self._l1.absence(token.fingerprint)
+        known = self._remembered(token)
         for _ in range(_ATTEMPTS):
             if known is None:
                 known = await self._flights.join(
@@ -315,18 +314,29 @@ class Engine:
             # What was fetched is judged like what was cached: the flight may have left before
             # this request came.
             await self._witness.catch_up()
-            if isinstance(known, Entry):
-                verdict = self._judge(known, token, wanted)
-            else:
-                verdict = self._judge_absence(known)
+            verdict = self._judge(known, token, wanted)
             if verdict is not None:
                 return verdict
             known = None
         log.warning("a key changed again and again while it was looked up")
         return Deny(Reason.UNAVAILABLE)
 
-    def _judge(self, entry: Entry, token: Token, wanted: Wanted) -> Verdict | None:
-        """The verdict by an entry, or None if it is stale. The feed must be current."""
+    def _remembered(self, token: Token) -> Entry | Absence | None:
+        """What this process knows of a token: that it is a key, or none, or that the key which it
+        claims to be has another secret. While a rotation's grace runs, that says nothing."""
+        fingerprint = token.fingerprint
+        entry = self._l1.proven(fingerprint) or self._l1.entry(token.key_id)
+        if entry is None or (
+            entry.fingerprint != fingerprint and entry.grace_ends_at > self._witness.now_ms()
+        ):
+            return self._l1.absence(fingerprint)
+        return entry
+
+    def _judge(self, known: Entry | Absence, token: Token, wanted: Wanted) -> Verdict | None:
+        """The verdict by what is known, or None if that is stale. The feed must be current."""
+        if isinstance(known, Absence):
+            return self._judge_absence(known)
+        entry = known
         if not self._renewed(entry):
             return None
         if entry.fingerprint != token.fingerprint:
@@ -370,7 +380,7 @@ class Engine:
         """Whether this store minted the token, by its keyed check alone. That proves no key."""
         return self._check_keys is not None and self._check_keys.vouch(token)
 
-    async def identify(self, token: Token) -> KeyRecord | None:
+    async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
 
         It asks the store and its hashes, no cache, and nobody has called: no use is noted.
@@ -397,7 +407,7 @@ class Engine:
         return self._watch.over(token, wanted)
 
     async def _is_good(self, token: Token, wanted: Wanted) -> bool:
-        entry = self._l1.entry(token.key_id)
+        entry = self._l1.proven(token.fingerprint)
         if entry is not None and self._renewed(entry):
             verdict = judge(entry.allow, self._witness.now_ms(), wanted)  # nobody called: no use
         else:

@@ -1,67 +1,54 @@
 """What management does with keys: create, list, get, change, delete, within one organisation.
 
-The law of this file: every change goes through `Store.add`, `Store.add_many` or `_change`, so there
-is no path that forgets to invalidate; the invalidation is part of the transaction, and what is told
-to Redis afterwards is a courtesy. The organisation always comes from the caller's own key, never
-from what the caller says.
+The law of this file: every change is one call of the store, which invalidates and writes the audit
+log in the transaction that makes the change; what is told to Redis afterwards is a courtesy. The
+organisation always comes from the caller's own key, never from what the caller says.
 """
 
 import asyncio
-import re
-import unicodedata
+import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from keylatch.deeds import OPERATOR
+from keylatch.drafts import (
+    LIVE,
+    Draft,
+    InvalidValue,
+    Metadata,
+    NotPermitted,
+    NotPossible,
+    Rules,
+    check_expiry,
+    check_grace,
+    check_rights,
+    checked_name,
+    checked_reason,
+    written_metadata,
+)
 from keylatch.feed import Receipt
 from keylatch.hashing import Hasher
-from keylatch.model import FULL, KeyRecord, Principal
+from keylatch.model import FULL, Deed, KeyRecord, Principal
 from keylatch.settings import Settings
 from keylatch.store import Page, Store
-from keylatch.tokens import ENVIRONMENT_PATTERN, CheckKeys, Token, without_tokens
+from keylatch.tokens import CheckKeys, Token
 
-MAX_NAME_LENGTH: Final = 100
-ORGANIZATION_PATTERN: Final = r"[A-Za-z0-9_-]{1,64}"
-LIVE: Final = "live"
+__all__ = [
+    "Changed",
+    "Created",
+    "Draft",
+    "InvalidValue",
+    "Keyring",
+    "NotPermitted",
+    "NotPossible",
+    "Revoked",
+    "Rotated",
+]
 
-# Categories of code points that have no place in a name: controls, surrogates, line separators.
-_NAMELESS: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
-# Unicode TR 36: these make a name read as another one.
-_BIDI_CONTROLS: Final = frozenset(
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)
-
+_LONGEST_ACTOR: Final = 100
 
 Announce = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
-
-
-class InvalidValue(ValueError):
-    """A value that no key may have.
-
-    Args:
-        field: the argument at fault.
-        message: what it must be instead.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
-
-
-class NotPermitted(Exception):
-    """The caller would hand out more rights than its own key has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A key to be made; see `Keyring.create`."""
-
-    organization_id: str
-    name: str
-    permission: str = FULL
-    environment: str = LIVE
-    expires_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +65,23 @@ class Created:
 
     record: KeyRecord
     token: Token = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """A key with a new secret, its token this once, and what is known of the change's spreading."""
+
+    record: KeyRecord
+    token: Token = field(repr=False)
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """How many keys of an organisation were revoked at once, and how far that has spread."""
+
+    count: int
+    receipt: Receipt
 
 
 class Keyring:
@@ -106,9 +110,16 @@ class Keyring:
         self._hasher = hasher
         self._check_keys = check_keys
         self._prefix = settings.prefix
-        self._grantable = settings.grantable
+        self._rules = Rules(settings)
         self._clock = clock
         self._announce = announce
+        self._operator = OPERATOR
+
+    def used_by(self, operator: str) -> "Keyring":
+        """The same, for somebody whom the audit log names where no key acts: `cli:alice`."""
+        keyring = copy.copy(self)
+        keyring._operator = operator[:_LONGEST_ACTOR]
+        return keyring
 
     async def create(
         self,
@@ -118,6 +129,7 @@ class Keyring:
         permission: str = FULL,
         environment: str = LIVE,
         expires_at: int | None = None,
+        metadata: Metadata | None = None,
         by: Principal | None = None,
     ) -> Created:
         """Make a key.
@@ -128,6 +140,7 @@ class Keyring:
             permission: one of the settings' `permissions`.
             environment: a word such as `live` or `test`.
             expires_at: milliseconds since the epoch, in the future; None: never.
+            metadata: names and scalars to keep with it, shown to whoever may manage it.
             by: the caller's own key, whose rights bound those of the new key; None: the operator.
 
         Raises:
@@ -135,13 +148,14 @@ class Keyring:
             NotPermitted: the new key would have more rights than `by`.
             HashingBusy, StoreUnavailable: nothing was made.
         """
-        draft = Draft(organization_id, name, permission, environment, expires_at)
+        draft = Draft(organization_id, name, permission, environment, expires_at, metadata)
         for fault in self.faults(draft):
             raise fault
         if by is not None:
-            _check_rights(by, permission, environment)
-        created = self._mint(draft, self._now_ms())
-        await self._store.add(created.record, await self._hasher.hash(created.token))
+            check_rights(by, permission, environment)
+        created = self._mint(draft, self.now_ms())
+        hashed = await self._hasher.hash(created.token)
+        await self._store.add(created.record, hashed, by=self._actor(by))
         return created
 
     async def create_many(self, drafts: Sequence[Draft]) -> Sequence[Created]:
@@ -159,11 +173,11 @@ class Keyring:
         for draft in drafts:
             for fault in self.faults(draft):
                 raise fault
-        now_ms = self._now_ms()
+        now_ms = self.now_ms()
         created = await asyncio.to_thread(lambda: [self._mint(draft, now_ms) for draft in drafts])
         hashes = await self._hasher.hash_all([each.token for each in created])
         records = [each.record for each in created]
-        await self._store.add_many(list(zip(records, hashes, strict=True)))
+        await self._store.add_many(list(zip(records, hashes, strict=True)), by=self._operator)
         return created
 
     async def made_many(self) -> None:
@@ -172,20 +186,7 @@ class Keyring:
 
     def faults(self, draft: Draft) -> list[InvalidValue]:
         """Everything that is wrong with a key to be made."""
-        checks: list[Callable[[], object]] = [
-            lambda: _check_form("organization", ORGANIZATION_PATTERN, draft.organization_id),
-            lambda: _check_form("environment", ENVIRONMENT_PATTERN, draft.environment),
-            lambda: checked_name(draft.name),
-            lambda: self._check_permission(draft.permission),
-            lambda: self._check_expiry(draft.expires_at, self._now_ms()),
-        ]
-        found = []
-        for check in checks:
-            try:
-                check()
-            except InvalidValue as fault:
-                found.append(fault)
-        return found
+        return self._rules.faults(draft, self.now_ms())
 
     def _mint(self, draft: Draft, now_ms: int) -> Created:
         token = self._check_keys.mint(self._prefix, draft.environment)
@@ -201,6 +202,7 @@ class Keyring:
             created_at=now_ms,
             updated_at=now_ms,
             expires_at=draft.expires_at,
+            metadata=written_metadata(draft.metadata),
         )
         return Created(record, token)
 
@@ -250,7 +252,8 @@ class Keyring:
         wait: bool = True,
         **values: Any,
     ) -> Changed | None:
-        """Change `name`, `active`, `permission` or `expires_at` of a key that is not deleted.
+        """Change `name`, `active`, `permission`, `expires_at` or `metadata` of a key that is not
+        deleted.
 
         Returns:
             the key after it, a deleted key as it is, or None where there is no such key.
@@ -263,18 +266,21 @@ class Keyring:
         if "name" in values:
             values["name"] = checked_name(values["name"])
         if "permission" in values:
-            self._check_permission(values["permission"])
+            self._rules.check_permission(values["permission"])
         if "expires_at" in values:
-            self._check_expiry(values["expires_at"], self._now_ms())
+            check_expiry(values["expires_at"], self.now_ms())
+        if "metadata" in values:
+            values["metadata"] = written_metadata(values["metadata"])
         if not await self._may_touch(organization_id, key_id, by, values.get("permission")):
             return None
-        return await self._change(organization_id, key_id, values, wait)
+        return await self._change(organization_id, key_id, values, by, wait)
 
     async def delete(
         self,
         organization_id: str,
         key_id: str,
         *,
+        reason: str | None = None,
         by: Principal | None = None,
         wait: bool = True,
     ) -> Changed | None:
@@ -283,6 +289,7 @@ class Keyring:
         Args:
             organization_id: whose key it is.
             key_id: which key.
+            reason: why, in up to 200 characters, for those who look at the key later.
             by: the caller's own key; None: the operator.
             wait: return only when no process accepts it any more; False: right after the commit,
                 with a receipt that bounds how long it may take.
@@ -291,14 +298,119 @@ class Keyring:
             the deleted key, or None where the organisation has no such key.
 
         Raises:
+            InvalidValue: of the reason.
             NotPermitted: the key is for an environment that `by` does not reach.
             StoreUnavailable: it may not have been revoked; repeat it.
         """
+        values: dict[str, Any] = {"active": False, "revoked_reason": checked_reason(reason)}
         if not await self._may_touch(organization_id, key_id, by):
             return None
-        return await self._change(
-            organization_id, key_id, {"active": False, "deleted_at": self._now_ms()}, wait
+        values["deleted_at"] = self.now_ms()
+        return await self._change(organization_id, key_id, values, by, wait)
+
+    async def rotate(
+        self,
+        organization_id: str,
+        key_id: str,
+        *,
+        grace_seconds: int = 0,
+        by: Principal | None = None,
+        wait: bool = True,
+    ) -> Rotated | None:
+        """Give a key a new secret; the one before stays good for the grace.
+
+        A secret that is still in its grace from an earlier rotation ends now.
+
+        Args:
+            organization_id: whose key it is.
+            key_id: which key; it keeps its id, its rights and all else.
+            grace_seconds: how long the present secret stays good, never beyond the key's own
+                expiry; 0: it ends with this call.
+            by: the caller's own key; None: the operator.
+            wait: as in `delete`.
+
+        Returns:
+            the key and its new token; None where the organisation has no such key.
+
+        Raises:
+            InvalidValue: of the grace.
+            NotPermitted: as in `delete`, or the key has more rights than `by`.
+            NotPossible: the key was deleted.
+            HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
+        """
+        check_grace(grace_seconds)
+        record = await self._store.get(organization_id, key_id)
+        if record is None:
+            return None
+        if by is not None:
+            check_rights(by, record.permission, record.environment)
+        token = self._check_keys.mint(self._prefix, record.environment, record.id)
+        hashed = await self._hasher.hash(token)
+        now_ms = self.now_ms()
+        ends_at = now_ms + grace_seconds * 1000 if grace_seconds else None
+        rotated = await self._store.rotate(
+            organization_id, key_id, now_ms, hashed, token.partial, ends_at, by=self._actor(by)
         )
+        if rotated is None:
+            return None
+        changed = await self._spread(rotated, wait)
+        return Rotated(changed.record, token, changed.receipt)
+
+    async def cancel_rotation(
+        self,
+        organization_id: str,
+        key_id: str,
+        *,
+        by: Principal | None = None,
+        wait: bool = True,
+    ) -> Changed | None:
+        """While the grace of a rotation runs: the secret before it is the key's again, and the new
+        one ends now.
+
+        Returns:
+            the key; None where the organisation has no such key.
+
+        Raises:
+            NotPermitted: as in `rotate`.
+            NotPossible: no grace runs, or the key was deleted.
+            StoreUnavailable: as in `delete`.
+        """
+        return await self._end_grace(organization_id, key_id, by, wait, goes_back=True)
+
+    async def finish_rotation(
+        self,
+        organization_id: str,
+        key_id: str,
+        *,
+        by: Principal | None = None,
+        wait: bool = True,
+    ) -> Changed | None:
+        """While the grace of a rotation runs: end it now. As `cancel_rotation`, the other way."""
+        return await self._end_grace(organization_id, key_id, by, wait, goes_back=False)
+
+    async def revoke_all(
+        self,
+        organization_id: str,
+        *,
+        reason: str | None = None,
+        by: Principal | None = None,
+        wait: bool = True,
+    ) -> Revoked:
+        """Revoke every key of an organisation, the caller's own among them, in one change that
+        every cache takes in as one. Keys that are made afterwards are good.
+
+        Raises:
+            InvalidValue: of the reason.
+            NotPermitted: `by` is not for live.
+            StoreUnavailable: as in `delete`.
+        """
+        reason = checked_reason(reason)
+        if by is not None:
+            check_rights(by, FULL, LIVE)
+        count, seq = await self._store.revoke_all(
+            organization_id, self.now_ms(), reason, by=self._actor(by)
+        )
+        return Revoked(count, await self._announce(None, seq, wait))
 
     async def set_organization_active(
         self, organization_id: str, active: bool, *, wait: bool = True
@@ -308,8 +420,47 @@ class Keyring:
         Returns:
             what is known of the change's spreading; None: no such organisation.
         """
-        seq = await self._store.change_organization(organization_id, self._now_ms(), active)
+        seq = await self._store.change_organization(
+            organization_id, self.now_ms(), active, by=self._operator
+        )
         return None if seq is None else await self._announce(None, seq, wait)
+
+    async def deeds(
+        self,
+        organization_id: str | None,
+        limit: int,
+        *,
+        key_id: str | None = None,
+        before: int | None = None,
+    ) -> Sequence[Deed]:
+        """The audit log: at most `limit` of what was done, the newest first.
+
+        Args:
+            organization_id: whose; None: everybody's, for the operator.
+            limit: at most so many.
+            key_id: only what was done to this key.
+            before: only what was done before the deed with this id.
+        """
+        return await self._store.deeds(organization_id, limit, key_id, before)
+
+    async def _end_grace(
+        self,
+        organization_id: str,
+        key_id: str,
+        by: Principal | None,
+        wait: bool,
+        *,
+        goes_back: bool,
+    ) -> Changed | None:
+        if by is not None:
+            record = await self._store.get(organization_id, key_id)
+            if record is None:
+                return None
+            check_rights(by, record.permission, record.environment)
+        changed = await self._store.end_grace(
+            organization_id, key_id, self.now_ms(), goes_back, by=self._actor(by)
+        )
+        return None if changed is None else await self._spread(changed, wait)
 
     async def _may_touch(
         self,
@@ -324,61 +475,29 @@ class Keyring:
         record = await self._store.get(organization_id, key_id)
         if record is None:
             return False
-        _check_rights(by, permission or by.permission, record.environment)
+        check_rights(by, permission or by.permission, record.environment)
         return True
 
     async def _change(
-        self, organization_id: str, key_id: str, values: dict[str, Any], wait: bool
+        self,
+        organization_id: str,
+        key_id: str,
+        values: dict[str, Any],
+        by: Principal | None,
+        wait: bool,
     ) -> Changed | None:
-        changed = await self._store.change(organization_id, key_id, self._now_ms(), values)
-        if changed is None:
-            return None
+        changed = await self._store.change(
+            organization_id, key_id, self.now_ms(), values, by=self._actor(by)
+        )
+        return None if changed is None else await self._spread(changed, wait)
+
+    async def _spread(self, changed: tuple[KeyRecord, int], wait: bool) -> Changed:
         record, seq = changed
         return Changed(record, await self._announce(record, seq, wait))
 
-    def _check_permission(self, permission: str) -> None:
-        if permission not in self._grantable:
-            raise InvalidValue("permission", f"must be one of {', '.join(self._grantable)}")
+    def _actor(self, by: Principal | None) -> str:
+        return self._operator if by is None else by.key_id
 
-    def _check_expiry(self, expires_at: int | None, now_ms: int) -> None:
-        if expires_at is not None and expires_at <= now_ms:
-            raise InvalidValue("expiresAt", "must lie in the future")
-
-    def _now_ms(self) -> int:
+    def now_ms(self) -> int:
+        """What the clock says, in milliseconds since the epoch."""
         return int(self._clock() * 1000)
-
-
-def checked_name(name: str) -> str:
-    """The name without blanks around it.
-
-    Raises:
-        InvalidValue: it is empty, too long, or holds control characters or a token.
-    """
-    name = name.strip()
-    if not name:
-        raise InvalidValue("name", "must not be empty or blank")
-    if len(name) > MAX_NAME_LENGTH:
-        raise InvalidValue("name", f"must have at most {MAX_NAME_LENGTH} characters")
-    is_plain = name.isascii() and name.isprintable()  # as most are
-    if not is_plain and any(
-        unicodedata.category(c) in _NAMELESS or c in _BIDI_CONTROLS for c in name
-    ):
-        raise InvalidValue("name", "must not hold control characters")
-    if without_tokens(name) != name:
-        raise InvalidValue("name", "must not hold a token: names are stored and shown")
-    return name
-
-
-def _check_form(field: str, pattern: str, value: str) -> None:
-    if not re.fullmatch(pattern, value):
-        raise InvalidValue(field, f"must match {pattern}")
-    if without_tokens(value) != value:
-        raise InvalidValue(field, "must not hold a token: it is stored and shown")
-
-
-def _check_rights(by: Principal, permission: str, environment: str) -> None:
-    """Nobody gives more than they have: neither another permission, nor a way into live."""
-    if by.permission not in (FULL, permission):
-        raise NotPermitted("a key cannot give more rights than its own")
-    if by.environment not in (LIVE, environment):
-        raise NotPermitted(f"a key for {by.environment} cannot touch one for {environment}")

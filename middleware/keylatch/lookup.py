@@ -5,6 +5,7 @@ An error anywhere on the way goes to the caller, and nothing is remembered of it
 
 import contextlib
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from keylatch.cache import Absence, Entry
@@ -13,8 +14,24 @@ from keylatch.feed import Feed, Witness
 from keylatch.hashing import Hasher
 from keylatch.model import KeyRecord, Reason, flaw
 from keylatch.shared_cache import SharedCache, Told
-from keylatch.store import Absent, Store
+from keylatch.store import Absent, Found, Store
 from keylatch.tokens import Token
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The key that a token belongs to.
+
+    Args:
+        record: of the key, whatever its state.
+        is_of_use: False: its secret opens nothing and never will, because the key was deleted, or
+            rotated and the grace is over.
+        is_previous: whether it is the secret before the last rotation.
+    """
+
+    record: KeyRecord
+    is_of_use: bool
+    is_previous: bool = False
 
 
 class Lookup:
@@ -56,16 +73,21 @@ class Lookup:
         """
         return await self._fetch_shared(token) or await self._fetch_stored(token)
 
-    async def identify(self, token: Token) -> KeyRecord | None:
+    async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
 
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
         found = await self._store.find(token.key_id)
-        if isinstance(found, Absent) or not await self._hasher.verify(found.hash, token):
+        if isinstance(found, Absent):
             return None
-        return found.record
+        if await self._hasher.verify(found.hash, token):
+            return Owner(found.record, found.record.deleted_at is None)
+        if found.previous_hash is None or not await self._hasher.verify(found.previous_hash, token):
+            return None
+        grace = found.record.grace_ends_at(self._witness.now_ms())
+        return Owner(found.record, found.record.deleted_at is None and grace is not None, True)
 
     async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
         if self._shared is None:
@@ -73,7 +95,11 @@ class Lookup:
         told = await self._shared.get(token, self._feed.epoch)
         if told is None:
             return None
-        known = self._known(token, told.record, told.as_of) if isinstance(told, Told) else told
+        known: Entry | Absence
+        if isinstance(told, Told):
+            known = self._known(token, told.record, told.as_of, told.is_previous)
+        else:
+            known = told
         await self._witness.catch_up()
         # What was read after all that this process has heard of is left to the store: it may
         # come from before a restore, when numbers were higher.
@@ -90,20 +116,34 @@ class Lookup:
         known = self._known(token, record, found.as_of)
         if isinstance(known, Absence):
             return known
+        is_previous = False
         if not await self._hasher.verify(found.hash, token):
-            return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
+            is_previous = await self._is_previous(found, token)
+            if not is_previous:
+                return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
+            known = self._known(token, record, found.as_of, is_previous)
         if self._shared is not None:
-            self._later(self._shared.put(token, record, found.as_of, self._feed.epoch))
-        if self._hasher.is_outdated(found.hash):
+            self._later(self._shared.put(token, record, found.as_of, self._feed.epoch, is_previous))
+        if not is_previous and self._hasher.is_outdated(found.hash):
             self._later(self._hash_anew(token, record.id, found.hash))
         return known
 
-    def _known(self, token: Token, record: KeyRecord, as_of: int) -> Entry | Absence:
+    async def _is_previous(self, found: Found, token: Token) -> bool:
+        """Whether its secret is the one before the last rotation, and still good."""
+        if found.previous_hash is None:
+            return False
+        if found.record.grace_ends_at(self._witness.now_ms()) is None:
+            return False
+        return await self._hasher.verify(found.previous_hash, token)
+
+    def _known(
+        self, token: Token, record: KeyRecord, as_of: int, is_previous: bool = False
+    ) -> Entry | Absence:
         """What the token is if its secret is right."""
         reason = flaw(record, self._witness.now_ms(), self._environment)
         if reason is not None:
             return Absence(reason, record.id, record.organization_id, as_of)
-        return Entry(token.fingerprint, record, as_of)
+        return Entry(token.fingerprint, record, as_of, is_previous)
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again

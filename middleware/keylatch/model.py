@@ -6,15 +6,17 @@ since the Unix epoch (UTC).
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 
 from starlette.authentication import AuthCredentials, BaseUser
 
 FULL: Final = "FULL"
 """The permission that may do everything."""
+PREVIOUS: Final = ":previous"
+"""Behind a key's id: the secret before its last rotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,34 @@ class KeyRecord:
     previous_expires_at: int | None = None
     """When the secret before the last rotation ends."""
     previous_last_used: int | None = None
+
+    def grace_ends_at(self, now_ms: float) -> int | None:
+        """When the secret before the last rotation ends; None: it has ended, or there is none."""
+        ends_at = self.previous_expires_at
+        return ends_at if ends_at is not None and ends_at > now_ms else None
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """What somebody did, as the audit log has it.
+
+    Args:
+        id: a number that grows.
+        at: milliseconds since the epoch.
+        actor: a key's id, or `cli:` and an account, or `operator`.
+        action: such as `key.create`.
+        organization_id: whose key or organisation it was done to; None: the store.
+        key_id: the key, if it was one.
+        details: what was changed to what. Never a secret.
+    """
+
+    id: int
+    at: int
+    actor: str
+    action: str
+    organization_id: str | None
+    key_id: str | None
+    details: Mapping[str, Any]
 
 
 class Principal(BaseUser):
@@ -164,10 +194,12 @@ class Wanted:
     Args:
         permissions: those that suffice, any one of them; None: every valid key will do.
         scope: what to name in the challenge of a refusal (RFC 6750 section 3).
+        environment: the only one whose keys are welcome; None: every one.
     """
 
     permissions: frozenset[str] | None = None
     scope: str = FULL
+    environment: str | None = None
 
     @classmethod
     def all_of(cls, permissions: Sequence[str]) -> "Wanted":
@@ -247,4 +279,6 @@ def judge(allow: Allow, now_ms: float, wanted: Wanted) -> Verdict:
     """Decide on a key that was good when it was read: only time and the request are left."""
     if allow.expires_at is not None and allow.expires_at <= now_ms:
         return Deny(Reason.EXPIRED)
+    if wanted.environment not in (None, allow.principal.environment):
+        return Deny(Reason.WRONG_ENVIRONMENT)
     return missing_scope(allow.principal.permission, wanted) or allow

@@ -29,6 +29,7 @@ _HINTS: Final = {
     "lease": "seconds, more than 0 and at most 60",
     "environment": f"matches {ENVIRONMENT_PATTERN}; empty: keys of every environment",
     "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
+    "environments": f"comma-separated words matching {ENVIRONMENT_PATTERN}; empty: any word",
     "realm": "up to 64 printable ASCII characters without quotes and backslashes",
 }
 
@@ -54,6 +55,8 @@ class Settings(BaseSettings):
     """The only environment whose keys are welcome; empty: all of them."""
     permissions: str = "FULL,SENDING"
     """The permissions that management may give to keys, separated by commas."""
+    environments: str = ""
+    """The environments that management may make keys for, separated by commas; empty: any."""
     realm: str = "keylatch"
     """The realm named in `WWW-Authenticate` (RFC 9110 section 11.5)."""
 
@@ -102,6 +105,12 @@ class Settings(BaseSettings):
             raise ValueError("FULL is missing")
         return ",".join(words)
 
+    @field_validator("environments")
+    @classmethod
+    def _environments_are_words(cls, environments: str) -> str:
+        words = environments.split(",") if environments else []
+        return ",".join(_matching(ENVIRONMENT_PATTERN, word.strip()) for word in words)
+
     @field_validator("realm")
     @classmethod
     def _realm_is_quotable(cls, realm: str) -> str:
@@ -111,6 +120,11 @@ class Settings(BaseSettings):
     def grantable(self) -> tuple[str, ...]:
         """`permissions` as words."""
         return tuple(self.permissions.split(","))
+
+    @property
+    def known_environments(self) -> tuple[str, ...]:
+        """`environments` as words; none: any word will do."""
+        return tuple(self.environments.split(",")) if self.environments else ()
 
     @classmethod
     def load(cls, **given: Any) -> "Settings":

@@ -1,6 +1,7 @@
 """L2: what the processes of a deployment tell each other through Redis. Never the truth.
 
-    keylatch:{epoch}:{key id}  ->  32 bytes MAC, then JSON {as_of, tag, record}
+    keylatch:{epoch}:{key id}            ->  32 bytes MAC, then JSON {as_of, tag, record}
+    keylatch:{epoch}:{key id}:previous   ->  the same, while two secrets of a key are good
 
 `tag` is HMAC-SHA256(pepper, token), so Redis never holds a token, and whoever reads it can try
 none. The MAC (key derived from the pepper) covers the key id and the whole value, so whoever can
@@ -13,13 +14,13 @@ import hmac
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 from keylatch.breaker import Breaker
 from keylatch.cache import Absence
-from keylatch.model import KeyRecord, Reason
+from keylatch.model import PREVIOUS, KeyRecord, Reason
 from keylatch.tokens import Token
 
 _TTL_SECONDS: Final = 300
@@ -33,10 +34,17 @@ log = logging.getLogger("keylatch")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A key whose secret is right, as it was at that sequence number."""
+    """A key whose secret is right, as it was at that sequence number.
+
+    Args:
+        record: the key.
+        as_of: the sequence number.
+        is_previous: the secret is the one before the last rotation.
+    """
 
     record: KeyRecord
     as_of: int
+    is_previous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +87,25 @@ class SharedCache:
 
     async def get(self, token: Token, epoch: str) -> Told | Absence | None:
         """What is known of a token: it is this key, it is not that key's, or nothing (None)."""
-        name = _name(epoch, token.key_id)
-        raw = await self._value(name)
-        return self._opened(name, raw, token) if isinstance(raw, bytes) else None
+        told = await self._told(_name(epoch, token.key_id), token)
+        if not isinstance(told, KeyRecord):
+            return told
+        told = await self._told(_name(epoch, told.id + PREVIOUS), token)
+        return replace(told, is_previous=True) if isinstance(told, Told) else None
 
-    async def put(self, token: Token, record: KeyRecord, as_of: int, epoch: str) -> None:
+    async def put(
+        self, token: Token, record: KeyRecord, as_of: int, epoch: str, is_previous: bool = False
+    ) -> None:
         """Tell the others about a key whose secret was proven."""
-        await self._set(
-            epoch,
-            record.id,
-            {
-                "as_of": as_of,
-                "tag": _tag(self._peppers[0], token),
-                "record": asdict(record),
-            },
-        )
+        tag = _tag(self._peppers[0], token)
+        # Whatever else is kept with a key is of no use to a check.
+        value = {"as_of": as_of, "tag": tag, "record": asdict(replace(record, metadata=None))}
+        if is_previous:
+            await self._set(epoch, record.id + PREVIOUS, value)
+            # It is looked for only where the key is known to be between two secrets.
+            await self._set(epoch, record.id, value | {"tag": ""}, only_new=True)
+        else:
+            await self._set(epoch, record.id, value)
 
     async def bury(self, record: KeyRecord, as_of: int, epoch: str) -> None:
         """Overwrite what was told about a key that changed."""
@@ -102,6 +114,10 @@ class SharedCache:
     async def close(self) -> None:
         """Let the connections go."""
         await self._client.aclose()
+
+    async def _told(self, name: str, token: Token) -> Told | Absence | KeyRecord | None:
+        raw = await self._value(name)
+        return self._opened(name, raw, token) if isinstance(raw, bytes) else None
 
     async def _value(self, name: str) -> object:
         """What Redis holds under a name; whatever is no bytes is a miss.
@@ -137,13 +153,18 @@ class SharedCache:
                 question.settle(None)
             self._waiting = []
 
-    async def _set(self, epoch: str, key_id: str, value: dict[str, Any]) -> None:
-        name = _name(epoch, key_id)
+    async def _set(
+        self, epoch: str, secret: str, value: dict[str, Any], only_new: bool = False
+    ) -> None:
+        name = _name(epoch, secret)
         body = json.dumps(value, separators=(",", ":")).encode()
         sealed = _mac(self._mac_keys[0], name, body) + body
-        await self._breaker.attempt(lambda: self._client.set(name, sealed, ex=_TTL_SECONDS))
+        await self._breaker.attempt(
+            lambda: self._client.set(name, sealed, ex=_TTL_SECONDS, nx=only_new)
+        )
 
-    def _opened(self, name: str, raw: bytes, token: Token) -> Told | Absence | None:
+    def _opened(self, name: str, raw: bytes, token: Token) -> Told | Absence | KeyRecord | None:
+        """The record alone where the token is another one and the key may have two."""
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
         for pepper, mac_key in zip(self._peppers, self._mac_keys, strict=True):
             if hmac.compare_digest(mac, _mac(mac_key, name, body)):
@@ -153,6 +174,8 @@ class SharedCache:
                 record, as_of = KeyRecord(**value["record"]), value["as_of"]
                 if hmac.compare_digest(value["tag"], _tag(pepper, token)):
                     return Told(record, as_of)
+                if record.previous_expires_at is not None:
+                    return record
                 return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, as_of)
         log.warning("a value in Redis was not written by keylatch with this store's pepper")
         return None

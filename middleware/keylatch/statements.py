@@ -6,6 +6,7 @@ The law of this file: whatever changes what a key may do is ONE transaction that
 statements run on SQLite and PostgreSQL.
 """
 
+import json
 import secrets as csprng
 import time
 from collections.abc import Mapping, Sequence
@@ -29,12 +30,14 @@ from sqlalchemy import (
 )
 
 from keylatch.database import Question, Rows
-from keylatch.model import KeyRecord
+from keylatch.deeds import OPERATOR, write_down, write_down_all
+from keylatch.model import PREVIOUS, KeyRecord
 from keylatch.schema import invalidations, keys, members, meta, organizations, secrets
 
 _KEPT_INVALIDATIONS: Final = 100_000
 _MAX_CHANGES: Final = 1_000
 _MAX_NAMED: Final = 500  # parameters of one statement
+_CAMEL: Final = {"expires_at": "expiresAt"}
 NOBODY: Final = ""
 """The organisation of keys that are not there. An invalidation that names it makes everybody look
 anew for what they remember as absent, and leaves all that is known of keys that exist as it is."""
@@ -42,11 +45,13 @@ anew for what they remember as absent, and leaves all that is known of keys that
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A key, its hash, and the sequence number at which both were true."""
+    """A key, its hash, and the sequence number at which both were true; and the hash of the secret
+    before the last rotation, whose end is in the record."""
 
     record: KeyRecord
     hash: str = field(repr=False)
     as_of: int
+    previous_hash: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,17 @@ TOUCH: Final = (
 )
 
 
+TOUCH_PREVIOUS: Final = (
+    update(keys)
+    .where(
+        keys.c.id == bindparam("used_id"),
+        keys.c.previous_hash.is_not(None),
+        or_(keys.c.previous_last_used.is_(None), keys.c.previous_last_used < _USED_AT),
+    )
+    .values(previous_last_used=_USED_AT)
+)
+
+
 def _changes() -> Select[Any]:
     # One statement, so one snapshot: the counter and the log cannot disagree.
     newer = (
@@ -160,7 +176,7 @@ def _laggards() -> Select[Any]:
 
 def _find() -> Select[Any]:
     return (
-        select(meta.c.seq, keys.c.hash, *_RECORD)
+        select(meta.c.seq, keys.c.hash, keys.c.previous_hash, *_RECORD)
         .join_from(meta, keys, keys.c.id == bindparam("key_id"), isouter=True)
         .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
     )
@@ -183,8 +199,8 @@ def read_changes(rows: Rows, since: int) -> Changes:
 
 
 def read_found(rows: Rows) -> Found | Absent:
-    seq, hashed, *_ = rows[0]
-    return Absent(seq) if hashed is None else Found(record_of(rows[0][2:]), hashed, seq)
+    seq, hashed, previous, *record = rows[0]
+    return Absent(seq) if hashed is None else Found(record_of(record), hashed, seq, previous)
 
 
 def read_poll(rows: Rows, since: int) -> Poll:
@@ -214,20 +230,24 @@ def advance(
     return seq
 
 
-def add_key(connection: Connection, record: KeyRecord, hashed: str) -> int:
+def add_key(connection: Connection, record: KeyRecord, hashed: str, by: str = OPERATOR) -> int:
     # A new key is announced too: somebody may remember that there is no such key.
-    return _add(connection, [(record, hashed)], key_id=record.id)
+    return _add(connection, [(record, hashed)], by, "key.create", key_id=record.id)
 
 
-def add_keys(connection: Connection, made: Sequence[tuple[KeyRecord, str]]) -> int:
+def add_keys(
+    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: str = OPERATOR
+) -> int:
     """Insert many keys with their hashes, in this order; each takes a sequence number of its own,
     so that lists know it, and one invalidation tells of all of them."""
-    return _add(connection, made, organization_id=NOBODY)
+    return _add(connection, made, by, "key.import", organization_id=NOBODY)
 
 
 def _add(
     connection: Connection,
     made: Sequence[tuple[KeyRecord, str]],
+    by: str,
+    action: str,
     key_id: str | None = None,
     organization_id: str | None = None,
 ) -> int:
@@ -252,7 +272,18 @@ def _add(
             for created_seq, (record, hashed) in enumerate(made, first_seq)
         ],
     )
+    done_to = [(record.organization_id, record.id, _birth(record)) for record, _ in made]
+    write_down_all(connection, last.created_at, by, action, done_to)
     return seq
+
+
+def _birth(record: KeyRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "permission": record.permission,
+        "environment": record.environment,
+        "expiresAt": record.expires_at,
+    }
 
 
 def _add_organizations(connection: Connection, named: set[str], now_ms: int) -> None:
@@ -268,39 +299,65 @@ def _add_organizations(connection: Connection, named: set[str], now_ms: int) -> 
             )
 
 
+def locked_key(
+    connection: Connection, organization_id: str, key_id: str
+) -> tuple[KeyRecord, str, str | None] | None:
+    """A key that nobody else changes until this transaction ends, its hash and the previous one."""
+    row = connection.execute(
+        RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
+        .where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+        .with_for_update(of=keys)
+    ).first()
+    return None if row is None else (record_of(row[:-2]), row[-2], row[-1])
+
+
 def change_key(
     connection: Connection,
     organization_id: str,
     key_id: str,
     now_ms: int,
     values: Mapping[str, Any],
+    by: str = OPERATOR,
 ) -> tuple[KeyRecord, int] | None:
-    row = connection.execute(
-        RECORDS.where(
-            keys.c.id == key_id, keys.c.organization_id == organization_id
-        ).with_for_update(of=keys)
-    ).first()
-    if row is None:
+    found = locked_key(connection, organization_id, key_id)
+    if found is None:
         return None
-    record = record_of(row)
+    record, *_ = found
     if record.deleted_at is not None:
         return record, sequence(connection)
     changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
     connection.execute(
         update(keys).where(keys.c.id == key_id).values(**values, updated_at=changed.updated_at)
     )
+    action = "key.change" if changed.deleted_at is None else "key.delete"
+    write_down(connection, now_ms, by, action, organization_id, key_id, _told(values))
     # Last: it locks the counter row until the commit, and every other change waits for that.
     return changed, advance(connection, now_ms, key_id=key_id)
 
 
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A change as the audit log has it, in the words of the HTTP API."""
+    if "deleted_at" in values:
+        reason = values.get("revoked_reason")
+        return {} if reason is None else {"reason": reason}
+    told = {_CAMEL.get(name, name): value for name, value in values.items()}
+    if told.get("metadata"):
+        told["metadata"] = json.loads(told["metadata"])
+    return told
+
+
 def set_organization_active(
-    connection: Connection, organization_id: str, now_ms: int, active: bool
+    connection: Connection, organization_id: str, now_ms: int, active: bool, by: str = OPERATOR
 ) -> int | None:
     seq = advance(connection, now_ms, organization_id=organization_id)
     changed = connection.execute(
         update(organizations).where(organizations.c.id == organization_id).values(active=active)
     )
-    return seq if changed.rowcount else None
+    if not changed.rowcount:
+        return None
+    action = "organization.enable" if active else "organization.disable"
+    write_down(connection, now_ms, by, action, organization_id)
+    return seq
 
 
 def renew(connection: Connection, epoch: str, seq: int) -> None:
@@ -350,8 +407,19 @@ def sequence(connection: Connection) -> int:
 
 def touch(connection: Connection, uses: Mapping[str, int]) -> None:
     """Record uses, in the order of ids, so that two processes cannot deadlock."""
-    rows = [{"used_id": key_id, "used_at": uses[key_id]} for key_id in sorted(uses)]
+    newest: dict[str, int] = {}
+    for secret, used_at in uses.items():
+        key_id = secret.removesuffix(PREVIOUS)
+        newest[key_id] = max(newest.get(key_id, 0), used_at)
+    rows = [{"used_id": key_id, "used_at": newest[key_id]} for key_id in sorted(newest)]
     connection.execute(TOUCH, rows)
+    previous = sorted(secret for secret in uses if secret.endswith(PREVIOUS))
+    if previous:
+        rows = [
+            {"used_id": secret.removesuffix(PREVIOUS), "used_at": uses[secret]}
+            for secret in previous
+        ]
+        connection.execute(TOUCH_PREVIOUS, rows)
 
 
 def replace_hash(connection: Connection, key_id: str, old: str, new: str) -> None:

@@ -12,12 +12,14 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
+from keylatch import rotations
 from keylatch import statements as sql
 from keylatch.database import Database
+from keylatch.deeds import OPERATOR, page_of_deeds
 from keylatch.errors import ConfigurationError
 from keylatch.memory import Memory
 from keylatch.migrations import bring_up_to_date, is_up_to_date
-from keylatch.model import KeyRecord
+from keylatch.model import Deed, KeyRecord
 from keylatch.sqlite import SQLite
 from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets
 
@@ -201,17 +203,17 @@ class Store:
 
     # What management asks
 
-    async def add(self, record: KeyRecord, hashed: str) -> int:
+    async def add(self, record: KeyRecord, hashed: str, *, by: str = OPERATOR) -> int:
         """Insert a key, and its organisation if it is new; return the sequence number."""
-        return await self._write(sql.add_key, record, hashed)
+        return await self._write(sql.add_key, record, hashed, by)
 
-    async def add_many(self, made: Sequence[tuple[KeyRecord, str]]) -> int:
+    async def add_many(self, made: Sequence[tuple[KeyRecord, str]], *, by: str = OPERATOR) -> int:
         """Insert keys with their hashes, all or none, in this order; return the sequence number.
 
         Every other change waits meanwhile, and PostgreSQL is given up after five seconds: a
         thousand keys take about a tenth of a second.
         """
-        return await self._write(sql.add_keys, made)
+        return await self._write(sql.add_keys, made, by)
 
     async def analyze(self) -> None:
         """After many were added: let the database learn how many there are."""
@@ -263,20 +265,93 @@ class Store:
         return [record async for page in pages for record in page.records]
 
     async def change(
-        self, organization_id: str, key_id: str, now_ms: int, values: Mapping[str, Any]
+        self,
+        organization_id: str,
+        key_id: str,
+        now_ms: int,
+        values: Mapping[str, Any],
+        *,
+        by: str = OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
         """Change columns of a key, unless it was deleted: that is final, and comes back as it is.
 
         Returns:
             the record and a sequence number at which it is true; None: no such key here.
         """
-        return await self._write(sql.change_key, organization_id, key_id, now_ms, values)
+        return await self._write(sql.change_key, organization_id, key_id, now_ms, values, by)
+
+    async def rotate(
+        self,
+        organization_id: str,
+        key_id: str,
+        now_ms: int,
+        hashed: str,
+        partial_token: str,
+        ends_at: int | None,
+        *,
+        by: str = OPERATOR,
+    ) -> tuple[KeyRecord, int] | None:
+        """Give a key another hash, and let the present one be good until `ends_at` (milliseconds
+        since the epoch) or its own expiry; None: it ends now.
+
+        Raises:
+            NotPossible: the key was deleted.
+        """
+        return await self._write(
+            rotations.rotate_key,
+            organization_id,
+            key_id,
+            now_ms,
+            hashed,
+            partial_token,
+            ends_at,
+            by,
+        )
+
+    async def end_grace(
+        self,
+        organization_id: str,
+        key_id: str,
+        now_ms: int,
+        goes_back: bool,
+        *,
+        by: str = OPERATOR,
+    ) -> tuple[KeyRecord, int] | None:
+        """While two secrets of a key are good: keep the previous one only, or the present one.
+
+        Raises:
+            NotPossible: the key was deleted, or has one secret.
+        """
+        return await self._write(
+            rotations.end_grace, organization_id, key_id, now_ms, goes_back, by
+        )
+
+    async def revoke_all(
+        self, organization_id: str, now_ms: int, reason: str | None, *, by: str = OPERATOR
+    ) -> tuple[int, int]:
+        """Delete every key of an organisation; how many, and the sequence number of it."""
+        return await self._database.write(
+            lambda connection: rotations.revoke_all(
+                connection, organization_id, now_ms, reason, by
+            ),
+            seconds=_UPGRADE_SECONDS,
+        )
 
     async def change_organization(
-        self, organization_id: str, now_ms: int, active: bool
+        self, organization_id: str, now_ms: int, active: bool, *, by: str = OPERATOR
     ) -> int | None:
         """Enable or disable an organisation; the sequence number of it, or None: no such one."""
-        return await self._write(sql.set_organization_active, organization_id, now_ms, active)
+        return await self._write(sql.set_organization_active, organization_id, now_ms, active, by)
+
+    async def deeds(
+        self,
+        organization_id: str | None,
+        limit: int,
+        key_id: str | None = None,
+        before: int | None = None,
+    ) -> Sequence[Deed]:
+        """The audit log, the newest first; see `Keyring.deeds`."""
+        return await self._read(page_of_deeds, organization_id, limit, key_id, before)
 
     async def _read(self, statement: "Statement[P, T]", *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._database.read(lambda connection: statement(connection, *args, **kwargs))

@@ -145,8 +145,17 @@ class Keys:
         """Delete the key; the next request with it is refused."""
         self._manage(lambda keyring: keyring.delete(key.principal.organization_id, key.id))
 
+    def rotate(self, key: Key, grace: float = 0) -> Key:
+        """The key with a new secret; the old one stays good for so many seconds."""
+        made = self._manage(
+            lambda keyring: keyring.rotate(
+                key.principal.organization_id, key.id, grace_seconds=int(grace)
+            )
+        )
+        return Key(key.id, made.token.reveal(), _principal(made.record))
+
     def change(self, key: Key, **values: Any) -> None:
-        """Change `name`, `active`, `permission` or `expires_at` of a key."""
+        """Change `name`, `active`, `permission`, `expires_at` or `metadata` of a key."""
         self._manage(
             lambda keyring: keyring.change(key.principal.organization_id, key.id, **values)
         )

@@ -25,6 +25,7 @@ CHECK_LENGTH: Final = 8  # 47.6 bits
 CRC_LENGTH: Final = 6  # 62**6 > 2**32
 MAX_LENGTH: Final = 96
 
+_KEY: Final = "key_"
 _PAIRS: Final = [first + second for first in ALPHABET for second in ALPHABET]
 _blake2b: Final = hashlib.blake2b
 _TAIL: Final = SECRET_LENGTH + CHECK_LENGTH + CRC_LENGTH
@@ -78,7 +79,7 @@ class Token:
     @property
     def key_id(self) -> str:
         """The public id of the key that this token claims to be."""
-        return "key_" + self._text[_ID]
+        return _KEY + self._text[_ID]
 
     @property
     def partial(self) -> str:
@@ -142,8 +143,13 @@ class CheckKeys:
             raise ValueError("at least one check key of 16 bytes or more is needed")
         self._keys = tuple(keys)
 
-    def mint(self, prefix: str, environment: str) -> Token:
+    def mint(self, prefix: str, environment: str, key_id: str | None = None) -> Token:
         """A new token from the operating system's CSPRNG.
+
+        Args:
+            prefix: its first word.
+            environment: its second word.
+            key_id: of the key that gets a new secret; None: a new key.
 
         Raises:
             ValueError: prefix or environment have another form than the token grammar allows.
@@ -152,7 +158,8 @@ class CheckKeys:
             raise ValueError(f"a token prefix matches {PREFIX_PATTERN}")
         if not re.fullmatch(ENVIRONMENT_PATTERN, environment):
             raise ValueError(f"an environment matches {ENVIRONMENT_PATTERN}")
-        body = f"{prefix}_{environment}_{_random(ID_LENGTH)}_{_random(SECRET_LENGTH)}"
+        name = _random(ID_LENGTH) if key_id is None else key_id.removeprefix(_KEY)
+        body = f"{prefix}_{environment}_{name}_{_random(SECRET_LENGTH)}"
         body += _check(self._keys[0], body)
         return Token(body + _crc(body))
 

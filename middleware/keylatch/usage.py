@@ -104,7 +104,7 @@ class Usage:
             uses, self._unstored = self._unstored, {}
         for use in waiting:
             use.is_waiting = False  # before it is read: whoever uses it meanwhile adds it again
-            uses[use.key_id] = max(uses.get(use.key_id, 0), int(use.used_at))
+            uses[use.secret] = max(uses.get(use.secret, 0), int(use.used_at))
         return uses
 
     def _keep(self, uses: dict[str, int]) -> None:

@@ -14,7 +14,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch_sidecar import ext_authz, health, leaked, openapi, sendook, unsent, verify
+from keylatch_sidecar import (
+    audit,
+    ext_authz,
+    health,
+    leaked,
+    openapi,
+    rotation,
+    sendook,
+    unsent,
+    verify,
+)
 from keylatch_sidecar.facts import PROFILES
 from keylatch_sidecar.problems import Problem, no_such_key
 from keylatch_sidecar.proxies import Proxies
@@ -22,7 +32,13 @@ from keylatch_sidecar.settings import ProxySettings
 
 ROUTES = [
     Route("/v1/api-keys", unsent.Keys),
+    Route("/v1/api-keys/self", rotation.Self),
+    Route("/v1/api-keys/revoke-all", rotation.Everything),
+    Route("/v1/api-keys/{id}/rotate", rotation.Rotation),
+    Route("/v1/api-keys/{id}/rotate/cancel", rotation.CancelledRotation),
+    Route("/v1/api-keys/{id}/rotate/finish", rotation.FinishedRotation),
     Route("/v1/api-keys/{id:path}", unsent.OneKey),
+    Route("/v1/audit", audit.Audit),
     Route("/v1/api_keys", sendook.Keys),
     Route("/v1/api_keys/{id:path}", sendook.OneKey),
     Route("/leaked", leaked.Leaked),

@@ -25,7 +25,7 @@ from pydantic.alias_generators import to_camel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from keylatch.keyring import MAX_NAME_LENGTH
+from keylatch.drafts import MAX_NAME_LENGTH, MAX_REASON_LENGTH
 from keylatch.model import KeyRecord
 from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem
@@ -60,21 +60,28 @@ Instant = Annotated[
 ]
 
 
-# What `keyring.checked_name` says, for clients made from the document: control characters, and
-# whatever makes a name read as another one, have no place but (blanks only) around it.
+# What `drafts` says of names and reasons, for clients made from the document: control characters,
+# and whatever makes a text read as another one, have no place but (blanks only) around it.
 _BLANKS: Final = r"\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _NAMELESS: Final = (
     r"\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 )
-_END: Final = f"[^{_BLANKS}{_NAMELESS}]"
-NAME_PATTERN: Final = (
-    f"^[{_BLANKS}]*{_END}([^{_NAMELESS}]{{0,{MAX_NAME_LENGTH - 2}}}{_END})?[{_BLANKS}]*$"
-)
 
+
+def _text_pattern(longest: int) -> str:
+    end = f"[^{_BLANKS}{_NAMELESS}]"
+    return f"^[{_BLANKS}]*{end}([^{_NAMELESS}]{{0,{longest - 2}}}{end})?[{_BLANKS}]*$"
+
+
+NAME_PATTERN: Final = _text_pattern(MAX_NAME_LENGTH)
+REASON_PATTERN: Final = _text_pattern(MAX_REASON_LENGTH)
+
+# Checked by `drafts`, described here.
 Name = Annotated[str, Field(json_schema_extra={"pattern": NAME_PATTERN})]
-"""Of a key: checked by the keyring, described here."""
+Reason = Annotated[str, Field(json_schema_extra={"pattern": REASON_PATTERN})]
+Duration = Annotated[str, Field(json_schema_extra={"pattern": "^[1-9][0-9]{0,8}[smhdw]$"})]
 Environment = Annotated[str, Field(json_schema_extra={"pattern": f"^{ENVIRONMENT_PATTERN}$"})]
-"""Of a key: checked by the keyring, described here."""
+Scalar = str | bool | int | float | None
 
 
 class Body(BaseModel):

@@ -92,11 +92,13 @@ class Question:
         facts: the request's method and path; None: the message holds no HTTP request.
         headers: of the request, names in lower case.
         permissions: what the route asks of a key: each a list, separated by commas.
+        environments: which environment the key must be for.
     """
 
     facts: Facts | None
     headers: Sequence[Header]
     permissions: Sequence[bytes]
+    environments: Sequence[bytes] = ()
 
 
 def read(message: bytes) -> Question:
@@ -115,7 +117,8 @@ def read(message: bytes) -> Question:
         headers.append((pair.key.lower(), pair.raw_value or pair.value))
     extensions = request.attributes.context_extensions
     permissions = [pair.value for pair in extensions if pair.key == b"permission"]
-    return Question(facts, headers, permissions)
+    environments = [pair.value for pair in extensions if pair.key == b"environment"]
+    return Question(facts, headers, permissions, environments)
 
 
 def allow(headers: Sequence[Header], remove: Sequence[bytes]) -> bytes:

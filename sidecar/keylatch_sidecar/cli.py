@@ -11,23 +11,25 @@ import os
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TextIO, TypeVar
 
 import typer
 
 from keylatch import credentials
+from keylatch.drafts import LIVE, ORGANIZATION_PATTERN
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError, KeylatchError, StoreUnavailable
-from keylatch.keyring import LIVE, ORGANIZATION_PATTERN, Changed, InvalidValue, Keyring
-from keylatch.model import FULL, Allow, KeyRecord, Reason
+from keylatch.keyring import Created, Keyring
+from keylatch.model import FULL, Allow, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
-from keylatch.store import Absent
 from keylatch.tokens import SCAN_PATTERN
-from keylatch_sidecar import intake, key_file, terminal
+from keylatch_sidecar import intake, key_file, life_commands, terminal
+from keylatch_sidecar.audit_command import audit
 from keylatch_sidecar.bench_command import bench
+from keylatch_sidecar.command import find, with_engine, with_keyring
 from keylatch_sidecar.options import (
     ExtAuthzFactsOption,
     HasherOption,
@@ -44,13 +46,10 @@ from keylatch_sidecar.options import (
     VerifyFactsOption,
 )
 from keylatch_sidecar.proxies import wanted_of
-from keylatch_sidecar.receipts import revocation
 from keylatch_sidecar.scan_command import scan
 from keylatch_sidecar.settings import ProxySettings
 
 T = TypeVar("T")
-
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 cli = typer.Typer(
     help="API keys for web applications: create, list, revoke and verify them.",
@@ -64,6 +63,8 @@ organizations = typer.Typer(help="Disable or enable an organisation.", no_args_i
 cli.add_typer(organizations, name="organizations")
 
 
+life_commands.register(keys, organizations)
+cli.command()(audit)
 cli.command()(bench)
 cli.command()(scan)
 
@@ -168,6 +169,9 @@ def create(
     organization: OrganizationOption = "default",
     permission: Annotated[str, typer.Option(help="FULL or SENDING.")] = FULL,
     environment: Annotated[str, typer.Option(help="A word such as live or test.")] = LIVE,
+    expires_in: life_commands.ExpiresInOption = None,
+    expires_at: life_commands.ExpiresAtOption = None,
+    metadata: life_commands.MetadataOption = None,
     as_json: JSONOption = False,
     store: StoreOption = None,
     redis: RedisOption = None,
@@ -175,16 +179,23 @@ def create(
     hasher: HasherOption = None,
 ) -> None:
     """Create a key; its token alone goes to standard output, this once."""
-    created = _with_keyring(
-        Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher),
-        lambda keyring: keyring.create(
-            organization, name, permission=permission, environment=environment
-        ),
-    )
+
+    async def run(keyring: Keyring) -> Created:
+        return await keyring.create(
+            organization,
+            name,
+            permission=permission,
+            environment=environment,
+            expires_at=life_commands.end_of(keyring.now_ms(), expires_in, expires_at),
+            metadata=life_commands.metadata_of(metadata),
+        )
+
+    settings = Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher)
+    created = with_keyring(settings, run)
     if as_json:
         terminal.print_json(terminal.as_json(created.record) | {"token": created.token.reveal()})
         return
-    sys.stdout.write(created.token.reveal() + "\n")
+    terminal.print_token(created.token)
     terminal.words.print(
         f"Created {created.record.id} ({created.record.permission}) for {organization}. "
         "The token above is shown this once."
@@ -234,7 +245,7 @@ def import_keys(
 
     try:
         with intake.opened(file) as stream:
-            made = _with_keyring(settings, lambda keyring: run(keyring, stream))
+            made = with_keyring(settings, lambda keyring: run(keyring, stream))
     except key_file.Mistakes as mistakes:
         intake.refuse(mistakes)
     if dry_run:
@@ -272,7 +283,7 @@ def list_keys(
                 return
             is_first = False
 
-    _with_keyring(Settings.load(store=store, redis=redis), run)
+    with_keyring(Settings.load(store=store, redis=redis), run)
 
 
 @keys.command()
@@ -285,37 +296,12 @@ def show(
 ) -> None:
     """Show one key."""
     settings = Settings.load(store=store, redis=redis)
-    record = _with_engine(settings, lambda engine: _find(engine, key_id, organization))
+    record = with_engine(settings, lambda engine: find(engine, key_id, organization))
     record = terminal.known(record)
     if as_json:
         terminal.print_json(terminal.as_json(record))
     else:
         terminal.print_record(record)
-
-
-@keys.command()
-def revoke(
-    key_id: KeyId,
-    organization: OwnerOption = None,
-    as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
-) -> None:
-    """Revoke a key, at once and finally."""
-
-    async def delete(engine: Engine) -> Changed | None:
-        found = await _find(engine, key_id, organization)
-        if found is None:
-            return None
-        return await (await engine.keyring()).delete(found.organization_id, key_id)
-
-    changed = terminal.known(_with_engine(Settings.load(store=store, redis=redis), delete))
-    receipt = revocation(changed.receipt).model_dump(by_alias=True)
-    if as_json:
-        terminal.print_json(terminal.as_json(changed.record) | {"revocation": receipt})
-        return
-    terminal.print_record(changed.record)
-    terminal.words.print(f"Revoked {changed.record.id}: {terminal.spread(changed.receipt)}.")
 
 
 @organizations.command()
@@ -336,7 +322,7 @@ def enable(
 
 def _set_active(organization: str, active: bool, settings: Settings) -> None:
     known = re.fullmatch(ORGANIZATION_PATTERN, organization)
-    receipt = known and _with_keyring(
+    receipt = known and with_keyring(
         settings, lambda keyring: keyring.set_organization_active(organization, active)
     )
     if not receipt:
@@ -365,7 +351,7 @@ def verify(
         )
     wanted = wanted_of(permission or ())
     settings = Settings.load(store=store, redis=redis)
-    verdict = _with_engine(settings, lambda engine: engine.resolve(token, wanted))
+    verdict = with_engine(settings, lambda engine: engine.resolve(token, wanted))
     if isinstance(verdict, Allow):
         terminal.words.print(
             f"Allowed: {verdict.principal.key_id} ({verdict.principal.permission})"
@@ -375,33 +361,6 @@ def verify(
     code = terminal.UNUSABLE if answer.status == 503 else terminal.REFUSED
     terminal.words.print(f"Refused: {answer.error}")
     raise typer.Exit(code)
-
-
-def _with_keyring(settings: Settings, work: Callable[[Keyring], Awaitable[T]]) -> T:
-    async def run(engine: Engine) -> T:
-        return await work(await engine.keyring())
-
-    try:
-        return _with_engine(settings, run)
-    except InvalidValue as error:
-        terminal.fail(str(error), "keylatch keys create --help", terminal.UNUSABLE)
-
-
-def _with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
-    engine = Engine(settings)
-
-    async def run() -> T:
-        try:
-            # A starting engine logs why it cannot and tries again later; this tells it now.
-            await engine.store.open(int(time.time() * 1000))
-            return await work(engine)
-        finally:
-            await engine.stop()
-
-    try:
-        return asyncio.run(run())
-    except KeylatchError as error:
-        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
 
 
 def _prepare_store(settings: Settings) -> None:
@@ -422,11 +381,3 @@ def _prepare_store(settings: Settings) -> None:
         asyncio.run(run())
     except KeylatchError as error:
         terminal.fail(error.message, error.hint, terminal.UNUSABLE)
-
-
-async def _find(engine: Engine, key_id: str, organization: str | None) -> KeyRecord | None:
-    """The key with this id: an operator needs no organisation to find it."""
-    found = await engine.store.find(key_id) if _ID.fullmatch(key_id) else None
-    if found is None or isinstance(found, Absent):
-        return None
-    return found.record if organization in (None, found.record.organization_id) else None

@@ -1,7 +1,8 @@
 """`/ext_authz/…`: for Envoy, Istio and the Gateway API: they ask with the client's method and path.
 
 Any method and any path below it, custom ones too; path, query and body are the client's and say
-nothing. What the route asks of a key is in a header that the proxy sets: `X-Keylatch-Require`.
+nothing. What the route asks of a key is in headers that the proxy sets: `X-Keylatch-Require`, and
+`X-Keylatch-Require-Environment`.
 """
 
 from collections.abc import Awaitable, Sequence
@@ -15,6 +16,7 @@ from keylatch_sidecar.proxies import Proxies, wanted_of
 
 PATH: Final = "/ext_authz"
 REQUIRE: Final = b"x-keylatch-require"
+REQUIRE_ENVIRONMENT: Final = b"x-keylatch-require-environment"
 
 
 class ExtAuthz:
@@ -31,18 +33,21 @@ class ExtAuthz:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         required = [value for name, value in scope["headers"] if name == REQUIRE]
-        wanted = wanted_by(required)
+        places = [value for name, value in scope["headers"] if name == REQUIRE_ENVIRONMENT]
+        wanted = wanted_by(required, places)
         return self._proxies.answer(scope, receive, send, wanted, self._profile)
 
 
-def wanted_by(required: Sequence[bytes]) -> Wanted:
-    """What lists of permissions ask for: one list or several, each separated by commas."""
+def wanted_by(required: Sequence[bytes], environments: Sequence[bytes] = ()) -> Wanted:
+    """What lists of permissions ask for, one list or several, each separated by commas; and of
+    which environment a key must be."""
     return wanted_of(
         [
             permission.strip(" \t")
             for value in required
             for permission in value.decode("latin-1").split(",")
-        ]
+        ],
+        [value.decode("latin-1").strip(" \t") for value in environments],
     )
 
 

@@ -3,7 +3,8 @@
 The third way to ask the same question: what `/verify` and `/ext_authz` answer with a status,
 headers and a body, this answers with the same ones in a message. All of the question is in one
 message that the proxy writes, so nothing has to be agreed on: the request's own method, path and
-headers, and what the route asks of a key, in `context_extensions`: `permission: SENDING`.
+headers, and what the route asks of a key, in `context_extensions`: `permission: SENDING`, and
+`environment: live`.
 
 Imported only where it is asked for: it needs `pip install 'keylatch[grpc]'`.
 """
@@ -61,7 +62,7 @@ class Authorization:
         """
         question = read(message)
         values = [value for name, value in question.headers if name == b"authorization"]
-        wanted = wanted_by(question.permissions)
+        wanted = wanted_by(question.permissions, question.environments)
         verdict = await self._proxies.judge(question.facts, values, wanted)
         if isinstance(verdict, Refusal):
             return deny(verdict)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
-from keylatch.keyring import LIVE, Draft, InvalidValue
+from keylatch.drafts import LIVE, Draft, InvalidValue
 from keylatch.model import FULL
 from keylatch.tokens import without_tokens
 from keylatch_sidecar import bodies

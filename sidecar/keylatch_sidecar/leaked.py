@@ -21,16 +21,19 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
+from keylatch.drafts import NotPossible
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, KeylatchError, StoreUnavailable
-from keylatch.feed import Receipt
-from keylatch.model import KeyRecord
+from keylatch.keyring import Keyring
+from keylatch.lookup import Owner
 from keylatch.tokens import Token
 from keylatch_sidecar import bodies, unsent
 from keylatch_sidecar.bodies import JSON, Body, Shape
 from keylatch_sidecar.problems import Problem
 from keylatch_sidecar.profile import speaking
 
+REASON: Final = "leaked"
+_ACTOR: Final = "leak report"  # in the audit log
 _ROOM: Final = 10_000  # more than 16 KiB can report at once; 3 MB
 _RETRY_SECONDS: Final = 0.5
 _LAST_SECONDS: Final = 1.0
@@ -142,6 +145,8 @@ class Reports:
             fingerprint, token = next(iter(self._line.items()))
             try:
                 await _look_into(self._engine, token)
+            except NotPossible:  # a rotation was taken back in between
+                continue
             except HashingFailed as error:  # asking again would not help
                 _not_revoked(token, error.message)
             except KeylatchError as error:
@@ -160,19 +165,22 @@ def _not_revoked(token: Token, why: str) -> None:
 
 
 async def _look_into(engine: Engine, token: Token) -> None:
-    record = await engine.identify(token)
-    if record is not None and record.deleted_at is None:
-        await revoke(engine, record)
-        log.warning("%s was reported as leaked and is revoked", record.id)
+    owner = await engine.identify(token)
+    if owner is not None and owner.is_of_use:
+        await revoke((await engine.keyring()).used_by(_ACTOR), owner)
+        log.warning("%s was reported as leaked and is revoked", owner.record.id)
 
 
-async def revoke(engine: Engine, record: KeyRecord) -> Receipt | None:
-    """Revoke a key whose token was found where it should not be, also one that is disabled or has
-    expired: either could be taken back.
+async def revoke(keyring: Keyring, owner: Owner) -> None:
+    """End a token that was found where it should not be, also if its key is disabled or expired:
+    either could be taken back. A secret that was rotated away ends alone, and its key goes on.
 
     Raises:
+        NotPossible: it was rotated back meanwhile; look again.
         StoreUnavailable: it may not have been revoked; repeat it.
     """
-    keyring = await engine.keyring()
-    changed = await keyring.delete(record.organization_id, record.id)
-    return None if changed is None else changed.receipt
+    record = owner.record
+    if owner.is_previous:
+        await keyring.finish_rotation(record.organization_id, record.id)
+    else:
+        await keyring.delete(record.organization_id, record.id, reason=REASON)

@@ -14,7 +14,7 @@ fails in the middle of it, the connection breaks.
 import asyncio
 import base64
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
 from urllib.parse import urlencode
 
@@ -35,6 +35,7 @@ _HEADERS: Final = {"Cache-Control": "no-store"}
 _ORDERS: Final = {True: b"n", False: b"o"}  # newest, oldest first: a cursor is for one of them
 _CURSOR: Final = re.compile(r"[A-Za-z0-9_-]{12}")
 _LIMIT: Final = re.compile(r"[0-9]{1,4}")
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 # The same in base64: the order in eight bits, and a number beyond 0 whose first two bits are 0.
 CURSOR_SCHEMAS: Final = {
     newest_first: {
@@ -136,7 +137,28 @@ def _link(request: Request, limit: int, place: int, newest_first: bool) -> dict[
     query = {"limit": str(limit), "cursor": cursor_of(place, newest_first)}
     if request.query_params.get("include") == "deleted":
         query["include"] = "deleted"
+    return next_link(query)
+
+
+def next_link(query: Mapping[str, str]) -> dict[str, str]:
+    """The header that tells where a list goes on."""
     return {"Link": f'<?{urlencode(query)}>; rel="next"'}
+
+
+def number(request: Request, name: str, largest: int) -> int | None:
+    """A number of the query, from 1 on; None: it is not there.
+
+    Raises:
+        Problem: 400, it is none.
+    """
+    given = request.query_params.getlist(name)
+    if not given:
+        return None
+    value = int(given[0]) if len(given) == 1 and _NUMBER.fullmatch(given[0]) else 0
+    if not 1 <= value <= largest:
+        wanted = f"must be a number from 1 to {largest}"
+        raise invalid([Fault(name, wanted, given[-1], location="query")])
+    return value
 
 
 async def _array(

@@ -14,9 +14,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import ext_authz, health, leaked, listing, sendook, unsent, verify
+from keylatch_sidecar import (
+    audit,
+    ext_authz,
+    health,
+    leaked,
+    listing,
+    rotation,
+    sendook,
+    unsent,
+    verify,
+)
 from keylatch_sidecar.access import engine_of
-from keylatch_sidecar.bodies import JSON, Body
+from keylatch_sidecar.bodies import JSON, REASON_PATTERN, Body
 
 _OF_A_CALLER: Final = (401, 403, 503)
 _OF_A_BODY: Final = (400, 413, 415)
@@ -55,9 +65,16 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "id": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
     "limit": {"type": "integer", "minimum": 1, "maximum": listing.MAX_LIMIT},
     "cursor": listing.CURSOR_SCHEMAS[True],
+    "reason": {"type": "string", "pattern": REASON_PATTERN},
+    "key": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
+    "before": {"type": "integer", "minimum": 1, "maximum": 2**53},
 }
 _OLDEST_FIRST: Final = {"cursor": listing.CURSOR_SCHEMAS[False]}
 _PREFER: Final = ("Prefer", "`respond-async`: answer with 202 right after the commit (RFC 7240)")
+_OF_VERIFY: Final = (
+    ("permission", "what the key must be allowed to do; repeated ones add up"),
+    ("environment", "which environment the key must be for"),
+)
 
 
 class Refused(BaseModel):
@@ -107,7 +124,65 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             errors=(400, 404, *_OF_A_CALLER),
             error=unsent.Error,
             spreads=True,
+            query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
         ),
+    },
+    "/v1/api-keys/{id}/rotate": {
+        "post": Operation(
+            rotation.Rotation.post,
+            unsent.CreatedKey,
+            takes=rotation.Rotate,
+            errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+            error=unsent.Error,
+        )
+    },
+    **{
+        f"/v1/api-keys/{{id}}/rotate/{word}": {
+            "post": Operation(
+                endpoint.post,
+                unsent.Key,
+                errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+                error=unsent.Error,
+            )
+        }
+        for word, endpoint in (
+            ("cancel", rotation.CancelledRotation),
+            ("finish", rotation.FinishedRotation),
+        )
+    },
+    "/v1/api-keys/revoke-all": {
+        "post": Operation(
+            rotation.Everything.post,
+            rotation.AllRevoked,
+            takes=rotation.RevokeAll,
+            errors=(*_OF_A_BODY, *_OF_A_CALLER),
+            error=unsent.Error,
+            spreads=True,
+        )
+    },
+    "/v1/api-keys/self": {
+        "delete": Operation(
+            rotation.Self.delete,
+            unsent.Success,
+            errors=(400, 401, 503),
+            error=unsent.Error,
+            spreads=True,
+            query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
+        )
+    },
+    "/v1/audit": {
+        "get": Operation(
+            audit.Audit.get,
+            audit.Line,
+            many=True,
+            errors=(400, 404, *_OF_A_CALLER),
+            error=unsent.Error,
+            query=(
+                ("key", "only what was done to this key"),
+                ("limit", f"at most so many lines, from 1 to {listing.MAX_LIMIT}"),
+                ("before", "only lines before the one with this id"),
+            ),
+        )
     },
     "/v1/api_keys": {
         "get": Operation(
@@ -154,12 +229,12 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             verify.Verify,
             None,
             error=Refused,
-            query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
+            query=_OF_VERIFY,
         ),
         "head": Operation(
             verify.Verify,
             None,
-            query=(("permission", "what the key must be allowed to do; repeated ones add up"),),
+            query=_OF_VERIFY,
         ),
     },
     f"{ext_authz.PATH}/{{path}}": {
@@ -167,7 +242,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             ext_authz.ExtAuthz,
             None,
             error=None if method == "head" else Refused,
-            header=(("X-Keylatch-Require", "what the key must be allowed to do; commas add up"),),
+            header=(
+                ("X-Keylatch-Require", "what the key must be allowed to do; commas add up"),
+                ("X-Keylatch-Require-Environment", "which environment the key must be for"),
+            ),
         )
         for method in ("get", "head", "post", "put", "patch", "delete", "options", "trace")
     },
@@ -258,10 +336,15 @@ def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
         )
     if operation.takes is not None:
         described["requestBody"] = {
-            "required": True,
+            "required": _is_needed(operation.takes),
             "content": {"application/json": {"schema": _reference(operation.takes)}},
         }
     return described
+
+
+def _is_needed(body: type[BaseModel]) -> bool:
+    """Whether a call says too little without one: an empty body counts as an empty object."""
+    return not {"required", "minProperties", "anyOf"}.isdisjoint(body.model_json_schema())
 
 
 def _schema(operation: Operation, parameter: str) -> Any:

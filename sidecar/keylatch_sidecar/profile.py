@@ -7,10 +7,11 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
+from keylatch.drafts import InvalidValue, NotPermitted, NotPossible
 from keylatch.errors import KeylatchError
-from keylatch.keyring import NotPermitted
 from keylatch_sidecar.access import engine_of
-from keylatch_sidecar.problems import Problem, beyond_rights, unavailable
+from keylatch_sidecar.bodies import invalid
+from keylatch_sidecar.problems import Fault, Problem, beyond_rights, unavailable
 
 E = TypeVar("E")
 Handler = Callable[[E, Request], Awaitable[Response]]
@@ -27,6 +28,10 @@ def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
                 return await handler(endpoint, request)
             except Problem as problem:
                 return spell(problem)
+            except InvalidValue as error:
+                return spell(invalid([Fault(error.field, error.message)]))
+            except NotPossible as error:
+                return spell(Problem(400, str(error)))
             except NotPermitted as error:
                 return spell(beyond_rights(str(error), engine_of(request).settings.realm))
             except KeylatchError:

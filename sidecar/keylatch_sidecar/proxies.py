@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
@@ -134,14 +135,20 @@ class Proxies:
         return (b"cache-control", b"max-age=%d" % seconds) if seconds > 0 else _NO_STORE
 
 
-def wanted_of(permissions: Sequence[str]) -> Wanted:
-    """Permissions add up, and a malformed one leaves only FULL.
+def wanted_of(permissions: Sequence[str], environments: Sequence[str] = ()) -> Wanted:
+    """Permissions add up, and a malformed one leaves only FULL. Of environments nothing is left
+    where two differ, or one is malformed: no key is for it.
 
     An empty one is malformed: it is what a proxy sends whose variable was never set.
     """
+    wanted = ONLY_FULL
     if all(re.fullmatch(PERMISSION_PATTERN, permission) for permission in permissions):
-        return Wanted.all_of(permissions)
-    return ONLY_FULL
+        wanted = Wanted.all_of(permissions)
+    if not environments:
+        return wanted
+    asked = set(environments)
+    environment = asked.pop() if len(asked) == 1 else ""
+    return replace(wanted, environment=environment)
 
 
 @lru_cache(maxsize=10_000)

@@ -37,13 +37,16 @@ def revocation(receipt: Receipt) -> Revocation:
     )
 
 
-def answer(content: Any, receipt: Receipt, *, waited: bool) -> JSON:
-    """200, or 202 where the revoke is committed and still spreading; the receipt is a header too,
-    a dictionary of RFC 9651."""
-    headers = {
+def headers(receipt: Receipt) -> dict[str, str]:
+    """A receipt as a header: a dictionary of RFC 9651."""
+    return {
         "X-Keylatch-Revocation": f"seq={receipt.seq}, acknowledged={receipt.acknowledged}, "
         f"members={receipt.members}, bound={receipt.bound_seconds:.3f}"
     }
+
+
+def answer(content: Any, receipt: Receipt, *, waited: bool) -> JSON:
+    """200, or 202 where the revoke is committed and still spreading."""
     if waited:
-        return JSON(content, 200, headers)
-    return JSON(content, 202, headers | {"Preference-Applied": "respond-async"})
+        return JSON(content, 200, headers(receipt))
+    return JSON(content, 202, headers(receipt) | {"Preference-Applied": "respond-async"})

@@ -24,6 +24,7 @@ from keylatch.model import KeyRecord, Reason, flaw
 from keylatch.settings import Settings
 from keylatch.tokens import Token, without_tokens
 from keylatch_sidecar import leaked, terminal
+from keylatch_sidecar.command import keyring_of
 from keylatch_sidecar.options import JSONOption, RedisOption, StoreOption
 from keylatch_sidecar.scan import HISTORY, Search, Sighting
 
@@ -37,6 +38,7 @@ class Status(StrEnum):
     DISABLED = "disabled"
     EXPIRED = "expired"
     REVOKED = "revoked"
+    ROTATED = "rotated"
     UNKNOWN = "unknown"
     UNTOLD = "cannot tell"
 
@@ -153,17 +155,18 @@ def _is_missing(store: str) -> bool:
 
 async def _ask(engine: Engine, token: Token, revoke: bool) -> Known:
     try:
-        record = await engine.identify(token)
+        owner = await engine.identify(token)
     except (HashingBusy, HashingFailed) as error:  # of this one token; the others can be told
         terminal.say(f"{token.key_id}: {error.message}", error.hint)
         return _UNTOLD
-    if record is None:
+    if owner is None:
         return Known(Status.UNKNOWN)
-    status = _STATUS[flaw(record, engine.now_ms(), None)]
-    if revoke and status is not Status.REVOKED:
-        await leaked.revoke(engine, record)
-        return Known(status, record, is_revoked_now=True)
-    return Known(status, record)
+    status = _STATUS[flaw(owner.record, engine.now_ms(), None)]
+    if owner.is_previous and not owner.is_of_use and status is not Status.REVOKED:
+        status = Status.ROTATED
+    if revoke and owner.is_of_use:
+        await leaked.revoke(await keyring_of(engine), owner)
+    return Known(status, owner.record, is_revoked_now=revoke and owner.is_of_use)
 
 
 def _print(sightings: Sequence[Sighting], known: dict[bytes, Known], as_json: bool) -> None:

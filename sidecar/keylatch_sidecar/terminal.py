@@ -11,6 +11,7 @@ from rich.table import Table
 
 from keylatch.feed import Receipt
 from keylatch.model import KeyRecord
+from keylatch.tokens import Token
 from keylatch_sidecar.unsent import describe
 
 T = TypeVar("T")
@@ -84,6 +85,11 @@ def print_record(record: KeyRecord) -> None:
     """One field a line."""
     for name, value in as_json(record).items():
         sys.stdout.write(f"{name}: {value}\n")
+
+
+def print_token(token: Token) -> None:
+    """A token alone, on standard output: `TOKEN=$(keylatch keys create …)`."""
+    sys.stdout.write(token.reveal() + "\n")
 
 
 def refuse_token_in_argument() -> NoReturn:

@@ -1,5 +1,7 @@
 """unsent's dialect, and keylatch's own extensions of it: `/v1/api-keys` (with a hyphen)."""
 
+import json
+from datetime import datetime
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict
@@ -7,24 +9,39 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.keyring import InvalidValue
-from keylatch.model import FULL, KeyRecord
+from keylatch.drafts import InvalidValue, end_after
+from keylatch.keyring import Keyring
+from keylatch.model import FULL, KeyRecord, Principal
 from keylatch_sidecar import bodies, listing, receipts
-from keylatch_sidecar.access import key_id, manager
-from keylatch_sidecar.bodies import JSON, Body, Environment, ErrorJSON, Instant, Name, Shape, iso
-from keylatch_sidecar.problems import Fault, Problem, no_such_key
+from keylatch_sidecar.access import engine_of, key_id, manager
+from keylatch_sidecar.bodies import (
+    JSON,
+    Body,
+    Duration,
+    Environment,
+    ErrorJSON,
+    Instant,
+    Name,
+    Scalar,
+    Shape,
+    iso,
+)
+from keylatch_sidecar.problems import Problem, no_such_key
 from keylatch_sidecar.profile import speaking
 
 T = TypeVar("T")
 
 
 class CreateKey(Body):
-    """`environment` and `expiresAt` are keylatch's."""
+    """What follows `permission` is keylatch's. An expiry is an instant, or a time from now such as
+    `90d`."""
 
     name: Name
     permission: str = FULL
     environment: Environment | None = None
     expires_at: Instant | None = None
+    expires_in: Duration | None = None
+    metadata: dict[str, Scalar] | None = None
 
 
 def _without_defaults(schema: dict[str, Any]) -> None:
@@ -43,6 +60,16 @@ class ChangeKey(Body):
     active: bool = True
     permission: str = FULL
     expires_at: Instant | None = None
+    expires_in: Duration = ""
+    metadata: dict[str, Scalar] | None = None
+
+
+class Previous(Shape):
+    """The secret before the last rotation: when it ends or has ended, and when it was last used."""
+
+    partial_token: str
+    expires_at: str
+    last_used: str | None
 
 
 class Key(Shape):
@@ -59,6 +86,10 @@ class Key(Shape):
     environment: str
     expires_at: str | None
     updated_at: str
+    metadata: dict[str, Scalar]
+    revoked_reason: str | None
+    rotated_at: str | None
+    previous: Previous | None
 
 
 class CreatedKey(Key):
@@ -111,18 +142,16 @@ class Keys(HTTPEndpoint):
         """Create a key. Its token is in this answer and nowhere else, ever."""
         caller, keyring = await manager(request)
         body = await bodies.read(request, CreateKey)
-        try:
-            created = await keyring.create(
-                caller.organization_id,
-                body.name,
-                permission=body.permission,
-                environment=caller.environment if body.environment is None else body.environment,
-                expires_at=bodies.milliseconds_of(body.expires_at),
-                by=caller,
-            )
-        except InvalidValue as error:
-            raise bodies.invalid([Fault(error.field, error.message)]) from None
-        return JSON(CreatedKey(token=created.token.reveal(), **_fields(created.record)))
+        created = await keyring.create(
+            caller.organization_id,
+            body.name,
+            permission=body.permission,
+            environment=caller.environment if body.environment is None else body.environment,
+            expires_at=_end_of(request, body.expires_at, body.expires_in),
+            metadata=body.metadata,
+            by=caller,
+        )
+        return JSON(CreatedKey(token=created.token.reveal(), **fields_of(created.record)))
 
 
 class OneKey(HTTPEndpoint):
@@ -136,34 +165,48 @@ class OneKey(HTTPEndpoint):
 
     @speaking(spell)
     async def patch(self, request: Request) -> Response:
-        """Change a key's name, permission, expiry, or whether it is active."""
+        """Change a key's name, permission, expiry, metadata, or whether it is active."""
         caller, keyring = await manager(request)
         body = await bodies.read(request, ChangeKey)
         values: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
-        if "expires_at" in values:
-            values["expires_at"] = bodies.milliseconds_of(body.expires_at)
         if not values:
-            raise Problem(400, "Nothing to change: send name, active, permission or expiresAt")
-        try:
-            changed = _found(
-                await keyring.change(caller.organization_id, key_id(request), by=caller, **values)
-            )
-        except InvalidValue as error:
-            raise bodies.invalid([Fault(error.field, error.message)]) from None
+            raise Problem(400, "Nothing to change: send a field of the key")
+        duration = values.pop("expires_in", None)
+        if "expires_at" in values or duration is not None:
+            values["expires_at"] = _end_of(request, body.expires_at, duration)
+        changed = _found(
+            await keyring.change(caller.organization_id, key_id(request), by=caller, **values)
+        )
         if changed.record.deleted_at is not None:
             raise Problem(400, "The API key was deleted; that is final")
         return JSON(describe(changed.record))
 
     @speaking(spell)
     async def delete(self, request: Request) -> Response:
-        """Revoke a key, at once and finally. Repeating it changes nothing."""
+        """Revoke a key, at once and finally; `?reason=` is kept with it. Repeating it changes
+        nothing."""
         caller, keyring = await manager(request)
-        waited = receipts.waits(request)
-        changed = _found(
-            await keyring.delete(caller.organization_id, key_id(request), by=caller, wait=waited)
-        )
-        content = Success(success=True, revocation=receipts.revocation(changed.receipt))
-        return receipts.answer(content, changed.receipt, waited=waited)
+        return await revoked(request, keyring, caller, key_id(request))
+
+
+async def revoked(request: Request, keyring: Keyring, caller: Principal, its_id: str) -> Response:
+    """Revoke a key of the caller's organisation, and say how far that has spread."""
+    waited = receipts.waits(request)
+    reason = request.query_params.get("reason")
+    changed = _found(
+        await keyring.delete(caller.organization_id, its_id, reason=reason, by=caller, wait=waited)
+    )
+    content = Success(success=True, revocation=receipts.revocation(changed.receipt))
+    return receipts.answer(content, changed.receipt, waited=waited)
+
+
+def _end_of(request: Request, instant: datetime | None, duration: str | None) -> int | None:
+    """When a key shall end, in milliseconds since the epoch."""
+    if duration is None:
+        return bodies.milliseconds_of(instant)
+    if instant is not None:
+        raise InvalidValue("expiresIn", "is instead of expiresAt, not beside it")
+    return end_after(duration, engine_of(request).now_ms())
 
 
 def _found(what: T | None) -> T:
@@ -174,14 +217,34 @@ def _found(what: T | None) -> T:
 
 def describe(record: KeyRecord) -> Key:
     """A key as it is shown to people who may manage it."""
-    return Key(**_fields(record))
+    return Key(**fields_of(record))
 
 
-def _fields(record: KeyRecord) -> dict[str, Any]:
+def fields_of(record: KeyRecord) -> dict[str, Any]:
+    """The fields of a key."""
     return bodies.common_fields(record) | {
         "partial_token": record.partial_token,
         "permission": record.permission,
         "environment": record.environment,
-        "last_used": None if record.last_used is None else iso(record.last_used),
-        "expires_at": None if record.expires_at is None else iso(record.expires_at),
+        "last_used": _iso(record.last_used),
+        "expires_at": _iso(record.expires_at),
+        "metadata": json.loads(record.metadata) if record.metadata else {},
+        "revoked_reason": record.revoked_reason,
+        "rotated_at": _iso(record.rotated_at),
+        "previous": previous_of(record),
     }
+
+
+def previous_of(record: KeyRecord) -> Previous | None:
+    """What is told of the secret before the last rotation, if that had a grace."""
+    if record.previous_expires_at is None:
+        return None
+    return Previous(
+        partial_token=record.previous_partial_token or "",
+        expires_at=iso(record.previous_expires_at),
+        last_used=_iso(record.previous_last_used),
+    )
+
+
+def _iso(milliseconds: int | None) -> str | None:
+    return None if milliseconds is None else iso(milliseconds)

@@ -55,14 +55,15 @@ class Verify:
 
 
 def wanted_by(query: bytes) -> Wanted:
-    """What `?permission=P` asks for."""
+    """What `?permission=P&environment=E` asks for."""
     # A proxy may append its client's query: nobody shall fill the memory with long ones.
     return _remembered(query) if len(query) <= _REMEMBERED_BYTES else _read(query)
 
 
 def _read(query: bytes) -> Wanted:
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    return wanted_of([value for name, value in pairs if name == "permission"])
+    permissions = [value for name, value in pairs if name == "permission"]
+    return wanted_of(permissions, [value for name, value in pairs if name == "environment"])
 
 
 _remembered = lru_cache(maxsize=256)(_read)

@@ -1,0 +1,223 @@
+"""What a key may be, before it is one: values that are refused, and who may give which rights.
+
+The law of this file: no I/O, no clock. Every refusal names the argument at fault; none repeats it.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from keylatch.model import FULL, Principal
+from keylatch.settings import Settings
+from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
+
+MAX_NAME_LENGTH: Final = 100
+MAX_REASON_LENGTH: Final = 200
+MAX_METADATA_BYTES: Final = 4_096
+ORGANIZATION_PATTERN: Final = r"[A-Za-z0-9_-]{1,64}"
+LIVE: Final = "live"
+LONGEST_GRACE_SECONDS: Final = 366 * 86_400
+
+Scalar = str | int | float | bool | None
+Metadata = Mapping[str, Scalar]
+
+_DURATION: Final = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
+# The year 9999 is the last that ISO 8601 writes with four digits.
+_LATEST_MS: Final = 253_402_300_799_999
+
+# Categories of code points that have no place in a name: controls, surrogates, line separators.
+_NAMELESS: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
+# Unicode TR 36: these make a name read as another one.
+_BIDI_CONTROLS: Final = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+
+
+class InvalidValue(ValueError):
+    """A value that no key may have.
+
+    Args:
+        field: the argument at fault.
+        message: what it must be instead.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class NotPermitted(Exception):
+    """The caller would hand out more rights than its own key has."""
+
+
+class NotPossible(Exception):
+    """The key is not in a state in which this can be done: it was deleted, say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A key to be made; see `Keyring.create`."""
+
+    organization_id: str
+    name: str
+    permission: str = FULL
+    environment: str = LIVE
+    expires_at: int | None = None
+    metadata: Metadata | None = None
+
+
+class Rules:
+    """What the settings allow.
+
+    Args:
+        settings: the permissions and environments that may be given.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._grantable = settings.grantable
+        self._environments = settings.known_environments
+
+    def faults(self, draft: Draft, now_ms: int) -> list[InvalidValue]:
+        """Everything that is wrong with a key to be made."""
+        checks: list[Callable[[], object]] = [
+            lambda: _check_form("organization", ORGANIZATION_PATTERN, draft.organization_id),
+            lambda: self.check_environment(draft.environment),
+            lambda: checked_name(draft.name),
+            lambda: self.check_permission(draft.permission),
+            lambda: check_expiry(draft.expires_at, now_ms),
+            lambda: written_metadata(draft.metadata),
+        ]
+        found = []
+        for check in checks:
+            try:
+                check()
+            except InvalidValue as fault:
+                found.append(fault)
+        return found
+
+    def check_permission(self, permission: str) -> None:
+        """Raises `InvalidValue` for a permission that may not be given."""
+        if permission not in self._grantable:
+            raise InvalidValue("permission", f"must be one of {', '.join(self._grantable)}")
+
+    def check_environment(self, environment: str) -> None:
+        """Raises `InvalidValue` for a word that names no environment."""
+        _check_form("environment", ENVIRONMENT_PATTERN, environment)
+        if self._environments and environment not in self._environments:
+            raise InvalidValue("environment", f"must be one of {', '.join(self._environments)}")
+
+
+def check_expiry(expires_at: int | None, now_ms: int) -> None:
+    """Raises `InvalidValue` for an end that has come already."""
+    if expires_at is not None and expires_at <= now_ms:
+        raise InvalidValue("expiresAt", "must lie in the future")
+
+
+def milliseconds_of(duration: str, field: str = "expiresIn") -> int:
+    """Milliseconds of a duration such as `90d`, `12h`, `30m`, `2s` or `1w`.
+
+    Raises:
+        InvalidValue: it is none.
+    """
+    match = _DURATION.fullmatch(duration)
+    if match is None:
+        raise InvalidValue(field, "must be a number and a unit (s, m, h, d, w), such as 90d")
+    return int(match[1]) * _SECONDS[match[2]] * 1000
+
+
+def end_after(duration: str, now_ms: int, field: str = "expiresIn") -> int:
+    """When such a duration from now ends, in milliseconds since the epoch.
+
+    Raises:
+        InvalidValue: it is none, or ends beyond the year 9999.
+    """
+    end = now_ms + milliseconds_of(duration, field)
+    if end > _LATEST_MS:
+        raise InvalidValue(field, "must end before the year 10000")
+    return end
+
+
+def check_grace(seconds: int) -> None:
+    """Raises `InvalidValue` for a grace that no rotation may have."""
+    if not 0 <= seconds <= LONGEST_GRACE_SECONDS:
+        raise InvalidValue("graceSeconds", f"must be from 0 to {LONGEST_GRACE_SECONDS}")
+
+
+def checked_name(name: str) -> str:
+    """The name without blanks around it.
+
+    Raises:
+        InvalidValue: it is empty, too long, or holds control characters or a token.
+    """
+    return _checked_text("name", name, MAX_NAME_LENGTH)
+
+
+def checked_reason(reason: str | None) -> str | None:
+    """Why a key was revoked, without blanks around it.
+
+    Raises:
+        InvalidValue: it is empty, too long, or holds control characters or a token.
+    """
+    return None if reason is None else _checked_text("reason", reason, MAX_REASON_LENGTH)
+
+
+def written_metadata(metadata: Metadata | None) -> str | None:
+    """Metadata as it is stored: a JSON object of scalars.
+
+    Raises:
+        InvalidValue: it nests, is too large, or holds a token.
+    """
+    if metadata is None:
+        return None
+    if not all(_is_scalar(value) for value in metadata.values()):
+        raise InvalidValue("metadata", "must hold strings, numbers, true, false and null only")
+    text = json.dumps(dict(metadata), separators=(",", ":"))
+    if len(text) > MAX_METADATA_BYTES:
+        raise InvalidValue("metadata", f"must have at most {MAX_METADATA_BYTES} bytes as JSON")
+    if without_tokens(text) != text:
+        raise InvalidValue("metadata", "must not hold a token: it is stored and shown")
+    return text
+
+
+def check_rights(by: Principal, permission: str, environment: str) -> None:
+    """Nobody gives more than they have: neither another permission, nor a way into live.
+
+    Raises:
+        NotPermitted: they would.
+    """
+    if by.permission not in (FULL, permission):
+        raise NotPermitted("a key cannot give more rights than its own")
+    if by.environment not in (LIVE, environment):
+        raise NotPermitted(f"a key for {by.environment} cannot touch one for {environment}")
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _checked_text(field: str, text: str, longest: int) -> str:
+    text = text.strip()
+    if not text:
+        raise InvalidValue(field, "must not be empty or blank")
+    if len(text) > longest:
+        raise InvalidValue(field, f"must have at most {longest} characters")
+    is_plain = text.isascii() and text.isprintable()  # as most are
+    if not is_plain and any(
+        unicodedata.category(c) in _NAMELESS or c in _BIDI_CONTROLS for c in text
+    ):
+        raise InvalidValue(field, "must not hold control characters")
+    if without_tokens(text) != text:
+        raise InvalidValue(field, f"must not hold a token: {field}s are stored and shown")
+    return text
+
+
+def _check_form(field: str, pattern: str, value: str) -> None:
+    if not re.fullmatch(pattern, value):
+        raise InvalidValue(field, f"must match {pattern}")
+    if without_tokens(value) != value:
+        raise InvalidValue(field, "must not hold a token: it is stored and shown")
