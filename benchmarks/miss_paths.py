@@ -309,7 +309,7 @@ def hasher_of(workers: int, niceness: int) -> Hasher:
     """One whose threads let others go first."""
     hasher = Hasher(workers=workers)
     if niceness:
-        hasher._pool = ThreadPoolExecutor(
+        hasher._lane._pool = ThreadPoolExecutor(
             workers,
             initializer=lambda: os.setpriority(
                 os.PRIO_PROCESS, threading.get_native_id(), niceness

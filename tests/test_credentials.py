@@ -131,6 +131,40 @@ def test_no_field_is_no_credential() -> None:
     assert read([]) is Reason.MISSING
 
 
+BARRED = b"17|" + b"Ab0" * 16
+
+
+@pytest.mark.parametrize("value", [b"Bearer " + BARRED, b" bearer  " + BARRED + b" "])
+def test_a_bar_is_read_where_it_is_welcome(value: bytes) -> None:
+    """Laravel Sanctum's tokens have one, and RFC 6750 has none."""
+    assert read([value]) is Reason.MALFORMED
+    token = read([value], barred=True)
+    assert isinstance(token, Token)
+    assert token.reveal() == BARRED.decode()
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *(b"17|" + b"a" * 39, b"17|" + b"a" * 65, b"|" + b"a" * 48, b"x7|" + b"a" * 48),
+        *(BARRED + b"|", b"17||" + b"a" * 48, b"17|a_" + b"a" * 46, b"1" * 21 + b"|" + b"a" * 48),
+        *(b"17%7C" + b"a" * 48, BARRED + b", Bearer " + BARRED, BARRED + b"\n"),
+    ],
+)
+def test_a_bar_elsewhere_is_malformed_also_where_it_is_welcome(token: bytes) -> None:
+    """In that one shape and in no other."""
+    assert read([b"Bearer " + token], barred=True) is Reason.MALFORMED
+
+
+@given(st.lists(st.binary(max_size=80), max_size=2))
+def test_welcoming_a_bar_changes_nothing_else(values: list[bytes]) -> None:
+    """Whatever is no such token is read as ever."""
+    if not any(b"|" in value for value in values):
+        told, also = read(values), read(values, barred=True)
+        texts = [each.reveal() if isinstance(each, Token) else each for each in (told, also)]
+        assert texts[0] == texts[1]
+
+
 def test_the_limit_is_the_documented_one() -> None:
     """512 bytes, blanks included."""
     assert MAX_VALUE_BYTES == 512

@@ -249,8 +249,8 @@ WRONG = {
     '{"name": "x", "expiresAt": "2001-01-01T00:00:00Z"}': "expiresAt: must lie in the future",
     '{"name": "x", "expiresAt": "tomorrow"}': "expiresAt: must be an ISO 8601 time",
     '{"name": "x", "expiresAt": 4102444800}': "expiresAt: must be an ISO 8601 time",
-    '{"name": "x", "token": "us_0123456789_0"}': "token: tokens and hashes from elsewhere cannot",
-    '{"name": "x", "hash": "$argon2id$v=19$"}': "hash: tokens and hashes from elsewhere cannot",
+    '{"name": "x", "token": "us_0123456789_0"}': "token: a key that was made elsewhere needs a",
+    '{"name": "x", "hash": "$argon2id$v=19$"}': "hash: a key that was made elsewhere needs a",
 }
 
 
@@ -289,7 +289,7 @@ def test_a_screenful_of_mistakes_is_enough(operator: Operator) -> None:
         ("acme,ci\nacme,laptop\n", "line 1: is no header"),
         ("", "line 1: is no header"),
         ("name,organization\nci\n", "line 2: has 1 cells for 2 columns"),
-        ("name,hash\nci,x\n", "line 2: hash: tokens and hashes from elsewhere"),
+        ("name,hash\nci,x\n", "line 2: hash: a key that was made elsewhere needs"),
         ("name,name\nci,ci\n", "line 2: name: is there twice"),
         ("name,colour\nci,red\n", "line 2: colour: is no field"),
         ('name\n"ci\nlaptop\n', "is not CSV"),

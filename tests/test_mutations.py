@@ -4,6 +4,7 @@ The other process is a real one and has the key in its cache. A change that is a
 needs a story here: what that process said before, and what it says right after.
 """
 
+import hashlib
 import inspect
 import subprocess
 import sys
@@ -17,14 +18,16 @@ from sqlalchemy import Connection, update
 import worker_verdicts
 from keylatch.drafts import Draft
 from keylatch.engine import Engine
+from keylatch.foreign import Foreign
 from keylatch.keyring import Created, Keyring
 from keylatch.schema import keys
 from keylatch.settings import Settings
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
-READS = {"list", "page", "get", "deeds", "made_many"}
+READS = {"list", "page", "get", "deeds", "held", "made_many"}
 GOOD = "ALLOW FULL ci"
+UNHEARD_OF = "FORGED"  # while the store has no key that was made elsewhere
 
 
 class OtherProcess:
@@ -108,6 +111,15 @@ async def create_many(scene: Scene) -> None:
     assert scene.other.says(created.token.reveal()) == "ALLOW FULL another"
 
 
+async def bring_many(scene: Scene) -> None:
+    token = f"elsewhere-{uuid4().hex}"
+    assert [scene.other.says(token), scene.other.says(token)] == [UNHEARD_OF] * 2
+    sha256 = hashlib.sha256(token.encode()).hexdigest()
+    made = Foreign(f"sha256:{sha256}", "...", f"$sha256${sha256}")
+    await scene.keyring.bring_many([(Draft(scene.place[0], "old"), made)])
+    assert scene.other.says(token) == "ALLOW FULL old"
+
+
 async def disable(scene: Scene) -> None:
     await scene.keyring.change(*scene.place, active=False)
     assert scene.says() == "DISABLED"
@@ -178,6 +190,7 @@ async def disable_organization(scene: Scene) -> None:
 STORIES: dict[str, list[Story]] = {
     "create": [create],
     "create_many": [create_many],
+    "bring_many": [bring_many],
     "change": [disable, narrow, rename],
     "delete": [revoke],
     "rotate": [rotate, rotate_with_grace],

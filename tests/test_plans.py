@@ -8,6 +8,7 @@ ends with making them.
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,12 @@ KEYS, BIG, LOG = 12_000, 3_000, 5_000
 ONE = "key_00077"
 ASKED: dict[str, Callable[[Connection], object]] = {
     "a cold look-up": lambda c: c.execute(sql.FIND.statement, {"key_id": ONE}).all(),
+    "a cold look-up of a token from elsewhere": lambda c: c.execute(
+        sql.FIND_FOREIGN.statement, dict.fromkeys(sql.LOCATORS, "seam:a_b")
+    ).all(),
+    "keys from elsewhere": lambda c: sql.bring_keys(
+        c, [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
+    ),
     "one of an organisation": lambda c: sql.get_key(c, "org1", ONE),
     "the first page": lambda c: sql.page_of_keys(c, "big", 100, True, False, None),
     "the first page, oldest first": lambda c: sql.page_of_keys(c, "big", 100, False, False, None),

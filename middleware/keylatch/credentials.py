@@ -28,11 +28,18 @@ _SECOND: Final = re.compile(
 )
 
 
-def read(values: Sequence[bytes]) -> Token | Reason:
+# What Laravel Sanctum gives out: RFC 6750 has no bar.
+_BARRED: Final = re.compile(
+    rb"[ \t]*[Bb][Ee][Aa][Rr][Ee][Rr] +([0-9]{1,20}\|[A-Za-z0-9]{40,64})[ \t]*"
+)
+
+
+def read(values: Sequence[bytes], *, barred: bool = False) -> Token | Reason:
     """The one token among the values of a request's `Authorization` fields.
 
     Args:
         values: one entry for each field, as it came over the wire.
+        barred: whether Laravel Sanctum's tokens are welcome too, `{number}|{40 to 64 characters}`.
 
     Returns:
         the token, `Reason.MISSING` where no bearer credential was sent, or `Reason.MALFORMED`
@@ -43,7 +50,7 @@ def read(values: Sequence[bytes]) -> Token | Reason:
     value = values[0] if len(values) == 1 else b",".join(values)
     if len(value) > MAX_VALUE_BYTES:
         return Reason.MALFORMED
-    match = _BEARER.fullmatch(value)
+    match = _BEARER.fullmatch(value) or (_BARRED.fullmatch(value) if barred else None)
     if match is not None:
         return Token(match[1].decode("ascii"))
     if not value.strip(b" \t"):

@@ -34,7 +34,7 @@ from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wan
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
-from keylatch.tokens import CheckKeys, Token, fingerprint
+from keylatch.tokens import CheckKeys, Token, fingerprint, is_native
 from keylatch.usage import Usage
 from keylatch.watch import Watch
 
@@ -236,10 +236,25 @@ class Engine:
             allow = self._recognised(values[0], wanted)
             if allow is not None:
                 return allow
-        token = credentials.read(values)
+        token = self._read(values)
         if isinstance(token, Reason):
             return Deny(token)
         return self.peek(token, wanted) or token
+
+    def _read(self, values: Sequence[bytes]) -> Token | Reason:
+        said = credentials.read(values)
+        if said is Reason.MALFORMED:
+            barred = credentials.read(values, barred=True)
+            is_welcome = isinstance(barred, Token) and (
+                self._check_keys is None or self._has_foreign()
+            )
+            return barred if is_welcome else said
+        return said
+
+    def _has_foreign(self) -> bool:
+        """Whether the store has keys that were made elsewhere, as the witness last heard."""
+        self._witness.is_current()  # so that it hears what it can without waiting
+        return self._feed.has_foreign
 
     def _recognised(self, value: bytes, wanted: Wanted) -> Allow | None:
         """The hit: a value that was let in before, while nothing has changed since that would
@@ -272,13 +287,16 @@ class Engine:
     def peek(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict | None:
         """Judge a token by what this process knows; None where that does not suffice.
 
-        A stranger's token is refused here, with no call to Redis, the store or argon2.
+        A stranger's token is refused here, with no call to Redis, the store or argon2; unless it
+        could be one that was made elsewhere, and the store has keys that were.
         """
         if self._check_keys is None:
             return None
         known = self._remembered(token)
         if known is None:
-            return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
+            if self._check_keys.vouch(token) or (not is_native(token) and self._has_foreign()):
+                return None
+            return Deny(Reason.FORGED)
         if not self._witness.is_current():
             return None
         return self._judge(known, token, wanted)
@@ -325,7 +343,9 @@ class Engine:
         """What this process knows of a token: that it is a key, or none, or that the key which it
         claims to be has another secret. While a rotation's grace runs, that says nothing."""
         fingerprint = token.fingerprint
-        entry = self._l1.proven(fingerprint) or self._l1.entry(token.key_id)
+        entry = self._l1.proven(fingerprint)
+        if entry is None and is_native(token):  # others name no key
+            entry = self._l1.entry(token.key_id)
         if entry is None or (
             entry.fingerprint != fingerprint and entry.grace_ends_at > self._witness.now_ms()
         ):
@@ -376,9 +396,12 @@ class Engine:
         await self.keyring()
         await self._witness.catch_up()
 
-    def vouches(self, token: Token) -> bool:
-        """Whether this store minted the token, by its keyed check alone. That proves no key."""
-        return self._check_keys is not None and self._check_keys.vouch(token)
+    def may_know(self, token: Token) -> bool:
+        """Whether the store could have a token's key, as far as that can be told without asking it:
+        by the keyed check, or because it has keys that were made elsewhere. That proves no key."""
+        if self._check_keys is None:
+            return False
+        return self._check_keys.vouch(token) or (not is_native(token) and self._has_foreign())
 
     async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
@@ -389,7 +412,7 @@ class Engine:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
         await self.keyring()
-        if self._lookup is None or not self.vouches(token):
+        if self._lookup is None or not self.may_know(token):
             return None
         return await self._lookup.identify(token)
 
@@ -401,7 +424,7 @@ class Engine:
         """After an allow: an event that is set once the same check would refuse, because the key
         was revoked, changed, or has expired. An outage ends nothing.
         """
-        token = credentials.read(values)
+        token = self._read(values)
         if isinstance(token, Reason):  # let in by something else than a key
             return nullcontext(asyncio.Event())
         return self._watch.over(token, wanted)

@@ -100,6 +100,8 @@ class Feed:
         """Know nothing."""
         self.seq = 0
         self.epoch = ""
+        self.has_foreign = False
+        """Whether the store has keys that were made elsewhere."""
         self._start_from(0)
         self.state = object()
         """Another one whenever something was learned: what was accepted by the present one still
@@ -112,6 +114,7 @@ class Feed:
     def begin(self, present: Changes) -> None:
         """Start from the recent past, so that fresh entries in Redis are of use after a restart."""
         self.epoch = present.epoch
+        self.has_foreign = present.has_foreign
         self.seq = max(0, present.seq - _RECENT)
         self._start_from(self.seq)
         self.state = object()
@@ -141,6 +144,7 @@ class Feed:
                         self._known[1][touched] = seq
         self.seq = changes.seq
         self.epoch = changes.epoch
+        self.has_foreign = changes.has_foreign
         if is_news:
             self.state = object()  # last: nobody finds the new one beside the old tombstones
             self._on_news()

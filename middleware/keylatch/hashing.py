@@ -4,6 +4,9 @@ A minted token holds 160 random bits, so against cracking argon2 adds nothing to
 insures against weak keys that were imported from elsewhere (RFC 9106; OWASP's minimum profile).
 The pool is bounded and so is its queue: who comes when it is full is told so at once, because a
 queue of 25 ms hashes would otherwise turn a flood into seconds of waiting for everybody.
+
+Tokens that were made elsewhere lack the keyed check, so a stranger who knows the public part of one
+can make a process hash. They have a lane of their own, and keylatch's tokens wait for none of them.
 """
 
 import asyncio
@@ -18,8 +21,9 @@ from typing import Final, Literal, TypeVar
 import argon2
 from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
 
+from keylatch import foreign
 from keylatch.errors import HashingBusy, HashingFailed
-from keylatch.tokens import Token
+from keylatch.tokens import Token, is_native
 
 T = TypeVar("T")
 
@@ -64,9 +68,8 @@ class Hasher:
             time_cost=cost.passes, memory_cost=cost.memory_kib, parallelism=cost.lanes
         )
         self._workers = workers or os.cpu_count() or 1
-        self._capacity = self._workers + queue
-        self._pool: ThreadPoolExecutor | None = None
-        self._places = threading.BoundedSemaphore(self._capacity)
+        self._lane = _Lane("keylatch-hash", self._workers, queue)
+        self._foreign_lane = _Lane("keylatch-foreign-hash", max(1, self._workers // 2), queue)
 
     async def hash(self, token: Token) -> str:
         """A self-describing hash of the token.
@@ -76,7 +79,7 @@ class Hasher:
         """
         if self._scheme == "sha256":  # half a microsecond: a thread hop would cost more
             return _sha256(token)
-        return await self._in_pool(lambda: self._argon2.hash(token.reveal()))
+        return await self._lane.run(lambda: self._argon2.hash(token.reveal()))
 
     async def hash_all(self, tokens: Sequence[Token]) -> list[str]:
         """A hash of each token: as many at a time as there are threads, so that who comes
@@ -98,13 +101,19 @@ class Hasher:
         """
         if stored.startswith(_SHA256):
             return hmac.compare_digest(stored, _sha256(token))
-        return await self._in_pool(lambda: self._verify_now(stored, token))
+        if foreign.is_quick(stored):
+            return self._verify_now(stored, token)
+        lane = self._lane if is_native(token) else self._foreign_lane
+        return await lane.run(lambda: self._verify_now(stored, token))
 
     def is_outdated(self, stored: str) -> bool:
         """Whether a hash should be made anew at its next use: weaker scheme or other cost.
 
-        A change from argon2id to sha256 leaves old hashes alone: that would weaken them.
+        A change from argon2id to sha256 leaves old hashes alone: that would weaken them. Another
+        system's are always made anew: its tokens are random and long, and its hashes are slow.
         """
+        if foreign.is_foreign(stored):
+            return True
         if self._scheme != "argon2id":
             return False
         if stored.startswith(_SHA256):
@@ -116,16 +125,49 @@ class Hasher:
 
     def close(self) -> None:
         """Let the threads go; those that still hash finish on their own."""
+        self._lane.close()
+        self._foreign_lane.close()
+
+    def forget(self) -> None:
+        """After a fork: the parent's threads are not here, so start over without touching them."""
+        self._lane.forget()
+        self._foreign_lane.forget()
+
+    def _verify_now(self, stored: str, token: Token) -> bool:
+        scheme = "argon2"
+        try:
+            if foreign.is_foreign(stored):
+                scheme = "another system's scheme"
+                return foreign.fits(stored, token)
+            return self._argon2.verify(stored, token.reveal())
+        except VerifyMismatchError:
+            return False
+        except (InvalidHashError, VerificationError, ValueError, MemoryError) as error:
+            raise HashingFailed(
+                f"{scheme} could not verify a stored hash: {type(error).__name__}",
+                "the row was damaged or the machine is out of memory; no key was refused for it",
+            ) from None
+
+
+class _Lane:
+    """Threads, and a queue before them that is full at some point."""
+
+    def __init__(self, name: str, workers: int, queue: int) -> None:
+        self._name = name
+        self._workers = workers
+        self._capacity = workers + queue
+        self.forget()
+
+    def forget(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._places = threading.BoundedSemaphore(self._capacity)
+
+    def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
             self._pool = None
 
-    def forget(self) -> None:
-        """After a fork: the parent's threads are not here, so start over without touching them."""
-        self._pool = None
-        self._places = threading.BoundedSemaphore(self._capacity)
-
-    async def _in_pool(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T]) -> T:
         places = self._places
         if not places.acquire(blocking=False):
             raise HashingBusy(
@@ -133,23 +175,12 @@ class Hasher:
                 "more processors raise the limit, and so does KEYLATCH_HASHER=sha256 for new keys",
             )
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="keylatch-hash")
+            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix=self._name)
         future = self._pool.submit(work)
         # Released when the thread is done, not when its waiter is: a cancelled request's hash
         # still occupies the pool.
         future.add_done_callback(lambda _: places.release())
         return await asyncio.wrap_future(future)
-
-    def _verify_now(self, stored: str, token: Token) -> bool:
-        try:
-            return self._argon2.verify(stored, token.reveal())
-        except VerifyMismatchError:
-            return False
-        except (InvalidHashError, VerificationError) as error:
-            raise HashingFailed(
-                f"argon2 could not verify a stored hash: {type(error).__name__}",
-                "the row was damaged or the machine is out of memory; no key was refused for it",
-            ) from None
 
 
 def _sha256(token: Token) -> str:

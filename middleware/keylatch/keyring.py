@@ -8,7 +8,7 @@ organisation always comes from the caller's own key, never from what the caller 
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from keylatch.deeds import OPERATOR
@@ -28,6 +28,7 @@ from keylatch.drafts import (
     written_metadata,
 )
 from keylatch.feed import Receipt
+from keylatch.foreign import Foreign
 from keylatch.hashing import Hasher
 from keylatch.model import FULL, Deed, KeyRecord, Principal
 from keylatch.settings import Settings
@@ -65,6 +66,15 @@ class Created:
 
     record: KeyRecord
     token: Token = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A key that was made elsewhere, and whether it was here already: then it is as it was."""
+
+    key_id: str
+    is_new: bool = True
+    is_deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +189,52 @@ class Keyring:
         records = [each.record for each in created]
         await self._store.add_many(list(zip(records, hashes, strict=True)), by=self._operator)
         return created
+
+    async def bring_many(self, asked: Sequence[tuple[Draft, Foreign]]) -> Sequence[Brought]:
+        """Take keys in that were made elsewhere, in one transaction, and return when every process
+        knows that there are such keys. Those that are here already stay as they are: a deleted one
+        stays deleted.
+
+        Raises:
+            InvalidValue: naming the argument at fault of one of them; nothing was taken in.
+            HashingFailed: nothing was taken in.
+            StoreUnavailable: as a rule nothing was taken in; it can be repeated.
+        """
+        if not asked:
+            return []
+        for draft, _ in asked:
+            for fault in self.faults(draft):
+                raise fault
+        now_ms = self.now_ms()
+        raw = [foreign.token for _, foreign in asked if foreign.token is not None]
+        fresh = iter(await self._hasher.hash_all(raw))
+        made = await asyncio.to_thread(
+            lambda: [
+                (self._brought(draft, foreign, now_ms), foreign.hash or next(fresh))
+                for draft, foreign in asked
+            ]
+        )
+        seq, held = await self._store.bring_many(made, by=self._operator)
+        await self._announce(None, seq, True)
+        told = []
+        for record, _ in made:
+            key_id, is_deleted = held.get(str(record.locator), (record.id, False))
+            told.append(Brought(key_id, key_id == record.id, is_deleted))
+        return told
+
+    async def held(self, asked: Sequence[Foreign]) -> Sequence[Brought]:
+        """Which of them are here already; `key_id` is empty for those that are not."""
+        held = await self._store.holders([foreign.locator for foreign in asked])
+        return [
+            Brought(held[each.locator][0], False, held[each.locator][1])
+            if each.locator in held
+            else Brought("")
+            for each in asked
+        ]
+
+    def _brought(self, draft: Draft, foreign: Foreign, now_ms: int) -> KeyRecord:
+        minted = self._mint(draft, now_ms).record  # for its id; nobody gets its token
+        return replace(minted, partial_token=foreign.partial, locator=foreign.locator)
 
     async def made_many(self) -> None:
         """To be called when many were made: lists stay quick on a database that knows of them."""

@@ -1,21 +1,28 @@
 """Finding out what a token is: Redis, then the store, then argon2. It decides nothing.
 
 An error anywhere on the way goes to the caller, and nothing is remembered of it.
+
+A token that was made elsewhere finds its key by its locators and not by an id, so Redis, which the
+revoker overwrites by the id, is not asked about it. Nobody but the store can tell a made-up one
+from a real one, so only some are looked up at a time.
 """
 
 import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from keylatch import foreign
 from keylatch.cache import Absence, Entry
-from keylatch.errors import KeylatchError
+from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.feed import Feed, Witness
 from keylatch.hashing import Hasher
 from keylatch.model import KeyRecord, Reason, flaw
 from keylatch.shared_cache import SharedCache, Told
 from keylatch.store import Absent, Found, Store
-from keylatch.tokens import Token
+from keylatch.tokens import Token, is_native
+
+_MOST_FOREIGN: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ class Lookup:
         self._witness = witness
         self._environment = environment
         self._later = later
+        self._foreign = 0  # being looked up
 
     async def fetch(self, token: Token) -> Entry | Absence:
         """What the token is, by whoever knows it.
@@ -79,7 +87,7 @@ class Lookup:
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
-        found = await self._store.find(token.key_id)
+        found = await self._found(token)
         if isinstance(found, Absent):
             return None
         if await self._hasher.verify(found.hash, token):
@@ -90,7 +98,7 @@ class Lookup:
         return Owner(found.record, found.record.deleted_at is None and grace is not None, True)
 
     async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
-        if self._shared is None:
+        if self._shared is None or not is_native(token):
             return None
         told = await self._shared.get(token, self._feed.epoch)
         if told is None:
@@ -109,7 +117,7 @@ class Lookup:
         return known if fresh else None
 
     async def _fetch_stored(self, token: Token) -> Entry | Absence:
-        found = await self._store.find(token.key_id)
+        found = await self._found(token)
         if isinstance(found, Absent):
             return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
         record = found.record
@@ -122,7 +130,7 @@ class Lookup:
             if not is_previous:
                 return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
             known = self._known(token, record, found.as_of, is_previous)
-        if self._shared is not None:
+        if self._shared is not None and is_native(token):
             self._later(self._shared.put(token, record, found.as_of, self._feed.epoch, is_previous))
         if not is_previous and self._hasher.is_outdated(found.hash):
             self._later(self._hash_anew(token, record.id, found.hash))
@@ -135,6 +143,20 @@ class Lookup:
         if found.record.grace_ends_at(self._witness.now_ms()) is None:
             return False
         return await self._hasher.verify(found.previous_hash, token)
+
+    async def _found(self, token: Token) -> Found | Absent:
+        if is_native(token):
+            return await self._store.find(token.key_id)
+        if self._foreign == _MOST_FOREIGN:
+            raise HashingBusy(
+                f"{_MOST_FOREIGN} tokens that were made elsewhere are being looked up",
+                "somebody may be sending made-up ones",
+            )
+        self._foreign += 1
+        try:
+            return await self._store.find_foreign(foreign.locators(token))
+        finally:
+            self._foreign -= 1
 
     def _known(
         self, token: Token, record: KeyRecord, as_of: int, is_previous: bool = False

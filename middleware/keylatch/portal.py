@@ -71,7 +71,11 @@ class Portal:
     def check(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
         """`Engine.check` for a thread: a hit is answered in it, without any hop."""
         known = self._engine.glance(values, wanted)
-        return self.run(self._engine.resolve(known, wanted)) if isinstance(known, Token) else known
+        return self.resolve(known, wanted) if isinstance(known, Token) else known
+
+    def resolve(self, token: Token, wanted: Wanted) -> Verdict:
+        """`Engine.resolve` for a thread, which waits."""
+        return self.run(self._engine.resolve(token, wanted))
 
     async def check_from_loop(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
         """The same for an event loop that is not the engine's own; it never waits."""

@@ -31,6 +31,7 @@ from sqlalchemy import (
 
 from keylatch.database import Question, Rows
 from keylatch.deeds import OPERATOR, write_down, write_down_all
+from keylatch.foreign import MOST_LOCATORS
 from keylatch.model import PREVIOUS, KeyRecord
 from keylatch.schema import invalidations, keys, members, meta, organizations, secrets
 
@@ -78,6 +79,8 @@ class Changes:
     complete: bool
     touched: tuple[tuple[int, str | None, str | None], ...] = ()
     """(seq, key id or None, organisation id or None)"""
+    has_foreign: bool = False
+    """Whether there is any key that was made elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,8 @@ def _changes() -> Select[Any]:
         newer.c.seq,
         newer.c.key_id,
         newer.c.organization_id,
+        # The greatest one, because that is one step into an index on both databases.
+        select(func.max(keys.c.locator)).scalar_subquery(),
     ).join_from(meta, newer, true(), isouter=True)
 
 
@@ -182,8 +187,19 @@ def _find() -> Select[Any]:
     )
 
 
+def _find_foreign() -> Select[Any]:
+    named: list[Any] = [bindparam(name) for name in LOCATORS]
+    return (
+        select(meta.c.seq, keys.c.hash, keys.c.previous_hash, *_RECORD)
+        .join_from(meta, keys, keys.c.locator.in_(named), isouter=True)
+        .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
+    )
+
+
+LOCATORS: Final = tuple(f"locator_{number}" for number in range(MOST_LOCATORS))
 CHANGES: Final = Question(_changes())
 FIND: Final = Question(_find())
+FIND_FOREIGN: Final = Question(_find_foreign())
 LAGGARDS: Final = Question(_laggards())
 POLL: Final = Question(_poll())
 BELL: Final = "keylatch_bell"
@@ -195,12 +211,19 @@ def read_changes(rows: Rows, since: int) -> Changes:
     seq, epoch, pruned, *_ = rows[0]
     complete = since >= pruned and len(rows) <= _MAX_CHANGES
     touched = tuple((row[3], row[4], row[5]) for row in rows if row[3] is not None)
-    return Changes(seq, epoch, complete, touched if complete else ())
+    return Changes(seq, epoch, complete, touched if complete else (), rows[0][6] is not None)
 
 
 def read_found(rows: Rows) -> Found | Absent:
     seq, hashed, previous, *record = rows[0]
     return Absent(seq) if hashed is None else Found(record_of(record), hashed, seq, previous)
+
+
+def read_foreign(rows: Rows, locators: Sequence[str]) -> Found | Absent:
+    found = [read_found([row]) for row in rows]
+    keys_found = {each.record.locator: each for each in found if isinstance(each, Found)}
+    # As a rule there is one; where a token fits several, the locator that says most counts.
+    return next((keys_found[name] for name in locators if name in keys_found), Absent(rows[0][0]))
 
 
 def read_poll(rows: Rows, since: int) -> Poll:
@@ -241,6 +264,29 @@ def add_keys(
     """Insert many keys with their hashes, in this order; each takes a sequence number of its own,
     so that lists know it, and one invalidation tells of all of them."""
     return _add(connection, made, by, "key.import", organization_id=NOBODY)
+
+
+def bring_keys(
+    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: str = OPERATOR
+) -> tuple[int, dict[str, tuple[str, bool]]]:
+    """Insert keys that were made elsewhere, but for those whose locator is here already; these are
+    told: locator → (id of its key, whether that is deleted)."""
+    held = holders(connection, [str(record.locator) for record, _ in made])
+    fresh = [each for each in made if each[0].locator not in held]
+    seq = add_keys(connection, fresh, by) if fresh else sequence(connection)
+    return seq, held
+
+
+def holders(connection: Connection, locators: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """Which locators are here: locator → (id of its key, whether that is deleted)."""
+    held: dict[str, tuple[str, bool]] = {}
+    for start in range(0, len(locators), _MAX_NAMED):
+        asked = select(keys.c.locator, keys.c.id, keys.c.deleted_at).where(
+            keys.c.locator.in_(locators[start : start + _MAX_NAMED])
+        )
+        for locator, key_id, deleted_at in connection.execute(asked):
+            held[locator] = (key_id, deleted_at is not None)
+    return held
 
 
 def _add(

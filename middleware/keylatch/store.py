@@ -118,6 +118,12 @@ class Store:
         """The key with this id, deleted ones included."""
         return sql.read_found(await self._database.ask(sql.FIND, key_id=key_id))
 
+    async def find_foreign(self, locators: Sequence[str]) -> Found | Absent:
+        """The key that a token from elsewhere finds by one of these, deleted ones included."""
+        named: dict[str, Any] = dict.fromkeys(sql.LOCATORS, locators[0])
+        named |= zip(sql.LOCATORS, locators, strict=False)
+        return sql.read_foreign(await self._database.ask(sql.FIND_FOREIGN, **named), locators)
+
     async def changes(self, since: int, seconds: float | None = None) -> Changes:
         """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
         rows = await self._database.ask(sql.CHANGES, seconds=seconds, since=since)
@@ -214,6 +220,22 @@ class Store:
         thousand keys take about a tenth of a second.
         """
         return await self._write(sql.add_keys, made, by)
+
+    async def bring_many(
+        self, made: Sequence[tuple[KeyRecord, str]], *, by: str = OPERATOR
+    ) -> tuple[int, dict[str, tuple[str, bool]]]:
+        """Insert keys that were made elsewhere, all or none, but for those that are here already.
+
+        Returns:
+            the sequence number, and which locators were here: locator → (id of its key, whether
+            that is deleted). The caller's own ids among them were inserted by an earlier attempt
+            whose answer was lost.
+        """
+        return await self._write(sql.bring_keys, made, by)
+
+    async def holders(self, locators: Sequence[str]) -> dict[str, tuple[str, bool]]:
+        """Which locators are here: locator → (id of its key, whether that is deleted)."""
+        return await self._read(sql.holders, locators)
 
     async def analyze(self) -> None:
         """After many were added: let the database learn how many there are."""

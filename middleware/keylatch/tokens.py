@@ -124,6 +124,12 @@ def is_well_formed(token: Token) -> bool:
     )
 
 
+def is_native(token: Token) -> bool:
+    """Whether a token has the shape of keylatch's own, whatever its checks say: then it is judged
+    as one of them, and never as one that was made elsewhere."""
+    return len(token._text) <= MAX_LENGTH and _SHAPE.fullmatch(token._text) is not None
+
+
 def looks_minted(text: str) -> bool:
     """Whether a match of `SCAN_PATTERN` is a keylatch token (its CRC-32 fits) and not noise."""
     return is_well_formed(Token(text))

@@ -17,6 +17,7 @@ from keylatch.identity import ProxyGate
 from keylatch.model import Deny
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
+from keylatch.tokens import Token
 
 PRINCIPAL: Final = "keylatch.principal"
 """Where in `environ` the principal is: PEP 3333 lets a middleware add keys of its own name."""
@@ -35,6 +36,7 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
 
     def _prepare(self) -> None:
         self._portal = Portal.of(self.engine)
+        self._glance = self.engine.glance  # amid real requests each call in between costs
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         strip_identity(environ)
@@ -44,7 +46,9 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         if wanted is None:
             environ[PRINCIPAL] = UnauthenticatedUser()
             return self._app(environ, start_response)
-        verdict = self._portal.check(authorization(environ), wanted)
+        verdict = self._glance(authorization(environ), wanted)
+        if isinstance(verdict, Token):
+            verdict = self._portal.resolve(verdict, wanted)
         if isinstance(verdict, Deny):
             return refuse(self._refusals.of(verdict), environ, start_response)
         environ[PRINCIPAL] = verdict.principal

@@ -228,30 +228,29 @@ def import_keys(
 
     A line has a "name", and may have "organization", "permission", "environment" and
     "expiresAt"; the options count for what it leaves out. All mistakes are told before anything
-    is created. Tokens and hashes of another system cannot be imported.
+    is created. A line with a "scheme" brings a key that was made elsewhere, by its hash, or by
+    itself as "raw"; such keys are reported and never printed.
     """
     settings = Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher)
     form = intake.form_of(file, form)
     defaults = key_file.Defaults(organization, permission, environment)
 
-    async def run(keyring: Keyring, stream: TextIO) -> int:
+    async def run(keyring: Keyring, stream: TextIO) -> str:
         asked = await asyncio.to_thread(
             key_file.read, stream, form, defaults, keyring.faults, from_line
         )
-        if not dry_run:
-            intake.forewarn(len(asked), settings.hasher)
-            await intake.make(keyring, asked, batch)
-        return len(asked)
+        if dry_run:
+            await intake.foresee(keyring, asked, batch)
+            return f"The file asks for {len(asked):,} keys; nothing was created."
+        intake.forewarn(intake.hashed_here(asked), settings.hasher)
+        return (await intake.make(keyring, asked, batch)).told()
 
     try:
         with intake.opened(file) as stream:
-            made = with_keyring(settings, lambda keyring: run(keyring, stream))
+            told = with_keyring(settings, lambda keyring: run(keyring, stream))
     except key_file.Mistakes as mistakes:
         intake.refuse(mistakes)
-    if dry_run:
-        terminal.words.print(f"The file asks for {made:,} keys; nothing was created.")
-    else:
-        terminal.words.print(f"Created {made:,} keys. The tokens above are shown this once.")
+    terminal.words.print(told)
 
 
 @keys.command("list")
@@ -344,7 +343,8 @@ def verify(
     """Judge a token read from standard input: exit 0 allowed, 1 refused, 2 cannot decide."""
     if context.args:
         terminal.refuse_token_in_argument()
-    token = credentials.read([b"Bearer " + sys.stdin.buffer.readline(1024).strip()])
+    typed = sys.stdin.buffer.readline(1024).strip()
+    token = credentials.read([b"Bearer " + typed], barred=True)
     if isinstance(token, Reason):
         terminal.fail(
             "there is no token on standard input", "keylatch verify < token.txt", terminal.REFUSED

@@ -1,10 +1,11 @@
 """A file of keys to make, as JSON lines or CSV: read whole, and every mistake in it told at once.
 
     {"name": "ci", "organization": "acme", "expiresAt": "2030-01-01T00:00:00Z"}
+    {"name": "old", "scheme": "usesend", "clientId": "k3j9x0a1b2", "hash": "…"}
 
-The law of this file: nothing is made here, and no value is repeated in an error, because somebody
-may have put tokens into the file. Tokens and hashes of another system cannot be brought along: a
-token is good only if this store's keyed check is in it, so no process would ask for their keys.
+The second one is a key that was made elsewhere; `foreign_lines` knows what such lines say. The law
+of this file: nothing is made here, and no value is repeated in an error, because somebody may have
+put tokens into the file.
 """
 
 import csv
@@ -15,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
 from keylatch.drafts import LIVE, Draft, InvalidValue
+from keylatch.foreign import Foreign
 from keylatch.model import FULL
 from keylatch.tokens import without_tokens
-from keylatch_sidecar import bodies
+from keylatch_sidecar import bodies, foreign_lines
 from keylatch_sidecar.problems import Fault, Problem
 
 FORMATS: Final = ("jsonl", "csv")
 FIELDS: Final = ("name", "organization", "permission", "environment", "expiresAt")
 _ALSO: Final = {"expires": "expiresAt", "organizationId": "organization"}
-_FOREIGN: Final = frozenset(("token", "key", "hash", "secret", "partialToken"))
+_FOREIGN: Final = foreign_lines.FIELDS | {"token", "secret", "partialToken"}
 _MAX_LINE: Final = bodies.MAX_BODY_BYTES
 
 
@@ -52,6 +54,9 @@ class Numbered:
 
     line: int
     draft: Draft
+    origin: Foreign | None = None
+    """Where it was made elsewhere: what is known of it."""
+    scheme: str = ""
 
 
 class Mistakes(Exception):
@@ -87,19 +92,24 @@ def read(
     """
     asked: list[Numbered] = []
     told: list[str] = []
+    lines: dict[str, int] = {}
     rows = _of_csv(stream) if form == "csv" else _of_json(stream)
     for line, row in rows:
         try:
             if isinstance(row, Problem):
                 raise row
-            draft = _draft(bodies.checked(_plainly_named(row), Row), defaults)
+            scheme = str(row.get("scheme", ""))
+            plain, origin = _origin(row)
+            draft = _draft(bodies.checked(_plainly_named(plain), Row), defaults)
+            if origin is not None and lines.setdefault(origin.locator, line) != line:
+                raise Problem(400, f"is the same key as line {lines[origin.locator]}")
         except Problem as problem:
             said = [f"{fault.path}: {fault.message}" for fault in problem.faults]
             told += (f"line {line}: {each}" for each in said or [problem.message])
             continue
         told += (f"line {line}: {fault}" for fault in faults(draft))
         if line >= first_line:
-            asked.append(Numbered(line, draft))
+            asked.append(Numbered(line, draft, origin, scheme))
     if told:
         raise Mistakes([without_tokens(each) for each in told])
     return asked
@@ -153,10 +163,16 @@ def _lines(stream: TextIO) -> Iterator[str]:
         yield text.removeprefix("\ufeff") if number == 0 else text
 
 
-def _plainly_named(row: dict[str, Any]) -> dict[str, Any]:
+def _origin(row: dict[str, Any]) -> tuple[dict[str, Any], Foreign | None]:
+    if "scheme" in row:
+        return foreign_lines.taken(row, frozenset((*FIELDS, *_ALSO)))
     if not _FOREIGN.isdisjoint(row):
-        told = "tokens and hashes from elsewhere cannot be imported; keys are minted anew"
+        told = 'a key that was made elsewhere needs a "scheme"; without, one is minted anew'
         raise bodies.invalid([Fault(min(_FOREIGN.intersection(row)), told)])
+    return row, None
+
+
+def _plainly_named(row: dict[str, Any]) -> dict[str, Any]:
     named = {name: value for name, value in row.items() if name not in _ALSO}
     for also, name in _ALSO.items():
         if also in row:

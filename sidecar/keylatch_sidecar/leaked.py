@@ -7,7 +7,9 @@ nothing.
 
 What strangers send ends at the keyed check, about two microseconds after the answer. What this
 store minted waits in a bounded line, is looked into one by one, and again until the store has
-answered; what is left when the process ends is logged by its id.
+answered; what is left when the process ends is logged by its id. Where the store has keys that were
+made elsewhere, strangers can send what looks like one: such tokens have a line of their own, come
+last, and are left out while that is full, so that they hold up none of the others.
 """
 
 import asyncio
@@ -21,12 +23,13 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
+from keylatch import credentials
 from keylatch.drafts import NotPossible
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, KeylatchError, StoreUnavailable
 from keylatch.keyring import Keyring
 from keylatch.lookup import Owner
-from keylatch.tokens import Token
+from keylatch.tokens import Token, is_native
 from keylatch_sidecar import bodies, unsent
 from keylatch_sidecar.bodies import JSON, Body, Shape
 from keylatch_sidecar.problems import Problem
@@ -35,6 +38,7 @@ from keylatch_sidecar.profile import speaking
 REASON: Final = "leaked"
 _ACTOR: Final = "leak report"  # in the audit log
 _ROOM: Final = 10_000  # more than 16 KiB can report at once; 3 MB
+_FOREIGN_ROOM: Final = 1_000
 _RETRY_SECONDS: Final = 0.5
 _LAST_SECONDS: Final = 1.0
 
@@ -109,7 +113,9 @@ class Reports:
         self._engine = engine
         self._retry_seconds = retry_seconds
         self._room = room
-        self._line: dict[bytes, Token] = {}  # by fingerprint: repeating a report costs nothing
+        # By fingerprint: repeating a report costs nothing.
+        self._line: dict[bytes, Token] = {}
+        self._foreign_line: dict[bytes, Token] = {}
         self._at_work: asyncio.Task[None] | None = None
 
     async def expect(self) -> None:
@@ -123,11 +129,18 @@ class Reports:
             raise StoreUnavailable("too many reports of leaked keys are waiting", "")
 
     async def take(self, tokens: Sequence[Token]) -> None:
-        """Put those that this store minted into the line."""
-        for token in tokens:
-            if self._engine.vouches(token):
+        """Put those whose key the store could have into the line."""
+        for token in filter(_could_be_sent, tokens):
+            if not self._engine.may_know(token):
+                continue
+            if is_native(token):
                 self._line.setdefault(token.fingerprint, token)
-        if self._line and (self._at_work is None or self._at_work.done()):
+            elif len(self._foreign_line) < _FOREIGN_ROOM:
+                self._foreign_line.setdefault(token.fingerprint, token)
+            else:
+                log.warning("a report of a leaked key, made elsewhere if it is one, is left out")
+        is_idle = self._at_work is None or self._at_work.done()
+        if is_idle and (self._line or self._foreign_line):
             self._at_work = asyncio.create_task(self._work(), name="keylatch-leaks")
 
     async def end(self) -> None:
@@ -136,13 +149,13 @@ class Reports:
             await asyncio.wait([self._at_work], timeout=_LAST_SECONDS)
             self._at_work.cancel()
             await asyncio.wait([self._at_work])
-        for token in self._line.values():
+        for token in (self._line | self._foreign_line).values():
             _not_revoked(token, "this process ends")
-        self._line = {}
+        self._line, self._foreign_line = {}, {}
 
     async def _work(self) -> None:
-        while self._line:
-            fingerprint, token = next(iter(self._line.items()))
+        while line := self._line or self._foreign_line:
+            fingerprint, token = next(iter(line.items()))
             try:
                 await _look_into(self._engine, token)
             except NotPossible:  # a rotation was taken back in between
@@ -156,12 +169,19 @@ class Reports:
             except Exception as error:  # a report that breaks us must not hold up the others
                 log.exception("a report of a leaked key failed")
                 _not_revoked(token, type(error).__name__)
-            del self._line[fingerprint]
+            del line[fingerprint]
+
+
+def _could_be_sent(token: Token) -> bool:
+    """Whether it could stand in a header: a report may hold any text."""
+    value = b"Bearer " + token.reveal().encode("ascii", "replace")
+    return isinstance(credentials.read([value], barred=True), Token)
 
 
 def _not_revoked(token: Token, why: str) -> None:
-    log.error("%s was reported as leaked and may not be revoked: %s", token.key_id, why)
-    log.error("hint: keylatch keys revoke %s", token.key_id)
+    key = token.key_id if is_native(token) else "a key that was made elsewhere, if it is one,"
+    log.error("%s was reported as leaked and may not be revoked: %s", key, why)
+    log.error("hint: keylatch keys revoke ID")
 
 
 async def _look_into(engine: Engine, token: Token) -> None:
