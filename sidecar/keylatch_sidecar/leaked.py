@@ -5,7 +5,7 @@ at the token, so neither its bytes nor its time tell a live key from a dead or m
 the whole token is what entitles to the revoke: an id alone, or an id with another secret, does
 nothing.
 
-What strangers send ends at the keyed check, about two microseconds after the answer. What this
+What strangers send ends at the keyed check, microseconds after the answer. What this
 store minted waits in a bounded line, is looked into one by one, and again until the store has
 answered; what is left when the process ends is logged by its id. Where the store has keys that were
 made elsewhere, strangers can send what looks like one: such tokens have a line of their own, come
