@@ -22,6 +22,7 @@ from keylatch.model import Allow, Deny, Reason, Wanted
 from keylatch.settings import Settings
 from keylatch.statements import advance
 from keylatch.store import Absent, Found, Poll, Store
+from keylatch.tally import Tally
 from keylatch.tokens import Token
 from servers import PostgresServer
 
@@ -48,10 +49,10 @@ class WatchedStore(Store):
             await self.holding.wait()
         return answer
 
-    async def touch(self, uses: Mapping[str, int]) -> None:
+    async def touch(self, uses: Mapping[str, int], tally: Tally | None = None) -> None:
         if self.broken:
             raise StoreUnavailable("broken by the test")
-        await super().touch(uses)
+        await super().touch(uses, tally)
 
 
 class WatchedHasher(Hasher):

@@ -25,7 +25,7 @@ from keylatch.settings import Settings
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
-READS = {"list", "page", "get", "deeds", "held", "made_many"}
+READS = {"list", "page", "get", "deeds", "held", "made_many", "usage"}
 GOOD = "ALLOW FULL ci"
 UNHEARD_OF = "FORGED"  # while the store has no key that was made elsewhere
 

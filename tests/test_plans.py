@@ -18,6 +18,7 @@ from keylatch import statements as sql
 from keylatch.database import Database
 from keylatch.schema import invalidations
 from keylatch.store import Store, database_of
+from keylatch.tally import DAY_MS, Client, Tally, add_tally, prune_tallies, usage_of
 from servers import PostgresServer
 from test_store import NOW, record
 
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.anyio
 
 KEYS, BIG, LOG = 12_000, 3_000, 5_000
 ONE = "key_00077"
+TODAY = NOW // DAY_MS
+SEEN = Client("192.0.2.0/24", "curl", NOW)
+TALLY = Tally("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
 ASKED: dict[str, Callable[[Connection], object]] = {
     "a cold look-up": lambda c: c.execute(sql.FIND.statement, {"key_id": ONE}).all(),
     "a cold look-up of a token from elsewhere": lambda c: c.execute(
@@ -40,6 +44,10 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "a page, oldest first": lambda c: sql.page_of_keys(c, "big", 100, False, False, 2_000),
     "a page with deleted keys": lambda c: sql.page_of_keys(c, "big", 100, True, True, 2_000),
     "uses": lambda c: sql.touch(c, {ONE: NOW}),
+    "counts of uses": lambda c: add_tally(c, {ONE: NOW}, TALLY),
+    "uses of a key": lambda c: usage_of(c, "org1", ONE, TODAY - 29),
+    "keys that nobody uses": lambda c: sql.page_of_keys(c, "big", 9, True, False, 2_000, NOW - 1),
+    "old counts": lambda c: prune_tallies(c, TODAY),
     "a better hash": lambda c: sql.replace_hash(c, ONE, "old", "new"),
     "a change": lambda c: sql.change_key(c, "org1", ONE, NOW, {"name": "new"}),
     "a new key": lambda c: sql.add_key(c, record("key_new", "org1"), "hashed"),
@@ -48,7 +56,7 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "pruning": sql.prune,
 }
 LISTS = [name for name in ASKED if "page" in name]
-SCANS = re.compile(r"(SCAN|Seq Scan on) keylatch_(keys|invalidations)")
+SCANS = re.compile(r"(SCAN|Seq Scan on) keylatch_(keys|invalidations|usage|clients)")
 SCANS_OF_KEYS = re.compile(r"(SCAN|Seq Scan on) keylatch_keys")
 SORTS = re.compile(r"USE TEMP B-TREE|^ *(->  )?Sort")
 
@@ -104,6 +112,10 @@ async def full(url: str) -> Database:
     def lengthen(connection: Connection) -> None:
         connection.execute(insert(invalidations), log)
         sql.advance(connection, NOW, steps=LOG + 9)
+        used = [f"key_{n:05}" for n in range(500)]
+        counts = {(key_id, TODAY - day, "allowed"): 1 for key_id in used for day in range(9)}
+        seen = {f"key_{n:05}": SEEN for n in range(KEYS)}
+        add_tally(connection, {}, Tally("a process", 1, TODAY, counts, seen))
 
     await database.write(lengthen)
     return database

@@ -16,6 +16,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert settings.store == "sqlite:///keylatch.db"
     assert (settings.redis, settings.prefix, settings.hasher) == ("", "kl", "argon2id")
     assert (settings.lease, settings.environment, settings.realm) == (1.0, "", "keylatch")
+    assert settings.clients == "off"
     assert settings.grantable == ("FULL", "SENDING")
 
 
@@ -41,6 +42,7 @@ WRONG = {
     "environment": "Live!",
     "permissions": "SENDING",
     "realm": 'a "realm"',
+    "clients": "yes, please",
 }
 
 

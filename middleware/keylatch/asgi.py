@@ -6,6 +6,7 @@ It spells what `credentials`, `engine`, `policy` and `refusals` decide in terms 
 nothing else. Scopes are copied, never written on.
 """
 
+from functools import partial
 from typing import Any
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
@@ -62,6 +63,8 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                 return
             scope["user"] = verdict.principal
             scope["auth"] = verdict.credentials
+            if self.engine.sees_clients:
+                self.engine.see(verdict.principal.key_id, partial(caller_of, scope))
         try:
             if wanted is not None and scope["type"] == "websocket":
                 with self.engine.watching(values, wanted) as ended:
@@ -99,6 +102,13 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
+
+
+def caller_of(scope: Scope) -> tuple[str | None, str | None]:
+    """Address and user agent."""
+    client = scope.get("client")
+    agents = [value for name, value in scope["headers"] if name == b"user-agent"]
+    return client and client[0], agents[0].decode("latin-1") if agents else None
 
 
 def _copy(scope: Scope, is_posing: bool) -> dict[str, Any]:

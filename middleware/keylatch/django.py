@@ -37,7 +37,7 @@ from keylatch.gate import Gate
 from keylatch.model import Allow, Deny, Verdict, missing_scope
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
-from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, strip_identity
+from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -109,6 +109,9 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         if isinstance(verdict, Allow):
             denied = self._missing(request, verdict.principal.permission)
             request.META[PRINCIPAL] = request.api_key = verdict.principal
+            if self.engine.sees_clients:
+                caller = functools.partial(caller_of, request.META)
+                self.engine.see(verdict.principal.key_id, caller)
         return None if denied is None else refuse(self._refusals.of(denied), request)
 
     def _missing(self, request: HttpRequest, permission: str) -> Deny | None:

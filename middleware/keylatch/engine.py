@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Final
 
 from keylatch import credentials
@@ -35,7 +36,7 @@ from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
 from keylatch.tokens import CheckKeys, Token, fingerprint, is_native
-from keylatch.usage import Usage
+from keylatch.usage import Caller, Usage
 from keylatch.watch import Watch
 
 _ATTEMPTS: Final = 3
@@ -86,7 +87,9 @@ class Engine:
         if self.store.is_shared:
             self._witness = Lease(self.store, self._feed, settings.lease, self._ring, clock, timer)
         self._flights: Flights[Entry | Absence] = Flights()
-        self._usage = Usage(self.store.touch)
+        self._usage = Usage(self.store.touch, now_ms=self.now_ms)
+        self.sees_clients = settings.clients == "on"
+        """Whether adapters say whence a key that was let in was used: see `see`."""
         self._inherited: list[object] = []
         self._begin_anew()
         _survive_forks(self)
@@ -355,22 +358,34 @@ class Engine:
     def _judge(self, known: Entry | Absence, token: Token, wanted: Wanted) -> Verdict | None:
         """The verdict by what is known, or None if that is stale. The feed must be current."""
         if isinstance(known, Absence):
-            return self._judge_absence(known)
+            return self._judge_absence(known, wanted)
         entry = known
         if not self._renewed(entry):
             return None
         if entry.fingerprint != token.fingerprint:
+            # Of made-up tokens nothing is counted: else whoever knows an id could write there.
+            if self._check_keys is not None and self._check_keys.vouch(token):
+                self._count_refusal(entry.key_id, Reason.WRONG_SECRET, wanted)
             return Deny(Reason.WRONG_SECRET)
         now_ms = self._witness.now_ms()
         verdict = judge(entry.allow, now_ms, wanted)
-        if isinstance(verdict, Allow) or verdict.reason is Reason.INSUFFICIENT_SCOPE:
+        if isinstance(verdict, Deny):
+            self._count_refusal(entry.key_id, verdict.reason, wanted)
+            if verdict.reason is Reason.INSUFFICIENT_SCOPE and wanted.is_use:
+                self._usage.touch(entry, now_ms)
+        elif wanted.is_use:
             self._usage.note(entry, now_ms)
         return verdict
 
-    def _judge_absence(self, absence: Absence) -> Verdict | None:
+    def _judge_absence(self, absence: Absence, wanted: Wanted) -> Verdict | None:
         if self._feed.accepts(absence.key_id, absence.organization_id, absence.as_of):
+            self._count_refusal(absence.key_id, absence.reason, wanted)
             return Deny(absence.reason)
         return None
+
+    def _count_refusal(self, key_id: str, reason: Reason, wanted: Wanted) -> None:
+        if wanted.is_use and reason is not Reason.UNKNOWN:  # that is nobody's
+            self._usage.refuse(key_id, reason)
 
     async def _fetch(self, lookup: Lookup, token: Token) -> Entry | Absence:
         known = await lookup.fetch(token)
@@ -379,6 +394,10 @@ class Engine:
         else:
             self._l1.remember_absence(token.fingerprint, known)
         return known
+
+    def see(self, key_id: str, caller: Caller) -> None:
+        """After an allow, where `sees_clients`: whence it came, for the key's usage."""
+        self._usage.see(key_id, caller)
 
     def now_ms(self) -> int:
         """The time that expiry is judged at: the store's, in milliseconds since the epoch."""
@@ -430,9 +449,10 @@ class Engine:
         return self._watch.over(token, wanted)
 
     async def _is_good(self, token: Token, wanted: Wanted) -> bool:
+        wanted = replace(wanted, is_use=False)  # nobody called
         entry = self._l1.proven(token.fingerprint)
         if entry is not None and self._renewed(entry):
-            verdict = judge(entry.allow, self._witness.now_ms(), wanted)  # nobody called: no use
+            verdict = judge(entry.allow, self._witness.now_ms(), wanted)
         else:
             verdict = await self.resolve(token, wanted)
         undecided = (Reason.UNAVAILABLE, Reason.BUSY)

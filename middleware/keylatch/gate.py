@@ -28,6 +28,7 @@ class Gate(Generic[App]):
         realm: named in challenges; None: `KEYLATCH_REALM`.
         environment: the only environment whose keys are welcome; None: `KEYLATCH_ENVIRONMENT`.
         lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
+        clients: `on`: keep from which network each key was used last; None: `KEYLATCH_CLIENTS`.
         hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
         engine: one that is shared with others, instead of all of the settings above.
 
@@ -47,6 +48,7 @@ class Gate(Generic[App]):
         environment: str | None = None,
         lease: float | None = None,
         hasher: str | None = None,
+        clients: str | None = None,
         engine: Engine | None = None,
     ) -> None:
         mistakes: list[tuple[str, str]] = []
@@ -60,6 +62,7 @@ class Gate(Generic[App]):
                     environment=environment,
                     lease=lease,
                     hasher=hasher,
+                    clients=clients,
                 )
             )
             grantable = engine.settings.grantable

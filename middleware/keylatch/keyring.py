@@ -33,6 +33,7 @@ from keylatch.hashing import Hasher
 from keylatch.model import FULL, Deed, KeyRecord, Principal
 from keylatch.settings import Settings
 from keylatch.store import Page, Store
+from keylatch.tally import DAY_MS, KeyUsage
 from keylatch.tokens import CheckKeys, Token
 
 __all__ = [
@@ -276,10 +277,17 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
+        idle_days: int | None = None,
     ) -> Page:
-        """At most `limit` keys of that list, from where another page `goes_on_after`."""
+        """At most `limit` keys of that list, from where another page `goes_on_after`; only those
+        that nobody has used for so many days, if that is given."""
         return await self._store.page(
-            organization_id, limit, newest_first=newest_first, deleted=deleted, after=after
+            organization_id,
+            limit,
+            newest_first=newest_first,
+            deleted=deleted,
+            after=after,
+            unused_since=self._days_ago(idle_days),
         )
 
     def pages(
@@ -289,15 +297,28 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
+        idle_days: int | None = None,
     ) -> AsyncIterator[Page]:
         """That list page by page, for those that are long."""
         return self._store.pages(
-            organization_id, newest_first=newest_first, deleted=deleted, after=after
+            organization_id,
+            newest_first=newest_first,
+            deleted=deleted,
+            after=after,
+            unused_since=self._days_ago(idle_days),
         )
 
     async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
         """The key, deleted or not; None where the organisation has no such key."""
         return await self._store.get(organization_id, key_id)
+
+    async def usage(self, organization_id: str, key_id: str, days: int = 30) -> KeyUsage | None:
+        """How often the key was let in and refused on each of the last days, today included.
+
+        It is some seconds behind: see `usage`. None where the organisation has no such key.
+        """
+        since_day = self.now_ms() // DAY_MS - days + 1
+        return await self._store.usage(organization_id, key_id, since_day)
 
     async def change(
         self,
@@ -553,6 +574,9 @@ class Keyring:
 
     def _actor(self, by: Principal | None) -> str:
         return self._operator if by is None else by.key_id
+
+    def _days_ago(self, days: int | None) -> int | None:
+        return None if days is None else self.now_ms() - days * DAY_MS
 
     def now_ms(self) -> int:
         """What the clock says, in milliseconds since the epoch."""

@@ -195,11 +195,13 @@ class Wanted:
         permissions: those that suffice, any one of them; None: every valid key will do.
         scope: what to name in the challenge of a refusal (RFC 6750 section 3).
         environment: the only one whose keys are welcome; None: every one.
+        is_use: whether somebody calls with the key, and it does not merely keep something open.
     """
 
     permissions: frozenset[str] | None = None
     scope: str = FULL
     environment: str | None = None
+    is_use: bool = True
 
     @classmethod
     def all_of(cls, permissions: Sequence[str]) -> "Wanted":

@@ -132,7 +132,8 @@ class PostgreSQL:
     async def _twice(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
         """Once more where the connection had died before: the server was restarted, say.
 
-        All work may be repeated: it says what shall be so, and not what to add to what is.
+        All work may be repeated: it says what shall be so, and not what to add to what is; or it
+        knows itself again, as a tally does.
         """
         with errors_translated(psycopg.Error, self._hint):
             try:

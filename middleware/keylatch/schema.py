@@ -125,6 +125,7 @@ usage: Final = Table(
     Column("day", Integer, primary_key=True, autoincrement=False),  # since the epoch, UTC
     Column("outcome", String(32), primary_key=True),  # `allowed`, or the name of a reason
     Column("count", BigInteger, nullable=False),
+    Index("keylatch_usage_by_day", "day"),
 )
 
 clients: Final = Table(
@@ -134,6 +135,7 @@ clients: Final = Table(
     Column("address", String(64)),
     Column("agent", String(64)),
     Column("seen_at", BigInteger, nullable=False),
+    Index("keylatch_clients_by_time", "seen_at"),
 )
 
 audit: Final = Table(

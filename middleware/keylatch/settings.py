@@ -30,6 +30,7 @@ _HINTS: Final = {
     "environment": f"matches {ENVIRONMENT_PATTERN}; empty: keys of every environment",
     "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
     "environments": f"comma-separated words matching {ENVIRONMENT_PATTERN}; empty: any word",
+    "clients": "off, or on: keep each key's last network and user agent's name",
     "realm": "up to 64 printable ASCII characters without quotes and backslashes",
 }
 
@@ -59,6 +60,9 @@ class Settings(BaseSettings):
     """The environments that management may make keys for, separated by commas; empty: any."""
     realm: str = "keylatch"
     """The realm named in `WWW-Authenticate` (RFC 9110 section 11.5)."""
+
+    clients: Literal["off", "on"] = "off"
+    """Whether to keep from which network and with what program each key was used last."""
 
     @field_validator("store")
     @classmethod

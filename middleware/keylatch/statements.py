@@ -488,6 +488,7 @@ def page_of_keys(
     newest_first: bool,
     deleted: bool,
     after: int | None,
+    unused_since: int | None = None,
 ) -> Page:
     """Some keys of an organisation in the order of their creation, from an index and unsorted."""
     at = keys.c.created_seq
@@ -496,6 +497,10 @@ def page_of_keys(
         statement = statement.where(keys.c.deleted_at.is_(None))
     if after is not None:
         statement = statement.where(at < after if newest_first else at > after)
+    if unused_since is not None:
+        statement = statement.where(
+            func.coalesce(keys.c.last_used, keys.c.created_at) < unused_since
+        )
     statement = statement.order_by(at.desc() if newest_first else at).limit(limit + 1)
     rows = connection.execute(statement).all()
     records = [record_of(row[:-1]) for row in rows[:limit]]

@@ -22,6 +22,7 @@ from keylatch.migrations import bring_up_to_date, is_up_to_date
 from keylatch.model import Deed, KeyRecord
 from keylatch.sqlite import SQLite
 from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets
+from keylatch.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
 
 # A silent server is given up soon and asked anew: checks are 503 until it has answered.
 _OPEN_SECONDS: Final = 1.0
@@ -191,20 +192,28 @@ class Store:
         """Exchange a hash for another one of the same token. No answer about the key changes."""
         await self._write(sql.replace_hash, key_id, old, new)
 
-    async def touch(self, uses: Mapping[str, int]) -> None:
-        """Record when keys were last used (id → milliseconds); never backwards.
+    async def touch(self, uses: Mapping[str, int], tally: Tally | None = None) -> None:
+        """Record when keys were last used (id → milliseconds), never backwards; and what was
+        counted, once: see `tally`.
 
-        It writes that one column and nothing else: saving a whole row back from a cache would
-        bring a revoked key to life. Sorted by id, so that two processes cannot deadlock.
+        It writes that one column and nothing else of a key: saving a whole row back from a cache
+        would bring a revoked key to life. Sorted by id, so that two processes cannot deadlock.
         """
-        if uses:
-            await self._database.write(
-                lambda connection: sql.touch(connection, uses), durable=False
-            )
+
+        def work(connection: Connection) -> None:
+            if tally is not None:
+                add_tally(connection, uses, tally)
+            else:
+                sql.touch(connection, uses)
+
+        if uses or tally is not None:
+            await self._database.write(work, durable=False)
 
     async def tidy(self, now_ms: int) -> None:
-        """Prune the invalidation log beyond 100,000 rows, and let the database tidy up."""
+        """Prune the invalidation log beyond 100,000 rows and counts of uses after 400 days, and
+        let the database tidy up."""
         await self._write(sql.prune)
+        await self._write(prune_tallies, now_ms // DAY_MS)
         await self._database.tidy()
 
     # What management asks
@@ -253,11 +262,13 @@ class Store:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
+        unused_since: int | None = None,
     ) -> Page:
         """At most `limit` of the organisation's keys in the order of their creation, deleted ones
-        if asked for, from the page on that `goes_on_after` this number."""
+        if asked for, from the page on that `goes_on_after` this number; and only those that were
+        neither used nor made since a time in milliseconds, if one is given."""
         return await self._read(
-            sql.page_of_keys, organization_id, limit, newest_first, deleted, after
+            sql.page_of_keys, organization_id, limit, newest_first, deleted, after, unused_since
         )
 
     async def pages(
@@ -267,12 +278,17 @@ class Store:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
+        unused_since: int | None = None,
     ) -> AsyncIterator[Page]:
         """All of them, page by page: no transaction is held in between, so keys that are made
         meanwhile may be missing and those that are deleted may be there; no key is there twice."""
         while True:
             page = await self.page(
-                organization_id, newest_first=newest_first, deleted=deleted, after=after
+                organization_id,
+                newest_first=newest_first,
+                deleted=deleted,
+                after=after,
+                unused_since=unused_since,
             )
             yield page
             if page.goes_on_after is None:
@@ -285,6 +301,10 @@ class Store:
         """The organisation's keys in the order of their creation; deleted ones if asked for."""
         pages = self.pages(organization_id, newest_first=newest_first, deleted=deleted)
         return [record async for page in pages for record in page.records]
+
+    async def usage(self, organization_id: str, key_id: str, since_day: int) -> KeyUsage | None:
+        """How a key of the organisation was used since a day; None: it has no such key."""
+        return await self._read(usage_of, organization_id, key_id, since_day)
 
     async def change(
         self,

@@ -6,6 +6,7 @@ What this process knows is answered in the calling thread; the rest is asked thr
 """
 
 from collections.abc import Iterable
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -52,6 +53,8 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         if isinstance(verdict, Deny):
             return refuse(self._refusals.of(verdict), environ, start_response)
         environ[PRINCIPAL] = verdict.principal
+        if self.engine.sees_clients:
+            self.engine.see(verdict.principal.key_id, partial(caller_of, environ))
         return self._app(environ, start_response)
 
     def close(self) -> None:
@@ -94,6 +97,11 @@ def authorization(environ: WSGIEnvironment) -> tuple[bytes, ...]:
     """The value of `Authorization`, if there is one; several came joined by commas."""
     value = environ.get("HTTP_AUTHORIZATION")
     return () if value is None else (value.encode("latin-1", "replace"),)
+
+
+def caller_of(environ: WSGIEnvironment) -> tuple[str | None, str | None]:
+    """Address and user agent."""
+    return environ.get("REMOTE_ADDR"), environ.get("HTTP_USER_AGENT")
 
 
 def path_of(environ: WSGIEnvironment) -> str:

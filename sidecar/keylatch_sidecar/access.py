@@ -5,10 +5,12 @@ And which key is meant: ids go into the database only if they look like one.
 """
 
 import re
+from functools import partial
 from typing import Final
 
 from starlette.requests import Request
 
+from keylatch.asgi import caller_of
 from keylatch.engine import Engine
 from keylatch.keyring import Keyring
 from keylatch.model import ANY_KEY, ONLY_FULL, Deny, Principal, Wanted
@@ -44,6 +46,8 @@ async def _caller(request: Request, wanted: Wanted) -> tuple[Principal, Keyring]
     verdict = await engine.check(values, wanted)
     if isinstance(verdict, Deny):
         raise refused(verdict, engine.settings.realm)
+    if engine.sees_clients:
+        engine.see(verdict.principal.key_id, partial(caller_of, request.scope))
     return verdict.principal, await engine.keyring()
 
 

@@ -31,8 +31,10 @@ from keylatch_sidecar.audit_command import audit
 from keylatch_sidecar.bench_command import bench
 from keylatch_sidecar.command import find, with_engine, with_keyring
 from keylatch_sidecar.options import (
+    ClientsOption,
     ExtAuthzFactsOption,
     HasherOption,
+    IdleOption,
     JSONOption,
     KeyId,
     LeaseOption,
@@ -48,6 +50,7 @@ from keylatch_sidecar.options import (
 from keylatch_sidecar.proxies import wanted_of
 from keylatch_sidecar.scan_command import scan
 from keylatch_sidecar.settings import ProxySettings
+from keylatch_sidecar.usage_command import usage
 
 T = TypeVar("T")
 
@@ -66,6 +69,7 @@ cli.add_typer(organizations, name="organizations")
 life_commands.register(keys, organizations)
 cli.command()(audit)
 cli.command()(bench)
+keys.command()(usage)
 cli.command()(scan)
 
 
@@ -102,6 +106,7 @@ def serve(
     prefix: PrefixOption = None,
     hasher: HasherOption = None,
     lease: LeaseOption = None,
+    clients: ClientsOption = None,
     verify_facts: VerifyFactsOption = None,
     ext_authz_facts: ExtAuthzFactsOption = None,
     proxy_cache_ttl: ProxyCacheOption = None,
@@ -112,6 +117,7 @@ def serve(
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
+    given["clients"] = clients
     proxies = {
         "verify_facts": verify_facts,
         "ext_authz_facts": ext_authz_facts,
@@ -257,6 +263,7 @@ def import_keys(
 def list_keys(
     organization: OrganizationOption = "default",
     limit: Annotated[int | None, typer.Option(help="Only so many.", min=1)] = None,
+    idle: IdleOption = None,
     as_json: JSONOption = False,
     store: StoreOption = None,
     redis: RedisOption = None,
@@ -272,7 +279,7 @@ def list_keys(
 
     async def run(keyring: Keyring) -> None:
         is_first, left = True, limit or sys.maxsize
-        async for page in keyring.pages(organization):
+        async for page in keyring.pages(organization, idle_days=idle):
             records = page.records[:left]
             left -= len(records)
             is_last = left == 0 or page.goes_on_after is None

@@ -58,6 +58,7 @@ async def answer(
     *,
     newest_first: bool = True,
     deleted: bool = False,
+    idle_days: int | None = None,
 ) -> Response:
     """The list that was asked for.
 
@@ -67,14 +68,27 @@ async def answer(
     """
     limit, after = _asked(request, newest_first)
     page = await keyring.page(
-        organization_id, limit or PAGE, newest_first=newest_first, deleted=deleted, after=after
+        organization_id,
+        limit or PAGE,
+        newest_first=newest_first,
+        deleted=deleted,
+        after=after,
+        idle_days=idle_days,
     )
     place = page.goes_on_after
     if limit is not None or place is None:
-        link = {} if limit is None or place is None else _link(request, limit, place, newest_first)
+        link = {}
+        if limit is not None and place is not None:
+            link = _link(request, limit, place, newest_first, idle_days)
         body = b"".join([part async for part in _array(page, None, spell)])
         return Response(body, media_type=JSON.media_type, headers=_HEADERS | link)
-    rest = keyring.pages(organization_id, newest_first=newest_first, deleted=deleted, after=place)
+    rest = keyring.pages(
+        organization_id,
+        newest_first=newest_first,
+        deleted=deleted,
+        after=place,
+        idle_days=idle_days,
+    )
     return _Sent(_array(page, rest, spell), request)
 
 
@@ -133,10 +147,14 @@ def _place(text: str, newest_first: bool) -> int | None:
     return place if is_one else None
 
 
-def _link(request: Request, limit: int, place: int, newest_first: bool) -> dict[str, str]:
+def _link(
+    request: Request, limit: int, place: int, newest_first: bool, idle_days: int | None
+) -> dict[str, str]:
     query = {"limit": str(limit), "cursor": cursor_of(place, newest_first)}
     if request.query_params.get("include") == "deleted":
         query["include"] = "deleted"
+    if idle_days is not None:
+        query["idle"] = str(idle_days)
     return next_link(query)
 
 

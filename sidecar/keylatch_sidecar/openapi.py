@@ -16,8 +16,10 @@ from starlette.responses import Response
 import keylatch
 from keylatch_sidecar import (
     audit,
+    days,
     ext_authz,
     health,
+    key_usage,
     leaked,
     listing,
     rotation,
@@ -68,6 +70,8 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "reason": {"type": "string", "pattern": REASON_PATTERN},
     "key": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
     "before": {"type": "integer", "minimum": 1, "maximum": 2**53},
+    "days": {"type": "integer", "minimum": 1, "maximum": days.MAX_KEPT},
+    "idle": {"type": "integer", "minimum": 1, "maximum": days.MAX_IDLE},
 }
 _OLDEST_FIRST: Final = {"cursor": listing.CURSOR_SCHEMAS[False]}
 _PREFER: Final = ("Prefer", "`respond-async`: answer with 202 right after the commit (RFC 7240)")
@@ -97,7 +101,11 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             many=True,
             errors=(400, *_OF_A_CALLER),
             error=unsent.Error,
-            query=(("include", "`deleted`: show deleted keys as well"), *PAGED),
+            query=(
+                ("include", "`deleted`: show deleted keys as well"),
+                ("idle", f"only keys not used for so many days, from 1 to {days.MAX_IDLE}"),
+                *PAGED,
+            ),
         ),
         "post": Operation(
             unsent.Keys.post,
@@ -125,6 +133,15 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             error=unsent.Error,
             spreads=True,
             query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
+        ),
+    },
+    "/v1/api-keys/{id}/usage": {
+        "get": Operation(
+            key_usage.OneKeysUsage.get,
+            key_usage.UsageOfKey,
+            errors=(400, 404, *_OF_A_CALLER),
+            error=unsent.Error,
+            query=(("days", f"how far back, from 1 to {days.MAX_KEPT}; without it 30"),),
         ),
     },
     "/v1/api-keys/{id}/rotate": {

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from keylatch_sidecar.days import MAX_IDLE, MAX_KEPT
+
 StoreOption = Annotated[
     str | None,
     typer.Option(
@@ -43,6 +45,15 @@ LeaseOption = Annotated[
         show_default="1.0",
     ),
 ]
+ClientsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clients",
+        envvar="KEYLATCH_CLIENTS",
+        help="on: keep from which network each key was used last.",
+        show_default="off",
+    ),
+]
 VerifyFactsOption = Annotated[
     str | None,
     typer.Option(
@@ -77,4 +88,11 @@ OwnerOption = Annotated[
 ]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")]
 OrganizationArgument = Annotated[str, typer.Argument(metavar="ORGANIZATION", help="Which one.")]
+IdleOption = Annotated[
+    int | None,
+    typer.Option(
+        "--idle", metavar="DAYS", help="Only keys not used for so long.", min=1, max=MAX_IDLE
+    ),
+]
+DaysOption = Annotated[int, typer.Option(help="How far back, today included.", min=1, max=MAX_KEPT)]
 JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from keylatch.drafts import InvalidValue, end_after
 from keylatch.keyring import Keyring
 from keylatch.model import FULL, KeyRecord, Principal
-from keylatch_sidecar import bodies, listing, receipts
+from keylatch_sidecar import bodies, days, listing, receipts
 from keylatch_sidecar.access import engine_of, key_id, manager
 from keylatch_sidecar.bodies import (
     JSON,
@@ -130,11 +130,16 @@ class Keys(HTTPEndpoint):
     @speaking(spell)
     async def get(self, request: Request) -> Response:
         """List the organisation's keys, newest first, with `?limit=` in pages;
-        `?include=deleted` shows those as well."""
+        `?include=deleted` shows those as well, `?idle=30` only those not used for so many days."""
         caller, keyring = await manager(request)
         deleted = request.query_params.get("include") == "deleted"
         return await listing.answer(
-            request, keyring, caller.organization_id, describe, deleted=deleted
+            request,
+            keyring,
+            caller.organization_id,
+            describe,
+            deleted=deleted,
+            idle_days=days.asked(request, "idle", days.MAX_IDLE),
         )
 
     @speaking(spell)

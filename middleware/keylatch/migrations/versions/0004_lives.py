@@ -31,6 +31,7 @@ def upgrade() -> None:
         sa.Column("outcome", sa.String(32), primary_key=True),
         sa.Column("count", sa.BigInteger, nullable=False),
     )
+    op.create_index("keylatch_usage_by_day", "keylatch_usage", ["day"])
     op.create_table(
         "keylatch_clients",
         sa.Column("key_id", sa.String(64), primary_key=True),
@@ -38,6 +39,7 @@ def upgrade() -> None:
         sa.Column("agent", sa.String(64)),
         sa.Column("seen_at", sa.BigInteger, nullable=False),
     )
+    op.create_index("keylatch_clients_by_time", "keylatch_clients", ["seen_at"])
     op.create_table(
         "keylatch_audit",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
