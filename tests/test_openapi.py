@@ -120,6 +120,18 @@ def test_bodies_are_needed_where_they_are_called_so(
             assert (answer.status_code == 400) == operation["requestBody"]["required"], path
 
 
+@pytest.mark.parametrize(
+    ("seconds", "status"), [("60", 200), ("60.0", 200), ("6e1", 200), ("60.5", 400), ("true", 400)]
+)
+def test_whole_numbers_are_those_of_json_schema(
+    client: httpx.Client, boss: Created, seconds: str, status: int
+) -> None:
+    """However they are written; found by schemathesis."""
+    path = f"/v1/api-keys/{boss.record.id}/rotate"
+    body = f'{{"graceSeconds": {seconds}}}'
+    assert client.post(path, content=body, headers=AS_JSON).status_code == status
+
+
 BLANKS = " \t\n\x1c\x85\xa0\u2028\u3000"
 blanks_and_controls = st.sampled_from(BLANKS + "\0\x7f\u200e\u202e\ufeffCI\U0001f511")
 

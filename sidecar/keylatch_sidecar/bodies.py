@@ -60,6 +60,13 @@ Instant = Annotated[
 ]
 
 
+def _whole(value: Any) -> Any:
+    """JSON Schema takes 60.0 for an integer, because JSON has one kind of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
 # What `drafts` says of names and reasons, for clients made from the document: control characters,
 # and whatever makes a text read as another one, have no place but (blanks only) around it.
 _BLANKS: Final = r"\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from keylatch.drafts import LONGEST_GRACE_SECONDS
 from keylatch_sidecar import bodies, receipts
 from keylatch_sidecar.access import anybody, key_id, manager
-from keylatch_sidecar.bodies import JSON, Body, Reason
+from keylatch_sidecar.bodies import JSON, Body, Reason, Whole
 from keylatch_sidecar.problems import no_such_key
 from keylatch_sidecar.profile import speaking
 from keylatch_sidecar.unsent import CreatedKey, Success, describe, fields_of, revoked, spell
@@ -25,7 +25,7 @@ class Rotate(Body):
     """How long the present secret stays good, in seconds; 0: it ends with the answer."""
 
     grace_seconds: Annotated[
-        int, Field(json_schema_extra={"minimum": 0, "maximum": LONGEST_GRACE_SECONDS})
+        Whole, Field(json_schema_extra={"minimum": 0, "maximum": LONGEST_GRACE_SECONDS})
     ] = DAY_SECONDS
 
 
