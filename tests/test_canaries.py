@@ -187,7 +187,7 @@ CHANGES = [
     ("POST", "/v1/api-keys"),
     ("POST", "/v1/api_keys"),
     ("PATCH", "/v1/api-keys/{id}"),
-    ("POST", "/v1/api_keys"),
+    ("POST", "/leaked"),
 ]
 
 PROFILES = ["/v1/api-keys", "/v1/api_keys"]
@@ -305,6 +305,12 @@ class World:
             path = f"{next(self._profiles)}/{token}"
             await self._expect({404}, self.sidecar, "DELETE", path, self._manager)
 
+    async def report(self, tokens: list[str]) -> None:
+        """They leaked; what is done about it follows the answer."""
+        for token in tokens:
+            body = json.dumps([{"token": token, "url": f"https://forge/{token}"}]).encode()
+            await self._expect({202}, self.sidecar, "POST", "/leaked", body=body)
+
 
 async def live(world: World) -> dict[str, str]:
     """Everything that can happen to 1,000 tokens; what was raised and what shows itself then."""
@@ -321,6 +327,7 @@ async def live(world: World) -> dict[str, str]:
         await world.lose_redis(tokens[:20])
         for trouble in (world.crowd, world.lose_the_store, world.confuse_ids_with_tokens):
             await trouble(tokens[20:])
+        await world.report(tokens[20:])
     await world.look()
     for key_id, token in lives:
         await world.revoke(key_id, token)

@@ -9,16 +9,18 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openapi_schema_validator import OAS31Validator
 
 from conftest import OnAStore, Sidecar
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
+from keylatch.feed import END
 from keylatch.keyring import Created, Draft
 from keylatch.statements import Page
 from keylatch.store import Store
 from keylatch_sidecar import listing
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.listing import cursor_of
+from keylatch_sidecar.listing import CURSOR_SCHEMAS, cursor_of
 from servers import PostgresServer
 from shell import Operator
 from test_store import NOW, record
@@ -382,3 +384,11 @@ def test_the_command_lists_as_many_as_there_are(operator: Operator) -> None:
     heading, *rows = operator.run("keys", "list").out.splitlines()
     assert [row.split()[0] for row in rows] == ids
     assert {row.index("kl_...") for row in rows} == {heading.index("token")}
+
+
+@given(st.booleans(), st.integers(1, END - 1))
+def test_cursors_are_as_they_are_described(newest_first: bool, place: int) -> None:
+    """A client that checks what it sends by the document may send any cursor that it got."""
+    for order, schema in CURSOR_SCHEMAS.items():
+        is_one = OAS31Validator(schema).is_valid(cursor_of(place, newest_first))
+        assert is_one == (order == newest_first)

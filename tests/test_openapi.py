@@ -1,19 +1,24 @@
 """The OpenAPI document: valid, complete, and true of real answers."""
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from conftest import Clock, Sidecar, sidecar_on
+from keylatch.drafts import InvalidValue, checked_name
 from keylatch.keyring import Created
 from keylatch_sidecar import ext_authz, verify
 from keylatch_sidecar.app import ROUTES
+from keylatch_sidecar.bodies import NAME_PATTERN
 
 AS_JSON = {"Content-Type": "application/json"}
 EXT_AUTHZ = f"{ext_authz.PATH}/{{path}}"
@@ -84,18 +89,78 @@ def test_what_is_left_out_of_a_change_has_no_default(document: dict[str, Any]) -
 
 
 def test_requests_are_described_as_strictly_as_they_are_read(document: dict[str, Any]) -> None:
-    """Unknown fields are refused; the document says so."""
-    for _, _, operation in operations(document):
+    """Unknown fields are refused; the document says so. Alerts of others are read as they come."""
+    schemas = document["components"]["schemas"]
+    for path, _, operation in operations(document):
         if "requestBody" in operation:
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
-            name = schema["$ref"].rpartition("/")[2]
-            assert document["components"]["schemas"][name]["additionalProperties"] is False
+            schema = schemas[schema["$ref"].rpartition("/")[2]]
+            if path == "/leaked":
+                report, alerts = schema["anyOf"]
+                assert alerts["items"]["$ref"].endswith("/Alert")
+                schema = schemas[report["$ref"].rpartition("/")[2]]
+            assert schema["additionalProperties"] is False
 
 
 def test_management_needs_a_key_and_the_rest_does_not(document: dict[str, Any]) -> None:
     """`security` is on the operations that answer 401 without one."""
     for path, _, operation in operations(document):
         assert ("security" in operation) == path.startswith(("/v1/", "/verify", "/ext_authz"))
+
+
+def test_bodies_are_needed_where_they_are_called_so(
+    document: dict[str, Any], sidecar: Sidecar
+) -> None:
+    """A client made from the document may leave out what is optional, and nothing else."""
+    for path, method, operation in operations(document):
+        if "requestBody" in operation:
+            boss = sidecar.create()
+            with sidecar.client(boss) as caller:
+                answer = caller.request(method, path.replace("{id}", boss.record.id))
+            assert (answer.status_code == 400) == operation["requestBody"]["required"], path
+
+
+@pytest.mark.parametrize(
+    ("seconds", "status"), [("60", 200), ("60.0", 200), ("6e1", 200), ("60.5", 400), ("true", 400)]
+)
+def test_whole_numbers_are_those_of_json_schema(
+    client: httpx.Client, boss: Created, seconds: str, status: int
+) -> None:
+    """However they are written; found by schemathesis."""
+    path = f"/v1/api-keys/{boss.record.id}/rotate"
+    body = f'{{"graceSeconds": {seconds}}}'
+    assert client.post(path, content=body, headers=AS_JSON).status_code == status
+
+
+BLANKS = " \t\n\x1c\x85\xa0\u2028\u3000"
+blanks_and_controls = st.sampled_from(BLANKS + "\0\x7f\u200e\u202e\ufeffCI\U0001f511")
+
+
+@given(st.text(blanks_and_controls, max_size=12) | st.text(max_size=110))
+def test_names_are_described_as_they_are_checked(name: str) -> None:
+    """What the pattern lets through makes a key, and nothing else does."""
+    try:
+        checked_name(name)
+        is_good = True
+    except InvalidValue:
+        is_good = False
+    assert (re.search(NAME_PATTERN, name) is not None) == is_good
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 99, 100, 101])
+def test_names_of_every_length_are_described(length: int) -> None:
+    """1 to 100 characters, not counting blanks around them."""
+    for name in ("x" * length, " " + "x" * length + " "):
+        assert (re.search(NAME_PATTERN, name) is not None) == (length <= 100)
+
+
+def test_permissions_are_those_that_may_be_given(store_url: str, clock: Clock) -> None:
+    """A sidecar with words of its own says which."""
+    with sidecar_on(store_url, clock, permissions="FULL,READ") as own, own.client() as anybody:
+        schemas = anybody.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("unsent.CreateKey", "ChangeKey"):
+        assert schemas[name]["properties"]["permission"]["enum"] == ["FULL", "READ"]
+    assert "enum" not in schemas["unsent.Key"]["properties"]["permission"]
 
 
 MANAGED = [
@@ -149,6 +214,9 @@ def test_real_answers_are_as_described(
             one = f"{keys}/{{id}}"
             key = transcript.call(client, "POST", keys, json={"name": "CI"})
             path = f"{keys}/{key['id']}"
+            later = {"Prefer": "respond-async"}
+            spare = transcript.call(client, "POST", keys, json={"name": "spare"})
+            transcript.call(client, "DELETE", f"{keys}/{spare['id']}", one, headers=later)
             for template, method, operation in operations(document):
                 if template not in (keys, one):
                     continue
@@ -193,6 +261,10 @@ def test_real_answers_are_as_described(
                         transcript.call(caller, method, unknown, template)
                     if template.endswith(("/cancel", "/finish")):
                         caller.post(f"/v1/api-keys/{its_key.record.id}/rotate")
+                    if "202" in document["paths"][template][method.lower()]["responses"]:
+                        spare = sidecar.create(its_boss.record.organization_id)
+                        with sidecar.client(spare) as last:
+                            transcript.call(last, method, where, template, headers=later)
                     transcript.call(caller, method, where, template)
         for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
             query = {"permission": asked} if asked else {}
@@ -200,6 +272,9 @@ def test_real_answers_are_as_described(
             required = {"X-Keylatch-Require": asked} if asked else {}
             for method in sorted(METHODS):
                 transcript.call(caller, method, "/ext_authz/x", EXT_AUTHZ, headers=required)
+        transcript.call(waiting, "POST", "/leaked", json={"token": "x"})
+        for body in (b'{"token":"x"}', b"{}", b"x", b"x" * 20_000):
+            transcript.call(anonymous, "POST", "/leaked", content=body, headers=AS_JSON)
         transcript.call(client, "GET", "/healthz")
         transcript.call(client, "GET", "/readyz")
         transcript.call(waiting, "GET", "/readyz")

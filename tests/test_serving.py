@@ -95,7 +95,8 @@ def test_management_may_have_a_listener_of_its_own(
         asking, managing = sockets  # type: ignore[assignment]
     with served(operator, "--workers", workers, *words) as process:
         eventually(lambda: answers(asking) or process.poll() is not None)
-        for path in ("/v1/api-keys", "/v1/api_keys", f"/v1/api-keys/{key['id']}", "/openapi.json"):
+        one = f"/v1/api-keys/{key['id']}"
+        for path in ("/v1/api-keys", "/v1/api_keys", one, "/leaked", "/openapi.json"):
             assert is_none_of_your_business(asking, path, credential)
             assert not is_none_of_your_business(managing, path, credential)
         for path in ("/verify", "/ext_authz/v1/api-keys", "/healthz", "/readyz"):

@@ -30,7 +30,7 @@ from keylatch.hashing import Hasher
 from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
-from keylatch.lookup import Lookup
+from keylatch.lookup import Lookup, Owner
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
@@ -457,6 +457,39 @@ class Engine:
     def now_ms(self) -> int:
         """The time that expiry is judged at: the store's, in milliseconds since the epoch."""
         return self._witness.now_ms()
+
+    # Tokens that turned up somewhere
+
+    async def reach(self) -> None:
+        """Return if the store is there. Costs nothing while it was heard of lately: for whoever may
+        be asked by strangers.
+
+        Raises:
+            StoreUnavailable: it is not.
+        """
+        await self.keyring()
+        await self._witness.catch_up()
+        await self._know_secrets()  # `may_know` asks nobody
+
+    def may_know(self, token: Token) -> bool:
+        """Whether the store could have a token's key, as far as that can be told without asking it:
+        by the keyed check, or because it has keys that were made elsewhere. That proves no key."""
+        if self._check_keys is None:
+            return False
+        return self._check_keys.vouch(token) or (not is_native(token) and self._has_foreign())
+
+    async def identify(self, token: Token) -> Owner | None:
+        """The key whose secret this token is, whatever has become of it since; None: there is none.
+
+        It asks the store and its hashes, no cache, and nobody has called: no use is noted.
+
+        Raises:
+            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
+        """
+        await self.keyring()
+        if self._lookup is None or not self.may_know(token):
+            return None
+        return await self._lookup.identify(token)
 
     # Open connections
 

@@ -9,6 +9,7 @@ from a real one, so only some are looked up at a time.
 
 import contextlib
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Final
 
 from keylatch import foreign
@@ -22,6 +23,22 @@ from keylatch.store import Absent, Found, Store
 from keylatch.tokens import Token, is_native
 
 _MOST_FOREIGN: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The key that a token belongs to.
+
+    Args:
+        record: of the key, whatever its state.
+        is_of_use: False: its secret opens nothing and never will, because the key was deleted, or
+            rotated and the grace is over.
+        is_previous: whether it is the secret before the last rotation.
+    """
+
+    record: KeyRecord
+    is_of_use: bool
+    is_previous: bool = False
 
 
 class Lookup:
@@ -63,6 +80,22 @@ class Lookup:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
         return await self._fetch_shared(token) or await self._fetch_stored(token)
+
+    async def identify(self, token: Token) -> Owner | None:
+        """The key whose secret this token is, whatever has become of it since; None: there is none.
+
+        Raises:
+            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
+        """
+        found = await self._found(token)
+        if isinstance(found, Absent):
+            return None
+        if await self._hasher.verify(found.hash, token):
+            return Owner(found.record, found.record.deleted_at is None)
+        if found.previous_hash is None or not await self._hasher.verify(found.previous_hash, token):
+            return None
+        grace = found.record.grace_ends_at(self._witness.now_ms())
+        return Owner(found.record, found.record.deleted_at is None and grace is not None, True)
 
     async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
         if self._shared is None or not is_native(token):

@@ -19,6 +19,7 @@ from keylatch_sidecar import (
     ext_authz,
     health,
     key_usage,
+    leaked,
     openapi,
     rotation,
     sendook,
@@ -42,6 +43,7 @@ ROUTES = [
     Route("/v1/audit", audit.Audit),
     Route("/v1/api_keys", sendook.Keys),
     Route("/v1/api_keys/{id:path}", sendook.OneKey),
+    Route("/leaked", leaked.Leaked),
     Route("/healthz", health.healthz),
     Route("/readyz", health.readyz),
     Route("/openapi.json", openapi.document),
@@ -81,12 +83,14 @@ def create_app(
     """
     settings = settings or ProxySettings.load()
     proxies = Proxies(engine, settings.proxy_cache_ttl)
+    reports = leaked.Reports(engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(engine.stop)
             await engine.start()
+            stack.push_async_callback(reports.end)
             if grpc is not None:
                 from keylatch_sidecar import grpc_authz  # an extra
 
@@ -102,6 +106,7 @@ def create_app(
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     management.state.engine = engine
+    management.state.reports = reports
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
     verifying = verify.Verify(proxies, PROFILES[settings.verify_facts])
     authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])

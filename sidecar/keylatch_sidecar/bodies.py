@@ -25,8 +25,9 @@ from pydantic.alias_generators import to_camel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from keylatch.drafts import MAX_NAME_LENGTH, MAX_REASON_LENGTH
 from keylatch.model import KeyRecord
-from keylatch.tokens import without_tokens
+from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem
 
 MAX_BODY_BYTES: Final = 16 * 1024
@@ -59,6 +60,34 @@ Instant = Annotated[
 ]
 
 
+def _whole(value: Any) -> Any:
+    """JSON Schema takes 60.0 for an integer, because JSON has one kind of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+# What `drafts` says of names and reasons, for clients made from the document: control characters,
+# and whatever makes a text read as another one, have no place but (blanks only) around it.
+_BLANKS: Final = r"\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_NAMELESS: Final = (
+    r"\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+)
+
+
+def _text_pattern(longest: int) -> str:
+    end = f"[^{_BLANKS}{_NAMELESS}]"
+    return f"^[{_BLANKS}]*{end}([^{_NAMELESS}]{{0,{longest - 2}}}{end})?[{_BLANKS}]*$"
+
+
+NAME_PATTERN: Final = _text_pattern(MAX_NAME_LENGTH)
+REASON_PATTERN: Final = _text_pattern(MAX_REASON_LENGTH)
+
+# Checked by `drafts`, described here.
+Name = Annotated[str, Field(json_schema_extra={"pattern": NAME_PATTERN})]
+Reason = Annotated[str, Field(json_schema_extra={"pattern": REASON_PATTERN})]
+Duration = Annotated[str, Field(json_schema_extra={"pattern": "^[1-9][0-9]{0,8}[smhdw]$"})]
+Environment = Annotated[str, Field(json_schema_extra={"pattern": f"^{ENVIRONMENT_PATTERN}$"})]
 Scalar = str | bool | int | float | None
 
 
@@ -112,10 +141,19 @@ async def read(request: Request, model: type[M]) -> M:
     Raises:
         Problem: 413, 415, or 400 with the fields at fault.
     """
-    content = _parsed(request, await _bytes(request))
+    content = await read_json(request)
     if not isinstance(content, dict):
         raise Problem(400, "The body must be a JSON object")
     return checked(content, model)
+
+
+async def read_json(request: Request) -> Any:
+    """The request's body as JSON of whatever shape; an empty body counts as an empty object.
+
+    Raises:
+        Problem: 413, 415, or 400.
+    """
+    return _parsed(request, await _bytes(request))
 
 
 def checked(content: dict[str, Any], model: type[M]) -> M:

@@ -51,6 +51,7 @@ from keylatch_sidecar.options import (
     VerifyFactsOption,
 )
 from keylatch_sidecar.proxies import wanted_of
+from keylatch_sidecar.scan_command import scan
 from keylatch_sidecar.secrets_command import secrets
 from keylatch_sidecar.settings import ProxySettings
 from keylatch_sidecar.usage_command import usage
@@ -79,6 +80,7 @@ cli.command()(restore)
 cli.command()(restored)
 keys.command()(ended)
 keys.command()(usage)
+cli.command()(scan)
 cli.add_typer(secrets, name="secrets")
 
 

@@ -36,6 +36,16 @@ _ORDERS: Final = {True: b"n", False: b"o"}  # newest, oldest first: a cursor is 
 _CURSOR: Final = re.compile(r"[A-Za-z0-9_-]{12}")
 _LIMIT: Final = re.compile(r"[0-9]{1,4}")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
+# The same in base64: the order in eight bits, and a number beyond 0 whose first two bits are 0.
+CURSOR_SCHEMAS: Final = {
+    newest_first: {
+        "type": "string",
+        "pattern": f"^b[{second}][A-Za-z0-9_-]{{10}}$",
+        "not": {"const": f"b{second[0]}AAAAAAAAAA"},
+    }
+    for newest_first, second in ((True, "g-j"), (False, "w-z"))
+}
+"""What a cursor looks like, by whether it is for the newest first."""
 
 Spell = Callable[[KeyRecord], Shape]
 

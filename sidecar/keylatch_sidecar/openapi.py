@@ -3,8 +3,8 @@
 import inspect
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
@@ -20,13 +20,15 @@ from keylatch_sidecar import (
     ext_authz,
     health,
     key_usage,
+    leaked,
     listing,
     rotation,
     sendook,
     unsent,
     verify,
 )
-from keylatch_sidecar.bodies import JSON
+from keylatch_sidecar.access import engine_of
+from keylatch_sidecar.bodies import JSON, REASON_PATTERN, Body
 
 _OF_A_CALLER: Final = (401, 403, 503)
 _OF_A_BODY: Final = (400, 413, 415)
@@ -44,6 +46,11 @@ class Operation:
     error: type[BaseModel] | None = None
     query: tuple[tuple[str, str], ...] = ()
     header: tuple[tuple[str, str], ...] = ()
+    done: int = 200
+    spreads: bool = False
+    """Whether it answers with a receipt, and right after the commit if that is preferred."""
+    schemas: Mapping[str, Any] = field(default_factory=dict)
+    """Of parameters that are not just any text, or not what `_SCHEMAS` says."""
 
     @property
     def is_paged(self) -> bool:
@@ -56,6 +63,18 @@ PAGED: Final = (
 )
 
 
+_SCHEMAS: Final[Mapping[str, Any]] = {
+    "id": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": listing.MAX_LIMIT},
+    "cursor": listing.CURSOR_SCHEMAS[True],
+    "reason": {"type": "string", "pattern": REASON_PATTERN},
+    "key": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
+    "before": {"type": "integer", "minimum": 1, "maximum": 2**53},
+    "days": {"type": "integer", "minimum": 1, "maximum": days.MAX_KEPT},
+    "idle": {"type": "integer", "minimum": 1, "maximum": days.MAX_IDLE},
+}
+_OLDEST_FIRST: Final = {"cursor": listing.CURSOR_SCHEMAS[False]}
+_PREFER: Final = ("Prefer", "`respond-async`: answer with 202 right after the commit (RFC 7240)")
 _OF_VERIFY: Final = (
     ("permission", "what the key must be allowed to do; repeated ones add up"),
     ("environment", "which environment the key must be for"),
@@ -71,7 +90,7 @@ class Refused(BaseModel):
 
 async def document(request: Request) -> Response:
     """This document."""
-    return JSON(build())
+    return JSON(build(engine_of(request).settings.grantable))
 
 
 OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
@@ -112,6 +131,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             unsent.Success,
             errors=(400, 404, *_OF_A_CALLER),
             error=unsent.Error,
+            spreads=True,
             query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
         ),
     },
@@ -154,6 +174,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             takes=rotation.RevokeAll,
             errors=(*_OF_A_BODY, *_OF_A_CALLER),
             error=unsent.Error,
+            spreads=True,
         )
     },
     "/v1/api-keys/self": {
@@ -162,6 +183,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             unsent.Success,
             errors=(400, 401, 503),
             error=unsent.Error,
+            spreads=True,
             query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
         )
     },
@@ -187,6 +209,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             errors=(400, 401, 503),
             error=sendook.Error,
             query=PAGED,
+            schemas=_OLDEST_FIRST,
         ),
         "post": Operation(
             sendook.Keys.post,
@@ -201,7 +224,21 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             sendook.OneKey.get, sendook.Key, errors=(400, 401, 404, 503), error=sendook.Error
         ),
         "delete": Operation(
-            sendook.OneKey.delete, sendook.Key, errors=(400, 401, 404, 503), error=sendook.Error
+            sendook.OneKey.delete,
+            sendook.Key,
+            errors=(400, 401, 404, 503),
+            error=sendook.Error,
+            spreads=True,
+        ),
+    },
+    "/leaked": {
+        "post": Operation(
+            leaked.Leaked.post,
+            leaked.Accepted,
+            takes=leaked.Reported,
+            errors=(*_OF_A_BODY, 503),
+            error=unsent.Error,
+            done=202,
         ),
     },
     verify.PATH: {
@@ -236,8 +273,8 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
 
 
 @cache
-def build() -> dict[str, Any]:
-    """The OpenAPI document."""
+def build(grantable: tuple[str, ...]) -> dict[str, Any]:
+    """The OpenAPI document of a sidecar that may give these permissions."""
     _, schemas = models_json_schema(
         [(model, "serialization") for model in _models()],
         ref_template="#/components/schemas/{model}",
@@ -265,6 +302,10 @@ def build() -> dict[str, Any]:
     # Both dialects have a Key: pydantic tells them apart by the module's full name.
     text = json.dumps(content).replace("keylatch_sidecar__unsent__", "unsent.")
     document: dict[str, Any] = json.loads(text.replace("keylatch_sidecar__sendook__", "sendook."))
+    for model in {model for model in _models() if issubclass(model, Body)}:
+        described = document["components"]["schemas"][_name(model)]["properties"]
+        if "permission" in described:
+            described["permission"]["enum"] = list(grantable)
     return document
 
 
@@ -278,38 +319,54 @@ def _models() -> Iterator[type[BaseModel]]:
 
 
 def _reference(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{_name(model)}"}
+
+
+def _name(model: type[BaseModel]) -> str:
     dialect = model.__module__.rpartition(".")[2]
     twins = [other for other in _models() if other.__name__ == model.__name__]
     ambiguous = any(other is not model for other in twins)
-    name = f"{dialect}.{model.__name__}" if ambiguous else model.__name__
-    return {"$ref": f"#/components/schemas/{name}"}
+    return f"{dialect}.{model.__name__}" if ambiguous else model.__name__
 
 
 def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
     summary = inspect.getdoc(operation.does) or ""
+    headers = (*operation.header, *([_PREFER] if operation.spreads else []))
     described: dict[str, Any] = {
         "operationId": f"{method} {path}",
         "summary": summary.splitlines()[0],
-        "responses": {"200": _success(operation)}
+        "responses": {str(operation.done): _success(operation)}
         | {str(status): _failure(operation, status) for status in operation.errors},
         "parameters": [
-            {"name": name, "in": place, "description": text, "schema": {"type": "string"}}
-            for place, parameters in (("query", operation.query), ("header", operation.header))
+            {"name": name, "in": place, "description": text, "schema": _schema(operation, name)}
+            for place, parameters in (("query", operation.query), ("header", headers))
             for name, text in parameters
         ],
     }
+    if operation.spreads:
+        described["responses"]["202"] = _success(operation)
     if 401 in operation.errors:
         described["security"] = [{"key": []}]
     for name in re.findall(r"{(\w+)}", path):
         described["parameters"].append(
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": _schema(operation, name)}
         )
     if operation.takes is not None:
         described["requestBody"] = {
-            "required": True,
+            "required": _is_needed(operation.takes),
             "content": {"application/json": {"schema": _reference(operation.takes)}},
         }
     return described
+
+
+def _is_needed(body: type[BaseModel]) -> bool:
+    """Whether a call says too little without one: an empty body counts as an empty object."""
+    return not {"required", "minProperties", "anyOf"}.isdisjoint(body.model_json_schema())
+
+
+def _schema(operation: Operation, parameter: str) -> Any:
+    schema = operation.schemas.get(parameter) or _SCHEMAS.get(parameter)
+    return schema or {"type": "string"}
 
 
 def _success(operation: Operation) -> dict[str, Any]:
@@ -324,6 +381,9 @@ def _success(operation: Operation) -> dict[str, Any]:
     }
     if operation.is_paged:
         done["headers"] = {"Link": {"description": _LINK, "schema": {"type": "string"}}}
+    if operation.spreads:
+        described = {"description": _REVOCATION, "schema": {"type": "string"}, "required": True}
+        done["headers"] = {"X-Keylatch-Revocation": described}
     return done
 
 
@@ -341,6 +401,7 @@ _LINK: Final = (
     'Of a page after which there is more: `<?limit=…&cursor=…>; rel="next"` (RFC 8288), relative to'
     " the URL that was asked"
 )
+_REVOCATION: Final = "How far the change has spread: a dictionary (RFC 9651)"
 _DESCRIPTIONS: Final = {
     400: "The request is malformed",
     401: "There is no good key, or (Sendook's dialect) its permission does not suffice",

@@ -3,13 +3,17 @@
 Errors are spelled as in unsent's dialect.
 """
 
+from typing import Annotated
+
+from pydantic import Field
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
+from keylatch.drafts import LONGEST_GRACE_SECONDS
 from keylatch_sidecar import bodies, receipts
 from keylatch_sidecar.access import anybody, key_id, manager
-from keylatch_sidecar.bodies import JSON, Body
+from keylatch_sidecar.bodies import JSON, Body, Reason, Whole
 from keylatch_sidecar.problems import no_such_key
 from keylatch_sidecar.profile import speaking
 from keylatch_sidecar.unsent import CreatedKey, Success, describe, fields_of, revoked, spell
@@ -20,13 +24,15 @@ DAY_SECONDS = 86_400
 class Rotate(Body):
     """How long the present secret stays good, in seconds; 0: it ends with the answer."""
 
-    grace_seconds: int = DAY_SECONDS
+    grace_seconds: Annotated[
+        Whole, Field(json_schema_extra={"minimum": 0, "maximum": LONGEST_GRACE_SECONDS})
+    ] = DAY_SECONDS
 
 
 class RevokeAll(Body):
     """Why all keys end; it is kept with each."""
 
-    reason: str | None = None
+    reason: Reason | None = None
 
 
 class AllRevoked(Success):

@@ -11,7 +11,7 @@ from keylatch.keyring import InvalidValue
 from keylatch.model import KeyRecord
 from keylatch_sidecar import bodies, listing, receipts
 from keylatch_sidecar.access import key_id, manager
-from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Shape
+from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Name, Shape
 from keylatch_sidecar.problems import NOT_GIVEN, Fault, Problem, no_such_key
 from keylatch_sidecar.profile import speaking
 
@@ -19,7 +19,7 @@ from keylatch_sidecar.profile import speaking
 class CreateKey(Body):
     """Sendook's keys have a name and nothing else to choose."""
 
-    name: str
+    name: Name
 
 
 class Key(Shape):

@@ -14,7 +14,18 @@ from keylatch.keyring import Keyring
 from keylatch.model import FULL, KeyRecord, Principal
 from keylatch_sidecar import bodies, days, listing, receipts
 from keylatch_sidecar.access import engine_of, key_id, manager
-from keylatch_sidecar.bodies import JSON, Body, ErrorJSON, Instant, Scalar, Shape, iso
+from keylatch_sidecar.bodies import (
+    JSON,
+    Body,
+    Duration,
+    Environment,
+    ErrorJSON,
+    Instant,
+    Name,
+    Scalar,
+    Shape,
+    iso,
+)
 from keylatch_sidecar.problems import Problem, no_such_key
 from keylatch_sidecar.profile import speaking
 
@@ -25,11 +36,11 @@ class CreateKey(Body):
     """What follows `permission` is keylatch's. An expiry is an instant, or a time from now such as
     `90d`."""
 
-    name: str
+    name: Name
     permission: str = FULL
-    environment: str | None = None
+    environment: Environment | None = None
     expires_at: Instant | None = None
-    expires_in: str | None = None
+    expires_in: Duration | None = None
     metadata: dict[str, Scalar] | None = None
 
 
@@ -45,11 +56,11 @@ class ChangeKey(Body):
 
     model_config = ConfigDict(json_schema_extra=_without_defaults)
 
-    name: str = ""
+    name: Name = ""
     active: bool = True
     permission: str = FULL
     expires_at: Instant | None = None
-    expires_in: str = ""
+    expires_in: Duration = ""
     metadata: dict[str, Scalar] | None = None
 
 

@@ -1,0 +1,509 @@
+"""Reports of leaked tokens: real keys die, and nobody learns from the answer which were real."""
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from conftest import Clock, MakeEngine, Sidecar, sidecar_on
+from keylatch import tokens
+from keylatch.drafts import Draft, NotPossible
+from keylatch.engine import Engine
+from keylatch.errors import HashingFailed, StoreUnavailable
+from keylatch.foreign import Foreign
+from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.keyring import Created
+from keylatch.lookup import Owner
+from keylatch.settings import Settings
+from keylatch.store import Found
+from keylatch.tokens import CheckKeys, Token, looks_minted
+from keylatch_sidecar.app import create_app
+from keylatch_sidecar.leaked import Reports
+from servers import eventually
+from wire import Answer, exchange, http_scope, read
+
+PATH = "/leaked"
+STRANGERS = CheckKeys([b"s" * 32])
+ACCEPTED = b'{"status":"accepted"}'
+
+
+def report(sidecar: Sidecar, content: Any) -> Answer:
+    """The answer to a report, byte by byte."""
+    body = json.dumps(content).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return read(exchange(sidecar.url, head.encode() + body))
+
+
+def shown(sidecar: Sidecar, boss: Created, key: Created) -> dict[str, Any]:
+    """A key, as its organisation's boss sees it."""
+    with sidecar.client(boss) as client:
+        answer = client.get(f"/v1/api-keys/{key.record.id}")
+        assert answer.status_code == 200
+        content: dict[str, Any] = answer.json()
+        return content
+
+
+def works(sidecar: Sidecar, key: Created) -> bool:
+    with sidecar.client(key) as client:
+        status = client.get("/verify").status_code
+    assert status in (200, 401)
+    return status == 200
+
+
+def a_key_of(sidecar: Sidecar, boss: Created, **fields: Any) -> Created:
+    return sidecar.create(boss.record.organization_id, "Leaky", **fields)
+
+
+# Over a real socket
+
+
+def test_a_leaked_key_is_revoked(sidecar: Sidecar, boss: Created) -> None:
+    """Whoever has the token ends it, without a key of his own; no other key is touched."""
+    leaky, other = a_key_of(sidecar, boss), a_key_of(sidecar, boss)
+    assert report(sidecar, {"token": leaky.token.reveal()}).body == ACCEPTED
+    eventually(lambda: not works(sidecar, leaky))
+    assert works(sidecar, other)
+    key = shown(sidecar, boss, leaky)
+    assert (key["active"], key["revokedReason"]) == (False, "leaked")
+    with sidecar.client(boss) as client:
+        lines = client.get("/v1/audit", params={"key": leaky.record.id, "limit": 1}).json()
+    assert lines[0]["actor"] == "leak report"
+
+
+def test_githubs_alerts_are_understood(sidecar: Sidecar, boss: Created) -> None:
+    """A bare list, as its partner programme sends it, with whatever else it may say one day."""
+    leaky = [a_key_of(sidecar, boss) for _ in range(3)]
+    alerts = [
+        {
+            "token": key.token.reveal(),
+            "type": "keylatch_api_key",
+            "url": "https://github.com/octocat/hello/blob/main/.env",
+            "source": "content",
+            "severity": {"in": 2031},
+        }
+        for key in leaky
+    ]
+    assert report(sidecar, [*alerts, {"token": "nonsense"}]).body == ACCEPTED
+    eventually(lambda: not any(works(sidecar, key) for key in leaky))
+
+
+def test_the_answer_does_not_depend_on_the_token(sidecar: Sidecar, clock: Clock) -> None:
+    """Status, headers and body are the same bytes, whatever is reported, alone or with others."""
+    boss = sidecar.create()
+    key = a_key_of(sidecar, boss)
+    text = key.token.reveal()
+    revoked, disabled = a_key_of(sidecar, boss), a_key_of(sidecar, boss)
+    soon = int(sidecar.clock.seconds * 1000) + 1_000
+    expired = a_key_of(sidecar, boss, expires_at=soon)
+    with sidecar.client(boss) as client:
+        assert client.delete(f"/v1/api-keys/{revoked.record.id}").status_code == 200
+        change = {"active": False}
+        path = f"/v1/api-keys/{disabled.record.id}"
+        assert client.patch(path, json=change).status_code == 200
+    sidecar.clock.tick(2)
+    reported = [
+        *(revoked.token.reveal(), disabled.token.reveal(), expired.token.reveal()),
+        *("", " ", "nonsense", "\0", "\ud800", "x" * 10_000, f"Bearer {text}"),
+        *(STRANGERS.mint("kl", "live").reveal(), text[:-1], text + "0", text.swapcase()),
+        text,  # the last one: now it is revoked
+        text,
+    ]
+    answers = [report(sidecar, {"token": token}) for token in reported]
+    answers += [report(sidecar, [{"token": token} for token in reported]), report(sidecar, [])]
+    assert answers == [answers[0]] * len(answers)
+    fields = dict(answers[0].headers)
+    assert answers[0].status == 202
+    assert fields[b"cache-control"] == b"no-store"
+    assert b"www-authenticate" not in fields
+
+
+def test_a_disabled_and_an_expired_key_are_revoked_as_well(sidecar: Sidecar) -> None:
+    """Both could be taken back by somebody who does not know that the token leaked."""
+    boss = sidecar.create()
+    soon = int(sidecar.clock.seconds * 1000) + 1_000
+    disabled, expired = a_key_of(sidecar, boss), a_key_of(sidecar, boss, expires_at=soon)
+    with sidecar.client(boss) as client:
+        client.patch(f"/v1/api-keys/{disabled.record.id}", json={"active": False})
+        sidecar.clock.tick(2)
+        report(sidecar, [{"token": key.token.reveal()} for key in (disabled, expired)])
+        for key in (disabled, expired):
+            path = f"/v1/api-keys/{key.record.id}"
+            again = {"active": True, "expiresAt": None}
+            eventually(lambda p=path, a=again: client.patch(p, json=a).status_code == 400)  # type: ignore[misc]
+
+
+def test_a_report_is_no_use_of_the_key(sidecar: Sidecar, boss: Created) -> None:
+    """`lastUsed` goes on to tell who asks when it was stolen from when it was reported."""
+    leaky = a_key_of(sidecar, boss)
+    report(sidecar, {"token": leaky.token.reveal()})
+    eventually(lambda: shown(sidecar, boss, leaky)["active"] is False)
+    assert shown(sidecar, boss, leaky)["lastUsed"] is None
+
+
+def test_a_key_of_another_environment_is_revoked_as_well(tmp_path: Path, clock: Clock) -> None:
+    """A sidecar that welcomes keys for live only is told of those for test all the same."""
+    url = f"sqlite:///{tmp_path}/keys.db"
+    with sidecar_on(url, clock, environment="live") as sidecar:
+        boss = sidecar.create()
+        leaky = a_key_of(sidecar, boss, environment="test")
+        report(sidecar, {"token": leaky.token.reveal()})
+        eventually(lambda: shown(sidecar, boss, leaky)["active"] is False)
+
+
+def test_a_store_that_is_down_is_said_to_everybody(
+    sidecar: Sidecar, boss: Created, tmp_path: Path, clock: Clock
+) -> None:
+    """503, before the token is looked at: nobody believes that a report was taken."""
+    with sidecar_on(f"sqlite:///{tmp_path}/missing/keys.db", clock) as down:
+        reported = [boss.token.reveal(), "nonsense", STRANGERS.mint("kl", "live").reveal()]
+        answers = [report(down, {"token": token}) for token in reported]
+    assert answers == [answers[0]] * len(answers)
+    assert (answers[0].status, dict(answers[0].headers)[b"retry-after"]) == (503, b"1")
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ({}, "token: Field required"),
+        ({"token": 1}, "token: Input should be a valid string"),
+        ({"token": None}, "token: Input should be a valid string"),
+        ({"token": "x", "url": "y"}, "url: is no field of this body"),
+        ("kl_live_x", 'The body must be {"token": "…"}, or a list of such objects'),
+        (["kl_live_x"], 'The body must be {"token": "…"}, or a list of such objects'),
+        ([{"type": "x"}], 'The body must be {"token": "…"}, or a list of such objects'),
+        ([{"token": 1}], 'The body must be {"token": "…"}, or a list of such objects'),
+        (None, 'The body must be {"token": "…"}, or a list of such objects'),
+    ],
+)
+def test_a_body_of_another_shape_is_refused(sidecar: Sidecar, content: Any, wrong: str) -> None:
+    """400 with the field at fault, as everywhere: that depends on no token."""
+    answer = report(sidecar, content)
+    assert answer.status == 400
+    assert json.loads(answer.body)["message"] == wrong
+
+
+def rotated(sidecar: Sidecar, boss: Created, key: Created, grace_seconds: int) -> dict[str, str]:
+    """The header that sends the key's new secret."""
+    with sidecar.client(boss) as client:
+        path = f"/v1/api-keys/{key.record.id}/rotate"
+        answer = client.post(path, json={"graceSeconds": grace_seconds})
+    return {"Authorization": f"Bearer {answer.json()['token']}"}
+
+
+def test_a_secret_that_was_rotated_away_ends_alone(sidecar: Sidecar, boss: Created) -> None:
+    """Whoever rotates because of a leak does not lose the new secret to the report of the old."""
+    leaky = a_key_of(sidecar, boss)
+    new = rotated(sidecar, boss, leaky, 3_600)
+    assert works(sidecar, leaky)
+    report(sidecar, {"token": leaky.token.reveal()})
+    eventually(lambda: not works(sidecar, leaky))
+    report(sidecar, {"token": leaky.token.reveal()})
+    with sidecar.client() as client:
+        assert client.get("/verify", headers=new).status_code == 200
+    assert shown(sidecar, boss, leaky)["active"] is True
+
+
+def test_the_new_secret_ends_the_key(sidecar: Sidecar, boss: Created) -> None:
+    """And with it the old one, whatever is left of its grace."""
+    leaky = a_key_of(sidecar, boss)
+    new = rotated(sidecar, boss, leaky, 3_600)
+    report(sidecar, {"token": new["Authorization"].removeprefix("Bearer ")})
+    eventually(lambda: not works(sidecar, leaky))
+    assert shown(sidecar, boss, leaky)["active"] is False
+
+
+# What is done about it, in this process
+
+
+class Counting(Engine):
+    """Counts what a report costs, and has the store fail where it is told to."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.asked: list[str] = []
+        self.vouched = 0
+        self.troubles: list[Exception] = []
+
+    def may_know(self, token: Token) -> bool:
+        self.vouched += 1
+        return super().may_know(token)
+
+    async def identify(self, token: Token) -> Owner | None:
+        self.asked.append(token.key_id)
+        if self.troubles:
+            raise self.troubles.pop(0)
+        return await super().identify(token)
+
+
+@pytest.fixture
+async def counting(store_url: str, clock: Clock) -> AsyncIterator[Counting]:
+    hasher = Hasher("argon2id", CHEAPEST)
+    settings = Settings.load(store=store_url, redis="")
+    engine = Counting(settings, clock=clock, timer=clock, hasher=hasher)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+async def created(engine: Engine) -> Created:
+    return await (await engine.keyring()).create("acme", "Leaky")
+
+
+async def is_revoked(engine: Engine, key: Created) -> bool:
+    record = await (await engine.keyring()).get("acme", key.record.id)
+    assert record is not None
+    return record.deleted_at is not None
+
+
+async def done(reports: Reports) -> None:
+    """All that was taken is looked into."""
+    if reports._at_work is not None:
+        await asyncio.wait_for(reports._at_work, 20)
+
+
+async def with_another_secret(engine: Engine, key: Created) -> Token:
+    """What somebody could make who knew the store's check key and the id, but not the secret."""
+    check_keys = (await engine.store.open(0)).check_keys
+    forger = CheckKeys(check_keys)
+    text = key.token.reveal()
+    body = text[:-41] + forger.mint("kl", "live").reveal()[-41:-14]
+    body += tokens._check(check_keys[0], body)
+    forged = Token(body + tokens._crc(body))
+    assert engine.may_know(forged)
+    assert forged.key_id == key.record.id
+    return forged
+
+
+@pytest.mark.anyio
+async def test_an_id_is_not_enough(counting: Counting) -> None:
+    """Ids are in lists, logs and headers: a token with the right id and another secret does
+    nothing, even one that passes the keyed check."""
+    key, reports = await created(counting), Reports(counting)
+    await reports.take([await with_another_secret(counting, key)])
+    await done(reports)
+    assert counting.asked == [key.record.id]
+    assert not await is_revoked(counting, key)
+
+
+class Gullible(Counting):
+    """The broken twin: it takes the keyed check for a proof."""
+
+    async def identify(self, token: Token) -> Owner | None:
+        found = await self.store.find(token.key_id)
+        return Owner(found.record, is_of_use=True) if isinstance(found, Found) else None
+
+
+@pytest.mark.anyio
+async def test_a_twin_that_believes_the_keyed_check_kills_keys(
+    store_url: str, clock: Clock
+) -> None:
+    """So the test above holds something."""
+    engine = Gullible(Settings.load(store=store_url, redis=""), clock=clock, timer=clock)
+    await engine.start()
+    key, reports = await created(engine), Reports(engine)
+    await reports.take([await with_another_secret(engine, key)])
+    await done(reports)
+    assert await is_revoked(engine, key)
+    await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_a_flood_of_strangers_costs_no_store_and_no_hash(counting: Counting) -> None:
+    """Made-up tokens end at the keyed check; one that is real is looked into once."""
+    key, reports = await created(counting), Reports(counting)
+    flood = [STRANGERS.mint("kl", "live") for _ in range(1_000)]
+    await reports.take(flood + [key.token] * 1_000)
+    await done(reports)
+    assert counting.asked == [key.record.id]
+    assert await is_revoked(counting, key)
+
+
+@pytest.mark.anyio
+async def test_a_report_outlasts_an_outage(
+    counting: Counting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again until the store has answered."""
+    key, reports = await created(counting), Reports(counting, retry_seconds=0)
+    counting.troubles = [StoreUnavailable("the store is away")] * 3
+    await reports.take([key.token])
+    await done(reports)
+    assert await is_revoked(counting, key)
+    assert caplog.messages == [
+        *["reports of leaked keys are waiting: the store is away"] * 3,
+        f"{key.record.id} was reported as leaked and is revoked",
+    ]
+
+
+@pytest.mark.anyio
+async def test_a_rotation_that_is_taken_back_in_between_saves_nothing(counting: Counting) -> None:
+    """The secret is the key's again, so the key ends."""
+    key, reports = await created(counting), Reports(counting)
+    counting.troubles = [NotPossible("No rotation of the API key is under way")]
+    await reports.take([key.token])
+    await done(reports)
+    assert await is_revoked(counting, key)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("trouble", [HashingFailed("the row is damaged"), RuntimeError("a bug")])
+async def test_a_report_that_cannot_be_looked_into_is_named(
+    counting: Counting, trouble: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It holds up no other, and an operator finds the id and what to do."""
+    first, second, reports = await created(counting), await created(counting), Reports(counting)
+    counting.troubles = [trouble]
+    await reports.take([first.token, second.token])
+    await done(reports)
+    assert await is_revoked(counting, second)
+    wrong = f"{first.record.id} was reported as leaked and may not be revoked"
+    assert any(message.startswith(wrong) for message in caplog.messages)
+    assert "hint: keylatch keys revoke ID" in caplog.messages
+
+
+@pytest.mark.anyio
+async def test_a_report_that_is_left_at_the_end_is_named(
+    counting: Counting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that ends during an outage says which keys somebody has to revoke."""
+    key, reports = await created(counting), Reports(counting, retry_seconds=60)
+    counting.troubles = [StoreUnavailable("the store is away")]
+    await reports.take([key.token])
+    await reports.end()
+    wrong = "was reported as leaked and may not be revoked: this process ends"
+    assert f"{key.record.id} {wrong}" in caplog.messages
+    assert key.token.reveal() not in caplog.text
+
+
+@pytest.mark.anyio
+async def test_more_reports_than_there_is_room_for_are_refused(counting: Counting) -> None:
+    """503 to everybody: a report that is answered has a place."""
+    key, reports = await created(counting), Reports(counting, retry_seconds=60, room=1)
+    counting.troubles = [StoreUnavailable("the store is away")]
+    await reports.expect()
+    await reports.take([key.token])
+    with pytest.raises(StoreUnavailable):
+        await reports.expect()
+    await reports.end()
+
+
+# Keys that were made elsewhere
+
+
+def elsewhere(number: int) -> Token:
+    return Token(f"elsewhere-{number:040}")
+
+
+async def brought(engine: Engine, token: Token) -> str:
+    """The id of a key that was made elsewhere, and is found by its token's digest."""
+    sha256 = hashlib.sha256(token.reveal().encode()).hexdigest()
+    made = Foreign(f"sha256:{sha256}", "...", f"$sha256${sha256}")
+    [told] = await (await engine.keyring()).bring_many([(Draft("acme", "old"), made)])
+    return told.key_id
+
+
+@pytest.mark.anyio
+async def test_keys_that_were_made_elsewhere_are_revoked_as_well(counting: Counting) -> None:
+    """They have no keyed check, so the store is asked."""
+    key_id, reports = await brought(counting, elsewhere(1)), Reports(counting)
+    await reports.take([elsewhere(1), elsewhere(2), Token("\ud800"), Token("a b")])
+    await done(reports)
+    record = await (await counting.keyring()).get("acme", key_id)
+    assert record is not None
+    assert (record.revoked_reason, record.deleted_at is None) == ("leaked", False)
+    assert len(counting.asked) == 2, "what no header can hold is no token"
+
+
+@pytest.mark.anyio
+async def test_a_flood_of_what_could_be_from_elsewhere_holds_up_no_other(
+    counting: Counting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has a line of its own, which has an end; and no name, which could be half a secret."""
+    await brought(counting, elsewhere(1))
+    key, reports = await created(counting), Reports(counting, retry_seconds=60)
+    counting.troubles = [StoreUnavailable("the store is away")] * 2
+    await reports.take([elsewhere(number) for number in range(2_000)])
+    await reports.take([key.token])
+    await reports.expect()
+    await asyncio.sleep(0)
+    await reports.end()
+    assert "a report of a leaked key, made elsewhere if it is one, is left out" in caplog.messages
+    assert f"{key.record.id} was reported" in caplog.text
+    assert "elsewhere-" not in caplog.text
+    assert "key_0" not in caplog.text.replace(key.record.id, "")
+
+
+# The answer is sent before the token is looked at: that, and not a clock, is what is tested
+
+
+async def looks_before_the_answer(app: ASGIApp, engine: Counting, token: Token) -> int:
+    """How often the engine was asked about the token when the answer's last byte was sent."""
+    body = json.dumps({"token": token.reveal()}).encode()
+    looks = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            looks.append(engine.vouched + len(engine.asked))
+        await asyncio.sleep(0)  # whoever waits for the loop gets it
+
+    scope = http_scope(PATH, [(b"content-type", b"application/json")], method="POST")
+    await app(scope, receive, send)
+    [at_the_answer] = looks
+    assert engine.vouched > 0, "and then it is looked at"
+    return at_the_answer
+
+
+class Eager:
+    """The broken twin: it looks at the token, and then answers."""
+
+    def __init__(self, engine: Engine, token: Token) -> None:
+        self._engine = engine
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await Reports(self._engine).take([self._token])
+        await send({"type": "http.response.start", "status": 202, "headers": []})
+        await send({"type": "http.response.body", "body": ACCEPTED})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("real", [True, False])
+async def test_the_token_is_looked_at_when_the_answer_is_sent(
+    counting: Counting, real: bool
+) -> None:
+    """So the time of an answer cannot tell what the token is worth."""
+    key = await created(counting)
+    token = key.token if real else STRANGERS.mint("kl", "live")
+    make: list[Callable[[], ASGIApp]] = [
+        lambda: create_app(counting),
+        lambda: Eager(counting, token),
+    ]
+    looks = [await looks_before_the_answer(app(), counting, token) for app in make]
+    assert looks[0] == 0
+    assert looks[1] > 0
+
+
+@pytest.mark.anyio
+async def test_no_log_line_and_no_repr_holds_the_token(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At DEBUG, over the whole life of a report."""
+    caplog.set_level(logging.DEBUG)
+    engine = make_engine()
+    await engine.start()
+    key, reports = await created(engine), Reports(engine)
+    await reports.take([key.token])
+    assert key.token.reveal() not in repr(vars(reports))
+    await done(reports)
+    await engine.stop()
+    assert looks_minted(key.token.reveal())
+    assert key.token.reveal()[-41:] not in caplog.text

@@ -1,0 +1,236 @@
+"""Every change that the keyring can make is true in another process when its call returns.
+
+The other process is a real one and has the key in its cache. A change that is added to the keyring
+needs a story here: what that process said before, and what it says right after.
+"""
+
+import hashlib
+import inspect
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import Connection, update
+
+import worker_verdicts
+from keylatch.drafts import Draft
+from keylatch.engine import Engine
+from keylatch.foreign import Foreign
+from keylatch.keyring import Created, Keyring
+from keylatch.schema import keys
+from keylatch.settings import Settings
+from servers import PostgresServer
+
+pytestmark = pytest.mark.anyio
+READS = {"list", "page", "get", "deeds", "held", "made_many", "usage"}
+GOOD = "ALLOW FULL ci"
+UNHEARD_OF = "FORGED"  # while the store has no key that was made elsewhere
+
+
+class OtherProcess:
+    """One that checks keys, and remembers them."""
+
+    def __init__(self, store: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, worker_verdicts.__file__, store],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def says(self, token: str) -> str:
+        """What it makes of a token now."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{token}\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def end(self) -> None:
+        self._process.communicate(timeout=30)
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path_factory.mktemp('mutations')}/keys.db"
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    return postgres.new_database()
+
+
+@pytest.fixture(scope="module")
+def other(url: str) -> Iterator[OtherProcess]:
+    other = OtherProcess(url)
+    yield other
+    other.end()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where a story is told: a key that the other process knows."""
+
+    engine: Engine
+    keyring: Keyring
+    other: OtherProcess
+    key: Created
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.key.record.organization_id, self.key.record.id
+
+    def says(self) -> str:
+        return self.other.says(self.key.token.reveal())
+
+
+@pytest.fixture
+async def scene(url: str, other: OtherProcess) -> AsyncIterator[Scene]:
+    engine = Engine(Settings.load(store=url, redis="", hasher="sha256"))
+    await engine.start()
+    keyring = await engine.keyring()
+    scene = Scene(engine, keyring, other, await keyring.create(uuid4().hex, "ci"))
+    assert [scene.says(), scene.says()] == [GOOD, GOOD], "and from its cache"
+    yield scene
+    await engine.stop()
+
+
+Story = Callable[[Scene], Awaitable[None]]
+
+
+async def create(scene: Scene) -> None:
+    created = await scene.keyring.create(scene.place[0], "another")
+    assert scene.other.says(created.token.reveal()) == "ALLOW FULL another"
+
+
+async def create_many(scene: Scene) -> None:
+    [created] = await scene.keyring.create_many([Draft(scene.place[0], "another")])
+    assert scene.other.says(created.token.reveal()) == "ALLOW FULL another"
+
+
+async def bring_many(scene: Scene) -> None:
+    token = f"elsewhere-{uuid4().hex}"
+    assert [scene.other.says(token), scene.other.says(token)] == [UNHEARD_OF] * 2
+    sha256 = hashlib.sha256(token.encode()).hexdigest()
+    made = Foreign(f"sha256:{sha256}", "...", f"$sha256${sha256}")
+    await scene.keyring.bring_many([(Draft(scene.place[0], "old"), made)])
+    assert scene.other.says(token) == "ALLOW FULL old"
+
+
+async def disable(scene: Scene) -> None:
+    await scene.keyring.change(*scene.place, active=False)
+    assert scene.says() == "DISABLED"
+    await scene.keyring.change(*scene.place, active=True)
+    assert scene.says() == GOOD
+
+
+async def narrow(scene: Scene) -> None:
+    await scene.keyring.change(*scene.place, permission="SENDING")
+    assert scene.says() == "ALLOW SENDING ci"
+
+
+async def rename(scene: Scene) -> None:
+    await scene.keyring.change(*scene.place, name="CD")
+    assert scene.says() == "ALLOW FULL CD"
+
+
+async def revoke(scene: Scene) -> None:
+    await scene.keyring.delete(*scene.place, reason="a drill")
+    assert scene.says() == "REVOKED"
+
+
+async def rotate(scene: Scene) -> None:
+    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=0)
+    assert rotated is not None
+    assert scene.says() == "WRONG_SECRET"
+    assert scene.other.says(rotated.token.reveal()) == GOOD
+
+
+async def rotate_with_grace(scene: Scene) -> None:
+    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    assert rotated is not None
+    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, GOOD]
+    again = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    assert again is not None
+    assert scene.says() == "WRONG_SECRET", "the one before the last rotation, and no other"
+    assert scene.other.says(rotated.token.reveal()) == GOOD
+
+
+async def cancel_rotation(scene: Scene) -> None:
+    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    assert rotated is not None
+    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, GOOD]
+    await scene.keyring.cancel_rotation(*scene.place)
+    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, "WRONG_SECRET"]
+
+
+async def finish_rotation(scene: Scene) -> None:
+    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    assert rotated is not None
+    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, GOOD]
+    await scene.keyring.finish_rotation(*scene.place)
+    assert [scene.says(), scene.other.says(rotated.token.reveal())] == ["WRONG_SECRET", GOOD]
+
+
+async def revoke_all(scene: Scene) -> None:
+    await scene.keyring.revoke_all(scene.place[0])
+    assert scene.says() == "REVOKED"
+
+
+async def disable_organization(scene: Scene) -> None:
+    await scene.keyring.set_organization_active(scene.place[0], False)
+    assert scene.says() == "ORGANIZATION_DISABLED"
+    await scene.keyring.set_organization_active(scene.place[0], True)
+    assert scene.says() == GOOD
+
+
+STORIES: dict[str, list[Story]] = {
+    "create": [create],
+    "create_many": [create_many],
+    "bring_many": [bring_many],
+    "change": [disable, narrow, rename],
+    "delete": [revoke],
+    "rotate": [rotate, rotate_with_grace],
+    "cancel_rotation": [cancel_rotation],
+    "finish_rotation": [finish_rotation],
+    "revoke_all": [revoke_all],
+    "set_organization_active": [disable_organization],
+}
+
+
+def test_every_change_has_a_story() -> None:
+    """What the keyring can be asked for reads, or is told of here."""
+    public = {
+        name
+        for name, _ in inspect.getmembers(Keyring, inspect.iscoroutinefunction)
+        if not name.startswith("_")
+    }
+    assert public - READS == STORIES.keys()
+
+
+@pytest.mark.parametrize(
+    "story", [story for stories in STORIES.values() for story in stories], ids=lambda s: s.__name__
+)
+async def test_it_is_true_elsewhere_when_the_call_returns(scene: Scene, story: Story) -> None:
+    """The process that had the key in its cache decides by the change."""
+    await story(scene)
+
+
+async def without_invalidation(scene: Scene) -> None:
+    """The broken twin of a change: it forgets to say so."""
+
+    def write(connection: Connection) -> None:
+        connection.execute(update(keys).where(keys.c.id == scene.place[1]).values(active=False))
+
+    await scene.engine.store._database.write(write)
+    assert scene.says() == "DISABLED"
+
+
+async def test_a_change_that_forgets_to_invalidate_is_caught(scene: Scene) -> None:
+    """So the stories above hold something."""
+    with pytest.raises(AssertionError, match="DISABLED"):
+        await without_invalidation(scene)
+    assert scene.says() == GOOD

@@ -1,0 +1,28 @@
+"""A process that says what it makes of tokens: one a line on standard input, one verdict a line.
+
+python worker_verdicts.py STORE
+"""
+
+import asyncio
+import sys
+
+from keylatch.engine import Engine
+from keylatch.model import Allow
+from keylatch.settings import Settings
+
+
+async def answer(store: str) -> None:
+    """Until the input ends."""
+    engine = Engine(Settings.load(store=store, redis="", hasher="sha256"))
+    await engine.start()
+    while token := (await asyncio.to_thread(sys.stdin.readline)).strip():
+        verdict = await engine.check([b"Bearer " + token.encode()])
+        if isinstance(verdict, Allow):
+            print("ALLOW", verdict.principal.permission, verdict.principal.key_name, flush=True)
+        else:
+            print(verdict.reason.name, flush=True)
+    await engine.stop()
+
+
+if __name__ == "__main__":
+    asyncio.run(answer(sys.argv[1]))
