@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from keylatch import credentials
 from keylatch.bell import Bell, RedisBell, StoreBell
 from keylatch.breaker import Breaker, connect
 from keylatch.cache import Absence, Cache, Entry
+from keylatch.condition import Condition, Part
 from keylatch.counter import Counter
 from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
 from keylatch.feed import Feed, Receipt, Witness
@@ -30,7 +31,9 @@ from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
 from keylatch.lookup import Lookup
+from keylatch.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, TIMED, Meter
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
+from keylatch.second_look import SecondLook
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
@@ -41,6 +44,7 @@ from keylatch.watch import Watch
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 0.1
 _TIDY_SECONDS: Final = 30.0
+_CALM_SECONDS: Final = 5.0
 
 log = logging.getLogger("keylatch")
 
@@ -85,11 +89,35 @@ class Engine:
         self._witness: Witness = Counter(self.store, self._feed, clock)
         if self.store.is_shared:
             self._witness = Lease(self.store, self._feed, settings.lease, self._ring, clock, timer)
-        self._flights: Flights[Entry | Absence] = Flights()
-        self._usage = Usage(self.store.touch)
+        self._flights: Flights[tuple[Entry | Absence, str]] = Flights()
+        self._usage = Usage(self._store_uses)
+        self._second_look = SecondLook(
+            self.store,
+            lambda key_id: self._l1.entry(key_id),
+            self.now_ms,
+            settings.lease * 1000 if self.store.is_shared else 0.0,
+            lambda: self.meter.late.add(),
+        )
+        self._checks = Condition(
+            "checks are refused with 503",
+            "checks are decided again",
+            calm_seconds=_CALM_SECONDS,
+            clock=clock,
+        )
         self._inherited: list[object] = []
+        self._count_anew()
         self._begin_anew()
         _survive_forks(self)
+
+    def _count_anew(self) -> None:
+        self.meter = Meter()
+        self._hits = self.meter.hits.steps
+        self._time_some()
+
+    def _time_some(self) -> None:
+        """Time the hits that come next. Until they have been, nothing has as many `_fields` as
+        pass without a clock: so that the others pay for one comparison that they make anyway."""
+        self._to_time, self._fields = TIMED, -1
 
     def _begin_anew(self) -> None:
         self._check_keys: CheckKeys | None = None
@@ -139,6 +167,7 @@ class Engine:
         for warning in self.store.warnings:
             log.warning(warning)
         self._open_redis(secrets)
+        self._second_look.begin(self._feed.seq, self._feed.epoch)
         self._lookup = Lookup(
             self.store,
             self._l2,
@@ -147,6 +176,7 @@ class Engine:
             self._witness,
             self._environment,
             self._jobs.later,
+            self.meter,
         )
         check_keys = CheckKeys(secrets.check_keys)
         self._keyring = Keyring(
@@ -162,7 +192,7 @@ class Engine:
     def _open_redis(self, secrets: Secrets) -> None:
         if self._redis is None and not self.settings.redis:
             return
-        breaker = Breaker(self._timer)
+        breaker = Breaker(self._timer, self._clock)
         client = self._redis or connect(self.settings.redis)
         self._l2 = SharedCache(client, secrets.peppers, breaker)
         if self.store.is_shared:
@@ -198,6 +228,7 @@ class Engine:
         self._flights.forget()
         self._usage.forget()
         self._watch.forget()
+        self._count_anew()
         self._begin_anew()
 
     async def ready(self) -> None:
@@ -209,6 +240,23 @@ class Engine:
         await self.keyring()
         await self.store.ping()
 
+    def parts(self) -> list[Part]:
+        """How the parts are, as far as is known without asking any of them. Of these, only `store`
+        and `lease` are needed to decide on keys."""
+        shared, lease = self._l2, self._witness.part()
+        if self._check_keys is None and lease.state != "off":
+            lease = Part("lease", "unavailable", lease.since, "the store could not be opened yet")
+        redis = Part("redis", "off")
+        if shared is not None:
+            redis = shared.breaker.condition.part("redis", "degraded", "Redis does not answer")
+        return [
+            self.store.condition.part("store", "unavailable", "the store does not answer"),
+            lease,
+            redis,
+            self.hasher.condition.part("hashing", "degraded", "too many hashes are waiting"),
+            self._usage.condition.part("usage", "degraded", "uses wait for the store"),
+        ]
+
     async def keyring(self) -> Keyring:
         """What management calls.
 
@@ -217,7 +265,7 @@ class Engine:
         """
         await self.start()
         if self._keyring is None:
-            raise StoreUnavailable("the store could not be opened yet", "see the log")
+            raise _not_opened()
         return self._keyring
 
     # Checks
@@ -232,13 +280,17 @@ class Engine:
 
     def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
         """`check` without waiting, from any thread; the token where that does not suffice."""
-        if len(values) == 1:
+        if len(values) == self._fields:
             allow = self._recognised(values[0], wanted)
             if allow is not None:
                 return allow
-        token = credentials.read(values)
+        elif self._to_time and len(values) == 1:
+            allow = self._recognised_timed(values[0], wanted)
+            if allow is not None:
+                return allow
+        token = self._read(values)
         if isinstance(token, Reason):
-            return Deny(token)
+            return self._decided(Deny(token), HEADER)
         return self.peek(token, wanted) or token
 
     def _recognised(self, value: bytes, wanted: Wanted) -> Allow | None:
@@ -257,7 +309,29 @@ class Engine:
         if wanted.permissions is not None and allow.principal.permission not in wanted.permissions:
             return None
         self._usage.note(entry, now_ms)
+        next(self._hits)
         return allow
+
+    def _recognised_timed(self, value: bytes, wanted: Wanted) -> Allow | None:
+        """The same for a few: the clock costs as much as a tenth of the hit."""
+        self._to_time -= 1
+        if self._to_time <= 0:
+            self._to_time, self._fields = 0, 1
+        began = time.perf_counter()
+        allow = self._recognised(value, wanted)
+        if allow is not None:
+            self.meter.stages[L1].observe(time.perf_counter() - began)
+        return allow
+
+    def _read(self, values: Sequence[bytes]) -> Token | Reason:
+        if not self.meter.is_turn_to_time_reading():
+            return credentials.read(values)
+        with self.meter.stage("parse"):
+            return credentials.read(values)
+
+    def _decided(self, verdict: Verdict, tier: str) -> Verdict:
+        self.meter.decided(verdict, tier)
+        return verdict
 
     def _renewed(self, entry: Entry) -> bool:
         """Whether an entry says the truth by what the feed has learned since it was last asked."""
@@ -278,77 +352,86 @@ class Engine:
         if entry is None:
             absence = self._l1.absence(token.fingerprint)
             if absence is None:
-                return None if self._check_keys.vouch(token) else Deny(Reason.FORGED)
-            return self._judge_absence(absence) if self._witness.is_current() else None
+                if self._check_keys.vouch(token):
+                    return None
+                return self._decided(Deny(Reason.FORGED), STRANGER)
+            return self._judge_absence(absence, ABSENCE) if self._witness.is_current() else None
         if not self._witness.is_current():
             return None
-        return self._judge(entry, token, wanted)
+        return self._judge(entry, token, wanted, L1)
 
     async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
         try:
-            return await self._resolve(token, wanted)
-        except HashingBusy as error:
-            log.warning("refused with 503: %s", error.message)
-            return Deny(Reason.BUSY)
+            verdict = await self._resolve(token, wanted)
+        except HashingBusy:  # the hasher's condition has it
+            return self._decided(Deny(Reason.BUSY), NOWHERE)
         except KeylatchError as error:
-            log.warning("refused with 503: %s", error.message)
-            return Deny(Reason.UNAVAILABLE)
+            return self.gave_up(error.message)
+        self._checks.succeeded()
+        return verdict
+
+    def gave_up(self, why: str) -> Deny:
+        """A request could not be judged, for a reason that has nothing to do with its key."""
+        self._checks.failed(why)
+        deny = Deny(Reason.UNAVAILABLE)
+        self.meter.decided(deny, NOWHERE)
+        return deny
 
     async def _resolve(self, token: Token, wanted: Wanted) -> Verdict:
         if self._lookup is None:
             if self._timer() < self._start_again_at:
-                return Deny(Reason.UNAVAILABLE)
+                raise _not_opened()
             await self.start()
         lookup = self._lookup
         if lookup is None:
-            return Deny(Reason.UNAVAILABLE)
+            raise _not_opened()
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
         known = self._l1.entry(token.key_id) or self._l1.absence(token.fingerprint)
+        tier = L1 if isinstance(known, Entry) else ABSENCE
         for _ in range(_ATTEMPTS):
             if known is None:
-                known = await self._flights.join(
+                known, tier = await self._flights.join(
                     token.fingerprint, lambda: self._fetch(lookup, token)
                 )
             # What was fetched is judged like what was cached: the flight may have left before
             # this request came.
             await self._witness.catch_up()
             if isinstance(known, Entry):
-                verdict = self._judge(known, token, wanted)
+                verdict = self._judge(known, token, wanted, tier)
             else:
-                verdict = self._judge_absence(known)
+                verdict = self._judge_absence(known, tier)
             if verdict is not None:
                 return verdict
             known = None
-        log.warning("a key changed again and again while it was looked up")
-        return Deny(Reason.UNAVAILABLE)
+        raise StoreUnavailable("a key changed again and again while it was looked up")
 
-    def _judge(self, entry: Entry, token: Token, wanted: Wanted) -> Verdict | None:
+    def _judge(self, entry: Entry, token: Token, wanted: Wanted, tier: str) -> Verdict | None:
         """The verdict by an entry, or None if it is stale. The feed must be current."""
         if not self._renewed(entry):
             return None
         if entry.fingerprint != token.fingerprint:
-            return Deny(Reason.WRONG_SECRET)
+            return self._decided(Deny(Reason.WRONG_SECRET), tier)
         now_ms = self._witness.now_ms()
         verdict = judge(entry.allow, now_ms, wanted)
         if isinstance(verdict, Allow) or verdict.reason is Reason.INSUFFICIENT_SCOPE:
             self._usage.note(entry, now_ms)
-        return verdict
+        return self._decided(verdict, tier)
 
-    def _judge_absence(self, absence: Absence) -> Verdict | None:
+    def _judge_absence(self, absence: Absence, tier: str) -> Verdict | None:
         if self._feed.accepts(absence.key_id, absence.organization_id, absence.as_of):
-            return Deny(absence.reason)
+            return self._decided(Deny(absence.reason), tier)
         return None
 
-    async def _fetch(self, lookup: Lookup, token: Token) -> Entry | Absence:
-        known = await lookup.fetch(token)
+    async def _fetch(self, lookup: Lookup, token: Token) -> tuple[Entry | Absence, str]:
+        known, tier = await lookup.fetch(token)
         if isinstance(known, Entry):
             self._l1.remember(known)
         else:
             self._l1.remember_absence(token.fingerprint, known)
-        return known
+        return known, tier
 
     def now_ms(self) -> int:
         """The time that expiry is judged at: the store's, in milliseconds since the epoch."""
@@ -382,13 +465,24 @@ class Engine:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
         if self._l2 is not None and record is not None:
             await self._l2.bury(record, seq, self._feed.epoch)
-        return await self._witness.settle(seq, wait=wait)
+        if not wait:
+            return await self._witness.settle(seq, wait=False)
+        began = time.perf_counter()
+        receipt = await self._witness.settle(seq)
+        self.meter.settled.observe(time.perf_counter() - began)
+        return receipt
+
+    async def _store_uses(self, uses: Mapping[str, int]) -> None:
+        await self.store.touch(uses)
+        await self._second_look.look(uses)
+        self._time_some()
 
     async def _ring(self) -> None:
         if self._bell is not None:
             await self._bell.ring()
 
     def _restored(self, touched: list[str]) -> None:
+        self.meter.restores.add()
         self._l1.clear()
         self._jobs.later(self._after_restore(touched, self._feed.epoch, self._feed.seq))
 
@@ -409,6 +503,10 @@ class Engine:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _not_opened() -> StoreUnavailable:
+    return StoreUnavailable("the store could not be opened yet", "see the log")
 
 
 def _survive_forks(engine: Engine) -> None:

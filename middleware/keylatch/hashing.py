@@ -18,13 +18,16 @@ from typing import Final, Literal, TypeVar
 import argon2
 from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
 
+from keylatch.condition import Condition
 from keylatch.errors import HashingBusy, HashingFailed
+from keylatch.meter import Count
 from keylatch.tokens import Token
 
 T = TypeVar("T")
 
 Scheme = Literal["argon2id", "sha256"]
 _SHA256: Final = "$sha256$"
+_CALM_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,24 @@ class Hasher:
         self._capacity = self._workers + queue
         self._pool: ThreadPoolExecutor | None = None
         self._places = threading.BoundedSemaphore(self._capacity)
+        self._begun, self._done = Count(), Count()
+        self.condition = Condition(
+            "keys that nobody remembers are refused with 503",
+            "all keys are hashed again",
+            calm_seconds=_CALM_SECONDS,
+            passes=True,
+        )
+
+    @property
+    def waiting(self) -> int:
+        """Hashes in the queue."""
+        return max(0, self.under_way - self._workers)
+
+    @property
+    def under_way(self) -> int:
+        """Hashes that are being computed, or wait for it."""
+        ended = self._done.value  # before what has begun: never fewer than none
+        return self._begun.value - ended
 
     async def hash(self, token: Token) -> str:
         """A self-describing hash of the token.
@@ -124,20 +145,32 @@ class Hasher:
         """After a fork: the parent's threads are not here, so start over without touching them."""
         self._pool = None
         self._places = threading.BoundedSemaphore(self._capacity)
+        self._begun, self._done = Count(), Count()
+        self.condition.forget()
 
     async def _in_pool(self, work: Callable[[], T]) -> T:
         places = self._places
         if not places.acquire(blocking=False):
-            raise HashingBusy(
+            busy = HashingBusy(
                 f"{self._capacity} hashes are under way or waiting",
                 "more processors raise the limit, and so does KEYLATCH_HASHER=sha256 for new keys",
             )
+            self.condition.failed(busy.message, busy.hint)
+            raise busy
+        self.condition.succeeded()
+        done = self._done
+
+        def end() -> None:
+            done.add()
+            places.release()
+
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="keylatch-hash")
+        self._begun.add()
         future = self._pool.submit(work)
         # Released when the thread is done, not when its waiter is: a cancelled request's hash
         # still occupies the pool.
-        future.add_done_callback(lambda _: places.release())
+        future.add_done_callback(lambda _: end())
         return await asyncio.wrap_future(future)
 
     def _verify_now(self, stored: str, token: Token) -> bool:

@@ -11,6 +11,7 @@ from keylatch.cache import Absence, Entry
 from keylatch.errors import KeylatchError
 from keylatch.feed import Feed, Witness
 from keylatch.hashing import Hasher
+from keylatch.meter import L2, STORE, Meter
 from keylatch.model import KeyRecord, Reason, flaw
 from keylatch.shared_cache import SharedCache, Told
 from keylatch.store import Absent, Store
@@ -28,6 +29,7 @@ class Lookup:
         witness: keeps the feed current.
         environment: the only one whose keys are welcome; None: all of them.
         later: runs work that no request waits for.
+        meter: counts how long that takes.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Lookup:
         witness: Witness,
         environment: str | None,
         later: Callable[[Coroutine[Any, Any, None]], None],
+        meter: Meter,
     ) -> None:
         self._store = store
         self._shared = shared
@@ -47,19 +50,22 @@ class Lookup:
         self._witness = witness
         self._environment = environment
         self._later = later
+        self._meter = meter
 
-    async def fetch(self, token: Token) -> Entry | Absence:
-        """What the token is, by whoever knows it.
+    async def fetch(self, token: Token) -> tuple[Entry | Absence, str]:
+        """What the token is, by whoever knows it, and who that was: `meter.L2` or `meter.STORE`.
 
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
-        return await self._fetch_shared(token) or await self._fetch_stored(token)
+        shared = await self._fetch_shared(token)
+        return (shared, L2) if shared is not None else (await self._fetch_stored(token), STORE)
 
     async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
         if self._shared is None:
             return None
-        told = await self._shared.get(token, self._feed.epoch)
+        with self._meter.stage(L2):
+            told = await self._shared.get(token, self._feed.epoch)
         if told is None:
             return None
         known = self._known(token, told.record, told.as_of) if isinstance(told, Told) else told
@@ -72,14 +78,17 @@ class Lookup:
         return known if fresh else None
 
     async def _fetch_stored(self, token: Token) -> Entry | Absence:
-        found = await self._store.find(token.key_id)
+        with self._meter.stage(STORE):
+            found = await self._store.find(token.key_id)
         if isinstance(found, Absent):
             return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
         record = found.record
         known = self._known(token, record, found.as_of)
         if isinstance(known, Absence):
             return known
-        if not await self._hasher.verify(found.hash, token):
+        with self._meter.stage("hash"):
+            is_right = await self._hasher.verify(found.hash, token)
+        if not is_right:
             return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
         if self._shared is not None:
             self._later(self._shared.put(token, record, found.as_of, self._feed.epoch))

@@ -6,20 +6,19 @@ most the last 5.5 seconds; a graceful stop loses nothing.
 """
 
 import asyncio
-import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from keylatch.cache import Use
+from keylatch.condition import Condition
 from keylatch.errors import StoreUnavailable
+from keylatch.meter import Count
 
 _SOON_SECONDS: Final = 0.5
 _INTERVAL_SECONDS: Final = 5.0
 _FLUSH_AT: Final = 1_000
 _CAPACITY: Final = 50_000
-
-log = logging.getLogger("keylatch")
 
 
 class Usage:
@@ -37,6 +36,7 @@ class Usage:
     ) -> None:
         self._write = write
         self._sleep = sleep
+        self.condition = Condition("uses wait for the store", "uses are stored again")
         self.forget()
 
     def forget(self) -> None:
@@ -47,6 +47,14 @@ class Usage:
         self._unstored: dict[str, int] = {}
         self._noted = asyncio.Event()
         self._full = asyncio.Event()
+        self.condition.forget()
+        self.lost = Count()
+        """Uses that were not noted because too many keys waited."""
+
+    @property
+    def waiting(self) -> int:
+        """Keys whose use is not stored yet."""
+        return len(self._waiting) + len(self._unstored)
 
     def note(self, use: Use, now_ms: float) -> None:
         """A key was used; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
@@ -56,7 +64,10 @@ class Usage:
 
     def _add(self, use: Use) -> None:
         with self._lock:
-            if use.is_waiting or len(self._waiting) + len(self._unstored) >= _CAPACITY:
+            if use.is_waiting:
+                return
+            if len(self._waiting) + len(self._unstored) >= _CAPACITY:
+                self.lost.add()
                 return
             use.is_waiting = True
             self._waiting.append(use)
@@ -92,11 +103,13 @@ class Usage:
         try:
             await self._write(uses)
         except StoreUnavailable as error:
-            log.warning("lastUsed of %d keys waits for the store: %s", len(uses), error)
+            self.condition.failed(error.message, error.hint)
             self._keep(uses)
         except BaseException:
             self._keep(uses)
             raise
+        else:
+            self.condition.succeeded()
 
     def _taken(self) -> dict[str, int]:
         with self._lock:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, cast
 
 from starlette.applications import Starlette
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch_sidecar import ext_authz, health, openapi, sendook, unsent, verify
+from keylatch_sidecar import ext_authz, health, metrics, openapi, sendook, unsent, verify
 from keylatch_sidecar.facts import PROFILES
 from keylatch_sidecar.problems import Problem, no_such_key
 from keylatch_sidecar.proxies import Proxies
@@ -27,6 +28,7 @@ ROUTES = [
     Route("/v1/api_keys/{id:path}", sendook.OneKey),
     Route("/healthz", health.healthz),
     Route("/readyz", health.readyz),
+    Route("/metrics", metrics.metrics),
     Route("/openapi.json", openapi.document),
 ]
 _OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
@@ -53,6 +55,7 @@ def create_app(
     *,
     admin: int | str | None = None,
     grpc: GRPCListener | None = None,
+    siblings: Path | None = None,
 ) -> ASGIApp:
     """The sidecar around an engine, which it starts and stops.
 
@@ -61,15 +64,18 @@ def create_app(
         settings: how proxies ask; None: from the environment.
         admin: the port, or the Unix socket's path, where alone keys are managed; None: everywhere.
         grpc: where proxies ask over gRPC; None: nowhere.
+        siblings: where workers that share a port find each other; None: there is one.
     """
     settings = settings or ProxySettings.load()
     proxies = Proxies(engine, settings.proxy_cache_ttl)
+    page = metrics.Page(engine, siblings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(engine.stop)
             await engine.start()
+            await stack.enter_async_context(page.shared())
             if grpc is not None:
                 from keylatch_sidecar import grpc_authz  # an extra
 
@@ -85,6 +91,7 @@ def create_app(
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     management.state.engine = engine
+    management.state.metrics = page
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
     verifying = verify.Verify(proxies, PROFILES[settings.verify_facts])
     authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])
@@ -109,9 +116,13 @@ def _is_served(scope: Scope, admin: int | str | None) -> bool:
     return admin in (None, came_to) or scope["path"] in _FOR_PROXIES
 
 
-def from_environment(admin: int | str | None = None, grpc: GRPCListener | None = None) -> ASGIApp:
+def from_environment(
+    admin: int | str | None = None,
+    grpc: GRPCListener | None = None,
+    siblings: Path | None = None,
+) -> ASGIApp:
     """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
-    return create_app(Engine(Settings.load()), admin=admin, grpc=grpc)
+    return create_app(Engine(Settings.load()), admin=admin, grpc=grpc, siblings=siblings)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import ext_authz, health, listing, sendook, unsent, verify
+from keylatch_sidecar import ext_authz, health, listing, metrics, sendook, unsent, verify
 from keylatch_sidecar.bodies import JSON
 
 _OF_A_CALLER: Final = (401, 403, 503)
@@ -142,6 +142,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     },
     "/healthz": {"get": Operation(health.healthz, health.Health, errors=())},
     "/readyz": {"get": Operation(health.readyz, health.Health, errors=(503,), error=health.Health)},
+    "/metrics": {"get": Operation(metrics.metrics, None, errors=())},
     "/openapi.json": {"get": Operation(document, None, errors=())},
 }
 

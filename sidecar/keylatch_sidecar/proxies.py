@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from keylatch.asgi import refuse
 from keylatch.engine import Engine
-from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Reason, Verdict, Wanted
+from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Verdict, Wanted
 from keylatch.refusals import Header, Refusal, Refusals
 from keylatch.settings import PERMISSION_PATTERN
 from keylatch.tokens import Token
@@ -113,12 +113,11 @@ class Proxies:
 
     async def _resolve(self, facts: Facts | None, token: Token, wanted: Wanted) -> Allow | Refusal:
         """`judge` within the deadline."""
-        verdict: Verdict = Deny(Reason.UNAVAILABLE)
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 verdict = await self._engine.resolve(token, wanted)
         except TimeoutError:
-            log.warning("refused with 503: nothing could be decided in %g s", DEADLINE_SECONDS)
+            verdict = self._engine.gave_up(f"nothing could be decided in {DEADLINE_SECONDS} s")
         return self._answered(facts or NOTHING, verdict)
 
     def _answered(self, facts: Facts, verdict: Verdict) -> Allow | Refusal:

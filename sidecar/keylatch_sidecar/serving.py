@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -118,11 +119,13 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
         if grpc is not None:
             grpc.bind(0o666).close()  # gRPC makes its own, and some failures it would not tell
         stack.pop_all()  # from here on they are the server's
+    siblings = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
     config = uvicorn.Config(
         functools.partial(
             from_environment,
             admin=None if admin is None else admin.key,
             grpc=None if grpc is None else GRPCListener(grpc.target, is_shared=workers > 1),
+            siblings=None if siblings is None else Path(siblings.name),
         ),
         factory=True,
         workers=workers,
@@ -153,6 +156,8 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
             raise
         return False
     finally:
+        if siblings is not None:
+            siblings.cleanup()
         for listener in listeners:
             if listener.uds is not None and os.path.lexists(listener.uds):
                 listener.uds.unlink()
