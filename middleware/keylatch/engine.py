@@ -244,8 +244,8 @@ class Engine:
         """How the parts are, as far as is known without asking any of them. Of these, only `store`
         and `lease` are needed to decide on keys."""
         shared, lease = self._l2, self._witness.part()
-        if self._check_keys is None and lease.state != "off":
-            lease = Part("lease", "unavailable", lease.since, "the store could not be opened yet")
+        if self._check_keys is None and self.store.condition.is_well:
+            lease = Part("lease", "off")  # not started, and nobody has asked for that
         redis = Part("redis", "off")
         if shared is not None:
             redis = shared.breaker.condition.part("redis", "degraded", "Redis does not answer")

@@ -69,7 +69,9 @@ def _parts(engine: Engine) -> Samples:
 
 def _lease(read: Callable[[Lease], float]) -> Callable[[Engine], Samples]:
     def of(engine: Engine) -> float | None:
-        return read(engine._witness) if isinstance(engine._witness, Lease) else None
+        is_started = engine._check_keys is not None
+        witness = engine._witness
+        return read(witness) if is_started and isinstance(witness, Lease) else None
 
     return _one(of)
 
