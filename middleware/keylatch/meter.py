@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Final
 
 from keylatch.model import Allow, Reason, Verdict
+from keylatch.trail import TRAIL
 
 # Where a decision was made.
 L1: Final = "l1"
@@ -129,6 +130,9 @@ class Meter:
         else:
             count = self._decisions[verdict.reason.name.lower(), tier]
         count.add()
+        trail = TRAIL.get()
+        if trail is not None:
+            trail.tier = tier
 
     def decisions(self) -> Iterator[tuple[str, str, int]]:
         """Verdict or reason, tier, and how many."""
@@ -142,15 +146,16 @@ class Meter:
 
     def stage(self, name: str) -> "Stage":
         """`with meter.stage("store"): …` counts how long the block takes."""
-        return Stage(self.stages[name])
+        return Stage(name, self.stages[name])
 
 
 class Stage:
     """How long a block takes, errors and cancellation included."""
 
-    __slots__ = ("_began", "_histogram")
+    __slots__ = ("_began", "_histogram", "_name")
 
-    def __init__(self, histogram: Histogram) -> None:
+    def __init__(self, name: str, histogram: Histogram) -> None:
+        self._name = name
         self._histogram = histogram
 
     def __enter__(self) -> None:
@@ -162,7 +167,11 @@ class Stage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._histogram.observe(time.perf_counter() - self._began)
+        took = time.perf_counter() - self._began
+        self._histogram.observe(took)
+        trail = TRAIL.get()
+        if trail is not None:
+            trail.stages.append((self._name, took))
 
 
 def _possible() -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -29,6 +29,8 @@ _HINTS: Final = {
     "lease": "seconds, more than 0 and at most 60",
     "environment": f"matches {ENVIRONMENT_PATTERN}; empty: keys of every environment",
     "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
+    "log": "text or json",
+    "timing": "off or on",
     "realm": "up to 64 printable ASCII characters without quotes and backslashes",
 }
 
@@ -56,6 +58,16 @@ class Settings(BaseSettings):
     """The permissions that management may give to keys, separated by commas."""
     realm: str = "keylatch"
     """The realm named in `WWW-Authenticate` (RFC 9110 section 11.5)."""
+
+    log: Literal["text", "json"] = "text"
+    """`json`: the sidecar logs JSON lines; everywhere, requests get an id for such lines."""
+    timing: Literal["off", "on"] = "off"
+    """`on`: answers tell in headers how long the check took, and who knew."""
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether requests leave a trail."""
+        return self.log == "json" or self.timing == "on"
 
     @field_validator("store")
     @classmethod

@@ -17,6 +17,7 @@ from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch_sidecar import ext_authz, health, metrics, openapi, sendook, unsent, verify
 from keylatch_sidecar.facts import PROFILES
+from keylatch_sidecar.followed import followed
 from keylatch_sidecar.problems import Problem, no_such_key
 from keylatch_sidecar.proxies import Proxies
 from keylatch_sidecar.settings import ProxySettings
@@ -106,7 +107,9 @@ def create_app(
         else:
             await unsent.spell(Problem(404, "Not Found"))(scope, receive, send)
 
-    return app
+    if not engine.settings.is_followed:
+        return app
+    return followed(app, tells=engine.settings.timing == "on")
 
 
 def _is_served(scope: Scope, admin: int | str | None) -> bool:

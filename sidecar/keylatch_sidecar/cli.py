@@ -34,6 +34,7 @@ from keylatch_sidecar.options import (
     JSONOption,
     KeyId,
     LeaseOption,
+    LogOption,
     OrganizationArgument,
     OrganizationOption,
     OwnerOption,
@@ -41,6 +42,7 @@ from keylatch_sidecar.options import (
     ProxyCacheOption,
     RedisOption,
     StoreOption,
+    TimingOption,
     VerifyFactsOption,
 )
 from keylatch_sidecar.proxies import wanted_of
@@ -99,6 +101,8 @@ def serve(
     prefix: PrefixOption = None,
     hasher: HasherOption = None,
     lease: LeaseOption = None,
+    log: LogOption = None,
+    timing: TimingOption = None,
     verify_facts: VerifyFactsOption = None,
     ext_authz_facts: ExtAuthzFactsOption = None,
     proxy_cache_ttl: ProxyCacheOption = None,
@@ -109,6 +113,7 @@ def serve(
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
+    given |= {"log": log, "timing": timing}
     proxies = {
         "verify_facts": verify_facts,
         "ext_authz_facts": ext_authz_facts,
@@ -137,7 +142,7 @@ def serve(
             wrong, _, hint = str(error).partition(": ")
             terminal.fail(wrong, hint, terminal.UNUSABLE)
     try:
-        started = serving.run(listener, admin, grpc, workers)
+        started = serving.run(listener, admin, grpc, workers, logs_json=settings.log == "json")
     except serving.CannotListen as error:
         terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
     if not started:

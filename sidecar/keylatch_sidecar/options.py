@@ -43,6 +43,21 @@ LeaseOption = Annotated[
         show_default="1.0",
     ),
 ]
+LogOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log", envvar="KEYLATCH_LOG", help="How to log: text or json.", show_default="text"
+    ),
+]
+TimingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--timing",
+        envvar="KEYLATCH_TIMING",
+        help="Tell in headers how long checks took: on or off.",
+        show_default="off",
+    ),
+]
 VerifyFactsOption = Annotated[
     str | None,
     typer.Option(

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Final
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 from uvicorn.supervisors import Multiprocess
 
+from keylatch import logs
 from keylatch_sidecar.any_method import AnyMethod
 from keylatch_sidecar.app import GRPCListener, from_environment
 
@@ -95,7 +97,14 @@ def _remove_abandoned(path: Path) -> None:
             path.unlink()
 
 
-def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: int) -> bool:
+def run(
+    main: Listener,
+    admin: Listener | None,
+    grpc: Listener | None,
+    workers: int,
+    *,
+    logs_json: bool = False,
+) -> bool:
     """Serve until told to stop.
 
     Args:
@@ -103,6 +112,7 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
         admin: for management, which is then nowhere else.
         grpc: for proxies that speak gRPC.
         workers: processes that share the listeners.
+        logs_json: whether the log is JSON, a line each.
 
     Returns:
         False: it could not start, and has logged why.
@@ -136,6 +146,7 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
         date_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         access_log=False,
+        log_config=logs.configuration() if logs_json else LOGGING_CONFIG,
         log_level="info",
     )
     log.setLevel(logging.INFO)  # uvicorn says it only of sockets that it made itself
