@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from keylatch import credentials
 from keylatch.bell import Bell, RedisBell, StoreBell
@@ -40,6 +40,9 @@ from keylatch.store import Found, Secrets, Store
 from keylatch.tokens import CheckKeys, Token, fingerprint
 from keylatch.usage import Usage
 from keylatch.watch import Watch
+
+if TYPE_CHECKING:
+    from keylatch.tracing import Tracing
 
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 0.1
@@ -104,6 +107,7 @@ class Engine:
             calm_seconds=_CALM_SECONDS,
             clock=clock,
         )
+        self._tracing = _tracing() if settings.tracing == "on" else None
         self._inherited: list[object] = []
         self._count_anew()
         self._begin_anew()
@@ -111,6 +115,8 @@ class Engine:
 
     def _count_anew(self) -> None:
         self.meter = Meter()
+        if self._tracing is not None:
+            self.meter.span = self._tracing.stage
         self._hits = self.meter.hits.steps
         self._time_some()
 
@@ -326,7 +332,7 @@ class Engine:
     def _read(self, values: Sequence[bytes]) -> Token | Reason:
         if not self.meter.is_turn_to_time_reading():
             return credentials.read(values)
-        with self.meter.stage("parse"):
+        with self.meter.reading():
             return credentials.read(values)
 
     def _decided(self, verdict: Verdict, tier: str) -> Verdict:
@@ -362,6 +368,14 @@ class Engine:
 
     async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
+        if self._tracing is None:
+            return await self._resolved(token, wanted)
+        with self._tracing.check() as tell:
+            verdict = await self._resolved(token, wanted)
+            tell(verdict)
+            return verdict
+
+    async def _resolved(self, token: Token, wanted: Wanted) -> Verdict:
         try:
             verdict = await self._resolve(token, wanted)
         except HashingBusy:  # the hasher's condition has it
@@ -503,6 +517,12 @@ class Engine:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _tracing() -> "Tracing":
+    from keylatch.tracing import Tracing  # an extra
+
+    return Tracing()
 
 
 def _not_opened() -> StoreUnavailable:

@@ -32,6 +32,7 @@ class Gate(Generic[App]):
         hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
         log: `json`: give each request an id for `keylatch.logs`; None: `KEYLATCH_LOG`.
         timing: `on`: tell in headers how long checks took; None: `KEYLATCH_TIMING`.
+        tracing: `on`: make spans of OpenTelemetry; None: `KEYLATCH_TRACING`.
         engine: one that is shared with others, instead of all of the settings above.
 
     Raises:
@@ -52,6 +53,7 @@ class Gate(Generic[App]):
         hasher: str | None = None,
         log: str | None = None,
         timing: str | None = None,
+        tracing: str | None = None,
         engine: Engine | None = None,
     ) -> None:
         mistakes: list[tuple[str, str]] = []
@@ -67,6 +69,7 @@ class Gate(Generic[App]):
                     hasher=hasher,
                     log=log,
                     timing=timing,
+                    tracing=tracing,
                 )
             )
             grantable = engine.settings.grantable

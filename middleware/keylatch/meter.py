@@ -9,7 +9,8 @@ import itertools
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Final
 
@@ -121,6 +122,8 @@ class Meter:
         """Keys found to have been accepted after a change that this process could know of."""
         self.restores = Count()
         """How often the store was found to be another than it was."""
+        self.span: Callable[[str], AbstractContextManager[None]] | None = None
+        """Makes a span around a stage, where somebody wants that."""
 
     def decided(self, verdict: Verdict, tier: str) -> None:
         """A request was judged, by what was known there. A hit that is let in is counted by a step
@@ -144,9 +147,14 @@ class Meter:
         """Whether this header is one of those whose reading is timed: strangers come in floods."""
         return not next(self._reads) % _EACH_READ
 
-    def stage(self, name: str) -> "Stage":
+    def stage(self, name: str) -> AbstractContextManager[None]:
         """`with meter.stage("store"): …` counts how long the block takes."""
-        return Stage(name, self.stages[name])
+        stage = Stage(name, self.stages[name])
+        return stage if self.span is None else _both(self.span(name), stage)
+
+    def reading(self) -> "Stage":
+        """The stage that is no part of asking anybody, and so has no span."""
+        return Stage("parse", self.stages["parse"])
 
 
 class Stage:
@@ -172,6 +180,12 @@ class Stage:
         trail = TRAIL.get()
         if trail is not None:
             trail.stages.append((self._name, took))
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[None], inner: "Stage") -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _possible() -> Iterator[tuple[str, tuple[str, ...]]]:

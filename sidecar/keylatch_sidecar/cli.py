@@ -43,6 +43,7 @@ from keylatch_sidecar.options import (
     RedisOption,
     StoreOption,
     TimingOption,
+    TracingOption,
     VerifyFactsOption,
 )
 from keylatch_sidecar.proxies import wanted_of
@@ -103,6 +104,7 @@ def serve(
     lease: LeaseOption = None,
     log: LogOption = None,
     timing: TimingOption = None,
+    tracing: TracingOption = None,
     verify_facts: VerifyFactsOption = None,
     ext_authz_facts: ExtAuthzFactsOption = None,
     proxy_cache_ttl: ProxyCacheOption = None,
@@ -113,7 +115,7 @@ def serve(
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
-    given |= {"log": log, "timing": timing}
+    given |= {"log": log, "timing": timing, "tracing": tracing}
     proxies = {
         "verify_facts": verify_facts,
         "ext_authz_facts": ext_authz_facts,

@@ -58,6 +58,15 @@ TimingOption = Annotated[
         show_default="off",
     ),
 ]
+TracingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracing",
+        envvar="KEYLATCH_TRACING",
+        help="Make spans of OpenTelemetry: on or off.",
+        show_default="off",
+    ),
+]
 VerifyFactsOption = Annotated[
     str | None,
     typer.Option(
