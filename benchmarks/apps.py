@@ -92,7 +92,11 @@ def on_flask() -> Any:
     return app
 
 
-def allowing(admin: int | str | None = None, grpc: GRPCListener | None = None) -> ASGIApp:
+def allowing(
+    admin: int | str | None = None,
+    grpc: GRPCListener | None = None,
+    siblings: Path | None = None,
+) -> ASGIApp:
     """`allow` in the place of the sidecar's app; see `keylatch_sidecar.app.from_environment`."""
     return allow if grpc is None else over_grpc_as_well(grpc.address)
 

@@ -33,6 +33,7 @@ from keylatch.asgi import APIKeyMiddleware
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.logs import JSONLines
 from keylatch.settings import Settings
 from keylatch.tokens import SECRET_LENGTH, Token
 from keylatch_sidecar.app import create_app
@@ -65,10 +66,11 @@ def hits(haystack: bytes, secrets: set[bytes]) -> set[bytes]:
 
 
 @contextlib.contextmanager
-def every_log_line() -> Iterator[io.StringIO]:
+def every_log_line(form: logging.Formatter | None = None) -> Iterator[io.StringIO]:
     """Everything that anybody logs, at DEBUG."""
     lines = io.StringIO()
     handler = logging.StreamHandler(lines)
+    handler.setFormatter(form)
     names = ("", "keylatch", "sqlalchemy", "redis", "uvicorn", "asyncio", "alembic")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
@@ -116,6 +118,13 @@ def every_repr() -> str:
     return "\n".join(shown)
 
 
+class Unscrubbed(JSONLines):
+    """JSON lines without the last look for tokens, which would hide what this looks for."""
+
+    def scrubbed(self, line: str) -> str:
+        return line
+
+
 # What happens to them
 
 
@@ -132,6 +141,8 @@ async def call(
     """One request in this process."""
     headers = [(b"authorization", value.encode("latin-1")) for value in authorization]
     headers.append((b"content-type", b"application/json"))
+    if authorization:  # whoever pastes it there, too
+        headers.append((b"x-request-id", authorization[0].rpartition(" ")[2].encode("latin-1")))
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -215,7 +226,7 @@ class World:
 
     def _new_engine(self, redis: Any = None, **hasher: Any) -> Engine:
         return Engine(
-            Settings.load(store=self.store, redis=""),
+            Settings.load(store=self.store, redis="", log="json", timing="on"),
             hasher=Hasher("argon2id", CHEAPEST, **hasher),
             redis=None if redis is None else fakeredis.FakeAsyncRedis(server=redis),
         )
@@ -383,13 +394,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """All of it, once."""
     path = tmp_path_factory.mktemp("canaries") / "keys.db"
     world = World(f"sqlite:///{path}", fakeredis.FakeServer())
-    with every_log_line() as lines, contextlib.closing(sqlite3.connect(path)) as other:
+    with (
+        every_log_line() as lines,
+        every_log_line(Unscrubbed()) as json_lines,
+        contextlib.closing(sqlite3.connect(path)) as other,
+    ):
         texts = asyncio.run(live(world))
         other.execute("SELECT 1 FROM keylatch_meta")  # keeps the write-ahead log where it is
         tokens = list(world.tokens.values())
         answers = world.answers + over_the_wire(world.store, tokens[:20])
         files = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     texts["log"] = lines.getvalue()
+    texts["log in JSON"] = json_lines.getvalue()
     haystacks = {place: text.encode("utf-8", "surrogateescape") for place, text in texts.items()}
     haystacks |= {
         "redis": asyncio.run(held_by(world.redis)),
@@ -403,7 +419,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("place", ["log", "reprs", "redis", "database", "answers"])
+@pytest.mark.parametrize("place", ["log", "log in JSON", "reprs", "redis", "database", "answers"])
 def test_no_token_is_found(found: Found, place: str) -> None:
     """No place holds a secret; it holds ids, so it is the right place to search."""
     haystack = found.haystacks[place]

@@ -1,15 +1,18 @@
 """Live and ready; and a store that cannot be reached is never the key's fault."""
 
+import json
 import sqlite3
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
+from keylatch.condition import Condition
 from keylatch.keyring import Created
-from servers import PostgresServer, free_port
+from servers import PostgresServer, RedisServer, eventually, free_port
 
 UNSENT, SENDOOK = "/v1/api-keys", "/v1/api_keys"
 CALLS = [
@@ -44,7 +47,7 @@ def test_a_sidecar_with_a_store_is_live_and_ready(sidecar: Sidecar, path: str) -
     """200 without a key, for probes."""
     with sidecar.client() as probe:
         answer = probe.get(path)
-        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        assert (answer.status_code, answer.json()["status"]) == (200, "ok")
         assert answer.headers["Cache-Control"] == "no-store"
         assert probe.head(path).status_code == 200
         assert probe.post(path).status_code == 405
@@ -54,7 +57,7 @@ def test_without_its_store_it_is_live_but_not_ready(waiting: httpx.Client) -> No
     """Restarting it would not help (live), and sending it requests would not either (ready)."""
     assert waiting.get("/healthz").status_code == 200
     answer = waiting.get("/readyz")
-    assert (answer.status_code, answer.json()) == (503, {"status": "unavailable"})
+    assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
     assert answer.headers["Retry-After"] == "1"
 
 
@@ -132,3 +135,141 @@ def test_a_store_that_goes_away_and_comes_back(postgres: PostgresServer, clock: 
         assert client.get("/readyz").status_code == 200
         assert client.get(UNSENT).json()[0]["id"] == key["id"]
         assert client.delete(f"{SENDOOK}/{key['id']}").json()["active"] is False
+
+
+# Which part
+
+
+def parts(probe: httpx.Client) -> dict[str, str]:
+    """The parts and their states."""
+    return {name: part["state"] for name, part in probe.get("/readyz").json()["parts"].items()}
+
+
+WELL = {"store": "ok", "lease": "off", "redis": "off", "hashing": "ok", "usage": "ok"}
+
+
+def test_all_parts_are_told(sidecar: Sidecar) -> None:
+    """Each with a state; what there is not is `off`."""
+    with sidecar.client() as probe:
+        assert parts(probe) == WELL
+        told = probe.get("/readyz").json()["parts"]
+    assert told["redis"] == {"state": "off", "since": None, "reason": ""}
+    assert datetime.fromisoformat(told["store"]["since"]).tzinfo is not None
+
+
+def test_a_store_that_was_never_there_is_told(waiting: httpx.Client) -> None:
+    """The words are ours: a driver's may hold hosts, users and paths."""
+    told = waiting.get("/readyz").json()["parts"]["store"]
+    assert (told["state"], told["reason"]) == ("unavailable", "the store does not answer")
+
+
+def said(caplog: pytest.LogCaptureFixture, words: str) -> int:
+    """How many lines of the log begin so."""
+    return sum(record.message.startswith(words) for record in caplog.records)
+
+
+def test_a_redis_that_dies_is_told_and_needed_by_nobody(
+    store_url: str, redis_server: RedisServer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ready all the same; one line when it goes and one when it is back, whatever is asked."""
+    with (
+        sidecar_on(store_url, clock, redis=redis_server.url) as sidecar,
+        sidecar.client() as probe,
+    ):
+        keys = [sidecar.create() for _ in range(12)]
+
+        def use(key: Created) -> int:
+            with sidecar.client(key) as client:
+                return client.get("/verify").status_code
+
+        assert use(keys[0]) == 200
+        assert parts(probe) == WELL | {"redis": "ok"}
+        redis_server.kill()
+        clock.tick(60)
+        for key in keys[1:9]:
+            assert use(key) == 200
+            clock.tick(1)
+        answer = probe.get("/readyz")
+        told = answer.json()["parts"]["redis"]
+        assert (answer.status_code, told["state"]) == (200, "degraded")
+        assert told["reason"] == "Redis does not answer"
+        assert abs(datetime.fromisoformat(told["since"]).timestamp() - clock() + 8) < 1
+        assert "keylatch_redis_breaker_open 1.0" in probe.get("/metrics").text
+        redis_server.start()
+        for key in keys[9:]:
+            clock.tick(6)
+            assert use(key) == 200
+        assert parts(probe) == WELL | {"redis": "ok"}
+    assert said(caplog, "Redis does not answer") == 1
+    assert said(caplog, "Redis answers again") == 1
+
+
+def test_a_postgresql_that_stops_is_told(
+    postgres: PostgresServer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Store and lease with their hour; a flood of refused requests adds no line to the log."""
+    with sidecar_on(postgres.new_database(), clock) as sidecar, sidecar.client() as probe:
+        known, cold = sidecar.create(), sidecar.create()
+        with sidecar.client(known) as client, sidecar.client(cold) as other:
+            assert client.get("/verify").status_code == 200
+            assert parts(probe) == WELL | {"lease": "ok"}
+            clock.tick(60)
+            assert client.get("/verify").status_code == 200
+            postgres.kill()
+            clock.tick(30)
+            try:
+                seen = {each.get("/verify").status_code for each in (client, other) * 10}
+                answer = probe.get("/readyz")
+            finally:
+                postgres.start()
+            assert seen == {503}
+            assert answer.status_code == 503
+            told = answer.json()["parts"]
+            assert told["store"]["state"] == told["lease"]["state"] == "unavailable"
+            begun = datetime.fromisoformat(told["lease"]["since"]).timestamp()
+            assert clock() - 31 < begun < clock() - 28, "when its lease was over"
+            clock.tick(6)
+            eventually(lambda: client.get("/verify").status_code == 200)
+            clock.tick(6)
+            assert other.get("/verify").status_code == 200
+            # Uses are stored again with the next flush, in five seconds of nobody's clock.
+            assert parts(probe) | {"usage": "ok"} == WELL | {"lease": "ok"}
+    for words in ("the store does not answer", "checks are refused with 503", "no lease"):
+        assert said(caplog, words) == 1, words
+    for words in ("the store answers again", "checks are decided again"):
+        assert said(caplog, words) == 1, words
+
+
+def test_a_condition_says_each_change_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """It waits until it is calm, where good and bad take turns; some pass by themselves."""
+    shaky = Condition("it is down", "it is up", calm_seconds=5, clock=clock)
+    for _ in range(20):
+        shaky.failed("why", "what to do")
+        shaky.succeeded()
+        clock.tick(1)
+    assert (shaky.is_well, clock() - shaky.since) == (False, 20)
+    clock.tick(5)
+    assert not shaky.is_well, "nobody has tried"
+    shaky.succeeded()
+    assert (shaky.is_well, clock() - shaky.since) == (True, 0)
+    assert [record.message for record in caplog.records] == [
+        "it is down: why; what to do",
+        "it is up, after 25 s",
+    ]
+    passing = Condition("full", "free", calm_seconds=5, passes=True, clock=clock)
+    passing.failed("why")
+    clock.tick(6)
+    assert (passing.is_well, clock() - passing.since) == (True, 1)
+    assert passing.failures.value == 1
+
+
+def test_the_readme_shows_what_is_answered(sidecar: Sidecar) -> None:
+    """Its example has the parts, the fields and the words of a real answer."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = json.loads(readme.partition("and since when:\n\n```\n")[2].partition("```")[0])
+    with sidecar.client() as probe:
+        real = probe.get("/readyz").json()
+    assert shown.keys() == real.keys()
+    assert {name: part.keys() for name, part in shown["parts"].items()} == {
+        name: part.keys() for name, part in real["parts"].items()
+    }

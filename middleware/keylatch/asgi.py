@@ -7,7 +7,7 @@ nothing else. Scopes are copied, never written on.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +22,11 @@ from keylatch.model import Deny
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
 from keylatch.tokens import Token
+from keylatch.trail import Trail, following
 from keylatch.websocket import run_until
+
+_FOLLOWED: Final = "keylatch.followed"
+_STARTS: Final = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 
 
 class Refused(Exception):
@@ -49,15 +53,18 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             else:
                 await self._app(scope, receive, send)
             return
+        if self._is_followed and _FOLLOWED not in scope:  # one test is all that a hit pays
+            await self._leave_trail(scope, receive, send)
+            return
         values, is_posing = credentials.among(scope["headers"])
         wanted = self._policy.asked(scope.get("method", "GET"), path_of(scope))
         scope = _copy(scope, is_posing)
         if wanted is None:
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
-            verdict = self.engine.glance(values, wanted)
+            verdict = self._checks.glance(values, wanted)
             if isinstance(verdict, Token):
-                verdict = await self.engine.resolve(verdict, wanted)
+                verdict = await self._checks.resolve(verdict, wanted)
             if isinstance(verdict, Deny):
                 await refuse(self._refusals.of(verdict), scope, receive, send)
                 return
@@ -73,6 +80,12 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                 await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
+
+    async def _leave_trail(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tells = self.engine.settings.timing == "on"
+        with following(scope["headers"]) as trail:
+            told = telling(trail, send) if tells else send
+            await self({**scope, _FOLLOWED: True}, receive, told)
 
 
 class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
@@ -119,6 +132,17 @@ def _copy(scope: Scope, is_posing: bool) -> dict[str, Any]:
     if is_posing:
         copy["headers"] = [each for each in copy["headers"] if not is_identity_header(each[0])]
     return copy
+
+
+def telling(trail: Trail, send: Send) -> Send:
+    """Send, with what the trail tells among the headers."""
+
+    async def told(message: Message) -> None:
+        if message["type"] in _STARTS:
+            message = {**message, "headers": [*message.get("headers", ()), *trail.headers()]}
+        await send(message)
+
+    return told
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,7 +5,6 @@ defaults retry for 57 s on a paused server.)
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
@@ -15,14 +14,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from keylatch.condition import Condition
+
 T = TypeVar("T")
 
 BUDGET_SECONDS: Final = 0.05
 _BREAK_SECONDS: Final = 1.0
+_CALM_SECONDS: Final = 5.0
 FAILURES: Final = (RedisError, OSError, TimeoutError)
 """What a broken Redis raises."""
-
-log = logging.getLogger("keylatch")
 
 
 def connect(url: str, **options: Any) -> "Redis":
@@ -49,10 +49,21 @@ class Breaker:
 
     Args:
         timer: seconds that never go back.
+        clock: seconds since the Unix epoch.
     """
 
-    def __init__(self, timer: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        timer: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._timer = timer
+        self.condition = Condition(
+            "Redis does not answer, so we work without it",
+            "Redis answers again",
+            calm_seconds=_CALM_SECONDS,
+            clock=clock,
+        )
         self._closed_until = 0.0
 
     async def attempt(self, call: Callable[[], Awaitable[T]]) -> T | None:
@@ -71,11 +82,8 @@ class Breaker:
             self.succeeded()
             return None
         except FAILURES as error:
-            if self.failed():
-                log.warning(
-                    "Redis does not answer (%s): working without it; is KEYLATCH_REDIS right?",
-                    type(error).__name__,
-                )
+            self.failed()
+            self.condition.failed(type(error).__name__, "is KEYLATCH_REDIS right?")
             return None
         self.succeeded()
         return result
@@ -89,12 +97,16 @@ class Breaker:
         self._closed_until = self._timer() + _BREAK_SECONDS  # this caller tries, others go without
         return True
 
-    def failed(self) -> bool:
-        """Note a failure; True if it is the first one in a row."""
-        first = not self._closed_until
+    def failed(self) -> None:
+        """Note a failure."""
         self._closed_until = self._timer() + _BREAK_SECONDS
-        return first
 
     def succeeded(self) -> None:
         """Note a success."""
         self._closed_until = 0.0
+        self.condition.succeeded()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody tries, or one does on probation."""
+        return bool(self._closed_until)

@@ -90,6 +90,9 @@ class _Entries:
         self.by_fingerprint: dict[bytes, Entry] = {}
         self.of_id = self._by_id.get
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def add(self, entry: Entry) -> None:
         """Keep a key; what was known of it goes."""
         self.remove(entry.secret)
@@ -186,6 +189,11 @@ class Cache:
             if absence.reason is not Reason.WRONG_SECRET:
                 self._entries.remove(absence.key_id)
                 self._entries.remove(absence.key_id + PREVIOUS)
+
+    def sizes(self) -> tuple[int, int]:
+        """How many keys and how many absences are remembered."""
+        with self._lock:
+            return len(self._entries), len(self._absences)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -6,6 +6,7 @@ No process needs to be told and none needs to be waited for (X = 0).
 import threading
 from collections.abc import Callable
 
+from keylatch.condition import Part
 from keylatch.errors import StoreUnavailable
 from keylatch.feed import END, Feed, Receipt
 from keylatch.store import Store
@@ -36,6 +37,9 @@ class Counter:
         if (mark is not None and mark == self._mark) or self._has_caught_up():
             return self._clock() * 1000
         return None
+
+    def part(self) -> Part:
+        return Part("lease", "off")
 
     def is_current(self) -> bool:
         return self.moment() is not None

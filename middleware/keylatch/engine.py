@@ -13,15 +13,16 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from keylatch import credentials
 from keylatch.bell import Bell, RedisBell, StoreBell
 from keylatch.breaker import Breaker, connect
 from keylatch.cache import Absence, Cache, Entry
+from keylatch.condition import Condition, Part
 from keylatch.counter import Counter
 from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
 from keylatch.feed import Feed, Receipt, Witness
@@ -31,19 +32,26 @@ from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
 from keylatch.lookup import Lookup, Owner
+from keylatch.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, TIMED, Meter
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
+from keylatch.second_look import SecondLook
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.statements import VAULT
 from keylatch.store import Found, Secrets, Store
+from keylatch.tally import Tally
 from keylatch.tokens import CheckKeys, Token, fingerprint, is_native, is_well_formed
 from keylatch.usage import Caller, Usage
 from keylatch.vault import Vault
 from keylatch.watch import Watch
 
+if TYPE_CHECKING:
+    from keylatch.tracing import Tracing
+
 _ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 0.1
 _TIDY_SECONDS: Final = 30.0
+_CALM_SECONDS: Final = 5.0
 
 log = logging.getLogger("keylatch")
 
@@ -88,13 +96,40 @@ class Engine:
         self._witness: Witness = Counter(self.store, self._feed, clock)
         if self.store.is_shared:
             self._witness = Lease(self.store, self._feed, settings.lease, self._ring, clock, timer)
-        self._flights: Flights[Entry | Absence] = Flights()
-        self._usage = Usage(self.store.touch, now_ms=self.now_ms)
+        self._flights: Flights[tuple[Entry | Absence, str]] = Flights()
+        self._usage = Usage(self._store_uses, now_ms=self.now_ms)
         self.sees_clients = settings.clients == "on"
         """Whether adapters say whence a key that was let in was used: see `see`."""
+        self._second_look = SecondLook(
+            self.store,
+            lambda secret: self._l1.entry(secret),
+            self.now_ms,
+            settings.lease * 1000 if self.store.is_shared else 0.0,
+            lambda: self.meter.late.add(),
+        )
+        self._checks = Condition(
+            "checks are refused with 503",
+            "checks are decided again",
+            calm_seconds=_CALM_SECONDS,
+            clock=clock,
+        )
+        self._tracing = _tracing() if settings.tracing == "on" else None
         self._inherited: list[object] = []
+        self._count_anew()
         self._begin_anew()
         _survive_forks(self)
+
+    def _count_anew(self) -> None:
+        self.meter = Meter()
+        if self._tracing is not None:
+            self.meter.span = self._tracing.stage
+        self._hits = self.meter.hits.steps
+        self._time_some()
+
+    def _time_some(self) -> None:
+        """Time the hits that come next. Until they have been, nothing has as many `_fields` as
+        pass without a clock: so that the others pay for one comparison that they make anyway."""
+        self._to_time, self._fields = TIMED, -1
 
     def _begin_anew(self) -> None:
         self._check_keys: CheckKeys | None = None
@@ -146,6 +181,7 @@ class Engine:
         for warning in self.store.warnings:
             log.warning(warning)
         self._open_redis(secrets)
+        self._second_look.begin(self._feed.seq, self._feed.epoch)
         self._lookup = Lookup(
             self.store,
             self._l2,
@@ -154,6 +190,7 @@ class Engine:
             self._witness,
             self._environment,
             self._jobs.later,
+            self.meter,
         )
         check_keys = CheckKeys(secrets.check_keys)
         self._keyring = Keyring(
@@ -170,7 +207,7 @@ class Engine:
     def _open_redis(self, secrets: Secrets) -> None:
         if self._redis is None and not self.settings.redis:
             return
-        breaker = Breaker(self._timer)
+        breaker = Breaker(self._timer, self._clock)
         client = self._redis or connect(self.settings.redis)
         self._l2 = SharedCache(client, secrets.peppers, breaker)
         if self.store.is_shared:
@@ -206,6 +243,7 @@ class Engine:
         self._flights.forget()
         self._usage.forget()
         self._watch.forget()
+        self._count_anew()
         self._begin_anew()
 
     async def ready(self) -> None:
@@ -217,6 +255,23 @@ class Engine:
         await self.keyring()
         await self.store.ping()
 
+    def parts(self) -> list[Part]:
+        """How the parts are, as far as is known without asking any of them. Of these, only `store`
+        and `lease` are needed to decide on keys."""
+        shared, lease = self._l2, self._witness.part()
+        if self._check_keys is None and self.store.condition.is_well:
+            lease = Part("lease", "off")  # not started, and nobody has asked for that
+        redis = Part("redis", "off")
+        if shared is not None:
+            redis = shared.breaker.condition.part("redis", "degraded", "Redis does not answer")
+        return [
+            self.store.condition.part("store", "unavailable", "the store does not answer"),
+            lease,
+            redis,
+            self.hasher.condition.part("hashing", "degraded", "too many hashes are waiting"),
+            self._usage.condition.part("usage", "degraded", "uses wait for the store"),
+        ]
+
     async def keyring(self) -> Keyring:
         """What management calls.
 
@@ -225,7 +280,7 @@ class Engine:
         """
         await self.start()
         if self._keyring is None:
-            raise StoreUnavailable("the store could not be opened yet", "see the log")
+            raise _not_opened()
         await self._know_secrets()  # what is made now is made with the newest
         return self._keyring
 
@@ -250,17 +305,25 @@ class Engine:
 
     def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
         """`check` without waiting, from any thread; the token where that does not suffice."""
-        if len(values) == 1:
+        if len(values) == self._fields:
             allow = self._recognised(values[0], wanted)
+            if allow is not None:
+                return allow
+        elif self._to_time and len(values) == 1:
+            allow = self._recognised_timed(values[0], wanted)
             if allow is not None:
                 return allow
         token = self._read(values)
         if isinstance(token, Reason):
-            return Deny(token)
+            return self._decided(Deny(token), HEADER)
         return self.peek(token, wanted) or token
 
     def _read(self, values: Sequence[bytes]) -> Token | Reason:
-        said = credentials.read(values)
+        if self.meter.is_turn_to_time_reading():
+            with self.meter.reading():
+                said = credentials.read(values)
+        else:
+            said = credentials.read(values)
         if said is Reason.MALFORMED:
             barred = credentials.read(values, barred=True)
             is_welcome = isinstance(barred, Token) and (
@@ -292,7 +355,23 @@ class Engine:
         if wanted.environment is not None and allow.principal.environment != wanted.environment:
             return None
         self._usage.note(entry, now_ms)
+        next(self._hits)
         return allow
+
+    def _recognised_timed(self, value: bytes, wanted: Wanted) -> Allow | None:
+        """The same for a few: the clock costs as much as a tenth of the hit."""
+        self._to_time -= 1
+        if self._to_time <= 0:
+            self._to_time, self._fields = 0, 1
+        began = time.perf_counter()
+        allow = self._recognised(value, wanted)
+        if allow is not None:
+            self.meter.stages[L1].observe(time.perf_counter() - began)
+        return allow
+
+    def _decided(self, verdict: Verdict, tier: str) -> Verdict:
+        self.meter.decided(verdict, tier)
+        return verdict
 
     def _renewed(self, entry: Entry) -> bool:
         """Whether an entry says the truth by what the feed has learned since it was last asked."""
@@ -312,50 +391,67 @@ class Engine:
             return None
         known = self._remembered(token)
         if known is None:
-            return Deny(Reason.FORGED) if self._is_forged(self._check_keys, token) else None
+            if not self._is_forged(self._check_keys, token):
+                return None
+            return self._decided(Deny(Reason.FORGED), STRANGER)
         if not self._witness.is_current():
             return None
-        return self._judge(known, token, wanted)
+        return self._judge(known, token, wanted, _tier_of(known))
 
     async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
+        if self._tracing is None:
+            return await self._resolved(token, wanted)
+        with self._tracing.check() as tell:
+            verdict = await self._resolved(token, wanted)
+            tell(verdict)
+            return verdict
+
+    async def _resolved(self, token: Token, wanted: Wanted) -> Verdict:
         try:
-            return await self._resolve(token, wanted)
-        except HashingBusy as error:
-            log.warning("refused with 503: %s", error.message)
-            return Deny(Reason.BUSY)
+            verdict = await self._resolve(token, wanted)
+        except HashingBusy:  # the hasher's condition has it
+            return self._decided(Deny(Reason.BUSY), NOWHERE)
         except KeylatchError as error:
-            log.warning("refused with 503: %s", error.message)
-            return Deny(Reason.UNAVAILABLE)
+            return self.gave_up(error.message)
+        self._checks.succeeded()
+        return verdict
+
+    def gave_up(self, why: str) -> Deny:
+        """A request could not be judged, for a reason that has nothing to do with its key."""
+        self._checks.failed(why)
+        deny = Deny(Reason.UNAVAILABLE)
+        self.meter.decided(deny, NOWHERE)
+        return deny
 
     async def _resolve(self, token: Token, wanted: Wanted) -> Verdict:
         if self._lookup is None:
             if self._timer() < self._start_again_at:
-                return Deny(Reason.UNAVAILABLE)
+                raise _not_opened()
             await self.start()
         lookup = self._lookup
         if lookup is None:
-            return Deny(Reason.UNAVAILABLE)
+            raise _not_opened()
         verdict = self.peek(token, wanted)
         if verdict is not None:
             return verdict
         known = self._remembered(token)
+        tier = _tier_of(known)
         for _ in range(_ATTEMPTS):
             if known is None:
                 if not await self._may_be_ours(token):
-                    return Deny(Reason.FORGED)
-                known = await self._flights.join(
+                    return self._decided(Deny(Reason.FORGED), STRANGER)
+                known, tier = await self._flights.join(
                     token.fingerprint, lambda: self._fetch(lookup, token)
                 )
             # What was fetched is judged like what was cached: the flight may have left before
             # this request came.
             await self._witness.catch_up()
-            verdict = self._judge(known, token, wanted)
+            verdict = self._judge(known, token, wanted, tier)
             if verdict is not None:
                 return verdict
             known = None
-        log.warning("a key changed again and again while it was looked up")
-        return Deny(Reason.UNAVAILABLE)
+        raise StoreUnavailable("a key changed again and again while it was looked up")
 
     def _remembered(self, token: Token) -> Entry | Absence | None:
         """What this process knows of a token: that it is a key, or none, or that the key which it
@@ -410,10 +506,12 @@ class Engine:
             self._l2.learn(secrets.peppers)
         self._secrets_as_of = secrets.as_of  # last: whoever finds it finds them as well
 
-    def _judge(self, known: Entry | Absence, token: Token, wanted: Wanted) -> Verdict | None:
+    def _judge(
+        self, known: Entry | Absence, token: Token, wanted: Wanted, tier: str
+    ) -> Verdict | None:
         """The verdict by what is known, or None if that is stale. The feed must be current."""
         if isinstance(known, Absence):
-            return self._judge_absence(known, wanted)
+            return self._judge_absence(known, wanted, tier)
         entry = known
         if not self._renewed(entry):
             return None
@@ -421,7 +519,7 @@ class Engine:
             # Of made-up tokens nothing is counted: else whoever knows an id could write there.
             if self._check_keys is not None and self._check_keys.vouch(token):
                 self._count_refusal(entry.key_id, Reason.WRONG_SECRET, wanted)
-            return Deny(Reason.WRONG_SECRET)
+            return self._decided(Deny(Reason.WRONG_SECRET), tier)
         now_ms = self._witness.now_ms()
         verdict = judge(entry.allow, now_ms, wanted)
         if isinstance(verdict, Deny):
@@ -430,25 +528,25 @@ class Engine:
                 self._usage.touch(entry, now_ms)
         elif wanted.is_use:
             self._usage.note(entry, now_ms)
-        return verdict
+        return self._decided(verdict, tier)
 
-    def _judge_absence(self, absence: Absence, wanted: Wanted) -> Verdict | None:
+    def _judge_absence(self, absence: Absence, wanted: Wanted, tier: str) -> Verdict | None:
         if self._feed.accepts(absence.key_id, absence.organization_id, absence.as_of):
             self._count_refusal(absence.key_id, absence.reason, wanted)
-            return Deny(absence.reason)
+            return self._decided(Deny(absence.reason), tier)
         return None
 
     def _count_refusal(self, key_id: str, reason: Reason, wanted: Wanted) -> None:
         if wanted.is_use and reason is not Reason.UNKNOWN:  # that is nobody's
             self._usage.refuse(key_id, reason)
 
-    async def _fetch(self, lookup: Lookup, token: Token) -> Entry | Absence:
-        known = await lookup.fetch(token)
+    async def _fetch(self, lookup: Lookup, token: Token) -> tuple[Entry | Absence, str]:
+        known, tier = await lookup.fetch(token)
         if isinstance(known, Entry):
             self._l1.remember(known)
         else:
             self._l1.remember_absence(token.fingerprint, known)
-        return known
+        return known, tier
 
     def see(self, key_id: str, caller: Caller) -> None:
         """After an allow, where `sees_clients`: whence it came, for the key's usage."""
@@ -520,13 +618,24 @@ class Engine:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
         if self._l2 is not None and record is not None:
             await self._l2.bury(record, seq, self._feed.epoch)
-        return await self._witness.settle(seq, wait=wait)
+        if not wait:
+            return await self._witness.settle(seq, wait=False)
+        began = time.perf_counter()
+        receipt = await self._witness.settle(seq)
+        self.meter.settled.observe(time.perf_counter() - began)
+        return receipt
+
+    async def _store_uses(self, uses: Mapping[str, int], tally: Tally) -> None:
+        await self.store.touch(uses, tally)
+        await self._second_look.look(uses)
+        self._time_some()
 
     async def _ring(self) -> None:
         if self._bell is not None:
             await self._bell.ring()
 
     def _restored(self, touched: list[str]) -> None:
+        self.meter.restores.add()
         self._l1.clear()
         self._jobs.later(self._after_restore(touched, self._feed.epoch, self._feed.seq))
 
@@ -549,6 +658,20 @@ class Engine:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _tracing() -> "Tracing":
+    from keylatch.tracing import Tracing  # an extra
+
+    return Tracing()
+
+
+def _tier_of(known: Entry | Absence | None) -> str:
+    return L1 if isinstance(known, Entry) else ABSENCE
+
+
+def _not_opened() -> StoreUnavailable:
+    return StoreUnavailable("the store could not be opened yet", "see the log")
 
 
 def _survive_forks(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from keylatch.condition import Part
 from keylatch.store import Changes
 
 _MAX_TOMBSTONES: Final = 100_000
@@ -71,6 +72,9 @@ class Witness(Protocol):
     def now_ms(self) -> int:
         """The same time, also while nothing may be used."""
 
+    def part(self) -> Part:
+        """How it is, if it has to ask for that."""
+
     def forget(self) -> None:
         """Know nothing, trust nothing."""
 
@@ -127,6 +131,11 @@ class Feed:
             and as_of >= tombstones.get(key_id, 0)
             and as_of >= tombstones.get(organization_id, 0)
         )
+
+    @property
+    def tombstones(self) -> int:
+        """How many are known."""
+        return len(self._known[1])
 
     def apply(self, changes: Changes) -> None:
         """Learn what was committed after `seq`."""

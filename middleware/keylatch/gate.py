@@ -11,6 +11,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.policy import Policy
 from keylatch.refusals import Refusals
 from keylatch.settings import Settings
+from keylatch.trail import Checks, Followed
 
 App = TypeVar("App")
 
@@ -30,6 +31,9 @@ class Gate(Generic[App]):
         lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
         clients: `on`: keep from which network each key was used last; None: `KEYLATCH_CLIENTS`.
         hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
+        log: `json`: give each request an id for `keylatch.logs`; None: `KEYLATCH_LOG`.
+        timing: `on`: tell in headers how long checks took; None: `KEYLATCH_TIMING`.
+        tracing: `on`: make spans of OpenTelemetry; None: `KEYLATCH_TRACING`.
         engine: one that is shared with others, instead of all of the settings above.
 
     Raises:
@@ -49,6 +53,9 @@ class Gate(Generic[App]):
         lease: float | None = None,
         hasher: str | None = None,
         clients: str | None = None,
+        log: str | None = None,
+        timing: str | None = None,
+        tracing: str | None = None,
         engine: Engine | None = None,
     ) -> None:
         mistakes: list[tuple[str, str]] = []
@@ -63,6 +70,9 @@ class Gate(Generic[App]):
                     lease=lease,
                     hasher=hasher,
                     clients=clients,
+                    log=log,
+                    timing=timing,
+                    tracing=tracing,
                 )
             )
             grantable = engine.settings.grantable
@@ -78,12 +88,18 @@ class Gate(Generic[App]):
         self._app = app
         self._policy = policy
         self._refusals = Refusals(engine.settings.realm)
+        self._follow()
         self._prepare()
 
     def use(self, engine: Engine) -> None:
         """Decide by another engine from now on: in an app's tests."""
         self.engine = engine
+        self._follow()
         self._prepare()
+
+    def _follow(self) -> None:
+        self._is_followed = self.engine.settings.is_followed
+        self._checks: Checks = Followed(self.engine) if self._is_followed else self.engine
 
     def _prepare(self) -> None:
         """What an adapter needs besides."""

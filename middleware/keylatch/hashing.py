@@ -22,13 +22,16 @@ import argon2
 from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
 
 from keylatch import foreign
+from keylatch.condition import Condition
 from keylatch.errors import HashingBusy, HashingFailed
+from keylatch.meter import Count
 from keylatch.tokens import Token, is_native
 
 T = TypeVar("T")
 
 Scheme = Literal["argon2id", "sha256"]
 _SHA256: Final = "$sha256$"
+_CALM_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,25 @@ class Hasher:
             time_cost=cost.passes, memory_cost=cost.memory_kib, parallelism=cost.lanes
         )
         self._workers = workers or os.cpu_count() or 1
-        self._lane = _Lane("keylatch-hash", self._workers, queue)
+        self.condition = Condition(
+            "keys that nobody remembers are refused with 503",
+            "all keys are hashed again",
+            calm_seconds=_CALM_SECONDS,
+            passes=True,
+        )
+        self._lane = _Lane("keylatch-hash", self._workers, queue, self.condition)
+        # Whether strangers fill this one says nothing of keylatch's own keys.
         self._foreign_lane = _Lane("keylatch-foreign-hash", max(1, self._workers // 2), queue)
+
+    @property
+    def waiting(self) -> int:
+        """Hashes in the queues."""
+        return self._lane.waiting + self._foreign_lane.waiting
+
+    @property
+    def under_way(self) -> int:
+        """Hashes that are being computed, or wait for it."""
+        return self._lane.under_way + self._foreign_lane.under_way
 
     async def hash(self, token: Token) -> str:
         """A self-describing hash of the token.
@@ -132,6 +152,7 @@ class Hasher:
         """After a fork: the parent's threads are not here, so start over without touching them."""
         self._lane.forget()
         self._foreign_lane.forget()
+        self.condition.forget()
 
     def _verify_now(self, stored: str, token: Token) -> bool:
         scheme = "argon2"
@@ -152,34 +173,59 @@ class Hasher:
 class _Lane:
     """Threads, and a queue before them that is full at some point."""
 
-    def __init__(self, name: str, workers: int, queue: int) -> None:
+    def __init__(
+        self, name: str, workers: int, queue: int, condition: Condition | None = None
+    ) -> None:
         self._name = name
         self._workers = workers
         self._capacity = workers + queue
+        self._condition = condition
         self.forget()
 
     def forget(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._places = threading.BoundedSemaphore(self._capacity)
+        self._begun, self._done = Count(), Count()
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
             self._pool = None
 
+    @property
+    def waiting(self) -> int:
+        return max(0, self.under_way - self._workers)
+
+    @property
+    def under_way(self) -> int:
+        ended = self._done.value  # before what has begun: never fewer than none
+        return self._begun.value - ended
+
     async def run(self, work: Callable[[], T]) -> T:
         places = self._places
         if not places.acquire(blocking=False):
-            raise HashingBusy(
+            busy = HashingBusy(
                 f"{self._capacity} hashes are under way or waiting",
                 "more processors raise the limit, and so does KEYLATCH_HASHER=sha256 for new keys",
             )
+            if self._condition is not None:
+                self._condition.failed(busy.message, busy.hint)
+            raise busy
+        if self._condition is not None:
+            self._condition.succeeded()
+        done = self._done
+
+        def end() -> None:
+            done.add()
+            places.release()
+
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix=self._name)
+        self._begun.add()
         future = self._pool.submit(work)
         # Released when the thread is done, not when its waiter is: a cancelled request's hash
         # still occupies the pool.
-        future.add_done_callback(lambda _: places.release())
+        future.add_done_callback(lambda _: end())
         return await asyncio.wrap_future(future)
 
 

@@ -23,8 +23,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from keylatch.condition import Condition, Part
 from keylatch.errors import StoreUnavailable
 from keylatch.feed import END, Feed, Receipt
+from keylatch.meter import Count
 from keylatch.store import Changes, Poll, Store
 
 _SAFETY: Final = 0.98
@@ -69,6 +71,7 @@ class Lease:
         self._ring = ring
         self._clock = clock
         self._timer = timer
+        self.condition = Condition("no lease", "leases are granted again", clock=clock)
         self.forget()
 
     def forget(self) -> None:
@@ -78,7 +81,29 @@ class Lease:
         self._rung = asyncio.Event()
         self._asking: asyncio.Task[bool] | None = None
         self._asking_next: asyncio.Task[bool] | None = None
-        self._silent = False
+        self._asked_at = 0.0
+        self.condition.forget()
+        self.deaths = Count()
+        """How often this process was taken for dead."""
+
+    @property
+    def age_seconds(self) -> float:
+        """How long ago it was asked for the lease that it holds, or held last."""
+        return self._timer() - self._asked_at if self._asked_at else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the lease still runs; 0 without one."""
+        return max(0.0, self._until - self._timer())
+
+    def part(self) -> Part:
+        """How it is about the lease."""
+        if self.is_current():
+            return self.condition.part("lease", "degraded", "the store grants no new lease")
+        since = self.condition.since
+        if self._until:
+            since = self._clock() - (self._timer() - self._until)
+        return Part("lease", "unavailable", since, "no lease: the store grants none, or is late")
 
     def moment(self) -> float | None:
         now = self._timer()
@@ -121,11 +146,9 @@ class Lease:
             try:
                 if await self.ask(only_news=was_rung):
                     await self.ask()  # acknowledges what was just learned
-                self._silent = False
+                self.condition.succeeded()
             except StoreUnavailable as error:
-                if not self._silent:
-                    log.warning("no lease: %s; %s", error.message, error.hint)
-                self._silent = True
+                self.condition.failed(error.message, error.hint)
             if was_rung:  # many may ring in a row
                 await asyncio.sleep(_COALESCE_SECONDS)
 
@@ -191,12 +214,14 @@ class Lease:
             if poll.is_member:
                 return self._granted(poll, asked_at)
             self._until, self._member = 0.0, ""
+            self.deaths.add()
             log.warning("this process was taken for dead and joins again")
         raise StoreUnavailable("the store forgot this process twice", "is the machine overloaded?")
 
     def _granted(self, poll: Poll, asked_at: float) -> bool:
         """Tombstones and lease, in one step of the event loop."""
         news = self._learn(poll.changes)
+        self._asked_at = asked_at
         self._until = asked_at + self._seconds * _SAFETY
         self._store_ahead = poll.store_seconds - asked_at
         return news

@@ -17,6 +17,7 @@ from keylatch.cache import Absence, Entry
 from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.feed import Feed, Witness
 from keylatch.hashing import Hasher
+from keylatch.meter import L2, STORE, Meter
 from keylatch.model import KeyRecord, Reason, flaw
 from keylatch.shared_cache import SharedCache, Told
 from keylatch.store import Absent, Found, Store
@@ -52,6 +53,7 @@ class Lookup:
         witness: keeps the feed current.
         environment: the only one whose keys are welcome; None: all of them.
         later: runs work that no request waits for.
+        meter: counts how long that takes.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Lookup:
         witness: Witness,
         environment: str | None,
         later: Callable[[Coroutine[Any, Any, None]], None],
+        meter: Meter,
     ) -> None:
         self._store = store
         self._shared = shared
@@ -72,14 +75,16 @@ class Lookup:
         self._environment = environment
         self._later = later
         self._foreign = 0  # being looked up
+        self._meter = meter
 
-    async def fetch(self, token: Token) -> Entry | Absence:
-        """What the token is, by whoever knows it.
+    async def fetch(self, token: Token) -> tuple[Entry | Absence, str]:
+        """What the token is, by whoever knows it, and who that was: `meter.L2` or `meter.STORE`.
 
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
-        return await self._fetch_shared(token) or await self._fetch_stored(token)
+        shared = await self._fetch_shared(token)
+        return (shared, L2) if shared is not None else (await self._fetch_stored(token), STORE)
 
     async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
@@ -100,7 +105,8 @@ class Lookup:
     async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
         if self._shared is None or not is_native(token):
             return None
-        told = await self._shared.get(token, self._feed.epoch)
+        with self._meter.stage(L2):
+            told = await self._shared.get(token, self._feed.epoch)
         if told is None:
             return None
         known: Entry | Absence
@@ -117,7 +123,8 @@ class Lookup:
         return known if fresh else None
 
     async def _fetch_stored(self, token: Token) -> Entry | Absence:
-        found = await self._found(token)
+        with self._meter.stage(STORE):
+            found = await self._found(token)
         if isinstance(found, Absent):
             return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
         record = found.record
@@ -125,7 +132,7 @@ class Lookup:
         if isinstance(known, Absence):
             return known
         is_previous = False
-        if not await self._hasher.verify(found.hash, token):
+        if not await self._fits(found.hash, token):
             is_previous = await self._is_previous(found, token)
             if not is_previous:
                 return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
@@ -142,7 +149,11 @@ class Lookup:
             return False
         if found.record.grace_ends_at(self._witness.now_ms()) is None:
             return False
-        return await self._hasher.verify(found.previous_hash, token)
+        return await self._fits(found.previous_hash, token)
+
+    async def _fits(self, hashed: str, token: Token) -> bool:
+        with self._meter.stage("hash"):
+            return await self._hasher.verify(hashed, token)
 
     async def _found(self, token: Token) -> Found | Absent:
         if is_native(token):

@@ -6,6 +6,7 @@ or Redis URL may hold a password, so no message repeats a value.
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
@@ -31,6 +32,9 @@ _HINTS: Final = {
     "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
     "environments": f"comma-separated words matching {ENVIRONMENT_PATTERN}; empty: any word",
     "clients": "off, or on: keep each key's last network and user agent's name",
+    "log": "text or json",
+    "timing": "off or on",
+    "tracing": "off, or on with the package: pip install 'keylatch[otel]'",
     "realm": "up to 64 printable ASCII characters without quotes and backslashes",
 }
 
@@ -63,6 +67,18 @@ class Settings(BaseSettings):
 
     clients: Literal["off", "on"] = "off"
     """Whether to keep from which network and with what program each key was used last."""
+    log: Literal["text", "json"] = "text"
+    """`json`: the sidecar logs JSON lines; everywhere, requests get an id for such lines."""
+    timing: Literal["off", "on"] = "off"
+    """`on`: answers tell in headers how long the check took, and who knew."""
+
+    tracing: Literal["off", "on"] = "off"
+    """`on`: checks that ask somebody make spans of OpenTelemetry."""
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether requests leave a trail."""
+        return self.log == "json" or self.timing == "on"
 
     @field_validator("store")
     @classmethod
@@ -90,6 +106,13 @@ class Settings(BaseSettings):
         except (ValueError, TypeError):  # both quote the URL
             raise ValueError("not a Redis URL") from None
         return url
+
+    @field_validator("tracing")
+    @classmethod
+    def _tracing_is_installed(cls, tracing: str) -> str:
+        if tracing == "on" and find_spec("opentelemetry") is None:
+            raise ValueError("the package opentelemetry-api is missing")
+        return tracing
 
     @field_validator("prefix")
     @classmethod

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from keylatch.breaker import Breaker
 from keylatch.cache import Absence
+from keylatch.meter import Count
 from keylatch.model import PREVIOUS, KeyRecord, Reason
 from keylatch.tokens import Token
 
@@ -76,7 +77,9 @@ class SharedCache:
     ) -> None:
         self._client = client
         self.learn(peppers)
-        self._breaker = breaker
+        self.breaker = self._breaker = breaker
+        self.forged = Count()
+        """Values that were not written with one of the peppers."""
         self._is_asking = False
         self._waiting: list[_Question] = []
         self._batch: asyncio.Task[None] | None = None
@@ -181,8 +184,16 @@ class SharedCache:
                 if record.previous_expires_at is not None:
                     return record
                 return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, as_of)
-        log.warning("a value in Redis was not written by keylatch with this store's pepper")
+        self._tell_of_forgery()
         return None
+
+    def _tell_of_forgery(self) -> None:
+        self.forged.add()
+        many = self.forged.value
+        if many & (many - 1) == 0:  # 1, 2, 4, …: whoever forges shall not fill the log as well
+            log.warning(
+                "%d values in Redis were not written by keylatch with this store's pepper", many
+            )
 
 
 def _name(epoch: str, key_id: str) -> str:

@@ -4,7 +4,7 @@ The statements are in `statements`, each written once; here they are run, on SQL
 Every method may raise `StoreUnavailable`; then nothing was changed that had been answered.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -15,10 +15,12 @@ from sqlalchemy.engine import make_url
 from keylatch import rotations
 from keylatch import statements as sql
 from keylatch import vault_statements as vault
-from keylatch.database import Database
+from keylatch.condition import Condition
+from keylatch.database import Database, Question, Rows
 from keylatch.deeds import OPERATOR, page_of_deeds
-from keylatch.errors import ConfigurationError
+from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.memory import Memory
+from keylatch.meter import Count
 from keylatch.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.model import Deed, KeyRecord
 from keylatch.sqlite import SQLite
@@ -76,6 +78,9 @@ class Store:
     def __init__(self, url: str, *, upgrade_seconds: float = _UPGRADE_SECONDS) -> None:
         self._database = database_of(url)
         self._upgrade_seconds = upgrade_seconds
+        self.condition = Condition("the store does not answer", "the store answers again")
+        """Of what is read: changes may fail while that goes on."""
+        self.failed_changes = Count()
         self.mark_now = self._database.mark_now
         """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
 
@@ -100,7 +105,7 @@ class Store:
         def secrets_of(connection: Connection) -> Secrets | None:
             return sql.secrets_of(connection) if is_up_to_date(connection) else None
 
-        secrets = await self._database.read(secrets_of, seconds=_OPEN_SECONDS)
+        secrets = await self._answered(self._database.read(secrets_of, seconds=_OPEN_SECONDS))
         if secrets is None:
             await self._database.write(
                 lambda connection: bring_up_to_date(connection, now_ms),
@@ -124,31 +129,33 @@ class Store:
     def forget(self) -> None:
         """In the child: drop what the parent has open."""
         self._database.forget()
+        self.condition.forget()
+        self.failed_changes = Count()
 
     async def ping(self) -> None:
         """Return if the store answers."""
-        await self._database.ask(sql.SEQUENCE)
+        await self._asked(sql.SEQUENCE)
 
     # What the engine asks
 
     async def find(self, key_id: str) -> Found | Absent:
         """The key with this id, deleted ones included."""
-        return sql.read_found(await self._database.ask(sql.FIND, key_id=key_id))
+        return sql.read_found(await self._asked(sql.FIND, key_id=key_id))
 
     async def find_foreign(self, locators: Sequence[str]) -> Found | Absent:
         """The key that a token from elsewhere finds by one of these, deleted ones included."""
         named: dict[str, Any] = dict.fromkeys(sql.LOCATORS, locators[0])
         named |= zip(sql.LOCATORS, locators, strict=False)
-        return sql.read_foreign(await self._database.ask(sql.FIND_FOREIGN, **named), locators)
+        return sql.read_foreign(await self._asked(sql.FIND_FOREIGN, **named), locators)
 
     async def changes(self, since: int, seconds: float | None = None) -> Changes:
         """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
-        rows = await self._database.ask(sql.CHANGES, seconds=seconds, since=since)
+        rows = await self._asked(sql.CHANGES, seconds=seconds, since=since)
         return sql.read_changes(rows, since)
 
     async def secrets(self) -> Secrets:
         """The store's own secrets, as they are now."""
-        return sql.read_secrets(await self._database.ask(sql.SECRETS))
+        return sql.read_secrets(await self._asked(sql.SECRETS))
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
@@ -444,7 +451,30 @@ class Store:
         return await self._read(vault.made_before, time_ms, now_ms)
 
     async def _read(self, statement: "Statement[P, T]", *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._database.read(lambda connection: statement(connection, *args, **kwargs))
+        return await self._answered(
+            self._database.read(lambda connection: statement(connection, *args, **kwargs))
+        )
 
     async def _write(self, statement: "Statement[P, T]", *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._database.write(lambda connection: statement(connection, *args, **kwargs))
+        try:
+            return await self._database.write(
+                lambda connection: statement(connection, *args, **kwargs)
+            )
+        except StoreUnavailable:
+            self.failed_changes.add()
+            raise
+
+    async def _asked(
+        self, question: Question, *, seconds: float | None = None, **parameters: Any
+    ) -> Rows:
+        return await self._answered(self._database.ask(question, seconds=seconds, **parameters))
+
+    async def _answered(self, answer: Awaitable[T]) -> T:
+        """What was read; whether it could be is the store's condition."""
+        try:
+            known = await answer
+        except StoreUnavailable as error:
+            self.condition.failed(error.message, error.hint)
+            raise
+        self.condition.succeeded()
+        return known

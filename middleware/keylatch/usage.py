@@ -13,7 +13,6 @@ so each flush looks at the counters of the one before once more.
 
 import asyncio
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Final, TypeAlias
 
 from keylatch.cache import Use
 from keylatch.clients import family_of, network_of
+from keylatch.condition import Condition
 from keylatch.errors import StoreUnavailable
 from keylatch.model import Reason
 from keylatch.tally import ALLOWED, DAY_MS, Client, Tally
@@ -29,8 +29,6 @@ from keylatch.unstored import CAPACITY, Unstored
 _SOON_SECONDS: Final = 0.5
 _INTERVAL_SECONDS: Final = 5.0
 _FLUSH_AT: Final = 1_000
-
-log = logging.getLogger("keylatch")
 
 Ticks: TypeAlias = "itertools.count[int]"
 Caller = Callable[[], tuple[str | None, str | None]]
@@ -57,6 +55,7 @@ class Usage:
         self._write = write
         self._sleep = sleep
         self._now_ms = now_ms
+        self.condition = Condition("uses wait for the store", "uses are stored again")
         self.forget()
 
     def forget(self) -> None:
@@ -71,6 +70,12 @@ class Usage:
         self._unstored = Unstored()
         self._noted = asyncio.Event()
         self._full = asyncio.Event()
+        self.condition.forget()
+
+    @property
+    def waiting(self) -> int:
+        """Keys whose use is not stored yet."""
+        return len(self._waiting) + self._unstored.keys
 
     def note(self, use: Use, now_ms: float) -> None:
         """A key was let in; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
@@ -153,11 +158,13 @@ class Usage:
                 await self._write(*self._unstored.told())
                 self._unstored.stored()
         except StoreUnavailable as error:
-            log.warning("uses of %d keys wait for the store: %s", self._unstored.keys, error)
+            self.condition.failed(error.message, error.hint)
             self._noted.set()
         except BaseException:
             self._noted.set()
             raise
+        else:
+            self.condition.succeeded()
 
     def _take(self) -> None:
         with self._lock:

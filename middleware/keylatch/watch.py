@@ -46,6 +46,11 @@ class Watch:
             self._somebody.set()
             self._news.set()
 
+    @property
+    def watched(self) -> int:
+        """How many there are."""
+        return len(self._open)
+
     def hear(self) -> None:
         """Something changed."""
         if self._open:  # else nobody waits, and this may be a thread without a loop

@@ -5,26 +5,28 @@
 What this process knows is answered in the calling thread; the rest is asked through the portal.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from starlette.authentication import UnauthenticatedUser
 
 from keylatch.gate import Gate
 from keylatch.identity import ProxyGate
-from keylatch.model import Deny
+from keylatch.model import ANY_KEY, Deny, Verdict, Wanted
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
 from keylatch.tokens import Token
+from keylatch.trail import Trail, following, timed
 
 PRINCIPAL: Final = "keylatch.principal"
 """Where in `environ` the principal is: PEP 3333 lets a middleware add keys of its own name."""
 REFUSALS: Final = "keylatch.refusals"
 """Where in `environ` a view that asks for more finds the answers to refuse with."""
 
+_FOLLOWED: Final = "keylatch.followed"
 _IDENTITY: Final = "HTTP_X_KEYLATCH_"
 _STATUS: Final = {int(status): f"{int(status)} {status.phrase}" for status in HTTPStatus}
 
@@ -37,9 +39,12 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
 
     def _prepare(self) -> None:
         self._portal = Portal.of(self.engine)
-        self._glance = self.engine.glance  # amid real requests each call in between costs
+        # Not through the portal: amid real requests each call in between costs.
+        self._glance = self._check_timed if self._is_followed else self.engine.glance
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if self._is_followed and _FOLLOWED not in environ:
+            return self._leave_trail(environ, start_response)
         strip_identity(environ)
         environ[REFUSALS] = self._refusals
         path = path_of(environ)
@@ -56,6 +61,19 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         if self.engine.sees_clients:
             self.engine.see(verdict.principal.key_id, partial(caller_of, environ))
         return self._app(environ, start_response)
+
+    def _check_timed(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
+        return timed(lambda: self._portal.check(values, wanted))
+
+    def _leave_trail(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        environ[_FOLLOWED] = True
+        given = environ.get("HTTP_X_REQUEST_ID", "").encode("latin-1", "replace")
+        with following([(b"x-request-id", given)]) as trail:
+            if self.engine.settings.timing == "on":
+                start_response = _telling(trail, start_response)
+            return self(environ, start_response)
 
     def close(self) -> None:
         """Store what was used and let go of everything, until the next request comes."""
@@ -108,6 +126,16 @@ def path_of(environ: WSGIEnvironment) -> str:
     """The path as the app's own router sees it; WSGI carries its UTF-8 bytes as Latin-1."""
     path: str = environ.get("PATH_INFO", "")
     return path if path.isascii() else path.encode("latin-1").decode("utf-8", "replace")
+
+
+def _telling(trail: Trail, start_response: StartResponse) -> StartResponse:
+    """The callable, with what the trail tells among the headers."""
+
+    def told(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+        more = [(name.decode(), value.decode()) for name, value in trail.headers()]
+        return start_response(status, [*headers, *more], *error)
+
+    return told
 
 
 def refuse(

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, cast
 
 from starlette.applications import Starlette
@@ -20,6 +21,7 @@ from keylatch_sidecar import (
     health,
     key_usage,
     leaked,
+    metrics,
     openapi,
     rotation,
     sendook,
@@ -27,6 +29,7 @@ from keylatch_sidecar import (
     verify,
 )
 from keylatch_sidecar.facts import PROFILES
+from keylatch_sidecar.followed import followed
 from keylatch_sidecar.problems import Problem, no_such_key
 from keylatch_sidecar.proxies import Proxies
 from keylatch_sidecar.settings import ProxySettings
@@ -46,6 +49,7 @@ ROUTES = [
     Route("/leaked", leaked.Leaked),
     Route("/healthz", health.healthz),
     Route("/readyz", health.readyz),
+    Route("/metrics", metrics.metrics),
     Route("/openapi.json", openapi.document),
 ]
 _OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
@@ -72,6 +76,7 @@ def create_app(
     *,
     admin: int | str | None = None,
     grpc: GRPCListener | None = None,
+    siblings: Path | None = None,
 ) -> ASGIApp:
     """The sidecar around an engine, which it starts and stops.
 
@@ -80,10 +85,12 @@ def create_app(
         settings: how proxies ask; None: from the environment.
         admin: the port, or the Unix socket's path, where alone keys are managed; None: everywhere.
         grpc: where proxies ask over gRPC; None: nowhere.
+        siblings: where workers that share a port find each other; None: there is one.
     """
     settings = settings or ProxySettings.load()
     proxies = Proxies(engine, settings.proxy_cache_ttl)
     reports = leaked.Reports(engine)
+    page = metrics.Page(engine, siblings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -91,6 +98,7 @@ def create_app(
             stack.push_async_callback(engine.stop)
             await engine.start()
             stack.push_async_callback(reports.end)
+            await stack.enter_async_context(page.shared())
             if grpc is not None:
                 from keylatch_sidecar import grpc_authz  # an extra
 
@@ -107,6 +115,7 @@ def create_app(
     )
     management.state.engine = engine
     management.state.reports = reports
+    management.state.metrics = page
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
     verifying = verify.Verify(proxies, PROFILES[settings.verify_facts])
     authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])
@@ -121,7 +130,9 @@ def create_app(
         else:
             await unsent.spell(Problem(404, "Not Found"))(scope, receive, send)
 
-    return app
+    if not engine.settings.is_followed:
+        return app
+    return followed(app, tells=engine.settings.timing == "on")
 
 
 def _is_served(scope: Scope, admin: int | str | None) -> bool:
@@ -131,9 +142,13 @@ def _is_served(scope: Scope, admin: int | str | None) -> bool:
     return admin in (None, came_to) or scope["path"] in _FOR_PROXIES
 
 
-def from_environment(admin: int | str | None = None, grpc: GRPCListener | None = None) -> ASGIApp:
+def from_environment(
+    admin: int | str | None = None,
+    grpc: GRPCListener | None = None,
+    siblings: Path | None = None,
+) -> ASGIApp:
     """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
-    return create_app(Engine(Settings.load()), admin=admin, grpc=grpc)
+    return create_app(Engine(Settings.load()), admin=admin, grpc=grpc, siblings=siblings)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

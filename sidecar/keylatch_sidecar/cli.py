@@ -41,6 +41,7 @@ from keylatch_sidecar.options import (
     JSONOption,
     KeyId,
     LeaseOption,
+    LogOption,
     OrganizationArgument,
     OrganizationOption,
     OwnerOption,
@@ -48,6 +49,8 @@ from keylatch_sidecar.options import (
     ProxyCacheOption,
     RedisOption,
     StoreOption,
+    TimingOption,
+    TracingOption,
     VerifyFactsOption,
 )
 from keylatch_sidecar.proxies import wanted_of
@@ -118,6 +121,9 @@ def serve(
     hasher: HasherOption = None,
     lease: LeaseOption = None,
     clients: ClientsOption = None,
+    log: LogOption = None,
+    timing: TimingOption = None,
+    tracing: TracingOption = None,
     verify_facts: VerifyFactsOption = None,
     ext_authz_facts: ExtAuthzFactsOption = None,
     proxy_cache_ttl: ProxyCacheOption = None,
@@ -128,7 +134,7 @@ def serve(
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
-    given["clients"] = clients
+    given |= {"clients": clients, "log": log, "timing": timing, "tracing": tracing}
     proxies = {
         "verify_facts": verify_facts,
         "ext_authz_facts": ext_authz_facts,
@@ -157,7 +163,7 @@ def serve(
             wrong, _, hint = str(error).partition(": ")
             terminal.fail(wrong, hint, terminal.UNUSABLE)
     try:
-        started = serving.run(listener, admin, grpc, workers)
+        started = serving.run(listener, admin, grpc, workers, logs_json=settings.log == "json")
     except serving.CannotListen as error:
         terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
     if not started:

@@ -1,20 +1,46 @@
-"""Is it up, and could it check a key now?"""
+"""Is it up, could it check a key now, and which part of it is not as it should be?"""
 
-import logging
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from keylatch import condition
+from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
-from keylatch_sidecar.bodies import JSON, Shape
-
-log = logging.getLogger("keylatch")
+from keylatch_sidecar.bodies import JSON, Shape, iso
 
 
 class Health(Shape):
-    """`ok`, or `unavailable` while the store does not answer."""
+    """`ok`."""
 
     status: str
+
+
+class Part(Shape):
+    """How a part is: `ok`, `degraded` (keys are still decided on), `unavailable`, or `off` (there
+    is none); since when; and what is the matter, if anything is."""
+
+    state: Literal["ok", "degraded", "unavailable", "off"]
+    since: str | None
+    reason: str
+
+
+class Parts(Shape):
+    """What a check may need."""
+
+    store: Part
+    lease: Part
+    redis: Part
+    hashing: Part
+    usage: Part
+
+
+class Readiness(Shape):
+    """`ok`, or `unavailable` while keys could not be checked; and each part."""
+
+    status: str
+    parts: Parts
 
 
 async def healthz(request: Request) -> Response:
@@ -23,10 +49,20 @@ async def healthz(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Ready: the store answers too. Redis does not count, because nothing needs it."""
+    """Ready: the store answers too. Nothing else counts, because nothing else is needed."""
+    engine: Engine = request.app.state.engine
     try:
-        await request.app.state.engine.ready()
-    except KeylatchError as error:
-        log.warning("not ready: %s", error.message)
-        return JSON(Health(status="unavailable"), 503, {"Retry-After": "1"})
-    return JSON(Health(status="ok"))
+        await engine.ready()
+    except KeylatchError:  # the store's condition is in the log
+        return JSON(_readiness("unavailable", engine), 503, {"Retry-After": "1"})
+    return JSON(_readiness("ok", engine))
+
+
+def _readiness(status: str, engine: Engine) -> Readiness:
+    parts = {part.name: _shape(part) for part in engine.parts()}
+    return Readiness(status=status, parts=Parts(**parts))
+
+
+def _shape(part: condition.Part) -> Part:
+    since = None if part.since is None else iso(int(part.since * 1000))
+    return Part(state=part.state, since=since, reason=part.words)

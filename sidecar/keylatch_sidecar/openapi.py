@@ -22,6 +22,7 @@ from keylatch_sidecar import (
     key_usage,
     leaked,
     listing,
+    metrics,
     rotation,
     sendook,
     unsent,
@@ -267,7 +268,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
         for method in ("get", "head", "post", "put", "patch", "delete", "options", "trace")
     },
     "/healthz": {"get": Operation(health.healthz, health.Health, errors=())},
-    "/readyz": {"get": Operation(health.readyz, health.Health, errors=(503,), error=health.Health)},
+    "/readyz": {
+        "get": Operation(health.readyz, health.Readiness, errors=(503,), error=health.Readiness)
+    },
+    "/metrics": {"get": Operation(metrics.metrics, None, errors=())},
     "/openapi.json": {"get": Operation(document, None, errors=())},
 }
 

@@ -54,6 +54,30 @@ ClientsOption = Annotated[
         show_default="off",
     ),
 ]
+LogOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log", envvar="KEYLATCH_LOG", help="How to log: text or json.", show_default="text"
+    ),
+]
+TimingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--timing",
+        envvar="KEYLATCH_TIMING",
+        help="Tell in headers how long checks took: on or off.",
+        show_default="off",
+    ),
+]
+TracingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracing",
+        envvar="KEYLATCH_TRACING",
+        help="Make spans of OpenTelemetry: on or off.",
+        show_default="off",
+    ),
+]
 VerifyFactsOption = Annotated[
     str | None,
     typer.Option(

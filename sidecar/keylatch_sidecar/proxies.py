@@ -20,10 +20,11 @@ from starlette.types import Receive, Scope, Send
 
 from keylatch.asgi import refuse
 from keylatch.engine import Engine
-from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Reason, Verdict, Wanted
+from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Verdict, Wanted
 from keylatch.refusals import Header, Refusal, Refusals
 from keylatch.settings import PERMISSION_PATTERN
 from keylatch.tokens import Token
+from keylatch.trail import Checks, Followed
 from keylatch_sidecar.facts import NOTHING, Facts, Profile
 
 DEADLINE_SECONDS: Final = 0.8
@@ -60,6 +61,7 @@ class Proxies:
 
     def __init__(self, engine: Engine, cache_seconds: int = 0) -> None:
         self._engine = engine
+        self._checks: Checks = Followed(engine) if engine.settings.is_followed else engine
         self._cache_seconds = cache_seconds
         self._refusals = Refusals(engine.settings.realm, malformed_status=401)
 
@@ -109,17 +111,16 @@ class Proxies:
         if facts is None:
             log.warning("a proxy does not say what it was asked as it should: refused with 403")
             return _MISCONFIGURED
-        known = self._engine.glance(values, wanted)
+        known = self._checks.glance(values, wanted)
         return known if isinstance(known, Token) else self._answered(facts, known)
 
     async def _resolve(self, facts: Facts | None, token: Token, wanted: Wanted) -> Allow | Refusal:
         """`judge` within the deadline."""
-        verdict: Verdict = Deny(Reason.UNAVAILABLE)
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                verdict = await self._engine.resolve(token, wanted)
+                verdict = await self._checks.resolve(token, wanted)
         except TimeoutError:
-            log.warning("refused with 503: nothing could be decided in %g s", DEADLINE_SECONDS)
+            verdict = self._engine.gave_up(f"nothing could be decided in {DEADLINE_SECONDS} s")
         return self._answered(facts or NOTHING, verdict)
 
     def _answered(self, facts: Facts, verdict: Verdict) -> Allow | Refusal:

@@ -12,13 +12,16 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 from uvicorn.supervisors import Multiprocess
 
+from keylatch import logs
 from keylatch_sidecar.any_method import AnyMethod
 from keylatch_sidecar.app import GRPCListener, from_environment
 
@@ -94,7 +97,14 @@ def _remove_abandoned(path: Path) -> None:
             path.unlink()
 
 
-def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: int) -> bool:
+def run(
+    main: Listener,
+    admin: Listener | None,
+    grpc: Listener | None,
+    workers: int,
+    *,
+    logs_json: bool = False,
+) -> bool:
     """Serve until told to stop.
 
     Args:
@@ -102,6 +112,7 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
         admin: for management, which is then nowhere else.
         grpc: for proxies that speak gRPC.
         workers: processes that share the listeners.
+        logs_json: whether the log is JSON, a line each.
 
     Returns:
         False: it could not start, and has logged why.
@@ -118,11 +129,13 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
         if grpc is not None:
             grpc.bind(0o666).close()  # gRPC makes its own, and some failures it would not tell
         stack.pop_all()  # from here on they are the server's
+    siblings = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
     config = uvicorn.Config(
         functools.partial(
             from_environment,
             admin=None if admin is None else admin.key,
             grpc=None if grpc is None else GRPCListener(grpc.target, is_shared=workers > 1),
+            siblings=None if siblings is None else Path(siblings.name),
         ),
         factory=True,
         workers=workers,
@@ -133,6 +146,7 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
         date_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         access_log=False,
+        log_config=logs.configuration() if logs_json else LOGGING_CONFIG,
         log_level="info",
     )
     log.setLevel(logging.INFO)  # uvicorn says it only of sockets that it made itself
@@ -153,6 +167,8 @@ def run(main: Listener, admin: Listener | None, grpc: Listener | None, workers: 
             raise
         return False
     finally:
+        if siblings is not None:
+            siblings.cleanup()
         for listener in listeners:
             if listener.uds is not None and os.path.lexists(listener.uds):
                 listener.uds.unlink()

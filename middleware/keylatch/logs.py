@@ -1,0 +1,67 @@
+"""Log records as JSON, a line each: for machines that read logs.
+
+    handler.setFormatter(JSONLines())
+
+Each line has `time`, `level`, `logger`, `message`, and `requestId` where a request is being
+answered. Messages hold no token, by the rules of whoever writes them; whatever looks like one all
+the same is made unusable here, whoever wrote it.
+"""
+
+import json
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+from keylatch.tokens import without_tokens
+from keylatch.trail import TRAIL
+
+
+class JSONLines(logging.Formatter):
+    """One JSON object a line, in ASCII."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": moment.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        trail = TRAIL.get()
+        if trail is not None:
+            line["requestId"] = trail.request_id
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = self.formatStack(record.stack_info)
+        return self.scrubbed(json.dumps(line))
+
+    def scrubbed(self, line: str) -> str:
+        """The line with every token in it made unusable."""
+        return without_tokens(line)
+
+
+def configuration(level: str = "WARNING") -> dict[str, Any]:
+    """For `logging.config.dictConfig`: everything as JSON on standard error.
+
+    Args:
+        level: of keylatch's own loggers.
+    """
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"json": {"()": "keylatch.logs.JSONLines"}},
+        "handlers": {
+            "stderr": {
+                "class": "logging.StreamHandler",
+                "formatter": "json",
+                "stream": "ext://sys.stderr",
+            }
+        },
+        "root": {"handlers": ["stderr"], "level": "ERROR"},
+        "loggers": {
+            "keylatch": {"level": level},
+            "keylatch.serving": {"level": "INFO"},
+            "uvicorn": {"level": "INFO"},
+        },
+    }

@@ -1,0 +1,50 @@
+"""Spans of OpenTelemetry, for checks that had to ask: extra `[otel]`, `KEYLATCH_TRACING=on`.
+
+A hit in L1 makes none: it takes less time than its span would. Which tracer provider there is, and
+so where spans go, is the app's affair. Imported only where it is switched on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from opentelemetry import trace
+
+from keylatch.model import Allow, Verdict
+
+
+class Tracing:
+    """The spans of one engine: `keylatch.check`, and below it one for each stage.
+
+    The name of a key is an attribute only where it was let in; why it was not is one too, because
+    whoever sees spans may see that.
+    """
+
+    def __init__(self) -> None:
+        self._tracer = trace.get_tracer("keylatch")
+
+    @contextmanager
+    def check(self) -> Iterator[Callable[[Verdict], None]]:
+        """A span around a check; call what it yields with the verdict."""
+        with self._tracer.start_as_current_span("keylatch.check") as span:
+
+            def tell(verdict: Verdict) -> None:
+                if isinstance(verdict, Allow):
+                    span.set_attribute("keylatch.verdict", "allow")
+                    span.set_attribute("keylatch.key_id", verdict.principal.key_id)
+                else:
+                    span.set_attribute("keylatch.verdict", verdict.reason.name.lower())
+
+            yield tell
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A span around a stage; of an error it tells the kind, because texts may name hosts."""
+        with self._tracer.start_as_current_span(
+            f"keylatch.{name}", record_exception=False, set_status_on_exception=False
+        ) as span:
+            try:
+                yield
+            except BaseException as error:
+                span.set_attribute("error.type", type(error).__name__)
+                span.set_status(trace.StatusCode.ERROR)
+                raise

@@ -1,0 +1,475 @@
+"""What is counted: right numbers, bounded labels, no secrets, and nothing that a hit has to pay."""
+
+import asyncio
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fakeredis import FakeAsyncRedis, FakeServer
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from conftest import Clock, MakeEngine, Sidecar
+from keylatch.engine import Engine
+from keylatch.errors import StoreUnavailable
+from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.keyring import Created
+from keylatch.meter import Count, Histogram
+from keylatch.metrics import Collector
+from keylatch.model import Allow, Deny, Reason, Wanted
+from keylatch.settings import Settings
+from keylatch.statements import advance
+from keylatch.store import Poll, Store
+from keylatch.usage import Usage
+from keylatch_sidecar.metrics import Page, merged
+from servers import PostgresServer, eventually, free_port
+from shell import Operator, ended
+from test_serving import answers, served
+from wire import send
+
+Numbers = dict[str, float]
+
+
+def numbers(page: str) -> Numbers:
+    """The samples of a page, as Prometheus' own parser reads them."""
+    found = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def page_of(*engine: Engine, **named: Engine) -> str:
+    registry = CollectorRegistry()
+    registry.register(Collector(*engine, **named))
+    return generate_latest(registry).decode()
+
+
+def seen(engine: Engine) -> Numbers:
+    """The numbers of an engine that are not 0."""
+    return {name: value for name, value in numbers(page_of(engine)).items() if value}
+
+
+def decided(engine: Engine) -> Numbers:
+    """Its decisions: verdict and tier."""
+    return {
+        re.sub(r".*tier=(\w+),verdict=(\w+).*", r"\2 \1", name): value
+        for name, value in seen(engine).items()
+        if name.startswith("keylatch_decisions_total")
+    }
+
+
+def header(created: Created) -> list[bytes]:
+    return [f"Bearer {created.token.reveal()}".encode()]
+
+
+async def make(engine: Engine, **fields: Any) -> Created:
+    return await (await engine.keyring()).create("org", "a key", **fields)
+
+
+@pytest.mark.anyio
+async def test_decisions_are_counted_where_they_are_made(make_engine: MakeEngine) -> None:
+    """By verdict and by who knew: each check once, whatever it met on the way."""
+    redis = FakeServer()
+    first, second = (make_engine(redis=FakeAsyncRedis(server=redis)) for _ in range(2))
+    created = await make(first)
+    sending = await make(first, permission="SENDING")
+    wrong = header(created)[0][:-1] + b"0"
+    stranger = wrong[:20] + wrong[20:].swapcase()
+    only_full = Wanted(frozenset(("FULL",)))
+    for _ in range(3):
+        assert isinstance(await first.check(header(created)), Allow)
+    await asyncio.sleep(0.01)  # what was found is put into Redis by a task
+    assert isinstance(await second.check(header(created)), Allow)
+    for values in ([], [b"Basic x"], [b"Bearer"], [wrong], [stranger]):
+        assert isinstance(await second.check(values), Deny)
+    for _ in range(2):
+        assert await second.check(header(sending), only_full) == Deny(
+            Reason.INSUFFICIENT_SCOPE, "FULL"
+        )
+    await (await first.keyring()).delete("org", created.record.id)
+    for _ in range(3):
+        assert isinstance(await second.check(header(created)), Deny)
+    assert decided(first) == {"allow store": 1, "allow l1": 2}
+    assert decided(second) == {
+        "allow l2": 1,
+        "missing header": 2,
+        "malformed header": 1,
+        "wrong_secret l1": 1,
+        "forged stranger": 1,
+        "insufficient_scope store": 1,
+        "insufficient_scope l1": 1,
+        "revoked store": 1,
+        "revoked absence": 2,
+    }
+    await first.stop()
+    await second.stop()
+
+
+@pytest.mark.anyio
+async def test_stages_are_timed(make_engine: MakeEngine) -> None:
+    """L2, store and hash each time; hits and headers some of the time."""
+    engine = make_engine(redis=FakeAsyncRedis())
+    created = await make(engine)
+    for _ in range(200):
+        await engine.check(header(created))
+    found = seen(engine)
+    timed = {  # the first of the 64 was no hit
+        name: found[f"keylatch_stage_seconds_count{{stage={name}}}"]
+        for name in ("parse", "l1", "l2", "store", "hash")
+    }
+    assert timed == {"parse": 1, "l1": 63, "l2": 1, "store": 1, "hash": 1}
+    assert found["keylatch_stage_seconds_sum{stage=l1}"] > 0
+    assert found["keylatch_decisions_total{tier=l1,verdict=allow}"] == 199
+    await engine.stop()  # stores uses: then some are timed again
+    await engine.start()
+    for _ in range(3):
+        await engine.check(header(created))
+    assert seen(engine)["keylatch_stage_seconds_count{stage=l1}"] == 65
+    await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_a_request_without_a_header_is_no_hit_to_time(engine: Engine) -> None:
+    """Also while hits are timed."""
+    assert await engine.check([]) == Deny(Reason.MISSING)
+    assert await engine.check([b"Bearer a", b"Bearer b"]) == Deny(Reason.MALFORMED)
+
+
+def test_a_count_loses_nothing_between_threads() -> None:
+    """And to look at it changes nothing."""
+    count = Count()
+
+    def add() -> None:
+        for _ in range(10_000):
+            next(count.steps)
+
+    threads = [threading.Thread(target=add) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert count.value <= 80_000
+    assert [count.value, count.value] == [80_000, 80_000]
+
+
+def test_a_histogram_counts_up_to_its_bounds() -> None:
+    """As Prometheus has it: at most so long, and the last one counts all."""
+    histogram = Histogram((0.001, 0.01))
+    for seconds in (0.0005, 0.001, 0.002, 5.0):
+        histogram.observe(seconds)
+    buckets, total = histogram.read()
+    assert buckets == [("0.001", 2), ("0.01", 3), ("+Inf", 4)]
+    assert total == pytest.approx(5.0035)
+
+
+@pytest.mark.anyio
+async def test_two_engines_have_one_page(make_engine: MakeEngine) -> None:
+    """Told apart by name; two collectors in one registry would be told so at once."""
+    api, console = make_engine(), make_engine()
+    created = await make(api)
+    await api.check(header(created))
+    found = numbers(page_of(api=api, console=console))
+    assert found["keylatch_decisions_total{engine=api,tier=store,verdict=allow}"] == 1
+    assert found["keylatch_decisions_total{engine=console,tier=store,verdict=allow}"] == 0
+    registry = CollectorRegistry()
+    registry.register(Collector(api))
+    with pytest.raises(ValueError, match=r"[Dd]uplicate"):
+        registry.register(Collector(console))
+    for wrong in ((), (api,)):
+        with pytest.raises(ValueError, match="either one engine"):
+            Collector(*wrong, **({"console": console} if wrong else {}))
+    await api.stop()
+
+
+@pytest.mark.anyio
+async def test_an_engine_that_was_not_started_has_numbers_too(make_engine: MakeEngine) -> None:
+    """A page that is asked for early is no error."""
+    found = numbers(page_of(make_engine()))
+    assert found["keylatch_cached{what=keys}"] == 0
+
+
+def test_labels_have_few_values(make_engine: MakeEngine) -> None:
+    """All of them are there from the start, so that nobody's key, path or name can add one."""
+    samples = numbers(page_of(make_engine()))
+    assert 150 < len(samples) < 250
+    assert not any("key_" in name for name in samples)
+
+
+# What must stay 0
+
+
+class Deaf(Engine):
+    """The broken twin: what it has accepted once, it accepts for ever."""
+
+    def _renewed(self, entry: Any) -> bool:
+        return True
+
+
+class Moved(Store):
+    """A store whose time is the test's."""
+
+    def __init__(self, url: str, clock: Clock) -> None:
+        super().__init__(url)
+        self._clock = clock
+
+    async def poll(self, member: str, seq: int, seconds: float) -> Poll:
+        return replace(await super().poll(member, seq, seconds), store_seconds=self._clock())
+
+
+async def accepted_late(kind: type[Engine], url: str, clock: Clock) -> tuple[list[bool], float]:
+    """Use a key, have another process revoke it, and use it on for a while."""
+
+    def started(kind: type[Engine]) -> Engine:
+        settings = Settings.load(store=url, redis="", lease=1)
+        hasher = Hasher("argon2id", CHEAPEST)
+        return kind(settings, clock=clock, timer=clock, hasher=hasher, store=Moved(url, clock))
+
+    engine, other = started(kind), started(Engine)
+    created = await make(other)
+    await other.stop()  # a member that does not run is waited for
+    accepted = []
+    for turn in range(5):
+        if isinstance(await engine.check(header(created)), Allow):
+            accepted.append(True)
+        await engine._usage.flush()
+        if turn == 1:
+            await (await other.keyring()).delete("org", created.record.id)
+            await other.stop()
+        clock.tick(5)
+    late = seen(engine).get("keylatch_accepted_after_revocation_total", 0)
+    await engine.stop()
+    return accepted, late
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+async def test_what_is_accepted_after_a_revocation_is_found(
+    database: str, store_url: str, clock: Clock, request: pytest.FixtureRequest
+) -> None:
+    """A process that goes on accepting a revoked key finds that out; a right one finds nothing."""
+    url = store_url
+    if database == "postgresql":
+        url = request.getfixturevalue("postgres").new_database()
+    accepted, late = await accepted_late(Engine, url, clock)
+    assert (len(accepted), late) == (2, 0)
+    url = url if database == "sqlite" else request.getfixturevalue("postgres").new_database()
+    accepted, late = await accepted_late(Deaf, url, clock)
+    assert len(accepted) == 5
+    assert late >= 2, "the first look learns of it, the later ones find it"
+
+
+@pytest.mark.anyio
+async def test_a_change_is_no_false_alarm(engine: Engine, clock: Clock) -> None:
+    """A key that is renamed, or is new, is used right on."""
+    created = await make(engine)
+    keyring = await engine.keyring()
+    for number in range(4):
+        assert isinstance(await engine.check(header(created)), Allow)
+        await keyring.change("org", created.record.id, name=f"name {number}")
+        assert isinstance(await engine.check(header(created)), Allow)
+        await engine._usage.flush()
+        clock.tick(5)
+    assert "keylatch_accepted_after_revocation_total" not in seen(engine)
+
+
+# Parts
+
+
+@pytest.mark.anyio
+async def test_a_full_queue_is_counted(make_engine: MakeEngine) -> None:
+    """Rejections, and what is under way."""
+    engine = make_engine(hasher=Hasher("argon2id", CHEAPEST, workers=1, queue=0))
+    keys = [await make(engine) for _ in range(4)]
+    verdicts = await asyncio.gather(*(engine.check(header(key)) for key in keys))
+    refused = verdicts.count(Deny(Reason.BUSY))
+    found = seen(engine)
+    assert refused > 0
+    assert found["keylatch_hashes_rejected_total"] == refused
+    assert found["keylatch_decisions_total{tier=nowhere,verdict=busy}"] == refused
+    assert "keylatch_hashes_under_way" not in found
+    assert "keylatch_part_ok{part=hashing}" not in found
+    await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_redis_is_counted(make_engine: MakeEngine, store_url: str) -> None:
+    """Forged values, errors, and the breaker; a deployment without Redis has none of them."""
+    server = FakeServer()
+    engine = make_engine(redis=FakeAsyncRedis(server=server))
+    keys = [await make(engine) for _ in range(3)]
+    async with FakeAsyncRedis(server=server) as anybody:
+        for key in keys[:2]:
+            name = f"keylatch:{engine._feed.epoch}:{key.record.id}"
+            await anybody.set(name, b"x" * 100)
+    for key in keys[:2]:
+        assert isinstance(await engine.check(header(key)), Allow)
+    assert seen(engine)["keylatch_redis_forged_total"] == 2
+    assert "keylatch_redis_breaker_open" not in seen(engine)
+    server.connected = False
+    assert isinstance(await engine.check(header(keys[2])), Allow)
+    found = seen(engine)
+    assert found["keylatch_redis_errors_total"] >= 1
+    assert found["keylatch_redis_breaker_open"] == 1
+    assert "keylatch_part_ok{part=redis}" not in found
+    await engine.stop()
+    assert not any("redis" in name for name in numbers(page_of(make_engine())))
+
+
+@pytest.mark.anyio
+async def test_caches_and_uses_are_counted(make_engine: MakeEngine, clock: Clock) -> None:
+    """Sizes, what waits to be stored, and the store's errors."""
+    engine = make_engine()
+    created = await make(engine)
+    await engine.check(header(created))
+    found = seen(engine)
+    assert found["keylatch_cached{what=keys}"] == 1
+    assert found["keylatch_cached{what=tombstones}"] == 1
+    assert found["keylatch_uses_waiting"] == 1
+    await engine._usage.flush()
+    assert "keylatch_uses_waiting" not in seen(engine)
+    await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_lost_uses_are_counted() -> None:
+    """Beyond 50,000 keys that wait, a use is lost; and told."""
+    from keylatch.cache import Use
+
+    async def write(uses: object, tally: object) -> None:
+        raise StoreUnavailable("down")
+
+    usage = Usage(write)
+    for number in range(50_003):
+        usage.note(Use(f"key_{number}"), 1)
+    await usage.flush()
+    assert (usage.waiting, usage.lost) == (50_000, 3)
+
+
+@pytest.mark.anyio
+async def test_a_restored_store_is_counted(make_engine: MakeEngine) -> None:
+    """The alarm stays on the page, for those who did not read the log."""
+    engine = make_engine()
+    await make(engine)
+    created = await make(engine)
+    assert "keylatch_store_restored_total" not in seen(engine)
+    engine._feed.seq += 10  # as if it had known a later state of the store
+    await engine.store._write(advance, 0)
+    await engine.check(header(created))
+    # And a second time, when its new epoch is seen.
+    assert seen(engine)["keylatch_store_restored_total"] in (1, 2)
+    await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_a_lease_is_on_the_page(postgres: PostgresServer, clock: Clock) -> None:
+    """How old, how long it lasts; how long changes took to be known everywhere."""
+    url = postgres.new_database()
+    settings = Settings.load(store=url, redis="")
+    engine = Engine(settings, clock=clock, timer=clock, hasher=Hasher("argon2id", CHEAPEST))
+    created = await make(engine)
+    await (await engine.keyring()).delete("org", created.record.id)
+    found = seen(engine)
+    assert 0 < found["keylatch_lease_left_seconds"] <= 1
+    assert found["keylatch_propagation_seconds_count"] == 1, "a new key waits for nobody"
+    assert found["keylatch_part_ok{part=lease}"] == 1
+    clock.tick(30)
+    found = seen(engine)
+    assert found["keylatch_lease_age_seconds"] >= 30
+    assert "keylatch_lease_left_seconds" not in found
+    assert "keylatch_part_ok{part=lease}" not in found
+    await engine.stop()
+
+
+# The sidecar's page
+
+
+def test_the_sidecar_has_a_page(sidecar: Sidecar, client: httpx.Client) -> None:
+    """In Prometheus' format, without a key; what it decided is there, and the process itself."""
+    with sidecar.client() as anybody:
+        before = numbers(anybody.get("/metrics").text)
+        assert client.get("/verify").status_code == 200
+        assert client.get("/verify").status_code == 200
+        answer = anybody.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    after = numbers(answer.text)
+    hits = "keylatch_decisions_total{tier=l1,verdict=allow}"
+    assert after[hits] - before[hits] >= 1
+    assert after["process_resident_memory_bytes"] > 0
+    assert client.headers["Authorization"].encode()[-20:] not in answer.content
+
+
+def test_no_secret_is_on_the_page(sidecar: Sidecar, client: httpx.Client, boss: Created) -> None:
+    """Nor any name, id or path: labels are bounded, and whoever may scrape need not be trusted."""
+    client.post("/v1/api-keys", json={"name": "canary"})
+    page = client.get("/metrics").text
+    record = boss.record
+    for word in (record.id, record.organization_id, "canary", boss.token.reveal()[-41:]):
+        assert word not in page
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_workers_are_on_every_page(operator: Operator, workers: int) -> None:
+    """Whichever of them is asked, and for management only."""
+    key = operator.create()
+    port, admin = free_port(), free_port()
+    asking, managing = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"
+    credential = f"Authorization: Bearer {key['token']}".encode()
+    words = ["--port", str(port), "--admin-port", str(admin), "--workers", str(workers)]
+
+    def page() -> Numbers:
+        return numbers(send(managing, b"GET /metrics").body.decode())
+
+    def allowed() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, value in page().items():
+            if "verdict=allow" in name:
+                worker = re.search(r"worker=(\d+)", name)
+                who = worker[1] if worker else ""
+                found[who] = found.get(who, 0) + value
+        return found
+
+    everybody = {""} if workers == 1 else {"0", "1"}
+    with served(operator, *words) as process:
+        eventually(lambda: answers(asking) and allowed().keys() == everybody)
+        assert send(asking, b"GET /metrics", credential).status == 404
+        for _ in range(40):
+            assert send(asking, b"GET /verify", credential).status == 200
+        assert [sum(allowed().values()) for _ in range(6)] == [40] * 6
+        process.terminate()
+        stopped = ended(process)
+        assert (stopped.code, "Traceback" in stopped.err) == (0, False)
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_ends_leaves_its_number(
+    tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    """So there are never more values of `worker` than workers; one that is gone is just missing."""
+
+    def workers(text: str) -> set[str]:
+        return set(re.findall(r'worker="(\d+)"', text))
+
+    first, second, third = (Page(make_engine(), tmp_path) for _ in range(3))
+    async with second.shared():
+        async with first.shared():
+            assert workers(await second.text()) == {"0", "1"}
+        assert workers(await second.text()) == {"0"}
+        (tmp_path / "1.sock").touch()  # as one that was killed leaves behind
+        assert workers(await second.text()) == {"0"}
+        async with third.shared():
+            assert workers(await third.text()) == {"0", "1"}
+
+
+def test_pages_are_merged_by_family() -> None:
+    """Prometheus wants each family in one piece."""
+    a, b = "# HELP a x\n# TYPE a counter\n", "# HELP b y\n# TYPE b gauge\n"
+    first = f'{a}a{{w="0"}} 1.0\n{b}b{{w="0"}} 2.0\n'
+    second = f'{a}a{{w="1"}} 3.0\n'
+    assert merged([first, second, ""]) == (
+        f'{a}a{{w="0"}} 1.0\na{{w="1"}} 3.0\n{b}b{{w="0"}} 2.0\n'
+    )

@@ -1,0 +1,151 @@
+"""The dashboard, the alerts and the documents speak of metrics that exist, and of no others."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keylatch.condition import Part
+from keylatch.meter import STAGES, Meter
+from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
+
+FOLDER = Path(__file__).parent.parent / "deploy/monitoring"
+README = (FOLDER / "README.md").read_text()
+
+_FUNCTIONS = {"rate", "increase", "sum", "min", "max", "by", "histogram_quantile", "label_values"}
+_OF_PROMETHEUS = {"job", "instance", "le", "worker"}
+_SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+def names() -> set[str]:
+    """Names of samples."""
+    return {
+        family.name + suffix
+        for family in FAMILIES
+        for suffix in (_SUFFIXES if family.kind is HISTOGRAM else ("",))
+    }
+
+
+def values() -> dict[str, set[str]]:
+    """The labels, and the values that they can have."""
+    decisions = list(Meter().decisions())
+    return {
+        "verdict": {verdict for verdict, _, _ in decisions},
+        "tier": {tier for _, tier, _ in decisions},
+        "stage": set(STAGES),
+        "part": {"store", "lease", "redis", "hashing", "usage"},
+        "what": {"keys", "absences", "tombstones"},
+        "kind": {"read", "change"},
+    }
+
+
+def mistakes(expression: str) -> list[str]:
+    """Names, labels and values in a PromQL expression that do not exist."""
+    found = []
+    for selector in re.findall(r"\{([^}]*)\}", expression):
+        for label, value in re.findall(r'(\w+)\s*=~?\s*"([^"]*)"', selector):
+            if label in _OF_PROMETHEUS:
+                continue
+            known = values().get(label)
+            if known is None or not set(value.split("|")) <= known:
+                found.append(f"{label}={value}")
+    bare = re.sub(r'\{[^}]*\}|\[[^\]]*\]|"[^"]*"', "", expression)
+    labels = set(values()) | _OF_PROMETHEUS
+    for word in re.findall(r"[a-z_]\w*", bare):
+        if word not in names() | _FUNCTIONS | labels:
+            found.append(word)
+    for rated in re.findall(r"(?:rate|increase)\((\w+)", expression):
+        counters = {family.name for family in FAMILIES if family.kind is COUNTER}
+        if rated not in counters and not rated.endswith(_SUFFIXES):
+            found.append(f"rate of {rated}")
+    return found
+
+
+def rules() -> list[dict[str, Any]]:
+    content = yaml.safe_load((FOLDER / "alerts.yaml").read_text())
+    return [rule for group in content["groups"] for rule in group["rules"]]
+
+
+def expressions_of(panel: Any) -> Iterator[str]:
+    """Every expression and query of the dashboard."""
+    if isinstance(panel, dict):
+        for name, value in panel.items():
+            if name in ("expr", "query") and isinstance(value, str) and "keylatch" in value:
+                yield value
+            else:
+                yield from expressions_of(value)
+    elif isinstance(panel, list):
+        for each in panel:
+            yield from expressions_of(each)
+
+
+def test_the_alerts_name_what_exists() -> None:
+    """And say what is the matter."""
+    for rule in rules():
+        assert mistakes(rule["expr"]) == [], rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+    assert len({rule["alert"] for rule in rules()}) == len(rules())
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["accepted_after_revocation_total", "lease_left_seconds", "redis_breaker_open"]
+    + ["hashes_rejected_total", "uses_lost_total", "store_restored_total"]
+    + ['part_ok{part="store"}'],
+)
+def test_somebody_is_woken_for_it(metric: str) -> None:
+    """There is an alert for everything that nobody may sleep through."""
+    assert any(f"keylatch_{metric}" in rule["expr"] for rule in rules())
+
+
+def test_the_dashboard_names_what_exists() -> None:
+    """Every panel; and every metric has a place on it."""
+    dashboard = json.loads((FOLDER / "dashboard.json").read_text())
+    expressions = list(expressions_of(dashboard))
+    assert len(expressions) > 20
+    assert [mistake for expression in expressions for mistake in mistakes(expression)] == []
+    shown = " ".join(expressions)
+    assert [family.name for family in FAMILIES if family.name not in shown] == []
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["sum(keylatch_decision_total)", 'keylatch_part_ok{part="stores"}', "rate(keylatch_cached[1m])"]
+    + ["sum by (tear) (keylatch_decisions_total)", 'keylatch_cached{which="keys"}'],
+)
+def test_a_name_that_does_not_exist_would_be_noticed(wrong: str) -> None:
+    """The twin: misspelled names, labels and values are found."""
+    assert mistakes(wrong) != []
+
+
+def test_the_documented_metrics_are_the_metrics() -> None:
+    """Name, labels and meaning of each, and of no other."""
+    rows = re.findall(r"^\| `(keylatch_\w+)` \| (.*?) ?\| (.*?) \|$", README, re.MULTILINE)
+    assert rows == [
+        (
+            family.name,
+            ", ".join(f"`{label}`" for label in family.labels),
+            family.says.rstrip("."),
+        )
+        for family in FAMILIES
+    ]
+    told = set(re.findall(r"`(keylatch_\w+)[`{]", README))
+    assert told <= {family.name for family in FAMILIES}
+    for tier in values()["tier"]:
+        assert f"`{tier}`" in README
+
+
+def test_parts_are_named_as_here() -> None:
+    """The values of `part` are those of a real engine."""
+    from keylatch.engine import Engine
+    from keylatch.settings import Settings
+
+    parts: list[Part] = Engine(Settings.load(store="sqlite:////dev/null/x", redis="")).parts()
+    assert {part.name for part in parts} == values()["part"]
