@@ -141,6 +141,11 @@ async def test_a_request_without_a_header_is_no_hit_to_time(engine: Engine) -> N
     assert await engine.check([b"Bearer a", b"Bearer b"]) == Deny(Reason.MALFORMED)
 
 
+def test_an_engine_has_few_attributes(make_engine: MakeEngine) -> None:
+    """CPython 3.11 keeps fewer than 30 in an array; a 30th costs every hit 50 ns."""
+    assert len(vars(make_engine())) < 30
+
+
 def test_a_count_loses_nothing_between_threads() -> None:
     """And to look at it changes nothing."""
     count = Count()

@@ -108,6 +108,9 @@ class Meter:
     def __init__(self) -> None:
         self.hits = Count()
         """Allowed by L1: most of what happens."""
+        self.steps = self.hits.steps
+        self.to_time = 0
+        """How many of the hits that come next are timed."""
         self._decisions = {
             (said, tier): Count()
             for said, tiers in _possible()
