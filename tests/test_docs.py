@@ -1,5 +1,6 @@
 """The documents say what is true: their code runs, and what they name exists."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -73,6 +74,18 @@ def test_the_test_in_the_readme_passes(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / f"{number}.py").write_text(program)
         names |= runpy.run_path(f"{number}.py")
     names["test_a_revoked_key_is_gone_at_once"](names["app"])
+
+
+def test_the_commands_for_operating_run(tmp_path: Path) -> None:
+    """The block of "Operating", in a shell, on a store that it makes itself."""
+    block = README.partition("## Operating")[2].partition("```\n")[2].partition("```")[0]
+    assert block.count("keylatch ") >= 8
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-ec", block], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"keys-1.db", "ended.jsonl"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_settings_in_the_readme_are_the_settings() -> None:

@@ -34,9 +34,11 @@ from keylatch.lookup import Lookup, Owner
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
+from keylatch.statements import VAULT
 from keylatch.store import Found, Secrets, Store
-from keylatch.tokens import CheckKeys, Token, fingerprint, is_native
+from keylatch.tokens import CheckKeys, Token, fingerprint, is_native, is_well_formed
 from keylatch.usage import Caller, Usage
+from keylatch.vault import Vault
 from keylatch.watch import Watch
 
 _ATTEMPTS: Final = 3
@@ -96,6 +98,8 @@ class Engine:
 
     def _begin_anew(self) -> None:
         self._check_keys: CheckKeys | None = None
+        self._secrets_as_of = 0
+        self._reading: Flights[None] = Flights()
         self._keyring: Keyring | None = None
         self._lookup: Lookup | None = None
         self._l2: SharedCache | None = None
@@ -155,6 +159,7 @@ class Engine:
         self._keyring = Keyring(
             self.store, self.hasher, check_keys, self.settings, self._clock, self._announce
         )
+        self._secrets_as_of = secrets.as_of
         self._check_keys = check_keys  # last: from here on the engine counts as started
         for work in (self._usage.run(), self._tidy(), self._witness.run(), self._watch.run()):
             self._jobs.loop(work)
@@ -221,7 +226,17 @@ class Engine:
         await self.start()
         if self._keyring is None:
             raise StoreUnavailable("the store could not be opened yet", "see the log")
+        await self._know_secrets()  # what is made now is made with the newest
         return self._keyring
+
+    async def vault(self) -> Vault:
+        """What rotates the store's own secrets.
+
+        Raises:
+            StoreUnavailable: the store could not be opened yet.
+        """
+        await self.keyring()
+        return Vault(self.store, self._witness.settle, self._clock)
 
     # Checks
 
@@ -297,9 +312,7 @@ class Engine:
             return None
         known = self._remembered(token)
         if known is None:
-            if self._check_keys.vouch(token) or (not is_native(token) and self._has_foreign()):
-                return None
-            return Deny(Reason.FORGED)
+            return Deny(Reason.FORGED) if self._is_forged(self._check_keys, token) else None
         if not self._witness.is_current():
             return None
         return self._judge(known, token, wanted)
@@ -329,6 +342,8 @@ class Engine:
         known = self._remembered(token)
         for _ in range(_ATTEMPTS):
             if known is None:
+                if not await self._may_be_ours(token):
+                    return Deny(Reason.FORGED)
                 known = await self._flights.join(
                     token.fingerprint, lambda: self._fetch(lookup, token)
                 )
@@ -354,6 +369,46 @@ class Engine:
         ):
             return self._l1.absence(fingerprint)
         return entry
+
+    def _is_forged(self, check_keys: CheckKeys, token: Token) -> bool:
+        """Whether no secret of this store's made a token, for certain and without asking: one that
+        this process has not heard of may have made it while it hears nothing from the store."""
+        as_of = self._secrets_as_of  # before the keys are used: they may be renewed meanwhile
+        if check_keys.vouch(token):
+            return False
+        if not is_native(token):
+            return not self._has_foreign()
+        knows_all = self._witness.is_current() and self._feed.accepts(VAULT, VAULT, as_of)
+        return knows_all or not is_well_formed(token)
+
+    async def _may_be_ours(self, token: Token) -> bool:
+        """Whether a secret of this store's made a token, by all that there are now; or it may have
+        been made elsewhere."""
+        await self._know_secrets()
+        if self._check_keys is None or self._check_keys.vouch(token):
+            return True
+        await self._witness.catch_up()
+        if not is_native(token):
+            return self._feed.has_foreign
+        await self._know_secrets()
+        return self._check_keys.vouch(token)
+
+    async def _know_secrets(self) -> None:
+        """Read the store's secrets again if they have changed, as far as this process knows."""
+        self._witness.is_current()  # brings the feed up to date where that takes no waiting
+        for _ in range(_ATTEMPTS):
+            if self._feed.accepts(VAULT, VAULT, self._secrets_as_of):
+                return
+            await self._reading.join("secrets", self._read_secrets)
+        raise StoreUnavailable("the store's secrets changed again and again", "who rotates them?")
+
+    async def _read_secrets(self) -> None:
+        secrets = await self.store.secrets()
+        if self._check_keys is not None:
+            self._check_keys.learn(secrets.check_keys)
+        if self._l2 is not None:
+            self._l2.learn(secrets.peppers)
+        self._secrets_as_of = secrets.as_of  # last: whoever finds it finds them as well
 
     def _judge(self, known: Entry | Absence, token: Token, wanted: Wanted) -> Verdict | None:
         """The verdict by what is known, or None if that is stale. The feed must be current."""
@@ -418,9 +473,7 @@ class Engine:
     def may_know(self, token: Token) -> bool:
         """Whether the store could have a token's key, as far as that can be told without asking it:
         by the keyed check, or because it has keys that were made elsewhere. That proves no key."""
-        if self._check_keys is None:
-            return False
-        return self._check_keys.vouch(token) or (not is_native(token) and self._has_foreign())
+        return self._check_keys is not None and not self._is_forged(self._check_keys, token)
 
     async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
@@ -431,7 +484,7 @@ class Engine:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
         await self.keyring()
-        if self._lookup is None or not self.may_know(token):
+        if self._lookup is None or not await self._may_be_ours(token):
             return None
         return await self._lookup.identify(token)
 
@@ -485,6 +538,8 @@ class Engine:
         while True:
             await asyncio.sleep(_TIDY_SECONDS)
             try:
+                await self._witness.catch_up()
+                await self._know_secrets()
                 await self.store.tidy(self._now_ms())
             except KeylatchError as error:
                 log.warning("housekeeping failed: %s", error.message)

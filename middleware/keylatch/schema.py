@@ -28,6 +28,7 @@ VERSION: Final = "0004"
 metadata: Final = MetaData()
 
 _IS_LIVE: Final = text("deleted_at IS NULL")
+_HAS_LOCATOR: Final = text("locator IS NOT NULL")
 
 meta: Final = Table(
     "keylatch_meta",
@@ -75,7 +76,14 @@ keys: Final = Table(
     Column("previous_partial_token", String(32)),
     Column("previous_expires_at", BigInteger),
     Column("previous_last_used", BigInteger),
-    Index("keylatch_keys_by_locator", "locator", unique=True),
+    # Only of those that have one: made on a large table, it reads and sorts nothing else.
+    Index(
+        "keylatch_keys_by_locator",
+        "locator",
+        unique=True,
+        sqlite_where=_HAS_LOCATOR,
+        postgresql_where=_HAS_LOCATOR,
+    ),
     Index("keylatch_keys_of_organization", "organization_id", "created_seq"),
     # Deleted keys stay for ever; a list of those that are live must not wade through them.
     Index(

@@ -23,7 +23,7 @@ from keylatch.cache import Absence
 from keylatch.model import PREVIOUS, KeyRecord, Reason
 from keylatch.tokens import Token
 
-_TTL_SECONDS: Final = 300
+TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32
 
 _TOGETHER: Final = 256
@@ -64,7 +64,7 @@ class SharedCache:
 
     Args:
         client: an asyncio Redis client; see `breaker.connect`.
-        peppers: the store's peppers, newest first: the first one writes, all of them read.
+        peppers: the store's peppers: the first one writes, all of them read.
         breaker: every failure is a miss.
     """
 
@@ -75,15 +75,19 @@ class SharedCache:
         breaker: Breaker,
     ) -> None:
         self._client = client
+        self.learn(peppers)
+        self._breaker = breaker
+        self._is_asking = False
+        self._waiting: list[_Question] = []
+        self._batch: asyncio.Task[None] | None = None
+
+    def learn(self, peppers: Sequence[bytes]) -> None:
+        """Use these from now on: they were rotated."""
         self._peppers = tuple(peppers)
         self._mac_keys = tuple(
             hmac.digest(pepper, b"keylatch: MAC of shared cache values", "sha256")
             for pepper in peppers
         )
-        self._breaker = breaker
-        self._is_asking = False
-        self._waiting: list[_Question] = []
-        self._batch: asyncio.Task[None] | None = None
 
     async def get(self, token: Token, epoch: str) -> Told | Absence | None:
         """What is known of a token: it is this key, it is not that key's, or nothing (None)."""
@@ -160,7 +164,7 @@ class SharedCache:
         body = json.dumps(value, separators=(",", ":")).encode()
         sealed = _mac(self._mac_keys[0], name, body) + body
         await self._breaker.attempt(
-            lambda: self._client.set(name, sealed, ex=_TTL_SECONDS, nx=only_new)
+            lambda: self._client.set(name, sealed, ex=TTL_SECONDS, nx=only_new)
         )
 
     def _opened(self, name: str, raw: bytes, token: Token) -> Told | Absence | KeyRecord | None:

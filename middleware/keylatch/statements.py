@@ -42,6 +42,9 @@ _CAMEL: Final = {"expires_at": "expiresAt"}
 NOBODY: Final = ""
 """The organisation of keys that are not there. An invalidation that names it makes everybody look
 anew for what they remember as absent, and leaves all that is known of keys that exist as it is."""
+VAULT: Final = "*"
+"""The organisation of the store's own secrets, which no key belongs to. Secrets are remembered like
+anything else: with `as_of`, and read again after an invalidation that names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,14 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A key that is refused: revoked at that time, or disabled (None)."""
+
+    key_id: str
+    deleted_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """What happened after a sequence number; `complete` is False where not all of it is told."""
 
@@ -95,10 +106,11 @@ class Poll:
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """The store's own secrets, newest first, so that they can rotate."""
+    """The store's own secrets, so that they can rotate: the first of each makes, all are read."""
 
     check_keys: tuple[bytes, ...] = field(repr=False)
     peppers: tuple[bytes, ...] = field(repr=False)
+    as_of: int
 
 
 _RECORD: Final = [
@@ -150,7 +162,7 @@ def _changes() -> Select[Any]:
         newer.c.key_id,
         newer.c.organization_id,
         # The greatest one, because that is one step into an index on both databases.
-        select(func.max(keys.c.locator)).scalar_subquery(),
+        select(func.max(keys.c.locator)).where(keys.c.locator.is_not(None)).scalar_subquery(),
     ).join_from(meta, newer, true(), isouter=True)
 
 
@@ -197,6 +209,17 @@ def _find_foreign() -> Select[Any]:
 
 
 LOCATORS: Final = tuple(f"locator_{number}" for number in range(MOST_LOCATORS))
+
+
+def _secrets() -> Select[Any]:
+    # Those that nothing is made with yet come last, so that the first one makes.
+    return (
+        select(meta.c.seq, secrets.c.kind, secrets.c.value)
+        .join_from(meta, secrets, true())
+        .order_by(secrets.c.makes.desc(), secrets.c.id.desc())
+    )
+
+
 CHANGES: Final = Question(_changes())
 FIND: Final = Question(_find())
 FIND_FOREIGN: Final = Question(_find_foreign())
@@ -204,6 +227,7 @@ LAGGARDS: Final = Question(_laggards())
 POLL: Final = Question(_poll())
 BELL: Final = "keylatch_bell"
 RING: Final = Question(select(func.pg_notify(BELL, "")))
+SECRETS: Final = Question(_secrets())
 SEQUENCE: Final = Question(select(meta.c.seq))
 
 
@@ -435,14 +459,17 @@ def analyze(connection: Connection) -> None:
             connection.exec_driver_sql(f"ANALYZE {table.name}")
 
 
-def read_secrets(connection: Connection) -> Secrets:
-    rows = connection.execute(
-        select(secrets.c.kind, secrets.c.value).order_by(secrets.c.id.desc())
-    ).all()
+def read_secrets(rows: Rows) -> Secrets:
     return Secrets(
-        check_keys=tuple(row.value for row in rows if row.kind == "check"),
-        peppers=tuple(row.value for row in rows if row.kind == "pepper"),
+        check_keys=tuple(value for _, kind, value in rows if kind == "check"),
+        peppers=tuple(value for _, kind, value in rows if kind == "pepper"),
+        as_of=rows[0][0],
     )
+
+
+def secrets_of(connection: Connection) -> Secrets:
+    """The store's secrets, in one snapshot."""
+    return read_secrets([tuple(row) for row in connection.execute(SECRETS.statement)])
 
 
 def sequence(connection: Connection) -> int:
@@ -505,6 +532,14 @@ def page_of_keys(
     rows = connection.execute(statement).all()
     records = [record_of(row[:-1]) for row in rows[:limit]]
     return Page(records, rows[limit - 1][-1] if len(rows) > limit else None)
+
+
+def ended_keys(connection: Connection) -> list[Ended]:
+    """All keys that were revoked or disabled, of all organisations."""
+    statement = select(keys.c.id, keys.c.deleted_at).where(
+        or_(keys.c.deleted_at.is_not(None), keys.c.active.is_(False))
+    )
+    return [Ended(*row) for row in connection.execute(statement.order_by(keys.c.id))]
 
 
 def join(connection: Connection, member: str) -> None:

@@ -14,15 +14,17 @@ from sqlalchemy.engine import make_url
 
 from keylatch import rotations
 from keylatch import statements as sql
+from keylatch import vault_statements as vault
 from keylatch.database import Database
 from keylatch.deeds import OPERATOR, page_of_deeds
 from keylatch.errors import ConfigurationError
 from keylatch.memory import Memory
-from keylatch.migrations import bring_up_to_date, is_up_to_date
+from keylatch.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.model import Deed, KeyRecord
 from keylatch.sqlite import SQLite
 from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets
 from keylatch.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
+from keylatch.vault_statements import Kept
 
 # A silent server is given up soon and asked anew: checks are 503 until it has answered.
 _OPEN_SECONDS: Final = 1.0
@@ -56,15 +58,24 @@ def database_of(url: str) -> Database:
     return PostgreSQL(parsed)
 
 
+def file_of(url: str) -> Path | None:
+    """The SQLite file that a store URL names, if it names one."""
+    parsed = make_url(url)
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
+    return Path(parsed.database or "").absolute() if is_file else None
+
+
 class Store:
     """Keys and what belongs to them, on SQLite or PostgreSQL.
 
     Args:
         url: `sqlite:///path.db`, `postgresql://…`, or `sqlite://` for one in memory (tests).
+        upgrade_seconds: how long a server may take to bring old tables up to date.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, upgrade_seconds: float = _UPGRADE_SECONDS) -> None:
         self._database = database_of(url)
+        self._upgrade_seconds = upgrade_seconds
         self.mark_now = self._database.mark_now
         """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
 
@@ -72,6 +83,10 @@ class Store:
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
         return self._database.warnings
+
+    async def version(self) -> str | None:
+        """The version of its tables; None: there are none yet."""
+        return await self._database.read(version_of)
 
     async def open(self, now_ms: int) -> Secrets:
         """Set an empty store up, bring an old one up to date, and return its secrets.
@@ -83,14 +98,15 @@ class Store:
         """
 
         def secrets_of(connection: Connection) -> Secrets | None:
-            return sql.read_secrets(connection) if is_up_to_date(connection) else None
+            return sql.secrets_of(connection) if is_up_to_date(connection) else None
 
         secrets = await self._database.read(secrets_of, seconds=_OPEN_SECONDS)
         if secrets is None:
             await self._database.write(
-                lambda connection: bring_up_to_date(connection, now_ms), seconds=_UPGRADE_SECONDS
+                lambda connection: bring_up_to_date(connection, now_ms),
+                seconds=self._upgrade_seconds,
             )
-            secrets = await self._read(sql.read_secrets)
+            secrets = await self._read(sql.secrets_of)
         return secrets
 
     async def close(self) -> None:
@@ -129,6 +145,10 @@ class Store:
         """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
         rows = await self._database.ask(sql.CHANGES, seconds=seconds, since=since)
         return sql.read_changes(rows, since)
+
+    async def secrets(self) -> Secrets:
+        """The store's own secrets, as they are now."""
+        return sql.read_secrets(await self._database.ask(sql.SECRETS))
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
@@ -394,6 +414,34 @@ class Store:
     ) -> Sequence[Deed]:
         """The audit log, the newest first; see `Keyring.deeds`."""
         return await self._read(page_of_deeds, organization_id, limit, key_id, before)
+
+    async def ended(self) -> Sequence[sql.Ended]:
+        """All keys that were revoked or disabled: what must not live again after a restore."""
+        return await self._database.read(sql.ended_keys, seconds=_UPGRADE_SECONDS)
+
+    # What the vault asks
+
+    async def kept(self) -> Sequence[Kept]:
+        """What there is to know of the store's own secrets, without them."""
+        return await self._read(vault.kept)
+
+    async def introduce(self, kinds: Sequence[str], now_ms: int, *, by: str = OPERATOR) -> int:
+        """Add a secret of each kind that nothing is made with yet; the sequence number of it."""
+        return await self._write(vault.introduce, kinds, now_ms, by)
+
+    async def promote(self, kinds: Sequence[str], now_ms: int, *, by: str = OPERATOR) -> int:
+        """From now on, everything is made with what was introduced."""
+        return await self._write(vault.promote, kinds, now_ms, by)
+
+    async def retire(
+        self, secret_id: int, before_ms: int, now_ms: int, *, by: str = OPERATOR
+    ) -> int | None:
+        """Delete a secret that another one replaced before that time; None: there is none."""
+        return await self._write(vault.retire, secret_id, before_ms, now_ms, by)
+
+    async def made_before(self, time_ms: int, now_ms: int) -> int:
+        """How many keys are live whose tokens were made here and before that time."""
+        return await self._read(vault.made_before, time_ms, now_ms)
 
     async def _read(self, statement: "Statement[P, T]", *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._database.read(lambda connection: statement(connection, *args, **kwargs))

@@ -136,7 +136,7 @@ def looks_minted(text: str) -> bool:
 
 
 class CheckKeys:
-    """The keys of the keyed check, newest first: the first one mints, all of them vouch.
+    """The keys of the keyed check: the first one mints, all of them vouch.
 
     Args:
         keys: secrets of at least 16 bytes, from the store.
@@ -145,6 +145,10 @@ class CheckKeys:
     __slots__ = ("_keys",)
 
     def __init__(self, keys: Sequence[bytes]) -> None:
+        self.learn(keys)
+
+    def learn(self, keys: Sequence[bytes]) -> None:
+        """Use these from now on: they were rotated."""
         if not keys or any(len(key) < 16 for key in keys):
             raise ValueError("at least one check key of 16 bytes or more is needed")
         self._keys = tuple(keys)

@@ -28,8 +28,11 @@ from keylatch.settings import Settings
 from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar import intake, key_file, life_commands, terminal
 from keylatch_sidecar.audit_command import audit
+from keylatch_sidecar.backup_command import backup, ended, restore, restored
 from keylatch_sidecar.bench_command import bench
 from keylatch_sidecar.command import find, with_engine, with_keyring
+from keylatch_sidecar.doctor_command import doctor
+from keylatch_sidecar.migrate_command import migrate
 from keylatch_sidecar.options import (
     ClientsOption,
     ExtAuthzFactsOption,
@@ -49,6 +52,7 @@ from keylatch_sidecar.options import (
 )
 from keylatch_sidecar.proxies import wanted_of
 from keylatch_sidecar.scan_command import scan
+from keylatch_sidecar.secrets_command import secrets
 from keylatch_sidecar.settings import ProxySettings
 from keylatch_sidecar.usage_command import usage
 
@@ -69,7 +73,14 @@ cli.add_typer(organizations, name="organizations")
 life_commands.register(keys, organizations)
 cli.command()(audit)
 cli.command()(bench)
+cli.command()(doctor)
+cli.command()(migrate)
+cli.command()(backup)
+cli.command()(restore)
+cli.command()(restored)
+keys.command()(ended)
 keys.command()(usage)
+cli.add_typer(secrets, name="secrets")
 cli.command()(scan)
 
 

@@ -82,11 +82,13 @@ async def find(engine: Engine, key_id: str, organization: str | None) -> KeyReco
 
 async def keyring_of(engine: Engine) -> Keyring:
     """The keyring, used by the account that runs the command."""
-    return (await engine.keyring()).used_by(f"cli:{_account()}")
+    return (await engine.keyring()).used_by(account())
 
 
-def _account() -> str:
+def account() -> str:
+    """Who runs the command, as the audit log names them."""
     try:
-        return getpass.getuser()
+        name = getpass.getuser()
     except (KeyError, OSError):  # a container may have no name for it
-        return str(os.getuid())
+        name = str(os.getuid())
+    return f"cli:{name}"

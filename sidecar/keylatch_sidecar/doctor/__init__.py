@@ -1,0 +1,1 @@
+"""What `keylatch doctor` looks at: settings, host, store and Redis. It changes nothing anywhere."""

@@ -1,0 +1,49 @@
+"""The whole examination: all parts at once, each of them for so long at most."""
+
+import asyncio
+import os
+from collections.abc import Awaitable
+from typing import Final
+
+from keylatch.errors import ConfigurationError
+from keylatch.settings import Settings
+from keylatch.sqlite import SQLite
+from keylatch.store import database_of, file_of
+from keylatch_sidecar.doctor import cache, file, host, server
+from keylatch_sidecar.doctor.finding import Finding, failure
+
+_SECONDS: Final = 10.0
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """All findings, in the order of the table: settings, host, store, Redis."""
+    parts = [
+        _in_time("hashing", host.of_hashing(settings), _SECONDS),
+        _in_time("store", _of_store(settings), _SECONDS + 2 * settings.lease),
+    ]
+    if settings.redis:
+        parts.append(_in_time("Redis", cache.examine(settings.redis), _SECONDS))
+    found = await asyncio.gather(*parts)
+    return [*host.of_settings(os.environ), *(each for findings in found for each in findings)]
+
+
+async def _of_store(settings: Settings) -> list[Finding]:
+    try:
+        database = database_of(settings.store)
+    except ConfigurationError as error:
+        return [failure("store", wrong, hint) for wrong, hint in error.mistakes]
+    try:
+        path = file_of(settings.store)
+        if path is not None and isinstance(database, SQLite):
+            return await asyncio.to_thread(file.examine, database, path)
+        return await server.examine(database, settings.lease)
+    finally:
+        await database.close()
+
+
+async def _in_time(check: str, findings: Awaitable[list[Finding]], seconds: float) -> list[Finding]:
+    try:
+        async with asyncio.timeout(seconds):
+            return await findings
+    except TimeoutError:
+        return [failure(check, f"no answer within {seconds:g} s", "is the machine overloaded?")]

@@ -1,0 +1,102 @@
+"""The store as a SQLite file. It is opened to read, so that looking makes and changes nothing."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from keylatch.sqlite import SQLite
+from keylatch_sidecar.doctor import tables
+from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
+
+_BUSY_SECONDS: Final = 1.0
+_SCARCE_BYTES: Final = 1 << 30
+_NO_ROOM_BYTES: Final = 16 << 20
+_LONG_LOG_BYTES: Final = 64 << 20
+_HAS_TABLES: Final = "SELECT name FROM sqlite_schema WHERE name = 'keylatch_version'"
+
+
+def examine(database: SQLite, path: Path) -> list[Finding]:
+    """What there is to say of the file and of what it holds; for a thread."""
+    findings = [*_of_folder(path), *_of_library(database)]
+    if not path.exists():
+        hint = "the first start makes it; is KEYLATCH_STORE right?"
+        return [*findings, warning("store", f"there is no {path}", hint)]
+    findings += _of_file(path)
+    place = f"file:{quote(str(path))}?mode=ro"
+    try:
+        with closing(sqlite3.connect(place, uri=True, timeout=_BUSY_SECONDS)) as reader:
+            return [*findings, *_of_contents(reader, path)]
+    except sqlite3.Error as error:
+        hint = f"is {path} a keylatch store, readable, and on a disk that works?"
+        return [*findings, failure("store", f"cannot be read: {error}", hint)]
+
+
+def _of_contents(reader: sqlite3.Connection, path: Path) -> Iterator[Finding]:
+    has_tables = reader.execute(_HAS_TABLES).fetchall()
+    yield ok("store", f"SQLite at {path}")
+    if not has_tables:
+        yield tables.of_version(None)
+        return
+    yield tables.of_version(reader.execute(tables.STORED_VERSION).fetchone()[0])
+    yield from tables.of_secrets(reader.execute(tables.SECRETS).fetchall())
+
+
+def _of_folder(path: Path) -> Iterator[Finding]:
+    folder = path.parent
+    if not folder.is_dir():
+        yield failure("folder", f"there is no {folder}", "make it, or set KEYLATCH_STORE")
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        hint = "SQLite keeps its log beside the file: chown it to whoever runs keylatch"
+        yield failure("folder", f"{folder} cannot be written", hint)
+    elif folder.stat().st_mode & 0o002 and not folder.stat().st_mode & 0o1000:
+        yield warning(
+            "folder",
+            f"everybody may write in {folder}, and so put another file in its place",
+            f"chmod o-w {folder}",
+        )
+    else:
+        yield ok("folder", f"{folder} can be written")
+    free = shutil.disk_usage(folder).free
+    room = f"{free / (1 << 20):,.0f} MiB are free"
+    if free < _NO_ROOM_BYTES:
+        yield failure("disk", room, "make room: no key can be made or revoked without")
+    elif free < _SCARCE_BYTES:
+        yield warning("disk", room, "make room before it runs out")
+    else:
+        yield ok("disk", room)
+
+
+def _of_file(path: Path) -> Iterator[Finding]:
+    mode = path.stat().st_mode & 0o777
+    if not os.access(path, os.W_OK):
+        hint = "chown it to whoever runs keylatch"
+        yield failure("permissions", f"{path} cannot be written", hint)
+    elif mode & 0o077:
+        yield warning(
+            "permissions",
+            f"others than its owner may use {path} ({mode:04o}): it holds the store's secrets",
+            f"chmod 600 {path}",
+        )
+    else:
+        yield ok("permissions", f"for its owner only ({mode:04o})")
+    log = path.with_name(path.name + "-wal")
+    length = log.stat().st_size if log.exists() else 0
+    if length > _LONG_LOG_BYTES:
+        yield warning(
+            "log",
+            f"{length / (1 << 20):,.0f} MiB wait to be taken over into the file",
+            "keylatch does it every 30 s: does another program hold the file open for reading?",
+        )
+
+
+def _of_library(database: SQLite) -> Iterator[Finding]:
+    for told in database.warnings:
+        yield warning("SQLite", told, "a newer SQLite, or nothing else that writes to the file")
+    if not database.warnings:
+        yield ok("SQLite", sqlite3.sqlite_version)

@@ -1,0 +1,421 @@
+"""The store's own secrets: rotated while everybody works, and nobody is refused for it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakeredis import FakeAsyncRedis
+
+from conftest import Clock, MakeEngine, OnAStore, Times
+from keylatch.engine import Engine
+from keylatch.errors import StoreUnavailable
+from keylatch.model import Allow, Deny, Reason
+from keylatch.settings import Settings
+from keylatch.store import Poll, Store
+from keylatch.tokens import CheckKeys, Token
+from keylatch.vault import SHARED_CACHE_SECONDS, MustStay
+from keylatch.vault_statements import KINDS
+from servers import PostgresServer, RedisServer
+from shell import Operator
+
+NOW = 1_800_000_000_000
+
+
+def bearer(token: Token) -> list[bytes]:
+    return [b"Bearer " + token.reveal().encode()]
+
+
+async def create(engine: Engine, name: str = "ci") -> Token:
+    return (await (await engine.keyring()).create("acme", name)).token
+
+
+class VaultContract(OnAStore):
+    """What both databases promise of the secrets that they keep."""
+
+    async def test_what_is_introduced_makes_nothing_yet(self, store: Store) -> None:
+        """It is read by everybody, after those that make; then it makes, and comes first."""
+        before = await store.secrets()
+        seq = await store.introduce(KINDS, NOW)
+        known = await store.secrets()
+        assert known.as_of == seq == before.as_of + 1
+        assert known.check_keys[0] == before.check_keys[0]
+        assert known.peppers[0] == before.peppers[0]
+        assert (len(known.check_keys), len(known.peppers)) == (2, 2)
+        await store.promote(KINDS, NOW)
+        after = await store.secrets()
+        assert after.check_keys == known.check_keys[::-1]
+        assert after.peppers == known.peppers[::-1]
+
+    async def test_every_step_is_told(self, store: Store) -> None:
+        """Whoever asks what changed hears of the secrets, and of no key."""
+        since = (await store.secrets()).as_of
+        await store.introduce(KINDS, NOW)
+        await store.promote(KINDS, NOW)
+        assert {touched[1:] for touched in (await store.changes(since)).touched} == {(None, "*")}
+
+    async def test_a_rotation_that_was_cut_off_is_finished(self, store: Store) -> None:
+        """No second secret is made, and whoever may not have heard of the first is told again."""
+        first = await store.introduce(["check"], NOW)
+        assert await store.introduce(["check"], NOW) == first + 1
+        assert len((await store.secrets()).check_keys) == 2
+        await store.promote(["check"], NOW)
+        await store.promote(["check"], NOW)
+        assert [each.role for each in await store.kept() if each.kind == "check"] == [
+            "makes",
+            "reads",
+        ]
+
+    async def test_only_what_was_replaced_long_ago_is_retired(self, store: Store) -> None:
+        """Not what makes, not what waits, not what was replaced a moment ago."""
+        oldest = {each.kind: each.id for each in await store.kept()}
+        assert await store.retire(oldest["check"], NOW, NOW) is None
+        await store.introduce(KINDS, NOW)
+        waiting = max(each.id for each in await store.kept())
+        assert await store.retire(oldest["check"], NOW, NOW) is None
+        assert await store.retire(waiting, NOW, NOW) is None
+        await store.promote(["check"], NOW)
+        assert await store.retire(oldest["check"], NOW - 1, NOW) is None
+        assert await store.retire(oldest["pepper"], NOW, NOW) is None
+        assert await store.retire(oldest["check"], NOW, NOW) is not None
+        assert oldest["check"] not in [each.id for each in await store.kept()]
+
+
+@pytest.mark.anyio
+class TestSQLite(VaultContract):
+    """On a file."""
+
+    @pytest.fixture
+    def url(self, store_url: str) -> str:
+        return store_url
+
+
+@pytest.mark.anyio
+class TestPostgreSQL(VaultContract):
+    """On a server."""
+
+    @pytest.fixture
+    def url(self, postgres: PostgresServer) -> str:
+        return postgres.new_database()
+
+    async def test_who_is_cut_from_the_store_refuses_no_token_as_made_up(
+        self, url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A check key that it has not heard of may have made it: 503 once its lease is over. What
+        no check key can have made is refused all the same."""
+        engines = [
+            Engine(Settings.load(store=url, redis="", hasher="sha256"), clock=clock, timer=clock)
+            for _ in range(2)
+        ]
+        for engine in engines:
+            await engine.start()
+        cut, rotator = engines
+        await create(cut)
+        stranger = CheckKeys([b"s" * 32]).mint("kl", "live")
+        assert cut.peek(stranger) == Deny(Reason.FORGED)
+
+        async def fail(*args: Any, **kwargs: Any) -> Poll:
+            raise StoreUnavailable("cut off by the test")
+
+        for name in ("poll", "changes", "find", "secrets"):
+            monkeypatch.setattr(cut.store, name, fail)
+        clock.tick(1)
+        assert await cut.check(bearer(stranger)) == Deny(Reason.UNAVAILABLE)
+        assert await cut.check(bearer(Token("kl_live_rubbish"))) == Deny(Reason.FORGED)
+        rotation = asyncio.create_task((await rotator.vault()).rotate())
+        while not rotation.done():  # it waits until the lease of the one that is cut off is over
+            clock.tick(0.1)
+            await asyncio.sleep(0.01)
+        created = await create(rotator)
+        assert await cut.check(bearer(created)) == Deny(Reason.UNAVAILABLE)
+        monkeypatch.undo()
+        assert isinstance(await cut.check(bearer(created)), Allow)
+        assert await cut.check(bearer(stranger)) == Deny(Reason.FORGED)
+        for engine in engines:
+            await engine.stop()
+
+
+@pytest.fixture
+async def engines(make_engine: MakeEngine) -> AsyncIterator[list[Engine]]:
+    """Two processes that share a Redis."""
+    redis = FakeAsyncRedis()
+    engines = [make_engine(redis=redis) for _ in range(2)]
+    for engine in engines:
+        await engine.start()
+    yield engines
+    for engine in engines:
+        await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_old_and_new_keys_are_good_in_every_process(engines: list[Engine]) -> None:
+    """Nobody waits and nobody is restarted; new tokens are made with the new check key."""
+    here, there = engines
+    old = await create(here)
+    before = await here.store.secrets()
+    await (await here.vault()).rotate()
+    new = await create(here)
+    after = await here.store.secrets()
+    assert not CheckKeys(before.check_keys).vouch(new)
+    assert CheckKeys(after.check_keys[:1]).vouch(new)
+    for engine in engines:
+        for token in (old, new):
+            assert isinstance(await engine.check(bearer(token)), Allow)
+    assert CheckKeys(after.check_keys[:1]).vouch(await create(there)), "it makes with it as well"
+
+
+@pytest.mark.anyio
+async def test_what_redis_holds_stays_readable(
+    engines: list[Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Values under the old pepper are read, those under the new one as well, and none is taken
+    for a stranger's."""
+    here, there = engines
+    tokens = [await create(here)]
+    assert isinstance(await here.check(bearer(tokens[0])), Allow)
+    await (await here.vault()).rotate(["pepper"])
+    tokens.append(await create(here))
+    assert isinstance(await here.check(bearer(tokens[1])), Allow)
+    await asyncio.sleep(0.05)  # Redis is told in the background
+    caplog.clear()
+
+    async def fail(key_id: str) -> Any:
+        raise StoreUnavailable("Redis must know, says the test")
+
+    monkeypatch.setattr(there.store, "find", fail)
+    for token in tokens:
+        assert isinstance(await there.check(bearer(token)), Allow)
+    assert caplog.records == []
+
+
+@pytest.mark.anyio
+async def test_whoever_has_not_read_the_new_secrets_yet_refuses_nobody(
+    engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that only a newer key can have made: it reads them first, or it is unavailable."""
+    here, there = engines
+    await (await here.vault()).rotate()
+    new = await create(here)
+
+    async def fail() -> Any:
+        raise StoreUnavailable("broken by the test")
+
+    assert there.peek(new) is None
+    monkeypatch.setattr(there.store, "secrets", fail)
+    assert await there.check(bearer(new)) == Deny(Reason.UNAVAILABLE)
+    monkeypatch.undo()
+    assert isinstance(await there.check(bearer(new)), Allow)
+
+
+@pytest.mark.anyio
+async def test_a_herd_reads_the_secrets_once(
+    engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred strangers after a rotation are one question, and none before the next."""
+    here, there = engines
+    await (await here.vault()).rotate()
+    asked = 0
+    secrets = there.store.secrets
+
+    async def counted() -> Any:
+        nonlocal asked
+        asked += 1
+        return await secrets()
+
+    monkeypatch.setattr(there.store, "secrets", counted)
+    strangers = [CheckKeys([b"s" * 32]).mint("kl", "live") for _ in range(100)]
+    for _ in range(2):
+        verdicts = await asyncio.gather(*(there.check(bearer(token)) for token in strangers))
+        assert set(verdicts) == {Deny(Reason.FORGED)}
+    assert asked == 1
+
+
+@pytest.mark.anyio
+async def test_a_retired_check_key_takes_its_tokens_along(engine: Engine, clock: Clock) -> None:
+    """It goes when it was replaced long enough ago; then its tokens are strangers'."""
+    old = await create(engine)
+    vault = await engine.vault()
+    first = next(each.id for each in await vault.list() if each.kind == "check")
+    with pytest.raises(MustStay, match="everything new"):
+        await vault.retire(first)
+    clock.tick(1)
+    await vault.rotate()
+    clock.tick(SHARED_CACHE_SECONDS - 1)
+    with pytest.raises(MustStay, match="less than 300 seconds"):
+        await vault.retire(first)
+    clock.tick(1)
+    new = await create(engine)
+    assert await vault.dependants(first) == 1
+    await vault.retire(first)
+    with pytest.raises(MustStay, match="no such secret"):
+        await vault.retire(first)
+    assert await engine.check(bearer(old)) == Deny(Reason.FORGED)
+    assert isinstance(await engine.check(bearer(new)), Allow)
+
+
+def test_the_command_line_rotates_and_retires(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept is told, never what it is; a check key goes only with --yes."""
+    old = operator.create()["token"]
+    assert operator.run("secrets", "rotate", "--pepper").err.startswith("Rotated pepper: in force")
+    assert operator.run("secrets", "rotate").code == 0
+    listed = json.loads(operator.run("secrets", "list", "--json").out)
+    roles = [(each["kind"], each["role"]) for each in listed]
+    assert roles.count(("pepper", "reads")) == 2
+    assert roles.count(("check", "reads")) == 1
+    assert set(listed[0]) == {"id", "kind", "since", "role"}
+    table = operator.run("secrets", "list").out
+    assert table.count("what was made with it") == 3
+    retired = {each["kind"]: str(each["id"]) for each in listed if each["role"] == "reads"}
+    assert "less than 300 seconds ago" in operator.run("secrets", "retire", retired["pepper"]).err
+    monkeypatch.setattr("keylatch.vault.SHARED_CACHE_SECONDS", 0)
+    assert operator.run("secrets", "retire", retired["pepper"]).code == 0
+    refused = operator.run("secrets", "retire", retired["check"])
+    assert (refused.code, "1 live keys are older" in refused.err) == (1, True)
+    assert operator.run("verify", typed=old).code == 0
+    assert operator.run("secrets", "retire", retired["check"], "--yes").code == 0
+    assert operator.run("verify", typed=old).code == 1
+    assert operator.run("secrets", "retire", "999").code == 1
+
+
+# Under load, in two processes
+
+
+Rotate = Callable[[str, str], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What two processes made of their checks."""
+
+    outcomes: dict[str, int]
+    made_with: list[list[int]]
+
+
+def run(
+    folder: Path,
+    store_url: str,
+    redis: Sequence[str],
+    kinds: Sequence[str],
+    rotate: Rotate,
+) -> Run:
+    """Two processes tell each other the tokens they make, while `rotate` runs."""
+    logs = [folder / f"{number}.json" for number in range(2)]
+    ends = [os.pipe() for _ in range(2)]  # what each of them reads from the other
+    worker = Path(__file__).parent / "worker_secrets.py"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(log), kind, store_url, *redis],
+            stdin=ends[number][0],
+            stdout=ends[1 - number][1],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, (log, kind) in enumerate(zip(logs, kinds, strict=True))
+    ]
+    for end in [*ends[0], *ends[1]]:
+        os.close(end)
+    with ended(processes):
+        for process in processes:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "ready\n"
+        asyncio.run(rotate(store_url, redis[0]))
+    told = [json.loads(log.read_text()) for log in logs]
+    outcomes: dict[str, int] = {}
+    for each in told:
+        for name, count in each["outcomes"].items():
+            outcomes[name] = outcomes.get(name, 0) + count
+    return Run(outcomes, [each["made with"] for each in told])
+
+
+@contextlib.contextmanager
+def ended(processes: Sequence["subprocess.Popen[str]"]) -> Iterator[None]:
+    """Ends them when the block ends."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.communicate(timeout=60)
+
+
+def rotations(count: int) -> Rotate:
+    """Both secrets so often, at intervals in which the processes get to work."""
+
+    async def rotate(url: str, redis: str) -> None:
+        engine = Engine(Settings.load(store=url, redis=redis, hasher="sha256", lease=2))
+        vault = await engine.vault()
+        for _ in range(count):
+            await vault.rotate()
+            await asyncio.sleep(0.3)
+        await engine.stop()
+
+    return rotate
+
+
+async def rotate_in_one_step(url: str, redis: str) -> None:
+    """A broken twin: everything is made with new secrets before everybody knows them."""
+    engine = Engine(Settings.load(store=url, redis=redis, hasher="sha256", lease=2))
+    await engine.vault()
+    for _ in range(5):  # now and then the other one happens to look just then
+        await engine.store.introduce(KINDS, NOW)
+        await engine.store.promote(KINDS, NOW)
+        await engine._ring()
+        await asyncio.sleep(0.6)
+    await engine.stop()
+
+
+SOUND = ("sound", "sound")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_url(request: pytest.FixtureRequest, store_url: str) -> str:
+    if request.param == "sqlite":
+        return store_url
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    return postgres.new_database()
+
+
+@pytest.mark.timeout(900)
+def test_both_secrets_rotate_under_load(
+    tmp_path: Path, shared_url: str, redis_server: RedisServer, times: Times
+) -> None:
+    """Two processes create keys and check each other's all the while, warm and cold: none is
+    refused, none is unavailable, and in the end both make their tokens with the newest secret."""
+    url = redis_server.url
+    kinds = ("sound", "deaf") if shared_url.startswith("postgresql") else SOUND
+    count = times(2, 50)
+    told = run(tmp_path, shared_url, [url], kinds, rotations(count))
+    print(f"{count} rotations: {told.outcomes}")
+    assert told.outcomes.keys() == {"ALLOWED"}, told.outcomes
+    assert told.outcomes["ALLOWED"] > 100
+    assert told.made_with == [[count, 0], [count, 0]]
+
+
+def test_the_twin_that_never_reads_its_secrets_again_refuses_good_keys(
+    tmp_path: Path, shared_url: str, redis_server: RedisServer
+) -> None:
+    """The same test catches a process that acknowledges what it does not act upon."""
+    url = redis_server.url
+    told = run(tmp_path, shared_url, [url], ("sound", "stubborn"), rotations(2))
+    assert told.outcomes["FORGED"] > 0
+
+
+def test_the_twin_that_rotates_in_one_step_refuses_good_keys(
+    tmp_path: Path, postgres: PostgresServer, redis_server: RedisServer
+) -> None:
+    """Where processes hold leases, one that the bell did not reach has not heard of the secret.
+    (On SQLite every check hears of every commit.)"""
+    store_url, url = postgres.new_database(), redis_server.url
+    told = run(tmp_path, store_url, [url], ("sound", "deaf"), rotate_in_one_step)
+    assert told.outcomes["FORGED"] > 0

@@ -1,0 +1,127 @@
+"""One of two processes that go on creating and checking keys while their store's secrets rotate.
+
+    python worker_secrets.py LOG KIND STORE [REDIS] < tokens > tokens
+
+It writes the token of every key that it creates, reads the other's, and checks each at once, and
+some older ones over again. Both say so on standard error when they are under way. At SIGTERM it
+writes its log: how many checks had which outcome, and with which of the store's check keys it
+made its first and its last token.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+from keylatch.engine import Engine
+from keylatch.model import Allow
+from keylatch.settings import Settings
+from keylatch.tokens import CheckKeys, Token
+
+_OLDER = 40
+_PAUSE_SECONDS = 0.01
+
+
+class Stubborn(Engine):
+    """A broken twin: never reads its secrets again, and refuses what they did not make."""
+
+    async def _know_secrets(self) -> None:
+        return None
+
+    def _is_forged(self, check_keys: CheckKeys, token: Token) -> bool:
+        return not check_keys.vouch(token)
+
+
+class Deaf(Engine):
+    """A process that the bell does not reach: it looks by itself, every X/4."""
+
+    def _open_redis(self, secrets: object) -> None:
+        super()._open_redis(secrets)  # type: ignore[arg-type]
+        self._bell = Silence()
+
+
+class Silence:
+    """No bell."""
+
+    async def ring(self) -> None:
+        return None
+
+    async def listen(self, heard: object) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        return None
+
+
+ENGINES = {"sound": Engine, "deaf": Deaf, "stubborn": Stubborn}
+
+
+def say(token: str) -> None:
+    os.write(sys.stdout.fileno(), token.encode() + b"\n")
+
+
+async def work(engine: Engine) -> dict[str, object]:
+    """Create and check until told to stop."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    heard = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(heard), sys.stdin)
+    outcomes: Counter[str] = Counter()
+    known: list[list[bytes]] = []
+    made: list[str] = []
+
+    async def check(values: list[bytes]) -> None:
+        verdict = await engine.check(values)
+        outcomes["ALLOWED" if isinstance(verdict, Allow) else verdict.reason.name] += 1
+
+    async def create() -> None:
+        while not stop.is_set():
+            created = await (await engine.keyring()).create("org", "key")
+            made.append(created.token.reveal())
+            say(made[-1])
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def check_what_is_heard() -> None:
+        while line := await heard.readline():
+            if not known:
+                print("ready", file=sys.stderr, flush=True)
+            known.append([b"Bearer " + line.strip()])
+            await check(known[-1])
+
+    async def check_older_ones() -> None:
+        while not stop.is_set():
+            for values in known[:: max(1, len(known) // _OLDER)]:
+                await check(values)
+            engine._l1.clear()  # so that Redis, the store and the check keys are asked as well
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    await engine.start()
+    tasks = [asyncio.create_task(each) for each in (check_what_is_heard(), check_older_ones())]
+    await create()
+    await asyncio.wait(tasks[1:])
+    tasks[0].cancel()
+    secrets = await engine.store.secrets()
+    await engine.stop()
+    for task in tasks[1:]:
+        task.result()
+    return {
+        "outcomes": outcomes,
+        "made with": [maker(secrets.check_keys, token) for token in (made[0], made[-1])],
+    }
+
+
+def maker(check_keys: tuple[bytes, ...], token: str) -> int:
+    """Which of the keys made it; the newest is 0."""
+    return [CheckKeys([key]).vouch(Token(token)) for key in check_keys].index(True)
+
+
+if __name__ == "__main__":
+    logging.disable()  # standard error says one thing alone
+    log, kind, store, *redis = sys.argv[1:]
+    settings = Settings.load(store=store, redis=redis[0] if redis else "", hasher="sha256", lease=2)
+    Path(log).write_text(json.dumps(asyncio.run(work(ENGINES[kind](settings)))))
