@@ -583,9 +583,7 @@ class Engine:
     def may_know(self, token: Token) -> bool:
         """Whether the store could have a token's key, as far as that can be told without asking it:
         by the keyed check, or because it has keys that were made elsewhere. That proves no key."""
-        if self._check_keys is None:
-            return False
-        return self._check_keys.vouch(token) or (not is_native(token) and self._has_foreign())
+        return self._check_keys is not None and not self._is_forged(self._check_keys, token)
 
     async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
@@ -596,7 +594,7 @@ class Engine:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
         await self.keyring()
-        if self._lookup is None or not self.may_know(token):
+        if self._lookup is None or not await self._may_be_ours(token):
             return None
         return await self._lookup.identify(token)
 
