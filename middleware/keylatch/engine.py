@@ -31,6 +31,7 @@ from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
 from keylatch.lookup import Lookup
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
+from keylatch.news import News, Seal
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
@@ -156,7 +157,7 @@ class Engine:
         for work in (self._usage.run(), self._tidy(), self._witness.run(), self._watch.run()):
             self._jobs.loop(work)
         if isinstance(self._witness, Lease):
-            self._bell = self._bell or StoreBell(self.store)
+            self._bell = self._bell or StoreBell(self.store, Seal(secrets.peppers))
             self._jobs.loop(self._bell.listen(self._witness.hear))
 
     def _open_redis(self, secrets: Secrets) -> None:
@@ -168,7 +169,7 @@ class Engine:
         if self.store.is_shared:
             listener = self._redis or connect(self.settings.redis, socket_timeout=None)
             channel = f"keylatch:{self._feed.epoch}:bell"
-            self._bell = RedisBell(client, listener, breaker, channel)
+            self._bell = RedisBell(client, listener, breaker, channel, Seal(secrets.peppers))
 
     async def stop(self) -> None:
         """Flush what was used, stop the background tasks, close what was opened."""
@@ -380,13 +381,16 @@ class Engine:
 
     async def _announce(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
-        if self._l2 is not None and record is not None:
-            await self._l2.bury(record, seq, self._feed.epoch)
-        return await self._witness.settle(seq, wait=wait)
+        settling = self._witness.settle(seq, wait=wait)
+        if self._l2 is None or record is None:
+            return await settling
+        burying = self._l2.bury(record, seq, self._feed.epoch)
+        receipt, _ = await asyncio.gather(settling, burying)
+        return receipt
 
-    async def _ring(self) -> None:
+    async def _ring(self, news: News | None) -> None:
         if self._bell is not None:
-            await self._bell.ring()
+            await self._bell.ring(news)
 
     def _restored(self, touched: list[str]) -> None:
         self._l1.clear()

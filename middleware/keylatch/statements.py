@@ -14,11 +14,14 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    Case,
     Connection,
     Double,
     Select,
+    Text,
     and_,
     bindparam,
+    case,
     cast,
     func,
     insert,
@@ -27,6 +30,7 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.types import UserDefinedType
 
 from keylatch.database import Question, Rows
 from keylatch.model import KeyRecord
@@ -64,6 +68,10 @@ class Page:
     goes_on_after: int | None
 
 
+Touched = tuple[int, str | None, str | None]
+"""A line of the log: seq, key id or None, organisation id or None."""
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What happened after a sequence number; `complete` is False where not all of it is told."""
@@ -71,8 +79,7 @@ class Changes:
     seq: int
     epoch: str
     complete: bool
-    touched: tuple[tuple[int, str | None, str | None], ...] = ()
-    """(seq, key id or None, organisation id or None)"""
+    touched: tuple[Touched, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,7 @@ class Poll:
     """The answer to a process that asks for a lease."""
 
     is_member: bool
+    acknowledged: int
     changes: Changes
     store_seconds: float
     """The store's own time, in seconds since the epoch."""
@@ -114,6 +122,16 @@ TOUCH: Final = (
 )
 
 
+class _Jsonb(UserDefinedType[Any]):
+    """PostgreSQL's own, without the import of its dialect, which users of SQLite need not wait
+    for."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "JSONB"
+
+
 def _changes() -> Select[Any]:
     # One statement, so one snapshot: the counter and the log cannot disagree.
     newer = (
@@ -140,13 +158,33 @@ def _poll() -> Select[Any]:
     granted = (
         update(members)
         .where(members.c.id == bindparam("member"))
-        .values(grants=members.c.grants + 1, acked_seq=bindparam("since", type_=BigInteger))
-        .returning(members.c.id)
+        .values(grants=members.c.grants + 1, acked_seq=_known())
+        .returning(members.c.acked_seq)
         .cte("granted")
     )
-    counted = select(func.count()).select_from(granted).scalar_subquery()
+    acknowledged = select(granted.c.acked_seq).scalar_subquery()
     store_seconds = func.extract("epoch", func.clock_timestamp())
-    return _changes().add_columns(counted, cast(store_seconds, Double))
+    return _changes().add_columns(acknowledged, cast(store_seconds, Double))
+
+
+def _known() -> Case[int]:
+    # What a process heard is acknowledged only if it is, line by line, what the log says now: a
+    # bell may be an old one, from before this store went back to a backup, with numbers that have
+    # been given out again since. No key and no epoch can tell; the log can.
+    since = bindparam("since", type_=BigInteger)
+    heard_seq = bindparam("heard_seq", type_=BigInteger)
+    line = func.jsonb_build_array(
+        invalidations.c.seq, invalidations.c.key_id, invalidations.c.organization_id
+    ).label("line")
+    lines = (
+        select(line)
+        .where(invalidations.c.seq > since, invalidations.c.seq <= heard_seq)
+        .order_by(invalidations.c.seq)
+        .subquery()
+    )
+    logged = select(func.jsonb_agg(lines.c.line, type_=_Jsonb)).scalar_subquery()
+    heard = cast(bindparam("heard", type_=Text), _Jsonb)
+    return case((logged == heard, heard_seq), else_=since)
 
 
 def _laggards() -> Select[Any]:
@@ -171,7 +209,7 @@ FIND: Final = Question(_find())
 LAGGARDS: Final = Question(_laggards())
 POLL: Final = Question(_poll())
 BELL: Final = "keylatch_bell"
-RING: Final = Question(select(func.pg_notify(BELL, "")))
+RING: Final = Question(select(func.pg_notify(BELL, bindparam("said", type_=Text))))
 SEQUENCE: Final = Question(select(meta.c.seq))
 
 
@@ -188,8 +226,9 @@ def read_found(rows: Rows) -> Found | Absent:
 
 
 def read_poll(rows: Rows, since: int) -> Poll:
-    *_, granted, store_seconds = rows[0]
-    return Poll(granted == 1, read_changes(rows, since), store_seconds)
+    *_, acknowledged, store_seconds = rows[0]
+    is_member = acknowledged is not None
+    return Poll(is_member, acknowledged or 0, read_changes(rows, since), store_seconds)
 
 
 def record_of(columns: Sequence[Any]) -> KeyRecord:
