@@ -339,6 +339,29 @@ class TestRedis:
         assert other._feed.seq == seq + 1
         assert other._feed._known[1] == {**known, kept.record.id: seq + 1}
 
+    async def test_a_bell_from_before_a_backup_tells_of_the_restore(
+        self, engines: list[Engine], redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """All processes were started after it, so none knows; a bell of then, played again, makes
+        a new epoch in which it is worth nothing, and refuses nobody's key."""
+        revoker, other = engines
+        kept = await (await revoker.keyring()).create("acme", "kept")
+        assert isinstance(await other.check(bearer(kept)), Allow)
+        log = await other.store.changes(0)
+        then: Touched = (log.seq + 1, kept.record.id, None)
+        seal = Seal((await other.store.open(0)).peppers)
+        bell = seal.closed(news(0, *log.touched, then, epoch=log.epoch))
+        alarm = f"{kept.record.id} had been changed since and is as it was before"
+        with redis_server.client() as client:
+            client.publish(channel(other), bell)
+            await asyncio.to_thread(eventually, lambda: alarm in caplog.text)
+            now = await other.store.changes(0)
+            client.publish(channel(other), bell)
+        assert now.epoch != log.epoch
+        assert now.seq > then[0]
+        assert isinstance(await other.check(bearer(kept)), Allow)
+        assert (await other.store.changes(0)).seq == now.seq
+
 
 def channel(engine: Engine) -> str:
     return f"keylatch:{engine._feed.epoch}:bell"
