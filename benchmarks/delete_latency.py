@@ -34,7 +34,9 @@ from keylatch import statements as sql
 from keylatch.engine import Engine
 from keylatch.lease import Lease
 from keylatch.model import Allow
+from keylatch.news import News, Seal
 from keylatch.settings import Settings
+from keylatch.store import Touched
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 _QUESTIONS = {b"poll": sql.POLL, b"changes": sql.CHANGES}
@@ -44,11 +46,12 @@ class Member:
     """What the store sees of a `Lease`: the same questions at the same moments, asked by libpq.
 
     Python around each of a hundred would take this machine's processors from the store, which in
-    life has its own. It believes nothing, so it has no lease to lose.
+    life has its own. It opens the news that it hears and keeps their tombstones, but accepts
+    nothing by them, so it has no lease to lose.
     """
 
     def __init__(self, name: str, url: str, seconds: float) -> None:
-        self._named = {"member": name, "since": 0}
+        self._named: dict[str, Any] = {"member": name, "since": 0, "heard_seq": 0, "heard": "[]"}
         self._pause = seconds / 4
         self._loop = asyncio.get_running_loop()
         self._line = pq.PGconn.connect(url.encode())
@@ -58,27 +61,40 @@ class Member:
         self._line.nonblocking = 1
         self._asking = b""
         self._is_rung = False
-        self._seq = 0
+        self._seq = self._acknowledged = 0
+        self._heard: tuple[Touched, ...] = ()
+        self._tombstones: dict[str | None, int] = {}
         self._timer = self._loop.call_soon(self._ask, b"poll")
-        self._loop.add_reader(self._line.socket, self._heard)
+        self._loop.add_reader(self._line.socket, self._read)
 
-    def look(self) -> None:
-        """The bell rang: read, and acknowledge what is news; afterwards if a question is under
-        way."""
+    def hear(self, news: News | None) -> None:
+        """The bell rang: acknowledge its news where they follow on what is known, else read;
+        afterwards if a question is under way."""
+        if news is not None and news.since <= self._named["since"] < news.changes.seq:
+            self._heard = tuple(
+                line for line in news.changes.touched if line[0] > self._named["since"]
+            )
+            for seq, key_id, organization_id in self._heard:
+                self._tombstones[key_id] = self._tombstones[organization_id] = seq
         if self._asking:
             self._is_rung = True
         else:
-            self._ask(b"changes")
+            self._answer()
+
+    def _answer(self) -> None:
+        self._ask(b"poll" if self._heard else b"changes")
 
     def _ask(self, question: bytes) -> None:
         self._timer.cancel()
         self._asking, self._is_rung = question, False
+        self._named["heard_seq"] = self._heard[-1][0] if self._heard else self._named["since"]
+        self._named["heard"] = json.dumps(self._heard)
         _, fixed, order = _QUESTIONS[question].spelled(_DIALECT)
         named = {**fixed, **self._named}
         self._line.send_query_prepared(question, [str(named[name]).encode() for name in order])
         self._line.flush()
 
-    def _heard(self) -> None:
+    def _read(self) -> None:
         self._line.consume_input()
         while not self._line.is_busy():
             answer = self._line.get_result()
@@ -86,15 +102,17 @@ class Member:
                 self._answered()
                 break
             self._seq = int(answer.get_value(0, 0) or b"")
+            if self._asking == b"poll":
+                self._acknowledged = int(answer.get_value(0, answer.nfields - 2) or b"")
 
     def _answered(self) -> None:
         self._asking = b""
-        is_news = self._seq != self._named["since"]
         self._named["since"] = self._seq
-        if is_news:
-            self._ask(b"poll")  # acknowledges it
+        self._heard = tuple(line for line in self._heard if line[0] > self._seq)
+        if self._acknowledged != self._seq:
+            self._ask(b"poll")
         elif self._is_rung:
-            self._ask(b"changes")
+            self._answer()
         else:
             self._timer = self._loop.call_later(self._pause, self._ask, b"poll")
 
@@ -117,14 +135,18 @@ class Crowd:
         self._hear = engine._witness.hear
         engine._witness.hear = self.hear  # type: ignore[method-assign]
 
-    def hear(self) -> None:
+    def hear(self, news: News | None = None) -> None:
         """The bell rang."""
-        self._hear()
+        self._hear(news)
+        if not self._members:
+            return
+        sealed = self._seal.closed(news)
         for member in self._members:
-            member.look()
+            member.hear(self._seal.opened(sealed))  # each checks the seal, as it would
 
     async def start(self) -> None:
         """Join one after the other, so that nobody polls in step."""
+        self._seal = Seal((await self._store.open(0)).peppers)
         for name in self._names:
             await self._store.join(name, self._settings.lease)
             self._members.append(Member(name, self._settings.store, self._settings.lease))

@@ -64,6 +64,7 @@ def _polling(c: Configuration, v: View, m: Member) -> Iterator[Step]:
             news = in_order([*m.polls, Poll(c.lease, seq=len(v.log))])
             text = f"the store tells {{p}}, who only reads: seq = {len(v.log)}"
             yield Step(text, m._replace(polls=news))
+    yield from _hearing(c, v, m)
     for poll in dict.fromkeys(m.polls):
         rest = m._replace(polls=without(m.polls, poll))
         if not c.warm:
@@ -75,6 +76,21 @@ def _polling(c: Configuration, v: View, m: Member) -> Iterator[Step]:
             yield Step(text, rest._replace(joined=False, lease=0))
         else:
             yield from _applied(c, v, rest, poll)
+
+
+def _hearing(c: Configuration, v: View, m: Member) -> Iterator[Step]:
+    """News under seal, of any part of the log that there ever was: late, again, out of order. They
+    count only if they follow on what is known; else they make it look, which it may do anyway. The
+    store compares what was heard with its log; this one never goes back, so that they agree."""
+    if not m.joined:
+        return
+    for last in range(m.seen + 1, len(v.log) + 1):
+        for first in range(m.seen + 1, last + 1):
+            if first == m.seen + 1 or not c.rules.news_have_no_gap:
+                told = [n for n in range(first, last + 1) if v.log[n - 1]]
+                bar = max([m.bar, *told])
+                text = f"{{p}} hears news of {first} to {last}: known = {last}, tombstone = {bar}"
+                yield Step(text, m._replace(seen=last, bar=bar))
 
 
 def _transaction(c: Configuration, v: View, m: Member, poll: Poll) -> Step:

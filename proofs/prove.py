@@ -73,6 +73,7 @@ def mutant(name: str, lease: int) -> Configuration:
         "silence counted from before the look": "wo",
         "lease without membership": "wo",
         "repeated DELETE without waiting": "ww",
+        "news believed over a gap": "wo",
     }
     two = name in revokes
     return Configuration(revokes=revokes.get(name, "w"), warm=two, lease=lease, rules=MUTANTS[name])

@@ -28,6 +28,7 @@ class Rules(NamedTuple):
     clock_read_after_commit: bool = True
     acks_after_applying: bool = True
     repeats_wait: bool = True
+    news_have_no_gap: bool = True
 
 
 MUTANTS = {
@@ -44,6 +45,7 @@ MUTANTS = {
     "deadline counted from before the commit": Rules(clock_read_after_commit=False),
     "acknowledged before applied": Rules(acks_after_applying=False),
     "repeated DELETE without waiting": Rules(repeats_wait=False),
+    "news believed over a gap": Rules(news_have_no_gap=False),
 }
 
 

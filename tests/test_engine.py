@@ -542,7 +542,7 @@ class TestPostgreSQL:
         created = await create(engine)
         await engine.check(bearer(created.token))
 
-        async def fail(member: str, seq: int, seconds: float) -> Poll:
+        async def fail(*question: object) -> Poll:
             raise StoreUnavailable("broken by the test")
 
         monkeypatch.setattr(store, "poll", fail)

@@ -269,7 +269,11 @@ class ForeignContract(OnAStore):
         """The broken twin: what is learned at the start is all that it ever knows."""
         apply = Feed.apply
         monkeypatch.setattr(
-            Feed, "apply", lambda feed, changes: apply(feed, replace(changes, has_foreign=False))
+            Feed,
+            "apply",
+            lambda feed, changes, *reached: apply(
+                feed, replace(changes, has_foreign=False), *reached
+            ),
         )
         assert not await self._is_known_at_once(engine, other)
 

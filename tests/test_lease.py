@@ -9,7 +9,8 @@ from conftest import Clock
 from keylatch.errors import StoreUnavailable
 from keylatch.feed import Feed, Receipt
 from keylatch.lease import Lease
-from keylatch.store import Changes, Poll
+from keylatch.news import News
+from keylatch.store import Changes, Poll, Touched
 
 pytestmark = pytest.mark.anyio
 X = 1.0
@@ -21,10 +22,12 @@ class Members:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.seq = 1
-        self.rows: list[tuple[int, str | None, str | None]] = []
+        self.rows: list[Touched] = []
         self.members: dict[str, list[int]] = {}
         self.on_poll: Callable[[str], None] = lambda member: None
+        self.reads = 0
         self.cut_off: set[str] = set()
+        self.lost_answers: set[str] = set()
 
     def commit(self, key_id: str) -> int:
         self.seq += 1
@@ -32,6 +35,10 @@ class Members:
         return self.seq
 
     async def changes(self, since: int, seconds: float | None = None) -> Changes:
+        self.reads += 1
+        return self.changes_now(since)
+
+    def changes_now(self, since: int) -> Changes:
         return Changes(self.seq, "epoch", True, tuple(row for row in self.rows if row[0] > since))
 
     async def join(self, member: str, seconds: float) -> None:
@@ -40,15 +47,25 @@ class Members:
     async def leave(self, member: str) -> None:
         self.members.pop(member, None)
 
-    async def poll(self, member: str, seq: int, seconds: float) -> Poll:
+    async def poll(
+        self, member: str, seq: int, seconds: float, heard: tuple[Touched, ...] = ()
+    ) -> Poll:
         if member in self.cut_off:
             raise StoreUnavailable("cut off by the test")
         row = self.members.get(member)
+        known = self.known(seq, heard)
         if row is not None:
-            row[0], row[1] = row[0] + 1, seq
-        answer = Poll(row is not None, await self.changes(seq), self.clock())
+            row[0], row[1] = row[0] + 1, known
+        answer = Poll(row is not None, known, self.changes_now(seq), self.clock())
         self.on_poll(member)
+        if member in self.lost_answers:
+            raise StoreUnavailable("its answer was lost by the test")
         return answer
+
+    def known(self, seq: int, heard: tuple[Touched, ...]) -> int:
+        if heard and heard == tuple(line for line in self.rows if seq < line[0] <= heard[-1][0]):
+            return heard[-1][0]
+        return seq
 
     async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
         late = {name: row[0] for name, row in self.members.items() if row[1] < seq}
@@ -78,10 +95,10 @@ class Process:
         self.others: list[Process] = []
         self.deaf = False
 
-    async def ring(self) -> None:
+    async def ring(self, news: News | None) -> None:
         for other in self.others:
             if not other.deaf:
-                other.lease.hear()
+                other.lease.hear(news)
 
     def believes(self, key_id: str, as_of: int) -> bool:
         return self.lease.is_current() and self.feed.accepts(key_id, "acme", as_of)
@@ -250,15 +267,19 @@ async def test_a_silent_bell_only_costs_time(
     assert receipt.acknowledged == 3
 
 
-async def test_a_bell_costs_the_store_one_grant(
+async def test_a_bell_costs_the_store_one_question_of_each(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
-    """Whoever hears it reads, and acknowledges news; where there are none, nobody writes."""
+    """The revoker reads, for all; everybody acknowledges, and where there are no news, nobody
+    writes. A key that was made just before is among the news."""
     polls: list[str] = []
     store.on_poll = polls.append
+    store.reads = 0
+    store.commit("key_made_before")
     seq = store.commit("key_a")
     await processes[0].lease.settle(seq)
     assert sorted(polls) == sorted(process.lease._member for process in processes)
+    assert store.reads == 1
     for process in processes:
         assert await process.lease.ask(only_news=True) is False
     assert len(polls) == 3

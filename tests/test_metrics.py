@@ -23,7 +23,7 @@ from keylatch.metrics import Collector
 from keylatch.model import Allow, Deny, Reason, Wanted
 from keylatch.settings import Settings
 from keylatch.statements import advance
-from keylatch.store import Poll, Store
+from keylatch.store import Poll, Store, Touched
 from keylatch.usage import Usage
 from keylatch_sidecar.metrics import Page, merged
 from servers import PostgresServer, eventually, free_port
@@ -222,7 +222,9 @@ class Moved(Store):
         super().__init__(url)
         self._clock = clock
 
-    async def poll(self, member: str, seq: int, seconds: float) -> Poll:
+    async def poll(
+        self, member: str, seq: int, seconds: float, heard: tuple[Touched, ...] = ()
+    ) -> Poll:
         return replace(await super().poll(member, seq, seconds), store_seconds=self._clock())
 
 

@@ -370,7 +370,7 @@ async def rotate_in_one_step(url: str, redis: str) -> None:
     for _ in range(5):  # now and then the other one happens to look just then
         await engine.store.introduce(KINDS, NOW)
         await engine.store.promote(KINDS, NOW)
-        await engine._ring()
+        await engine._ring(None)
         await asyncio.sleep(0.6)
     await engine.stop()
 

@@ -81,8 +81,9 @@ class Database(Protocol):
         """Bytes that differ after every commit, by whomever, so that equal ones spare the question;
         None where there are none."""
 
-    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
-        """Call `heard` at once, and whenever the channel is notified, until the line breaks."""
+    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
+        """Call `heard` at once, and with what is said whenever the channel is notified, until the
+        line breaks."""
 
     async def tidy(self) -> None:
         """Housekeeping that may take its time."""

@@ -34,6 +34,7 @@ from keylatch.lease import Lease, boottime
 from keylatch.lookup import Lookup, Owner
 from keylatch.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, TIMED, Meter
 from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
+from keylatch.news import News, Seal
 from keylatch.second_look import SecondLook
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
@@ -212,7 +213,7 @@ class Engine:
         for work in (self._usage.run(), self._tidy(), self._witness.run(), self._watch.run()):
             self._jobs.loop(work)
         if isinstance(self._witness, Lease):
-            self._bell = self._bell or StoreBell(self.store)
+            self._bell = self._bell or StoreBell(self.store, Seal(secrets.peppers))
             self._jobs.loop(self._bell.listen(self._witness.hear))
 
     def _open_redis(self, secrets: Secrets) -> None:
@@ -224,7 +225,7 @@ class Engine:
         if self.store.is_shared:
             listener = self._redis or connect(self.settings.redis, socket_timeout=None)
             channel = f"keylatch:{self._feed.epoch}:bell"
-            self._bell = RedisBell(client, listener, breaker, channel)
+            self._bell = RedisBell(client, listener, breaker, channel, Seal(secrets.peppers))
 
     async def stop(self) -> None:
         """Flush what was used, stop the background tasks, close what was opened."""
@@ -515,6 +516,8 @@ class Engine:
             self._check_keys.learn(secrets.check_keys)
         if self._l2 is not None:
             self._l2.learn(secrets.peppers)
+        if self._bell is not None:
+            self._bell.seal.learn(secrets.peppers)
         self._secrets_as_of = secrets.as_of  # last: whoever finds it finds them as well
 
     def _judge(
@@ -625,13 +628,15 @@ class Engine:
 
     async def _announce(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
-        if self._l2 is not None and record is not None:
-            await self._l2.bury(record, seq, self._feed.epoch)
-        if not wait:
-            return await self._witness.settle(seq, wait=False)
         began = time.perf_counter()
-        receipt = await self._witness.settle(seq)
-        self.meter.settled.observe(time.perf_counter() - began)
+        settling = self._witness.settle(seq, wait=wait)
+        if self._l2 is None or record is None:
+            receipt = await settling
+        else:
+            burying = self._l2.bury(record, seq, self._feed.epoch)
+            receipt, _ = await asyncio.gather(settling, burying)
+        if wait:
+            self.meter.settled.observe(time.perf_counter() - began)
         return receipt
 
     async def _store_uses(self, uses: Mapping[str, int], tally: Tally) -> None:
@@ -639,9 +644,9 @@ class Engine:
         await self._aside.second_look.look(uses)
         self._time_some()
 
-    async def _ring(self) -> None:
+    async def _ring(self, news: News | None) -> None:
         if self._bell is not None:
-            await self._bell.ring()
+            await self._bell.ring(news)
 
     def _restored(self, touched: list[str]) -> None:
         self.meter.restores.add()

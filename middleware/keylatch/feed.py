@@ -7,12 +7,14 @@ half stops stale fills and is kept here; the second half stops lost messages and
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from keylatch.condition import Part
-from keylatch.store import Changes
+from keylatch.news import News
+from keylatch.statements import NOBODY
+from keylatch.store import Changes, Touched
 
 _MAX_TOMBSTONES: Final = 100_000
 _RECENT: Final = 1_000
@@ -89,6 +91,10 @@ class Feed:
         on_restore: called when the store is not the one we knew (it went back to a backup), with
             the keys that had been touched since: whatever is cached must go.
         on_news: called when something was learned.
+
+    Attributes:
+        heard: lines of the log after `seq` that are known from others' news: their tombstones are
+            kept, and the store has yet to confirm them.
     """
 
     def __init__(
@@ -112,7 +118,9 @@ class Feed:
         is. Whoever uses it reads it after asking whether the feed is current."""
 
     def _start_from(self, floor: int) -> None:
-        """Nothing that was read before `floor` is believed; what comes after leaves tombstones."""
+        """Nothing that was read before `floor` is believed; what comes after leaves tombstones.
+        What was heard goes with them, or it would be acknowledged without."""
+        self.heard: tuple[Touched, ...] = ()
         self._known: tuple[int, dict[str, int]] = (floor, {})
 
     def begin(self, present: Changes) -> None:
@@ -137,33 +145,90 @@ class Feed:
         """How many are known."""
         return len(self._known[1])
 
-    def apply(self, changes: Changes) -> None:
-        """Learn what was committed after `seq`."""
+    @property
+    def heard_seq(self) -> int:
+        """Up to where the log is known, by reading it or by others' news."""
+        return self.heard[-1][0] if self.heard else self.seq
+
+    def hear(self, news: News) -> bool:
+        """Believe what somebody else has read, where it tells all that happened after `seq`.
+
+        Tombstones only take away, so it is safe to believe early. What is known for sure (`seq`)
+        does not move: the store confirms, and acknowledges, what was heard when it is asked.
+
+        Returns:
+            False: the store has to be asked what happened, because this does not tell, or nothing
+            that is not known, or of everything at once.
+        """
+        told = news.changes
+        if told.epoch != self.epoch or not news.since <= self.seq < told.seq:
+            return False
+        lines = tuple(line for line in told.touched if line[0] > self.seq)
+        if not lines or lines[-1][0] != told.seq or any(map(_needs_a_look, lines)):
+            return False
+        if told.seq > self.heard_seq:
+            self._bury(lines)
+            self.heard = lines
+            self.state = object()
+            self._on_news()
+        return True
+
+    def apply(self, changes: Changes, reached: int = 0) -> None:
+        """Learn what was committed after `seq`.
+
+        Args:
+            changes: the store's answer.
+            reached: a sequence number that the store had given out before it was asked.
+        """
         is_news = (changes.seq, changes.epoch) != (self.seq, self.epoch)
-        if self.epoch and (changes.epoch != self.epoch or changes.seq < self.seq):
+        if self.epoch and self._went_back(changes, reached):
             self._restored(changes)
         elif not changes.complete or len(self._known[1]) > _MAX_TOMBSTONES:
             self._start_from(changes.seq)
         else:
-            for seq, key_id, organization_id in changes.touched:
-                if key_id is None and organization_id is None:
-                    self._start_from(seq)
-                for touched in (key_id, organization_id):
-                    if touched is not None:
-                        self._known[1][touched] = seq
+            self._bury(changes.touched)
         self.seq = changes.seq
         self.epoch = changes.epoch
         self.has_foreign = changes.has_foreign
+        self.heard = tuple(line for line in self.heard if line[0] > self.seq)
         if is_news:
             self.state = object()  # last: nobody finds the new one beside the old tombstones
             self._on_news()
 
+    def _bury(self, lines: Iterable[Touched]) -> None:
+        for seq, key_id, organization_id in lines:
+            if key_id is None and organization_id is None:
+                self._start_from(seq)
+            tombstones = self._known[1]
+            for touched in (key_id, organization_id):
+                if touched is not None:  # a later one may have been heard of already
+                    tombstones[touched] = max(seq, tombstones.get(touched, 0))
+
+    def _went_back(self, changes: Changes, reached: int) -> bool:
+        """Whether this store is not the one that we knew, or that others told of: news are sealed
+        and told after the commit, so a store that contradicts them has gone back since."""
+        if changes.epoch != self.epoch or changes.seq < max(self.seq, reached):
+            return True
+        due = {line for line in self.heard if line[0] <= changes.seq}
+        return changes.complete and not due.issubset(changes.touched)
+
     def _restored(self, changes: Changes) -> None:
+        self.seq = self.heard_seq  # the last number that is known to have been given out
         log.critical(
             "the store went from %s/%d to %s/%d: was it restored from a backup? "
             "Keys that were revoked in between may be alive again",
             *(self.epoch, self.seq, changes.epoch, changes.seq),
         )
-        touched = [name for name, seq in self._known[1].items() if seq > changes.seq]
+        doubtful = {key_id for _, key_id, _ in self.heard if key_id is not None}
+        touched = [
+            name for name, seq in self._known[1].items() if seq > changes.seq or name in doubtful
+        ]
         self._start_from(changes.seq)
         self._on_restore(touched)
+
+
+def _needs_a_look(line: Touched) -> bool:
+    """Whether a line says too little: of everything, or of many new keys, which may be the first
+    that were made elsewhere."""
+    _, key_id, organization_id = line
+    return key_id is None and organization_id in (None, NOBODY)

@@ -3,10 +3,12 @@
 A process may believe its feed until X after it *asked* (`t0`, taken before the question leaves).
 It asks every X/4. One question is one transaction on the primary: it acknowledges what was learned
 last time, counts the grant on the process's own row in `members`, and reads what changed. A replica
-cannot do that, so it grants nothing. When the bell rings, it reads what changed at once, and
-acknowledges that with the question that follows.
+cannot do that, so it grants nothing. When the bell rings with news that follow on what is known,
+their tombstones are kept at once and the next question acknowledges them; any other bell makes it
+read what changed at once, and acknowledge that with the question that follows.
 
-A revoke commits, rings, and waits until every member has acknowledged its sequence number, at most
+A revoke commits, reads what changed, rings with that, and waits until every member has acknowledged
+its sequence number, at most
 X: by then every lease that was asked for before the commit is over, and every later one came
 with the tombstone. Members that did not acknowledge and whose count of grants stood still for X
 hold no lease; their rows are removed, so a process that died costs one revoke X, once. Whoever
@@ -21,13 +23,15 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 from keylatch.condition import Condition, Part
 from keylatch.errors import StoreUnavailable
 from keylatch.feed import END, Feed, Receipt
 from keylatch.meter import Count
-from keylatch.store import Changes, Poll, Store
+from keylatch.news import News
+from keylatch.store import Poll, Store
 
 _SAFETY: Final = 0.98
 _YOUNG: Final = 0.75  # of X are left: the next poll is still to come
@@ -35,6 +39,9 @@ _PATIENCE: Final = 1.1
 _COALESCE_SECONDS: Final = 0.005
 _LOOK_SECONDS: Final = 0.001
 _LOOK_LONGEST_SECONDS: Final = 0.025
+_REACH: Final = 32
+"""Lines of the log that a bell tells at most: others may not know of what was committed before,
+and whoever cannot follow on what is told has to read."""
 
 log = logging.getLogger("keylatch")
 
@@ -51,7 +58,7 @@ class Lease:
         store: on PostgreSQL.
         feed: to keep current.
         seconds: X.
-        ring: rings the bell.
+        ring: rings the bell, with news where there are some.
         clock: seconds since the Unix epoch, until the store's own time is known.
         timer: seconds that never go back and never stand still.
     """
@@ -61,7 +68,7 @@ class Lease:
         store: Store,
         feed: Feed,
         seconds: float,
-        ring: Callable[[], Awaitable[None]],
+        ring: Callable[[News | None], Awaitable[None]],
         clock: Callable[[], float] = time.time,
         timer: Callable[[], float] = boottime,
     ) -> None:
@@ -79,6 +86,7 @@ class Lease:
         self._until = 0.0
         self._store_ahead = 0.0  # seconds that the store's clock is ahead of the timer
         self._rung = asyncio.Event()
+        self._must_look = False
         self._asking: asyncio.Task[bool] | None = None
         self._asking_next: asyncio.Task[bool] | None = None
         self._asked_at = 0.0
@@ -117,8 +125,10 @@ class Lease:
             return int(self._clock() * 1000)
         return int((self._timer() + self._store_ahead) * 1000)
 
-    def hear(self) -> None:
+    def hear(self, news: News | None = None) -> None:
         """The bell rang."""
+        if news is None or not self._feed.hear(news):
+            self._must_look = True
         self._rung.set()
 
     async def begin(self) -> None:
@@ -144,13 +154,23 @@ class Lease:
             was_rung = self._rung.is_set()
             self._rung.clear()
             try:
-                if await self.ask(only_news=was_rung):
-                    await self.ask()  # acknowledges what was just learned
+                await (self._answer_the_bell() if was_rung else self._ask_until_acknowledged())
                 self.condition.succeeded()
             except StoreUnavailable as error:
                 self.condition.failed(error.message, error.hint)
             if was_rung:  # many may ring in a row
                 await asyncio.sleep(_COALESCE_SECONDS)
+
+    async def _answer_the_bell(self) -> None:
+        must_look, self._must_look = self._must_look, False
+        if self._feed.heard:
+            await self._ask_until_acknowledged()
+        elif must_look and await self.ask(only_news=True):
+            await self.ask()
+
+    async def _ask_until_acknowledged(self) -> None:
+        if await self.ask():
+            await self.ask()  # acknowledges what was just learned
 
     async def end(self) -> None:
         while self._asking is not None:  # a question under way would join again
@@ -166,7 +186,8 @@ class Lease:
     # Asking
 
     async def ask(self, *, only_news: bool = False) -> bool:
-        """Ask the store, in a question that leaves after this call; True if it told news.
+        """Ask the store, in a question that leaves after this call; True if there is something to
+        acknowledge after it.
 
         At most one question is under way and one waits; whoever comes while the first is under
         way shares the second, because the first may have read before they came.
@@ -202,47 +223,43 @@ class Lease:
         if earlier is not None:
             await asyncio.wait([earlier])
         # Not while a lease grows old: bells without end shall not keep it from being renewed.
+        seq, heard, reached = self._feed.seq, self._feed.heard, self._feed.heard_seq
         if only_news and self._until - self._timer() > self._seconds * _YOUNG:
-            return self._learn(await self._store.changes(self._feed.seq, self._seconds))
+            changes = await self._store.changes(seq, self._seconds)
+            self._feed.apply(changes, reached)
+            return changes.seq != seq
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)
                 await self._store.join(member, self._seconds)
                 self._member = member
             asked_at = self._timer()  # before it leaves; an answer later than X is good for nobody
-            poll = await self._store.poll(self._member, self._feed.seq, self._seconds)
+            poll = await self._store.poll(self._member, seq, self._seconds, heard)
             if poll.is_member:
-                return self._granted(poll, asked_at)
+                self._granted(poll, asked_at, reached)
+                return poll.acknowledged != poll.changes.seq
             self._until, self._member = 0.0, ""
             self.deaths.add()
             log.warning("this process was taken for dead and joins again")
         raise StoreUnavailable("the store forgot this process twice", "is the machine overloaded?")
 
-    def _granted(self, poll: Poll, asked_at: float) -> bool:
+    def _granted(self, poll: Poll, asked_at: float, reached: int) -> None:
         """Tombstones and lease, in one step of the event loop."""
-        news = self._learn(poll.changes)
+        self._feed.apply(poll.changes, reached)
         self._asked_at = asked_at
         self._until = asked_at + self._seconds * _SAFETY
         self._store_ahead = poll.store_seconds - asked_at
-        return news
-
-    def _learn(self, changes: Changes) -> bool:
-        news = changes.seq != self._feed.seq
-        self._feed.apply(changes)
-        return news
 
     # Waiting for the others
 
     async def settle(self, seq: int, *, wait: bool = True) -> Receipt:
         committed_at = self._timer()
-        await self._ring()
+        await self._tell(seq)
         if not wait:
             return Receipt(seq, acknowledged=0, members=0, bound_seconds=self._seconds)
-        self._rung.set()  # this process is one of those who must know
         laggards: dict[str, int] | None = None
         grants: dict[str, int] = {}  # of those who lagged at the first look
         looked_at = committed_at
-        pause = _LOOK_SECONDS
         members = 0
         while True:
             try:
@@ -260,11 +277,18 @@ class Lease:
                 break
             if now >= committed_at + self._seconds * _PATIENCE:
                 break  # the first look was late: enough for the answer, not for removing anybody
-            await asyncio.sleep(pause)
-            # A fifth of what it has taken so far: close to the end, and no hammering.
-            pause = min(max(_LOOK_SECONDS, (now - committed_at) / 5), _LOOK_LONGEST_SECONDS)
+            await asyncio.sleep(_pause(now - committed_at, len(laggards or ()), members))
         acknowledged = members - len(laggards or ())
         return Receipt(seq, acknowledged, members, bound_seconds=0.0)
+
+    async def _tell(self, seq: int) -> None:
+        """Ring with what the log says, read once for all."""
+        since = max(0, seq - _REACH)
+        news = None
+        with suppress(StoreUnavailable):  # then all have to look
+            news = News(since, await self._store.changes(since, self._seconds / 4))
+        self.hear(news)  # this process is one of those who must know
+        await self._ring(news)
 
     async def _remove(self, silent: dict[str, int], seq: int) -> None:
         """Remove members who acknowledged nothing and were granted nothing for X."""
@@ -274,3 +298,10 @@ class Lease:
             return  # the next revoke tries again
         if removed:
             log.warning("%d processes did not answer for %g s: removed", removed, self._seconds)
+
+
+def _pause(elapsed: float, late: int, members: int) -> float:
+    """Seconds until the next look: half of what the others seem to need, if they go on as so far.
+    Close to the end, and no hammering where somebody is dead."""
+    needed = elapsed * late / (members - late) if late < members else elapsed
+    return min(max(_LOOK_SECONDS, elapsed / 20, min(needed, elapsed) / 2), _LOOK_LONGEST_SECONDS)

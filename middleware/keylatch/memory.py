@@ -61,7 +61,7 @@ class Memory:
     def mark_now(self) -> bytes | None:
         return None
 
-    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
+    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         raise StoreUnavailable("a store in memory has no bell", "and needs none")
 
     async def tidy(self) -> None:

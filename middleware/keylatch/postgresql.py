@@ -200,14 +200,14 @@ class PostgreSQL:
     def mark_now(self) -> bytes | None:
         return None
 
-    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
+    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         try:
             line = await self._connect()
             async with line:
                 await line.execute(f'LISTEN "{channel}"')
-                heard()
-                async for _ in line.notifies():
-                    heard()
+                heard("")
+                async for notified in line.notifies():
+                    heard(notified.payload)
         except psycopg.Error as error:
             raise StoreUnavailable(
                 f"the store's bell is silent: {type(error).__name__}", self._hint

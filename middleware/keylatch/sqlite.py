@@ -97,7 +97,7 @@ class SQLite:
         index = self._index
         return None if index is None else index.header.raw
 
-    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
+    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")
 
     async def tidy(self) -> None:

@@ -15,11 +15,14 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    Case,
     Connection,
     Double,
     Select,
+    Text,
     and_,
     bindparam,
+    case,
     cast,
     func,
     insert,
@@ -28,6 +31,7 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.types import UserDefinedType
 
 from keylatch.database import Question, Rows
 from keylatch.deeds import OPERATOR, write_down, write_down_all
@@ -73,6 +77,10 @@ class Page:
     goes_on_after: int | None
 
 
+Touched = tuple[int, str | None, str | None]
+"""A line of the log: seq, key id or None, organisation id or None."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A key that is refused: revoked at that time, or disabled (None)."""
@@ -88,8 +96,7 @@ class Changes:
     seq: int
     epoch: str
     complete: bool
-    touched: tuple[tuple[int, str | None, str | None], ...] = ()
-    """(seq, key id or None, organisation id or None)"""
+    touched: tuple[Touched, ...] = ()
     has_foreign: bool = False
     """Whether there is any key that was made elsewhere."""
 
@@ -99,6 +106,7 @@ class Poll:
     """The answer to a process that asks for a lease."""
 
     is_member: bool
+    acknowledged: int
     changes: Changes
     store_seconds: float
     """The store's own time, in seconds since the epoch."""
@@ -145,6 +153,16 @@ TOUCH_PREVIOUS: Final = (
 )
 
 
+class _Jsonb(UserDefinedType[Any]):
+    """PostgreSQL's own, without the import of its dialect, which users of SQLite need not wait
+    for."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "JSONB"
+
+
 def _changes() -> Select[Any]:
     # One statement, so one snapshot: the counter and the log cannot disagree.
     newer = (
@@ -173,13 +191,33 @@ def _poll() -> Select[Any]:
     granted = (
         update(members)
         .where(members.c.id == bindparam("member"))
-        .values(grants=members.c.grants + 1, acked_seq=bindparam("since", type_=BigInteger))
-        .returning(members.c.id)
+        .values(grants=members.c.grants + 1, acked_seq=_known())
+        .returning(members.c.acked_seq)
         .cte("granted")
     )
-    counted = select(func.count()).select_from(granted).scalar_subquery()
+    acknowledged = select(granted.c.acked_seq).scalar_subquery()
     store_seconds = func.extract("epoch", func.clock_timestamp())
-    return _changes().add_columns(counted, cast(store_seconds, Double))
+    return _changes().add_columns(acknowledged, cast(store_seconds, Double))
+
+
+def _known() -> Case[int]:
+    # What a process heard is acknowledged only if it is, line by line, what the log says now: a
+    # bell may be an old one, from before this store went back to a backup, with numbers that have
+    # been given out again since. No key and no epoch can tell; the log can.
+    since = bindparam("since", type_=BigInteger)
+    heard_seq = bindparam("heard_seq", type_=BigInteger)
+    line = func.jsonb_build_array(
+        invalidations.c.seq, invalidations.c.key_id, invalidations.c.organization_id
+    ).label("line")
+    lines = (
+        select(line)
+        .where(invalidations.c.seq > since, invalidations.c.seq <= heard_seq)
+        .order_by(invalidations.c.seq)
+        .subquery()
+    )
+    logged = select(func.jsonb_agg(lines.c.line, type_=_Jsonb)).scalar_subquery()
+    heard = cast(bindparam("heard", type_=Text), _Jsonb)
+    return case((logged == heard, heard_seq), else_=since)
 
 
 def _laggards() -> Select[Any]:
@@ -226,7 +264,7 @@ FIND_FOREIGN: Final = Question(_find_foreign())
 LAGGARDS: Final = Question(_laggards())
 POLL: Final = Question(_poll())
 BELL: Final = "keylatch_bell"
-RING: Final = Question(select(func.pg_notify(BELL, "")))
+RING: Final = Question(select(func.pg_notify(BELL, bindparam("said", type_=Text))))
 SECRETS: Final = Question(_secrets())
 SEQUENCE: Final = Question(select(meta.c.seq))
 
@@ -251,8 +289,9 @@ def read_foreign(rows: Rows, locators: Sequence[str]) -> Found | Absent:
 
 
 def read_poll(rows: Rows, since: int) -> Poll:
-    *_, granted, store_seconds = rows[0]
-    return Poll(granted == 1, read_changes(rows, since), store_seconds)
+    *_, acknowledged, store_seconds = rows[0]
+    is_member = acknowledged is not None
+    return Poll(is_member, acknowledged or 0, read_changes(rows, since), store_seconds)
 
 
 def record_of(columns: Sequence[Any]) -> KeyRecord:

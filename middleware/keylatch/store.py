@@ -4,6 +4,7 @@ The statements are in `statements`, each written once; here they are run, on SQL
 Every method may raise `StoreUnavailable`; then nothing was changed that had been answered.
 """
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from keylatch.meter import Count
 from keylatch.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.model import Deed, KeyRecord
 from keylatch.sqlite import SQLite
-from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets
+from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets, Touched
 from keylatch.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
 from keylatch.vault_statements import Kept
 
@@ -39,7 +40,17 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Statement = Callable[Concatenate[Connection, P], T]
 
-__all__ = ["Absent", "Changes", "Found", "Page", "Poll", "Secrets", "Store", "database_of"]
+__all__ = [
+    "Absent",
+    "Changes",
+    "Found",
+    "Page",
+    "Poll",
+    "Secrets",
+    "Store",
+    "Touched",
+    "database_of",
+]
 
 
 def database_of(url: str) -> Database:
@@ -178,10 +189,27 @@ class Store:
         """A process will ask for leases under this name."""
         await self._database.write(lambda connection: sql.join(connection, member), seconds=seconds)
 
-    async def poll(self, member: str, seq: int, seconds: float) -> Poll:
+    async def poll(
+        self, member: str, seq: int, seconds: float, heard: tuple[Touched, ...] = ()
+    ) -> Poll:
         """Acknowledge `seq`, count a grant, and tell what happened since, in one statement
-        (PostgreSQL)."""
-        rows = await self._database.ask(sql.POLL, seconds=seconds, member=member, since=seq)
+        (PostgreSQL).
+
+        Args:
+            member: who asks.
+            seq: up to where it knows the log.
+            seconds: see `Database.ask`.
+            heard: what it has heard of the log after that; acknowledged too if that is all there
+                is in the log, up to the last of them.
+        """
+        rows = await self._database.ask(
+            sql.POLL,
+            seconds=seconds,
+            member=member,
+            since=seq,
+            heard_seq=heard[-1][0] if heard else seq,
+            heard=json.dumps(heard),
+        )
         return sql.read_poll(rows, seq)
 
     async def leave(self, member: str) -> None:
@@ -202,12 +230,12 @@ class Store:
             lambda connection: sql.remove_members(connection, silent, seq), seconds=seconds
         )
 
-    async def ring(self) -> None:
-        """Ring the store's own bell (PostgreSQL)."""
-        await self._database.ask(sql.RING)
+    async def ring(self, said: str) -> None:
+        """Ring the store's own bell (PostgreSQL), with less than 8,000 bytes."""
+        await self._database.ask(sql.RING, said=said)
 
-    async def listen(self, heard: Callable[[], None]) -> None:
-        """Hear the store's own bell (PostgreSQL), until the line breaks."""
+    async def listen(self, heard: Callable[[str], None]) -> None:
+        """Hear the store's own bell (PostgreSQL) and what it says, until the line breaks."""
         await self._database.listen(BELL, heard)
 
     async def renew(self, epoch: str, seq: int) -> None:
