@@ -41,6 +41,10 @@ class Running:
 
         self._runner.run(change())
 
+    def meanwhile(self, work: Callable[[], object]) -> None:
+        """Go on in the background while somebody works."""
+        self._runner.run(asyncio.to_thread(work))
+
     def has_said(self, words: str, log: pytest.LogCaptureFixture) -> bool:
         """Whether its background tasks, which go on for a moment, have logged that."""
         self._runner.run(asyncio.sleep(0.02))
@@ -133,6 +137,7 @@ def test_what_was_revoked_since_stays_revoked(
     assert older.endswith(f": {changed['id']}")
     assert lost.endswith(f": {newer['id']}")
     assert [path.name for path in operator.folder.glob("keylatch-*")] == []
+    assert "store.restore" in operator.run("audit").out
 
 
 def test_a_store_that_is_lost_is_restored(operator: Operator) -> None:
@@ -226,16 +231,14 @@ def test_postgresql_is_backed_up_by_its_own_means(
     ).stdout
     process = running(url)
     assert {process.check(key) for key in (kept, revoked)} == {"ALLOWED"}
-    operator.run("keys", "revoke", revoked["id"])
+    process.meanwhile(lambda: operator.run("keys", "revoke", revoked["id"]))
     assert process.check(revoked) == "REVOKED"
     listed = operator.folder / "ended.jsonl"
     listed.write_text(operator.run("keys", "ended").out)
     with caplog.at_level(logging.CRITICAL, "keylatch"):
-        subprocess.run(
-            [str(programs / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-1", url],
-            input=dump,
-            stdout=subprocess.DEVNULL,
-            check=True,
+        psql = [str(programs / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-1", url]
+        process.meanwhile(
+            lambda: subprocess.run(psql, input=dump, stdout=subprocess.DEVNULL, check=True)
         )
         eventually(lambda: process.has_said("as it was before", caplog))
     assert "was it restored from a backup?" in caplog.text

@@ -120,6 +120,7 @@ class TestPostgreSQL(VaultContract):
         cut, rotator = engines
         await create(cut)
         stranger = CheckKeys([b"s" * 32]).mint("kl", "live")
+        miscopied = Token(stranger.reveal()[:-12] + stranger.reveal()[-12:].swapcase())
         assert cut.peek(stranger) == Deny(Reason.FORGED)
 
         async def fail(*args: Any, **kwargs: Any) -> Poll:
@@ -129,7 +130,7 @@ class TestPostgreSQL(VaultContract):
             monkeypatch.setattr(cut.store, name, fail)
         clock.tick(1)
         assert await cut.check(bearer(stranger)) == Deny(Reason.UNAVAILABLE)
-        assert await cut.check(bearer(Token("kl_live_rubbish"))) == Deny(Reason.FORGED)
+        assert await cut.check(bearer(miscopied)) == Deny(Reason.FORGED)
         rotation = asyncio.create_task((await rotator.vault()).rotate())
         while not rotation.done():  # it waits until the lease of the one that is cut off is over
             clock.tick(0.1)
@@ -285,6 +286,8 @@ def test_the_command_line_rotates_and_retires(
     assert operator.run("secrets", "retire", retired["check"], "--yes").code == 0
     assert operator.run("verify", typed=old).code == 1
     assert operator.run("secrets", "retire", "999").code == 1
+    audit = operator.run("audit").out
+    assert (audit.count("secrets.rotate"), audit.count("secrets.retire")) == (2, 2)
 
 
 # Under load, in two processes

@@ -479,14 +479,14 @@ class Engine:
         return entry
 
     def _is_forged(self, check_keys: CheckKeys, token: Token) -> bool:
-        """Whether no secret of this store's made a token, for certain and without asking: one that
-        this process has not heard of may have made it while it hears nothing from the store."""
+        """Whether a token is no key of this store's, for certain and without asking: while this
+        process hears nothing, there may be a secret or an import that it has not heard of."""
         as_of = self._secrets_as_of  # before the keys are used: they may be renewed meanwhile
         if check_keys.vouch(token):
             return False
-        if not is_native(token):
-            return not self._has_foreign()
         knows_all = self._witness.is_current() and self._feed.accepts(VAULT, VAULT, as_of)
+        if not is_native(token):
+            return knows_all and not self._feed.has_foreign
         return knows_all or not is_well_formed(token)
 
     async def _may_be_ours(self, token: Token) -> bool:

@@ -20,7 +20,7 @@ from keylatch.statements import Ended
 from keylatch.store import Found, file_of
 from keylatch_sidecar import copies, terminal
 from keylatch_sidecar.bodies import iso
-from keylatch_sidecar.command import keyring_of, with_engine
+from keylatch_sidecar.command import account, keyring_of, with_engine
 from keylatch_sidecar.options import LeaseOption, RedisOption, StoreOption
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -54,7 +54,7 @@ def restore(
     if not path.is_file():
         terminal.fail(f"there is no {path}", "keylatch backup makes one", terminal.UNUSABLE)
     try:
-        restored = copies.put_back(path.absolute(), target, int(time.time() * 1000))
+        restored = copies.put_back(path.absolute(), target, int(time.time() * 1000), account())
     except copies.Unusable as error:
         terminal.fail(error.message, error.hint, terminal.REFUSED)
     terminal.words.print(f"Restored {target} from {path}.", soft_wrap=True)

@@ -7,6 +7,7 @@ store that it replaces can still tell.
 """
 
 import asyncio
+import json
 import secrets as csprng
 import shutil
 import sqlite3
@@ -24,10 +25,14 @@ from keylatch.store import Store
 _BUSY_SECONDS: Final = 5.0
 _HAS_TABLES: Final = "SELECT 1 FROM sqlite_schema WHERE name = 'keylatch_version'"
 _ENDED: Final = """
-    SELECT id, deleted_at FROM keylatch_keys WHERE deleted_at IS NOT NULL OR NOT active
+    SELECT id, deleted_at, revoked_reason FROM keylatch_keys
+    WHERE deleted_at IS NOT NULL OR NOT active
 """
 _LIVE: Final = """
     SELECT id, permission, expires_at, partial_token FROM keylatch_keys WHERE deleted_at IS NULL
+"""
+_WRITE_DOWN: Final = """
+    INSERT INTO keylatch_audit (at, actor, action, details) VALUES (?, ?, 'store.restore', ?)
 """
 _DISABLED: Final = "SELECT id FROM keylatch_organizations WHERE NOT active"
 
@@ -90,11 +95,11 @@ def take(source: Path, target: Path) -> int:
     return count
 
 
-def put_back(copy: Path, store: Path, now_ms: int) -> Restored:
+def put_back(copy: Path, store: Path, now_ms: int, by: str) -> Restored:
     """Replace a store, which may be in use, by a copy of it.
 
     It gets a new epoch and higher sequence numbers, so whatever any process or Redis remembers
-    is believed no more.
+    is believed no more. The audit log goes back as well, and gains a line in the name of `by`.
 
     Raises:
         Unusable: see `message`.
@@ -109,6 +114,7 @@ def put_back(copy: Path, store: Path, now_ms: int) -> Restored:
         asyncio.run(_bring_up_to_date(prepared, now_ms))
         with closing(sqlite3.connect(prepared)) as ready:
             restored = _reconciled(ready, store, now_ms)
+            ready.execute(_WRITE_DOWN, (now_ms, by, json.dumps(_counted(restored))))
             ready.commit()
             store.touch(mode=0o600)  # it will hold the store's secrets
             with closing(_writer(store)) as replaced:
@@ -151,12 +157,20 @@ def _reconciled(ready: sqlite3.Connection, store: Path, now_ms: int) -> Restored
     return Restored(ended, lost, older, disabled, before is not None)
 
 
+def _counted(restored: Restored) -> dict[str, int]:
+    return {
+        "endedAgain": len(restored.ended_again),
+        "older": len(restored.older),
+        "lost": len(restored.lost),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Before:
     """What the store that is replaced tells."""
 
     seq: int
-    ended: Mapping[str, int | None]  # when they were deleted; None: disabled
+    ended: Mapping[str, tuple[int | None, str | None]]  # when deleted (None: disabled), and why
     live: Mapping[str, list[object]]  # permission, expiry, the end of the token
     disabled: list[str]
 
@@ -168,7 +182,7 @@ def _told(store: Path) -> _Before | None:
                 return None
             return _Before(
                 reader.execute("SELECT seq FROM keylatch_meta").fetchone()[0],
-                dict(reader.execute(_ENDED)),
+                {key_id: (at, why) for key_id, at, why in reader.execute(_ENDED)},
                 {key_id: kept for key_id, *kept in reader.execute(_LIVE)},
                 [name for (name,) in reader.execute(_DISABLED)],
             )
@@ -177,12 +191,12 @@ def _told(store: Path) -> _Before | None:
 
 
 def _end(ready: sqlite3.Connection, key_id: str, before: _Before, now_ms: int) -> bool:
-    deleted_at = before.ended[key_id]
+    deleted_at, why = before.ended[key_id]
     done = ready.execute(
         "UPDATE keylatch_keys SET active = 0, deleted_at = coalesce(deleted_at, ?),"
-        " updated_at = max(updated_at, ?)"
+        " revoked_reason = coalesce(revoked_reason, ?), updated_at = max(updated_at, ?)"
         " WHERE id = ? AND (active OR (deleted_at IS NULL AND ? IS NOT NULL))",
-        (deleted_at, now_ms, key_id, deleted_at),
+        (deleted_at, why, now_ms, key_id, deleted_at),
     )
     return done.rowcount > 0
 
