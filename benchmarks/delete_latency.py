@@ -30,6 +30,7 @@ from rich.progress import track
 from rich.table import Table
 from sqlalchemy.dialects import postgresql
 
+from keylatch import lease_statements as leases
 from keylatch import statements as sql
 from keylatch.engine import Engine
 from keylatch.lease import Lease
@@ -39,7 +40,7 @@ from keylatch.settings import Settings
 from keylatch.store import Touched
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_QUESTIONS = {b"poll": sql.POLL, b"changes": sql.CHANGES}
+_QUESTIONS = {b"poll": leases.POLL, b"changes": sql.CHANGES}
 
 
 class Member:

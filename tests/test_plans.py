@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
+from keylatch import lease_statements as leases
 from keylatch import statements as sql
 from keylatch.database import Database
 from keylatch.schema import invalidations
@@ -52,7 +53,7 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "a change": lambda c: sql.change_key(c, "org1", ONE, NOW, {"name": "new"}),
     "a new key": lambda c: sql.add_key(c, record("key_new", "org1"), "hashed"),
     "what happened": lambda c: c.execute(sql.CHANGES.statement, {"since": KEYS + LOG - 9}).all(),
-    "who lags": lambda c: c.execute(sql.LAGGARDS.statement, {"seq": 5}).all(),
+    "who lags": lambda c: c.execute(leases.LAGGARDS.statement, {"seq": 5}).all(),
     "pruning": sql.prune,
 }
 LISTS = [name for name in ASKED if "page" in name]

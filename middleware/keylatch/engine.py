@@ -1,8 +1,4 @@
-"""The story of a credential: L1, then Redis, then the store, then argon2; judged by one rule.
-
-`peek` answers from this process alone, in one synchronous step, or says that it cannot (None).
-`resolve` asks whoever has to be asked. An error anywhere on the way is `Reason.UNAVAILABLE` and
-writes nothing to any cache: a database outage never shows as an invalid key.
+"""An engine: what `Checks` use, opened and closed, and what goes on beside them.
 
 An engine belongs to one event loop and, after a fork, starts over as if it were new. Nothing is
 opened before `start` or the first `resolve`.
@@ -13,43 +9,39 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from keylatch import credentials
 from keylatch.bell import Bell, RedisBell, StoreBell
 from keylatch.breaker import Breaker, connect
 from keylatch.cache import Absence, Cache, Entry
+from keylatch.checks import Aside, Checks
 from keylatch.condition import Condition, Part
 from keylatch.counter import Counter
-from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
+from keylatch.errors import KeylatchError, StoreUnavailable
 from keylatch.feed import Feed, Receipt, Witness
 from keylatch.flights import Flights
 from keylatch.hashing import Hasher
 from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
 from keylatch.lease import Lease, boottime
-from keylatch.lookup import Lookup, Owner
-from keylatch.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, TIMED, Meter
-from keylatch.model import ANY_KEY, Allow, Deny, KeyRecord, Reason, Verdict, Wanted, judge
+from keylatch.lookup import Lookup
+from keylatch.meter import TIMED, Meter
+from keylatch.model import KeyRecord
 from keylatch.news import News, Seal
 from keylatch.second_look import SecondLook
 from keylatch.settings import Settings
 from keylatch.shared_cache import SharedCache
-from keylatch.statements import VAULT
 from keylatch.store import Found, Secrets, Store
 from keylatch.tally import Tally
-from keylatch.tokens import CheckKeys, Token, fingerprint, is_native, is_well_formed
-from keylatch.usage import Caller, Usage
+from keylatch.tokens import CheckKeys
+from keylatch.usage import Usage
 from keylatch.vault import Vault
 from keylatch.watch import Watch
 
 if TYPE_CHECKING:
     from keylatch.tracing import Tracing
 
-_ATTEMPTS: Final = 3
 _RETRY_START_SECONDS: Final = 0.1
 _TIDY_SECONDS: Final = 30.0
 _CALM_SECONDS: Final = 5.0
@@ -62,18 +54,9 @@ def _its_waiters_have_it(task: asyncio.Task[None]) -> None:
         task.exception()  # nobody may be left to wait
 
 
-@dataclass(frozen=True, slots=True)
-class _Aside:
-    """What looks on beside the path of checks. It is one attribute of the engine, because CPython
-    reads an object of 30 attributes or more slower, and a hit reads many."""
-
-    second_look: SecondLook
-    checks: Condition
-    tracing: "Tracing | None"
-
-
-class Engine:
-    """Resolves tokens for one process.
+class Engine(Checks):
+    """Resolves tokens for one process: opens and closes what `Checks` use, and runs what goes on
+    beside them.
 
     Args:
         settings: see `Settings.load`.
@@ -111,7 +94,7 @@ class Engine:
         self._usage = Usage(self._store_uses, now_ms=self.now_ms)
         self.sees_clients = settings.clients == "on"
         """Whether adapters say whence a key that was let in was used: see `see`."""
-        self._aside = _Aside(
+        self._aside = Aside(
             SecondLook(
                 self.store,
                 lambda secret: self._l1.entry(secret),
@@ -284,6 +267,13 @@ class Engine:
             self._usage.condition.part("usage", "degraded", "uses wait for the store"),
         ]
 
+    async def started(self) -> Lookup:
+        if self._lookup is None and self._timer() >= self._start_again_at:
+            await self.start()
+        if self._lookup is None:
+            raise _not_opened()
+        return self._lookup
+
     async def keyring(self) -> Keyring:
         """What management calls.
 
@@ -304,325 +294,6 @@ class Engine:
         """
         await self.keyring()
         return Vault(self.store, self._witness.settle, self._clock)
-
-    # Checks
-
-    async def check(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
-        """Judge a request by the values of its `Authorization` fields.
-
-        A hit in this process is answered without suspending: no hop, no waiting.
-        """
-        known = self.glance(values, wanted)
-        return await self.resolve(known, wanted) if isinstance(known, Token) else known
-
-    def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
-        """`check` without waiting, from any thread; the token where that does not suffice."""
-        if len(values) == self._fields:
-            allow = self._recognised(values[0], wanted)
-            if allow is not None:
-                return allow
-        elif self.meter.to_time and len(values) == 1:
-            allow = self._recognised_timed(values[0], wanted)
-            if allow is not None:
-                return allow
-        token = self._read(values)
-        if isinstance(token, Reason):
-            return self._decided(Deny(token), HEADER)
-        return self.peek(token, wanted) or token
-
-    def _read(self, values: Sequence[bytes]) -> Token | Reason:
-        if self.meter.is_turn_to_time_reading():
-            with self.meter.reading():
-                said = credentials.read(values)
-        else:
-            said = credentials.read(values)
-        if said is Reason.MALFORMED:
-            barred = credentials.read(values, barred=True)
-            is_welcome = isinstance(barred, Token) and (
-                self._check_keys is None or self._has_foreign()
-            )
-            return barred if is_welcome else said
-        return said
-
-    def _has_foreign(self) -> bool:
-        """Whether the store has keys that were made elsewhere, as the witness last heard."""
-        self._witness.is_current()  # so that it hears what it can without waiting
-        return self._feed.has_foreign
-
-    def _recognised(self, value: bytes, wanted: Wanted) -> Allow | None:
-        """The hit: a value that was let in before, while nothing has changed since that would
-        matter. Whatever is not as usual is None, and goes the long way round, where `judge` says
-        what is the matter: here its two questions are asked without calls."""
-        entry = self._l1.proven(fingerprint(value))
-        if entry is None:
-            return None
-        now_ms = self._witness.moment()
-        if now_ms is None or (entry.state is not self._feed.state and not self._renewed(entry)):
-            return None
-        allow = entry.allow
-        if allow.expires_at is not None and allow.expires_at <= now_ms:
-            return None
-        if wanted.permissions is not None and allow.principal.permission not in wanted.permissions:
-            return None
-        if wanted.environment is not None and allow.principal.environment != wanted.environment:
-            return None
-        self._usage.note(entry, now_ms)
-        next(self.meter.steps)
-        return allow
-
-    def _recognised_timed(self, value: bytes, wanted: Wanted) -> Allow | None:
-        """The same for a few: the clock costs as much as a tenth of the hit."""
-        self.meter.to_time -= 1
-        if self.meter.to_time <= 0:
-            self.meter.to_time, self._fields = 0, 1
-        began = time.perf_counter()
-        allow = self._recognised(value, wanted)
-        if allow is not None:
-            self.meter.stages[L1].observe(time.perf_counter() - began)
-        return allow
-
-    def _decided(self, verdict: Verdict, tier: str) -> Verdict:
-        self.meter.decided(verdict, tier)
-        return verdict
-
-    def _renewed(self, entry: Entry) -> bool:
-        """Whether an entry says the truth by what the feed has learned since it was last asked."""
-        state = self._feed.state  # before it is asked: it may learn more meanwhile
-        accepted = self._feed.accepts(entry.key_id, entry.organization_id, entry.as_of)
-        if accepted:
-            entry.state = state
-        return accepted
-
-    def peek(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict | None:
-        """Judge a token by what this process knows; None where that does not suffice.
-
-        A stranger's token is refused here, with no call to Redis, the store or argon2; unless it
-        could be one that was made elsewhere, and the store has keys that were.
-        """
-        if self._check_keys is None:
-            return None
-        known = self._remembered(token)
-        if known is None:
-            if not self._is_forged(self._check_keys, token):
-                return None
-            return self._decided(Deny(Reason.FORGED), STRANGER)
-        if not self._witness.is_current():
-            return None
-        return self._judge(known, token, wanted, _tier_of(known))
-
-    async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
-        """Judge a token, asking Redis, the store and argon2 as far as that is needed."""
-        if self._aside.tracing is None:
-            return await self._resolved(token, wanted)
-        with self._aside.tracing.check() as tell:
-            verdict = await self._resolved(token, wanted)
-            tell(verdict)
-            return verdict
-
-    async def _resolved(self, token: Token, wanted: Wanted) -> Verdict:
-        try:
-            verdict = await self._resolve(token, wanted)
-        except HashingBusy:  # the hasher's condition has it
-            return self._decided(Deny(Reason.BUSY), NOWHERE)
-        except KeylatchError as error:
-            return self.gave_up(error.message)
-        self._aside.checks.succeeded()
-        return verdict
-
-    def gave_up(self, why: str) -> Deny:
-        """A request could not be judged, for a reason that has nothing to do with its key."""
-        self._aside.checks.failed(why)
-        deny = Deny(Reason.UNAVAILABLE)
-        self.meter.decided(deny, NOWHERE)
-        return deny
-
-    async def _resolve(self, token: Token, wanted: Wanted) -> Verdict:
-        if self._lookup is None:
-            if self._timer() < self._start_again_at:
-                raise _not_opened()
-            await self.start()
-        lookup = self._lookup
-        if lookup is None:
-            raise _not_opened()
-        verdict = self.peek(token, wanted)
-        if verdict is not None:
-            return verdict
-        known = self._remembered(token)
-        tier = _tier_of(known)
-        for _ in range(_ATTEMPTS):
-            if known is None:
-                if not await self._may_be_ours(token):
-                    return self._decided(Deny(Reason.FORGED), STRANGER)
-                known, tier = await self._flights.join(
-                    token.fingerprint, lambda: self._fetch(lookup, token)
-                )
-            # What was fetched is judged like what was cached: the flight may have left before
-            # this request came.
-            await self._witness.catch_up()
-            verdict = self._judge(known, token, wanted, tier)
-            if verdict is not None:
-                return verdict
-            known = None
-        raise StoreUnavailable("a key changed again and again while it was looked up")
-
-    def _remembered(self, token: Token) -> Entry | Absence | None:
-        """What this process knows of a token: that it is a key, or none, or that the key which it
-        claims to be has another secret. While a rotation's grace runs, that says nothing."""
-        fingerprint = token.fingerprint
-        entry = self._l1.proven(fingerprint)
-        if entry is None and is_native(token):  # others name no key
-            entry = self._l1.entry(token.key_id)
-        if entry is None or (
-            entry.fingerprint != fingerprint and entry.grace_ends_at > self._witness.now_ms()
-        ):
-            return self._l1.absence(fingerprint)
-        return entry
-
-    def _is_forged(self, check_keys: CheckKeys, token: Token) -> bool:
-        """Whether a token is no key of this store's, for certain and without asking: while this
-        process hears nothing, there may be a secret or an import that it has not heard of."""
-        as_of = self._secrets_as_of  # before the keys are used: they may be renewed meanwhile
-        if check_keys.vouch(token):
-            return False
-        knows_all = self._witness.is_current() and self._feed.accepts(VAULT, VAULT, as_of)
-        if not is_native(token):
-            return knows_all and not self._feed.has_foreign
-        return knows_all or not is_well_formed(token)
-
-    async def _may_be_ours(self, token: Token) -> bool:
-        """Whether a secret of this store's made a token, by all that there are now; or it may have
-        been made elsewhere."""
-        await self._know_secrets()
-        if self._check_keys is None or self._check_keys.vouch(token):
-            return True
-        await self._witness.catch_up()
-        if not is_native(token):
-            return self._feed.has_foreign
-        await self._know_secrets()
-        return self._check_keys.vouch(token)
-
-    async def _know_secrets(self) -> None:
-        """Read the store's secrets again if they have changed, as far as this process knows."""
-        self._witness.is_current()  # brings the feed up to date where that takes no waiting
-        for _ in range(_ATTEMPTS):
-            if self._feed.accepts(VAULT, VAULT, self._secrets_as_of):
-                return
-            await self._reading.join("secrets", self._read_secrets)
-        raise StoreUnavailable("the store's secrets changed again and again", "who rotates them?")
-
-    async def _read_secrets(self) -> None:
-        secrets = await self.store.secrets()
-        if self._check_keys is not None:
-            self._check_keys.learn(secrets.check_keys)
-        if self._l2 is not None:
-            self._l2.learn(secrets.peppers)
-        if self._bell is not None:
-            self._bell.seal.learn(secrets.peppers)
-        self._secrets_as_of = secrets.as_of  # last: whoever finds it finds them as well
-
-    def _judge(
-        self, known: Entry | Absence, token: Token, wanted: Wanted, tier: str
-    ) -> Verdict | None:
-        """The verdict by what is known, or None if that is stale. The feed must be current."""
-        if isinstance(known, Absence):
-            return self._judge_absence(known, wanted, tier)
-        entry = known
-        if not self._renewed(entry):
-            return None
-        if entry.fingerprint != token.fingerprint:
-            # Of made-up tokens nothing is counted: else whoever knows an id could write there.
-            if self._check_keys is not None and self._check_keys.vouch(token):
-                self._count_refusal(entry.key_id, Reason.WRONG_SECRET, wanted)
-            return self._decided(Deny(Reason.WRONG_SECRET), tier)
-        now_ms = self._witness.now_ms()
-        verdict = judge(entry.allow, now_ms, wanted)
-        if isinstance(verdict, Deny):
-            self._count_refusal(entry.key_id, verdict.reason, wanted)
-            if verdict.reason is Reason.INSUFFICIENT_SCOPE and wanted.is_use:
-                self._usage.touch(entry, now_ms)
-        elif wanted.is_use:
-            self._usage.note(entry, now_ms)
-        return self._decided(verdict, tier)
-
-    def _judge_absence(self, absence: Absence, wanted: Wanted, tier: str) -> Verdict | None:
-        if self._feed.accepts(absence.key_id, absence.organization_id, absence.as_of):
-            self._count_refusal(absence.key_id, absence.reason, wanted)
-            return self._decided(Deny(absence.reason), tier)
-        return None
-
-    def _count_refusal(self, key_id: str, reason: Reason, wanted: Wanted) -> None:
-        if wanted.is_use and reason is not Reason.UNKNOWN:  # that is nobody's
-            self._usage.refuse(key_id, reason)
-
-    async def _fetch(self, lookup: Lookup, token: Token) -> tuple[Entry | Absence, str]:
-        known, tier = await lookup.fetch(token)
-        if isinstance(known, Entry):
-            self._l1.remember(known)
-        else:
-            self._l1.remember_absence(token.fingerprint, known)
-        return known, tier
-
-    def see(self, key_id: str, caller: Caller) -> None:
-        """After an allow, where `sees_clients`: whence it came, for the key's usage."""
-        self._usage.see(key_id, caller)
-
-    def now_ms(self) -> int:
-        """The time that expiry is judged at: the store's, in milliseconds since the epoch."""
-        return self._witness.now_ms()
-
-    # Tokens that turned up somewhere
-
-    async def reach(self) -> None:
-        """Return if the store is there. Costs nothing while it was heard of lately: for whoever may
-        be asked by strangers.
-
-        Raises:
-            StoreUnavailable: it is not.
-        """
-        await self.keyring()
-        await self._witness.catch_up()
-        await self._know_secrets()  # `may_know` asks nobody
-
-    def may_know(self, token: Token) -> bool:
-        """Whether the store could have a token's key, as far as that can be told without asking it:
-        by the keyed check, or because it has keys that were made elsewhere. That proves no key."""
-        return self._check_keys is not None and not self._is_forged(self._check_keys, token)
-
-    async def identify(self, token: Token) -> Owner | None:
-        """The key whose secret this token is, whatever has become of it since; None: there is none.
-
-        It asks the store and its hashes, no cache, and nobody has called: no use is noted.
-
-        Raises:
-            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
-        """
-        await self.keyring()
-        if self._lookup is None or not await self._may_be_ours(token):
-            return None
-        return await self._lookup.identify(token)
-
-    # Open connections
-
-    def watching(
-        self, values: Sequence[bytes], wanted: Wanted = ANY_KEY
-    ) -> AbstractContextManager[asyncio.Event]:
-        """After an allow: an event that is set once the same check would refuse, because the key
-        was revoked, changed, or has expired. An outage ends nothing.
-        """
-        token = self._read(values)
-        if isinstance(token, Reason):  # let in by something else than a key
-            return nullcontext(asyncio.Event())
-        return self._watch.over(token, wanted)
-
-    async def _is_good(self, token: Token, wanted: Wanted) -> bool:
-        wanted = replace(wanted, is_use=False)  # nobody called
-        entry = self._l1.proven(token.fingerprint)
-        if entry is not None and self._renewed(entry):
-            verdict = judge(entry.allow, self._witness.now_ms(), wanted)
-        else:
-            verdict = await self.resolve(token, wanted)
-        undecided = (Reason.UNAVAILABLE, Reason.BUSY)
-        return isinstance(verdict, Allow) or verdict.reason in undecided
 
     # Changes, and the background
 
@@ -678,10 +349,6 @@ def _tracing() -> "Tracing":
     from keylatch.tracing import Tracing  # an extra
 
     return Tracing()
-
-
-def _tier_of(known: Entry | Absence | None) -> str:
-    return L1 if isinstance(known, Entry) else ABSENCE
 
 
 def _not_opened() -> StoreUnavailable:

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
+from keylatch import lease_statements as leases
 from keylatch import rotations
 from keylatch import statements as sql
 from keylatch import vault_statements as vault
@@ -20,12 +21,13 @@ from keylatch.condition import Condition
 from keylatch.database import Database, Question, Rows
 from keylatch.deeds import OPERATOR, page_of_deeds
 from keylatch.errors import ConfigurationError, StoreUnavailable
+from keylatch.lease_statements import BELL, Poll
 from keylatch.memory import Memory
 from keylatch.meter import Count
 from keylatch.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.model import Deed, KeyRecord
 from keylatch.sqlite import SQLite
-from keylatch.statements import BELL, Absent, Changes, Found, Page, Poll, Secrets, Touched
+from keylatch.statements import Absent, Changes, Found, Page, Secrets, Touched
 from keylatch.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
 from keylatch.vault_statements import Kept
 
@@ -187,7 +189,9 @@ class Store:
 
     async def join(self, member: str, seconds: float) -> None:
         """A process will ask for leases under this name."""
-        await self._database.write(lambda connection: sql.join(connection, member), seconds=seconds)
+        await self._database.write(
+            lambda connection: leases.join(connection, member), seconds=seconds
+        )
 
     async def poll(
         self, member: str, seq: int, seconds: float, heard: tuple[Touched, ...] = ()
@@ -203,23 +207,23 @@ class Store:
                 is in the log, up to the last of them.
         """
         rows = await self._database.ask(
-            sql.POLL,
+            leases.POLL,
             seconds=seconds,
             member=member,
             since=seq,
             heard_seq=heard[-1][0] if heard else seq,
             heard=json.dumps(heard),
         )
-        return sql.read_poll(rows, seq)
+        return leases.read_poll(rows, seq)
 
     async def leave(self, member: str) -> None:
         """A process holds no lease any more and will ask for none."""
-        await self._write(sql.leave, member)
+        await self._write(leases.leave, member)
 
     async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
         """Members that have not acknowledged `seq` (name → grants so far), and how many there
         are in all."""
-        rows = await self._database.ask(sql.LAGGARDS, seconds=seconds, seq=seq)
+        rows = await self._database.ask(leases.LAGGARDS, seconds=seconds, seq=seq)
         late = {member: grants for _, member, grants in rows if member is not None}
         return late, rows[0][0]
 
@@ -227,12 +231,12 @@ class Store:
         """Remove those that still have not acknowledged `seq` and were granted nothing since;
         return how many."""
         return await self._database.write(
-            lambda connection: sql.remove_members(connection, silent, seq), seconds=seconds
+            lambda connection: leases.remove_members(connection, silent, seq), seconds=seconds
         )
 
     async def ring(self, said: str) -> None:
         """Ring the store's own bell (PostgreSQL), with less than 8,000 bytes."""
-        await self._database.ask(sql.RING, said=said)
+        await self._database.ask(leases.RING, said=said)
 
     async def listen(self, heard: Callable[[str], None]) -> None:
         """Hear the store's own bell (PostgreSQL) and what it says, until the line breaks."""
