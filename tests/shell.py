@@ -1,6 +1,7 @@
 """Somebody at a shell who runs `keylatch`, in this process or in one of its own."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,8 +48,13 @@ class Operator:
         self._monkeypatch.setattr(sys, "argv", ["keylatch", *words])
         self._monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(typed.encode())))
         self._capture.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
+        keylatch = logging.getLogger("keylatch")
+        level = keylatch.level  # some commands change it, for the process that would end with them
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            keylatch.setLevel(level)
         code = ended.value.code or 0
         assert isinstance(code, int)
         return Outcome(code, *self._capture.readouterr())

@@ -232,8 +232,9 @@ def test_a_postgresql_that_stops_is_told(
             eventually(lambda: client.get("/verify").status_code == 200)
             clock.tick(6)
             assert other.get("/verify").status_code == 200
-            # Uses are stored again with the next flush, in five seconds of nobody's clock.
-            assert parts(probe) | {"usage": "ok"} == WELL | {"lease": "ok"}
+            # Uses are stored again with the next flush, in five seconds of nobody's clock, and a
+            # lease is asked for four times a second.
+            eventually(lambda: parts(probe) | {"usage": "ok"} == WELL | {"lease": "ok"})
     for words in ("the store does not answer", "checks are refused with 503", "no lease"):
         assert said(caplog, words) == 1, words
     for words in ("the store answers again", "checks are decided again"):

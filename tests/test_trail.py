@@ -214,6 +214,8 @@ def json_lines() -> Iterator[list[dict[str, Any]]]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            if record.name.partition(".")[0] not in ("app", "keylatch"):
+                return  # the client's
             text = self.format(record)
             assert "\n" not in text
             lines.append(json.loads(text))

@@ -199,4 +199,5 @@ def _let_go(
     here = [column == bindparam(f"old_{column.name}") for column in key]
     names = [f"old_{column.name}" for column in key]
     asked = [dict(zip(names, row, strict=True)) for row in sorted(rows)]
-    connection.execute(delete(table).where(*here, old), asked)
+    if asked:  # or somebody else was faster
+        connection.execute(delete(table).where(*here, old), asked)

@@ -28,7 +28,7 @@ _COLUMNS: Final = {
     "last used": 24,
 }
 
-words = Console(stderr=True, highlight=False)
+words = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def spread(receipt: Receipt) -> str:
