@@ -292,6 +292,7 @@ class TestAudit:
         assert lines[0]["details"] == {"reason": "done"}
         assert lines[3]["details"] == {"active": False, "metadata": {"a": 1}}
         assert lines[4]["details"]["name"] == "ci"
+        assert lines[2]["details"]["graceEndsAt"] == rotated["previous"]["expiresAt"]
         assert all(line["keyId"] == key["id"] for line in lines)
         for token in (key["token"], rotated["token"]):
             assert token.rpartition("_")[2] not in json.dumps(lines)

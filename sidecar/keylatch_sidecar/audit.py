@@ -1,6 +1,6 @@
 """`/v1/audit`: who did what to which key of the organisation, the newest first."""
 
-from typing import Any
+from typing import Any, Final
 
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
@@ -13,7 +13,8 @@ from keylatch_sidecar.listing import MAX_LIMIT, next_link, number
 from keylatch_sidecar.profile import speaking
 from keylatch_sidecar.unsent import spell
 
-USUAL_LIMIT = 100
+USUAL_LIMIT: Final = 100
+_TIMES: Final = ("expiresAt", "graceEndsAt")  # milliseconds in the log
 
 
 class Line(Shape):
@@ -59,5 +60,9 @@ def described(deed: Deed) -> Line:
         action=deed.action,
         organization_id=deed.organization_id,
         key_id=deed.key_id,
-        details=dict(deed.details),
+        details={name: _shown(name, value) for name, value in deed.details.items()},
     )
+
+
+def _shown(name: str, value: Any) -> Any:
+    return iso(value) if name in _TIMES and value is not None else value
