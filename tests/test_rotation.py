@@ -8,7 +8,7 @@ import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import Clock, MakeEngine, OnAStore
-from keylatch.cache import Entry
+from keylatch.cache import Entry, entry_of
 from keylatch.drafts import InvalidValue, NotPermitted, NotPossible
 from keylatch.engine import Engine
 from keylatch.keyring import Created, Rotated
@@ -158,12 +158,12 @@ class TestTheGrace:
         key = await create(engine)
         await rotate(engine, key)
 
-        class Forgetful(Entry):
-            def __init__(self, *known: Any) -> None:
-                super().__init__(*known)
-                self.allow = replace(self.allow, expires_at=None)
+        def forgetful(*known: Any) -> Entry:
+            entry = entry_of(*known)
+            entry.allow = replace(entry.allow, expires_at=None)
+            return entry
 
-        monkeypatch.setattr("keylatch.lookup.Entry", Forgetful)
+        monkeypatch.setattr("keylatch.lookup.entry_of", forgetful)
         assert await is_good(engine, key.token)
         clock.tick(GRACE * 10)
         with pytest.raises(AssertionError):

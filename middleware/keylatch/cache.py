@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from cachetools import TTLCache
@@ -30,16 +31,19 @@ class Use:
 
     Args:
         key_id: the key.
-        secret: the key's id, or that with `PREVIOUS` behind it: by which of its secrets.
     """
 
-    __slots__ = ("key_id", "secret", "ticks", "used_at")
+    __slots__ = ("key_id", "ticks", "used_at")
 
-    def __init__(self, key_id: str, secret: str | None = None) -> None:
+    def __init__(self, key_id: str) -> None:
         self.key_id = key_id
-        self.secret = secret or key_id
         self.used_at = 0.0
         self.ticks: itertools.count[int] | None = None
+
+    @property
+    def secret(self) -> str:
+        """By which of the key's secrets: the key's id, or that with `PREVIOUS` behind it."""
+        return self.key_id
 
 
 class Entry(Use):
@@ -49,21 +53,14 @@ class Entry(Use):
         fingerprint: of its token.
         record: it had no flaw.
         as_of: the sequence number at which that was so.
-        is_previous: the secret is the one before the last rotation.
     """
 
-    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "grace_ends_at", "state")
+    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "state")
 
-    def __init__(
-        self, fingerprint: bytes, record: KeyRecord, as_of: int, is_previous: bool = False
-    ) -> None:
-        super().__init__(record.id, record.id + PREVIOUS if is_previous else None)
+    def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
+        super().__init__(record.id)
         self.fingerprint = fingerprint
-        self.grace_ends_at = record.previous_expires_at or 0
-        ends_at = record.expires_at
-        if is_previous:  # the key's own end may have been moved since
-            ends_at = min(self.grace_ends_at, ends_at or self.grace_ends_at)
-        self.allow = Allow(principal_of(record), ends_at)
+        self.allow = Allow(principal_of(record), record.expires_at)
         self.as_of = as_of
         self.considered_at = 0.0  # when it was last spared, see `_Entries`
         self.state: object = None  # of the feed, by which it was last found to be true
@@ -72,6 +69,50 @@ class Entry(Use):
     def organization_id(self) -> str:
         """Whose key it is."""
         return self.allow.principal.organization_id
+
+    @property
+    def grace_ends_at(self) -> int:
+        """Until when the key has another good secret, in milliseconds since the epoch."""
+        return 0
+
+
+class _Rotated(Entry):
+    """One of a key that was rotated with a grace. Few are, and 50,000 need not carry its end."""
+
+    __slots__ = ("_grace_ends_at",)
+
+    def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
+        super().__init__(fingerprint, record, as_of)
+        self._grace_ends_at = record.previous_expires_at or 0
+
+    @property
+    def grace_ends_at(self) -> int:
+        return self._grace_ends_at
+
+
+class _Previous(_Rotated):
+    """Its secret is the one before the rotation."""
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
+        super().__init__(fingerprint, record, as_of)
+        self._secret = record.id + PREVIOUS
+        # The key's own end may have been moved since.
+        ends_at = min(self._grace_ends_at, record.expires_at or self._grace_ends_at)
+        self.allow = replace(self.allow, expires_at=ends_at)
+
+    @property
+    def secret(self) -> str:
+        return self._secret
+
+
+def entry_of(fingerprint: bytes, record: KeyRecord, as_of: int, is_previous: bool = False) -> Entry:
+    """An entry; `is_previous`: the secret is the one before the last rotation."""
+    if record.previous_expires_at is None:
+        return Entry(fingerprint, record, as_of)
+    kind = _Previous if is_previous else _Rotated
+    return kind(fingerprint, record, as_of)
 
 
 class _Entries:

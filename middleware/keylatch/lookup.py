@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keylatch import foreign
-from keylatch.cache import Absence, Entry
+from keylatch.cache import Absence, Entry, entry_of
 from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.feed import Feed, Witness
 from keylatch.hashing import Hasher
@@ -176,7 +176,7 @@ class Lookup:
         reason = flaw(record, self._witness.now_ms(), self._environment)
         if reason is not None:
             return Absence(reason, record.id, record.organization_id, as_of)
-        return Entry(token.fingerprint, record, as_of, is_previous)
+        return entry_of(token.fingerprint, record, as_of, is_previous)
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again
