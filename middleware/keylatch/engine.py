@@ -381,12 +381,9 @@ class Engine:
 
     async def _announce(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
-        settling = self._witness.settle(seq, wait=wait)
-        if self._l2 is None or record is None:
-            return await settling
-        burying = self._l2.bury(record, seq, self._feed.epoch)
-        receipt, _ = await asyncio.gather(settling, burying)
-        return receipt
+        if self._l2 is not None and record is not None:
+            await self._l2.bury(record, seq, self._feed.epoch)
+        return await self._witness.settle(seq, wait=wait)
 
     async def _ring(self, news: News | None) -> None:
         if self._bell is not None:
