@@ -300,12 +300,9 @@ class Engine(Checks):
     async def _announce(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
         began = time.perf_counter()
-        settling = self._witness.settle(seq, wait=wait)
-        if self._l2 is None or record is None:
-            receipt = await settling
-        else:
-            burying = self._l2.bury(record, seq, self._feed.epoch)
-            receipt, _ = await asyncio.gather(settling, burying)
+        if self._l2 is not None and record is not None:
+            await self._l2.bury(record, seq, self._feed.epoch)
+        receipt = await self._witness.settle(seq, wait=wait)
         if wait:
             self.meter.settled.observe(time.perf_counter() - began)
         return receipt

@@ -39,7 +39,7 @@ _PATIENCE: Final = 1.1
 _COALESCE_SECONDS: Final = 0.005
 _LOOK_SECONDS: Final = 0.001
 _LOOK_LONGEST_SECONDS: Final = 0.025
-_REACH: Final = 32
+_REACH: Final = 8
 """Lines of the log that a bell tells at most: others may not know of what was committed before,
 and whoever cannot follow on what is told has to read."""
 
