@@ -7,6 +7,7 @@ writes nothing to any cache: a database outage never shows as an invalid key.
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ class Aside:
     tracing: "Tracing | None"
 
 
-class Checks:
+class Checks(ABC):
     """What an `Engine` does for requests; all that is used here, the engine opens and closes."""
 
     store: Store
@@ -66,13 +67,13 @@ class Checks:
     _watch: Watch
     _witness: Witness
 
+    @abstractmethod
     async def started(self) -> Lookup:
         """What asks others; opens the store if it is not open yet.
 
         Raises:
             StoreUnavailable: it could not be opened.
         """
-        raise NotImplementedError
 
     async def check(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
         """Judge a request by the values of its `Authorization` fields.
