@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import elsewhere
@@ -46,6 +46,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scheme": "sha256", "hash": HEX128}, "hash: must be 32 bytes"),
     ({"scheme": "sha256", "hash": HEX64[:-1] + "g"}, "hash: must be 32 bytes"),
     ({"scheme": "sha256", "hash": "A" * 42 + "B"}, "hash: must be 32 bytes"),  # two spellings
+    ({"scheme": "sha256", "hash": "\x80"}, "hash: must be 32 bytes"),
+    ({"scheme": "sha256", "hash": "\ud800" * 43}, "hash: must be 32 bytes"),
     ({"scheme": "sha256", "hash": EMPTY}, "hash: is the hash of nothing"),
     ({"scheme": "sha512", "hash": HEX64}, "hash: must be 64 bytes"),
     ({"scheme": "sha256", "hash": HEX64, "salt": "x"}, "scheme: goes with hash, and with no other"),
@@ -146,6 +148,7 @@ JSON = st.recursive(
 )
 
 
+@example("unkey", {"hash": "\x80"})
 @given(
     st.sampled_from([*MAKERS, "none"]),
     st.dictionaries(

@@ -15,7 +15,6 @@ more than a second or a gigabyte: later strangers decide when it is computed.
 """
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Callable
@@ -225,6 +224,6 @@ def _bytes(text: str) -> bytes:
     """What base64 without padding stands for; empty where it is none, or not the one spelling."""
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except binascii.Error:
+    except ValueError:  # and not only binascii.Error: the text may be other than ASCII
         return b""
     return raw if base64.b64encode(raw).decode().rstrip("=") == text else b""
