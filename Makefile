@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Tests that load the machine by themselves: one after the other, when the others are done.
 ALONE := $(patsubst %,tests/test_%.py,chaos fork kill redis_faults revocation_sqlite silence)
 
-.PHONY: demo serve test check prove chaos grammar bench bench-peers clean
+.PHONY: demo serve test test-all check prove chaos grammar bench bench-peers clean
 
 demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
 	@$(BIN)/python deploy/example/demo.py
@@ -13,7 +13,14 @@ demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl
 serve: .venv/demo           ## the sidecar on 127.0.0.1:8700, keys in ./keylatch.db
 	@$(BIN)/keylatch serve
 
-test: .venv/dev             ## all tests; those that need a missing server are skipped and named
+ifeq ($(KEYLATCH_REQUIRE_SERVICES),1)
+test: test-all              ## what CI calls: everything, and a missing server fails
+else
+test: .venv/dev             ## the quick tests: what is marked `long` is left to test-all and CI
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m 'not long'
+endif
+
+test-all: .venv/dev         ## all tests; those that need a missing server are skipped and named
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE:%=--ignore=%)
 	@$(BIN)/python -m pytest $(ALONE)
 

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
@@ -238,7 +239,15 @@ def between(rig: "Rig") -> "Iterator[tuple[Stand, Proxy]]":
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was found of each proxy, where any was tested."""
+    """Why tests were skipped, a line for each reason, and what was found of the proxies."""
+    skipped = terminalreporter.getreports("skipped")
+    reasons = Counter(str(cast(Sequence[object], report.longrepr)[2]) for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+    _tell_of_proxies(terminalreporter)
+
+
+def _tell_of_proxies(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [
         (outcome, report.nodeid)
         for outcome in ("passed", "failed")

@@ -219,6 +219,7 @@ def test_every_operation_has_a_row_and_every_row_an_operation() -> None:
     assert BODIES.keys() == takers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("operation", operations())
 def test_the_table_is_true(world: World, operation: str) -> None:
     """Every cell; what is refused changes nothing, and tells nothing of whether a key is there."""

@@ -35,6 +35,8 @@ from servers import RedisServer, eventually, free_port
 from shell import Operator, ended
 from shell import Outcome as Ending
 
+pytestmark = pytest.mark.long
+
 MS = 1_000_000
 GOOD = Credential(b"Bearer good", 200)
 SHORT = ["--seconds", "0.3", "--rate", "100", "--flood-rate", "100", "--connections", "2"]

@@ -40,6 +40,8 @@ from keylatch_sidecar.app import create_app
 from servers import serving
 from wire import exchange, http_scope
 
+pytestmark = pytest.mark.long
+
 CANARIES = 1_000
 _TAIL = 41
 _TRACED = 100  # watching every frame is slow, so only some are watched

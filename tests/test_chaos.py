@@ -22,6 +22,8 @@ from proxy import Proxy
 from schedule import WEIGHTS, draw
 from servers import needs
 
+pytestmark = pytest.mark.long
+
 X = 500
 Line = tuple[Proxy, asyncio.StreamReader, asyncio.StreamWriter]
 

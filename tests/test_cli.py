@@ -15,6 +15,7 @@ from shell import SCRIPT, Operator, Outcome, ended
 STRANGER = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
 
 
+@pytest.mark.long
 def test_the_token_is_caught_by_a_shell_and_piped_to_verify(operator: Operator) -> None:
     """`TOKEN=$(keylatch keys create …)` works, and a token gets nowhere but where it is sent."""
     line = 'TOKEN=$("$0" keys create --name ci) && echo "$TOKEN" && echo "$TOKEN" | "$0" verify'
@@ -166,6 +167,7 @@ def test_a_mistake_is_told_with_a_hint(operator: Operator, mistake: str) -> None
         assert outcome.err.count("error: ") == outcome.err.count("hint: ") == 1
 
 
+@pytest.mark.long
 def test_all_wrong_settings_are_told_at_once(operator: Operator) -> None:
     """One run names every mistake, from variables and from options, and shows no traceback."""
     wrong = {"PREFIX": "k_l", "HASHER": "md5", "LEASE": "soon", "REDIS": "http://cache"}
@@ -193,6 +195,7 @@ def test_a_file_that_is_no_database_is_left_as_it_is(operator: Operator) -> None
     assert operator.database.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.long
 def test_a_read_only_store_is_named(operator: Operator) -> None:
     """A file that may not be written, also for a root without its usual powers."""
     operator.create()
@@ -223,6 +226,7 @@ def test_a_newer_store_stops_everything(operator: Operator, words: list[str]) ->
     assert outcome.err.endswith("hint: upgrade keylatch on this host\n")
 
 
+@pytest.mark.long
 def test_two_first_keys_at_once_do_no_harm(operator: Operator) -> None:
     """Both processes find an empty store; one sets it up and both keys work."""
     runs = [operator.start("keys", "create", "--name", f"key {n}", "--json") for n in (1, 2)]

@@ -132,6 +132,7 @@ every_framework = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @every_framework
 def test_cors_outside_of_keylatch(
     make_engine: MakeEngine, bearer: dict[str, str], build: Build
@@ -156,6 +157,7 @@ def test_cors_outside_of_keylatch(
         assert browser.options("/emails").status_code == 401
 
 
+@pytest.mark.long
 @every_framework
 def test_cors_inside_of_keylatch_is_no_use(
     make_engine: MakeEngine, bearer: dict[str, str], build: Build

@@ -64,6 +64,7 @@ near_misses = st.lists(pieces, max_size=7).map(b"".join)
 one_value = near_misses | st.binary(max_size=40) | st.binary(min_size=500, max_size=530)
 
 
+@pytest.mark.long
 @settings(max_examples=500)
 @given(one_value)
 @example(b"Bearer\ta")

@@ -187,6 +187,7 @@ def probes() -> list[list[str]]:
     return [list(script) for script in scripts]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command", probes(), ids=lambda command: " ".join(re.findall(r"8\d+|/[a-z]+z", command[2]))
 )

@@ -282,6 +282,7 @@ def test_without_the_middleware_nobody_is_let_in(keys: Keys) -> None:
                 Client().post(where, headers=keys.create().headers)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("package", "module", "name"),
     [

@@ -46,6 +46,7 @@ def status_of(names: dict[str, Any]) -> int:
         return httpx.post(f"{url}/v1/emails").status_code
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "program", [each for each in examples() if "MIDDLEWARE=" in each or "app =" in each]
 )
@@ -76,6 +77,7 @@ def test_the_test_in_the_readme_passes(tmp_path: Path, monkeypatch: pytest.Monke
     names["test_a_revoked_key_is_gone_at_once"](names["app"])
 
 
+@pytest.mark.long
 def test_the_commands_for_operating_run(tmp_path: Path) -> None:
     """The block of "Operating", in a shell, on a store that it makes itself."""
     block = README.partition("## Operating")[2].partition("```\n")[2].partition("```")[0]

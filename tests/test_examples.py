@@ -31,6 +31,8 @@ from keylatch import Created, Engine, Settings
 from keylatch.asgi import APIKeyMiddleware
 from servers import eventually, free_port, serving
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 NAMES = ["app", "starlette_app", "litestar_app", "quart_app", "flask_app", "django_app"]
 NAMES += ["django_app over ASGI"]

@@ -561,6 +561,7 @@ def test_a_mounted_app_without_routes_is_for_full() -> None:
 # Its package
 
 
+@pytest.mark.long
 def test_without_fastapi_the_import_says_what_is_missing() -> None:
     """keylatch itself does not need it."""
     expected = "ImportError: keylatch.fastapi needs the package fastapi: pip install"

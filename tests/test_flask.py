@@ -211,6 +211,7 @@ def test_headers_that_pose_as_identity_are_gone() -> None:
     assert protect(app, keys).test_client().get("/", headers=headers).text == "none"
 
 
+@pytest.mark.long
 def test_without_flask_it_says_what_to_install() -> None:
     """The import fails with the name of the package."""
     assert said_without("flask", "import keylatch.flask").endswith("pip install flask")

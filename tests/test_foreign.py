@@ -100,6 +100,7 @@ VECTORS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VECTORS)
 async def test_published_vectors_fit(name: str) -> None:
     """What those systems' own tests and standards say is a hash of a token is one here."""
@@ -139,6 +140,7 @@ TEXTS = (
 )
 
 
+@pytest.mark.long
 @given(TEXTS)
 def test_whatever_a_stranger_sends_has_locators(text: str) -> None:
     """Few, distinct where they matter, of few characters, each of a scheme; and nothing raises."""
@@ -551,6 +553,7 @@ def stored_hash(database: Path, key_id: str) -> str:
         return str(row[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_key_from_elsewhere_from_its_file_to_its_end(
     name: str, running: Sidecar, database: Path, operator: Operator

@@ -290,6 +290,7 @@ def test_the_schemes_in_the_readme_are_the_schemes() -> None:
     assert told == {scheme: fields for scheme, (fields, _) in foreign_lines._SCHEMES.items()}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_report_that_cannot_be_written_is_told_of(operator: Operator) -> None:
     """The keys of that batch are in, and the import says where to go on."""
@@ -304,6 +305,7 @@ def test_a_report_that_cannot_be_written_is_told_of(operator: Operator) -> None:
     assert len(json.loads(operator.run("keys", "list", "--json").out)) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hasher", ["sha256", "argon2id"])
 def test_raw_keys_leave_no_trace(operator: Operator, hasher: str) -> None:
     """Imported, used, refused and told of as mistakes: in no log, no output and no file."""

@@ -16,6 +16,8 @@ import pytest
 import worker_forks
 from servers import RedisServer, eventually
 
+pytestmark = pytest.mark.long
+
 Order = Callable[..., Any]
 
 

@@ -18,6 +18,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return Keys.minted(tmp_path_factory.mktemp("grammar"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.name)
 def test_every_server_gives_the_answers_of_the_table(server: Server, keys: Keys) -> None:
     """Byte for byte: what is refused, who passes, and what the server refuses by itself."""
@@ -28,6 +29,7 @@ def test_every_server_gives_the_answers_of_the_table(server: Server, keys: Keys)
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.long
 def test_a_naive_twin_is_found_out(keys: Keys) -> None:
     """The table is no rubber stamp: guessing, stripping and trusting show as wrong cells."""
     with grammar.serving(grammar.H11, keys, app="naive") as served:

@@ -172,6 +172,7 @@ PERMISSIONS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("value", CREDENTIALS)
 async def test_every_credential_is_answered_as_over_http(
@@ -187,6 +188,7 @@ async def test_every_credential_is_answered_as_over_http(
     assert (answered.status == 200) == (value in CREDENTIALS[:1])
 
 
+@pytest.mark.long
 @given(
     values=st.lists(
         st.text(st.characters(codec="utf-8"), max_size=40)
@@ -210,6 +212,7 @@ async def test_whatever_is_sent_is_answered_as_over_http(
     assert answered == await over_http(engine, headers, *permissions)
 
 
+@pytest.mark.long
 @given(value=st.binary(max_size=40), name=st.binary(max_size=20), raw=st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_bytes_that_are_no_text_are_answered_too(
@@ -569,6 +572,7 @@ def test_the_official_bytes_are_written() -> None:
     )
 
 
+@pytest.mark.long
 def test_it_says_what_to_install() -> None:
     """And nobody who does not use it has to."""
     for package in ("grpc", "google.protobuf"):

@@ -351,6 +351,7 @@ def test_an_import_goes_on_from_a_line(operator: Operator) -> None:
     assert names == ["key 6", "key 7"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_tokens_that_cannot_be_written_are_told_of(operator: Operator) -> None:
     """The import stops after that batch, and names the lines whose keys nobody holds."""

@@ -77,6 +77,7 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
         assert sending.get(f"{KEYS}/{foreign.record.id}/usage").status_code == 403
 
 
+@pytest.mark.long
 def test_idle_keys_are_a_list_like_any_other(clock: Clock, store_url: str) -> None:
     """A bare array, in pages for those who ask, and the link keeps what was asked."""
     with sidecar_on(store_url, clock) as sidecar:

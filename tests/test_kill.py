@@ -20,6 +20,8 @@ from keylatch.model import Allow
 from keylatch.store import Store
 from servers import PostgresServer
 
+pytestmark = pytest.mark.long
+
 Answers = dict[str, str]
 LEASE = 0.2
 

@@ -367,6 +367,7 @@ async def test_a_report_that_cannot_be_looked_into_is_named(
     assert "hint: keylatch keys revoke ID" in caplog.messages
 
 
+@pytest.mark.long
 @pytest.mark.anyio
 async def test_a_report_that_is_left_at_the_end_is_named(
     counting: Counting, caplog: pytest.LogCaptureFixture
@@ -381,6 +382,7 @@ async def test_a_report_that_is_left_at_the_end_is_named(
     assert key.token.reveal() not in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.anyio
 async def test_more_reports_than_there_is_room_for_are_refused(counting: Counting) -> None:
     """503 to everybody: a report that is answered has a place."""
@@ -420,6 +422,7 @@ async def test_keys_that_were_made_elsewhere_are_revoked_as_well(counting: Count
     assert len(counting.asked) == 2, "what no header can hold is no token"
 
 
+@pytest.mark.long
 @pytest.mark.anyio
 async def test_a_flood_of_what_could_be_from_elsewhere_holds_up_no_other(
     counting: Counting, caplog: pytest.LogCaptureFixture

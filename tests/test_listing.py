@@ -227,6 +227,7 @@ class TestPostgreSQL(ListingContract):
         return postgres.new_database()
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(
     limit=st.integers(1, 6),
@@ -371,6 +372,7 @@ async def _nothing_more() -> dict[str, Any]:
     return {"type": "http.request", "body": b"", "more_body": False}
 
 
+@pytest.mark.long
 def test_the_command_lists_as_many_as_there_are(operator: Operator) -> None:
     """Page by page, and still one JSON array or one table."""
     lines = "".join(f'{{"name": "key {n}"}}\n' for n in range(1_100))

@@ -342,6 +342,7 @@ async def test_caches_and_uses_are_counted(make_engine: MakeEngine, clock: Clock
     await engine.stop()
 
 
+@pytest.mark.long
 @pytest.mark.anyio
 async def test_lost_uses_are_counted() -> None:
     """Beyond 50,000 keys that wait, a use is lost; and told."""
@@ -422,6 +423,7 @@ def test_no_secret_is_on_the_page(sidecar: Sidecar, client: httpx.Client, boss: 
         assert word not in page
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_workers_are_on_every_page(operator: Operator, workers: int) -> None:
     """Whichever of them is asked, and for management only."""

@@ -18,6 +18,8 @@ from keylatch import Engine, Settings
 from rounds import per_second
 from serving import APPS, ask, serving
 
+pytestmark = pytest.mark.long
+
 README = APPS.parent / "README.md"
 BY_NAME = {peer.name: peer for peer in PEERS}
 WRK = """Running 1s test @ http://127.0.0.1:8000/open

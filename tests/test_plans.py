@@ -135,6 +135,7 @@ class PlanContract:
         yield database
         await database.close()
 
+    @pytest.mark.long
     async def test_nothing_reads_all_keys_or_sorts_them(self, database: Database) -> None:
         """Every statement that is run while keys are checked, listed and changed."""
 
@@ -145,6 +146,7 @@ class PlanContract:
 
         assert await database.write(slow) == {}
 
+    @pytest.mark.long
     async def test_nothing_reads_all_keys_before_there_are_statistics(
         self, database: Database
     ) -> None:
@@ -156,6 +158,7 @@ class PlanContract:
 
         assert await database.write(slow) == {}
 
+    @pytest.mark.long
     async def test_without_the_indexes_lists_would_be_slow(self, database: Database) -> None:
         """The twin: this test would notice, for every list."""
 
@@ -167,6 +170,7 @@ class PlanContract:
 
         assert await database.write(slow) == LISTS
 
+    @pytest.mark.long
     async def test_a_list_does_not_wade_through_deleted_keys(self, database: Database) -> None:
         """They stay for ever; the live ones have an index of their own."""
 

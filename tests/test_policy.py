@@ -194,6 +194,7 @@ def test_demands_add_up() -> None:
     assert Wanted.all_of(["SENDING", "A"]) == Wanted(frozenset({"FULL"}), "A SENDING")
 
 
+@pytest.mark.long
 @given(st.lists(st.from_regex(r"[A-Z][A-Z0-9_]{0,31}", fullmatch=True), max_size=40))
 def test_more_demands_never_open_more(demands: list[str]) -> None:
     """What satisfies all demands satisfies each of them, and the scope stays short."""

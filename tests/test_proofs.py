@@ -11,6 +11,8 @@ from prove import described, main, mutant
 from states import MUTANTS, Configuration, Member, first_world, view
 from traces import trace
 
+pytestmark = pytest.mark.long
+
 SMALL = [
     Configuration(polls=2, lease=1),
     Configuration(requests=2, lease=1, shared_cache=True),

@@ -27,6 +27,8 @@ from keylatch.tokens import SECRET_LENGTH, CheckKeys, Token
 from keylatch_sidecar.app import create_app
 from servers import RedisServer, eventually, serving
 
+pytestmark = pytest.mark.long
+
 PEPPER = b"p" * 32
 EPOCH = "e"
 KEYS = CheckKeys([b"n" * 32])

@@ -21,6 +21,8 @@ from keylatch.keyring import Keyring
 from keylatch.settings import Settings
 from worker_checks import ACCEPTED, REFUSED
 
+pytestmark = pytest.mark.long
+
 PROCESSES = 4
 Moments = dict[int, int]
 

@@ -294,6 +294,7 @@ def test_a_files_name_cannot_steer_the_terminal_or_be_a_token(
         assert token not in found.out
 
 
+@pytest.mark.long
 def test_the_example_in_the_readme_runs(
     operator: Operator, folder: Path, sidecar: Sidecar, boss: Created
 ) -> None:

@@ -20,6 +20,8 @@ from keylatch.settings import Settings
 from keylatch_sidecar.app import create_app
 from servers import serving
 
+pytestmark = pytest.mark.long
+
 TESTS = Path(__file__).parent
 PROGRAM = Path(sys.executable).parent / "schemathesis"
 SHORT, FULL = 3, 400  # cases an operation and phase; the first phase takes what it needs

@@ -18,6 +18,8 @@ from servers import eventually, free_port
 from shell import Operator, ended
 from wire import answer, exchange, send
 
+pytestmark = pytest.mark.long
+
 
 @contextmanager
 def served(operator: Operator, *words: str) -> Iterator["subprocess.Popen[str]"]:

@@ -12,7 +12,7 @@ from keylatch.store import Absent, Store
 from proxy import Proxy
 from servers import PostgresServer
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.long]
 MORE_THAN_THE_POOL = 20
 AT_ONCE = 5
 

@@ -268,6 +268,7 @@ class TestSQLite(LastingStoreContract):
         for name in ("keys.db", "keys.db-wal", "keys.db-shm"):
             assert (tmp_path / name).stat().st_mode & 0o077 == 0, name
 
+    @pytest.mark.long
     async def test_the_log_is_never_checkpointed_by_the_way(
         self, store: Store, tmp_path: Path
     ) -> None:

@@ -323,6 +323,7 @@ async def test_a_flood_of_refusals_is_one_write() -> None:
     assert (told.counts, told.writes) == ({("key_a", TODAY, REVOKED): 100_000}, 1)
 
 
+@pytest.mark.long
 async def test_a_flood_is_bounded_and_says_what_it_lost(caplog: pytest.LogCaptureFixture) -> None:
     """So many keys that there is no place for all: those that have one are counted on, the rest
     are told of, and no transaction is long."""
@@ -466,6 +467,7 @@ async def test_what_is_kept_open_is_no_use(engine: Engine, other: Engine) -> Non
     assert await uses_of(other, key) == (2, {})
 
 
+@pytest.mark.long
 def test_a_child_counts_from_zero(store_url: str) -> None:
     """A use is counted by the process that saw it, once."""
     with forking(store_url) as (parent, child):
@@ -481,6 +483,7 @@ def test_a_child_counts_from_zero(store_url: str) -> None:
         assert parent("allowed", key_id) == 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [("--workers", "2"), ("--workers", "2", "--worker-class", "gthread", "--threads", "8")],

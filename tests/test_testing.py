@@ -173,6 +173,7 @@ def test_threads_share_the_store_in_memory(keys: Keys) -> None:
     assert len(keys.records()) == 8
 
 
+@pytest.mark.long
 def test_it_works_without_pytest() -> None:
     """unittest is enough."""
     program = (
@@ -184,6 +185,7 @@ def test_it_works_without_pytest() -> None:
     assert done.stdout == b"key_\n"
 
 
+@pytest.mark.long
 def test_the_fixture_is_a_plugin(tmp_path: Path) -> None:
     """`pytest_plugins = ["keylatch.testing"]` is all that a conftest.py needs."""
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["keylatch.testing"]\n')

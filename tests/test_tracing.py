@@ -118,6 +118,7 @@ async def test_without_the_switch_there_are_none(
     await engine.stop()
 
 
+@pytest.mark.long
 def test_without_the_switch_nothing_is_imported_for_it() -> None:
     """redis-py imports the library where it is there; the one module of ours that does is not."""
     program = "import sys, keylatch.asgi, keylatch_sidecar.app; print(*sys.modules)"
@@ -126,6 +127,7 @@ def test_without_the_switch_nothing_is_imported_for_it() -> None:
     assert "keylatch.tracing" not in imported.stdout
 
 
+@pytest.mark.long
 def test_without_the_package_the_start_says_so(store_url: str) -> None:
     """With what to install."""
     program = f"from keylatch import Settings; Settings.load(store={store_url!r}, tracing='on')"

@@ -272,6 +272,7 @@ def test_a_line_is_json_whatever_it_says() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_serve_logs_json(operator: Operator, workers: str) -> None:
     """Every line of standard error, the server's own and the workers' too."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 CODE = Path(__file__).with_name("typical_code.py")
 
 

@@ -153,6 +153,7 @@ async def test_a_cancelled_flush_loses_nothing() -> None:
     assert told == [{"key_a": 1}]
 
 
+@pytest.mark.long
 async def test_the_buffer_is_bounded() -> None:
     """While the store is down for long, memory does not grow beyond 50,000 keys."""
     store = Store()

@@ -130,6 +130,7 @@ def test_a_revoke_closes_what_the_key_has_open_and_nothing_else(
     eventually(lambda: seen == ["told"])
 
 
+@pytest.mark.long
 def test_whatever_ends_a_key_ends_its_connections(make_engine: MakeEngine, clock: Clock) -> None:
     """Disabled, expired, or left with too small a permission."""
     with chatting(make_engine) as (url, manager):

@@ -285,6 +285,7 @@ HEADERS = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -349,6 +350,7 @@ def served(store_url: str, *options: str) -> Iterator[tuple[str, "subprocess.Pop
         process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -377,6 +379,7 @@ def test_pre_fork_workers_stop_in_order(
     assert protected.last_used(key) is not None
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["late", "preload"])
 def test_workers_are_replaced_under_load(
