@@ -34,6 +34,9 @@ class Proxy:
 
     Args:
         port: of the server, on this machine.
+
+    Attributes:
+        passed: bytes that the server was sent so far.
     """
 
     def __init__(self, port: int) -> None:
@@ -43,6 +46,8 @@ class Proxy:
         self._flows = asyncio.Event()
         self._flows.set()
         self._swallowing = 0
+        self._left = 0
+        self.passed = 0
         self._refusing = 0
         self._held = 0
         self._delays: list[float] = []
@@ -77,13 +82,20 @@ class Proxy:
                 self._flows.set()
 
     @contextlib.contextmanager
-    def swallowing(self) -> Iterator[None]:
-        """Bytes vanish in both directions. What lost bytes once never comes to life again."""
+    def swallowing(self, after: int = 0) -> Iterator[None]:
+        """Bytes vanish in both directions, once so many more have reached the server: then a client
+        falls silent amid what it says. What lost bytes once never comes to life again."""
         self._swallowing += 1
+        self._left = after
         try:
             yield
         finally:
             self._swallowing -= 1
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether bytes vanish already."""
+        return self._swallowing > 0 and not self._left
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -130,7 +142,7 @@ class Proxy:
         if self._refusing:
             return
         await self._flows.wait()
-        if self._swallowing:
+        if self.is_silent:
             line.dead = True
             while await _read(questions):
                 pass
@@ -151,7 +163,11 @@ class Proxy:
         while True:
             data = await _read(source)
             if self._swallowing:
-                line.dead = True
+                if not self._left:
+                    line.dead = True
+                elif not is_answer:
+                    data = data[: self._left]
+                    self._left -= len(data)
             if not line.dead:
                 await self._flows.wait()
                 if is_answer and self._delays:
@@ -160,6 +176,7 @@ class Proxy:
                 break
             if not line.dead and not target.transport.is_closing():
                 target.write(data)
+                self.passed += 0 if is_answer else len(data)
                 with contextlib.suppress(OSError):  # the next read tells
                     await target.drain()
         if line.dead:

@@ -1,20 +1,26 @@
 """A PostgreSQL that falls silent: no answer, no reset, and later a network that is sound again."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection
 
 from keylatch.errors import StoreUnavailable
+from keylatch.model import KeyRecord
+from keylatch.postgresql import PostgreSQL
 from keylatch.store import Absent, Store
+from keylatch.tally import ALLOWED, DAY_MS, Client, Tally
 from proxy import Proxy
 from servers import PostgresServer
+from test_store import NOW, record
 
 pytestmark = [pytest.mark.anyio, pytest.mark.long]
 MORE_THAN_THE_POOL = 20
 AT_ONCE = 5
+TODAY = NOW // DAY_MS
 
 
 @pytest.fixture
@@ -98,12 +104,10 @@ async def test_connections_that_died_meanwhile_do_not_show(
 
 
 async def test_a_lock_is_not_kept_by_whoever_fell_silent(
-    store: Store, url: str, line: Proxy, postgres: PostgresServer
+    store: Store, sound: Store, line: Proxy
 ) -> None:
     """The counter row is everybody's: a process that is cut off in the middle of a change lets
     go of it in two seconds, not when the server gives the line up."""
-    others = Store(url.replace(str(line.port), str(postgres.port)))
-    await others.open(0)
     with ExitStack() as silence:
 
         def change_and_fall_silent(connection: Connection) -> None:
@@ -112,5 +116,81 @@ async def test_a_lock_is_not_kept_by_whoever_fell_silent(
 
         with pytest.raises(StoreUnavailable, match="in time"):
             await store._database.write(change_and_fall_silent, seconds=0.2)
-        await others.renew((await others.changes(0)).epoch, 1)  # it needs the row
-    await others.close()
+        await sound.renew((await sound.changes(0)).epoch, 1)  # it needs the row
+
+
+@pytest.fixture
+async def sound(
+    store: Store, postgres: PostgresServer, url: str, line: Proxy
+) -> AsyncIterator[Store]:
+    """Another process on the same store, whose network is well."""
+    sound = Store(url.replace(str(line.port), str(postgres.port)))
+    await sound.open(0)
+    yield sound
+    await sound.close()
+
+
+async def record_uses(store: Store, number: int, keys: list[str]) -> None:
+    counts = {(key_id, TODAY, ALLOWED): 1 for key_id in keys}
+    seen = {key_id: Client("192.0.2.0/24", "curl", NOW) for key_id in keys}
+    await store.touch(dict.fromkeys(keys, NOW), Tally("a process", number, TODAY, counts, seen))
+
+
+async def import_keys(store: Store, number: int, keys: list[str]) -> None:
+    await store.add_many([(record(f"{key_id}_{number}"), "hashed") for key_id in keys])
+
+
+KEYS = [f"key_{n:03}" for n in range(200)]
+Say = Callable[[Store, int, list[str]], Coroutine[Any, Any, None]]
+
+
+async def revoke_while(
+    say: Say, eighths: int, store: Store, sound: Store, line: Proxy
+) -> tuple[KeyRecord, int] | None:
+    """Revoke a key after another process has said only so many eighths of something."""
+    before = line.passed
+    await say(store, 2 * eighths - 1, KEYS)
+    length = line.passed - before
+    with line.swallowing(after=length * eighths // 8):
+        saying = asyncio.create_task(say(store, 2 * eighths, KEYS))
+        while not (line.is_silent or saying.done()):  # noqa: ASYNC110 - a line has no events
+            await asyncio.sleep(0.001)
+        assert line.is_silent
+        try:
+            return await sound.change("acme", KEYS[eighths], NOW, {"deleted_at": NOW}, by="me")
+        finally:
+            line.cut()
+            saying.cancel()
+            await asyncio.wait({saying})
+
+
+@pytest.fixture
+async def keys(store: Store, sound: Store) -> None:
+    """Keys to use and to revoke."""
+    await sound.add_many([(record(key_id), "hashed") for key_id in KEYS])
+    await record_uses(store, 0, KEYS)  # whatever has to be learned once
+
+
+@pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize("say", [record_uses, import_keys])
+async def test_wherever_a_process_falls_silent_a_key_can_be_revoked(
+    say: Say, store: Store, sound: Store, line: Proxy
+) -> None:
+    """It may have said anything from nothing to nearly all, and hold the locks that it has by then.
+    Whoever waits for one of them ends its connection."""
+    for eighths in range(1, 8):
+        assert await revoke_while(say, eighths, store, sound, line) is not None
+
+
+@pytest.mark.usefixtures("keys")
+async def test_a_server_alone_does_not_see_who_fell_silent(
+    store: Store, sound: Store, line: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it waits for is no idle transaction: without its neighbours' help, no key is revoked."""
+
+    async def look_on(self: PostgreSQL, pid: int) -> None:
+        pass
+
+    monkeypatch.setattr(PostgreSQL, "_end_who_blocks", look_on)
+    with pytest.raises(StoreUnavailable, match="in time"):
+        await revoke_while(import_keys, 4, store, sound, line)

@@ -8,6 +8,7 @@ behind and cuts its connection.
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -38,6 +39,15 @@ _READ_SECONDS: Final = 2.0
 _STALE_SECONDS: Final = 0.5
 _WRITE_SECONDS: Final = 5.0
 _IDLE_MILLISECONDS: Final = 2_000
+_PATIENCE_SECONDS: Final = 1.0
+# Of other roles' connections it sees nothing, and so ends none.
+_END_WHO_BLOCKS: Final = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = ANY (pg_blocking_pids(%s)) AND application_name = 'keylatch'
+AND wait_event = 'ClientRead' AND xact_start < now() - interval '1 second'
+"""
+
+log = logging.getLogger("keylatch")
 
 
 class _LineLost(Exception):
@@ -123,11 +133,30 @@ class PostgreSQL:
         self, work: Work[T], *, durable: bool = True, seconds: float | None = None
     ) -> T:
         async def transact(connection: AsyncConnection, line: Line) -> T:
-            async with line.transaction():
-                return await connection.run_sync(work)
+            ending = asyncio.create_task(self._end_who_blocks(line.info.backend_pid))
+            try:
+                async with line.transaction():
+                    return await connection.run_sync(work)
+            finally:
+                ending.cancel()
 
         engine = self._engine if seconds is None else self._urgent
         return await self._twice(engine, seconds or _WRITE_SECONDS, transact)
+
+    async def _end_who_blocks(self, pid: int) -> None:
+        """End connections that keep a transaction waiting for a lock, have had theirs open for a
+        second, and wait for their own process: it was stopped, or cut off, amid what it said.
+
+        The time limit of `_configure` does not see them if more was to follow at once: psycopg
+        sends many rows without waiting for answers, and to the server that is no idle transaction.
+        """
+        while True:
+            await asyncio.sleep(_PATIENCE_SECONDS)
+            with contextlib.suppress(psycopg.Error):
+                async with await self._connect() as line:
+                    ended = await line.execute(_END_WHO_BLOCKS, (pid,))
+                    if ended.rowcount:
+                        log.warning("a process fell silent amid a change: it lost its locks")
 
     async def _twice(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
         """Once more where the connection had died before: the server was restarted, say.
