@@ -62,8 +62,8 @@ def bearer(token: Token) -> list[bytes]:
 
 
 def shared(client: Any, peppers: list[bytes]) -> SharedCache:
-    """The shared cache of one process."""
-    return SharedCache(client, peppers, Breaker())
+    """The shared cache of one process, which is in no hurry."""
+    return SharedCache(client, peppers, Breaker(budget_seconds=5))
 
 
 async def told(client: Any, new_engine: Callable[[], Engine], keys: list[Created]) -> list[bytes]:

@@ -50,14 +50,17 @@ class Breaker:
     Args:
         timer: seconds that never go back.
         clock: seconds since the Unix epoch.
+        budget_seconds: what one attempt may take.
     """
 
     def __init__(
         self,
         timer: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
+        budget_seconds: float = BUDGET_SECONDS,
     ) -> None:
         self._timer = timer
+        self._budget_seconds = budget_seconds
         self.condition = Condition(
             "Redis does not answer, so we work without it",
             "Redis answers again",
@@ -76,7 +79,7 @@ class Breaker:
         if not self.lets_pass():
             return None
         try:
-            async with asyncio.timeout(BUDGET_SECONDS):
+            async with asyncio.timeout(self._budget_seconds):
                 result = await call()
         except ResponseError:  # it answers; somebody put a value of another type there
             self.succeeded()
