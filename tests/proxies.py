@@ -109,11 +109,10 @@ class SidecarProcess:
         self._uds = place
         self.port = free_port()
         self.place: str | Path = place or f"http://127.0.0.1:{self.port}"
-        store = f"sqlite:///{folder}/keys.db"
         outside = {k: v for k, v in os.environ.items() if not k.startswith("KEYLATCH_")}
-        given = {"STORE": store, "HASHER": "sha256", **settings}
+        given = {"STORE": f"sqlite:///{folder}/keys.db", "HASHER": "sha256", **settings}
         self._environment = outside | {f"KEYLATCH_{name}": value for name, value in given.items()}
-        self._operator = Engine(Settings.load(store=store, redis="", hasher="sha256"))
+        self._operator = Engine(Settings.load(store=given["STORE"], redis="", hasher="sha256"))
         self._runner = asyncio.Runner()
         self.start()
 
@@ -160,7 +159,10 @@ class SidecarProcess:
 
         async def create() -> Created:
             keyring = await self._operator.keyring()
-            return await keyring.create("acme", name, permission=permission, **fields)
+            created = await keyring.create("acme", name, permission=permission, **fields)
+            if self._operator.store.is_shared:  # a member that does not run is waited for
+                await self._operator.stop()
+            return created
 
         return self._runner.run(create())
 

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 import redis
 import uvicorn
+import yaml
 
 
 def needs(program: str | None, package: str) -> str:
@@ -161,6 +163,54 @@ class PostgresServer:
     def remove(self) -> None:
         self.kill()
         shutil.rmtree(self._folder)
+
+
+class PrometheusServer:
+    """A real Prometheus.
+
+    Args:
+        folder: for its data, and where its configuration looks for rules.
+        configuration: what `prometheus.yml` says.
+    """
+
+    def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
+        program = needs(shutil.which("prometheus"), "prometheus")
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+        self._log = folder / "prometheus.log"
+        address = f"127.0.0.1:{free_port()}"
+        self._client = httpx.Client(base_url=f"http://{address}/api/v1/", trust_env=False)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [program, f"--config.file={folder}/prometheus.yml"]
+                + [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"],
+                stdout=log,
+                stderr=log,
+            )
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return self._client.get("query", params={"query": "1"}).status_code == 200
+        return False
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """What its HTTP API answers; an error of its own fails the test."""
+        answer = self._client.get(path, params=parameters).json()
+        if answer["status"] != "success":
+            pytest.fail(f"{parameters}: {answer['error']}")
+        return answer["data"]
+
+    def series(self, expression: str) -> list[dict[str, str]]:
+        """The labels of each series that is there now."""
+        found = self.ask("query", query=expression)
+        assert found["resultType"] == "vector", found
+        return [each["metric"] for each in found["result"]]
+
+    def kill(self) -> None:
+        self._client.close()
+        self._process.kill()
+        self._process.wait()
 
 
 @contextlib.contextmanager
