@@ -16,7 +16,8 @@ from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
 FOLDER = Path(__file__).parent.parent / "deploy/monitoring"
 README = (FOLDER / "README.md").read_text()
 
-_FUNCTIONS = {"rate", "increase", "sum", "min", "max", "by", "histogram_quantile", "label_values"}
+_WORDS = {"rate", "increase", "sum", "min", "max", "by", "and"}
+_WORDS |= {"histogram_quantile", "label_values"}
 _OF_PROMETHEUS = {"job", "instance", "le", "worker"}
 _SUFFIXES = ("_bucket", "_sum", "_count")
 
@@ -56,7 +57,7 @@ def mistakes(expression: str) -> list[str]:
     bare = re.sub(r'\{[^}]*\}|\[[^\]]*\]|"[^"]*"', "", expression)
     labels = set(values()) | _OF_PROMETHEUS
     for word in re.findall(r"[a-z_]\w*", bare):
-        if word not in names() | _FUNCTIONS | labels:
+        if word not in names() | _WORDS | labels:
             found.append(word)
     for rated in re.findall(r"(?:rate|increase)\((\w+)", expression):
         counters = {family.name for family in FAMILIES if family.kind is COUNTER}
