@@ -9,12 +9,18 @@ from typing import Any
 
 import httpx
 import pytest
+from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.wsgi import WSGIHandler
+from django.http import HttpRequest, HttpResponse
+from django.test import Client, override_settings
+from django.urls import path
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+import test_django  # which sets Django up
 from conftest import Clock, MakeEngine, sidecar_on
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.engine import Engine
@@ -51,44 +57,64 @@ def hello_wsgi(environ: Any, start_response: Any) -> list[bytes]:
     return [b"hello"]
 
 
+def hello_django(request: HttpRequest) -> HttpResponse:
+    log.warning("hello")
+    return HttpResponse("hello", headers={"Cache-Status": "app; hit"})
+
+
+urlpatterns = [path("", hello_django), path("public", hello_django)]
+
+
 class Caller:
-    """Somebody with a key, over ASGI or WSGI."""
+    """Somebody with a key, over one of `KINDS`."""
 
     def __init__(self, kind: str, engine: Engine) -> None:
         self._kind = kind
         self._engine = engine
-        if kind == "wsgi":
-            self._wsgi = WSGIMiddleware(hello_wsgi, engine=engine, public=["/public"])
 
     async def create(self) -> Created:
-        if self._kind == "asgi":
-            return await (await self._engine.keyring()).create("org", "a key")
-
         async def create() -> Created:
             return await (await self._engine.keyring()).create("org", "a key")
 
-        return Portal.of(self._engine).run(create())
+        return await create() if self._kind == "asgi" else Portal.of(self._engine).run(create())
 
     async def get(self, path: str = "/", token: str = "", **headers: str) -> httpx.Response:
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if token:
             sent["Authorization"] = f"Bearer {token}"
-        if self._kind == "wsgi":
-            return self._get_wsgi(path, sent)
-        transport = httpx.ASGITransport(app_behind(self._engine))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
-            return await other.get(path, headers=sent)
+        project = {"engine": self._engine, "public": ["/public"]}
+        with override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=[DJANGO], KEYLATCH=project):
+            if self._kind in ("wsgi", "django"):
+                return self._get_wsgi(path, sent)
+            return await self._get_asgi(path, sent)
+
+    async def _get_asgi(self, path: str, headers: dict[str, str]) -> httpx.Response:
+        app = app_behind(self._engine) if self._kind == "asgi" else ASGIHandler()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path, headers=headers)
 
     def _get_wsgi(self, path: str, headers: dict[str, str]) -> httpx.Response:
-        transport = httpx.WSGITransport(self._wsgi)
-        with httpx.Client(transport=transport, base_url="http://test") as client:
+        app: Any = WSGIHandler()
+        if self._kind == "wsgi":
+            app = WSGIMiddleware(hello_wsgi, engine=self._engine, public=["/public"])
+        with httpx.Client(transport=httpx.WSGITransport(app), base_url="http://test") as client:
             return client.get(path, headers=headers)
 
     async def end(self) -> None:
-        if self._kind == "wsgi":
-            self._wsgi.close()
-        else:
+        if self._kind == "asgi":
             await self._engine.stop()
+        else:
+            Portal.of(self._engine).close()
+
+
+KINDS = ("asgi", "wsgi", "django", "django over asgi")
+DJANGO = "keylatch.django.APIKeyMiddleware"
+
+
+def cache_status(answer: httpx.Response) -> list[str]:
+    """The members of the list, in one field or in several (RFC 9110 section 5.3)."""
+    return answer.headers.get_list("Cache-Status", split_commas=True)
 
 
 def durations(answer: httpx.Response) -> list[str]:
@@ -99,7 +125,7 @@ def durations(answer: httpx.Response) -> list[str]:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["asgi", "wsgi"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_an_answer_tells_who_knew(kind: str, make_engine: MakeEngine) -> None:
     """The store at first, then this process; the app's own word stands before ours."""
     caller = Caller(kind, make_engine(timing="on"))
@@ -107,22 +133,22 @@ async def test_an_answer_tells_who_knew(kind: str, make_engine: MakeEngine) -> N
     token = created.token.reveal()
     first, second = await caller.get(token=token), await caller.get(token=token)
     from_store = "keylatch; fwd=miss; detail=store"
-    assert first.headers.get_list("Cache-Status") == ["app; hit", from_store]
+    assert cache_status(first) == ["app; hit", from_store]
     assert [name for name in durations(first) if name != "keylatch-parse"] == [
         "keylatch",
         "keylatch-store",
         "keylatch-hash",
     ]
-    assert second.headers.get_list("Cache-Status") == ["app; hit", "keylatch; hit"]
+    assert cache_status(second) == ["app; hit", "keylatch; hit"]
     assert durations(second) == ["keylatch"]
     public = await caller.get("/public", token=token)
     assert "Server-Timing" not in public.headers
-    assert public.headers.get_list("Cache-Status") == ["app; hit"]
+    assert cache_status(public) == ["app; hit"]
     await caller.end()
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["asgi", "wsgi"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_refusal_does_not_tell_who_knew(kind: str, make_engine: MakeEngine) -> None:
     """Whoever tries tokens would learn which of them name a key: all refusals look the same."""
     caller = Caller(kind, make_engine(timing="on"))
@@ -139,15 +165,26 @@ async def test_a_refusal_does_not_tell_who_knew(kind: str, make_engine: MakeEngi
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["asgi", "wsgi"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_nothing_is_told_unless_it_is_asked_for(kind: str, make_engine: MakeEngine) -> None:
     """By default no header is added, and no trail is made."""
     caller = Caller(kind, make_engine())
     created = await caller.create()
     answer = await caller.get(token=created.token.reveal())
-    assert answer.headers.get_list("Cache-Status") == ["app; hit"]
+    assert cache_status(answer) == ["app; hit"]
     assert "Server-Timing" not in answer.headers
     await caller.end()
+
+
+@pytest.mark.parametrize("timing", ["on", "off"])
+def test_django_is_told_by_its_own_setting(timing: str, store_url: str) -> None:
+    """In the dict KEYLATCH, beside the store."""
+    project = {"store": store_url, "timing": timing}
+    with override_settings(MIDDLEWARE=["test_django.Remembered"], KEYLATCH=project):
+        answer = Client().get("/")
+    test_django.Remembered.opened.pop().close()
+    assert answer.status_code == 401
+    assert ("Server-Timing" in answer.headers) is (timing == "on")
 
 
 def test_verify_tells_it_too(store_url: str, clock: Clock) -> None:
@@ -230,7 +267,7 @@ def json_lines() -> Iterator[list[dict[str, Any]]]:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["asgi", "wsgi"])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_lines_have_the_id_of_their_request(
     kind: str, make_engine: MakeEngine, store_url: str
 ) -> None:
@@ -240,7 +277,8 @@ async def test_lines_have_the_id_of_their_request(
     token = (await caller.create()).token.reveal()
     with json_lines() as lines:
         log.warning("outside")
-        assert (await caller.get(token=token, X_Request_Id="mine")).status_code == 200
+        answer = await caller.get(token=token, X_Request_Id="mine")
+        assert (answer.status_code, "Server-Timing" in answer.headers) == (200, False)
         engine._l1.clear()
         engine.store.broken = True  # type: ignore[attr-defined]
         assert (await caller.get(token=token, X_Request_Id="theirs")).status_code == 503

@@ -37,7 +37,8 @@ from keylatch.gate import Gate
 from keylatch.model import Allow, Deny, Verdict, missing_scope
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
-from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity
+from keylatch.trail import Trail, timed, timed_awaiting
+from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity, trail_of
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -75,23 +76,43 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
             markcoroutinefunction(self)
 
     def _prepare(self) -> None:
-        self._portal = Portal.of(self.engine)
+        portal = self._portal = Portal.of(self.engine)
+        self._check, self._check_from_loop = portal.check, portal.check_from_loop
+        if self._is_followed:
+            self._check = lambda *asked: timed(lambda: portal.check(*asked))
+            self._check_from_loop = lambda *asked: timed_awaiting(portal.check_from_loop(*asked))
 
     def __call__(self, request: HttpRequest) -> Any:
         if self._awaits:
-            return self._call(request)
+            return self._trailing_async(request) if self._is_followed else self._async(request)
+        return self._trailing(request) if self._is_followed else self._sync(request)
+
+    def _sync(self, request: HttpRequest) -> Any:
         refusal = None
         if self._needs_key(request):
-            verdict = self._portal.check(authorization(request.META))
-            refusal = self._refusal(request, verdict)
+            refusal = self._refusal(request, self._check(authorization(request.META)))
         return refusal or self._app(request)
 
-    async def _call(self, request: HttpRequest) -> Any:
+    async def _async(self, request: HttpRequest) -> Any:
         refusal = None
         if self._needs_key(request):
-            verdict = await self._portal.check_from_loop(authorization(request.META))
+            verdict = await self._check_from_loop(authorization(request.META))
             refusal = self._refusal(request, verdict)
         return refusal or await self._app(request)
+
+    def _trailing(self, request: HttpRequest) -> Any:
+        with trail_of(request.META) as trail:
+            return self._telling(trail, self._sync(request))
+
+    async def _trailing_async(self, request: HttpRequest) -> Any:
+        with trail_of(request.META) as trail:
+            return self._telling(trail, await self._async(request))
+
+    def _telling(self, trail: Trail, answer: Any) -> Any:
+        if self.engine.settings.timing == "on":
+            for name, value in trail.headers():
+                _append(answer, name.decode(), value.decode())
+        return answer
 
     def close(self) -> None:
         """Store what was used and let go of everything, until the next request comes."""
@@ -125,6 +146,12 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
             return denied
         wanted = declared(view, request.method)
         return denied if wanted is None else missing_scope(permission, wanted)
+
+
+def _append(answer: Any, name: str, value: str) -> None:
+    """Add a header whose value is a list. Django keeps one field of a name, so what the app said
+    and this share it (RFC 9110 section 5.3)."""
+    answer[name] = f"{answer[name]}, {value}" if name in answer else value
 
 
 def get_asgi_application() -> Callable[..., Awaitable[None]]:

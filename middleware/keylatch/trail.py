@@ -8,7 +8,7 @@ tries tokens which of them name a key.
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final, Protocol, TypeVar
@@ -115,16 +115,21 @@ class Followed:
         return timed(lambda: self._checks.glance(values, wanted))
 
     async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
-        began = time.perf_counter()
-        verdict = await self._checks.resolve(token, wanted)
-        _judged(verdict, began)
-        return verdict
+        return await timed_awaiting(self._checks.resolve(token, wanted))
 
 
 def timed(check: Callable[[], T]) -> T:
     """What a check returns; the trail learns how long it took."""
     began = time.perf_counter()
     verdict = check()
+    _judged(verdict, began)
+    return verdict
+
+
+async def timed_awaiting(check: Awaitable[T]) -> T:
+    """The same of a check that is awaited."""
+    began = time.perf_counter()
+    verdict = await check
     _judged(verdict, began)
     return verdict
 

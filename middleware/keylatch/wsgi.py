@@ -6,6 +6,7 @@ What this process knows is answered in the calling thread; the rest is asked thr
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
@@ -69,8 +70,7 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         environ[_FOLLOWED] = True
-        given = environ.get("HTTP_X_REQUEST_ID", "").encode("latin-1", "replace")
-        with following([(b"x-request-id", given)]) as trail:
+        with trail_of(environ) as trail:
             if self.engine.settings.timing == "on":
                 start_response = _telling(trail, start_response)
             return self(environ, start_response)
@@ -120,6 +120,12 @@ def authorization(environ: WSGIEnvironment) -> tuple[bytes, ...]:
 def caller_of(environ: WSGIEnvironment) -> tuple[str | None, str | None]:
     """Address and user agent."""
     return environ.get("REMOTE_ADDR"), environ.get("HTTP_USER_AGENT")
+
+
+def trail_of(environ: WSGIEnvironment) -> AbstractContextManager[Trail]:
+    """The trail of the request, until the end of the block."""
+    given = environ.get("HTTP_X_REQUEST_ID", "").encode("latin-1", "replace")
+    return following([(b"x-request-id", given)])
 
 
 def path_of(environ: WSGIEnvironment) -> str:
