@@ -8,19 +8,32 @@ from typing import Any, ClassVar
 import django
 import pytest
 from django.conf import settings
-from django.http import HttpRequest
-from django.test import AsyncClient, Client, override_settings
+from django.http import HttpRequest, HttpResponse
+from django.test import AsyncClient, Client, RequestFactory, override_settings
+from django.urls import path, register_converter
+from django.utils.asyncio import async_unsafe
 
 from conftest import MakeEngine
-from keylatch.django import APIKeyMiddleware
+from keylatch.django import APIKeyMiddleware, requires
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
 from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.keyring import Created
+from keylatch.model import FULL, Principal
+from keylatch.portal import Portal
 from keylatch.testing import Keys
 from keylatch.tokens import Token
 from servers import said_without
+from test_metrics import decided
 
-RULES = {"SENDING": ["POST /v1/batch", "POST /ninja/emails", "GET /ninja/emails"]}
+RULES = {
+    "SENDING": [
+        "POST /v1/batch",
+        "POST /ninja/emails",
+        "GET /ninja/emails",
+        "PUT /v1/books/{book}",
+    ]
+}
 PUBLIC = ["/open", "/open/strict", "/rest/open", "/ninja/openapi.json"]
 
 settings.configure(
@@ -51,6 +64,38 @@ def look_at_headers(get_response: Any) -> Any:
 
     def middleware(request: HttpRequest) -> Any:
         assert request.headers
+        return get_response(request)
+
+    return middleware
+
+
+def who(request: HttpRequest, **_: Any) -> HttpResponse:
+    """A view that says who calls."""
+    return HttpResponse(request.api_key.display_name)
+
+
+class BookConverter:
+    """Asks a database, which Django permits on no thread with a running loop."""
+
+    regex = "[a-z]+"
+    asked: ClassVar[list[str]] = []
+
+    def to_python(self, value: str) -> str:
+        async_unsafe(self.asked.append)(threading.current_thread().name)
+        return value
+
+    def to_url(self, value: str) -> str:
+        return value
+
+
+register_converter(BookConverter, "book")
+
+
+def for_a_tenant(get_response: Any) -> Any:
+    """A middleware that stands before keylatch's and chooses the views."""
+
+    def middleware(request: HttpRequest) -> Any:
+        request.urlconf = (path("tenant", requires("SENDING")(who)),)
         return get_response(request)
 
     return middleware
@@ -169,6 +214,125 @@ def test_a_key_may_call_what_views_declare(keys: Keys) -> None:
             assert status == (200 if may else 403), (method, where)
     assert client.get("/nowhere", headers=sender).status_code == 403
     assert client.get("/nowhere", headers=full).status_code == 404
+
+
+async def over_asgi(method: str, where: str, key: Created) -> int:
+    answer: Any = await AsyncClient().generic(method, where, headers=bearer(key))
+    return int(answer.status_code)
+
+
+def over_wsgi(method: str, where: str, key: Created) -> int:
+    answer: Any = Client().generic(method, where, headers=bearer(key))
+    return int(answer.status_code)
+
+
+def bearer(key: Created) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key.token.reveal()}"}
+
+
+@pytest.mark.parametrize("over", ["wsgi", "asgi"])
+def test_a_request_counts_once_as_what_it_was(over: str, make_engine: MakeEngine) -> None:
+    """Let in or refused, by the view or by the rules, at first sight or later: metrics and the
+    key's own usage say what the answer said."""
+    engine = make_engine(permissions="FULL,SENDING,READING")
+    portal = Portal.of(engine)
+
+    async def create(permission: str) -> Created:
+        return await (await engine.keyring()).create("acme", "ci", permission=permission)
+
+    async def uses(key: Created) -> tuple[int, dict[str, int]]:
+        found = await (await engine.keyring()).usage("acme", key.record.id)
+        assert found is not None
+        return found.days[0].allowed, dict(found.days[0].refused)
+
+    def ask(method: str, where: str, key: Created) -> int:
+        if over == "wsgi":
+            return over_wsgi(method, where, key)
+        return asyncio.run(over_asgi(method, where, key))
+
+    sender, reader, full = (portal.run(create(each)) for each in ("SENDING", "READING", FULL))
+    with project(engine):
+        assert ask("POST", "/v1/emails", sender) == 200  # the view's word, and the store's
+        assert ask("POST", "/v1/emails", sender) == 200
+        assert ask("POST", "/ninja/emails", sender) == 200  # the rules' word
+        assert ask("GET", "/v1/drafts", sender) == 403  # the view's
+        assert ask("GET", "/v1/emails", reader) == 403  # at first sight
+        assert ask("GET", "/", reader) == 403  # nothing is declared
+        assert ask("GET", "/nowhere", reader) == 403
+        assert ask("GET", "/v1/drafts", reader) == 200
+        assert ask("GET", "/", full) == 200
+        assert ask("GET", "/nowhere", full) == 404
+    assert decided(engine) == {
+        "allow store": 2,
+        "allow l1": 4,
+        "insufficient_scope store": 1,
+        "insufficient_scope l1": 3,
+    }
+    portal.close()
+    assert portal.run(uses(sender)) == (3, {"INSUFFICIENT_SCOPE": 1})
+    assert portal.run(uses(reader)) == (1, {"INSUFFICIENT_SCOPE": 3})
+    assert portal.run(uses(full)) == (2, {})
+    portal.close()
+
+
+def test_a_view_is_looked_up_where_that_decides_and_nowhere_else(keys: Keys) -> None:
+    """A path converter may ask a database: never for strangers, nor for keys that the rules let
+    in, and in the request's own thread, also for a key that is seen for the first time. Django
+    looks the view up once itself, to call it."""
+    client, asked = Client(), BookConverter.asked
+    books = (path("v1/books/<book:book>", requires("READING")(who)),)
+    revoked = keys.create(permission="READING")
+    keys.revoke(revoked)
+    with override_settings(ROOT_URLCONF=books):
+        for headers in ({}, {"Authorization": "Bearer kl_live_x"}, revoked.headers):
+            assert client.get("/v1/books/emma", headers=headers).status_code == 401
+        assert asked == []
+        reader, sender = keys.create(permission="READING"), keys.create(permission="SENDING")
+        for key, status, times in (
+            (keys.create(), 200, 1),
+            (reader, 200, 2),
+            (reader, 200, 2),
+            (sender, 403, 1),
+        ):
+            assert client.get("/v1/books/emma", headers=key.headers).status_code == status
+            assert asked == [threading.current_thread().name] * times
+            asked.clear()
+        by_view = client.put("/v1/books/emma", headers=sender.headers)  # which the rules let pass
+        assert (by_view.status_code, len(asked)) == (403, 1)
+        ending = keys.create(permission="READING", expires_in=60).headers
+        assert client.get("/v1/books/emma", headers=ending).status_code == 200
+        asked.clear()
+        keys.clock.tick(61)
+        assert client.get("/v1/books/emma", headers=ending).status_code == 401
+        assert asked == []
+
+
+def test_a_middleware_before_may_choose_the_views(keys: Keys) -> None:
+    """`request.urlconf` says where what is declared is looked up."""
+    sender = keys.create("Ada", permission="SENDING").headers
+    assert Client().get("/tenant", headers=sender).status_code == 403
+    with override_settings(MIDDLEWARE=[f"{__name__}.for_a_tenant", f"{__name__}.Remembered"]):
+        assert Client().get("/tenant", headers=sender).content == b"Ada"
+        assert Client().post("/v1/emails", headers=sender).status_code == 403
+
+
+def test_who_is_refused_is_nobody(keys: Keys) -> None:
+    """As over WSGI: `request.api_key` is whom the middleware let in."""
+    gate = Remembered(who)
+    for permission, may in (("SENDING", False), (FULL, True)):
+        key = keys.create(permission=permission)
+        request = RequestFactory().get("/", headers=key.headers)
+        assert gate(request).status_code == (200 if may else 403)
+        assert request.api_key.is_authenticated is may
+
+
+def test_everyone_may_be_somebody(keys: Keys) -> None:
+    """In an app's own tests; what views declare still holds."""
+    sender = Principal("key_x", "newsletter", "acme", "SENDING", "live")
+    with keys.everyone_is(sender):
+        assert Client().post("/v1/emails").content == b"newsletter"
+        assert Client().get("/v1/drafts").status_code == 403
+        assert Client().post("/ninja/emails").json() == {"name": "newsletter"}
 
 
 def test_the_view_refuses_as_the_middleware_does(keys: Keys) -> None:

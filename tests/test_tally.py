@@ -21,7 +21,15 @@ from keylatch.cache import Use
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, KeyRecord, Reason, Wanted
+from keylatch.model import (
+    Allow,
+    Deny,
+    KeyRecord,
+    Reason,
+    Unsettled,
+    Wanted,
+    principal_of,
+)
 from keylatch.schema import keys
 from keylatch.store import Store, database_of
 from keylatch.tally import ALLOWED, DAY_MS, KEPT_DAYS, Client, Count, Day, KeyUsage, Tally
@@ -31,6 +39,7 @@ from keylatch.usage import Usage
 from servers import PostgresServer
 from test_engine import bearer, with_other_secret
 from test_fork import forking
+from test_metrics import decided
 from test_store import NOW, record
 from test_wsgi import Protected, protected, served
 
@@ -404,6 +413,29 @@ async def test_every_refusal_of_a_known_key_counts_by_its_reason(
     assert await uses_of(other, disabled) == (0, {"DISABLED": 1})
     refused = {"WRONG_ENVIRONMENT": 1, "ORGANIZATION_DISABLED": 1}
     assert await uses_of(other, test) == (0, refused)
+
+
+async def test_what_is_unsettled_does_not_count_until_it_is(engine: Engine, other: Engine) -> None:
+    """Where more may suffice than was wanted so far, a good key is neither let in nor refused."""
+    small = await create(other, permission="SENDING")
+    so_far = Wanted(frozenset({"FULL"}), is_final=False)
+    for sufficient, is_cold in (("SENDING", True), ("SENDING", False), ("READING", False)):
+        before = decided(engine)
+        verdict = await engine.check(bearer(small.token), so_far)
+        assert isinstance(verdict, Unsettled)
+        assert decided(engine) == before
+        settled = verdict.settle(Wanted(frozenset({"FULL", sufficient}), sufficient))
+        tier = "store" if is_cold else "l1"
+        if sufficient == "SENDING":
+            assert settled == Allow(principal_of(small.record))
+            assert decided(engine) == {**before, f"allow {tier}": 1}
+        else:
+            assert settled == Deny(Reason.INSUFFICIENT_SCOPE, "READING")
+            assert decided(engine) == {**before, f"insufficient_scope {tier}": 1}
+    for value in (b"Bearer x", b"Bearer a, Bearer b"):  # others are refused as ever
+        assert not isinstance(await engine.check([value], so_far), Unsettled)
+    await engine.stop()
+    assert await uses_of(other, small) == (2, {"INSUFFICIENT_SCOPE": 1})
 
 
 async def test_each_of_many_who_wait_for_one_look_up_counts(engine: Engine, other: Engine) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from opentelemetry import trace
@@ -14,7 +15,7 @@ from conftest import MakeEngine
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, Reason
+from keylatch.model import ONLY_FULL, Allow, Deny, Reason, Unsettled
 from keylatch.store import Absent, Found, Store
 from servers import said_without
 
@@ -106,6 +107,19 @@ async def test_a_refusal_names_no_key_and_an_error_no_host(
         assert word not in everything
     await engine.stop()
     await broken.stop()
+
+
+async def test_a_check_that_a_view_will_settle_says_so(
+    make_engine: MakeEngine, spans: InMemorySpanExporter
+) -> None:
+    """The span ends before it is known what the view asks: it is no refusal yet."""
+    engine = make_engine(tracing="on")
+    keyring = await engine.keyring()
+    created = await keyring.create("org", "a key", permission="SENDING")
+    verdict = await engine.check(header(created), replace(ONLY_FULL, is_final=False))
+    assert isinstance(verdict, Unsettled)
+    assert told(spans)[-1] == ("keylatch.check", None, {"keylatch.verdict": "unsettled"})
+    await engine.stop()
 
 
 async def test_without_the_switch_there_are_none(

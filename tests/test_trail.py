@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 import test_django  # which sets Django up
 from conftest import Clock, MakeEngine, sidecar_on
 from keylatch.asgi import APIKeyMiddleware
+from keylatch.django import requires
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.keyring import Created
@@ -62,7 +63,11 @@ def hello_django(request: HttpRequest) -> HttpResponse:
     return HttpResponse("hello", headers={"Cache-Status": "app; hit"})
 
 
-urlpatterns = [path("", hello_django), path("public", hello_django)]
+urlpatterns = [
+    path("", hello_django),
+    path("public", hello_django),
+    path("sent", requires("SENDING")(hello_django)),
+]
 
 
 class Caller:
@@ -72,9 +77,10 @@ class Caller:
         self._kind = kind
         self._engine = engine
 
-    async def create(self) -> Created:
+    async def create(self, permission: str = "FULL") -> Created:
         async def create() -> Created:
-            return await (await self._engine.keyring()).create("org", "a key")
+            keyring = await self._engine.keyring()
+            return await keyring.create("org", "a key", permission=permission)
 
         return await create() if self._kind == "asgi" else Portal.of(self._engine).run(create())
 
@@ -173,6 +179,22 @@ async def test_nothing_is_told_unless_it_is_asked_for(kind: str, make_engine: Ma
     answer = await caller.get(token=created.token.reveal())
     assert cache_status(answer) == ["app; hit"]
     assert "Server-Timing" not in answer.headers
+    await caller.end()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["django", "django over asgi"])
+async def test_what_a_view_declares_belongs_to_the_check(
+    kind: str, make_engine: MakeEngine
+) -> None:
+    """Who knew the key is told where the view lets it in, and not where it refuses."""
+    caller = Caller(kind, make_engine(timing="on"))
+    token = (await caller.create("SENDING")).token.reveal()
+    first, second, refused = [await caller.get(to, token) for to in ("/sent", "/sent", "/")]
+    assert cache_status(first) == ["app; hit", "keylatch; fwd=miss; detail=store"]
+    assert cache_status(second) == ["app; hit", "keylatch; hit"]
+    assert (refused.status_code, durations(refused)) == (403, ["keylatch"])
+    assert "Cache-Status" not in refused.headers
     await caller.end()
 
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from keylatch import credentials
@@ -22,7 +23,7 @@ from keylatch.feed import Feed, Witness
 from keylatch.flights import Flights
 from keylatch.lookup import Lookup, Owner
 from keylatch.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, Meter
-from keylatch.model import ANY_KEY, Allow, Deny, Reason, Verdict, Wanted, judge
+from keylatch.model import ANY_KEY, Allow, Deny, Reason, Unsettled, Verdict, Wanted, judge
 from keylatch.second_look import SecondLook
 from keylatch.shared_cache import SharedCache
 from keylatch.statements import VAULT
@@ -296,11 +297,18 @@ class Checks(ABC):
             if self._check_keys is not None and self._check_keys.vouch(token):
                 self._count_refusal(entry.key_id, Reason.WRONG_SECRET, wanted)
             return self._decided(Deny(Reason.WRONG_SECRET), tier)
-        now_ms = self._witness.now_ms()
+        return self._settle(entry, self._witness.now_ms(), tier, wanted)
+
+    def _settle(self, entry: Entry, now_ms: float, tier: str, wanted: Wanted) -> Verdict:
+        """By the moment at which the entry was known to be true, also where that is later."""
         verdict = judge(entry.allow, now_ms, wanted)
         if isinstance(verdict, Deny):
+            is_good = verdict.reason is Reason.INSUFFICIENT_SCOPE
+            if is_good and not wanted.is_final:
+                settle = partial(self._settle, entry, now_ms, tier)
+                return Unsettled(verdict.reason, verdict.scope, settle=settle)
             self._count_refusal(entry.key_id, verdict.reason, wanted)
-            if verdict.reason is Reason.INSUFFICIENT_SCOPE and wanted.is_use:
+            if is_good and wanted.is_use:
                 self._usage.touch(entry, now_ms)
         elif wanted.is_use:
             self._usage.note(entry, now_ms)

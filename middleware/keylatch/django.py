@@ -15,6 +15,7 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
 try:
@@ -34,7 +35,7 @@ from starlette.types import Receive, Scope, Send
 from keylatch.demands import declare, declared, refusal_of, wanted_of
 from keylatch.errors import ConfigurationError
 from keylatch.gate import Gate
-from keylatch.model import Allow, Deny, Verdict, missing_scope
+from keylatch.model import Deny, Unsettled, Verdict, Wanted
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
 from keylatch.trail import Trail, timed, timed_awaiting
@@ -89,14 +90,17 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
 
     def _sync(self, request: HttpRequest) -> Any:
         refusal = None
-        if self._needs_key(request):
-            refusal = self._refusal(request, self._check(authorization(request.META)))
+        wanted = self._asked(request)
+        if wanted is not None:
+            verdict = self._check(authorization(request.META), wanted)
+            refusal = self._refusal(request, verdict)
         return refusal or self._app(request)
 
     async def _async(self, request: HttpRequest) -> Any:
         refusal = None
-        if self._needs_key(request):
-            verdict = await self._check_from_loop(authorization(request.META))
+        wanted = self._asked(request)
+        if wanted is not None:
+            verdict = await self._check_from_loop(authorization(request.META), wanted)
             refusal = self._refusal(request, verdict)
         return refusal or await self._app(request)
 
@@ -118,34 +122,44 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         """Store what was used and let go of everything, until the next request comes."""
         self._portal.close()
 
-    def _needs_key(self, request: HttpRequest) -> bool:
+    def _asked(self, request: HttpRequest) -> Wanted | None:
+        """What the rules ask of the key, so far; None where none is needed."""
         strip_identity(request.META)
         request.__dict__.pop("headers", None)  # made of META once, if somebody has looked already
         request.META[REFUSALS] = self._refusals
         request.META[PRINCIPAL] = request.api_key = UnauthenticatedUser()
-        return not self._policy.is_public(request.path_info)
+        wanted = self._policy.asked(request.method, request.path_info)
+        return None if wanted is None else _so_far(wanted)
 
     def _refusal(self, request: HttpRequest, verdict: Verdict) -> HttpResponse | None:
-        denied = verdict if isinstance(verdict, Deny) else None
-        if isinstance(verdict, Allow):
-            denied = self._missing(request, verdict.principal.permission)
-            request.META[PRINCIPAL] = request.api_key = verdict.principal
-            if self.engine.sees_clients:
-                caller = functools.partial(caller_of, request.META)
-                self.engine.see(verdict.principal.key_id, caller)
-        return None if denied is None else refuse(self._refusals.of(denied), request)
+        if isinstance(verdict, Unsettled):
+            verdict = timed(functools.partial(verdict.settle, self._wanted(request)))
+        if isinstance(verdict, Deny):
+            return refuse(self._refusals.of(verdict), request)
+        request.META[PRINCIPAL] = request.api_key = verdict.principal
+        if self.engine.sees_clients:
+            caller = functools.partial(caller_of, request.META)
+            self.engine.see(verdict.principal.key_id, caller)
+        return None
 
-    def _missing(self, request: HttpRequest, permission: str) -> Deny | None:
-        """What the key lacks, by the rules of the settings or by what the view declares."""
-        denied = missing_scope(permission, self._policy.wanted(request.method, request.path_info))
-        if denied is None:
-            return None
+    def _wanted(self, request: HttpRequest) -> Wanted:
+        """What the view asks, or the rules where it declares nothing.
+
+        Only for a good key that the rules do not let in, and only where the request is handled:
+        the URLconf may be imported here, and a path converter may ask a database.
+        """
+        by_rule = self._policy.wanted(request.method, request.path_info)
         try:
             view = resolve(request.path_info, getattr(request, "urlconf", None)).func
         except Resolver404:
-            return denied
-        wanted = declared(view, request.method)
-        return denied if wanted is None else missing_scope(permission, wanted)
+            return by_rule
+        return declared(view, request.method) or by_rule
+
+
+@functools.cache  # of the few that a policy knows
+def _so_far(wanted: Wanted) -> Wanted:
+    """The same, where the view may let in more."""
+    return replace(wanted, is_final=False)
 
 
 def _append(answer: Any, name: str, value: str) -> None:

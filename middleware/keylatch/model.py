@@ -6,7 +6,7 @@ since the Unix epoch (UTC).
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, NoReturn, TypeAlias
@@ -196,12 +196,15 @@ class Wanted:
         scope: what to name in the challenge of a refusal (RFC 6750 section 3).
         environment: the only one whose keys are welcome; None: every one.
         is_use: whether somebody calls with the key, and it does not merely keep something open.
+        is_final: whether this is all that suffices. Where more may, and finding out costs
+            something, a key that is good and not enough is `Unsettled`.
     """
 
     permissions: frozenset[str] | None = None
     scope: str = FULL
     environment: str | None = None
     is_use: bool = True
+    is_final: bool = True
 
     @classmethod
     def all_of(cls, permissions: Sequence[str]) -> "Wanted":
@@ -244,6 +247,19 @@ class Deny:
 
     reason: Reason
     scope: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled(Deny):
+    """The key is good, and its permission does not suffice by what was wanted so far.
+
+    Nothing is counted until it is settled; whoever does not know the word refuses.
+
+    Args:
+        settle: judges and counts, by all that suffices; from any thread, and once.
+    """
+
+    settle: "Callable[[Wanted], Verdict]" = field(kw_only=True, compare=False, repr=False)
 
 
 Verdict: TypeAlias = Allow | Deny

@@ -13,6 +13,7 @@ hashes are cheap, and time stands still until it is moved.
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
@@ -24,7 +25,7 @@ from keylatch.engine import Engine
 from keylatch.gate import Gate
 from keylatch.hashing import Hasher
 from keylatch.keyring import Keyring
-from keylatch.model import ANY_KEY, FULL, Allow, KeyRecord, Principal, Verdict, Wanted
+from keylatch.model import ANY_KEY, FULL, Allow, KeyRecord, Principal, Unsettled, Verdict, Wanted
 from keylatch.model import missing_scope as _missing_scope
 from keylatch.settings import Settings
 from keylatch.store import Store
@@ -209,7 +210,15 @@ class _Engine(Engine):
         principal = self._keys._everyone
         if principal is None:
             return super().glance(values, wanted)
-        return _missing_scope(principal.permission, wanted) or Allow(principal)
+        return _judged(principal, wanted)
+
+
+def _judged(principal: Principal, wanted: Wanted) -> Verdict:
+    denied = _missing_scope(principal.permission, wanted)
+    if denied is None:
+        return Allow(principal)
+    settle = functools.partial(_judged, principal)
+    return denied if wanted.is_final else Unsettled(denied.reason, denied.scope, settle=settle)
 
 
 def _principal(record: KeyRecord) -> Principal:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from opentelemetry import trace
 
-from keylatch.model import Allow, Verdict
+from keylatch.model import Allow, Unsettled, Verdict
 
 
 class Tracing:
@@ -31,6 +31,8 @@ class Tracing:
                 if isinstance(verdict, Allow):
                     span.set_attribute("keylatch.verdict", "allow")
                     span.set_attribute("keylatch.key_id", verdict.principal.key_id)
+                elif isinstance(verdict, Unsettled):  # the view that it asks for is not known yet
+                    span.set_attribute("keylatch.verdict", "unsettled")
                 else:
                     span.set_attribute("keylatch.verdict", verdict.reason.name.lower())
 
