@@ -21,6 +21,7 @@ from servers import PostgresServer, PrometheusServer, RedisServer, eventually, f
 from test_monitoring import FOLDER, README, expressions_of, rules
 from wire import send
 
+pytestmark = pytest.mark.long
 Rule = dict[str, Any]
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
 
