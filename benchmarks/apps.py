@@ -105,8 +105,8 @@ def over_grpc_as_well(address: str) -> ASGIApp:
     """`allow`, and the same answer to every question over gRPC."""
     import grpc.aio
 
-    from keylatch_sidecar.check_messages import allow as allowed
-    from keylatch_sidecar.grpc_authz import SERVICE
+    from keylatch_sidecar.proxies.check_messages import allow as allowed
+    from keylatch_sidecar.proxies.grpc_authz import SERVICE
 
     answer = allowed(ALLOW[2:], [b"authorization"])
 

@@ -31,13 +31,13 @@ from rich.progress import track
 from rich.table import Table
 from sqlalchemy.dialects import postgresql
 
-from keylatch import lease_statements as leases
-from keylatch import statements as sql
 from keylatch.engine import Engine
-from keylatch.lease import Lease
 from keylatch.model import Allow
-from keylatch.news import News, Seal
+from keylatch.revocation.lease import Lease
+from keylatch.revocation.news import News, Seal
 from keylatch.settings import Settings
+from keylatch.sql import lease_statements as leases
+from keylatch.sql import statements as sql
 from keylatch.store import Touched
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]

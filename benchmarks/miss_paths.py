@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from counted import counted
-from keylatch.breaker import FAILURES, connect
+from keylatch.caches.breaker import FAILURES, connect
 from keylatch.engine import Engine
 from keylatch.hashing import OWASP_MINIMUM, Hasher
 from keylatch.keyring import Created

@@ -29,7 +29,7 @@ from keylatch_sidecar.bench.plan import OutOfBounds, Plan
 from keylatch_sidecar.bench.probe import revoke_in_use
 from keylatch_sidecar.bench.supply import Key, Scheme, Supply
 from keylatch_sidecar.bench.tiers import NEEDS
-from keylatch_sidecar.bench_command import bench
+from keylatch_sidecar.commands.bench import bench
 from proxies import SidecarProcess
 from servers import RedisServer, eventually, free_port
 from shell import Operator, ended

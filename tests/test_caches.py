@@ -17,13 +17,13 @@ from hypothesis.stateful import (
 from redis.exceptions import ResponseError
 
 from conftest import Clock, Times
-from keylatch.breaker import Breaker
-from keylatch.cache import Absence, Cache, Entry
-from keylatch.counter import Counter
+from keylatch.caches.breaker import Breaker
+from keylatch.caches.cache import Absence, Cache, Entry
+from keylatch.caches.flights import Flights
 from keylatch.engine import Engine
-from keylatch.feed import Feed
-from keylatch.flights import Flights
 from keylatch.model import Allow, Deny, KeyRecord, Reason
+from keylatch.revocation.counter import Counter
+from keylatch.revocation.feed import Feed
 from keylatch.store import Changes
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
@@ -231,7 +231,7 @@ def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
 
 def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory for tombstones is bounded; what falls out of it is not believed either."""
-    monkeypatch.setattr("keylatch.feed._MAX_TOMBSTONES", 3)
+    monkeypatch.setattr("keylatch.revocation.feed._MAX_TOMBSTONES", 3)
     feed, witness = watch(log := Log())
     read_at = log.seq
     for number in range(6):

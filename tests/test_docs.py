@@ -17,8 +17,8 @@ import keylatch
 from keylatch.django import get_asgi_application
 from keylatch.settings import Settings
 from keylatch.tokens import SCAN_PATTERN
-from keylatch_sidecar import ext_authz, verify
 from keylatch_sidecar.app import ROUTES
+from keylatch_sidecar.proxies import ext_authz, verify
 from keylatch_sidecar.settings import ProxySettings
 from servers import serving
 
@@ -138,13 +138,23 @@ def test_every_file_that_a_document_names_exists(document: Path) -> None:
     assert missing == []
 
 
-def test_the_files_of_the_middleware_are_in_the_architecture() -> None:
-    """`ls` and the table tell the same story."""
-    table = (ROOT / "ARCHITECTURE.md").read_text().partition("| file |")[2].partition("\n\n")[0]
+@pytest.mark.parametrize(
+    ("heading", "folder", "unlisted"),
+    [
+        ("| file |", "middleware/keylatch", ["sql/migrations"]),
+        ("| file of the sidecar |", "sidecar/keylatch_sidecar", ["bench", "doctor"]),
+    ],
+)
+def test_the_files_are_in_the_architecture(heading: str, folder: str, unlisted: list[str]) -> None:
+    """`ls` and the tables tell the same story."""
+    table = (ROOT / "ARCHITECTURE.md").read_text().partition(heading)[2].partition("\n\n")[0]
     first_cells = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
-    told = set(re.findall(r"`(\w+)/?`", first_cells))
-    files = {path.stem for path in (ROOT / "middleware/keylatch").glob("[a-z]*")} - {"py"}
-    assert told == files - {"__init__", "__pycache__"}
+    told = set(re.findall(r"`([\w/]+?)/?`", first_cells))
+    paths = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")]
+    here = {str(path.with_suffix("")) for path in paths if not path.stem.startswith("__")}
+    here |= {str(path.parent) for path in paths} - {"."}
+    within = tuple(f"{each}/" for each in unlisted)
+    assert told == {each for each in here if not each.startswith(within)}
 
 
 def test_one_version() -> None:

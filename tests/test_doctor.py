@@ -46,7 +46,7 @@ class Visit:
 
 def test_a_healthy_store_is_well(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is looked at, nothing has to be done, and the exit code says so."""
-    monkeypatch.setattr("keylatch.sqlite._FIRST_SOUND_SQLITE", (3, 0, 0))
+    monkeypatch.setattr("keylatch.sql.sqlite._FIRST_SOUND_SQLITE", (3, 0, 0))
     monkeypatch.setattr("keylatch_sidecar.doctor.file._SCARCE_BYTES", 1 << 20)
     operator.create()
     visit = Visit(operator)

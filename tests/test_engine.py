@@ -15,15 +15,15 @@ from conftest import Clock, MakeEngine
 from keylatch import tokens
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
-from keylatch.feed import Feed
 from keylatch.hashing import CHEAPEST, Cost, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason, Wanted
+from keylatch.revocation.feed import Feed
 from keylatch.settings import Settings
-from keylatch.statements import advance
+from keylatch.sql.statements import advance
 from keylatch.store import Absent, Found, Poll, Store
-from keylatch.tally import Tally
 from keylatch.tokens import Token
+from keylatch.usage.tally import Tally
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio

@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 import test_envoy
-from keylatch_sidecar.check_messages import CheckRequest, CheckResponse
-from keylatch_sidecar.grpc_authz import SERVICE
+from keylatch_sidecar.proxies.check_messages import CheckRequest, CheckResponse
+from keylatch_sidecar.proxies.grpc_authz import SERVICE
 from proxies import (
     DEPLOY,
     Proxy,

@@ -11,8 +11,8 @@ from keylatch.errors import ConfigurationError
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.tokens import Token
-from keylatch_sidecar import proxies
 from keylatch_sidecar.app import create_app
+from keylatch_sidecar.proxies import answers as proxies
 from keylatch_sidecar.settings import ProxySettings
 from wire import Answer, Header, exchange, knock, send
 

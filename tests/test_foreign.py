@@ -21,14 +21,14 @@ from elsewhere import MAKERS, Elsewhere
 from keylatch import foreign
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, HashingFailed, StoreUnavailable
-from keylatch.feed import Feed
 from keylatch.foreign import Foreign
 from keylatch.hashing import CHEAPEST, Cost, Hasher
 from keylatch.keyring import Brought, Draft
 from keylatch.model import Allow, Deny, Reason, Verdict
+from keylatch.revocation.feed import Feed
 from keylatch.store import Absent, Found, Store
 from keylatch.tokens import CheckKeys, Token, is_native
-from keylatch_sidecar import foreign_lines
+from keylatch_sidecar.intake import foreign_lines
 from servers import PostgresServer, eventually
 from shell import Operator
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import elsewhere
 from elsewhere import MAKERS, Elsewhere
 from keylatch.tokens import CheckKeys
-from keylatch_sidecar import foreign_lines
-from keylatch_sidecar.problems import Problem
+from keylatch_sidecar.intake import foreign_lines
+from keylatch_sidecar.management.problems import Problem
 from shell import SCRIPT, Operator
 from test_canaries import every_log_line
 

@@ -27,9 +27,11 @@ from keylatch.keyring import Created
 from keylatch.refusals import Refusal
 from keylatch.store import Store
 from keylatch.tokens import Token
-from keylatch_sidecar import grpc_authz, proxies
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.check_messages import (
+from keylatch_sidecar.proxies import answers as proxies
+from keylatch_sidecar.proxies import grpc_authz
+from keylatch_sidecar.proxies.answers import Proxies
+from keylatch_sidecar.proxies.check_messages import (
     OVERWRITE,
     CheckRequest,
     CheckResponse,
@@ -38,8 +40,7 @@ from keylatch_sidecar.check_messages import (
     deny,
     read,
 )
-from keylatch_sidecar.facts import Facts
-from keylatch_sidecar.proxies import Proxies
+from keylatch_sidecar.proxies.facts import Facts
 from keylatch_sidecar.settings import ProxySettings
 from servers import free_port, said_without
 from wire import Answer, Header, knock
@@ -576,7 +577,7 @@ def test_the_official_bytes_are_written() -> None:
 def test_it_says_what_to_install() -> None:
     """And nobody who does not use it has to."""
     for package in ("grpc", "google.protobuf"):
-        said = said_without(package, "import keylatch_sidecar.grpc_authz")
+        said = said_without(package, "import keylatch_sidecar.proxies.grpc_authz")
         assert said.endswith("pip install 'keylatch[grpc]'")
     program = "import sys, keylatch_sidecar.cli, keylatch_sidecar.app; print('grpc' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

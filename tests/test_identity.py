@@ -12,7 +12,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.identity import principal_in
 from keylatch.model import Principal, Reason
 from keylatch.wsgi import ProxyIdentityMiddleware as WSGIProxyIdentityMiddleware
-from keylatch_sidecar.proxies import identity_headers
+from keylatch_sidecar.proxies.answers import identity_headers
 from wire import Header, knock
 
 SOMEBODY = Principal("key_a", "Grüße, 日本 %0d", "acme", "SENDING", "live")

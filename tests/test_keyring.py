@@ -6,9 +6,9 @@ import pytest
 
 from conftest import Clock
 from keylatch.engine import Engine
-from keylatch.feed import Receipt
 from keylatch.keyring import InvalidValue, Keyring, NotPermitted
 from keylatch.model import Allow, Deny, KeyRecord, Principal, Reason, principal_of
+from keylatch.revocation.feed import Receipt
 
 pytestmark = pytest.mark.anyio
 

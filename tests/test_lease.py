@@ -7,9 +7,9 @@ import pytest
 
 from conftest import Clock
 from keylatch.errors import StoreUnavailable
-from keylatch.feed import Feed, Receipt
-from keylatch.lease import Lease
-from keylatch.news import News
+from keylatch.revocation.feed import Feed, Receipt
+from keylatch.revocation.lease import Lease
+from keylatch.revocation.news import News
 from keylatch.store import Changes, Poll, Touched
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from sqlalchemy.engine import make_url
 
-from keylatch.line import Lines
-from keylatch.postgresql import PostgreSQL
+from keylatch.sql.line import Lines
+from keylatch.sql.postgresql import PostgreSQL
 from proxy import Proxy
 from servers import PostgresServer, eventually
 

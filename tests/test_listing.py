@@ -14,13 +14,13 @@ from openapi_schema_validator import OAS31Validator
 from conftest import OnAStore, Sidecar
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.feed import END
 from keylatch.keyring import Created, Draft
-from keylatch.statements import Page
+from keylatch.revocation.feed import END
+from keylatch.sql.statements import Page
 from keylatch.store import Store
-from keylatch_sidecar import listing
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.listing import CURSOR_SCHEMAS, cursor_of
+from keylatch_sidecar.management import listing
+from keylatch_sidecar.management.listing import CURSOR_SCHEMAS, cursor_of
 from servers import PostgresServer
 from shell import Operator
 from test_store import NOW, record

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import Sidecar
 from keylatch.keyring import Created
-from keylatch_sidecar.bodies import iso
+from keylatch_sidecar.management.bodies import iso
 from test_docs import examples
 from test_unsent import KEYS, bearer, created
 

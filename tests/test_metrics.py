@@ -18,13 +18,13 @@ from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
-from keylatch.meter import Count, Histogram
 from keylatch.metrics import Collector
 from keylatch.model import Allow, Deny, Reason, Wanted
 from keylatch.settings import Settings
-from keylatch.statements import advance
+from keylatch.sql.statements import advance
 from keylatch.store import Poll, Store, Touched
-from keylatch.usage import Usage
+from keylatch.telemetry.meter import Count, Histogram
+from keylatch.usage.uses import Usage
 from keylatch_sidecar.metrics import Page, merged
 from servers import PostgresServer, eventually, free_port
 from shell import Operator, ended
@@ -346,7 +346,7 @@ async def test_caches_and_uses_are_counted(make_engine: MakeEngine, clock: Clock
 @pytest.mark.anyio
 async def test_lost_uses_are_counted() -> None:
     """Beyond 50,000 keys that wait, a use is lost; and told."""
-    from keylatch.cache import Use
+    from keylatch.caches.cache import Use
 
     async def write(uses: object, tally: object) -> None:
         raise StoreUnavailable("down")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from keylatch.condition import Part
-from keylatch.meter import STAGES, Meter
 from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
+from keylatch.telemetry.condition import Part
+from keylatch.telemetry.meter import STAGES, Meter
 
 FOLDER = Path(__file__).parent.parent / "deploy/monitoring"
 README = (FOLDER / "README.md").read_text()

@@ -20,8 +20,8 @@ from keylatch.drafts import Draft
 from keylatch.engine import Engine
 from keylatch.foreign import Foreign
 from keylatch.keyring import Created, Keyring
-from keylatch.schema import keys
 from keylatch.settings import Settings
+from keylatch.sql.schema import keys
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio

@@ -8,10 +8,10 @@ import pytest
 
 from conftest import Clock
 from keylatch.engine import Engine
-from keylatch.feed import Feed
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, KeyRecord, Reason
-from keylatch.news import News, Seal
+from keylatch.revocation.feed import Feed
+from keylatch.revocation.news import News, Seal
 from keylatch.settings import Settings
 from keylatch.store import Changes, Store, Touched
 from servers import PostgresServer, RedisServer, eventually
@@ -122,7 +122,7 @@ class TestFeed:
 
     def test_what_was_heard_goes_with_the_tombstones(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the floor takes their place, nothing is acknowledged by hearsay any more."""
-        monkeypatch.setattr("keylatch.feed._MAX_TOMBSTONES", 1)
+        monkeypatch.setattr("keylatch.revocation.feed._MAX_TOMBSTONES", 1)
         feed, _ = feed_at(5)
         feed.hear(news(5, (6, "key_a", None), (7, "key_b", None)))
         feed.apply(Changes(6, EPOCH, True, ((6, "key_a", None),)))

@@ -16,9 +16,9 @@ from openapi_spec_validator import validate
 from conftest import Clock, Sidecar, sidecar_on
 from keylatch.drafts import InvalidValue, checked_name
 from keylatch.keyring import Created
-from keylatch_sidecar import ext_authz, verify
 from keylatch_sidecar.app import ROUTES
-from keylatch_sidecar.bodies import NAME_PATTERN
+from keylatch_sidecar.management.bodies import NAME_PATTERN
+from keylatch_sidecar.proxies import ext_authz, verify
 
 AS_JSON = {"Content-Type": "application/json"}
 EXT_AUTHZ = f"{ext_authz.PATH}/{{path}}"

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from keylatch import lease_statements as leases
-from keylatch import statements as sql
-from keylatch.database import Database
-from keylatch.schema import invalidations
+from keylatch.sql import lease_statements as leases
+from keylatch.sql import statements as sql
+from keylatch.sql.database import Database
+from keylatch.sql.schema import invalidations
 from keylatch.store import Store, database_of
-from keylatch.tally import DAY_MS, Client, Tally, add_tally, prune_tallies, usage_of
+from keylatch.usage.tally import DAY_MS, Client, Tally, add_tally, prune_tallies, usage_of
 from servers import PostgresServer
 from test_store import NOW, record
 

@@ -16,13 +16,13 @@ import httpx
 import pytest
 
 from conftest import MakeEngine
-from keylatch.breaker import Breaker, connect
-from keylatch.cache import Absence
+from keylatch.caches.breaker import Breaker, connect
+from keylatch.caches.cache import Absence
+from keylatch.caches.shared_cache import SharedCache, Told
 from keylatch.engine import Engine
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, KeyRecord, Reason
 from keylatch.settings import Settings
-from keylatch.shared_cache import SharedCache, Told
 from keylatch.tokens import SECRET_LENGTH, CheckKeys, Token
 from keylatch_sidecar.app import create_app
 from servers import RedisServer, eventually, serving

@@ -8,7 +8,7 @@ import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import Clock, MakeEngine, OnAStore
-from keylatch.cache import Entry, entry_of
+from keylatch.caches.cache import Entry, entry_of
 from keylatch.drafts import InvalidValue, NotPermitted, NotPossible
 from keylatch.engine import Engine
 from keylatch.keyring import Created, Rotated

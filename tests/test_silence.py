@@ -10,9 +10,9 @@ from sqlalchemy import Connection
 
 from keylatch.errors import StoreUnavailable
 from keylatch.model import KeyRecord
-from keylatch.postgresql import PostgreSQL
+from keylatch.sql.postgresql import PostgreSQL
 from keylatch.store import Absent, Store
-from keylatch.tally import ALLOWED, DAY_MS, Client, Tally
+from keylatch.usage.tally import ALLOWED, DAY_MS, Client, Tally
 from proxy import Proxy
 from servers import PostgresServer
 from test_store import NOW, record

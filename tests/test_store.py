@@ -14,9 +14,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
 from conftest import OnAStore
-from keylatch import schema
 from keylatch.errors import ConfigurationError, StoreIncompatible, StoreUnavailable
 from keylatch.model import KeyRecord
+from keylatch.sql import schema
 from keylatch.store import Absent, Found, Store, database_of
 from servers import PostgresServer
 
@@ -144,7 +144,7 @@ class StoreContract(OnAStore):
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who asks for more than the log still holds is told that it is not complete."""
-        monkeypatch.setattr("keylatch.statements._KEPT_INVALIDATIONS", 2)
+        monkeypatch.setattr("keylatch.sql.statements._KEPT_INVALIDATIONS", 2)
         for number in range(5):
             last = await store.add(record(f"key_{number}"), "hashed")
         await store.tidy(NOW)
@@ -220,7 +220,7 @@ class TestSQLite(LastingStoreContract):
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Also one of another process, also after the log was truncated, and nothing else does."""
-        monkeypatch.setattr("keylatch.sqlite._CHECKPOINT_AT_BYTES", 1)
+        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_AT_BYTES", 1)
         program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2])"
         program += "; c.commit(); c.execute('PRAGMA wal_checkpoint(TRUNCATE)'); c.close()"
         change = "UPDATE keylatch_meta SET seq = seq + 1"
@@ -243,7 +243,7 @@ class TestSQLite(LastingStoreContract):
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """A system that does not tell where the index is costs microseconds, and no key."""
-        monkeypatch.setattr("keylatch.wal_index._MAPS", tmp_path / "missing")
+        monkeypatch.setattr("keylatch.sql.wal_index._MAPS", tmp_path / "missing")
         unaided = Store(url)
         await unaided.open(NOW)
         assert unaided.mark_now() is None
@@ -255,7 +255,7 @@ class TestSQLite(LastingStoreContract):
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After checks, the log can still be truncated: nobody holds on to an old snapshot."""
-        monkeypatch.setattr("keylatch.sqlite._CHECKPOINT_AT_BYTES", 1)
+        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_AT_BYTES", 1)
         await store.add(record(), "hashed")
         store.sequence_now()
         store.changes_now(0)
@@ -283,7 +283,7 @@ class TestSQLite(LastingStoreContract):
     ) -> None:
         """Who cannot write within the busy time is told so; reads and checks go on."""
         await store.close()  # connections with another busy time
-        monkeypatch.setattr("keylatch.sqlite._BUSY_SECONDS", 0.05)
+        monkeypatch.setattr("keylatch.sql.sqlite._BUSY_SECONDS", 0.05)
         await store.open(NOW)
         holder = sqlite3.connect(tmp_path / "keys.db", isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
@@ -370,6 +370,6 @@ class TestPostgreSQL(LastingStoreContract):
 def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra, a PostgreSQL store says what to install, before anything is imported."""
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "keylatch.postgresql", raising=False)
+    monkeypatch.delitem(sys.modules, "keylatch.sql.postgresql", raising=False)
     with pytest.raises(ConfigurationError, match=r"keylatch\[postgres\]"):
         database_of("postgresql://localhost/keys")

@@ -16,8 +16,7 @@ from sqlalchemy import Connection, update
 
 import worker_wsgi
 from conftest import Clock, MakeEngine, OnAStore
-from keylatch import tally as tallies
-from keylatch.cache import Use
+from keylatch.caches.cache import Use
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Created
@@ -30,12 +29,13 @@ from keylatch.model import (
     Wanted,
     principal_of,
 )
-from keylatch.schema import keys
+from keylatch.sql.schema import keys
 from keylatch.store import Store, database_of
-from keylatch.tally import ALLOWED, DAY_MS, KEPT_DAYS, Client, Count, Day, KeyUsage, Tally
 from keylatch.tokens import CheckKeys
-from keylatch.unstored import CAPACITY
-from keylatch.usage import Usage
+from keylatch.usage import tally as tallies
+from keylatch.usage.tally import ALLOWED, DAY_MS, KEPT_DAYS, Client, Count, Day, KeyUsage, Tally
+from keylatch.usage.unstored import CAPACITY
+from keylatch.usage.uses import Usage
 from servers import PostgresServer
 from test_engine import bearer, with_other_secret
 from test_fork import forking

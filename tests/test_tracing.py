@@ -138,7 +138,7 @@ def test_without_the_switch_nothing_is_imported_for_it() -> None:
     program = "import sys, keylatch.asgi, keylatch_sidecar.app; print(*sys.modules)"
     imported = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "keylatch.engine" in imported.stdout
-    assert "keylatch.tracing" not in imported.stdout
+    assert "keylatch.telemetry.tracing" not in imported.stdout
 
 
 @pytest.mark.long

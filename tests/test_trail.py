@@ -31,7 +31,7 @@ from keylatch.logs import JSONLines
 from keylatch.portal import Portal
 from keylatch.settings import Settings
 from keylatch.store import Absent, Found, Store
-from keylatch.trail import TRAIL, request_id
+from keylatch.telemetry.trail import TRAIL, request_id
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from servers import eventually, free_port
 from shell import Operator, ended

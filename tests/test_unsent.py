@@ -15,7 +15,7 @@ from keylatch.keyring import Created
 from keylatch.model import Verdict
 from keylatch.settings import Settings
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.bodies import iso
+from keylatch_sidecar.management.bodies import iso
 from servers import needs, serving
 
 KEYS = "/v1/api-keys"

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
-from keylatch.cache import Use
+from keylatch.caches.cache import Use
 from keylatch.errors import StoreUnavailable
-from keylatch.tally import Tally
-from keylatch.usage import Usage
+from keylatch.usage.tally import Tally
+from keylatch.usage.uses import Usage
 
 pytestmark = pytest.mark.anyio
 

@@ -20,10 +20,10 @@ from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.model import Allow, Deny, Reason
 from keylatch.settings import Settings
+from keylatch.sql.vault_statements import KINDS
 from keylatch.store import Poll, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.vault import SHARED_CACHE_SECONDS, MustStay
-from keylatch.vault_statements import KINDS
 from servers import PostgresServer, RedisServer
 from shell import Operator
 

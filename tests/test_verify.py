@@ -13,8 +13,8 @@ from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.model import FULL, Principal
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.proxies import identity_headers
-from keylatch_sidecar.verify import wanted_by
+from keylatch_sidecar.proxies.answers import identity_headers
+from keylatch_sidecar.proxies.verify import wanted_by
 from wire import answer, exchange, knock, read, send
 
 NAME = 'Grüße, "ASGI"/日本 %0d%0aX-Evil: 1'

@@ -18,8 +18,8 @@ from keylatch.asgi import APIKeyMiddleware
 from keylatch.engine import Engine
 from keylatch.keyring import Created
 from keylatch.model import Wanted
+from keylatch.revocation.watch import Watch
 from keylatch.store import Store
-from keylatch.watch import Watch
 from servers import PostgresServer, eventually, serving
 
 seen: list[str] = []

@@ -15,10 +15,10 @@ import time
 from array import array
 from pathlib import Path
 
-from keylatch.counter import Counter
 from keylatch.engine import Engine
-from keylatch.feed import Feed
 from keylatch.model import Allow, Deny, Reason
+from keylatch.revocation.counter import Counter
+from keylatch.revocation.feed import Feed
 from keylatch.settings import Settings
 
 REFUSED, ACCEPTED, UNDECIDED = range(3)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from keylatch.engine import Engine
 from keylatch.model import Allow
-from keylatch.news import News, Seal
+from keylatch.revocation.news import News, Seal
 from keylatch.settings import Settings
 from keylatch.tokens import CheckKeys, Token
 

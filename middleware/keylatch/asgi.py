@@ -21,8 +21,8 @@ from keylatch.identity import ProxyGate
 from keylatch.model import Deny
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
+from keylatch.telemetry.trail import Trail, following
 from keylatch.tokens import Token
-from keylatch.trail import Trail, following
 from keylatch.websocket import run_until
 
 _FOLLOWED: Final = "keylatch.followed"

@@ -15,25 +15,25 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from keylatch import credentials
-from keylatch.bell import Bell
-from keylatch.cache import Absence, Cache, Entry
-from keylatch.condition import Condition
+from keylatch.caches.cache import Absence, Cache, Entry
+from keylatch.caches.flights import Flights
+from keylatch.caches.shared_cache import SharedCache
 from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
-from keylatch.feed import Feed, Witness
-from keylatch.flights import Flights
 from keylatch.lookup import Lookup, Owner
-from keylatch.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, Meter
 from keylatch.model import ANY_KEY, Allow, Deny, Reason, Unsettled, Verdict, Wanted, judge
-from keylatch.second_look import SecondLook
-from keylatch.shared_cache import SharedCache
-from keylatch.statements import VAULT
+from keylatch.revocation.bell import Bell
+from keylatch.revocation.feed import Feed, Witness
+from keylatch.revocation.second_look import SecondLook
+from keylatch.revocation.watch import Watch
+from keylatch.sql.statements import VAULT
 from keylatch.store import Store
+from keylatch.telemetry.condition import Condition
+from keylatch.telemetry.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, Meter
 from keylatch.tokens import CheckKeys, Token, fingerprint, is_native, is_well_formed
-from keylatch.usage import Caller, Usage
-from keylatch.watch import Watch
+from keylatch.usage.uses import Caller, Usage
 
 if TYPE_CHECKING:
-    from keylatch.tracing import Tracing
+    from keylatch.telemetry.tracing import Tracing
 
 _ATTEMPTS: Final = 3
 

@@ -38,7 +38,7 @@ from keylatch.gate import Gate
 from keylatch.model import Deny, Unsettled, Verdict, Wanted
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
-from keylatch.trail import Trail, timed, timed_awaiting
+from keylatch.telemetry.trail import Trail, timed, timed_awaiting
 from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity, trail_of
 
 View = TypeVar("View", bound=Callable[..., Any])

@@ -12,35 +12,35 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from keylatch.bell import Bell, RedisBell, StoreBell
-from keylatch.breaker import Breaker, connect
-from keylatch.cache import Absence, Cache, Entry
+from keylatch.caches.breaker import Breaker, connect
+from keylatch.caches.cache import Absence, Cache, Entry
+from keylatch.caches.flights import Flights
+from keylatch.caches.shared_cache import SharedCache
 from keylatch.checks import Aside, Checks
-from keylatch.condition import Condition, Part
-from keylatch.counter import Counter
 from keylatch.errors import KeylatchError, StoreUnavailable
-from keylatch.feed import Feed, Receipt, Witness
-from keylatch.flights import Flights
 from keylatch.hashing import Hasher
 from keylatch.jobs import Jobs
 from keylatch.keyring import Keyring
-from keylatch.lease import Lease, boottime
 from keylatch.lookup import Lookup
-from keylatch.meter import TIMED, Meter
 from keylatch.model import KeyRecord
-from keylatch.news import News, Seal
-from keylatch.second_look import SecondLook
+from keylatch.revocation.bell import Bell, RedisBell, StoreBell
+from keylatch.revocation.counter import Counter
+from keylatch.revocation.feed import Feed, Receipt, Witness
+from keylatch.revocation.lease import Lease, boottime
+from keylatch.revocation.news import News, Seal
+from keylatch.revocation.second_look import SecondLook
+from keylatch.revocation.watch import Watch
 from keylatch.settings import Settings
-from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets, Store
-from keylatch.tally import Tally
+from keylatch.telemetry.condition import Condition, Part
+from keylatch.telemetry.meter import TIMED, Meter
 from keylatch.tokens import CheckKeys
-from keylatch.usage import Usage
+from keylatch.usage.tally import Tally
+from keylatch.usage.uses import Usage
 from keylatch.vault import Vault
-from keylatch.watch import Watch
 
 if TYPE_CHECKING:
-    from keylatch.tracing import Tracing
+    from keylatch.telemetry.tracing import Tracing
 
 _RETRY_START_SECONDS: Final = 0.1
 _TIDY_SECONDS: Final = 30.0
@@ -343,7 +343,7 @@ class Engine(Checks):
 
 
 def _tracing() -> "Tracing":
-    from keylatch.tracing import Tracing  # an extra
+    from keylatch.telemetry.tracing import Tracing  # an extra
 
     return Tracing()
 

@@ -11,7 +11,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.policy import Policy
 from keylatch.refusals import Refusals
 from keylatch.settings import Settings
-from keylatch.trail import Checks, Followed
+from keylatch.telemetry.trail import Checks, Followed
 
 App = TypeVar("App")
 

@@ -22,9 +22,9 @@ import argon2
 from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
 
 from keylatch import foreign
-from keylatch.condition import Condition
 from keylatch.errors import HashingBusy, HashingFailed
-from keylatch.meter import Count
+from keylatch.telemetry.condition import Condition
+from keylatch.telemetry.meter import Count
 from keylatch.tokens import Token, is_native
 
 T = TypeVar("T")

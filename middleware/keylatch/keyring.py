@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from keylatch.deeds import OPERATOR
 from keylatch.drafts import (
     LIVE,
     Draft,
@@ -27,14 +26,15 @@ from keylatch.drafts import (
     checked_reason,
     written_metadata,
 )
-from keylatch.feed import Receipt
 from keylatch.foreign import Foreign
 from keylatch.hashing import Hasher
 from keylatch.model import FULL, Deed, KeyRecord, Principal
+from keylatch.revocation.feed import Receipt
 from keylatch.settings import Settings
+from keylatch.sql.deeds import OPERATOR
 from keylatch.store import Page, Store
-from keylatch.tally import DAY_MS, KeyUsage
 from keylatch.tokens import CheckKeys, Token
+from keylatch.usage.tally import DAY_MS, KeyUsage
 
 __all__ = [
     "Changed",

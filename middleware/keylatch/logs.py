@@ -12,8 +12,8 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
+from keylatch.telemetry.trail import TRAIL
 from keylatch.tokens import without_tokens
-from keylatch.trail import TRAIL
 
 
 class JSONLines(logging.Formatter):

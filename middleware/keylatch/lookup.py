@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keylatch import foreign
-from keylatch.cache import Absence, Entry, entry_of
+from keylatch.caches.cache import Absence, Entry, entry_of
+from keylatch.caches.shared_cache import SharedCache, Told
 from keylatch.errors import HashingBusy, KeylatchError
-from keylatch.feed import Feed, Witness
 from keylatch.hashing import Hasher
-from keylatch.meter import L2, STORE, Meter
 from keylatch.model import KeyRecord, Reason, flaw
-from keylatch.shared_cache import SharedCache, Told
+from keylatch.revocation.feed import Feed, Witness
 from keylatch.store import Absent, Found, Store
+from keylatch.telemetry.meter import L2, STORE, Meter
 from keylatch.tokens import Token, is_native
 
 _MOST_FOREIGN: Final = 32

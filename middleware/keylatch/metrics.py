@@ -19,8 +19,8 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector as _Collector
 
 from keylatch.engine import Engine
-from keylatch.lease import Lease
-from keylatch.meter import Histogram
+from keylatch.revocation.lease import Lease
+from keylatch.telemetry.meter import Histogram
 
 Samples = Iterable[tuple[tuple[str, ...], float | Histogram]]
 

@@ -13,23 +13,23 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
-from keylatch import lease_statements as leases
-from keylatch import rotations
-from keylatch import statements as sql
-from keylatch import vault_statements as vault
-from keylatch.condition import Condition
-from keylatch.database import Database, Question, Rows
-from keylatch.deeds import OPERATOR, page_of_deeds
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.lease_statements import BELL, Poll
-from keylatch.memory import Memory
-from keylatch.meter import Count
-from keylatch.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.model import Deed, KeyRecord
-from keylatch.sqlite import SQLite
-from keylatch.statements import Absent, Changes, Found, Page, Secrets, Touched
-from keylatch.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
-from keylatch.vault_statements import Kept
+from keylatch.sql import lease_statements as leases
+from keylatch.sql import rotations
+from keylatch.sql import statements as sql
+from keylatch.sql import vault_statements as vault
+from keylatch.sql.database import Database, Question, Rows
+from keylatch.sql.deeds import OPERATOR, page_of_deeds
+from keylatch.sql.lease_statements import BELL, Poll
+from keylatch.sql.memory import Memory
+from keylatch.sql.migrations import bring_up_to_date, is_up_to_date, version_of
+from keylatch.sql.sqlite import SQLite
+from keylatch.sql.statements import Absent, Changes, Found, Page, Secrets, Touched
+from keylatch.sql.vault_statements import Kept
+from keylatch.telemetry.condition import Condition
+from keylatch.telemetry.meter import Count
+from keylatch.usage.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
 
 # A silent server is given up soon and asked anew: checks are 503 until it has answered.
 _OPEN_SECONDS: Final = 1.0
@@ -68,7 +68,7 @@ def database_of(url: str) -> Database:
         if find_spec(package) is None:
             wrong = f"KEYLATCH_STORE: postgresql needs the package {package}"
             raise ConfigurationError([(wrong, "pip install 'keylatch[postgres]'")])
-    from keylatch.postgresql import PostgreSQL  # asyncio support costs 0.1 s at import
+    from keylatch.sql.postgresql import PostgreSQL  # asyncio support costs 0.1 s at import
 
     return PostgreSQL(parsed)
 

@@ -13,11 +13,11 @@ A rotation that was cut off in between is finished by the next one.
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-from keylatch.deeds import OPERATOR
-from keylatch.feed import Receipt
-from keylatch.shared_cache import TTL_SECONDS
+from keylatch.caches.shared_cache import TTL_SECONDS
+from keylatch.revocation.feed import Receipt
+from keylatch.sql.deeds import OPERATOR
+from keylatch.sql.vault_statements import KINDS, Kept
 from keylatch.store import Store
-from keylatch.vault_statements import KINDS, Kept
 
 SHARED_CACHE_SECONDS: Final = TTL_SECONDS
 """How long values live in the shared cache, and how long a process may still be about to make

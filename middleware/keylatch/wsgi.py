@@ -19,8 +19,8 @@ from keylatch.identity import ProxyGate
 from keylatch.model import ANY_KEY, Deny, Verdict, Wanted
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
+from keylatch.telemetry.trail import Trail, following, timed
 from keylatch.tokens import Token
-from keylatch.trail import Trail, following, timed
 
 PRINCIPAL: Final = "keylatch.principal"
 """Where in `environ` the principal is: PEP 3333 lets a middleware add keys of its own name."""

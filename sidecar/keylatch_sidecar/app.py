@@ -15,23 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch_sidecar import (
-    audit,
-    ext_authz,
-    health,
-    key_usage,
-    leaked,
-    metrics,
-    openapi,
-    rotation,
-    sendook,
-    unsent,
-    verify,
-)
-from keylatch_sidecar.facts import PROFILES
+from keylatch_sidecar import health, leaked, metrics, openapi
 from keylatch_sidecar.followed import followed
-from keylatch_sidecar.problems import Problem, no_such_key
-from keylatch_sidecar.proxies import Proxies
+from keylatch_sidecar.management import audit, key_usage, rotation, sendook, unsent
+from keylatch_sidecar.management.problems import Problem, no_such_key
+from keylatch_sidecar.proxies import ext_authz, verify
+from keylatch_sidecar.proxies.answers import Proxies
+from keylatch_sidecar.proxies.facts import PROFILES
 from keylatch_sidecar.settings import ProxySettings
 
 ROUTES = [
@@ -100,7 +90,7 @@ def create_app(
             stack.push_async_callback(reports.end)
             await stack.enter_async_context(page.shared())
             if grpc is not None:
-                from keylatch_sidecar import grpc_authz  # an extra
+                from keylatch_sidecar.proxies import grpc_authz  # an extra
 
                 server = await grpc_authz.serve(
                     proxies, engine, grpc.address, is_shared=grpc.is_shared

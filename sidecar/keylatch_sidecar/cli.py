@@ -26,14 +26,15 @@ from keylatch.model import FULL, Allow, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
 from keylatch.tokens import SCAN_PATTERN
-from keylatch_sidecar import intake, key_file, life_commands, terminal
-from keylatch_sidecar.audit_command import audit
-from keylatch_sidecar.backup_command import backup, ended, restore, restored
-from keylatch_sidecar.bench_command import bench
-from keylatch_sidecar.command import find, with_engine, with_keyring
-from keylatch_sidecar.doctor_command import doctor
-from keylatch_sidecar.migrate_command import migrate
-from keylatch_sidecar.options import (
+from keylatch_sidecar.commands import life as life_commands
+from keylatch_sidecar.commands import terminal
+from keylatch_sidecar.commands.audit import audit
+from keylatch_sidecar.commands.backup import backup, ended, restore, restored
+from keylatch_sidecar.commands.bench import bench
+from keylatch_sidecar.commands.command import find, with_engine, with_keyring
+from keylatch_sidecar.commands.doctor import doctor
+from keylatch_sidecar.commands.migrate import migrate
+from keylatch_sidecar.commands.options import (
     ClientsOption,
     ExtAuthzFactsOption,
     HasherOption,
@@ -53,11 +54,13 @@ from keylatch_sidecar.options import (
     TracingOption,
     VerifyFactsOption,
 )
-from keylatch_sidecar.proxies import wanted_of
-from keylatch_sidecar.scan_command import scan
-from keylatch_sidecar.secrets_command import secrets
+from keylatch_sidecar.commands.scan import scan
+from keylatch_sidecar.commands.secrets import secrets
+from keylatch_sidecar.commands.usage import usage
+from keylatch_sidecar.intake import batches as intake
+from keylatch_sidecar.intake import key_file
+from keylatch_sidecar.proxies.answers import wanted_of
 from keylatch_sidecar.settings import ProxySettings
-from keylatch_sidecar.usage_command import usage
 
 T = TypeVar("T")
 
@@ -158,7 +161,7 @@ def serve(
             wrong = "several workers cannot share a Unix socket for gRPC"
             terminal.fail(wrong, "--grpc-port, or one worker", terminal.UNUSABLE)
         try:
-            import keylatch_sidecar.grpc_authz  # noqa: F401 - here, and not in every worker
+            import keylatch_sidecar.proxies.grpc_authz  # noqa: F401 - here, and not in every worker
         except ImportError as error:
             wrong, _, hint = str(error).partition(": ")
             terminal.fail(wrong, hint, terminal.UNUSABLE)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from keylatch.schema import VERSION
+from keylatch.sql.schema import VERSION
 from keylatch.store import Store
 
 _BUSY_SECONDS: Final = 5.0
@@ -214,7 +214,7 @@ def _reader(path: Path) -> sqlite3.Connection:
 
 def _writer(path: Path) -> sqlite3.Connection:
     writer = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
-    writer.execute("PRAGMA wal_autocheckpoint = 0")  # for the reason that `keylatch.sqlite` gives
+    writer.execute("PRAGMA wal_autocheckpoint = 0")  # why: see `keylatch.sql.sqlite`
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("BEGIN IMMEDIATE")  # a copy waits for a lock without end: rather fail here
     writer.execute("ROLLBACK")

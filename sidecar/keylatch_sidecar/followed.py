@@ -3,7 +3,7 @@
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.asgi import telling
-from keylatch.trail import following
+from keylatch.telemetry.trail import following
 
 
 def followed(app: ASGIApp, *, tells: bool) -> ASGIApp:

@@ -5,10 +5,10 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch import condition
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
-from keylatch_sidecar.bodies import JSON, Shape, iso
+from keylatch.telemetry import condition
+from keylatch_sidecar.management.bodies import JSON, Shape, iso
 
 
 class Health(Shape):

@@ -30,10 +30,10 @@ from keylatch.errors import HashingFailed, KeylatchError, StoreUnavailable
 from keylatch.keyring import Keyring
 from keylatch.lookup import Owner
 from keylatch.tokens import Token, is_native
-from keylatch_sidecar import bodies, unsent
-from keylatch_sidecar.bodies import JSON, Body, Shape
-from keylatch_sidecar.problems import Problem
-from keylatch_sidecar.profile import speaking
+from keylatch_sidecar.management import bodies, unsent
+from keylatch_sidecar.management.bodies import JSON, Body, Shape
+from keylatch_sidecar.management.problems import Problem
+from keylatch_sidecar.management.profile import speaking
 
 REASON: Final = "leaked"
 _ACTOR: Final = "leak report"  # in the audit log

@@ -14,22 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import (
-    audit,
-    days,
-    ext_authz,
-    health,
-    key_usage,
-    leaked,
-    listing,
-    metrics,
-    rotation,
-    sendook,
-    unsent,
-    verify,
-)
-from keylatch_sidecar.access import engine_of
-from keylatch_sidecar.bodies import JSON, REASON_PATTERN, Body
+from keylatch_sidecar import health, leaked, metrics
+from keylatch_sidecar.management import audit, days, key_usage, listing, rotation, sendook, unsent
+from keylatch_sidecar.management.access import engine_of
+from keylatch_sidecar.management.bodies import JSON, REASON_PATTERN, Body
+from keylatch_sidecar.proxies import ext_authz, verify
 
 _OF_A_CALLER: Final = (401, 403, 503)
 _OF_A_BODY: Final = (400, 413, 415)
@@ -304,8 +293,8 @@ def build(grantable: tuple[str, ...]) -> dict[str, Any]:
         },
     }
     # Both dialects have a Key: pydantic tells them apart by the module's full name.
-    text = json.dumps(content).replace("keylatch_sidecar__unsent__", "unsent.")
-    document: dict[str, Any] = json.loads(text.replace("keylatch_sidecar__sendook__", "sendook."))
+    text = json.dumps(content).replace("keylatch_sidecar__management__", "")
+    document: dict[str, Any] = json.loads(re.sub(r"\b(unsent|sendook)__", r"\1.", text))
     for model in {model for model in _models() if issubclass(model, Body)}:
         described = document["components"]["schemas"][_name(model)]["properties"]
         if "permission" in described:

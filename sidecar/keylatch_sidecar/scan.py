@@ -1,4 +1,4 @@
-"""Where keylatch tokens stand in files. Whose they are is not asked here: `scan_command` does that.
+"""Where keylatch tokens stand in files. Whose they are is for `commands.scan` to ask.
 
 A published regular expression has to lean on word boundaries, and leaks do not keep to them
 (`KEY_kl_live_…`, `%20kl_live_…`, a JSON `\\nkl_live_…`). Here the CRC-32 decides where a token

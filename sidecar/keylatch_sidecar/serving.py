@@ -22,8 +22,8 @@ from uvicorn.config import LOGGING_CONFIG
 from uvicorn.supervisors import Multiprocess
 
 from keylatch import logs
-from keylatch_sidecar.any_method import AnyMethod
 from keylatch_sidecar.app import GRPCListener, from_environment
+from keylatch_sidecar.proxies.any_method import AnyMethod
 
 # Above the idle times of proxies, who would otherwise ask on connections that we have closed.
 _KEEP_ALIVE_SECONDS: Final = 75

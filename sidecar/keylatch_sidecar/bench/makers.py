@@ -12,14 +12,14 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from keylatch.breaker import Breaker, connect
+from keylatch.caches.breaker import Breaker, connect
+from keylatch.caches.shared_cache import SharedCache
 from keylatch.engine import Engine
-from keylatch.feed import END, Receipt
 from keylatch.hashing import Hasher
 from keylatch.keyring import Keyring
 from keylatch.model import KeyRecord
+from keylatch.revocation.feed import END, Receipt
 from keylatch.settings import Settings
-from keylatch.shared_cache import SharedCache
 from keylatch.store import Found, Secrets
 from keylatch.tokens import CheckKeys, Token
 from keylatch_sidecar.bench.connection import Connection, Place, Unusable

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from redis.exceptions import AuthenticationError, ResponseError
 
-from keylatch.breaker import BUDGET_SECONDS, FAILURES, connect
+from keylatch.caches.breaker import BUDGET_SECONDS, FAILURES, connect
 from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
 
 _SECONDS: Final = 2.0

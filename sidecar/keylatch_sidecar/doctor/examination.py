@@ -7,7 +7,7 @@ from typing import Final
 
 from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
-from keylatch.sqlite import SQLite
+from keylatch.sql.sqlite import SQLite
 from keylatch.store import database_of, file_of
 from keylatch_sidecar.doctor import cache, file, host, server
 from keylatch_sidecar.doctor.finding import Finding, failure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from keylatch.sqlite import SQLite
+from keylatch.sql.sqlite import SQLite
 from keylatch_sidecar.doctor import tables
 from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
 

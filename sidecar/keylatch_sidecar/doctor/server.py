@@ -5,8 +5,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
-from keylatch.database import Database
 from keylatch.errors import StoreUnavailable
+from keylatch.sql.database import Database
 from keylatch_sidecar.doctor import tables
 from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
 

@@ -6,7 +6,7 @@ The questions, and what the answers mean; it asks nobody itself.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from keylatch.schema import VERSION
+from keylatch.sql.schema import VERSION
 from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
 
 _MANY: Final = 12

@@ -1,0 +1,103 @@
+"""Was what was let in still good? Looked at again, off the path, with eyes of its own.
+
+Checks believe the feed, its witness and what they have remembered of both. Whether they are right
+to, nobody on their path can say. So whenever uses are stored, the log of changes is read once more,
+by a question of its own and into a book of its own: key or organisation, sequence number, and the
+moment at which this process could know. A key that was let in later than that, by an entry that is
+older than the change, was accepted after its revocation: that must never be, and is counted.
+
+It cannot raise a false alarm: no clocks of two machines are compared, and whoever was late by a
+thread's pause is within the grace. It can miss what is over before it looks (within seconds), and
+keys that are no longer remembered: it finds what goes on being wrong, not what was wrong once.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from keylatch.caches.cache import Entry
+from keylatch.errors import StoreUnavailable
+from keylatch.sql.statements import Changes
+from keylatch.store import Store
+
+GRACE_MS: Final = 1_000.0
+"""A thread may be paused between looking at the clock and letting somebody in."""
+_MAX_KNOWN: Final = 100_000
+
+log = logging.getLogger("keylatch")
+
+
+class SecondLook:
+    """At the keys that one process has let in.
+
+    Args:
+        store: whose log of changes counts.
+        entry: what the process remembers of a key id.
+        now_ms: the time that uses are noted in.
+        bound_ms: how long after a commit a process may decide by what was before.
+        found: called for each key that was accepted too late.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        entry: Callable[[str], Entry | None],
+        now_ms: Callable[[], float],
+        bound_ms: float,
+        found: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._entry = entry
+        self._now_ms = now_ms
+        self._grace_ms = bound_ms + GRACE_MS
+        self._found = found
+        self.begin(0, "")
+
+    def begin(self, seq: int, epoch: str) -> None:
+        """Know of no change up to this one."""
+        self._seq = seq
+        self._epoch = epoch
+        self._floor = (0, 0.0)
+        self._touched: dict[str, tuple[int, float]] = {}
+
+    async def look(self, uses: Mapping[str, int]) -> None:
+        """Judge uses (key id → milliseconds) by what was known before them, and learn what is new
+        for the next ones."""
+        for key_id, used_at in uses.items():
+            entry = self._entry(key_id)
+            if entry is not None and self._is_late(entry, used_at):
+                self._found()
+                log.critical(
+                    "key %s was let in after it was revoked or changed: please report this",
+                    key_id,
+                )
+        try:
+            changes = await self._store.changes(self._seq)
+        except StoreUnavailable:
+            return
+        self._learn(changes, self._now_ms())
+
+    def _is_late(self, entry: Entry, used_at: float) -> bool:
+        nothing = (0, 0.0)
+        known = (
+            self._floor,
+            self._touched.get(entry.key_id, nothing),
+            self._touched.get(entry.organization_id, nothing),
+        )
+        return any(
+            entry.as_of < seq and used_at > known_at + self._grace_ms for seq, known_at in known
+        )
+
+    def _learn(self, changes: Changes, now_ms: float) -> None:
+        if changes.epoch != self._epoch or changes.seq < self._seq:  # another store: `feed` says so
+            self.begin(changes.seq, changes.epoch)
+            return
+        if not changes.complete or len(self._touched) > _MAX_KNOWN:
+            self._floor, self._touched = (changes.seq, now_ms), {}
+        for seq, key_id, organization_id in changes.touched:
+            if key_id is None and organization_id is None:
+                self._floor = (seq, now_ms)
+            for touched in (key_id, organization_id):
+                if touched is not None:
+                    self._touched[touched] = (seq, now_ms)
+        self._seq = changes.seq

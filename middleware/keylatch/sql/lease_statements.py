@@ -1,0 +1,140 @@
+"""The statements about leases: who holds one, who has acknowledged what, and how the bell rings.
+
+`statements` has what a lease is about: the log of changes. Nothing here changes what a key may do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Case,
+    Connection,
+    Double,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.types import UserDefinedType
+
+from keylatch.sql.database import Question, Rows
+from keylatch.sql.schema import invalidations, members
+from keylatch.sql.statements import Changes, changes_since, now_ms, read_changes
+
+BELL: Final = "keylatch_bell"
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """The answer to a process that asks for a lease."""
+
+    is_member: bool
+    acknowledged: int
+    changes: Changes
+    store_seconds: float
+    """The store's own time, in seconds since the epoch."""
+
+
+class _Jsonb(UserDefinedType[Any]):
+    """PostgreSQL's own, without the import of its dialect, which users of SQLite need not wait
+    for."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "JSONB"
+
+
+def _poll() -> Select[Any]:
+    # The log is read as it was when the statement began, the grant is counted when the row is
+    # locked: a little later. A removal in between finds fewer grants and takes the row away; then
+    # none is counted here, and nothing was granted.
+    granted = (
+        update(members)
+        .where(members.c.id == bindparam("member"))
+        .values(grants=members.c.grants + 1, acked_seq=_known())
+        .returning(members.c.acked_seq)
+        .cte("granted")
+    )
+    acknowledged = select(granted.c.acked_seq).scalar_subquery()
+    store_seconds = func.extract("epoch", func.clock_timestamp())
+    return changes_since().add_columns(acknowledged, cast(store_seconds, Double))
+
+
+def _known() -> Case[int]:
+    # What a process heard is acknowledged only if it is, line by line, what the log says now: a
+    # bell may be an old one, from before this store went back to a backup, with numbers that have
+    # been given out again since. No key and no epoch can tell; the log can.
+    since = bindparam("since", type_=BigInteger)
+    heard_seq = bindparam("heard_seq", type_=BigInteger)
+    line = func.jsonb_build_array(
+        invalidations.c.seq, invalidations.c.key_id, invalidations.c.organization_id
+    ).label("line")
+    lines = (
+        select(line)
+        .where(invalidations.c.seq > since, invalidations.c.seq <= heard_seq)
+        .order_by(invalidations.c.seq)
+        .subquery()
+    )
+    logged = select(func.jsonb_agg(lines.c.line, type_=_Jsonb)).scalar_subquery()
+    heard = cast(bindparam("heard", type_=Text), _Jsonb)
+    return case((logged == heard, heard_seq), else_=since)
+
+
+def _laggards() -> Select[Any]:
+    # One row at least, because nobody may be left who lags; and few, because it is asked often.
+    everybody = select(func.count().label("members")).select_from(members).subquery()
+    lagging = members.c.acked_seq < bindparam("seq", type_=BigInteger)
+    return select(everybody.c.members, members.c.id, members.c.grants).join_from(
+        everybody, members, lagging, isouter=True
+    )
+
+
+LAGGARDS: Final = Question(_laggards())
+POLL: Final = Question(_poll())
+RING: Final = Question(select(func.pg_notify(BELL, bindparam("said", type_=Text))))
+
+
+def read_poll(rows: Rows, since: int) -> Poll:
+    *_, acknowledged, store_seconds = rows[0]
+    is_member = acknowledged is not None
+    return Poll(is_member, acknowledged or 0, read_changes(rows, since), store_seconds)
+
+
+def join(connection: Connection, member: str) -> None:
+    """A process will ask for leases under this name."""
+    if not connection.execute(select(members.c.id).where(members.c.id == member)).all():
+        connection.execute(
+            insert(members).values(id=member, grants=0, acked_seq=0, joined_at=now_ms())
+        )
+
+
+def leave(connection: Connection, member: str) -> None:
+    """A process holds no lease any more."""
+    connection.execute(members.delete().where(members.c.id == member))
+
+
+def remove_members(connection: Connection, silent: Mapping[str, int], seq: int) -> int:
+    """Remove members that were granted nothing since and still have not acknowledged `seq`.
+
+    Whoever is locked is just being granted something, or hangs in the middle of it: next time.
+    """
+    removed = 0
+    for member in sorted(silent):
+        condition = and_(
+            members.c.id == member,
+            members.c.grants == silent[member],
+            members.c.acked_seq < seq,
+        )
+        locked = select(members.c.id).where(condition).with_for_update(skip_locked=True)
+        if connection.execute(locked).first() is not None:
+            removed += connection.execute(members.delete().where(condition)).rowcount
+    return removed

@@ -1,0 +1,85 @@
+"""The store in this process's memory: for tests of apps, never for keys that shall live on.
+
+It is SQLite, so it holds what the store on a file holds; work runs at once, in the caller's thread.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy import StaticPool, create_engine, event
+
+from keylatch.errors import StoreUnavailable
+from keylatch.sql.database import Question, Rows, Work, errors_translated
+
+T = TypeVar("T")
+
+
+class Memory:
+    """One connection, one after the other; see `keylatch.sql.database.Database`."""
+
+    is_shared = False
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._engine = create_engine(
+            "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+        )
+        event.listen(self._engine, "connect", _configure)
+        event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+
+    async def ask(
+        self, question: Question, *, seconds: float | None = None, **parameters: Any
+    ) -> Rows:
+        return self.ask_now(question, **parameters)
+
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
+        return self._run(work)
+
+    async def write(
+        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+    ) -> T:
+        return self._run(work)
+
+    def ask_now(self, question: Question, **parameters: Any) -> Rows:
+        return self._run(
+            lambda connection: [
+                tuple(row) for row in connection.execute(question.statement, parameters)
+            ]
+        )
+
+    def _run(self, work: Work[T]) -> T:
+        with (
+            self._lock,
+            errors_translated(sqlite3.Error, "it is a store in memory"),
+            self._engine.begin() as connection,
+        ):
+            return work(connection)
+
+    def mark_now(self) -> bytes | None:
+        return None
+
+    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
+        raise StoreUnavailable("a store in memory has no bell", "and needs none")
+
+    async def tidy(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None  # it lives as long as the object
+
+    def before_fork(self) -> None:
+        return None
+
+    def after_fork(self) -> None:
+        return None
+
+    def forget(self) -> None:
+        return None
+
+
+def _configure(raw: sqlite3.Connection, record: object) -> None:
+    raw.isolation_level = None  # sqlite3 must not begin transactions on its own
+    raw.execute("PRAGMA foreign_keys = ON")

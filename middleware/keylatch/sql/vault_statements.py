@@ -1,0 +1,120 @@
+"""The statements about the store's own secrets: the check keys of tokens, and L2's peppers.
+
+The law of this file is that of `statements`: whatever changes what the secrets are is ONE
+transaction that advances `meta.seq` and writes the invalidation that names them. Work may be
+repeated: a lost answer, or a crash between two steps, makes no second secret.
+"""
+
+import secrets as csprng
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
+
+from keylatch.sql.deeds import write_down
+from keylatch.sql.schema import keys, secrets
+from keylatch.sql.statements import VAULT, advance
+
+KINDS: Final = ("check", "pepper")
+_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What there is to know of a secret without it."""
+
+    id: int
+    kind: str
+    created_at: int
+    """Milliseconds since the epoch; once it makes, since when it does."""
+    role: Literal["makes", "reads", "waits"]
+    """What it is for: everything new; what was made before; nothing until everybody knows it."""
+
+
+def kept(connection: Connection) -> list[Kept]:
+    """All secrets, newest first."""
+    rows = connection.execute(
+        select(secrets.c.id, secrets.c.kind, secrets.c.created_at, secrets.c.makes).order_by(
+            secrets.c.id.desc()
+        )
+    ).all()
+    makers: dict[str, int] = {}
+    for row in rows:
+        if row.makes:
+            makers.setdefault(row.kind, row.id)
+    return [
+        Kept(
+            *(row.id, row.kind, row.created_at),
+            "waits" if not row.makes else "makes" if makers[row.kind] == row.id else "reads",
+        )
+        for row in rows
+    ]
+
+
+def introduce(connection: Connection, kinds: Sequence[str], now_ms: int, by: str) -> int:
+    """Add a secret of each kind that none waits of; everybody is told of those as well that wait
+    already, because whoever introduced them may not have lived to hear that they are known."""
+    seq = advance(connection, now_ms, organization_id=VAULT)  # first: it locks
+    write_down(connection, now_ms, by, "secrets.introduce", None, None, {"kinds": list(kinds)})
+    waiting = set(
+        connection.execute(select(secrets.c.kind).where(secrets.c.makes.is_(False))).scalars()
+    )
+    for kind in kinds:
+        if kind not in waiting:
+            connection.execute(
+                insert(secrets).values(
+                    kind=kind, value=csprng.token_bytes(_BYTES), created_at=now_ms, makes=False
+                )
+            )
+    return seq
+
+
+def promote(connection: Connection, kinds: Sequence[str], now_ms: int, by: str) -> int:
+    """Make everything with what waits."""
+    seq = advance(connection, now_ms, organization_id=VAULT)
+    connection.execute(
+        update(secrets)
+        .where(secrets.c.kind.in_(kinds), secrets.c.makes.is_(False))
+        .values(makes=True, created_at=now_ms)
+    )
+    write_down(connection, now_ms, by, "secrets.rotate", None, None, {"kinds": list(kinds)})
+    return seq
+
+
+def retire(
+    connection: Connection, secret_id: int, before_ms: int, now_ms: int, by: str
+) -> int | None:
+    """Delete a secret if one that came into use after it, and before that time, makes now."""
+    newer = secrets.alias()
+    replaced = exists().where(
+        newer.c.kind == secrets.c.kind,
+        newer.c.id > secrets.c.id,
+        newer.c.makes,
+        newer.c.created_at <= before_ms,
+    )
+    seq = advance(connection, now_ms, organization_id=VAULT)
+    done = connection.execute(
+        secrets.delete().where(secrets.c.id == secret_id, secrets.c.makes, replaced)
+    )
+    if not done.rowcount:
+        return None
+    write_down(connection, now_ms, by, "secrets.retire", None, None, {"id": secret_id})
+    return seq
+
+
+def made_before(connection: Connection, time_ms: int, now_ms: int) -> int:
+    """Keys that are live and whose token was made here before that time."""
+    made_at = func.coalesce(keys.c.rotated_at, keys.c.created_at)
+    count: int = connection.execute(
+        select(func.count()).select_from(keys).where(_is_live(now_ms), made_at < time_ms)
+    ).scalar_one()
+    return count
+
+
+def _is_live(now_ms: int) -> ColumnElement[Any]:
+    return and_(
+        keys.c.deleted_at.is_(None),
+        keys.c.locator.is_(None),  # made elsewhere
+        or_(keys.c.expires_at.is_(None), keys.c.expires_at > now_ms),
+    )

@@ -1,0 +1,1 @@
+"""What a process tells of itself, gathered where it happens; `metrics` and `logs` show it."""

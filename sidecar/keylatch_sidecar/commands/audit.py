@@ -1,0 +1,76 @@
+"""`keylatch audit`: who did what to which key, as a table or as JSON lines to keep elsewhere."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from keylatch.keyring import Keyring
+from keylatch.model import Deed
+from keylatch.settings import Settings
+from keylatch_sidecar.commands import terminal
+from keylatch_sidecar.commands.command import with_keyring
+from keylatch_sidecar.commands.options import RedisOption, StoreOption
+from keylatch_sidecar.management.audit import described
+
+_PAGE = 500
+_USUAL_LIMIT = 50
+
+
+def audit(
+    organization: Annotated[
+        str | None, typer.Option(help="Only this one's lines.", show_default="everybody's")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Only what was done to this key.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="At most so many, the newest.", min=1, show_default="50; all as JSON lines"
+        ),
+    ] = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="One JSON object a line, on standard output.")
+    ] = False,
+    store: StoreOption = None,
+    redis: RedisOption = None,
+) -> None:
+    """Show the audit log, the newest first."""
+    wanted = limit or (sys.maxsize if json_lines else _USUAL_LIMIT)
+    table = Table(box=None)
+    for heading in ("at", "actor", "action", "organisation", "key", "details"):
+        table.add_column(heading, overflow="fold")
+
+    async def run(keyring: Keyring) -> None:
+        left, before = wanted, None
+        while left:
+            deeds = await keyring.deeds(organization, min(left, _PAGE), key_id=key, before=before)
+            for deed in deeds:
+                _write(deed) if json_lines else table.add_row(*_cells(deed))
+            if len(deeds) < min(left, _PAGE):
+                return
+            left, before = left - len(deeds), deeds[-1].id
+
+    with_keyring(Settings.load(store=store, redis=redis), run)
+    if not json_lines:
+        Console(highlight=False, markup=False).print(table)
+        terminal.words.print("JSON lines of all of it: keylatch audit --json-lines")
+
+
+def _write(deed: Deed) -> None:
+    sys.stdout.write(json.dumps(described(deed).model_dump(by_alias=True)) + "\n")
+
+
+def _cells(deed: Deed) -> list[str]:
+    line = described(deed)
+    details = ", ".join(f"{name}: {value}" for name, value in line.details.items())
+    return [
+        line.at,
+        line.actor,
+        line.action,
+        line.organization_id or "",
+        line.key_id or "",
+        details,
+    ]

@@ -1,0 +1,175 @@
+"""`keylatch bench`: what was typed, and how the run is told. The work is `keylatch_sidecar.bench`.
+
+Exit codes: 0 measured, 1 a check was accepted after the answer of a DELETE, 2 wrong usage, nobody
+there, or something could not be taken back. A key is never an argument.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from keylatch import credentials
+from keylatch.model import Reason
+from keylatch.settings import Settings
+from keylatch_sidecar.bench.connection import Place, Unusable
+from keylatch_sidecar.bench.load import Credential
+from keylatch_sidecar.bench.plan import OutOfBounds, Plan
+from keylatch_sidecar.commands import terminal
+from keylatch_sidecar.commands.options import JSONOption
+
+if TYPE_CHECKING:
+    from keylatch_sidecar.bench.comparison import Move
+    from keylatch_sidecar.bench.figures import Results
+    from keylatch_sidecar.bench.session import Target
+
+KEY_VARIABLE: Final = "KEYLATCH_BENCH_KEY"
+USUAL: Final = Plan()
+
+
+def bench(
+    url: Annotated[str | None, typer.Argument(help="Of a sidecar: http://127.0.0.1:8700")] = None,
+    uds: Annotated[Path | None, typer.Option(help="Or its Unix socket.")] = None,
+    # No environment variables here: this talks only to what it was pointed at.
+    store: Annotated[
+        str | None, typer.Option(help="The sidecar's store; without a sidecar, in process.")
+    ] = None,
+    redis: Annotated[str | None, typer.Option(help="The sidecar's Redis.")] = None,
+    seconds: Annotated[float, typer.Option(help="Load for each tier.")] = USUAL.seconds,
+    rate: Annotated[int, typer.Option(help="Checks a second, open loop.")] = USUAL.rate,
+    flood_rate: Annotated[
+        int, typer.Option(help="Made-up tokens a second in the flood tier.")
+    ] = USUAL.flood_rate,
+    connections: Annotated[
+        int, typer.Option(help="Kept to the sidecar; as many again for the flood.")
+    ] = USUAL.connections,
+    keys: Annotated[int, typer.Option(help="Keys to make at most.")] = USUAL.keys,
+    revocations: Annotated[
+        int, typer.Option(help="How often to revoke a key.")
+    ] = USUAL.revocations,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("keylatch-bench"),
+    compare: Annotated[
+        Path | None, typer.Option(help="results.json of an earlier run: what moved?")
+    ] = None,
+    as_json: JSONOption = False,
+) -> None:
+    """Measure what authentication costs here, and when a revoke is true.
+
+    Without --store, keys are made with a FULL key from KEYLATCH_BENCH_KEY or standard input.
+    """
+    try:
+        from keylatch_sidecar.bench import comparison, figures, page, plots, report, session
+    except ImportError as error:
+        wrong = f"{error.name} is missing"
+        terminal.fail(wrong, "pip install 'keylatch[bench]'", terminal.UNUSABLE)
+    try:
+        plan = Plan(seconds, rate, flood_rate, connections, keys, revocations)
+        target = _target(url, uds, store, redis)
+        before = None if compare is None else comparison.read(compare)
+        out.mkdir(parents=True, exist_ok=True)
+    except OutOfBounds as error:
+        terminal.fail(str(error), "keylatch bench --help", terminal.UNUSABLE)
+    except Unusable as error:
+        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
+    except OSError as error:
+        wrong = f"cannot write to {out}: {error.strerror or error}"
+        terminal.fail(wrong, "another --out", terminal.UNUSABLE)
+    terminal.words.print(report.bounds(target, plan), soft_wrap=True)
+    try:
+        with _Bar(plan.expected_seconds) as bar:
+            results = session.run(target, plan, bar)
+    except session.Failed as failure:
+        _tell_of_keys(failure.results)
+        terminal.fail(failure.message, failure.hint, terminal.UNUSABLE)
+    moves: list[Move] = []
+    differences: list[str] = []
+    if before is not None:
+        moves = comparison.compare(before, results.as_json())
+        differences = comparison.differences(before, results.as_json())
+    figures.write(results, out / "results.json")
+    pictures = plots.pictures(results)
+    plots.write(pictures, out)
+    (out / "report.html").write_text(page.render(results, pictures, moves, differences))
+    console = Console(highlight=False, markup=False, stderr=as_json)
+    report.print_to(console, results)
+    if before is not None:
+        report.print_comparison(console, moves, differences)
+    if as_json:
+        terminal.print_json(results.as_json() | _as_json(moves, differences))
+    wrote = f"Wrote {out / 'report.html'}, results.json and {len(pictures)} plots."
+    terminal.words.print(wrote, soft_wrap=True)
+    _tell_of_keys(results)
+    if results.keys_left:
+        raise typer.Exit(terminal.UNUSABLE)
+    if results.accepted_after:
+        raise typer.Exit(terminal.REFUSED)
+
+
+def _target(url: str | None, uds: Path | None, store: str | None, redis: str | None) -> "Target":
+    from keylatch_sidecar.bench.session import Target
+
+    if url is not None and uds is not None:
+        raise Unusable("a URL and --uds are two places", "give one of them")
+    if url is None and uds is None and store is None:
+        raise Unusable("there is nothing to measure", "give a sidecar's URL, --uds or --store")
+    if redis is not None and store is None:
+        raise Unusable("--redis alone is of no use", "give --store as well, that of the sidecar")
+    place = Place(uds=uds) if uds is not None else Place.at(url) if url is not None else None
+    if store is not None:
+        return Target(place, Settings.load(store=store, redis=redis or ""))
+    return Target(place, None, _boss())
+
+
+def _boss() -> Credential:
+    """The FULL key, from the environment or from standard input."""
+    given = os.environ.get(KEY_VARIABLE, "").encode()
+    if not given and not sys.stdin.isatty():
+        given = sys.stdin.buffer.readline(1024)
+    value = b"Bearer " + given.strip()
+    if isinstance(credentials.read([value]), Reason):
+        raise Unusable(
+            "there is no key to make keys with",
+            f"a FULL key in {KEY_VARIABLE} or on standard input, or --store",
+        )
+    return Credential(value, 200)
+
+
+def _tell_of_keys(results: "Results") -> None:
+    if results.keys_left:
+        left = " ".join(results.keys_left)
+        wrong = f"{len(results.keys_left)} keys could not be taken back: {left}"
+        terminal.say(wrong, "keylatch keys revoke ID for each; they also expire by themselves")
+
+
+def _as_json(moves: "list[Move]", differences: list[str]) -> dict[str, Any]:
+    if not moves:
+        return {}
+    return {"comparison": {"moves": [asdict(move) for move in moves], "differences": differences}}
+
+
+class _Bar:
+    """The progress bar; it draws only when it is told something, never while load is running."""
+
+    def __init__(self, seconds: float) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        self._progress = Progress(
+            *columns, console=terminal.words, transient=True, auto_refresh=False
+        )
+        self._task = self._progress.add_task("connecting", total=seconds)
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def step(self, what: str, done: float) -> None:
+        """So much more is done, and this comes next."""
+        self._progress.update(self._task, advance=done, description=what or None)
+        self._progress.refresh()

@@ -1,0 +1,122 @@
+"""The options and arguments that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+from keylatch_sidecar.management.days import MAX_IDLE, MAX_KEPT
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="KEYLATCH_STORE",
+        help="sqlite:///path.db or postgresql://…",
+        show_default="sqlite:///keylatch.db",
+    ),
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option(
+        "--redis", envvar="KEYLATCH_REDIS", help="URL of the shared cache", show_default="none"
+    ),
+]
+PrefixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix", envvar="KEYLATCH_PREFIX", help="First word of new tokens.", show_default="kl"
+    ),
+]
+HasherOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hasher",
+        envvar="KEYLATCH_HASHER",
+        help="How new keys are hashed: argon2id or sha256.",
+        show_default="argon2id",
+    ),
+]
+LeaseOption = Annotated[
+    str | None,  # and not a float: Settings names it along with the other mistakes
+    typer.Option(
+        "--lease",
+        envvar="KEYLATCH_LEASE",
+        help="Seconds to trust caches without hearing from the store.",
+        show_default="1.0",
+    ),
+]
+ClientsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clients",
+        envvar="KEYLATCH_CLIENTS",
+        help="on: keep from which network each key was used last.",
+        show_default="off",
+    ),
+]
+LogOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log", envvar="KEYLATCH_LOG", help="How to log: text or json.", show_default="text"
+    ),
+]
+TimingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--timing",
+        envvar="KEYLATCH_TIMING",
+        help="Tell in headers how long checks took: on or off.",
+        show_default="off",
+    ),
+]
+TracingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracing",
+        envvar="KEYLATCH_TRACING",
+        help="Make spans of OpenTelemetry: on or off.",
+        show_default="off",
+    ),
+]
+VerifyFactsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--verify-facts",
+        envvar="KEYLATCH_VERIFY_FACTS",
+        help="Where proxies tell /verify what they were asked: none, forwarded or original.",
+        show_default="none",
+    ),
+]
+ExtAuthzFactsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ext-authz-facts",
+        envvar="KEYLATCH_EXT_AUTHZ_FACTS",
+        help="The same for /ext_authz: envoy, none, forwarded or original.",
+        show_default="envoy",
+    ),
+]
+ProxyCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy-cache-ttl",
+        envvar="KEYLATCH_PROXY_CACHE_TTL",
+        help="Seconds a proxy may remember an allow; a revoke does not reach it there.",
+        show_default="0",
+    ),
+]
+OrganizationOption = Annotated[str, typer.Option("--organization", help="Whose keys.")]
+OwnerOption = Annotated[
+    str | None,
+    typer.Option("--organization", help="Only if the key is this organisation's."),
+]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id of the key.")]
+OrganizationArgument = Annotated[str, typer.Argument(metavar="ORGANIZATION", help="Which one.")]
+IdleOption = Annotated[
+    int | None,
+    typer.Option(
+        "--idle", metavar="DAYS", help="Only keys not used for so long.", min=1, max=MAX_IDLE
+    ),
+]
+DaysOption = Annotated[int, typer.Option(help="How far back, today included.", min=1, max=MAX_KEPT)]
+JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

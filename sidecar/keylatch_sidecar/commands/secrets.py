@@ -1,0 +1,121 @@
+"""`keylatch secrets`: the store's own secrets, listed, rotated and retired; none is ever shown.
+
+Exit codes: 0 done, 1 it must stay or was not confirmed, 2 wrong usage or no store.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from keylatch.engine import Engine
+from keylatch.revocation.feed import Receipt
+from keylatch.settings import Settings
+from keylatch.sql.vault_statements import KINDS, Kept
+from keylatch.vault import MustStay
+from keylatch_sidecar.commands import terminal
+from keylatch_sidecar.commands.command import account, with_engine
+from keylatch_sidecar.commands.options import JSONOption, LeaseOption, RedisOption, StoreOption
+from keylatch_sidecar.management.bodies import iso
+
+_ROLES: Final = {
+    "makes": "all that is new",
+    "reads": "what was made with it",
+    "waits": "nothing yet: a rotation is not finished",
+}
+
+secrets = typer.Typer(
+    help="The store's own secrets: the check key of tokens and the pepper of the shared cache.",
+    no_args_is_help=True,
+)
+
+
+@secrets.command("list")
+def list_secrets(
+    as_json: JSONOption = False, store: StoreOption = None, redis: RedisOption = None
+) -> None:
+    """List them by id and age; what they are is never shown."""
+
+    async def run(engine: Engine) -> Sequence[Kept]:
+        return await (await engine.vault()).list()
+
+    kept = with_engine(Settings.load(store=store, redis=redis), run)
+    if as_json:
+        terminal.print_json([_as_json(secret) for secret in kept])
+        return
+    table = Table(box=None)
+    for heading in ("id", "kind", "since", "serves for"):
+        table.add_column(heading)
+    for secret in kept:
+        row = (str(secret.id), secret.kind, iso(secret.created_at), _ROLES[secret.role])
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)
+
+
+@secrets.command()
+def rotate(
+    check_key: Annotated[bool, typer.Option("--check-key", help="Only that of tokens.")] = False,
+    pepper: Annotated[bool, typer.Option("--pepper", help="Only that of the cache.")] = False,
+    store: StoreOption = None,
+    redis: RedisOption = None,
+    lease: LeaseOption = None,
+) -> None:
+    """Make all that is new with new secrets, while everything goes on; both, if none is named.
+
+    Old tokens and old values in Redis stay good. If it is cut off, run it again.
+    """
+    named = [kind for kind, given in zip(KINDS, (check_key, pepper), strict=True) if given]
+
+    async def run(engine: Engine) -> Receipt:
+        return await (await engine.vault()).rotate(named or KINDS, by=account())
+
+    receipt = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
+    what = " and ".join({"check": "check key", "pepper": "pepper"}[kind] for kind in named or KINDS)
+    terminal.words.print(f"Rotated {what}: {terminal.spread(receipt)}.")
+
+
+@secrets.command()
+def retire(
+    secret_id: Annotated[int, typer.Argument(metavar="ID", help="As secrets list has it.")],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Also a check key, which tokens depend on.")
+    ] = False,
+    store: StoreOption = None,
+    redis: RedisOption = None,
+    lease: LeaseOption = None,
+) -> None:
+    """Delete one that was replaced five minutes ago or earlier.
+
+    Tokens whose check was made with a retired check key are refused like made-up ones.
+    """
+
+    async def run(engine: Engine) -> Receipt | int:
+        vault = await engine.vault()
+        dependants = await vault.dependants(secret_id)
+        is_check = any(each.id == secret_id and each.kind == "check" for each in await vault.list())
+        if is_check and not yes:
+            return dependants
+        return await vault.retire(secret_id, by=account())
+
+    try:
+        done = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
+    except MustStay as error:
+        terminal.fail(error.message, error.hint, terminal.REFUSED)
+    if isinstance(done, int):
+        terminal.fail(
+            f"{done:,} live keys are older than its successor: their tokens would be refused",
+            "give them new tokens first; --yes retires it all the same",
+            terminal.REFUSED,
+        )
+    terminal.words.print(f"Retired {secret_id}: {terminal.spread(done)}.")
+
+
+def _as_json(secret: Kept) -> dict[str, object]:
+    return {
+        "id": secret.id,
+        "kind": secret.kind,
+        "since": iso(secret.created_at),
+        "role": secret.role,
+    }

@@ -1,0 +1,65 @@
+"""`keylatch keys usage`: how often a key was let in and refused, day by day."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from keylatch.engine import Engine
+from keylatch.settings import Settings
+from keylatch.usage.tally import KeyUsage
+from keylatch_sidecar.commands import terminal
+from keylatch_sidecar.commands.command import find, with_engine
+from keylatch_sidecar.commands.options import (
+    DaysOption,
+    JSONOption,
+    KeyId,
+    OwnerOption,
+    RedisOption,
+    StoreOption,
+)
+from keylatch_sidecar.management.key_usage import USUAL_DAYS, UsageOfKey, describe
+
+
+def usage(
+    key_id: KeyId,
+    days: DaysOption = USUAL_DAYS,
+    organization: OwnerOption = None,
+    as_json: JSONOption = False,
+    store: StoreOption = None,
+    redis: RedisOption = None,
+) -> None:
+    """Tell how often a key was let in, and refused for which reason, on each of the last days."""
+
+    async def ask(engine: Engine) -> KeyUsage | None:
+        found = await find(engine, key_id, organization)
+        if found is None:
+            return None
+        return await (await engine.keyring()).usage(found.organization_id, key_id, days)
+
+    settings = Settings.load(store=store, redis=redis)
+    told = describe(terminal.known(with_engine(settings, ask)))
+    if as_json:
+        terminal.print_json(told.model_dump(by_alias=True))
+    else:
+        _print(told)
+
+
+def _print(told: UsageOfKey) -> None:
+    table = Table(box=None)
+    for heading in ("day", "allowed", "refused"):
+        table.add_column(heading, justify="right" if heading == "allowed" else "left")
+    for each in told.days:
+        table.add_row(each.day, f"{each.allowed:,}", _refusals(each.refused))
+    table.add_row("total", f"{told.total.allowed:,}", _refusals(told.total.refused))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print(f"last used: {told.last_used or 'never'}")
+    if told.client is not None:
+        seen = told.client
+        whence = f"{seen.agent or 'an unknown agent'} in {seen.address or 'an unknown network'}"
+        console.print(f"last seen: {whence}, {seen.seen_at}")
+
+
+def _refusals(refused: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(refused.items()))

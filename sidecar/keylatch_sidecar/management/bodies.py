@@ -1,0 +1,298 @@
+"""Request bodies: read within bounds, parsed strictly, checked by models; and JSON answers.
+
+Strict means: at most 16 KiB, UTF-8, no name twice in an object (parsers disagree on which one
+counts, and two layers that disagree can be played against each other), no unknown fields, and
+nothing that an error could not quote: no number beyond a float, no nesting without end.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic.alias_generators import to_camel
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from keylatch.drafts import MAX_NAME_LENGTH, MAX_REASON_LENGTH
+from keylatch.model import KeyRecord
+from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
+from keylatch_sidecar.management.problems import NOT_GIVEN, Fault, Problem
+
+MAX_BODY_BYTES: Final = 16 * 1024
+_MAX_LEVELS: Final = 32  # no field of ours nests at all
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+M = TypeVar("M", bound="Body")
+
+
+_ISO: Final = re.compile(r"\d{4}-\d\d-\d\dT")
+
+
+def _only_iso(value: Any) -> Any:
+    """Pydantic would also take seconds since the epoch, in digits too."""
+    if value is not None and not (isinstance(value, str) and _ISO.match(value)):
+        raise ValueError("must be an ISO 8601 time with an offset")
+    return value
+
+
+def _in_utc(moment: datetime) -> datetime:
+    """Past the year 9999 there is no way to write it, and a list that holds it would fail."""
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999") from None
+
+
+Instant = Annotated[
+    AwareDatetime, Field(strict=False), BeforeValidator(_only_iso), AfterValidator(_in_utc)
+]
+
+
+def _whole(value: Any) -> Any:
+    """JSON Schema takes 60.0 for an integer, because JSON has one kind of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+# What `drafts` says of names and reasons, for clients made from the document: control characters,
+# and whatever makes a text read as another one, have no place but (blanks only) around it.
+_BLANKS: Final = r"\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_NAMELESS: Final = (
+    r"\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+)
+
+
+def _text_pattern(longest: int) -> str:
+    end = f"[^{_BLANKS}{_NAMELESS}]"
+    return f"^[{_BLANKS}]*{end}([^{_NAMELESS}]{{0,{longest - 2}}}{end})?[{_BLANKS}]*$"
+
+
+NAME_PATTERN: Final = _text_pattern(MAX_NAME_LENGTH)
+REASON_PATTERN: Final = _text_pattern(MAX_REASON_LENGTH)
+
+# Checked by `drafts`, described here.
+Name = Annotated[str, Field(json_schema_extra={"pattern": NAME_PATTERN})]
+Reason = Annotated[str, Field(json_schema_extra={"pattern": REASON_PATTERN})]
+Duration = Annotated[str, Field(json_schema_extra={"pattern": "^[1-9][0-9]{0,8}[smhdw]$"})]
+Environment = Annotated[str, Field(json_schema_extra={"pattern": f"^{ENVIRONMENT_PATTERN}$"})]
+Scalar = str | bool | int | float | None
+
+
+class Body(BaseModel):
+    """A request body: exact types, no unknown fields, names in camelCase."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", alias_generator=to_camel, hide_input_in_errors=True
+    )
+
+
+class Shape(BaseModel):
+    """An answer: names in camelCase."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+
+class JSON(Response):
+    """A JSON answer that is not kept by anybody on the way."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status: int = 200, headers: dict[str, str] | None = None):
+        super().__init__(content, status, {"Cache-Control": "no-store", **(headers or {})})
+
+    def render(self, content: Any) -> bytes:
+        return as_json(content)
+
+
+def as_json(content: Any) -> bytes:
+    """JSON of a shape, of a list of shapes, or of what JSON knows."""
+    if isinstance(content, Shape):
+        content = content.model_dump(by_alias=True)
+    elif isinstance(content, list):
+        content = [shape.model_dump(by_alias=True) for shape in content]
+    # ASCII: an error may quote a lone surrogate, which has no UTF-8.
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+class ErrorJSON(JSON):
+    """A JSON answer that may quote what was sent, but for tokens: who mistakes one for a name or a
+    field must not find it in the logs of whoever is on the way."""
+
+    def render(self, content: Any) -> bytes:
+        return without_tokens(super().render(content).decode()).encode()
+
+
+async def read(request: Request, model: type[M]) -> M:
+    """The request's body as a model; an empty body counts as an empty object.
+
+    Raises:
+        Problem: 413, 415, or 400 with the fields at fault.
+    """
+    content = await read_json(request)
+    if not isinstance(content, dict):
+        raise Problem(400, "The body must be a JSON object")
+    return checked(content, model)
+
+
+async def read_json(request: Request) -> Any:
+    """The request's body as JSON of whatever shape; an empty body counts as an empty object.
+
+    Raises:
+        Problem: 413, 415, or 400.
+    """
+    return _parsed(request, await _bytes(request))
+
+
+def checked(content: dict[str, Any], model: type[M]) -> M:
+    """What a JSON object says, as a model.
+
+    Raises:
+        Problem: 400, with the fields at fault.
+    """
+    names = {field.alias or name for name, field in model.model_fields.items()}
+    # Unknown fields are told here, because pydantic's exception would quote their names.
+    faults = [
+        Fault(name, "is no field of this body", value)
+        for name, value in content.items()
+        if name not in names
+    ]
+    known = {name: value for name, value in content.items() if name in names}
+    try:
+        checked = model.model_validate(known)
+    except ValidationError as error:
+        faults = [*_faults(error, known), *faults]
+    if faults:
+        raise invalid(faults)
+    return checked
+
+
+def invalid(faults: Sequence[Fault]) -> Problem:
+    """A body whose fields are at fault."""
+    message = "; ".join(f"{fault.path}: {fault.message}" for fault in faults)
+    return Problem(400, message, tuple(faults))
+
+
+def iso(milliseconds: int) -> str:
+    """ISO 8601, UTC, with milliseconds and `Z`, as both profiles write times."""
+    moment = _EPOCH + timedelta(milliseconds=milliseconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def milliseconds_of(moment: datetime | None) -> int | None:
+    """Milliseconds since the epoch."""
+    return None if moment is None else (moment - _EPOCH) // timedelta(milliseconds=1)
+
+
+def common_fields(record: KeyRecord) -> dict[str, Any]:
+    """What both profiles say of a key."""
+    return {
+        "id": record.id,
+        "name": record.name,
+        "organization_id": record.organization_id,
+        "active": record.active,
+        "created_at": iso(record.created_at),
+        "updated_at": iso(record.updated_at),
+    }
+
+
+async def _bytes(request: Request) -> bytes:
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise Problem(
+                    413,
+                    f"The body must not exceed {MAX_BODY_BYTES} bytes",
+                    headers={"Connection": "close"},
+                )
+    except ClientDisconnect:  # no fault of ours: nobody hears the answer, and no trace is logged
+        raise Problem(400, "The body ended early") from None
+    return bytes(body)
+
+
+def _parsed(request: Request, body: bytes) -> Any:
+    if not body:
+        return {}
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise Problem(415, "Send JSON: Content-Type: application/json")
+    try:
+        content = json.loads(
+            body.decode(),
+            object_pairs_hook=without_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise Problem(415, "The body is not JSON") from None
+    except (ValueError, RecursionError):
+        raise _beyond_reason() from None
+    if not _is_shallow(content):
+        raise _beyond_reason()
+    return content
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `json.loads`; a `Problem` where a name is there twice."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise invalid(
+            [
+                Fault(name, "is there twice", content[name])
+                for name in content
+                if names.count(name) > 1
+            ]
+        )
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise Problem(415, f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):  # 1e999: JSON may hold it, but an answer could not quote it
+        raise ValueError("beyond a float")
+    return number
+
+
+def _is_shallow(content: Any) -> bool:
+    layer = [content]
+    for _ in range(_MAX_LEVELS):
+        layer = [inner for value in layer for inner in _inside(value)]
+    return not layer
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _beyond_reason() -> Problem:
+    return Problem(400, "The body holds a number or a nesting beyond reason")
+
+
+def _faults(error: ValidationError, content: dict[str, Any]) -> list[Fault]:
+    faults = []
+    for problem in error.errors(include_url=False, include_input=False, include_context=False):
+        path = str(problem["loc"][0]) if problem["loc"] else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        faults.append(Fault(path, message, content.get(path, NOT_GIVEN)))
+    return faults

@@ -1,0 +1,30 @@
+"""Numbers of days in queries: how far back to look."""
+
+import re
+from typing import Final
+
+from starlette.requests import Request
+
+from keylatch.usage.tally import KEPT_DAYS
+from keylatch_sidecar.management.bodies import invalid
+from keylatch_sidecar.management.problems import Fault
+
+MAX_KEPT: Final = KEPT_DAYS
+MAX_IDLE: Final = 9_999
+_NUMBER: Final = re.compile(r"[0-9]{1,4}")
+
+
+def asked(request: Request, name: str, most: int) -> int | None:
+    """The days that a parameter of the query names; None: it is not there.
+
+    Raises:
+        Problem: 400, it is no number of days, or there are two of them.
+    """
+    given = request.query_params.getlist(name)
+    if not given:
+        return None
+    days = int(given[0]) if len(given) == 1 and _NUMBER.fullmatch(given[0]) else 0
+    if not 1 <= days <= most:
+        wanted = f"must be a number of days from 1 to {most}"
+        raise invalid([Fault(name, wanted, given[-1], location="query")])
+    return days

@@ -1,0 +1,204 @@
+"""Lists of keys: a bare array, whole as both dialects expect it, or in pages for those who ask.
+
+    GET /v1/api-keys?limit=100    ->    Link: <?limit=100&cursor=…>; rel="next"    (RFC 8288)
+
+The link is relative to the URL that was asked: whoever asks knows under which name and scheme, and
+a proxy in between may have changed both. A cursor is a place in the order of creation, so what is
+made or deleted meanwhile moves no other key to another page.
+
+Nothing here keeps the event loop: keys are read by the page and spelled by the slice. A list of
+more than one page is sent as it is read, so its length in memory is that of a page; if the store
+fails in the middle of it, the connection breaks.
+"""
+
+import asyncio
+import base64
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Final
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from keylatch.keyring import Keyring
+from keylatch.model import KeyRecord
+from keylatch.revocation.feed import END
+from keylatch.store import PAGE, Page
+from keylatch_sidecar.management.bodies import JSON, Shape, as_json, invalid
+from keylatch_sidecar.management.problems import Fault
+
+MAX_LIMIT: Final = 1_000
+_SLICE: Final = 100
+_HEADERS: Final = {"Cache-Control": "no-store"}
+_ORDERS: Final = {True: b"n", False: b"o"}  # newest, oldest first: a cursor is for one of them
+_CURSOR: Final = re.compile(r"[A-Za-z0-9_-]{12}")
+_LIMIT: Final = re.compile(r"[0-9]{1,4}")
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
+# The same in base64: the order in eight bits, and a number beyond 0 whose first two bits are 0.
+CURSOR_SCHEMAS: Final = {
+    newest_first: {
+        "type": "string",
+        "pattern": f"^b[{second}][A-Za-z0-9_-]{{10}}$",
+        "not": {"const": f"b{second[0]}AAAAAAAAAA"},
+    }
+    for newest_first, second in ((True, "g-j"), (False, "w-z"))
+}
+"""What a cursor looks like, by whether it is for the newest first."""
+
+Spell = Callable[[KeyRecord], Shape]
+
+
+async def answer(
+    request: Request,
+    keyring: Keyring,
+    organization_id: str,
+    spell: Spell,
+    *,
+    newest_first: bool = True,
+    deleted: bool = False,
+    idle_days: int | None = None,
+) -> Response:
+    """The list that was asked for.
+
+    Raises:
+        Problem: 400, a limit or a cursor is none.
+        StoreUnavailable: nothing was sent yet.
+    """
+    limit, after = _asked(request, newest_first)
+    page = await keyring.page(
+        organization_id,
+        limit or PAGE,
+        newest_first=newest_first,
+        deleted=deleted,
+        after=after,
+        idle_days=idle_days,
+    )
+    place = page.goes_on_after
+    if limit is not None or place is None:
+        link = {}
+        if limit is not None and place is not None:
+            link = _link(request, limit, place, newest_first, idle_days)
+        body = b"".join([part async for part in _array(page, None, spell)])
+        return Response(body, media_type=JSON.media_type, headers=_HEADERS | link)
+    rest = keyring.pages(
+        organization_id,
+        newest_first=newest_first,
+        deleted=deleted,
+        after=place,
+        idle_days=idle_days,
+    )
+    return _Sent(_array(page, rest, spell), request)
+
+
+class _Sent(Response):
+    """An answer that is sent as its parts come, for as long as somebody is there."""
+
+    def __init__(self, parts: AsyncIterator[bytes], request: Request) -> None:
+        super().__init__(None, media_type=JSON.media_type, headers=_HEADERS)
+        del self.headers["content-length"]
+        self._parts = parts
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            # Asked and not listened for: a task that listens would be one more that can hang.
+            if await self._request.is_disconnected():
+                return
+        await send({"type": "http.response.body", "body": b""})
+
+
+def cursor_of(place: int, newest_first: bool) -> str:
+    """A place in a list, as it is told."""
+    return base64.urlsafe_b64encode(_ORDERS[newest_first] + place.to_bytes(8)).decode()
+
+
+def _asked(request: Request, newest_first: bool) -> tuple[int | None, int | None]:
+    faults = []
+    values: dict[str, int | None] = {}
+    for name, read, wanted in (
+        ("limit", _limit, f"must be a number from 1 to {MAX_LIMIT}"),
+        ("cursor", lambda text: _place(text, newest_first), "must come from a link to a next page"),
+    ):
+        given = request.query_params.getlist(name)
+        values[name] = read(given[0]) if len(given) == 1 else None
+        if given and values[name] is None:
+            faults.append(Fault(name, wanted, given[-1], location="query"))
+    if faults:
+        raise invalid(faults)
+    return values["limit"], values["cursor"]
+
+
+def _limit(text: str) -> int | None:
+    limit = int(text) if _LIMIT.fullmatch(text) else 0
+    return limit if 1 <= limit <= MAX_LIMIT else None
+
+
+def _place(text: str, newest_first: bool) -> int | None:
+    if not _CURSOR.fullmatch(text):
+        return None
+    raw = base64.urlsafe_b64decode(text)
+    place = int.from_bytes(raw[1:])
+    is_one = raw[:1] == _ORDERS[newest_first] and 0 < place < END
+    return place if is_one else None
+
+
+def _link(
+    request: Request, limit: int, place: int, newest_first: bool, idle_days: int | None
+) -> dict[str, str]:
+    query = {"limit": str(limit), "cursor": cursor_of(place, newest_first)}
+    if request.query_params.get("include") == "deleted":
+        query["include"] = "deleted"
+    if idle_days is not None:
+        query["idle"] = str(idle_days)
+    return next_link(query)
+
+
+def next_link(query: Mapping[str, str]) -> dict[str, str]:
+    """The header that tells where a list goes on."""
+    return {"Link": f'<?{urlencode(query)}>; rel="next"'}
+
+
+def number(request: Request, name: str, largest: int) -> int | None:
+    """A number of the query, from 1 on; None: it is not there.
+
+    Raises:
+        Problem: 400, it is none.
+    """
+    given = request.query_params.getlist(name)
+    if not given:
+        return None
+    value = int(given[0]) if len(given) == 1 and _NUMBER.fullmatch(given[0]) else 0
+    if not 1 <= value <= largest:
+        wanted = f"must be a number from 1 to {largest}"
+        raise invalid([Fault(name, wanted, given[-1], location="query")])
+    return value
+
+
+async def _array(
+    first: Page, rest: AsyncIterator[Page] | None, spell: Spell
+) -> AsyncIterator[bytes]:
+    """A JSON array of all that the pages hold, in parts; whoever waits for the event loop gets it
+    between them."""
+    yield b"["
+    separator = b""
+    async for records in _slices(first, rest):
+        yield separator + as_json([spell(record) for record in records])[1:-1]
+        separator = b","
+        await asyncio.sleep(0)
+    yield b"]"
+
+
+async def _slices(
+    first: Page, rest: AsyncIterator[Page] | None
+) -> AsyncIterator[Sequence[KeyRecord]]:
+    for start in range(0, len(first.records), _SLICE):
+        yield first.records[start : start + _SLICE]
+    if rest is not None:
+        async for page in rest:
+            for start in range(0, len(page.records), _SLICE):
+                yield page.records[start : start + _SLICE]

@@ -1,0 +1,42 @@
+"""How a management endpoint turns what went wrong into its dialect's error."""
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keylatch.drafts import InvalidValue, NotPermitted, NotPossible
+from keylatch.errors import KeylatchError
+from keylatch_sidecar.management.access import engine_of
+from keylatch_sidecar.management.bodies import invalid
+from keylatch_sidecar.management.problems import Fault, Problem, beyond_rights, unavailable
+
+E = TypeVar("E")
+Handler = Callable[[E, Request], Awaitable[Response]]
+Spelling = Callable[[Problem], Response]
+
+
+def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
+    """Decorates an endpoint's method: whatever it raises is answered in this spelling."""
+
+    def decorate(handler: Handler[E]) -> Handler[E]:
+        @functools.wraps(handler)
+        async def answer(endpoint: E, request: Request) -> Response:
+            try:
+                return await handler(endpoint, request)
+            except Problem as problem:
+                return spell(problem)
+            except InvalidValue as error:
+                return spell(invalid([Fault(error.field, error.message)]))
+            except NotPossible as error:
+                return spell(Problem(400, str(error)))
+            except NotPermitted as error:
+                return spell(beyond_rights(str(error), engine_of(request).settings.realm))
+            except KeylatchError:
+                return spell(unavailable())
+
+        return answer
+
+    return decorate

@@ -1,0 +1,128 @@
+"""keylatch's own calls beside unsent's: a new secret for a key, the end of all keys or one's own.
+
+Errors are spelled as in unsent's dialect.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keylatch.drafts import LONGEST_GRACE_SECONDS
+from keylatch_sidecar.management import bodies, receipts
+from keylatch_sidecar.management.access import anybody, key_id, manager
+from keylatch_sidecar.management.bodies import JSON, Body, Reason, Whole
+from keylatch_sidecar.management.problems import no_such_key
+from keylatch_sidecar.management.profile import speaking
+from keylatch_sidecar.management.unsent import (
+    CreatedKey,
+    Success,
+    describe,
+    fields_of,
+    revoked,
+    spell,
+)
+
+DAY_SECONDS = 86_400
+
+
+class Rotate(Body):
+    """How long the present secret stays good, in seconds; 0: it ends with the answer."""
+
+    grace_seconds: Annotated[
+        Whole, Field(json_schema_extra={"minimum": 0, "maximum": LONGEST_GRACE_SECONDS})
+    ] = DAY_SECONDS
+
+
+class RevokeAll(Body):
+    """Why all keys end; it is kept with each."""
+
+    reason: Reason | None = None
+
+
+class AllRevoked(Success):
+    """How many keys were revoked, and how far that has spread."""
+
+    revoked: int
+
+
+class Rotation(HTTPEndpoint):
+    """`/v1/api-keys/{id}/rotate`"""
+
+    @speaking(spell)
+    async def post(self, request: Request) -> Response:
+        """Give a key a new secret. Its token is in this answer and nowhere else, ever; the one
+        before stays good for `graceSeconds`, a day unless told otherwise."""
+        caller, keyring = await manager(request)
+        body = await bodies.read(request, Rotate)
+        rotated = await keyring.rotate(
+            caller.organization_id,
+            key_id(request),
+            grace_seconds=body.grace_seconds,
+            by=caller,
+            wait=receipts.waits(request),
+        )
+        if rotated is None:
+            raise no_such_key()
+        created = CreatedKey(token=rotated.token.reveal(), **fields_of(rotated.record))
+        return JSON(created, 200, receipts.headers(rotated.receipt))
+
+
+class CancelledRotation(HTTPEndpoint):
+    """`/v1/api-keys/{id}/rotate/cancel`"""
+
+    @speaking(spell)
+    async def post(self, request: Request) -> Response:
+        """While the grace runs: the secret before is the key's again, and the new one ends."""
+        return await _ended(request, goes_back=True)
+
+
+class FinishedRotation(HTTPEndpoint):
+    """`/v1/api-keys/{id}/rotate/finish`"""
+
+    @speaking(spell)
+    async def post(self, request: Request) -> Response:
+        """While the grace runs: end it now; the new secret alone is good."""
+        return await _ended(request, goes_back=False)
+
+
+class Everything(HTTPEndpoint):
+    """`/v1/api-keys/revoke-all`"""
+
+    @speaking(spell)
+    async def post(self, request: Request) -> Response:
+        """Revoke every key of the organisation, the caller's own among them."""
+        caller, keyring = await manager(request)
+        body = await bodies.read(request, RevokeAll)
+        waited = receipts.waits(request)
+        done = await keyring.revoke_all(
+            caller.organization_id, reason=body.reason, by=caller, wait=waited
+        )
+        content = AllRevoked(
+            success=True, revoked=done.count, revocation=receipts.revocation(done.receipt)
+        )
+        return receipts.answer(content, done.receipt, waited=waited)
+
+
+class Self(HTTPEndpoint):
+    """`/v1/api-keys/self`"""
+
+    @speaking(spell)
+    async def delete(self, request: Request) -> Response:
+        """Revoke the key that asks, whatever its permission."""
+        caller, keyring = await anybody(request)
+        return await revoked(request, keyring, caller, caller.key_id)
+
+
+async def _ended(request: Request, *, goes_back: bool) -> Response:
+    caller, keyring = await manager(request)
+    await bodies.read(request, Body)
+    end = keyring.cancel_rotation if goes_back else keyring.finish_rotation
+    changed = await end(
+        caller.organization_id, key_id(request), by=caller, wait=receipts.waits(request)
+    )
+    if changed is None:
+        raise no_such_key()
+    return JSON(describe(changed.record), 200, receipts.headers(changed.receipt))

@@ -1,0 +1,146 @@
+"""Sendook's dialect: `/v1/api_keys` (with an underscore)."""
+
+from typing import Any
+
+from pydantic import Field
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keylatch.keyring import InvalidValue
+from keylatch.model import KeyRecord
+from keylatch_sidecar.management import bodies, listing, receipts
+from keylatch_sidecar.management.access import key_id, manager
+from keylatch_sidecar.management.bodies import JSON, Body, ErrorJSON, Name, Shape
+from keylatch_sidecar.management.problems import NOT_GIVEN, Fault, Problem, no_such_key
+from keylatch_sidecar.management.profile import speaking
+
+
+class CreateKey(Body):
+    """Sendook's keys have a name and nothing else to choose."""
+
+    name: Name
+
+
+class Key(Shape):
+    """A key, without its token. `_id` is what raw clients of the real server read."""
+
+    id: str
+    mongo_id: str = Field(alias="_id")
+    name: str
+    organization_id: str
+    active: bool
+    created_at: str
+    updated_at: str
+
+
+class CreatedKey(Key):
+    """A new key, with its token this once."""
+
+    key: str
+
+
+class FieldError(Shape):
+    """One field that cannot be accepted."""
+
+    type: str
+    value: Any = None
+    msg: str
+    path: str
+    location: str
+
+
+class FieldErrors(Shape):
+    """A body that cannot be accepted."""
+
+    errors: list[FieldError]
+
+
+class Error(Shape):
+    """Any other error."""
+
+    error: str
+    message: str
+    code: str
+
+
+def spell(problem: Problem) -> ErrorJSON:
+    """An error in Sendook's shape.
+
+    Its page lists "API key doesn't have permission" under 401, so here a key whose permission
+    does not suffice gets 401; the challenge says `insufficient_scope`.
+    """
+    status = 401 if problem.status == 403 else problem.status
+    if problem.faults:
+        return ErrorJSON({"errors": [_fault(fault) for fault in problem.faults]}, status)
+    body = {"error": problem.message, "message": problem.message, "code": problem.code}
+    return ErrorJSON(body, status, problem.headers)
+
+
+class Keys(HTTPEndpoint):
+    """`/v1/api_keys`"""
+
+    @speaking(spell)
+    async def get(self, request: Request) -> Response:
+        """List the organisation's keys, oldest first; with `?limit=` in pages."""
+        caller, keyring = await manager(request)
+        return await listing.answer(
+            request, keyring, caller.organization_id, _key, newest_first=False
+        )
+
+    @speaking(spell)
+    async def post(self, request: Request) -> Response:
+        """Create a key. Its token is in this answer and nowhere else, ever."""
+        caller, keyring = await manager(request)
+        body = await bodies.read(request, CreateKey)
+        try:
+            created = await keyring.create(
+                caller.organization_id, body.name, environment=caller.environment, by=caller
+            )
+        except InvalidValue as error:
+            raise bodies.invalid([Fault(error.field, error.message, body.name)]) from None
+        return JSON(CreatedKey(key=created.token.reveal(), **_fields(created.record)))
+
+
+class OneKey(HTTPEndpoint):
+    """`/v1/api_keys/{id}`"""
+
+    @speaking(spell)
+    async def get(self, request: Request) -> Response:
+        """Show a key, deleted or not."""
+        caller, keyring = await manager(request)
+        record = await keyring.get(caller.organization_id, key_id(request))
+        if record is None:
+            raise no_such_key()
+        return JSON(_key(record))
+
+    @speaking(spell)
+    async def delete(self, request: Request) -> Response:
+        """Revoke a key, at once and finally. Repeating it changes nothing."""
+        caller, keyring = await manager(request)
+        waited = receipts.waits(request)
+        changed = await keyring.delete(
+            caller.organization_id, key_id(request), by=caller, wait=waited
+        )
+        if changed is None:
+            raise no_such_key()
+        return receipts.answer(_key(changed.record), changed.receipt, waited=waited)
+
+
+def _key(record: KeyRecord) -> Key:
+    return Key(**_fields(record))
+
+
+def _fields(record: KeyRecord) -> dict[str, Any]:
+    return bodies.common_fields(record) | {"mongo_id": record.id}
+
+
+def _fault(fault: Fault) -> dict[str, Any]:
+    given = {} if fault.value is NOT_GIVEN else {"value": fault.value}
+    return {
+        "type": "field",
+        **given,
+        "msg": "Invalid value",
+        "path": fault.path,
+        "location": fault.location,
+    }

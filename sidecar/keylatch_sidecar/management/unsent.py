@@ -1,0 +1,255 @@
+"""unsent's dialect, and keylatch's own extensions of it: `/v1/api-keys` (with a hyphen)."""
+
+import json
+from datetime import datetime
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keylatch.drafts import InvalidValue, end_after
+from keylatch.keyring import Keyring
+from keylatch.model import FULL, KeyRecord, Principal
+from keylatch_sidecar.management import bodies, days, listing, receipts
+from keylatch_sidecar.management.access import engine_of, key_id, manager
+from keylatch_sidecar.management.bodies import (
+    JSON,
+    Body,
+    Duration,
+    Environment,
+    ErrorJSON,
+    Instant,
+    Name,
+    Scalar,
+    Shape,
+    iso,
+)
+from keylatch_sidecar.management.problems import Problem, no_such_key
+from keylatch_sidecar.management.profile import speaking
+
+T = TypeVar("T")
+
+
+class CreateKey(Body):
+    """What follows `permission` is keylatch's. An expiry is an instant, or a time from now such as
+    `90d`."""
+
+    name: Name
+    permission: str = FULL
+    environment: Environment | None = None
+    expires_at: Instant | None = None
+    expires_in: Duration | None = None
+    metadata: dict[str, Scalar] | None = None
+
+
+def _without_defaults(schema: dict[str, Any]) -> None:
+    """A client made from the document must not send the defaults of what it leaves out."""
+    for field in schema["properties"].values():
+        field.pop("default", None)
+    schema["minProperties"] = 1
+
+
+class ChangeKey(Body):
+    """Whatever is not given stays as it is."""
+
+    model_config = ConfigDict(json_schema_extra=_without_defaults)
+
+    name: Name = ""
+    active: bool = True
+    permission: str = FULL
+    expires_at: Instant | None = None
+    expires_in: Duration = ""
+    metadata: dict[str, Scalar] | None = None
+
+
+class Previous(Shape):
+    """The secret before the last rotation: when it ends or has ended, and when it was last used."""
+
+    partial_token: str
+    expires_at: str
+    last_used: str | None
+
+
+class Key(Shape):
+    """A key, without its token. The fields after `lastUsed` are keylatch's."""
+
+    id: str
+    name: str
+    partial_token: str
+    permission: str
+    created_at: str
+    last_used: str | None
+    organization_id: str
+    active: bool
+    environment: str
+    expires_at: str | None
+    updated_at: str
+    metadata: dict[str, Scalar]
+    revoked_reason: str | None
+    rotated_at: str | None
+    previous: Previous | None
+
+
+class CreatedKey(Key):
+    """A new key, with its token this once."""
+
+    token: str
+
+
+class Success(Shape):
+    """What deleting answers. `revocation` is keylatch's."""
+
+    success: bool
+    revocation: receipts.Revocation
+
+
+class ErrorDetail(Shape):
+    """Why a call failed."""
+
+    code: str
+    message: str
+
+
+class Error(ErrorDetail):
+    """The superset that every official SDK of unsent can read."""
+
+    error: ErrorDetail
+
+
+def spell(problem: Problem) -> ErrorJSON:
+    """An error in unsent's shape: nested for most SDKs, flat for the Rust one."""
+    detail = {"code": problem.code, "message": problem.message}
+    return ErrorJSON({"error": detail, **detail}, problem.status, problem.headers)
+
+
+class Keys(HTTPEndpoint):
+    """`/v1/api-keys`"""
+
+    @speaking(spell)
+    async def get(self, request: Request) -> Response:
+        """List the organisation's keys, newest first, with `?limit=` in pages;
+        `?include=deleted` shows those as well, `?idle=30` only those not used for so many days."""
+        caller, keyring = await manager(request)
+        deleted = request.query_params.get("include") == "deleted"
+        return await listing.answer(
+            request,
+            keyring,
+            caller.organization_id,
+            describe,
+            deleted=deleted,
+            idle_days=days.asked(request, "idle", days.MAX_IDLE),
+        )
+
+    @speaking(spell)
+    async def post(self, request: Request) -> Response:
+        """Create a key. Its token is in this answer and nowhere else, ever."""
+        caller, keyring = await manager(request)
+        body = await bodies.read(request, CreateKey)
+        created = await keyring.create(
+            caller.organization_id,
+            body.name,
+            permission=body.permission,
+            environment=caller.environment if body.environment is None else body.environment,
+            expires_at=_end_of(request, body.expires_at, body.expires_in),
+            metadata=body.metadata,
+            by=caller,
+        )
+        return JSON(CreatedKey(token=created.token.reveal(), **fields_of(created.record)))
+
+
+class OneKey(HTTPEndpoint):
+    """`/v1/api-keys/{id}`"""
+
+    @speaking(spell)
+    async def get(self, request: Request) -> Response:
+        """Show a key, deleted or not."""
+        caller, keyring = await manager(request)
+        return JSON(describe(_found(await keyring.get(caller.organization_id, key_id(request)))))
+
+    @speaking(spell)
+    async def patch(self, request: Request) -> Response:
+        """Change a key's name, permission, expiry, metadata, or whether it is active."""
+        caller, keyring = await manager(request)
+        body = await bodies.read(request, ChangeKey)
+        values: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
+        if not values:
+            raise Problem(400, "Nothing to change: send a field of the key")
+        duration = values.pop("expires_in", None)
+        if "expires_at" in values or duration is not None:
+            values["expires_at"] = _end_of(request, body.expires_at, duration)
+        changed = _found(
+            await keyring.change(caller.organization_id, key_id(request), by=caller, **values)
+        )
+        if changed.record.deleted_at is not None:
+            raise Problem(400, "The API key was deleted; that is final")
+        return JSON(describe(changed.record))
+
+    @speaking(spell)
+    async def delete(self, request: Request) -> Response:
+        """Revoke a key, at once and finally; `?reason=` is kept with it. Repeating it changes
+        nothing."""
+        caller, keyring = await manager(request)
+        return await revoked(request, keyring, caller, key_id(request))
+
+
+async def revoked(request: Request, keyring: Keyring, caller: Principal, its_id: str) -> Response:
+    """Revoke a key of the caller's organisation, and say how far that has spread."""
+    waited = receipts.waits(request)
+    reason = request.query_params.get("reason")
+    changed = _found(
+        await keyring.delete(caller.organization_id, its_id, reason=reason, by=caller, wait=waited)
+    )
+    content = Success(success=True, revocation=receipts.revocation(changed.receipt))
+    return receipts.answer(content, changed.receipt, waited=waited)
+
+
+def _end_of(request: Request, instant: datetime | None, duration: str | None) -> int | None:
+    """When a key shall end, in milliseconds since the epoch."""
+    if duration is None:
+        return bodies.milliseconds_of(instant)
+    if instant is not None:
+        raise InvalidValue("expiresIn", "is instead of expiresAt, not beside it")
+    return end_after(duration, engine_of(request).now_ms())
+
+
+def _found(what: T | None) -> T:
+    if what is None:
+        raise no_such_key()
+    return what
+
+
+def describe(record: KeyRecord) -> Key:
+    """A key as it is shown to people who may manage it."""
+    return Key(**fields_of(record))
+
+
+def fields_of(record: KeyRecord) -> dict[str, Any]:
+    """The fields of a key."""
+    return bodies.common_fields(record) | {
+        "partial_token": record.partial_token,
+        "permission": record.permission,
+        "environment": record.environment,
+        "last_used": _iso(record.last_used),
+        "expires_at": _iso(record.expires_at),
+        "metadata": json.loads(record.metadata) if record.metadata else {},
+        "revoked_reason": record.revoked_reason,
+        "rotated_at": _iso(record.rotated_at),
+        "previous": previous_of(record),
+    }
+
+
+def previous_of(record: KeyRecord) -> Previous | None:
+    """What is told of the secret before the last rotation, if that had a grace."""
+    if record.previous_expires_at is None:
+        return None
+    return Previous(
+        partial_token=record.previous_partial_token or "",
+        expires_at=iso(record.previous_expires_at),
+        last_used=_iso(record.previous_last_used),
+    )
+
+
+def _iso(milliseconds: int | None) -> str | None:
+    return None if milliseconds is None else iso(milliseconds)

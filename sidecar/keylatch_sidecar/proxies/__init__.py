@@ -1,0 +1,1 @@
+"""What reverse proxies ask: may this request pass? Over HTTP, and over gRPC."""

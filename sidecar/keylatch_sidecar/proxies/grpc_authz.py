@@ -1,0 +1,154 @@
+"""`envoy.service.auth.v3.Authorization/Check`: what Envoy and others ask over gRPC.
+
+The third way to ask the same question: what `/verify` and `/ext_authz` answer with a status,
+headers and a body, this answers with the same ones in a message. All of the question is in one
+message that the proxy writes, so nothing has to be agreed on: the request's own method, path and
+headers, and what the route asks of a key, in `context_extensions`: `permission: SENDING`, and
+`environment: live`.
+
+Imported only where it is asked for: it needs `pip install 'keylatch[grpc]'`.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from keylatch.engine import Engine
+from keylatch.errors import KeylatchError
+from keylatch.refusals import Header, Refusal
+from keylatch_sidecar.proxies.answers import Proxies, identity_headers
+from keylatch_sidecar.proxies.ext_authz import wanted_by
+
+try:
+    import grpc
+    import grpc.aio
+
+    from keylatch_sidecar.proxies.check_messages import allow, deny, read
+except ModuleNotFoundError as error:
+    if str(error.name).partition(".")[0] not in ("grpc", "google"):
+        raise
+    raise ImportError("gRPC needs grpcio and protobuf: pip install 'keylatch[grpc]'") from error
+
+SERVICE: Final = "envoy.service.auth.v3.Authorization"
+
+_ALWAYS_REMOVED: Final = (b"authorization", b"x-keylatch-require", b"x-keylatch-error")
+_UNIX: Final = "unix:"
+
+# grpc.health.v1: HealthCheckRequest has one text, HealthCheckResponse one number. The package for
+# that would be a dependency on the newest protobuf.
+_SERVER: Final = b""
+_OF_SERVICE: Final = b"\n" + bytes([len(SERVICE)]) + SERVICE.encode()
+_SERVING: Final = b"\x08\x01"
+_NOT_SERVING: Final = b"\x08\x02"
+
+log = logging.getLogger("keylatch.proxies")
+
+
+class Authorization:
+    """The service.
+
+    Args:
+        proxies: answers.
+    """
+
+    def __init__(self, proxies: Proxies) -> None:
+        self._proxies = proxies
+
+    async def check(self, message: bytes, context: object) -> bytes:
+        """Answer a `CheckRequest`, also one that cannot be read: a gRPC error would be an outage
+        to the proxy, which some let through.
+        """
+        question = read(message)
+        values = [value for name, value in question.headers if name == b"authorization"]
+        wanted = wanted_by(question.permissions, question.environments)
+        verdict = await self._proxies.judge(question.facts, values, wanted)
+        if isinstance(verdict, Refusal):
+            return deny(verdict)
+        told = identity_headers(verdict.principal)
+        return allow(told, removed(question.headers, told))
+
+
+class Health:
+    """`grpc.health.v1.Health/Check`: `/healthz` for the server, `/readyz` for the service.
+
+    Args:
+        engine: must be ready.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def check(self, message: bytes, context: Any) -> bytes:
+        """Answer a `HealthCheckRequest`."""
+        if message == _SERVER:
+            return _SERVING
+        if message != _OF_SERVICE:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        try:
+            await self._engine.ready()
+        except KeylatchError as error:
+            log.warning("not ready: %s", error.message)
+            return _NOT_SERVING
+        return _SERVING
+
+
+def removed(headers: Sequence[Header], told: Sequence[Header]) -> list[bytes]:
+    """Names that the app must not hear from the client: the key, and what could be taken for us.
+
+    Apps that read their environment fold `x_keylatch.key-id` into one of our names.
+    """
+    ours = {name for name, _ in told}
+    alike = {
+        name
+        for name, _ in headers
+        if name[:1] == b"x" and re.sub(rb"[^a-z0-9]", b"-", name).startswith(b"x-keylatch")
+    }
+    return [*_ALWAYS_REMOVED, *sorted(alike - ours - {*_ALWAYS_REMOVED})]
+
+
+async def serve(
+    proxies: Proxies, engine: Engine, address: str, *, is_shared: bool = False
+) -> grpc.aio.Server:
+    """A server that has started; `await server.stop(grace)` ends it.
+
+    Args:
+        proxies: answers.
+        engine: of which the health service speaks.
+        address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
+        is_shared: whether other processes of ours serve the same port.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", int(is_shared)),
+            # A proxy may ask as often as it likes whether its connection is alive; by default
+            # gRPC hangs up on the third time in five minutes, and questions are lost.
+            ("grpc.http2.max_ping_strikes", 0),
+        ]
+    )
+    checks: dict[str, Any] = {
+        SERVICE: Authorization(proxies).check,
+        "grpc.health.v1.Health": Health(engine).check,
+    }
+    for service, check in checks.items():
+        # Without functions that read and write messages: those are bytes here.
+        methods: dict[str, Any] = {"Check": grpc.unary_unary_rpc_method_handler(check)}
+        handler = grpc.method_handlers_generic_handler(service, methods)
+        server.add_generic_rpc_handlers([handler])
+    _listen(server, address)
+    await server.start()
+    return server
+
+
+def _listen(server: grpc.aio.Server, address: str) -> None:
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from None
+    if address.startswith(_UNIX):
+        # As for HTTP: whoever may enter the folder may ask.
+        Path(address.removeprefix(_UNIX)).chmod(0o666)
