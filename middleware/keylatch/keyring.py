@@ -348,7 +348,7 @@ class Keyring:
             check_expiry(values["expires_at"], self.now_ms())
         if "metadata" in values:
             values["metadata"] = written_metadata(values["metadata"])
-        if not await self._may_touch(organization_id, key_id, by, values.get("permission")):
+        if await self._reached(organization_id, key_id, by, values.get("permission")) is None:
             return None
         return await self._change(organization_id, key_id, values, by, wait)
 
@@ -380,7 +380,7 @@ class Keyring:
             StoreUnavailable: it may not have been revoked; repeat it.
         """
         values: dict[str, Any] = {"active": False, "revoked_reason": checked_reason(reason)}
-        if not await self._may_touch(organization_id, key_id, by):
+        if await self._reached(organization_id, key_id, by) is None:
             return None
         values["deleted_at"] = self.now_ms()
         return await self._change(organization_id, key_id, values, by, wait)
@@ -416,11 +416,9 @@ class Keyring:
             HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
         """
         check_grace(grace_seconds)
-        record = await self._store.get(organization_id, key_id)
+        record = await self._reached(organization_id, key_id, by, with_its_rights=True)
         if record is None:
             return None
-        if by is not None:
-            check_rights(by, record.permission, record.environment)
         token = self._check_keys.mint(self._prefix, record.environment, record.id)
         hashed = await self._hasher.hash(token)
         now_ms = self.now_ms()
@@ -529,31 +527,39 @@ class Keyring:
         *,
         goes_back: bool,
     ) -> Changed | None:
-        if by is not None:
-            record = await self._store.get(organization_id, key_id)
-            if record is None:
-                return None
-            check_rights(by, record.permission, record.environment)
+        if await self._reached(organization_id, key_id, by, with_its_rights=True) is None:
+            return None
         changed = await self._store.end_grace(
             organization_id, key_id, self.now_ms(), goes_back, by=self._actor(by)
         )
         return None if changed is None else await self._spread(changed, wait)
 
-    async def _may_touch(
+    async def _reached(
         self,
         organization_id: str,
         key_id: str,
         by: Principal | None,
         permission: str | None = None,
-    ) -> bool:
-        """Whether the key is there; a key's environment never changes, so this holds later."""
-        if by is None:
-            return True
+        *,
+        with_its_rights: bool = False,
+    ) -> KeyRecord | None:
+        """The key, if the organisation has it. Its environment never changes, so this holds later.
+
+        Args:
+            organization_id: whose key it is.
+            key_id: which key.
+            by: who wants to do something to it; None: the operator, who may.
+            permission: what it will have; None: not to be changed.
+            with_its_rights: whether that could end in somebody's having all that the key may do.
+
+        Raises:
+            NotPermitted: that is more than `by` may.
+        """
         record = await self._store.get(organization_id, key_id)
-        if record is None:
-            return False
-        check_rights(by, permission or by.permission, record.environment)
-        return True
+        if record is not None and by is not None:
+            needed = record.permission if with_its_rights else permission or by.permission
+            check_rights(by, needed, record.environment)
+        return record
 
     async def _change(
         self,
