@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from keylatch.asgi import refuse
 from keylatch.engine import Engine
@@ -31,6 +31,7 @@ DEADLINE_SECONDS: Final = 0.8
 
 _NO_CONTENT: Final = (b"content-length", b"0")
 _NO_STORE: Final = (b"cache-control", b"no-store")
+_NO_BODY: Final[Message] = {"type": "http.response.body", "body": b""}
 
 _MISCONFIGURED_BODY: Final = (
     b'{"error":"misconfigured","error_description":'
@@ -85,9 +86,8 @@ class Proxies:
         if isinstance(verdict, Refusal):
             await refuse(verdict, scope, receive, send)
             return
-        headers = [_NO_CONTENT, self._cache_control(verdict), *identity_headers(verdict.principal)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+        await send(allowing(verdict.principal, self._seconds_to_remember(verdict)))
+        await send(_NO_BODY)
 
     async def judge(
         self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted
@@ -129,11 +129,11 @@ class Proxies:
             log.debug("%s %s: %s", facts.method, facts.uri.partition("?")[0], said)
         return self._refusals.of(verdict) if isinstance(verdict, Deny) else verdict
 
-    def _cache_control(self, allow: Allow) -> Header:
+    def _seconds_to_remember(self, allow: Allow) -> int:
         seconds = self._cache_seconds
         if seconds and allow.expires_at is not None:
             seconds = min(seconds, (allow.expires_at - self._engine.now_ms()) // 1000)
-        return (b"cache-control", b"max-age=%d" % seconds) if seconds > 0 else _NO_STORE
+        return seconds
 
 
 def wanted_of(permissions: Sequence[str], environments: Sequence[str] = ()) -> Wanted:
@@ -150,6 +150,15 @@ def wanted_of(permissions: Sequence[str], environments: Sequence[str] = ()) -> W
     asked = set(environments)
     environment = asked.pop() if len(asked) == 1 else ""
     return replace(wanted, environment=environment)
+
+
+@lru_cache(maxsize=10_000)
+def allowing(principal: Principal, seconds: int) -> Message:
+    """The beginning of an allow, which a proxy may remember for so long. All answers for a key are
+    this very object: whoever adds to it copies it first, as servers do."""
+    remember = (b"cache-control", b"max-age=%d" % seconds) if seconds > 0 else _NO_STORE
+    headers = (_NO_CONTENT, remember, *identity_headers(principal))
+    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 @lru_cache(maxsize=10_000)
