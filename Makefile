@@ -3,7 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # Tests that load the machine by themselves: one after the other, when the others are done.
-ALONE := $(patsubst %,tests/test_%.py,chaos fork kill redis_faults revocation_sqlite silence)
+ALONE := $(patsubst %,tests/revocation/test_%.py,chaos fork redis_faults revocation_sqlite) \
+  $(patsubst %,tests/store/test_%.py,kill silence)
 
 .PHONY: demo serve test test-all check prove chaos grammar bench bench-peers clean
 
@@ -37,7 +38,7 @@ chaos: .venv/dev            ## 20 minutes of random faults, and what was promise
 	@$(BIN)/python chaos/run.py
 
 grammar: .venv/dev          ## what seven servers make of 140 requests, cell by cell
-	@$(BIN)/python tests/grammar.py
+	@$(BIN)/python tests/frameworks/grammar.py
 
 bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself
 	@$(BIN)/python benchmarks/l1_hit.py

@@ -43,7 +43,7 @@ from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch.tokens import CheckKeys
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 
 from servers import PostgresServer
 
@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=300)
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument(
-        "--check", action="store_true", help=f"fail where it has grown by {MAY_GROW - 1:.0%}"
+        "--check", action="store_true", help=f"fail where it has grown by {MAY_GROW - 1:.0%}%"
     )
     given = parser.parse_args()
     console = Console()

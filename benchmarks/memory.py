@@ -35,7 +35,8 @@ from keylatch.model import Allow
 from keylatch.settings import Settings
 from keylatch.tokens import Token
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
+sys.path.append(str(Path(__file__).parent.parent / "tests/reverse_proxies"))
 
 from proxies import SidecarProcess, bearing
 

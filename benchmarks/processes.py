@@ -14,7 +14,7 @@ from typing import Final
 
 FOLDER: Final = Path(__file__).parent
 TESTS: Final = FOLDER.parent / "tests"
-sys.path.append(str(TESTS))
+sys.path += [str(TESTS / "support"), str(TESTS / "reverse_proxies")]
 
 from servers import eventually, free_port  # noqa: E402
 from wire import send  # noqa: E402

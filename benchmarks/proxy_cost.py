@@ -118,7 +118,7 @@ def installed(only: Sequence[str]) -> list[Kind]:
     """The proxies that have tests and a program on this machine."""
     kinds = [
         importlib.import_module(file.stem).KIND
-        for file in sorted(TESTS.glob("test_*.py"))
+        for file in sorted((TESTS / "reverse_proxies").glob("test_*.py"))
         if "\nKIND = " in file.read_text()
     ]
     unknown = set(only) - {kind.name for kind in kinds}

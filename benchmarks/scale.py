@@ -34,7 +34,7 @@ from keylatch.model import Allow
 from keylatch.settings import Settings
 from keylatch.tokens import Token
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 
 from servers import PostgresServer
 

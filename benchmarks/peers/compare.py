@@ -28,7 +28,7 @@ from findings import Finding, as_tables, finding, read, write
 from rounds import measure
 from serving import Server, serving
 
-TESTS = Path(__file__).parent.parent.parent / "tests"
+SUPPORT = Path(__file__).parent.parent.parent / "tests/support"
 CONSOLE = Console(stderr=True)
 
 
@@ -38,7 +38,7 @@ def postgresql() -> Iterator[str]:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/postgres")):
         yield ""
         return
-    sys.path.append(str(TESTS))
+    sys.path.append(str(SUPPORT))
     from servers import PostgresServer
 
     server = PostgresServer()

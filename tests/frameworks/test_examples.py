@@ -33,7 +33,7 @@ from servers import eventually, free_port, serving
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ["app", "starlette_app", "litestar_app", "quart_app", "flask_app", "django_app"]
 NAMES += ["django_app over ASGI"]
 

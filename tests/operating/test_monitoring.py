@@ -13,7 +13,7 @@ from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
 from keylatch.telemetry.condition import Part
 from keylatch.telemetry.meter import STAGES, Meter
 
-FOLDER = Path(__file__).parent.parent / "deploy/monitoring"
+FOLDER = Path(__file__).parents[2] / "deploy/monitoring"
 README = (FOLDER / "README.md").read_text()
 
 _WORDS = {"rate", "increase", "sum", "min", "max", "by", "and"}

@@ -1,6 +1,6 @@
 """One grammar on every server: the same bytes sent to seven real servers, and one answer.
 
-    python tests/grammar.py
+    python tests/frameworks/grammar.py
 
 The law of this file: what is expected is written down, byte for byte, in one table. A cell is the
 answer of `bad-inputs.md`, or the table names what this one server does instead, and why; nothing
@@ -31,6 +31,9 @@ from rich.table import Column, Table
 from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch.tokens import CheckKeys
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))  # where this runs as a program
+
 from servers import eventually, free_port
 from wire import Answer, Header, answer, exchange
 
@@ -795,7 +798,7 @@ def serving(server: Server, keys: Keys, app: str = "") -> Iterator[Served]:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
             env=keys.environ | {"GRAMMAR_CALLS": str(calls)},
-            cwd=Path(__file__).parent,
+            cwd=Path(__file__).parents[1] / "support",
             stdout=output,
             stderr=output,
         )

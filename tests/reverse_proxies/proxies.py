@@ -30,7 +30,7 @@ from keylatch.settings import Settings
 from servers import eventually, free_port, needs, serving
 from wire import Answer, send
 
-DEPLOY = Path(__file__).parent.parent / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 SIDECAR = "127.0.0.1:8700"
 APP = "127.0.0.1:8000"
 NAME = "Grüße, 日本"

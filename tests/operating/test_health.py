@@ -266,7 +266,7 @@ def test_a_condition_says_each_change_once(clock: Clock, caplog: pytest.LogCaptu
 
 def test_the_readme_shows_what_is_answered(sidecar: Sidecar) -> None:
     """Its example has the parts, the fields and the words of a real answer."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     shown = json.loads(readme.partition("and since when:\n\n```\n")[2].partition("```")[0])
     with sidecar.client() as probe:
         real = probe.get("/readyz").json()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from keylatch.tokens import CheckKeys, Token, looks_minted
 
-FOLDER = Path(__file__).parent.parent / "deploy" / "scanning"
+FOLDER = Path(__file__).parents[2] / "deploy" / "scanning"
 GITLEAKS = tomllib.loads((FOLDER / "gitleaks.toml").read_text())
 TRUFFLEHOG = yaml.safe_load((FOLDER / "trufflehog.yaml").read_text())
 GITHUB = yaml.safe_load((FOLDER / "github.yaml").read_text())

@@ -41,7 +41,7 @@ MS = 1_000_000
 GOOD = Credential(b"Bearer good", 200)
 SHORT = ["--seconds", "0.3", "--rate", "100", "--flood-rate", "100", "--connections", "2"]
 SHORT += ["--keys", "60", "--revocations", "2"]
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 FILES = {"results.json", "report.html", "latency.png", "throughput.png", "revocation.png"}
 
 

@@ -23,7 +23,7 @@ from keylatch_sidecar.scan import MAX_BYTES, Search, _in_chunks, tokens_in
 from servers import eventually, needs
 from shell import SCRIPT, Operator, Outcome
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEYS = CheckKeys([b"n" * 32])
 minted = st.builds(
     KEYS.mint,

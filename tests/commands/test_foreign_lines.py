@@ -27,7 +27,7 @@ PBKDF2 = "pbkdf2_sha256${}$seasalt$oBSd886ysm3AqYun62DOdin8YcfbU1z9cksZSuLP9r0="
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 SECTION = (
-    (Path(__file__).parent.parent / "README.md")
+    (Path(__file__).parents[2] / "README.md")
     .read_text()
     .partition("## Bring your keys")[2]
     .partition("\n## ")[0]

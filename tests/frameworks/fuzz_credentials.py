@@ -1,6 +1,6 @@
 """Ten million header values that nobody sane sends, and what must hold for each of them.
 
-    python tests/fuzz_credentials.py --inputs 10000000 --seed 1
+    python tests/frameworks/fuzz_credentials.py --inputs 10000000 --seed 1
 
 The law of this file: the same seed gives the same inputs, so a failure is told by its seed and
 number. Every input is read as `Authorization` and as a header's name. What is right is said here

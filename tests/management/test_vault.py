@@ -314,7 +314,7 @@ def run(
     """Two processes tell each other the tokens they make, while `rotate` runs."""
     logs = [folder / f"{number}.json" for number in range(2)]
     ends = [os.pipe() for _ in range(2)]  # what each of them reads from the other
-    worker = Path(__file__).parent / "worker_secrets.py"
+    worker = Path(__file__).parents[1] / "support/worker_secrets.py"
     processes = [
         subprocess.Popen(
             [sys.executable, str(worker), str(log), kind, store_url, *redis],

@@ -22,7 +22,8 @@ from keylatch_sidecar.proxies import ext_authz, verify
 from keylatch_sidecar.settings import ProxySettings
 from servers import serving
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+PLACES = [str(ROOT / "tests" / each) for each in ("project", "support")]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/README.md")])
 
@@ -56,7 +57,7 @@ def test_the_examples_in_the_readme_run(
     """As a reader would paste them into a file; and they protect their app."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example.py").write_text(
-        f"import sys; sys.path += {[str(ROOT / 'tests')]}\n{program}\n"
+        f"import sys; sys.path += {PLACES}\n{program}\n"
         "from test_docs import status_of\nprint(status_of(globals()))\n"
     )
     done = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True)

@@ -32,6 +32,7 @@ from servers import eventually, free_port, needs, serving
 from wire import send
 
 ROOT = DEPLOY.parent
+WORKER = ROOT / "tests/support/worker_locked.py"
 YAML = sorted(
     str(path.relative_to(DEPLOY))
     for pattern in ("*.yaml", "kubernetes/*.yaml", "apisix/*.yaml")
@@ -423,7 +424,7 @@ def test_the_sidecar_bears_its_locks(tmp_path: Path) -> None:
     environment = {"KEYLATCH_STORE": f"sqlite:///{tmp_path}/keys.db"}
 
     def locked(*words: str, **options: Any) -> "subprocess.Popen[bytes]":
-        worker = [sys.executable, str(Path(__file__).with_name("worker_locked.py"))]
+        worker = [sys.executable, str(WORKER)]
         command = [*worker, ",".join(sorted(allowed)), *words]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, **options)
 
@@ -453,7 +454,7 @@ def test_the_sidecar_bears_its_locks(tmp_path: Path) -> None:
         served.kill()
         served.wait()
     denied = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("worker_locked.py")), "write", "serve"],
+        [sys.executable, str(WORKER), "write", "serve"],
         env=environment,
         capture_output=True,
     )
