@@ -44,7 +44,7 @@ _PATIENCE_SECONDS: Final = 1.0
 _END_WHO_BLOCKS: Final = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = ANY (pg_blocking_pids(%s)) AND application_name = 'keylatch'
-AND wait_event = 'ClientRead' AND xact_start < now() - interval '1 second'
+AND wait_event = 'ClientRead' AND state_change < now() - interval '2 seconds'
 """
 
 log = logging.getLogger("keylatch")
@@ -144,8 +144,8 @@ class PostgreSQL:
         return await self._twice(engine, seconds or _WRITE_SECONDS, transact)
 
     async def _end_who_blocks(self, pid: int) -> None:
-        """End connections that keep a transaction waiting for a lock, have had theirs open for a
-        second, and wait for their own process: it was stopped, or cut off, amid what it said.
+        """End connections that keep a transaction waiting for a lock, and have themselves waited
+        two seconds for their own process: it was stopped, or cut off, amid what it said.
 
         The time limit of `_configure` does not see them if more was to follow at once: psycopg
         sends many rows without waiting for answers, and to the server that is no idle transaction.
