@@ -36,12 +36,11 @@ from keylatch.model import Allow
 from keylatch.revocation.lease import Lease
 from keylatch.revocation.news import News, Seal
 from keylatch.settings import Settings
-from keylatch.sql import lease_statements as leases
-from keylatch.sql import statements as sql
+from keylatch.sql import leases, questions
 from keylatch.store import Touched
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_QUESTIONS = {b"poll": leases.POLL, b"changes": sql.CHANGES}
+_QUESTIONS = {b"poll": leases.POLL, b"changes": questions.CHANGES}
 
 
 class Member:

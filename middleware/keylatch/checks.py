@@ -25,7 +25,7 @@ from keylatch.revocation.bell import Bell
 from keylatch.revocation.feed import Feed, Witness
 from keylatch.revocation.second_look import SecondLook
 from keylatch.revocation.watch import Watch
-from keylatch.sql.statements import VAULT
+from keylatch.sql.schema import VAULT
 from keylatch.store import Store
 from keylatch.telemetry.condition import Condition
 from keylatch.telemetry.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, Meter

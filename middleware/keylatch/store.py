@@ -1,6 +1,6 @@
 """What keylatch asks of its database: the questions of engine, witnesses and management.
 
-The statements are in `statements`, each written once; here they are run, on SQLite or PostgreSQL.
+The statements are in `sql`, each written once; here they are run, on SQLite or PostgreSQL.
 Every method may raise `StoreUnavailable`; then nothing was changed that had been answered.
 """
 
@@ -15,18 +15,16 @@ from sqlalchemy.engine import make_url
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.model import Deed, KeyRecord
-from keylatch.sql import lease_statements as leases
-from keylatch.sql import rotations
-from keylatch.sql import statements as sql
-from keylatch.sql import vault_statements as vault
+from keylatch.sql import changes, leases, lists, questions, rotations, vault
 from keylatch.sql.database import Database, Question, Rows
 from keylatch.sql.deeds import OPERATOR, page_of_deeds
-from keylatch.sql.lease_statements import BELL, Poll
+from keylatch.sql.leases import BELL, Poll
+from keylatch.sql.lists import Page
 from keylatch.sql.memory import Memory
 from keylatch.sql.migrations import bring_up_to_date, is_up_to_date, version_of
+from keylatch.sql.questions import Absent, Changes, Found, Secrets, Touched
 from keylatch.sql.sqlite import SQLite
-from keylatch.sql.statements import Absent, Changes, Found, Page, Secrets, Touched
-from keylatch.sql.vault_statements import Kept
+from keylatch.sql.vault import Kept
 from keylatch.telemetry.condition import Condition
 from keylatch.telemetry.meter import Count
 from keylatch.usage.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
@@ -116,7 +114,7 @@ class Store:
         """
 
         def secrets_of(connection: Connection) -> Secrets | None:
-            return sql.secrets_of(connection) if is_up_to_date(connection) else None
+            return questions.secrets_of(connection) if is_up_to_date(connection) else None
 
         secrets = await self._answered(self._database.read(secrets_of, seconds=_OPEN_SECONDS))
         if secrets is None:
@@ -124,7 +122,7 @@ class Store:
                 lambda connection: bring_up_to_date(connection, now_ms),
                 seconds=self._upgrade_seconds,
             )
-            secrets = await self._read(sql.secrets_of)
+            secrets = await self._read(questions.secrets_of)
         return secrets
 
     async def close(self) -> None:
@@ -147,38 +145,38 @@ class Store:
 
     async def ping(self) -> None:
         """Return if the store answers."""
-        await self._asked(sql.SEQUENCE)
+        await self._asked(questions.SEQUENCE)
 
     # What the engine asks
 
     async def find(self, key_id: str) -> Found | Absent:
         """The key with this id, deleted ones included."""
-        return sql.read_found(await self._asked(sql.FIND, key_id=key_id))
+        return questions.read_found(await self._asked(questions.FIND, key_id=key_id))
 
     async def find_foreign(self, locators: Sequence[str]) -> Found | Absent:
         """The key that a token from elsewhere finds by one of these, deleted ones included."""
-        named: dict[str, Any] = dict.fromkeys(sql.LOCATORS, locators[0])
-        named |= zip(sql.LOCATORS, locators, strict=False)
-        return sql.read_foreign(await self._asked(sql.FIND_FOREIGN, **named), locators)
+        named: dict[str, Any] = dict.fromkeys(questions.LOCATORS, locators[0])
+        named |= zip(questions.LOCATORS, locators, strict=False)
+        return questions.read_foreign(await self._asked(questions.FIND_FOREIGN, **named), locators)
 
     async def changes(self, since: int, seconds: float | None = None) -> Changes:
         """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
-        rows = await self._asked(sql.CHANGES, seconds=seconds, since=since)
-        return sql.read_changes(rows, since)
+        rows = await self._asked(questions.CHANGES, seconds=seconds, since=since)
+        return questions.read_changes(rows, since)
 
     async def secrets(self) -> Secrets:
         """The store's own secrets, as they are now."""
-        return sql.read_secrets(await self._asked(sql.SECRETS))
+        return questions.read_secrets(await self._asked(questions.SECRETS))
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.ask_now(sql.SEQUENCE)
+        rows = self._database.ask_now(questions.SEQUENCE)
         return rows[0][0] if rows else None
 
     def changes_now(self, since: int) -> Changes | None:
         """`changes` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.ask_now(sql.CHANGES, since=since)
-        return sql.read_changes(rows, since) if rows else None
+        rows = self._database.ask_now(questions.CHANGES, since=since)
+        return questions.read_changes(rows, since) if rows else None
 
     # What witnesses ask
 
@@ -245,11 +243,11 @@ class Store:
     async def renew(self, epoch: str, seq: int) -> None:
         """After a restore from a backup: a new epoch, and sequence numbers beyond all that were
         given out, so that nothing that anybody remembers is believed."""
-        await self._write(sql.renew, epoch, seq)
+        await self._write(changes.renew, epoch, seq)
 
     async def replace_hash(self, key_id: str, old: str, new: str) -> None:
         """Exchange a hash for another one of the same token. No answer about the key changes."""
-        await self._write(sql.replace_hash, key_id, old, new)
+        await self._write(changes.replace_hash, key_id, old, new)
 
     async def touch(self, uses: Mapping[str, int], tally: Tally | None = None) -> None:
         """Record when keys were last used (id → milliseconds), never backwards; and what was
@@ -263,7 +261,7 @@ class Store:
             if tally is not None:
                 add_tally(connection, uses, tally)
             else:
-                sql.touch(connection, uses)
+                changes.touch(connection, uses)
 
         if uses or tally is not None:
             await self._database.write(work, durable=False)
@@ -271,7 +269,7 @@ class Store:
     async def tidy(self, now_ms: int) -> None:
         """Prune the invalidation log beyond 100,000 rows and counts of uses after 400 days, and
         let the database tidy up."""
-        await self._write(sql.prune)
+        await self._write(changes.prune)
         await self._write(prune_tallies, now_ms // DAY_MS)
         await self._database.tidy()
 
@@ -279,7 +277,7 @@ class Store:
 
     async def add(self, record: KeyRecord, hashed: str, *, by: str = OPERATOR) -> int:
         """Insert a key, and its organisation if it is new; return the sequence number."""
-        return await self._write(sql.add_key, record, hashed, by)
+        return await self._write(changes.add_key, record, hashed, by)
 
     async def add_many(self, made: Sequence[tuple[KeyRecord, str]], *, by: str = OPERATOR) -> int:
         """Insert keys with their hashes, all or none, in this order; return the sequence number.
@@ -287,7 +285,7 @@ class Store:
         Every other change waits meanwhile, and PostgreSQL is given up after five seconds: a
         thousand keys take about a tenth of a second.
         """
-        return await self._write(sql.add_keys, made, by)
+        return await self._write(changes.add_keys, made, by)
 
     async def bring_many(
         self, made: Sequence[tuple[KeyRecord, str]], *, by: str = OPERATOR
@@ -299,19 +297,19 @@ class Store:
             that is deleted). The caller's own ids among them were inserted by an earlier attempt
             whose answer was lost.
         """
-        return await self._write(sql.bring_keys, made, by)
+        return await self._write(changes.bring_keys, made, by)
 
     async def holders(self, locators: Sequence[str]) -> dict[str, tuple[str, bool]]:
         """Which locators are here: locator → (id of its key, whether that is deleted)."""
-        return await self._read(sql.holders, locators)
+        return await self._read(lists.holders, locators)
 
     async def analyze(self) -> None:
         """After many were added: let the database learn how many there are."""
-        await self._database.write(sql.analyze, seconds=_UPGRADE_SECONDS)
+        await self._database.write(changes.analyze, seconds=_UPGRADE_SECONDS)
 
     async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
         """The key if it belongs to the organisation: a foreign key is an unknown key."""
-        return await self._read(sql.get_key, organization_id, key_id)
+        return await self._read(lists.get_key, organization_id, key_id)
 
     async def page(
         self,
@@ -327,7 +325,7 @@ class Store:
         if asked for, from the page on that `goes_on_after` this number; and only those that were
         neither used nor made since a time in milliseconds, if one is given."""
         return await self._read(
-            sql.page_of_keys, organization_id, limit, newest_first, deleted, after, unused_since
+            lists.page_of_keys, organization_id, limit, newest_first, deleted, after, unused_since
         )
 
     async def pages(
@@ -379,7 +377,7 @@ class Store:
         Returns:
             the record and a sequence number at which it is true; None: no such key here.
         """
-        return await self._write(sql.change_key, organization_id, key_id, now_ms, values, by)
+        return await self._write(changes.change_key, organization_id, key_id, now_ms, values, by)
 
     async def rotate(
         self,
@@ -442,7 +440,9 @@ class Store:
         self, organization_id: str, now_ms: int, active: bool, *, by: str = OPERATOR
     ) -> int | None:
         """Enable or disable an organisation; the sequence number of it, or None: no such one."""
-        return await self._write(sql.set_organization_active, organization_id, now_ms, active, by)
+        return await self._write(
+            changes.set_organization_active, organization_id, now_ms, active, by
+        )
 
     async def deeds(
         self,
@@ -454,9 +454,9 @@ class Store:
         """The audit log, the newest first; see `Keyring.deeds`."""
         return await self._read(page_of_deeds, organization_id, limit, key_id, before)
 
-    async def ended(self) -> Sequence[sql.Ended]:
+    async def ended(self) -> Sequence[lists.Ended]:
         """All keys that were revoked or disabled: what must not live again after a restore."""
-        return await self._database.read(sql.ended_keys, seconds=_UPGRADE_SECONDS)
+        return await self._database.read(lists.ended_keys, seconds=_UPGRADE_SECONDS)
 
     # What the vault asks
 

@@ -16,7 +16,7 @@ from typing import Final
 from keylatch.caches.shared_cache import TTL_SECONDS
 from keylatch.revocation.feed import Receipt
 from keylatch.sql.deeds import OPERATOR
-from keylatch.sql.vault_statements import KINDS, Kept
+from keylatch.sql.vault import KINDS, Kept
 from keylatch.store import Store
 
 SHARED_CACHE_SECONDS: Final = TTL_SECONDS

@@ -20,7 +20,7 @@ from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason, Wanted
 from keylatch.revocation.feed import Feed
 from keylatch.settings import Settings
-from keylatch.sql.statements import advance
+from keylatch.sql.changes import advance
 from keylatch.store import Absent, Found, Poll, Store
 from keylatch.tokens import Token
 from keylatch.usage.tally import Tally

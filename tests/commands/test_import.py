@@ -108,14 +108,14 @@ class ImportContract(OnAStore):
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: it advances the counter, and its line of the log concerns others."""
-        monkeypatch.setattr("keylatch.sql.statements.NOBODY", "somebody-else")
+        monkeypatch.setattr("keylatch.sql.changes.NOBODY", "somebody-else")
         assert await self._remembered(engines, clock) == (False, True)
 
     async def test_a_batch_that_told_everybody_would_empty_the_caches(
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The other twin: every process would ask the store, and argon2, for every key anew."""
-        monkeypatch.setattr("keylatch.sql.statements.NOBODY", None)
+        monkeypatch.setattr("keylatch.sql.changes.NOBODY", None)
         assert await self._remembered(engines, clock) == (True, False)
 
     async def _remembered(self, engines: list[Engine], clock: Clock) -> tuple[bool, bool]:

@@ -16,7 +16,7 @@ from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Created, Draft
 from keylatch.revocation.feed import END
-from keylatch.sql.statements import Page
+from keylatch.sql.lists import Page
 from keylatch.store import Store
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.management import listing

@@ -20,7 +20,7 @@ from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.model import Allow, Deny, Reason
 from keylatch.settings import Settings
-from keylatch.sql.vault_statements import KINDS
+from keylatch.sql.vault import KINDS
 from keylatch.store import Poll, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.vault import SHARED_CACHE_SECONDS, MustStay

@@ -21,7 +21,7 @@ from keylatch.keyring import Created
 from keylatch.metrics import Collector
 from keylatch.model import Allow, Deny, Reason, Wanted
 from keylatch.settings import Settings
-from keylatch.sql.statements import advance
+from keylatch.sql.changes import advance
 from keylatch.store import Poll, Store, Touched
 from keylatch.telemetry.meter import Count, Histogram
 from keylatch.usage.uses import Usage

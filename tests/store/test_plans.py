@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from keylatch.sql import lease_statements as leases
-from keylatch.sql import statements as sql
+from keylatch.sql import changes, leases, lists, questions
 from keylatch.sql.database import Database
 from keylatch.sql.schema import invalidations
 from keylatch.store import Store, database_of
@@ -31,30 +30,32 @@ TODAY = NOW // DAY_MS
 SEEN = Client("192.0.2.0/24", "curl", NOW)
 TALLY = Tally("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
 ASKED: dict[str, Callable[[Connection], object]] = {
-    "a cold look-up": lambda c: c.execute(sql.FIND.statement, {"key_id": ONE}).all(),
+    "a cold look-up": lambda c: c.execute(questions.FIND.statement, {"key_id": ONE}).all(),
     "a cold look-up of a token from elsewhere": lambda c: c.execute(
-        sql.FIND_FOREIGN.statement, dict.fromkeys(sql.LOCATORS, "seam:a_b")
+        questions.FIND_FOREIGN.statement, dict.fromkeys(questions.LOCATORS, "seam:a_b")
     ).all(),
-    "keys from elsewhere": lambda c: sql.bring_keys(
+    "keys from elsewhere": lambda c: changes.bring_keys(
         c, [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
     ),
-    "one of an organisation": lambda c: sql.get_key(c, "org1", ONE),
-    "the first page": lambda c: sql.page_of_keys(c, "big", 100, True, False, None),
-    "the first page, oldest first": lambda c: sql.page_of_keys(c, "big", 100, False, False, None),
-    "a page": lambda c: sql.page_of_keys(c, "big", 100, True, False, 2_000),
-    "a page, oldest first": lambda c: sql.page_of_keys(c, "big", 100, False, False, 2_000),
-    "a page with deleted keys": lambda c: sql.page_of_keys(c, "big", 100, True, True, 2_000),
-    "uses": lambda c: sql.touch(c, {ONE: NOW}),
+    "one of an organisation": lambda c: lists.get_key(c, "org1", ONE),
+    "the first page": lambda c: lists.page_of_keys(c, "big", 100, True, False, None),
+    "the first page, oldest first": lambda c: lists.page_of_keys(c, "big", 100, False, False, None),
+    "a page": lambda c: lists.page_of_keys(c, "big", 100, True, False, 2_000),
+    "a page, oldest first": lambda c: lists.page_of_keys(c, "big", 100, False, False, 2_000),
+    "a page with deleted keys": lambda c: lists.page_of_keys(c, "big", 100, True, True, 2_000),
+    "uses": lambda c: changes.touch(c, {ONE: NOW}),
     "counts of uses": lambda c: add_tally(c, {ONE: NOW}, TALLY),
     "uses of a key": lambda c: usage_of(c, "org1", ONE, TODAY - 29),
-    "keys that nobody uses": lambda c: sql.page_of_keys(c, "big", 9, True, False, 2_000, NOW - 1),
+    "keys that nobody uses": lambda c: lists.page_of_keys(c, "big", 9, True, False, 2_000, NOW - 1),
     "old counts": lambda c: prune_tallies(c, TODAY),
-    "a better hash": lambda c: sql.replace_hash(c, ONE, "old", "new"),
-    "a change": lambda c: sql.change_key(c, "org1", ONE, NOW, {"name": "new"}),
-    "a new key": lambda c: sql.add_key(c, record("key_new", "org1"), "hashed"),
-    "what happened": lambda c: c.execute(sql.CHANGES.statement, {"since": KEYS + LOG - 9}).all(),
+    "a better hash": lambda c: changes.replace_hash(c, ONE, "old", "new"),
+    "a change": lambda c: changes.change_key(c, "org1", ONE, NOW, {"name": "new"}),
+    "a new key": lambda c: changes.add_key(c, record("key_new", "org1"), "hashed"),
+    "what happened": lambda c: c.execute(
+        questions.CHANGES.statement, {"since": KEYS + LOG - 9}
+    ).all(),
     "who lags": lambda c: c.execute(leases.LAGGARDS.statement, {"seq": 5}).all(),
-    "pruning": sql.prune,
+    "pruning": changes.prune,
 }
 LISTS = [name for name in ASKED if "page" in name]
 SCANS = re.compile(r"(SCAN|Seq Scan on) keylatch_(keys|invalidations|usage|clients)")
@@ -112,7 +113,7 @@ async def full(url: str) -> Database:
 
     def lengthen(connection: Connection) -> None:
         connection.execute(insert(invalidations), log)
-        sql.advance(connection, NOW, steps=LOG + 9)
+        changes.advance(connection, NOW, steps=LOG + 9)
         used = [f"key_{n:05}" for n in range(500)]
         counts = {(key_id, TODAY - day, "allowed"): 1 for key_id in used for day in range(9)}
         seen = {f"key_{n:05}": SEEN for n in range(KEYS)}
@@ -140,7 +141,7 @@ class PlanContract:
         """Every statement that is run while keys are checked, listed and changed."""
 
         def slow(connection: Connection) -> dict[str, list[str]]:
-            sql.analyze(connection)
+            changes.analyze(connection)
             steps = {name: slow_steps(connection, ASKED[name], SCANS, SORTS) for name in ASKED}
             return {name: found for name, found in steps.items() if found}
 
@@ -165,7 +166,7 @@ class PlanContract:
         def slow(connection: Connection) -> list[str]:
             for index in ("keylatch_keys_of_organization", "keylatch_live_keys_of_organization"):
                 connection.exec_driver_sql(f"DROP INDEX {index}")
-            sql.analyze(connection)
+            changes.analyze(connection)
             return [name for name in LISTS if slow_steps(connection, ASKED[name], SCANS, SORTS)]
 
         assert await database.write(slow) == LISTS
@@ -178,7 +179,7 @@ class PlanContract:
             connection.exec_driver_sql(
                 f"UPDATE keylatch_keys SET deleted_at = {NOW} WHERE id < 'key_02990'"
             )
-            sql.analyze(connection)
+            changes.analyze(connection)
             return "\n".join(plan_of(connection, ASKED["the first page"]))
 
         assert "keylatch_live_keys_of_organization" in await database.write(plan)

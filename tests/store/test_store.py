@@ -144,7 +144,7 @@ class StoreContract(OnAStore):
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who asks for more than the log still holds is told that it is not complete."""
-        monkeypatch.setattr("keylatch.sql.statements._KEPT_INVALIDATIONS", 2)
+        monkeypatch.setattr("keylatch.sql.changes._KEPT_INVALIDATIONS", 2)
         for number in range(5):
             last = await store.add(record(f"key_{number}"), "hashed")
         await store.tidy(NOW)

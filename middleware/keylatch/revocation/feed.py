@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from keylatch.revocation.news import News
-from keylatch.sql.statements import NOBODY
+from keylatch.sql.schema import NOBODY
 from keylatch.store import Changes, Touched
 from keylatch.telemetry.condition import Part
 

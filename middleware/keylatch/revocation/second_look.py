@@ -17,7 +17,7 @@ from typing import Final
 
 from keylatch.caches.cache import Entry
 from keylatch.errors import StoreUnavailable
-from keylatch.sql.statements import Changes
+from keylatch.sql.questions import Changes
 from keylatch.store import Store
 
 GRACE_MS: Final = 1_000.0

@@ -2,9 +2,9 @@
 
 A unit of work is a plain function of a SQLAlchemy `Connection`; a question is one statement, which
 is compiled once and then given to the driver as text, because checks and leases ask it often.
-`statements` writes each of them once and both `sqlite` and `postgresql` run it. Every error of a
-driver becomes `StoreUnavailable` here and nowhere else, with a one-line message that holds no
-parameters.
+`questions` and `changes` write each of them once and both `sqlite` and `postgresql` run it. Every
+error of a driver becomes `StoreUnavailable` here and nowhere else, with a one-line message that
+holds no parameters.
 """
 
 import contextlib

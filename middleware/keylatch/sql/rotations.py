@@ -1,5 +1,5 @@
 """Changes of more than one column by rule: a new secret beside the old one, and the end of all keys
-of an organisation. The law of `statements` holds here too.
+of an organisation. The law of `changes` holds here too.
 """
 
 from dataclasses import replace
@@ -9,9 +9,10 @@ from sqlalchemy import Connection, case, func, select, update
 
 from keylatch.drafts import NotPossible
 from keylatch.model import KeyRecord
+from keylatch.sql.changes import advance, locked_key
 from keylatch.sql.deeds import write_down
+from keylatch.sql.questions import sequence
 from keylatch.sql.schema import keys
-from keylatch.sql.statements import advance, locked_key, sequence
 
 _NO_PREVIOUS: Final = {
     "previous_hash": None,

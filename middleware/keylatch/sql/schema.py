@@ -106,6 +106,13 @@ secrets: Final = Table(
     Column("makes", Boolean, nullable=False, server_default=true()),
 )
 
+NOBODY: Final = ""
+"""The organisation of keys that are not there. An invalidation that names it makes everybody look
+anew for what they remember as absent, and leaves all that is known of keys that exist as it is."""
+VAULT: Final = "*"
+"""The organisation of the store's own secrets, which no key belongs to. Secrets are remembered like
+anything else: with `as_of`, and read again after an invalidation that names it."""
+
 invalidations: Final = Table(
     "keylatch_invalidations",
     metadata,

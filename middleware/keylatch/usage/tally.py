@@ -26,8 +26,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keylatch.model import KeyRecord
-from keylatch.sql.schema import clients, usage
-from keylatch.sql.statements import NOBODY, get_key, touch
+from keylatch.sql.changes import touch
+from keylatch.sql.lists import get_key
+from keylatch.sql.schema import NOBODY, clients, usage
 
 ALLOWED: Final = "allowed"
 DAY_MS: Final = 86_400_000

@@ -16,7 +16,7 @@ import typer
 from keylatch.engine import Engine
 from keylatch.revocation.feed import END
 from keylatch.settings import Settings
-from keylatch.sql.statements import Ended
+from keylatch.sql.lists import Ended
 from keylatch.store import Found, file_of
 from keylatch_sidecar import copies
 from keylatch_sidecar.commands import terminal

@@ -13,7 +13,7 @@ from rich.table import Table
 from keylatch.engine import Engine
 from keylatch.revocation.feed import Receipt
 from keylatch.settings import Settings
-from keylatch.sql.vault_statements import KINDS, Kept
+from keylatch.sql.vault import KINDS, Kept
 from keylatch.vault import MustStay
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.command import account, with_engine

@@ -1,6 +1,6 @@
 """The statements about the store's own secrets: the check keys of tokens, and L2's peppers.
 
-The law of this file is that of `statements`: whatever changes what the secrets are is ONE
+The law of this file is that of `changes`: whatever changes what the secrets are is ONE
 transaction that advances `meta.seq` and writes the invalidation that names them. Work may be
 repeated: a lost answer, or a crash between two steps, makes no second secret.
 """
@@ -12,9 +12,9 @@ from typing import Any, Final, Literal
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
 
+from keylatch.sql.changes import advance
 from keylatch.sql.deeds import write_down
-from keylatch.sql.schema import keys, secrets
-from keylatch.sql.statements import VAULT, advance
+from keylatch.sql.schema import VAULT, keys, secrets
 
 KINDS: Final = ("check", "pepper")
 _BYTES: Final = 32

@@ -1,6 +1,6 @@
 """The statements about leases: who holds one, who has acknowledged what, and how the bell rings.
 
-`statements` has what a lease is about: the log of changes. Nothing here changes what a key may do.
+`questions` has what a lease is about: the log of changes. Nothing here changes what a key may do.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import UserDefinedType
 
+from keylatch.sql.changes import now_ms
 from keylatch.sql.database import Question, Rows
+from keylatch.sql.questions import Changes, changes_since, read_changes
 from keylatch.sql.schema import invalidations, members
-from keylatch.sql.statements import Changes, changes_since, now_ms, read_changes
 
 BELL: Final = "keylatch_bell"
 

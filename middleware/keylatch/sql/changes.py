@@ -1,0 +1,266 @@
+"""Every change of keys and organisations, as a plain function of a connection.
+
+The law of this file: whatever changes what a key may do is ONE transaction that advances
+`meta.seq`, makes the change and writes the invalidation. Recording a use is no such change.
+"""
+
+import json
+import secrets as csprng
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    bindparam,
+    insert,
+    or_,
+    select,
+    update,
+)
+
+from keylatch.model import PREVIOUS, KeyRecord
+from keylatch.sql.deeds import OPERATOR, write_down, write_down_all
+from keylatch.sql.lists import holders
+from keylatch.sql.questions import RECORDS, record_of, sequence
+from keylatch.sql.schema import NOBODY, invalidations, keys, meta, organizations
+
+_KEPT_INVALIDATIONS: Final = 100_000
+_MAX_NAMED: Final = 500  # parameters of one statement
+_CAMEL: Final = {"expires_at": "expiresAt"}
+_STORED: Final = tuple(name for name in KeyRecord.__slots__ if name in keys.c)
+
+
+def advance(
+    connection: Connection,
+    now_ms: int,
+    key_id: str | None = None,
+    organization_id: str | None = None,
+    steps: int = 1,
+) -> int:
+    seq: int = connection.execute(
+        update(meta).values(seq=meta.c.seq + steps).returning(meta.c.seq)
+    ).scalar_one()
+    connection.execute(
+        insert(invalidations).values(
+            seq=seq, key_id=key_id, organization_id=organization_id, at=now_ms
+        )
+    )
+    return seq
+
+
+def add_key(connection: Connection, record: KeyRecord, hashed: str, by: str = OPERATOR) -> int:
+    # A new key is announced too: somebody may remember that there is no such key.
+    return _add(connection, [(record, hashed)], by, "key.create", key_id=record.id)
+
+
+def add_keys(
+    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: str = OPERATOR
+) -> int:
+    """Insert many keys with their hashes, in this order; each takes a sequence number of its own,
+    so that lists know it, and one invalidation tells of all of them."""
+    return _add(connection, made, by, "key.import", organization_id=NOBODY)
+
+
+def bring_keys(
+    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: str = OPERATOR
+) -> tuple[int, dict[str, tuple[str, bool]]]:
+    """Insert keys that were made elsewhere, but for those whose locator is here already; these are
+    told: locator → (id of its key, whether that is deleted)."""
+    held = holders(connection, [str(record.locator) for record, _ in made])
+    fresh = [each for each in made if each[0].locator not in held]
+    seq = add_keys(connection, fresh, by) if fresh else sequence(connection)
+    return seq, held
+
+
+def _add(
+    connection: Connection,
+    made: Sequence[tuple[KeyRecord, str]],
+    by: str,
+    action: str,
+    key_id: str | None = None,
+    organization_id: str | None = None,
+) -> int:
+    # Repeated after its answer was lost, it finds its own work done.
+    last, hashed = made[-1]
+    done = connection.execute(
+        select(keys.c.created_seq).where(keys.c.id == last.id, keys.c.hash == hashed)
+    ).scalar()
+    if done is not None:
+        return int(done)
+    seq = advance(connection, last.created_at, key_id, organization_id, steps=len(made))
+    _add_organizations(connection, {record.organization_id for record, _ in made}, last.created_at)
+    first_seq = seq - len(made) + 1
+    connection.execute(
+        insert(keys),
+        [
+            {
+                **{name: getattr(record, name) for name in _STORED},
+                "hash": hashed,
+                "created_seq": created_seq,
+            }
+            for created_seq, (record, hashed) in enumerate(made, first_seq)
+        ],
+    )
+    done_to = [(record.organization_id, record.id, _birth(record)) for record, _ in made]
+    write_down_all(connection, last.created_at, by, action, done_to)
+    return seq
+
+
+def _birth(record: KeyRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "permission": record.permission,
+        "environment": record.environment,
+        "expiresAt": record.expires_at,
+    }
+
+
+def _add_organizations(connection: Connection, named: set[str], now_ms: int) -> None:
+    names = sorted(named)
+    for start in range(0, len(names), _MAX_NAMED):
+        some = names[start : start + _MAX_NAMED]
+        asked = select(organizations.c.id).where(organizations.c.id.in_(some))
+        missing = set(some).difference(connection.execute(asked).scalars())
+        if missing:
+            connection.execute(
+                insert(organizations),
+                [{"id": name, "active": True, "created_at": now_ms} for name in sorted(missing)],
+            )
+
+
+def locked_key(
+    connection: Connection, organization_id: str, key_id: str
+) -> tuple[KeyRecord, str, str | None] | None:
+    """A key that nobody else changes until this transaction ends, its hash and the previous one."""
+    row = connection.execute(
+        RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
+        .where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+        .with_for_update(of=keys)
+    ).first()
+    return None if row is None else (record_of(row[:-2]), row[-2], row[-1])
+
+
+def change_key(
+    connection: Connection,
+    organization_id: str,
+    key_id: str,
+    now_ms: int,
+    values: Mapping[str, Any],
+    by: str = OPERATOR,
+) -> tuple[KeyRecord, int] | None:
+    found = locked_key(connection, organization_id, key_id)
+    if found is None:
+        return None
+    record, *_ = found
+    if record.deleted_at is not None:
+        return record, sequence(connection)
+    changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
+    connection.execute(
+        update(keys).where(keys.c.id == key_id).values(**values, updated_at=changed.updated_at)
+    )
+    action = "key.change" if changed.deleted_at is None else "key.delete"
+    write_down(connection, now_ms, by, action, organization_id, key_id, _told(values))
+    # Last: it locks the counter row until the commit, and every other change waits for that.
+    return changed, advance(connection, now_ms, key_id=key_id)
+
+
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A change as the audit log has it, in the words of the HTTP API."""
+    if "deleted_at" in values:
+        reason = values.get("revoked_reason")
+        return {} if reason is None else {"reason": reason}
+    told = {_CAMEL.get(name, name): value for name, value in values.items()}
+    if told.get("metadata"):
+        told["metadata"] = json.loads(told["metadata"])
+    return told
+
+
+def set_organization_active(
+    connection: Connection, organization_id: str, now_ms: int, active: bool, by: str = OPERATOR
+) -> int | None:
+    seq = advance(connection, now_ms, organization_id=organization_id)
+    changed = connection.execute(
+        update(organizations).where(organizations.c.id == organization_id).values(active=active)
+    )
+    if not changed.rowcount:
+        return None
+    action = "organization.enable" if active else "organization.disable"
+    write_down(connection, now_ms, by, action, organization_id)
+    return seq
+
+
+def renew(connection: Connection, epoch: str, seq: int) -> None:
+    row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
+    if row.epoch != epoch:
+        return  # somebody else was faster
+    connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
+    advance(connection, now_ms())  # it names nobody, so it concerns everybody
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def prune(connection: Connection) -> None:
+    seq = sequence(connection)
+    oldest = seq - _KEPT_INVALIDATIONS
+    if oldest <= 0:
+        return
+    connection.execute(update(meta).values(pruned=oldest))
+    connection.execute(invalidations.delete().where(invalidations.c.seq <= oldest))
+
+
+def analyze(connection: Connection) -> None:
+    """Let PostgreSQL count its rows, which it does by itself only minutes after many were added.
+    SQLite takes the indexes without."""
+    if connection.dialect.name == "postgresql":
+        for table in (keys, organizations, invalidations):
+            connection.exec_driver_sql(f"ANALYZE {table.name}")
+
+
+_USED_AT: Final = bindparam("used_at", type_=BigInteger)
+TOUCH: Final = (
+    update(keys)
+    .where(
+        keys.c.id == bindparam("used_id"),
+        or_(keys.c.last_used.is_(None), keys.c.last_used < _USED_AT),
+        or_(keys.c.deleted_at.is_(None), keys.c.deleted_at >= _USED_AT),
+    )
+    .values(last_used=_USED_AT)
+)
+
+
+TOUCH_PREVIOUS: Final = (
+    update(keys)
+    .where(
+        keys.c.id == bindparam("used_id"),
+        keys.c.previous_hash.is_not(None),
+        or_(keys.c.previous_last_used.is_(None), keys.c.previous_last_used < _USED_AT),
+    )
+    .values(previous_last_used=_USED_AT)
+)
+
+
+def touch(connection: Connection, uses: Mapping[str, int]) -> None:
+    """Record uses, in the order of ids, so that two processes cannot deadlock."""
+    newest: dict[str, int] = {}
+    for secret, used_at in uses.items():
+        key_id = secret.removesuffix(PREVIOUS)
+        newest[key_id] = max(newest.get(key_id, 0), used_at)
+    rows = [{"used_id": key_id, "used_at": newest[key_id]} for key_id in sorted(newest)]
+    connection.execute(TOUCH, rows)
+    previous = sorted(secret for secret in uses if secret.endswith(PREVIOUS))
+    if previous:
+        rows = [
+            {"used_id": secret.removesuffix(PREVIOUS), "used_at": uses[secret]}
+            for secret in previous
+        ]
+        connection.execute(TOUCH_PREVIOUS, rows)
+
+
+def replace_hash(connection: Connection, key_id: str, old: str, new: str) -> None:
+    """Exchange a hash, if it is still the old one."""
+    connection.execute(update(keys).where(keys.c.id == key_id, keys.c.hash == old).values(hash=new))

@@ -1,0 +1,88 @@
+"""What management reads: a key, a page of keys, which locators are taken, which keys have ended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import (
+    Connection,
+    func,
+    or_,
+    select,
+)
+
+from keylatch.model import KeyRecord
+from keylatch.sql.questions import RECORDS, record_of
+from keylatch.sql.schema import keys
+
+_MAX_NAMED: Final = 500  # parameters of one statement
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some keys of a list, and the sequence number after which it goes on; None: that is all."""
+
+    records: list[KeyRecord]
+    goes_on_after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A key that is refused: revoked at that time, or disabled (None)."""
+
+    key_id: str
+    deleted_at: int | None
+
+
+def holders(connection: Connection, locators: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """Which locators are here: locator → (id of its key, whether that is deleted)."""
+    held: dict[str, tuple[str, bool]] = {}
+    for start in range(0, len(locators), _MAX_NAMED):
+        asked = select(keys.c.locator, keys.c.id, keys.c.deleted_at).where(
+            keys.c.locator.in_(locators[start : start + _MAX_NAMED])
+        )
+        for locator, key_id, deleted_at in connection.execute(asked):
+            held[locator] = (key_id, deleted_at is not None)
+    return held
+
+
+def get_key(connection: Connection, organization_id: str, key_id: str) -> KeyRecord | None:
+    """A key of an organisation."""
+    row = connection.execute(
+        RECORDS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+    ).first()
+    return None if row is None else record_of(row)
+
+
+def page_of_keys(
+    connection: Connection,
+    organization_id: str,
+    limit: int,
+    newest_first: bool,
+    deleted: bool,
+    after: int | None,
+    unused_since: int | None = None,
+) -> Page:
+    """Some keys of an organisation in the order of their creation, from an index and unsorted."""
+    at = keys.c.created_seq
+    statement = RECORDS.add_columns(at).where(keys.c.organization_id == organization_id)
+    if not deleted:
+        statement = statement.where(keys.c.deleted_at.is_(None))
+    if after is not None:
+        statement = statement.where(at < after if newest_first else at > after)
+    if unused_since is not None:
+        statement = statement.where(
+            func.coalesce(keys.c.last_used, keys.c.created_at) < unused_since
+        )
+    statement = statement.order_by(at.desc() if newest_first else at).limit(limit + 1)
+    rows = connection.execute(statement).all()
+    records = [record_of(row[:-1]) for row in rows[:limit]]
+    return Page(records, rows[limit - 1][-1] if len(rows) > limit else None)
+
+
+def ended_keys(connection: Connection) -> list[Ended]:
+    """All keys that were revoked or disabled, of all organisations."""
+    statement = select(keys.c.id, keys.c.deleted_at).where(
+        or_(keys.c.deleted_at.is_not(None), keys.c.active.is_(False))
+    )
+    return [Ended(*row) for row in connection.execute(statement.order_by(keys.c.id))]
