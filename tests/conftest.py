@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -41,6 +42,17 @@ class Clock:
 
     def tick(self, seconds: float) -> None:
         self.seconds += seconds
+
+
+# 4,000 tests are as many objects that stay: a quarter of the time went into looking for garbage
+# among them.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on there is garbage, and it is what tests leave."""
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
