@@ -30,6 +30,7 @@ def test_the_token_is_caught_by_a_shell_and_piped_to_verify(operator: Operator) 
     assert allowed == f"Allowed: {key_id} (FULL)"
 
 
+@pytest.mark.long
 def test_a_key_is_created_listed_shown_and_revoked(operator: Operator) -> None:
     """The whole life of a key; for scripts, each step also speaks JSON."""
     created = operator.run("keys", "create", "--name", "ci", "--permission", "SENDING")

@@ -105,6 +105,7 @@ def test_a_backup_overwrites_nothing(operator: Operator) -> None:
     assert sorted(path.name for path in operator.folder.glob("*backup*")) == []
 
 
+@pytest.mark.long
 def test_what_was_revoked_since_stays_revoked(
     operator: Operator,
     running: Callable[[], Running],
@@ -140,6 +141,7 @@ def test_what_was_revoked_since_stays_revoked(
     assert "store.restore" in operator.run("audit").out
 
 
+@pytest.mark.long
 def test_a_store_that_is_lost_is_restored(operator: Operator) -> None:
     """Nothing to compare with: it says so, and what was listed elsewhere is ended again."""
     backup, listed = operator.folder / "backup.db", operator.folder / "ended.jsonl"

@@ -63,6 +63,7 @@ def test_a_key_is_disabled_and_enabled(operator: "Operator") -> None:
     assert verdict(operator, key["token"]) == 1
 
 
+@pytest.mark.long
 def test_what_is_said_of_a_key_changes(operator: "Operator") -> None:
     """Name, permission, expiry, metadata; only what is given."""
     words = ("--expires-in", "90d", "--metadata", "team=pay", "--metadata", "tier=a=b")
@@ -104,6 +105,7 @@ def test_what_no_key_may_have_is_refused(operator: "Operator", words: tuple[str,
     assert shown(operator, key) == before
 
 
+@pytest.mark.long
 def test_an_organisation_ends_only_for_who_says_yes(operator: "Operator") -> None:
     """All of its keys, and nobody else's."""
     keys = [operator.create() for _ in range(3)]

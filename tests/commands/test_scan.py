@@ -64,6 +64,7 @@ def test_leaks_do_not_keep_to_word_boundaries(around: str) -> None:
     assert re.findall(SCAN_PATTERN, text) != [token]
 
 
+@pytest.mark.long
 @given(minted, st.data())
 def test_noise_is_not_a_token(token: Token, data: st.DataObject) -> None:
     """One character replaced, and the CRC-32 does not fit; nor is anything else found there."""
@@ -74,6 +75,7 @@ def test_noise_is_not_a_token(token: Token, data: st.DataObject) -> None:
     assert texts_in(changed.encode()) == ([text] if changed == text else [])
 
 
+@pytest.mark.long
 @given(st.lists(minted, max_size=4), st.lists(st.integers(0, 600), max_size=6), st.integers(0, 3))
 def test_where_a_file_is_cut_does_not_matter(
     tokens: list[Token], cuts: list[int], lines: int

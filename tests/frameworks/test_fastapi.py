@@ -470,6 +470,7 @@ TEMPLATES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=3).map(
 PATHS = ["/" + "/".join(path) for n in range(5) for path in product(["a", "7", "7.a"], repeat=n)]
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(closed=TEMPLATES, opened=TEMPLATES)
 def test_no_route_for_full_is_opened_unsaid(closed: list[str], opened: list[str]) -> None:

@@ -106,6 +106,7 @@ def chats(request: pytest.FixtureRequest, make_engine: MakeEngine) -> Iterator[t
         yield chats
 
 
+@pytest.mark.long
 def test_a_revoke_closes_what_the_key_has_open_and_nothing_else(
     chats: tuple[str, Manager],
 ) -> None:

@@ -170,6 +170,7 @@ def test_identity_comes_from_no_header(protected: Protected) -> None:
     assert seen[0]["HTTP_X_KEYLATCHER"] == "mine"
 
 
+@pytest.mark.long
 def test_a_revoke_holds_at_once_in_every_thread(protected: Protected) -> None:
     """Threads that answer from memory all the time stop when the delete has returned."""
     keys = [protected.create(f"key {number}") for number in range(20)]

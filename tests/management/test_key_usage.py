@@ -26,6 +26,7 @@ from wire import knock
 KEYS = "/v1/api-keys"
 
 
+@pytest.mark.long
 def test_uses_are_told_day_by_day(sidecar: Sidecar, client: httpx.Client) -> None:
     """The calls with a key, with some seconds' delay; another key's are its own."""
     organization = client.get(KEYS).json()[0]["organizationId"]
@@ -233,6 +234,7 @@ def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: str
     assert kept == ([("2001:db8:7::/48", "Mozilla")] if clients == "on" else [])
 
 
+@pytest.mark.long
 def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
     """Of the sidecar's own callers; a proxy that asks says nothing of whom it asks for."""
     with sidecar_on(store_url, clock, clients="on") as sidecar:

@@ -272,6 +272,7 @@ async def test_pages_hold_whatever_happens_meanwhile(
     await store.close()
 
 
+@pytest.mark.long
 async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -> None:
     """Between any two parts of it the event loop is somebody else's: no part has more than a
     hundred keys, and the whole list is never in memory."""

@@ -193,6 +193,7 @@ class Transcript:
         return body
 
 
+@pytest.mark.long
 def test_real_answers_are_as_described(
     document: dict[str, Any],
     client: httpx.Client,

@@ -436,6 +436,7 @@ def test_no_answer_is_kept_on_the_way(client: httpx.Client) -> None:
         assert "Location" not in answer.headers
 
 
+@pytest.mark.long
 def test_last_used_is_null_until_the_key_is_used(store_url: str, clock: Clock) -> None:
     """`lastUsed` is there from the start, and a graceful stop forgets no use."""
     with sidecar_on(store_url, clock) as sidecar:

@@ -262,6 +262,7 @@ async def test_a_retired_check_key_takes_its_tokens_along(engine: Engine, clock:
     assert isinstance(await engine.check(bearer(new)), Allow)
 
 
+@pytest.mark.long
 def test_the_command_line_rotates_and_retires(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_it_recovers_once_the_store_appears(tmp_path: Path, clock: Clock) -> Non
             assert client.post(SENDOOK, json={"name": "CI"}).status_code == 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", [UNSENT, SENDOOK])
 def test_requests_alone_make_it_recover(tmp_path: Path, clock: Clock, path: str) -> None:
     """Nobody has to ask for readiness; a second later a request tries the store again."""

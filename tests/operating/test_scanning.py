@@ -57,6 +57,7 @@ def test_keys_are_found_where_they_leak(scan: Scanner, prefix: str, around: str)
     assert scan(around.format(token)) == [token]
 
 
+@pytest.mark.long
 @given(st.lists(minted, min_size=1, max_size=4), st.sampled_from(["\n", " ", "\r\n", "', '"]))
 def test_every_minted_token_is_found(tokens: list[Token], between: str) -> None:
     """All of a list, whatever separates them."""

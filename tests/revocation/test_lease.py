@@ -181,6 +181,7 @@ async def test_a_revoke_that_does_not_wait_says_how_long_it_may_take(
     assert receipt.acknowledged == 0
 
 
+@pytest.mark.long
 async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
@@ -196,6 +197,7 @@ async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
     assert lost.lease._member not in store.members
 
 
+@pytest.mark.long
 async def test_a_dead_process_costs_one_revoke(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
@@ -223,6 +225,7 @@ async def test_a_hundred_that_left_cost_nothing(
     assert len(store.members) == 3
 
 
+@pytest.mark.long
 async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
@@ -333,6 +336,7 @@ async def test_silence_counts_from_after_the_first_look(
     assert "slow" in store.members
 
 
+@pytest.mark.long
 async def test_a_revoke_whose_looks_all_fail_waits_for_time_alone(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:

@@ -211,6 +211,7 @@ def test_every_change_has_a_story() -> None:
     assert public - READS == STORIES.keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "story", [story for stories in STORIES.values() for story in stories], ids=lambda s: s.__name__
 )

@@ -207,6 +207,7 @@ class TestAcknowledging:
         await revoker.lease.settle(seq)
         return victim.believes("key_a", read_at)
 
+    @pytest.mark.long
     async def test_an_old_bell_is_compared_with_the_log(
         self, clock: Clock, tasks: list[asyncio.Task[None]]
     ) -> None:
@@ -215,6 +216,7 @@ class TestAcknowledging:
         assert not await self.story(Members(clock), Feed, old, tasks)
         assert await self.story(Trusting(clock), Feed, old, tasks)
 
+    @pytest.mark.long
     async def test_a_bell_with_a_gap_is_no_news(
         self, clock: Clock, tasks: list[asyncio.Task[None]]
     ) -> None:

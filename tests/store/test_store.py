@@ -216,6 +216,7 @@ class TestSQLite(LastingStoreContract):
         assert store.sequence_now() == seq == before + 1
         assert store.changes_now(before) == await store.changes(before)
 
+    @pytest.mark.long
     async def test_every_commit_leaves_another_mark(
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
