@@ -46,6 +46,8 @@ class KeyRecord:
     previous_expires_at: int | None = None
     """When the secret before the last rotation ends."""
     previous_last_used: int | None = None
+    created_by: str | None = None
+    """The id of the key that created it, or an operator, as `Deed.actor`; None: not recorded."""
 
     def grace_ends_at(self, now_ms: float) -> int | None:
         """When the secret before the last rotation ends; None: it has ended, or there is none."""

@@ -22,13 +22,14 @@ from sqlalchemy import (
     true,
 )
 
-VERSION: Final = "0004"
+VERSION: Final = "0005"
 """The newest migration: what a store must be at for this code to use it."""
 
 metadata: Final = MetaData()
 
 _IS_LIVE: Final = text("deleted_at IS NULL")
 _HAS_LOCATOR: Final = text("locator IS NOT NULL")
+_HAS_CREATOR: Final = text("created_by IS NOT NULL")
 
 meta: Final = Table(
     "keylatch_meta",
@@ -76,6 +77,7 @@ keys: Final = Table(
     Column("previous_partial_token", String(32)),
     Column("previous_expires_at", BigInteger),
     Column("previous_last_used", BigInteger),
+    Column("created_by", String(100)),  # a key's id, or an operator as in the audit log
     # Only of those that have one: made on a large table, it reads and sorts nothing else.
     Index(
         "keylatch_keys_by_locator",
@@ -92,6 +94,12 @@ keys: Final = Table(
         "created_seq",
         sqlite_where=_IS_LIVE,
         postgresql_where=_IS_LIVE,
+    ),
+    Index(
+        "keylatch_keys_by_creator",
+        "created_by",
+        sqlite_where=_HAS_CREATOR,
+        postgresql_where=_HAS_CREATOR,
     ),
 )
 
@@ -164,4 +172,5 @@ audit: Final = Table(
     Column("key_id", String(64)),
     Column("details", Text),  # a JSON object
     Index("keylatch_audit_of_organization", "organization_id", "id"),
+    Index("keylatch_audit_of_key", "key_id", "id"),
 )
