@@ -21,6 +21,7 @@ from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Keyring
 from keylatch.model import Allow, KeyRecord, Reason, Verdict
 from keylatch.settings import Settings
+from keylatch.sql.authorization import OPERATOR, Actor
 from keylatch.store import Store
 from keylatch.tokens import Token
 from revoker import Refused, Revoked, revoke_until_told
@@ -74,7 +75,7 @@ class WitnessedStore(Store):
         now_ms: int,
         values: Mapping[str, Any],
         *,
-        by: str = "",
+        by: Actor = OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
         changed = await super().change(organization_id, key_id, now_ms, values, by=by)
         self.committed[key_id] = time.monotonic_ns()

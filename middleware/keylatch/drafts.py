@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from keylatch.model import FULL, Principal
+from keylatch.model import FULL, KeyRecord, Principal, Reason
 from keylatch.settings import Settings
 from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
 
@@ -52,7 +52,19 @@ class InvalidValue(ValueError):
 
 
 class NotPermitted(Exception):
-    """The caller would hand out more rights than its own key has."""
+    """The caller's key may not do this: it would give more rights than it has, say."""
+
+
+class CallerRefused(Exception):
+    """The caller's key, or the secret by which it came, is not valid any more.
+
+    Args:
+        reason: why a request with it is refused now.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
 
 
 class NotPossible(Exception):
@@ -184,16 +196,35 @@ def written_metadata(metadata: Metadata | None) -> str | None:
     return text
 
 
-def check_rights(by: Principal, permission: str, environment: str) -> None:
-    """Nobody gives more than they have: neither another permission, nor a way into live.
+def reaches(by: Principal | KeyRecord, environment: str) -> bool:
+    """Whether a key sees and changes keys of an environment: those for `live` do in all of them."""
+    return by.environment in (LIVE, environment)
+
+
+def check_rights(by: Principal | KeyRecord, permission: str, environment: str) -> None:
+    """A key gives no more than it has: neither another permission, nor a way into `live`.
 
     Raises:
-        NotPermitted: they would.
+        NotPermitted: it would.
     """
     if by.permission not in (FULL, permission):
         raise NotPermitted("a key cannot give more rights than its own")
-    if by.environment not in (LIVE, environment):
+    if not reaches(by, environment):
         raise NotPermitted(f"a key for {by.environment} cannot touch one for {environment}")
+
+
+def check_end(by: KeyRecord, expires_at: int | None) -> None:
+    """A key that expires gives no rights that outlast it.
+
+    Args:
+        by: the acting key.
+        expires_at: when the rights end, in milliseconds since the epoch; None: never.
+
+    Raises:
+        NotPermitted: they would outlast it.
+    """
+    if by.expires_at is not None and (expires_at is None or expires_at > by.expires_at):
+        raise NotPermitted("a key that expires cannot give rights that outlast it")
 
 
 def _is_scalar(value: object) -> bool:

@@ -118,8 +118,10 @@ def principal_in(headers: Sequence[Header]) -> Principal | Reason:
             found[field] = value
     if not found.get(b"key-id"):
         return Reason.MISSING
-    key_id, key_name, *others = (found.get(field, b"").decode("latin-1") for field in _FIELDS)
-    return Principal(key_id, unquote(key_name), *others)
+    key_id, key_name, organization_id, permission, environment = (
+        found.get(field, b"").decode("latin-1") for field in _FIELDS
+    )
+    return Principal(key_id, unquote(key_name), organization_id, permission, environment)
 
 
 def _peers(

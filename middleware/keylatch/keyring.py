@@ -1,8 +1,13 @@
 """What management does with keys: create, list, get, change, delete, within one organisation.
 
-The law of this file: every change is one call of the store, which invalidates and writes the audit
-log in the transaction that makes the change; what is told to Redis afterwards is a courtesy. The
-organisation always comes from the caller's own key, never from what the caller says.
+The law of this file: every change is one call of the store, which judges the caller's key again,
+invalidates and writes the audit log in the transaction that makes the change; what is told to Redis
+afterwards is a courtesy. The organisation always comes from the caller's own key, never from what
+the caller says.
+
+`by` is the caller's own key, as a principal that an engine made: it bounds what the caller sees and
+changes. Every change may raise `CallerRefused`, because that key or its secret is not valid any
+more, and `NotPermitted`; then nothing was changed. None: an operator, whom no key bounds.
 """
 
 import asyncio
@@ -13,6 +18,7 @@ from typing import Any, Final
 
 from keylatch.drafts import (
     LIVE,
+    CallerRefused,
     Draft,
     InvalidValue,
     Metadata,
@@ -31,12 +37,13 @@ from keylatch.hashing import Hasher
 from keylatch.model import FULL, Deed, KeyRecord, Principal
 from keylatch.revocation.feed import Receipt
 from keylatch.settings import Settings
-from keylatch.sql.deeds import OPERATOR
+from keylatch.sql.authorization import OPERATOR, Actor
 from keylatch.store import Page, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.usage.tally import DAY_MS, KeyUsage
 
 __all__ = [
+    "CallerRefused",
     "Changed",
     "Created",
     "Draft",
@@ -55,10 +62,11 @@ Announce = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A key after a change, and what is known of the change's spreading."""
+    """A key after a change, what is known of the change's spreading, and how many keys it was."""
 
     record: KeyRecord
     receipt: Receipt
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +132,7 @@ class Keyring:
         self._rules = Rules(settings)
         self._clock = clock
         self._announce = announce
-        self._operator = OPERATOR
+        self._operator = OPERATOR.name
 
     def used_by(self, operator: str) -> "Keyring":
         """The same, for somebody whom the audit log names where no key acts: `cli:alice`."""
@@ -150,13 +158,14 @@ class Keyring:
             name: 1 to 100 characters, blanks around it are dropped.
             permission: one of the settings' `permissions`.
             environment: a word such as `live` or `test`.
-            expires_at: milliseconds since the epoch, in the future; None: never.
+            expires_at: milliseconds since the epoch, in the future; None: with `by`, or never.
             metadata: names and scalars to keep with it, shown to whoever may manage it.
             by: the caller's own key, whose rights bound those of the new key; None: the operator.
 
         Raises:
             InvalidValue: naming the argument at fault.
-            NotPermitted: the new key would have more rights than `by`.
+            CallerRefused: `by` is not valid any more.
+            NotPermitted: the new key would have more rights than `by`, or have them for longer.
             HashingBusy, StoreUnavailable: nothing was made.
         """
         draft = Draft(organization_id, name, permission, environment, expires_at, metadata)
@@ -164,18 +173,22 @@ class Keyring:
             raise fault
         if by is not None:
             check_rights(by, permission, environment)
-        created = self._mint(draft, self.now_ms())
+        actor = self._actor(by)
+        created = self._mint(draft, self.now_ms(), actor.name)
         hashed = await self._hasher.hash(created.token)
-        await self._store.add(created.record, hashed, by=self._actor(by))
-        return created
+        record, _ = await self._store.add(created.record, hashed, by=actor)
+        return Created(record, created.token)
 
-    async def create_many(self, drafts: Sequence[Draft]) -> Sequence[Created]:
+    async def create_many(
+        self, drafts: Sequence[Draft], *, by: Principal | None = None
+    ) -> Sequence[Created]:
         """Make keys in one transaction: all of them, or none.
 
         A thousand at a time is plenty: every other change waits for the transaction.
 
         Raises:
             InvalidValue: naming the argument at fault of one of them; nothing was made.
+            CallerRefused, NotPermitted: as `create`; nothing was made.
             HashingFailed: nothing was made.
             StoreUnavailable: as a rule nothing was made, and if it was, nobody has the tokens.
         """
@@ -184,14 +197,18 @@ class Keyring:
         for draft in drafts:
             for fault in self.faults(draft):
                 raise fault
-        now_ms = self.now_ms()
-        created = await asyncio.to_thread(lambda: [self._mint(draft, now_ms) for draft in drafts])
+        now_ms, actor = self.now_ms(), self._actor(by)
+        created = await asyncio.to_thread(
+            lambda: [self._mint(draft, now_ms, actor.name) for draft in drafts]
+        )
         hashes = await self._hasher.hash_all([each.token for each in created])
-        records = [each.record for each in created]
-        await self._store.add_many(list(zip(records, hashes, strict=True)), by=self._operator)
-        return created
+        made = [(each.record, hashed) for each, hashed in zip(created, hashes, strict=True)]
+        records, _ = await self._store.add_many(made, by=actor)
+        return [Created(record, each.token) for record, each in zip(records, created, strict=True)]
 
-    async def bring_many(self, asked: Sequence[tuple[Draft, Foreign]]) -> Sequence[Brought]:
+    async def bring_many(
+        self, asked: Sequence[tuple[Draft, Foreign]], *, by: Principal | None = None
+    ) -> Sequence[Brought]:
         """Take keys in that were made elsewhere, in one transaction, and return when every process
         knows that there are such keys. Those that are here already stay as they are: a deleted one
         stays deleted.
@@ -206,16 +223,16 @@ class Keyring:
         for draft, _ in asked:
             for fault in self.faults(draft):
                 raise fault
-        now_ms = self.now_ms()
+        now_ms, actor = self.now_ms(), self._actor(by)
         raw = [foreign.token for _, foreign in asked if foreign.token is not None]
         fresh = iter(await self._hasher.hash_all(raw))
         made = await asyncio.to_thread(
             lambda: [
-                (self._brought(draft, foreign, now_ms), foreign.hash or next(fresh))
+                (self._brought(draft, foreign, now_ms, actor.name), foreign.hash or next(fresh))
                 for draft, foreign in asked
             ]
         )
-        seq, held = await self._store.bring_many(made, by=self._operator)
+        seq, held = await self._store.bring_many(made, by=actor)
         await self._announce(None, seq, True)
         told = []
         for record, _ in made:
@@ -233,8 +250,8 @@ class Keyring:
             for each in asked
         ]
 
-    def _brought(self, draft: Draft, foreign: Foreign, now_ms: int) -> KeyRecord:
-        minted = self._mint(draft, now_ms).record  # for its id; nobody gets its token
+    def _brought(self, draft: Draft, foreign: Foreign, now_ms: int, by: str) -> KeyRecord:
+        minted = self._mint(draft, now_ms, by).record  # for its id; nobody gets its token
         return replace(minted, partial_token=foreign.partial, locator=foreign.locator)
 
     async def made_many(self) -> None:
@@ -245,7 +262,7 @@ class Keyring:
         """Everything that is wrong with a key to be made."""
         return self._rules.faults(draft, self.now_ms())
 
-    def _mint(self, draft: Draft, now_ms: int) -> Created:
+    def _mint(self, draft: Draft, now_ms: int, by: str) -> Created:
         token = self._check_keys.mint(self._prefix, draft.environment)
         record = KeyRecord(
             id=token.key_id,
@@ -260,14 +277,25 @@ class Keyring:
             updated_at=now_ms,
             expires_at=draft.expires_at,
             metadata=written_metadata(draft.metadata),
+            created_by=by,
         )
         return Created(record, token)
 
     async def list(
-        self, organization_id: str, *, newest_first: bool = True, deleted: bool = False
+        self,
+        organization_id: str,
+        *,
+        newest_first: bool = True,
+        deleted: bool = False,
+        by: Principal | None = None,
     ) -> list[KeyRecord]:
         """The organisation's keys in the order of their creation; deleted ones if asked for."""
-        return await self._store.list(organization_id, newest_first=newest_first, deleted=deleted)
+        return await self._store.list(
+            organization_id,
+            newest_first=newest_first,
+            deleted=deleted,
+            environment=_environment_of(by),
+        )
 
     async def page(
         self,
@@ -278,6 +306,7 @@ class Keyring:
         deleted: bool = False,
         after: int | None = None,
         idle_days: int | None = None,
+        by: Principal | None = None,
     ) -> Page:
         """At most `limit` keys of that list, from where another page `goes_on_after`; only those
         that nobody has used for so many days, if that is given."""
@@ -288,6 +317,7 @@ class Keyring:
             deleted=deleted,
             after=after,
             unused_since=self._days_ago(idle_days),
+            environment=_environment_of(by),
         )
 
     def pages(
@@ -298,6 +328,7 @@ class Keyring:
         deleted: bool = False,
         after: int | None = None,
         idle_days: int | None = None,
+        by: Principal | None = None,
     ) -> AsyncIterator[Page]:
         """That list page by page, for those that are long."""
         return self._store.pages(
@@ -306,19 +337,29 @@ class Keyring:
             deleted=deleted,
             after=after,
             unused_since=self._days_ago(idle_days),
+            environment=_environment_of(by),
         )
 
-    async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
+    async def get(
+        self, organization_id: str, key_id: str, *, by: Principal | None = None
+    ) -> KeyRecord | None:
         """The key, deleted or not; None where the organisation has no such key."""
-        return await self._store.get(organization_id, key_id)
+        return await self._store.get(organization_id, key_id, _environment_of(by))
 
-    async def usage(self, organization_id: str, key_id: str, days: int = 30) -> KeyUsage | None:
+    async def usage(
+        self,
+        organization_id: str,
+        key_id: str,
+        days: int = 30,
+        *,
+        by: Principal | None = None,
+    ) -> KeyUsage | None:
         """How often the key was let in and refused on each of the last days, today included.
 
         It is some seconds behind: see `usage`. None where the organisation has no such key.
         """
         since_day = self.now_ms() // DAY_MS - days + 1
-        return await self._store.usage(organization_id, key_id, since_day)
+        return await self._store.usage(organization_id, key_id, since_day, _environment_of(by))
 
     async def change(
         self,
@@ -337,7 +378,8 @@ class Keyring:
 
         Raises:
             InvalidValue: naming the argument at fault.
-            NotPermitted: the key would have more rights than `by`.
+            CallerRefused: `by` is not valid any more.
+            NotPermitted: the key would have more rights than `by`, or have them for longer.
             StoreUnavailable: nothing was changed.
         """
         if "name" in values:
@@ -348,8 +390,6 @@ class Keyring:
             check_expiry(values["expires_at"], self.now_ms())
         if "metadata" in values:
             values["metadata"] = written_metadata(values["metadata"])
-        if await self._reached(organization_id, key_id, by, values.get("permission")) is None:
-            return None
         return await self._change(organization_id, key_id, values, by, wait)
 
     async def delete(
@@ -358,6 +398,7 @@ class Keyring:
         key_id: str,
         *,
         reason: str | None = None,
+        descendants: bool = False,
         by: Principal | None = None,
         wait: bool = True,
     ) -> Changed | None:
@@ -367,6 +408,8 @@ class Keyring:
             organization_id: whose key it is.
             key_id: which key.
             reason: why, in up to 200 characters, for those who look at the key later.
+            descendants: revoke in the same change what the key created, what that created, and so
+                on; `count` of the result tells how many keys it was.
             by: the caller's own key; None: the operator.
             wait: return only when no process accepts it any more; False: right after the commit,
                 with a receipt that bounds how long it may take.
@@ -376,14 +419,37 @@ class Keyring:
 
         Raises:
             InvalidValue: of the reason.
-            NotPermitted: the key is for an environment that `by` does not reach.
+            CallerRefused: `by` is not valid any more.
+            NotPermitted: `by` is the secret before a rotation.
             StoreUnavailable: it may not have been revoked; repeat it.
         """
-        values: dict[str, Any] = {"active": False, "revoked_reason": checked_reason(reason)}
-        if await self._reached(organization_id, key_id, by) is None:
+        reason, now_ms = checked_reason(reason), self.now_ms()
+        if not descendants:
+            values = {"active": False, "revoked_reason": reason, "deleted_at": now_ms}
+            return await self._change(organization_id, key_id, values, by, wait)
+        deleted = await self._store.delete_with_descendants(
+            organization_id, key_id, now_ms, reason, by=self._actor(by)
+        )
+        if deleted is None:
             return None
-        values["deleted_at"] = self.now_ms()
-        return await self._change(organization_id, key_id, values, by, wait)
+        record, count, seq = deleted
+        return Changed(record, await self._announce(record, seq, wait), count)
+
+    async def end_acting_secret(
+        self, by: Principal, *, reason: str | None = None, wait: bool = True
+    ) -> Changed | None:
+        """Revoke the key that asks, whatever its permission; asked with the secret before a
+        rotation, that secret alone.
+
+        Raises:
+            InvalidValue: of the reason.
+            CallerRefused: it is not valid any more.
+            StoreUnavailable: as in `delete`.
+        """
+        changed = await self._store.end_acting_secret(
+            by.organization_id, self.now_ms(), checked_reason(reason), by=self._actor(by)
+        )
+        return None if changed is None else await self._spread(changed, wait)
 
     async def rotate(
         self,
@@ -411,12 +477,13 @@ class Keyring:
 
         Raises:
             InvalidValue: of the grace.
-            NotPermitted: as in `delete`, or the key has more rights than `by`.
+            CallerRefused: as in `delete`.
+            NotPermitted: the key has more rights than `by`, or has them for longer.
             NotPossible: the key was deleted.
             HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
         """
         check_grace(grace_seconds)
-        record = await self._reached(organization_id, key_id, by, with_its_rights=True)
+        record = await self._store.get(organization_id, key_id, _environment_of(by))
         if record is None:
             return None
         token = self._check_keys.mint(self._prefix, record.environment, record.id)
@@ -480,15 +547,18 @@ class Keyring:
             StoreUnavailable: as in `delete`.
         """
         reason = checked_reason(reason)
-        if by is not None:
-            check_rights(by, FULL, LIVE)
         count, seq = await self._store.revoke_all(
             organization_id, self.now_ms(), reason, by=self._actor(by)
         )
         return Revoked(count, await self._announce(None, seq, wait))
 
     async def set_organization_active(
-        self, organization_id: str, active: bool, *, wait: bool = True
+        self,
+        organization_id: str,
+        active: bool,
+        *,
+        by: Principal | None = None,
+        wait: bool = True,
     ) -> Receipt | None:
         """Disable an organisation with all of its keys, or enable it again.
 
@@ -496,7 +566,7 @@ class Keyring:
             what is known of the change's spreading; None: no such organisation.
         """
         seq = await self._store.change_organization(
-            organization_id, self.now_ms(), active, by=self._operator
+            organization_id, self.now_ms(), active, by=self._actor(by)
         )
         return None if seq is None else await self._announce(None, seq, wait)
 
@@ -507,6 +577,7 @@ class Keyring:
         *,
         key_id: str | None = None,
         before: int | None = None,
+        by: Principal | None = None,
     ) -> Sequence[Deed]:
         """The audit log: at most `limit` of what was done, the newest first.
 
@@ -515,8 +586,11 @@ class Keyring:
             limit: at most so many.
             key_id: only what was done to this key.
             before: only what was done before the deed with this id.
+            by: the caller's own key; one for another environment than `live` sees what was done
+                to the keys of that environment.
         """
-        return await self._store.deeds(organization_id, limit, key_id, before)
+        environment = _environment_of(by)
+        return await self._store.deeds(organization_id, limit, key_id, before, environment)
 
     async def _end_grace(
         self,
@@ -527,39 +601,10 @@ class Keyring:
         *,
         goes_back: bool,
     ) -> Changed | None:
-        if await self._reached(organization_id, key_id, by, with_its_rights=True) is None:
-            return None
         changed = await self._store.end_grace(
             organization_id, key_id, self.now_ms(), goes_back, by=self._actor(by)
         )
         return None if changed is None else await self._spread(changed, wait)
-
-    async def _reached(
-        self,
-        organization_id: str,
-        key_id: str,
-        by: Principal | None,
-        permission: str | None = None,
-        *,
-        with_its_rights: bool = False,
-    ) -> KeyRecord | None:
-        """The key, if the organisation has it. Its environment never changes, so this holds later.
-
-        Args:
-            organization_id: whose key it is.
-            key_id: which key.
-            by: who wants to do something to it; None: the operator, who may.
-            permission: what it will have; None: not to be changed.
-            with_its_rights: whether that could end in somebody's having all that the key may do.
-
-        Raises:
-            NotPermitted: that is more than `by` may.
-        """
-        record = await self._store.get(organization_id, key_id)
-        if record is not None and by is not None:
-            needed = record.permission if with_its_rights else permission or by.permission
-            check_rights(by, needed, record.environment)
-        return record
 
     async def _change(
         self,
@@ -578,8 +623,8 @@ class Keyring:
         record, seq = changed
         return Changed(record, await self._announce(record, seq, wait))
 
-    def _actor(self, by: Principal | None) -> str:
-        return self._operator if by is None else by.key_id
+    def _actor(self, by: Principal | None) -> Actor:
+        return Actor(self._operator if by is None else by.key_id, by, self.now_ms)
 
     def _days_ago(self, days: int | None) -> int | None:
         return None if days is None else self.now_ms() - days * DAY_MS
@@ -587,3 +632,8 @@ class Keyring:
     def now_ms(self) -> int:
         """What the clock says, in milliseconds since the epoch."""
         return int(self._clock() * 1000)
+
+
+def _environment_of(by: Principal | None) -> str | None:
+    """The only environment whose keys the caller sees; None: all of them."""
+    return None if by is None or by.environment == LIVE else by.environment

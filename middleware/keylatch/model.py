@@ -46,6 +46,8 @@ class KeyRecord:
     previous_expires_at: int | None = None
     """When the secret before the last rotation ends."""
     previous_last_used: int | None = None
+    previous_rotated_at: int | None = None
+    """`rotated_at` of the secret before the last rotation."""
     created_by: str | None = None
     """The id of the key that created it, or an operator, as `Deed.actor`; None: not recorded."""
 
@@ -84,16 +86,32 @@ class Principal(BaseUser):
     All requests with a key share one, so it cannot be changed.
     """
 
-    __slots__ = ("key_id", "key_name", "organization_id", "permission", "environment")  # noqa: RUF023
+    __slots__ = (  # noqa: RUF023
+        "key_id",
+        "key_name",
+        "organization_id",
+        "permission",
+        "environment",
+        "secret",
+    )
 
     key_id: str
     key_name: str
     organization_id: str
     permission: str
     environment: str
+    secret: int | None
+    """By which of the key's secrets the caller was authenticated: when that was made, as
+    `secret_of`; None: by something else than a secret, such as a proxy's headers."""
 
     def __init__(
-        self, key_id: str, key_name: str, organization_id: str, permission: str, environment: str
+        self,
+        key_id: str,
+        key_name: str,
+        organization_id: str,
+        permission: str,
+        environment: str,
+        secret: int | None = None,
     ) -> None:
         begin = object.__setattr__
         begin(self, "key_id", key_id)
@@ -101,6 +119,7 @@ class Principal(BaseUser):
         begin(self, "organization_id", organization_id)
         begin(self, "permission", permission)
         begin(self, "environment", environment)
+        begin(self, "secret", secret)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError("a principal is shared by all requests with its key")
@@ -108,7 +127,7 @@ class Principal(BaseUser):
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError("a principal is shared by all requests with its key")
 
-    def __reduce__(self) -> tuple[type["Principal"], tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type["Principal"], tuple[str | int | None, ...]]:
         return Principal, tuple(getattr(self, field) for field in Principal.__slots__)
 
     @property
@@ -125,7 +144,7 @@ class Principal(BaseUser):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Principal) and all(
-            getattr(self, field) == getattr(other, field) for field in Principal.__slots__
+            getattr(self, field) == getattr(other, field) for field in _SHOWN
         )
 
     def __hash__(self) -> int:
@@ -164,11 +183,28 @@ def credentials_of(permission: str) -> AuthCredentials:
     return Credentials(permission)
 
 
-def principal_of(record: KeyRecord) -> Principal:
-    """The principal that a request with this key becomes."""
+_SHOWN: Final = Principal.__slots__[:-1]
+
+
+def secret_of(record: KeyRecord, is_previous: bool = False) -> int:
+    """Which of a key's secrets one is: when it was made by a rotation, in milliseconds since the
+    epoch and never twice the same for a key; 0: the key was created with it."""
+    made_at = record.previous_rotated_at if is_previous else record.rotated_at
+    return made_at or 0
+
+
+def principal_of(record: KeyRecord, is_previous: bool = False) -> Principal:
+    """The principal that a request with this key becomes; `is_previous`: it came with the secret
+    before the last rotation."""
     # Drivers make new strings for every row, and 50,000 keys in L1 have few different ones.
-    shared = map(sys.intern, (record.organization_id, record.permission, record.environment))
-    return Principal(record.id, record.name, *shared)
+    return Principal(
+        record.id,
+        record.name,
+        sys.intern(record.organization_id),
+        sys.intern(record.permission),
+        sys.intern(record.environment),
+        secret_of(record, is_previous),
+    )
 
 
 class Reason(Enum):

@@ -15,7 +15,8 @@ from sqlalchemy.engine import make_url
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.model import Deed, KeyRecord
-from keylatch.sql import changes, leases, lists, questions, rotations, vault
+from keylatch.sql import authorization, changes, leases, lists, questions, rotations, vault
+from keylatch.sql.authorization import Actor
 from keylatch.sql.database import Database, Question, Rows
 from keylatch.sql.deeds import OPERATOR, page_of_deeds
 from keylatch.sql.leases import BELL, Poll
@@ -275,12 +276,23 @@ class Store:
 
     # What management asks
 
-    async def add(self, record: KeyRecord, hashed: str, *, by: str = OPERATOR) -> int:
-        """Insert a key, and its organisation if it is new; return the sequence number."""
+    async def add(
+        self, record: KeyRecord, hashed: str, *, by: Actor = authorization.OPERATOR
+    ) -> tuple[KeyRecord, int]:
+        """Insert a key, and its organisation if it is new; return it and the sequence number.
+
+        A key without an end gets that of the key that creates it.
+
+        Raises:
+            CallerRefused, NotPermitted: as all changes by a key do, see `authorization`.
+        """
         return await self._write(changes.add_key, record, hashed, by)
 
-    async def add_many(self, made: Sequence[tuple[KeyRecord, str]], *, by: str = OPERATOR) -> int:
-        """Insert keys with their hashes, all or none, in this order; return the sequence number.
+    async def add_many(
+        self, made: Sequence[tuple[KeyRecord, str]], *, by: Actor = authorization.OPERATOR
+    ) -> tuple[list[KeyRecord], int]:
+        """Insert keys with their hashes, all or none, in this order; return them and the sequence
+        number.
 
         Every other change waits meanwhile, and PostgreSQL is given up after five seconds: a
         thousand keys take about a tenth of a second.
@@ -288,7 +300,7 @@ class Store:
         return await self._write(changes.add_keys, made, by)
 
     async def bring_many(
-        self, made: Sequence[tuple[KeyRecord, str]], *, by: str = OPERATOR
+        self, made: Sequence[tuple[KeyRecord, str]], *, by: Actor = authorization.OPERATOR
     ) -> tuple[int, dict[str, tuple[str, bool]]]:
         """Insert keys that were made elsewhere, all or none, but for those that are here already.
 
@@ -307,9 +319,12 @@ class Store:
         """After many were added: let the database learn how many there are."""
         await self._database.write(changes.analyze, seconds=_UPGRADE_SECONDS)
 
-    async def get(self, organization_id: str, key_id: str) -> KeyRecord | None:
-        """The key if it belongs to the organisation: a foreign key is an unknown key."""
-        return await self._read(lists.get_key, organization_id, key_id)
+    async def get(
+        self, organization_id: str, key_id: str, environment: str | None = None
+    ) -> KeyRecord | None:
+        """The key if it belongs to the organisation, and to the environment if one is given: a
+        foreign key is an unknown key."""
+        return await self._read(lists.get_key, organization_id, key_id, environment)
 
     async def page(
         self,
@@ -320,12 +335,21 @@ class Store:
         deleted: bool = False,
         after: int | None = None,
         unused_since: int | None = None,
+        environment: str | None = None,
     ) -> Page:
         """At most `limit` of the organisation's keys in the order of their creation, deleted ones
         if asked for, from the page on that `goes_on_after` this number; and only those that were
-        neither used nor made since a time in milliseconds, if one is given."""
+        neither used nor made since a time in milliseconds, and those of an environment, if one is
+        given."""
         return await self._read(
-            lists.page_of_keys, organization_id, limit, newest_first, deleted, after, unused_since
+            lists.page_of_keys,
+            organization_id,
+            limit,
+            newest_first,
+            deleted,
+            after,
+            unused_since,
+            environment,
         )
 
     async def pages(
@@ -336,6 +360,7 @@ class Store:
         deleted: bool = False,
         after: int | None = None,
         unused_since: int | None = None,
+        environment: str | None = None,
     ) -> AsyncIterator[Page]:
         """All of them, page by page: no transaction is held in between, so keys that are made
         meanwhile may be missing and those that are deleted may be there; no key is there twice."""
@@ -346,6 +371,7 @@ class Store:
                 deleted=deleted,
                 after=after,
                 unused_since=unused_since,
+                environment=environment,
             )
             yield page
             if page.goes_on_after is None:
@@ -353,15 +379,24 @@ class Store:
             after = page.goes_on_after
 
     async def list(
-        self, organization_id: str, *, newest_first: bool = True, deleted: bool = False
+        self,
+        organization_id: str,
+        *,
+        newest_first: bool = True,
+        deleted: bool = False,
+        environment: str | None = None,
     ) -> list[KeyRecord]:
         """The organisation's keys in the order of their creation; deleted ones if asked for."""
-        pages = self.pages(organization_id, newest_first=newest_first, deleted=deleted)
+        pages = self.pages(
+            organization_id, newest_first=newest_first, deleted=deleted, environment=environment
+        )
         return [record async for page in pages for record in page.records]
 
-    async def usage(self, organization_id: str, key_id: str, since_day: int) -> KeyUsage | None:
+    async def usage(
+        self, organization_id: str, key_id: str, since_day: int, environment: str | None = None
+    ) -> KeyUsage | None:
         """How a key of the organisation was used since a day; None: it has no such key."""
-        return await self._read(usage_of, organization_id, key_id, since_day)
+        return await self._read(usage_of, organization_id, key_id, since_day, environment)
 
     async def change(
         self,
@@ -370,12 +405,15 @@ class Store:
         now_ms: int,
         values: Mapping[str, Any],
         *,
-        by: str = OPERATOR,
+        by: Actor = authorization.OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
         """Change columns of a key, unless it was deleted: that is final, and comes back as it is.
 
         Returns:
             the record and a sequence number at which it is true; None: no such key here.
+
+        Raises:
+            CallerRefused, NotPermitted: as all changes by a key do, see `authorization`.
         """
         return await self._write(changes.change_key, organization_id, key_id, now_ms, values, by)
 
@@ -388,7 +426,7 @@ class Store:
         partial_token: str,
         ends_at: int | None,
         *,
-        by: str = OPERATOR,
+        by: Actor = authorization.OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
         """Give a key another hash, and let the present one be good until `ends_at` (milliseconds
         since the epoch) or its own expiry; None: it ends now.
@@ -414,7 +452,7 @@ class Store:
         now_ms: int,
         goes_back: bool,
         *,
-        by: str = OPERATOR,
+        by: Actor = authorization.OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
         """While two secrets of a key are good: keep the previous one only, or the present one.
 
@@ -425,8 +463,40 @@ class Store:
             rotations.end_grace, organization_id, key_id, now_ms, goes_back, by
         )
 
+    async def end_acting_secret(
+        self, organization_id: str, now_ms: int, reason: str | None, *, by: Actor
+    ) -> tuple[KeyRecord, int] | None:
+        """End what the caller came with: its key, or the secret before its last rotation alone."""
+        return await self._write(rotations.end_acting_secret, organization_id, now_ms, reason, by)
+
+    async def delete_with_descendants(
+        self,
+        organization_id: str,
+        key_id: str,
+        now_ms: int,
+        reason: str | None,
+        *,
+        by: Actor = authorization.OPERATOR,
+    ) -> tuple[KeyRecord, int, int] | None:
+        """Delete a key and all that it created, directly and indirectly.
+
+        Returns:
+            the key, how many were deleted, and the sequence number; None: no such key here.
+        """
+        return await self._database.write(
+            lambda connection: rotations.delete_with_descendants(
+                connection, organization_id, key_id, now_ms, reason, by
+            ),
+            seconds=_UPGRADE_SECONDS,
+        )
+
     async def revoke_all(
-        self, organization_id: str, now_ms: int, reason: str | None, *, by: str = OPERATOR
+        self,
+        organization_id: str,
+        now_ms: int,
+        reason: str | None,
+        *,
+        by: Actor = authorization.OPERATOR,
     ) -> tuple[int, int]:
         """Delete every key of an organisation; how many, and the sequence number of it."""
         return await self._database.write(
@@ -437,7 +507,12 @@ class Store:
         )
 
     async def change_organization(
-        self, organization_id: str, now_ms: int, active: bool, *, by: str = OPERATOR
+        self,
+        organization_id: str,
+        now_ms: int,
+        active: bool,
+        *,
+        by: Actor = authorization.OPERATOR,
     ) -> int | None:
         """Enable or disable an organisation; the sequence number of it, or None: no such one."""
         return await self._write(
@@ -450,9 +525,10 @@ class Store:
         limit: int,
         key_id: str | None = None,
         before: int | None = None,
+        environment: str | None = None,
     ) -> Sequence[Deed]:
         """The audit log, the newest first; see `Keyring.deeds`."""
-        return await self._read(page_of_deeds, organization_id, limit, key_id, before)
+        return await self._read(page_of_deeds, organization_id, limit, key_id, before, environment)
 
     async def ended(self) -> Sequence[lists.Ended]:
         """All keys that were revoked or disabled: what must not live again after a restore."""

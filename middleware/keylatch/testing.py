@@ -27,6 +27,7 @@ from keylatch.hashing import Hasher
 from keylatch.keyring import Keyring
 from keylatch.model import ANY_KEY, FULL, Allow, KeyRecord, Principal, Unsettled, Verdict, Wanted
 from keylatch.model import missing_scope as _missing_scope
+from keylatch.model import principal_of as _principal
 from keylatch.settings import Settings
 from keylatch.store import Store
 from keylatch.tokens import Token
@@ -219,12 +220,6 @@ def _judged(principal: Principal, wanted: Wanted) -> Verdict:
         return Allow(principal)
     settle = functools.partial(_judged, principal)
     return denied if wanted.is_final else Unsettled(denied.reason, denied.scope, settle=settle)
-
-
-def _principal(record: KeyRecord) -> Principal:
-    return Principal(
-        record.id, record.name, record.organization_id, record.permission, record.environment
-    )
 
 
 def _gates(stack: contextlib.ExitStack, app: Any, engine: Any) -> list[bool]:

@@ -62,9 +62,15 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "before": {"type": "integer", "minimum": 1, "maximum": 2**53},
     "days": {"type": "integer", "minimum": 1, "maximum": days.MAX_KEPT},
     "idle": {"type": "integer", "minimum": 1, "maximum": days.MAX_IDLE},
+    "descendants": {"type": "string", "enum": ["true", "false"]},
 }
 _OLDEST_FIRST: Final = {"cursor": listing.CURSOR_SCHEMAS[False]}
 _PREFER: Final = ("Prefer", "`respond-async`: answer with 202 right after the commit (RFC 7240)")
+_DESCENDANTS: Final = (
+    "descendants",
+    "`true`: revoke what the key created as well, directly and indirectly; unsent's dialect tells"
+    " in `revoked` how many keys that was",
+)
 _OF_VERIFY: Final = (
     ("permission", "what the key must be allowed to do; repeated ones add up"),
     ("environment", "which environment the key must be for"),
@@ -122,7 +128,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             errors=(400, 404, *_OF_A_CALLER),
             error=unsent.Error,
             spreads=True,
-            query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
+            query=(
+                ("reason", "why, in up to 200 characters; it is kept with the key"),
+                _DESCENDANTS,
+            ),
         ),
     },
     "/v1/api-keys/{id}/usage": {
@@ -160,7 +169,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     "/v1/api-keys/revoke-all": {
         "post": Operation(
             rotation.Everything.post,
-            rotation.AllRevoked,
+            unsent.ManyRevoked,
             takes=rotation.RevokeAll,
             errors=(*_OF_A_BODY, *_OF_A_CALLER),
             error=unsent.Error,
@@ -219,6 +228,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             errors=(400, 401, 404, 503),
             error=sendook.Error,
             spreads=True,
+            query=(_DESCENDANTS,),
         ),
     },
     "/leaked": {

@@ -25,21 +25,21 @@ TABLE = """
                                 | nobody | dead | SENDING | FULL        | FULL of test
 GET     /v1/api-keys            | 401    | 401  | 403     | 200         | 200
 POST    /v1/api-keys            | 401    | 401  | 403     | 200         | 200
-GET     /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 200 200 404
-PATCH   /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 403 200 404
-DELETE  /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 403 200 404
-GET     …/{id}/usage            | 401    | 401  | 403     | 200 200 404 | 200 200 404
-POST    …/{id}/rotate           | 401    | 401  | 403     | 200 200 404 | 403 200 404
-POST    …/{id}/rotate/cancel    | 401    | 401  | 403     | 200 200 404 | 403 200 404
-POST    …/{id}/rotate/finish    | 401    | 401  | 403     | 200 200 404 | 403 200 404
+GET     /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 404 200 404
+PATCH   /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 404 200 404
+DELETE  /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 404 200 404
+GET     …/{id}/usage            | 401    | 401  | 403     | 200 200 404 | 404 200 404
+POST    …/{id}/rotate           | 401    | 401  | 403     | 200 200 404 | 404 200 404
+POST    …/{id}/rotate/cancel    | 401    | 401  | 403     | 200 200 404 | 404 200 404
+POST    …/{id}/rotate/finish    | 401    | 401  | 403     | 200 200 404 | 404 200 404
 POST    /v1/api-keys/revoke-all | 401    | 401  | 403     | 200         | 403
 DELETE  /v1/api-keys/self       | 401    | 401  | 200     | 200         | 200
 GET     /v1/audit               | 401    | 401  | 403     | 200         | 200
 
 GET     /v1/api_keys            | 401    | 401  | 401     | 200         | 200
 POST    /v1/api_keys            | 401    | 401  | 401     | 200         | 200
-GET     /v1/api_keys/{id}       | 401    | 401  | 401     | 200 200 404 | 200 200 404
-DELETE  /v1/api_keys/{id}       | 401    | 401  | 401     | 200 200 404 | 401 200 404
+GET     /v1/api_keys/{id}       | 401    | 401  | 401     | 200 200 404 | 404 200 404
+DELETE  /v1/api_keys/{id}       | 401    | 401  | 401     | 200 200 404 | 404 200 404
 
 GET     /verify                 | 401    | 401  | 200     | 200         | 200
 HEAD    /verify                 | 401    | 401  | 200     | 200         | 200

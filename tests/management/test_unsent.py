@@ -22,7 +22,7 @@ KEYS = "/v1/api-keys"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 FIELDS = {"id", "name", "partialToken", "permission", "createdAt", "lastUsed"}
 OUR_FIELDS = {"organizationId", "active", "environment", "expiresAt", "updatedAt"}
-OUR_FIELDS |= {"metadata", "revokedReason", "rotatedAt", "previous"}
+OUR_FIELDS |= {"metadata", "revokedReason", "rotatedAt", "previous", "createdBy"}
 CALLS = [
     ("GET", KEYS),
     ("POST", KEYS),
@@ -80,6 +80,7 @@ def test_a_created_key_is_answered_with_all_its_fields(
         "revokedReason": None,
         "rotatedAt": None,
         "previous": None,
+        "createdBy": boss.record.id,
     }
     assert TIME.fullmatch(now)
     assert re.fullmatch(r"[A-Za-z0-9_-]+", key["id"])

@@ -252,7 +252,7 @@ class TestPostgreSQL:
         """Line by line, up to the last one heard; and the log after what was known comes back."""
         since = (await store.changes(2**62)).seq
         record = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
-        first = await store.add(record, "hashed")
+        _, first = await store.add(record, "hashed")
         second = await store.change_organization("acme", 0, False)
         assert second == first + 1 == since + 2
         one: Touched = (first, "key_a", None)

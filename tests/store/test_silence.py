@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from keylatch.errors import StoreUnavailable
 from keylatch.model import KeyRecord
+from keylatch.sql.authorization import Actor
 from keylatch.sql.postgresql import PostgreSQL
 from keylatch.store import Absent, Store
 from keylatch.usage.tally import ALLOWED, DAY_MS, Client, Tally
@@ -157,7 +158,9 @@ async def revoke_while(
             await asyncio.sleep(0.001)
         assert line.is_silent
         try:
-            return await sound.change("acme", KEYS[eighths], NOW, {"deleted_at": NOW}, by="me")
+            return await sound.change(
+                "acme", KEYS[eighths], NOW, {"deleted_at": NOW}, by=Actor("me")
+            )
         finally:
             line.cut()
             saying.cancel()

@@ -47,19 +47,19 @@ class StoreContract(OnAStore):
         self, store: Store
     ) -> None:
         """What was added is found whole, with its hash, as of its own transaction."""
-        seq = await store.add(record(expires_at=NOW + 5), "hashed")
+        _, seq = await store.add(record(expires_at=NOW + 5), "hashed")
         assert await store.find("key_a") == Found(record(expires_at=NOW + 5), "hashed", seq)
 
     async def test_absence_has_a_sequence_number_too(self, store: Store) -> None:
         """That there is no such key is only true as of a sequence number."""
-        seq = await store.add(record(), "hashed")
+        _, seq = await store.add(record(), "hashed")
         assert await store.find("key_b") == Absent(seq)
 
     async def test_every_change_advances_the_sequence_number_and_is_told(
         self, store: Store
     ) -> None:
         """Create, change and delete each leave one invalidation, in order."""
-        created = await store.add(record(), "hashed")
+        _, created = await store.add(record(), "hashed")
         changed = await store.change("acme", "key_a", NOW + 1, {"name": "new"})
         deleted = await store.change("acme", "key_a", NOW + 2, {"deleted_at": NOW + 2})
         assert changed is not None
@@ -81,7 +81,7 @@ class StoreContract(OnAStore):
 
     async def test_a_foreign_key_is_an_unknown_key(self, store: Store) -> None:
         """Another organisation can neither see nor change it, and leaves no trace by trying."""
-        seq = await store.add(record(), "hashed")
+        _, seq = await store.add(record(), "hashed")
         await store.add(record("key_b", "rival"), "hashed")
         assert await store.get("rival", "key_a") is None
         assert await store.change("rival", "key_a", NOW, {"active": False}) is None
@@ -91,8 +91,8 @@ class StoreContract(OnAStore):
 
     async def test_an_addition_may_be_repeated(self, store: Store) -> None:
         """Whoever lost the answer of the commit tries again, and makes no second change."""
-        seq = await store.add(record(), "hashed")
-        assert await store.add(record(), "hashed") == seq
+        _, seq = await store.add(record(), "hashed")
+        assert (await store.add(record(), "hashed"))[1] == seq
         assert await store.find("key_a") == Found(record(), "hashed", seq)
         await store.join("member", seconds=5)
         await store.join("member", seconds=5)
@@ -108,7 +108,7 @@ class StoreContract(OnAStore):
 
     async def test_last_used_never_goes_back_and_touches_nothing_else(self, store: Store) -> None:
         """Uses may arrive out of order, late, or for keys that are gone."""
-        seq = await store.add(record(), "hashed")
+        _, seq = await store.add(record(), "hashed")
         await store.touch({"key_a": NOW + 5, "key_gone": NOW})
         await store.touch({"key_a": NOW + 3})
         assert await store.find("key_a") == Found(record(last_used=NOW + 5), "hashed", seq)
@@ -135,10 +135,10 @@ class StoreContract(OnAStore):
     async def test_writers_at_once_lose_nothing(self, store: Store) -> None:
         """Forty keys from many tasks: forty sequence numbers, none skipped, none twice."""
         before = (await store.changes(0)).seq
-        seqs = await asyncio.gather(
+        added = await asyncio.gather(
             *(store.add(record(f"key_{n}", f"org{n % 3}"), "hashed") for n in range(40))
         )
-        assert sorted(seqs) == list(range(before + 1, before + 41))
+        assert sorted(seq for _, seq in added) == list(range(before + 1, before + 41))
 
     async def test_the_log_is_pruned_and_says_so(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
@@ -146,7 +146,7 @@ class StoreContract(OnAStore):
         """Who asks for more than the log still holds is told that it is not complete."""
         monkeypatch.setattr("keylatch.sql.changes._KEPT_INVALIDATIONS", 2)
         for number in range(5):
-            last = await store.add(record(f"key_{number}"), "hashed")
+            _, last = await store.add(record(f"key_{number}"), "hashed")
         await store.tidy(NOW)
         assert (await store.changes(last - 2)).complete
         assert not (await store.changes(last - 3)).complete
@@ -212,7 +212,7 @@ class TestSQLite(LastingStoreContract):
         """The counter and the log can be read in place, by another connection, at once."""
         before = store.sequence_now()
         assert before is not None
-        seq = await store.add(record(), "hashed")
+        _, seq = await store.add(record(), "hashed")
         assert store.sequence_now() == seq == before + 1
         assert store.changes_now(before) == await store.changes(before)
 
@@ -227,7 +227,7 @@ class TestSQLite(LastingStoreContract):
         change = "UPDATE keylatch_meta SET seq = seq + 1"
         marks = [store.mark_now()]
         for number in range(200):
-            seq = await store.add(record(f"key_{number}"), "hashed")
+            _, seq = await store.add(record(f"key_{number}"), "hashed")
             marks.append(store.mark_now())
             assert store.sequence_now() == seq
             assert store.mark_now() == marks[-1]
@@ -351,7 +351,7 @@ class TestPostgreSQL(LastingStoreContract):
         self, postgres: PostgresServer, store: Store
     ) -> None:
         """Down: unavailable, at once and not 401. Up again: the old connections do not matter."""
-        seq = await store.add(record(), "hashed")
+        _, seq = await store.add(record(), "hashed")
         postgres.kill()
         with pytest.raises(StoreUnavailable):
             await store.find("key_a")

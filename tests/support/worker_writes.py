@@ -17,15 +17,18 @@ from typing import Any
 from keylatch.engine import Engine
 from keylatch.model import KeyRecord
 from keylatch.settings import Settings
+from keylatch.sql.authorization import OPERATOR, Actor
 from keylatch.store import Store
 
 
 class HastyStore(Store):
     """A broken twin: answers at once and writes a moment later."""
 
-    async def add(self, record: KeyRecord, hashed: str, *, by: str = "") -> int:
+    async def add(
+        self, record: KeyRecord, hashed: str, *, by: Actor = OPERATOR
+    ) -> tuple[KeyRecord, int]:
         self._in_a_moment(super().add(record, hashed))
-        return 0
+        return record, 0
 
     async def change(
         self,
@@ -34,7 +37,7 @@ class HastyStore(Store):
         now_ms: int,
         values: Mapping[str, Any],
         *,
-        by: str = "",
+        by: Actor = OPERATOR,
     ) -> None:
         self._in_a_moment(super().change(organization_id, key_id, now_ms, values))
 

@@ -98,6 +98,7 @@ class _Previous(_Rotated):
     def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
         super().__init__(fingerprint, record, as_of)
         self._secret = record.id + PREVIOUS
+        self.allow = replace(self.allow, principal=principal_of(record, is_previous=True))
         # The key's own end may have been moved since.
         ends_at = min(self._grace_ends_at, record.expires_at or self._grace_ends_at)
         self.allow = replace(self.allow, expires_at=ends_at)

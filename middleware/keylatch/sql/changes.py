@@ -2,6 +2,7 @@
 
 The law of this file: whatever changes what a key may do is ONE transaction that advances
 `meta.seq`, makes the change and writes the invalidation. Recording a use is no such change.
+Each begins by judging the key that asks for it: see `authorization`.
 """
 
 import json
@@ -21,8 +22,10 @@ from sqlalchemy import (
     update,
 )
 
-from keylatch.model import PREVIOUS, KeyRecord
-from keylatch.sql.deeds import OPERATOR, write_down, write_down_all
+from keylatch.drafts import LIVE
+from keylatch.model import FULL, PREVIOUS, KeyRecord
+from keylatch.sql.authorization import OPERATOR, Actor, Authority, authorize
+from keylatch.sql.deeds import write_down, write_down_all
 from keylatch.sql.lists import holders
 from keylatch.sql.questions import RECORDS, record_of, sequence
 from keylatch.sql.schema import NOBODY, invalidations, keys, meta, organizations
@@ -30,6 +33,7 @@ from keylatch.sql.schema import NOBODY, invalidations, keys, meta, organizations
 _KEPT_INVALIDATIONS: Final = 100_000
 _MAX_NAMED: Final = 500  # parameters of one statement
 _CAMEL: Final = {"expires_at": "expiresAt"}
+_OF_RIGHTS: Final = ("permission", "expires_at")
 _STORED: Final = tuple(name for name in KeyRecord.__slots__ if name in keys.c)
 
 
@@ -40,9 +44,7 @@ def advance(
     organization_id: str | None = None,
     steps: int = 1,
 ) -> int:
-    seq: int = connection.execute(
-        update(meta).values(seq=meta.c.seq + steps).returning(meta.c.seq)
-    ).scalar_one()
+    seq = _advance(connection, steps)
     connection.execute(
         insert(invalidations).values(
             seq=seq, key_id=key_id, organization_id=organization_id, at=now_ms
@@ -51,48 +53,72 @@ def advance(
     return seq
 
 
-def add_key(connection: Connection, record: KeyRecord, hashed: str, by: str = OPERATOR) -> int:
+def advance_for_each(connection: Connection, now_ms: int, key_ids: Sequence[str]) -> int:
+    """A sequence number for each of several keys; the last of them."""
+    seq = _advance(connection, len(key_ids))
+    connection.execute(
+        insert(invalidations),
+        [
+            {"seq": number, "key_id": key_id, "organization_id": None, "at": now_ms}
+            for number, key_id in enumerate(key_ids, seq - len(key_ids) + 1)
+        ],
+    )
+    return seq
+
+
+def _advance(connection: Connection, steps: int) -> int:
+    seq: int = connection.execute(
+        update(meta).values(seq=meta.c.seq + steps).returning(meta.c.seq)
+    ).scalar_one()
+    return seq
+
+
+def add_key(
+    connection: Connection, record: KeyRecord, hashed: str, by: Actor = OPERATOR
+) -> tuple[KeyRecord, int]:
+    """Insert a key; it and the sequence number. It ends no later than the key that creates it."""
     # A new key is announced too: somebody may remember that there is no such key.
-    return _add(connection, [(record, hashed)], by, "key.create", key_id=record.id)
+    [added], seq = _add(connection, [(record, hashed)], by, "key.create", key_id=record.id)
+    return added, seq
 
 
 def add_keys(
-    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: str = OPERATOR
-) -> int:
+    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: Actor = OPERATOR
+) -> tuple[list[KeyRecord], int]:
     """Insert many keys with their hashes, in this order; each takes a sequence number of its own,
     so that lists know it, and one invalidation tells of all of them."""
     return _add(connection, made, by, "key.import", organization_id=NOBODY)
 
 
 def bring_keys(
-    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: str = OPERATOR
+    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: Actor = OPERATOR
 ) -> tuple[int, dict[str, tuple[str, bool]]]:
     """Insert keys that were made elsewhere, but for those whose locator is here already; these are
     told: locator → (id of its key, whether that is deleted)."""
     held = holders(connection, [str(record.locator) for record, _ in made])
     fresh = [each for each in made if each[0].locator not in held]
-    seq = add_keys(connection, fresh, by) if fresh else sequence(connection)
+    seq = add_keys(connection, fresh, by)[1] if fresh else sequence(connection)
     return seq, held
 
 
 def _add(
     connection: Connection,
     made: Sequence[tuple[KeyRecord, str]],
-    by: str,
+    by: Actor,
     action: str,
     key_id: str | None = None,
     organization_id: str | None = None,
-) -> int:
-    # Repeated after its answer was lost, it finds its own work done.
+) -> tuple[list[KeyRecord], int]:
     last, hashed = made[-1]
-    done = connection.execute(
-        select(keys.c.created_seq).where(keys.c.id == last.id, keys.c.hash == hashed)
-    ).scalar()
-    if done is not None:
-        return int(done)
-    seq = advance(connection, last.created_at, key_id, organization_id, steps=len(made))
-    _add_organizations(connection, {record.organization_id for record, _ in made}, last.created_at)
-    first_seq = seq - len(made) + 1
+    done = _added(connection, last, hashed)
+    if done is not None:  # repeated after its answer was lost, it finds its own work done
+        return [*(record for record, _ in made[:-1]), done[0]], done[1]
+    authority, _ = authorize(connection, by, last.organization_id)
+    records = [_granted(authority, record) for record, _ in made]
+    now_ms = last.created_at
+    seq = advance(connection, now_ms, key_id, organization_id, steps=len(made))
+    _add_organizations(connection, {record.organization_id for record in records}, now_ms)
+    hashes = [hashed for _, hashed in made]
     connection.execute(
         insert(keys),
         [
@@ -101,12 +127,30 @@ def _add(
                 "hash": hashed,
                 "created_seq": created_seq,
             }
-            for created_seq, (record, hashed) in enumerate(made, first_seq)
+            for created_seq, record, hashed in zip(
+                range(seq - len(made) + 1, seq + 1), records, hashes, strict=True
+            )
         ],
     )
-    done_to = [(record.organization_id, record.id, _birth(record)) for record, _ in made]
-    write_down_all(connection, last.created_at, by, action, done_to)
-    return seq
+    done_to = [
+        (record.organization_id, record.id, _birth(record), record.environment)
+        for record in records
+    ]
+    write_down_all(connection, now_ms, by.name, action, done_to)
+    return records, seq
+
+
+def _added(connection: Connection, record: KeyRecord, hashed: str) -> tuple[KeyRecord, int] | None:
+    row = connection.execute(
+        RECORDS.add_columns(keys.c.created_seq).where(keys.c.id == record.id, keys.c.hash == hashed)
+    ).first()
+    return None if row is None else (record_of(row[:-1]), row[-1])
+
+
+def _granted(authority: Authority, record: KeyRecord) -> KeyRecord:
+    bounded = authority.bounded(record)
+    authority.check_grant(bounded)
+    return bounded
 
 
 def _birth(record: KeyRecord) -> dict[str, Any]:
@@ -131,65 +175,80 @@ def _add_organizations(connection: Connection, named: set[str], now_ms: int) -> 
             )
 
 
-def locked_key(
-    connection: Connection, organization_id: str, key_id: str
-) -> tuple[KeyRecord, str, str | None] | None:
-    """A key that nobody else changes until this transaction ends, its hash and the previous one."""
-    row = connection.execute(
-        RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
-        .where(keys.c.id == key_id, keys.c.organization_id == organization_id)
-        .with_for_update(of=keys)
-    ).first()
-    return None if row is None else (record_of(row[:-2]), row[-2], row[-1])
-
-
 def change_key(
     connection: Connection,
     organization_id: str,
     key_id: str,
     now_ms: int,
     values: Mapping[str, Any],
-    by: str = OPERATOR,
+    by: Actor = OPERATOR,
 ) -> tuple[KeyRecord, int] | None:
-    found = locked_key(connection, organization_id, key_id)
+    authority, found = authorize(connection, by, organization_id, key_id)
     if found is None:
         return None
-    record, *_ = found
-    if record.deleted_at is not None:
-        return record, sequence(connection)
-    changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
+    if found.record.deleted_at is not None:
+        return found.record, sequence(connection)
+    if values.get("active") or any(name in values for name in _OF_RIGHTS):
+        authority.check_grant(replace(found.record, **values))
+    action = "key.change" if values.get("deleted_at") is None else "key.delete"
+    return apply(connection, found.record, now_ms, values, by, action, _told(values))
+
+
+def apply(
+    connection: Connection,
+    record: KeyRecord,
+    now_ms: int,
+    values: Mapping[str, Any],
+    by: Actor,
+    action: str,
+    told: Mapping[str, Any],
+) -> tuple[KeyRecord, int]:
+    """Change columns of a locked key, audit and invalidate it; the key and the sequence number."""
+    updated_at = updated_after(record, now_ms)
     connection.execute(
-        update(keys).where(keys.c.id == key_id).values(**values, updated_at=changed.updated_at)
+        update(keys).where(keys.c.id == record.id).values(**values, updated_at=updated_at)
     )
-    action = "key.change" if changed.deleted_at is None else "key.delete"
-    write_down(connection, now_ms, by, action, organization_id, key_id, _told(values))
+    place = record.organization_id, record.id
+    write_down(connection, now_ms, by.name, action, *place, told, record.environment)
+    shown = {name: value for name, value in values.items() if name in KeyRecord.__slots__}
+    changed = replace(record, **shown, updated_at=updated_at)
     # Last: it locks the counter row until the commit, and every other change waits for that.
-    return changed, advance(connection, now_ms, key_id=key_id)
+    return changed, advance(connection, now_ms, key_id=record.id)
+
+
+def updated_after(record: KeyRecord, now_ms: int) -> int:
+    """The time of a change, later than that of the change before it."""
+    return max(now_ms, record.updated_at + 1)
 
 
 def _told(values: Mapping[str, Any]) -> dict[str, Any]:
     """A change as the audit log has it, in the words of the HTTP API."""
     if "deleted_at" in values:
-        reason = values.get("revoked_reason")
-        return {} if reason is None else {"reason": reason}
+        return told_of_deletion(values.get("revoked_reason"))
     told = {_CAMEL.get(name, name): value for name, value in values.items()}
     if told.get("metadata"):
         told["metadata"] = json.loads(told["metadata"])
     return told
 
 
+def told_of_deletion(reason: str | None) -> dict[str, Any]:
+    """A deletion as the audit log has it."""
+    return {} if reason is None else {"reason": reason}
+
+
 def set_organization_active(
-    connection: Connection, organization_id: str, now_ms: int, active: bool, by: str = OPERATOR
+    connection: Connection, organization_id: str, now_ms: int, active: bool, by: Actor = OPERATOR
 ) -> int | None:
-    seq = advance(connection, now_ms, organization_id=organization_id)
+    authority, _ = authorize(connection, by, organization_id, alone=True)
+    authority.check(organization_id, FULL, LIVE)
     changed = connection.execute(
         update(organizations).where(organizations.c.id == organization_id).values(active=active)
     )
     if not changed.rowcount:
         return None
     action = "organization.enable" if active else "organization.disable"
-    write_down(connection, now_ms, by, action, organization_id)
-    return seq
+    write_down(connection, now_ms, by.name, action, organization_id)
+    return advance(connection, now_ms, organization_id=organization_id)
 
 
 def renew(connection: Connection, epoch: str, seq: int) -> None:

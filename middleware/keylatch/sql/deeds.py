@@ -25,9 +25,11 @@ def write_down(
     organization_id: str | None,
     key_id: str | None = None,
     details: Mapping[str, Any] | None = None,
+    environment: str | None = None,
 ) -> None:
-    """Add a line; see `Deed`."""
-    write_down_all(connection, at, actor, action, [(organization_id, key_id, details)])
+    """Add an entry; see `Deed`. `environment`: of the key."""
+    done_to = [(organization_id, key_id, details, environment)]
+    write_down_all(connection, at, actor, action, done_to)
 
 
 def write_down_all(
@@ -35,9 +37,9 @@ def write_down_all(
     at: int,
     actor: str,
     action: str,
-    done_to: Sequence[tuple[str | None, str | None, Mapping[str, Any] | None]],
+    done_to: Sequence[tuple[str | None, str | None, Mapping[str, Any] | None, str | None]],
 ) -> None:
-    """Add a line for each organisation, key and details that the same was done to."""
+    """Add an entry for each organisation, key, details and environment it was done to."""
     connection.execute(
         insert(audit),
         [
@@ -48,8 +50,9 @@ def write_down_all(
                 "organization_id": organization_id,
                 "key_id": key_id,
                 "details": json.dumps(details, separators=(",", ":")) if details else None,
+                "environment": environment,
             }
-            for organization_id, key_id, details in done_to
+            for organization_id, key_id, details, environment in done_to
         ],
     )
 
@@ -60,6 +63,7 @@ def page_of_deeds(
     limit: int,
     key_id: str | None = None,
     before: int | None = None,
+    environment: str | None = None,
 ) -> list[Deed]:
     """Some lines, the newest first; see `Keyring.deeds`."""
     statement = select(audit).order_by(audit.c.id.desc()).limit(limit)
@@ -67,6 +71,8 @@ def page_of_deeds(
         statement = statement.where(audit.c.organization_id == organization_id)
     if key_id is not None:
         statement = statement.where(audit.c.key_id == key_id)
+    if environment is not None:
+        statement = statement.where(audit.c.environment == environment)
     if before is not None:
         statement = statement.where(audit.c.id < before)
     return [

@@ -46,11 +46,14 @@ def holders(connection: Connection, locators: Sequence[str]) -> dict[str, tuple[
     return held
 
 
-def get_key(connection: Connection, organization_id: str, key_id: str) -> KeyRecord | None:
-    """A key of an organisation."""
-    row = connection.execute(
-        RECORDS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
-    ).first()
+def get_key(
+    connection: Connection, organization_id: str, key_id: str, environment: str | None = None
+) -> KeyRecord | None:
+    """A key of an organisation, and of an environment if one is given."""
+    statement = RECORDS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+    if environment is not None:
+        statement = statement.where(keys.c.environment == environment)
+    row = connection.execute(statement).first()
     return None if row is None else record_of(row)
 
 
@@ -62,12 +65,15 @@ def page_of_keys(
     deleted: bool,
     after: int | None,
     unused_since: int | None = None,
+    environment: str | None = None,
 ) -> Page:
     """Some keys of an organisation in the order of their creation, from an index and unsorted."""
     at = keys.c.created_seq
     statement = RECORDS.add_columns(at).where(keys.c.organization_id == organization_id)
     if not deleted:
         statement = statement.where(keys.c.deleted_at.is_(None))
+    if environment is not None:
+        statement = statement.where(keys.c.environment == environment)
     if after is not None:
         statement = statement.where(at < after if newest_first else at > after)
     if unused_since is not None:

@@ -1,17 +1,31 @@
-"""Changes of more than one column by rule: a new secret beside the old one, and the end of all keys
-of an organisation. The law of `changes` holds here too.
+"""Changes of more than one column by rule: a new secret beside the old one, and the end of many
+keys at once. The law of `changes` holds here too.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, case, func, select, update
+from sqlalchemy import Connection, case, func, literal, select, update
 
-from keylatch.drafts import NotPossible
-from keylatch.model import KeyRecord
-from keylatch.sql.changes import advance, locked_key
-from keylatch.sql.deeds import write_down
-from keylatch.sql.questions import sequence
+from keylatch.drafts import LIVE, NotPossible
+from keylatch.model import FULL, KeyRecord
+from keylatch.sql.authorization import (
+    Actor,
+    LockedKey,
+    authorize,
+    judge_again,
+    lock_organization,
+    locked_keys,
+)
+from keylatch.sql.changes import (
+    advance,
+    advance_for_each,
+    apply,
+    told_of_deletion,
+    updated_after,
+)
+from keylatch.sql.deeds import write_down, write_down_all
+from keylatch.sql.questions import RECORDS, record_of, sequence
 from keylatch.sql.schema import keys
 
 _NO_PREVIOUS: Final = {
@@ -19,7 +33,9 @@ _NO_PREVIOUS: Final = {
     "previous_partial_token": None,
     "previous_expires_at": None,
     "previous_last_used": None,
+    "previous_rotated_at": None,
 }
+_MAX_NAMED: Final = 500  # parameters of one statement
 
 
 def rotate_key(
@@ -30,32 +46,33 @@ def rotate_key(
     hashed: str,
     partial_token: str,
     ends_at: int | None,
-    by: str,
+    by: Actor,
 ) -> tuple[KeyRecord, int] | None:
     """Give a key another hash; the present one stays good until `ends_at` or the key's own end."""
-    found = locked_key(connection, organization_id, key_id)
+    done = _rotated(connection, key_id, hashed)
+    if done is not None:  # repeated after its answer was lost
+        return done, sequence(connection)
+    authority, found = authorize(connection, by, organization_id, key_id)
     if found is None:
         return None
-    record, present, _ = found
-    if present == hashed:  # repeated after its answer was lost
-        return record, sequence(connection)
-    if record.deleted_at is not None:
-        raise NotPossible("The API key was deleted; that is final")
+    record = _not_deleted(found)
+    authority.check_grant(record)
     values: dict[str, Any] = {
         "hash": hashed,
         "partial_token": partial_token,
-        "rotated_at": now_ms,
+        "rotated_at": _rotated_at(record, now_ms),
         **_NO_PREVIOUS,
     }
     if ends_at is not None:
         values |= {
-            "previous_hash": present,
+            "previous_hash": found.hash,
             "previous_partial_token": record.partial_token,
             "previous_expires_at": min(ends_at, record.expires_at or ends_at),
             "previous_last_used": record.last_used,
+            "previous_rotated_at": record.rotated_at,
         }
     told = {"graceEndsAt": values["previous_expires_at"]}
-    return _changed(connection, record, now_ms, values, by, "key.rotate", told)
+    return apply(connection, record, now_ms, values, by, "key.rotate", told)
 
 
 def end_grace(
@@ -64,57 +81,155 @@ def end_grace(
     key_id: str,
     now_ms: int,
     goes_back: bool,
-    by: str,
+    by: Actor,
 ) -> tuple[KeyRecord, int] | None:
     """While two secrets of a key are good: keep the previous one only (`goes_back`), or end it."""
-    found = locked_key(connection, organization_id, key_id)
+    authority, found = authorize(connection, by, organization_id, key_id)
     if found is None:
         return None
-    record, _, previous = found
-    if record.deleted_at is not None:
-        raise NotPossible("The API key was deleted; that is final")
-    if previous is None or record.grace_ends_at(now_ms) is None:
+    record = _not_deleted(found)
+    authority.check(organization_id, record.permission, record.environment)
+    if found.previous_hash is None or record.grace_ends_at(now_ms) is None:
         raise NotPossible("No rotation of the API key is under way")
     values = dict[str, Any](_NO_PREVIOUS)
     if goes_back:
-        values |= {"hash": previous, "partial_token": record.previous_partial_token}
+        values |= {
+            "hash": found.previous_hash,
+            "partial_token": record.previous_partial_token,
+            "rotated_at": record.previous_rotated_at,
+        }
     action = "key.rotate.cancel" if goes_back else "key.rotate.finish"
-    return _changed(connection, record, now_ms, values, by, action, {})
+    return apply(connection, record, now_ms, values, by, action, {})
+
+
+def end_acting_secret(
+    connection: Connection, organization_id: str, now_ms: int, reason: str | None, by: Actor
+) -> tuple[KeyRecord, int] | None:
+    """End what the caller came with: its key, or the secret before its last rotation alone."""
+    authority, found = authorize(connection, by, organization_id, by.key_id, ends_itself=True)
+    if found is None:
+        return None
+    if authority.is_previous:
+        values = _NO_PREVIOUS
+        return apply(connection, found.record, now_ms, values, by, "key.rotate.finish", {})
+    values = _deletion(now_ms, reason)
+    return apply(
+        connection, found.record, now_ms, values, by, "key.delete", told_of_deletion(reason)
+    )
+
+
+def delete_with_descendants(
+    connection: Connection,
+    organization_id: str,
+    key_id: str,
+    now_ms: int,
+    reason: str | None,
+    by: Actor,
+) -> tuple[KeyRecord, int, int] | None:
+    """Delete a key, the keys that it created, those that they created, and so on.
+
+    Returns:
+        the key, how many were deleted, and the sequence number; None: there is no such key.
+    """
+    # No key of the organisation creates another one until this transaction ends.
+    lock_organization(connection, by, organization_id, alone=True)
+    family = _descendants(connection, organization_id, key_id)
+    found = locked_keys(connection, family | {by.key_id or key_id})
+    authority = judge_again(by, found.get(by.key_id or ""))
+    root = found.get(key_id)
+    if root is None or root.record.organization_id != organization_id:
+        return None
+    if not authority.sees(root.record):
+        return None
+    ending = [found[each] for each in sorted(family) if found[each].record.deleted_at is None]
+    if not ending:
+        return root.record, 0, sequence(connection)
+    _delete_all(connection, [each.record.id for each in ending], now_ms, reason)
+    told = told_of_deletion(reason)
+    write_down_all(
+        connection,
+        now_ms,
+        by.name,
+        "key.delete",
+        [
+            (
+                organization_id,
+                each.record.id,
+                told if each is root else told | {"createdBy": each.record.created_by},
+                each.record.environment,
+            )
+            for each in ending
+        ],
+    )
+    seq = advance_for_each(connection, now_ms, [each.record.id for each in ending])
+    return _record(connection, key_id), len(ending), seq
 
 
 def revoke_all(
-    connection: Connection, organization_id: str, now_ms: int, reason: str | None, by: str
+    connection: Connection, organization_id: str, now_ms: int, reason: str | None, by: Actor
 ) -> tuple[int, int]:
     """Delete every key of an organisation; their number, and one sequence number for all."""
+    lock_organization(connection, by, organization_id, alone=True)
     live = keys.c.organization_id == organization_id, keys.c.deleted_at.is_(None)
     # In the order in which uses are recorded, so that the two cannot deadlock.
     locked = select(keys.c.id).where(*live).order_by(keys.c.id).with_for_update().subquery()
     connection.execute(select(func.count()).select_from(locked))
-    newer = case((keys.c.updated_at < now_ms, now_ms), else_=keys.c.updated_at + 1)
+    authority, _ = authorize(connection, by, organization_id, alone=True)
+    authority.check(organization_id, FULL, LIVE)
     count = connection.execute(
-        update(keys)
-        .where(*live)
-        .values(active=False, deleted_at=now_ms, updated_at=newer, revoked_reason=reason)
+        update(keys).where(*live).values(**_deletion(now_ms, reason), updated_at=_newer(now_ms))
     ).rowcount
-    told = {"count": count} | ({} if reason is None else {"reason": reason})
-    write_down(connection, now_ms, by, "organization.revoke", organization_id, None, told)
+    told = {"count": count} | told_of_deletion(reason)
+    write_down(connection, now_ms, by.name, "organization.revoke", organization_id, None, told)
     return count, advance(connection, now_ms, organization_id=organization_id)
 
 
-def _changed(
-    connection: Connection,
-    record: KeyRecord,
-    now_ms: int,
-    values: dict[str, Any],
-    by: str,
-    action: str,
-    told: dict[str, Any],
-) -> tuple[KeyRecord, int]:
-    updated_at = max(now_ms, record.updated_at + 1)
-    connection.execute(
-        update(keys).where(keys.c.id == record.id).values(**values, updated_at=updated_at)
+def _deletion(now_ms: int, reason: str | None) -> dict[str, Any]:
+    return {"active": False, "deleted_at": now_ms, "revoked_reason": reason}
+
+
+def _newer(now_ms: int) -> Any:
+    return case((keys.c.updated_at < now_ms, now_ms), else_=keys.c.updated_at + 1)
+
+
+def _delete_all(
+    connection: Connection, key_ids: Sequence[str], now_ms: int, reason: str | None
+) -> None:
+    for start in range(0, len(key_ids), _MAX_NAMED):
+        connection.execute(
+            update(keys)
+            .where(keys.c.id.in_(key_ids[start : start + _MAX_NAMED]))
+            .values(**_deletion(now_ms, reason), updated_at=_newer(now_ms))
+        )
+
+
+def _descendants(connection: Connection, organization_id: str, key_id: str) -> set[str]:
+    """The ids of a key and of those that it created, directly and indirectly."""
+    family = select(literal(key_id).label("id")).cte("family", recursive=True)
+    created = select(keys.c.id).where(
+        keys.c.created_by == family.c.id, keys.c.organization_id == organization_id
     )
-    write_down(connection, now_ms, by, action, record.organization_id, record.id, told)
-    shown = {name: value for name, value in values.items() if name in KeyRecord.__slots__}
-    changed = replace(record, **shown, updated_at=updated_at)
-    return changed, advance(connection, now_ms, key_id=record.id)
+    family = family.union(created)
+    return set(connection.execute(select(family.c.id)).scalars())
+
+
+def _rotated_at(record: KeyRecord, now_ms: int) -> int:
+    """The time of a rotation, which names the secret that it made (`secret_of`), so never twice
+    the same for a key: later than every change before it."""
+    is_unchanged = record.updated_at == record.created_at
+    return now_ms if is_unchanged else updated_after(record, now_ms)
+
+
+def _rotated(connection: Connection, key_id: str, hashed: str) -> KeyRecord | None:
+    row = connection.execute(RECORDS.where(keys.c.id == key_id, keys.c.hash == hashed)).first()
+    return None if row is None else record_of(row)
+
+
+def _record(connection: Connection, key_id: str) -> KeyRecord:
+    return record_of(connection.execute(RECORDS.where(keys.c.id == key_id)).one())
+
+
+def _not_deleted(found: LockedKey) -> KeyRecord:
+    if found.record.deleted_at is not None:
+        raise NotPossible("The API key was deleted; that is final")
+    return found.record

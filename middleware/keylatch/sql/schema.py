@@ -77,6 +77,7 @@ keys: Final = Table(
     Column("previous_partial_token", String(32)),
     Column("previous_expires_at", BigInteger),
     Column("previous_last_used", BigInteger),
+    Column("previous_rotated_at", BigInteger),
     Column("created_by", String(100)),  # a key's id, or an operator as in the audit log
     # Only of those that have one: made on a large table, it reads and sorts nothing else.
     Index(
@@ -95,6 +96,8 @@ keys: Final = Table(
         sqlite_where=_IS_LIVE,
         postgresql_where=_IS_LIVE,
     ),
+    # A key for another environment than `live` lists only the keys of its own.
+    Index("keylatch_keys_of_environment", "organization_id", "environment", "created_seq"),
     Index(
         "keylatch_keys_by_creator",
         "created_by",
@@ -171,6 +174,8 @@ audit: Final = Table(
     Column("organization_id", String(64)),
     Column("key_id", String(64)),
     Column("details", Text),  # a JSON object
+    Column("environment", String(16)),  # of the key
     Index("keylatch_audit_of_organization", "organization_id", "id"),
+    Index("keylatch_audit_of_environment", "organization_id", "environment", "id"),
     Index("keylatch_audit_of_key", "key_id", "id"),
 )

@@ -153,10 +153,15 @@ def _insert(connection: Connection, table: Table) -> Any:
 
 
 def usage_of(
-    connection: Connection, organization_id: str, key_id: str, since_day: int
+    connection: Connection,
+    organization_id: str,
+    key_id: str,
+    since_day: int,
+    environment: str | None = None,
 ) -> KeyUsage | None:
-    """How a key of an organisation was used since a day; None: it has no such key."""
-    found = get_key(connection, organization_id, key_id)
+    """How a key of an organisation was used since a day; None: it has no such key, or none in
+    that environment."""
+    found = get_key(connection, organization_id, key_id, environment)
     if found is None:
         return None
     rows = connection.execute(

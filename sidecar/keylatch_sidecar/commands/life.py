@@ -203,6 +203,9 @@ def enable(
 def revoke(
     key_id: KeyId,
     reason: ReasonOption = None,
+    descendants: Annotated[
+        bool, typer.Option("--descendants", help="Revoke what the key created as well.")
+    ] = False,
     organization: OwnerOption = None,
     as_json: JSONOption = False,
     store: StoreOption = None,
@@ -211,10 +214,14 @@ def revoke(
     """Revoke a key, at once and finally."""
 
     async def run(keyring: Keyring, record: KeyRecord) -> Changed | None:
-        return await keyring.delete(record.organization_id, record.id, reason=reason)
+        return await keyring.delete(
+            record.organization_id, record.id, reason=reason, descendants=descendants
+        )
 
-    settings = Settings.load(store=store, redis=redis)
-    _tell("Revoked", with_key(settings, key_id, organization, run), as_json)
+    changed = with_key(Settings.load(store=store, redis=redis), key_id, organization, run)
+    _tell("Revoked", changed, as_json)
+    if descendants and not as_json:
+        terminal.words.print(f"{changed.count:,} keys were revoked in this change.")
 
 
 def revoke_all(

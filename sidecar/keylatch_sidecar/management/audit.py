@@ -45,6 +45,7 @@ class Audit(HTTPEndpoint):
             limit,
             key_id=None if key is None else checked_id(key),
             before=before,
+            by=caller,
         )
         query = {"limit": str(limit)} | ({} if key is None else {"key": key})
         link = next_link(query | {"before": str(deeds[-1].id)}) if len(deeds) == limit else {}

@@ -61,7 +61,7 @@ class OneKeysUsage(HTTPEndpoint):
         """Tell how often a key was let in and refused on each of the last `?days=` (30)."""
         caller, keyring = await manager(request)
         asked = days.asked(request, "days", days.MAX_KEPT) or USUAL_DAYS
-        found = await keyring.usage(caller.organization_id, key_id(request), asked)
+        found = await keyring.usage(caller.organization_id, key_id(request), asked, by=caller)
         if found is None:
             raise no_such_key()
         return JSON(describe(found))

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from keylatch.keyring import Keyring
-from keylatch.model import KeyRecord
+from keylatch.model import KeyRecord, Principal
 from keylatch.revocation.feed import END
 from keylatch.store import PAGE, Page
 from keylatch_sidecar.management.bodies import JSON, Shape, as_json, invalid
@@ -59,8 +59,9 @@ async def answer(
     newest_first: bool = True,
     deleted: bool = False,
     idle_days: int | None = None,
+    by: Principal,
 ) -> Response:
-    """The list that was asked for.
+    """The list that was asked for, of the keys that the caller sees.
 
     Raises:
         Problem: 400, a limit or a cursor is none.
@@ -74,6 +75,7 @@ async def answer(
         deleted=deleted,
         after=after,
         idle_days=idle_days,
+        by=by,
     )
     place = page.goes_on_after
     if limit is not None or place is None:
@@ -88,6 +90,7 @@ async def answer(
         deleted=deleted,
         after=place,
         idle_days=idle_days,
+        by=by,
     )
     return _Sent(_array(page, rest, spell), request)
 

@@ -7,11 +7,12 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.drafts import InvalidValue, NotPermitted, NotPossible
+from keylatch.drafts import CallerRefused, InvalidValue, NotPermitted, NotPossible
 from keylatch.errors import KeylatchError
+from keylatch.model import Deny
 from keylatch_sidecar.management.access import engine_of
 from keylatch_sidecar.management.bodies import invalid
-from keylatch_sidecar.management.problems import Fault, Problem, beyond_rights, unavailable
+from keylatch_sidecar.management.problems import Fault, Problem, beyond_rights, refused, unavailable
 
 E = TypeVar("E")
 Handler = Callable[[E, Request], Awaitable[Response]]
@@ -32,6 +33,8 @@ def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
                 return spell(invalid([Fault(error.field, error.message)]))
             except NotPossible as error:
                 return spell(Problem(400, str(error)))
+            except CallerRefused as error:
+                return spell(refused(Deny(error.reason), engine_of(request).settings.realm))
             except NotPermitted as error:
                 return spell(beyond_rights(str(error), engine_of(request).settings.realm))
             except KeylatchError:

@@ -6,7 +6,8 @@ from typing import Any
 from starlette.requests import Request
 
 from keylatch.revocation.feed import Receipt
-from keylatch_sidecar.management.bodies import JSON, Shape
+from keylatch_sidecar.management.bodies import JSON, Shape, invalid
+from keylatch_sidecar.management.problems import Fault
 
 
 class Revocation(Shape):
@@ -25,6 +26,19 @@ def waits(request: Request) -> bool:
     preferences = ",".join(request.headers.getlist("prefer"))
     words = (re.split(r"[;=]", part)[0].strip().lower() for part in preferences.split(","))
     return "respond-async" not in words
+
+
+def with_descendants(request: Request) -> bool:
+    """Whether what the key created is to be revoked as well: `?descendants=true`.
+
+    Raises:
+        Problem: 400, it is neither `true` nor `false`, or there are two of them.
+    """
+    given = request.query_params.getlist("descendants")
+    if given not in ([], ["true"], ["false"]):
+        fault = Fault("descendants", "must be true or false", given[-1], location="query")
+        raise invalid([fault])
+    return given == ["true"]
 
 
 def revocation(receipt: Receipt) -> Revocation:

@@ -18,7 +18,7 @@ from keylatch_sidecar.management.problems import no_such_key
 from keylatch_sidecar.management.profile import speaking
 from keylatch_sidecar.management.unsent import (
     CreatedKey,
-    Success,
+    ManyRevoked,
     describe,
     fields_of,
     revoked,
@@ -40,12 +40,6 @@ class RevokeAll(Body):
     """Why all keys end; it is kept with each."""
 
     reason: Reason | None = None
-
-
-class AllRevoked(Success):
-    """How many keys were revoked, and how far that has spread."""
-
-    revoked: int
 
 
 class Rotation(HTTPEndpoint):
@@ -100,7 +94,7 @@ class Everything(HTTPEndpoint):
         done = await keyring.revoke_all(
             caller.organization_id, reason=body.reason, by=caller, wait=waited
         )
-        content = AllRevoked(
+        content = ManyRevoked(
             success=True, revoked=done.count, revocation=receipts.revocation(done.receipt)
         )
         return receipts.answer(content, done.receipt, waited=waited)
@@ -111,9 +105,16 @@ class Self(HTTPEndpoint):
 
     @speaking(spell)
     async def delete(self, request: Request) -> Response:
-        """Revoke the key that asks, whatever its permission."""
+        """Revoke the key that asks, whatever its permission; asked with the secret before a
+        rotation, that secret alone."""
         caller, keyring = await anybody(request)
-        return await revoked(request, keyring, caller, caller.key_id)
+        waited = receipts.waits(request)
+        changed = await keyring.end_acting_secret(
+            caller, reason=request.query_params.get("reason"), wait=waited
+        )
+        if changed is None:
+            raise no_such_key()
+        return revoked(changed, waited=waited)
 
 
 async def _ended(request: Request, *, goes_back: bool) -> Response:

@@ -85,7 +85,7 @@ class Keys(HTTPEndpoint):
         """List the organisation's keys, oldest first; with `?limit=` in pages."""
         caller, keyring = await manager(request)
         return await listing.answer(
-            request, keyring, caller.organization_id, _key, newest_first=False
+            request, keyring, caller.organization_id, _key, newest_first=False, by=caller
         )
 
     @speaking(spell)
@@ -109,18 +109,23 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await manager(request)
-        record = await keyring.get(caller.organization_id, key_id(request))
+        record = await keyring.get(caller.organization_id, key_id(request), by=caller)
         if record is None:
             raise no_such_key()
         return JSON(_key(record))
 
     @speaking(spell)
     async def delete(self, request: Request) -> Response:
-        """Revoke a key, at once and finally. Repeating it changes nothing."""
+        """Revoke a key, at once and finally; `?descendants=true` what it created as well.
+        Repeating it changes nothing."""
         caller, keyring = await manager(request)
         waited = receipts.waits(request)
         changed = await keyring.delete(
-            caller.organization_id, key_id(request), by=caller, wait=waited
+            caller.organization_id,
+            key_id(request),
+            descendants=receipts.with_descendants(request),
+            by=caller,
+            wait=waited,
         )
         if changed is None:
             raise no_such_key()

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.drafts import InvalidValue, end_after
-from keylatch.keyring import Keyring
-from keylatch.model import FULL, KeyRecord, Principal
+from keylatch.keyring import Changed
+from keylatch.model import FULL, KeyRecord
 from keylatch_sidecar.management import bodies, days, listing, receipts
 from keylatch_sidecar.management.access import engine_of, key_id, manager
 from keylatch_sidecar.management.bodies import (
@@ -90,6 +90,7 @@ class Key(Shape):
     revoked_reason: str | None
     rotated_at: str | None
     previous: Previous | None
+    created_by: str | None
 
 
 class CreatedKey(Key):
@@ -103,6 +104,12 @@ class Success(Shape):
 
     success: bool
     revocation: receipts.Revocation
+
+
+class ManyRevoked(Success):
+    """How many keys were revoked, and how far that has spread."""
+
+    revoked: int
 
 
 class ErrorDetail(Shape):
@@ -140,6 +147,7 @@ class Keys(HTTPEndpoint):
             describe,
             deleted=deleted,
             idle_days=days.asked(request, "idle", days.MAX_IDLE),
+            by=caller,
         )
 
     @speaking(spell)
@@ -166,7 +174,8 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await manager(request)
-        return JSON(describe(_found(await keyring.get(caller.organization_id, key_id(request)))))
+        record = await keyring.get(caller.organization_id, key_id(request), by=caller)
+        return JSON(describe(_found(record)))
 
     @speaking(spell)
     async def patch(self, request: Request) -> Response:
@@ -188,20 +197,29 @@ class OneKey(HTTPEndpoint):
 
     @speaking(spell)
     async def delete(self, request: Request) -> Response:
-        """Revoke a key, at once and finally; `?reason=` is kept with it. Repeating it changes
-        nothing."""
+        """Revoke a key, at once and finally; `?reason=` is kept with it, and
+        `?descendants=true` revokes what it created as well. Repeating it changes nothing."""
         caller, keyring = await manager(request)
-        return await revoked(request, keyring, caller, key_id(request))
+        waited = receipts.waits(request)
+        descendants = receipts.with_descendants(request)
+        changed = _found(
+            await keyring.delete(
+                caller.organization_id,
+                key_id(request),
+                reason=request.query_params.get("reason"),
+                descendants=descendants,
+                by=caller,
+                wait=waited,
+            )
+        )
+        return revoked(changed, waited=waited, many=descendants)
 
 
-async def revoked(request: Request, keyring: Keyring, caller: Principal, its_id: str) -> Response:
-    """Revoke a key of the caller's organisation, and say how far that has spread."""
-    waited = receipts.waits(request)
-    reason = request.query_params.get("reason")
-    changed = _found(
-        await keyring.delete(caller.organization_id, its_id, reason=reason, by=caller, wait=waited)
-    )
+def revoked(changed: Changed, *, waited: bool, many: bool = False) -> Response:
+    """A key was revoked, `many`: with what it created; and how far that has spread."""
     content = Success(success=True, revocation=receipts.revocation(changed.receipt))
+    if many:
+        content = ManyRevoked(**dict(content), revoked=changed.count)
     return receipts.answer(content, changed.receipt, waited=waited)
 
 
@@ -237,6 +255,7 @@ def fields_of(record: KeyRecord) -> dict[str, Any]:
         "revoked_reason": record.revoked_reason,
         "rotated_at": _iso(record.rotated_at),
         "previous": previous_of(record),
+        "created_by": record.created_by,
     }
 
 

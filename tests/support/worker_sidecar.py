@@ -1,0 +1,55 @@
+"""A sidecar in a process of its own, whose clock a test moves; it prints its port when it serves.
+
+    python worker_sidecar.py STORE CLOCK [trusting]
+
+CLOCK is a file: the clock is ahead by as many seconds as it has bytes. `trusting` is a broken twin:
+it does not judge the acting key again in the transaction of a change.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from keylatch.engine import Engine
+from keylatch.hashing import Cost, Hasher
+from keylatch.settings import Settings
+from keylatch.sql import authorization, rotations
+from keylatch.sql.authorization import Actor, Authority, LockedKey
+from keylatch_sidecar.app import create_app
+
+
+def believe(actor: Actor, acting: LockedKey | None, **_: Any) -> Authority:
+    """The twin's judgement: who was good when the call began is good."""
+    return Authority()
+
+
+class Told(uvicorn.Server):
+    """A server that says where it listens."""
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self.servers[0].sockets[0].getsockname()[1], flush=True)
+
+
+def serve(store: str, clock: str) -> None:
+    """Until SIGTERM."""
+    engine = Engine(
+        Settings.load(store=store, redis="", lease=0.5),
+        clock=lambda: time.time() + Path(clock).stat().st_size,
+        hasher=Hasher("argon2id", Cost(memory_kib=1024, passes=1)),
+    )
+    config = uvicorn.Config(
+        create_app(engine), host="127.0.0.1", port=0, log_level="warning", lifespan="on"
+    )
+    Told(config).run()
+
+
+if __name__ == "__main__":
+    if sys.argv[3:] == ["trusting"]:
+        for module in (authorization, rotations):
+            module.judge_again = believe  # type: ignore[attr-defined]
+    serve(sys.argv[1], sys.argv[2])
