@@ -435,6 +435,30 @@ class Keyring:
         record, count, seq = deleted
         return Changed(record, await self._announce(record, seq, wait), count)
 
+    async def end_secret(
+        self,
+        record: KeyRecord,
+        secret: int,
+        *,
+        reason: str | None = None,
+        wait: bool = True,
+    ) -> Changed | None:
+        """Revoke the key of a secret that is known to others; the secret before a rotation ends
+        alone, and its key goes on.
+
+        Args:
+            record: the key.
+            secret: which of its secrets, see `secret_of`.
+            reason: as in `delete`.
+            wait: as in `delete`.
+
+        Raises:
+            InvalidValue: of the reason.
+            NotPossible: the key was rotated or deleted since the record was read.
+            StoreUnavailable: as in `delete`.
+        """
+        return await self._end_secret(record.organization_id, record.id, secret, reason, None, wait)
+
     async def end_acting_secret(
         self, by: Principal, *, reason: str | None = None, wait: bool = True
     ) -> Changed | None:
@@ -446,8 +470,22 @@ class Keyring:
             CallerRefused: it is not valid any more.
             StoreUnavailable: as in `delete`.
         """
-        changed = await self._store.end_acting_secret(
-            by.organization_id, self.now_ms(), checked_reason(reason), by=self._actor(by)
+        # Without a secret the store refuses the caller.
+        secret = by.secret or 0
+        return await self._end_secret(by.organization_id, by.key_id, secret, reason, by, wait)
+
+    async def _end_secret(
+        self,
+        organization_id: str,
+        key_id: str,
+        secret: int,
+        reason: str | None,
+        by: Principal | None,
+        wait: bool,
+    ) -> Changed | None:
+        reason = checked_reason(reason)
+        changed = await self._store.end_secret(
+            organization_id, key_id, secret, self.now_ms(), reason, by=self._actor(by)
         )
         return None if changed is None else await self._spread(changed, wait)
 

@@ -17,7 +17,7 @@ from keylatch.caches.cache import Absence, Entry, entry_of
 from keylatch.caches.shared_cache import SharedCache, Told
 from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.hashing import Hasher
-from keylatch.model import KeyRecord, Reason, flaw
+from keylatch.model import KeyRecord, Reason, flaw, secret_of
 from keylatch.revocation.feed import Feed, Witness
 from keylatch.store import Absent, Found, Store
 from keylatch.telemetry.meter import L2, STORE, Meter
@@ -40,6 +40,11 @@ class Owner:
     record: KeyRecord
     is_of_use: bool
     is_previous: bool = False
+
+    @property
+    def secret(self) -> int:
+        """Which of the key's secrets it is."""
+        return secret_of(self.record, self.is_previous)
 
 
 class Lookup:

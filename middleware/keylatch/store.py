@@ -463,11 +463,25 @@ class Store:
             rotations.end_grace, organization_id, key_id, now_ms, goes_back, by
         )
 
-    async def end_acting_secret(
-        self, organization_id: str, now_ms: int, reason: str | None, *, by: Actor
+    async def end_secret(
+        self,
+        organization_id: str,
+        key_id: str,
+        secret: int,
+        now_ms: int,
+        reason: str | None,
+        *,
+        by: Actor = authorization.OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
-        """End what the caller came with: its key, or the secret before its last rotation alone."""
-        return await self._write(rotations.end_acting_secret, organization_id, now_ms, reason, by)
+        """End one of a key's secrets: with the present one the key is deleted, the one before the
+        last rotation ends alone.
+
+        Raises:
+            NotPossible: it is not one of its secrets any more, or the key was deleted.
+        """
+        return await self._write(
+            rotations.end_secret, organization_id, key_id, secret, now_ms, reason, by
+        )
 
     async def delete_with_descendants(
         self,

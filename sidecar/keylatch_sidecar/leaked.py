@@ -158,7 +158,7 @@ class Reports:
             fingerprint, token = next(iter(line.items()))
             try:
                 await _look_into(self._engine, token)
-            except NotPossible:  # a rotation was taken back in between
+            except NotPossible:  # the key was rotated or deleted in between
                 continue
             except HashingFailed as error:  # asking again would not help
                 _not_revoked(token, error.message)
@@ -196,11 +196,7 @@ async def revoke(keyring: Keyring, owner: Owner) -> None:
     either could be taken back. A secret that was rotated away ends alone, and its key goes on.
 
     Raises:
-        NotPossible: it was rotated back meanwhile; look again.
+        NotPossible: the key was rotated or deleted meanwhile; look again.
         StoreUnavailable: it may not have been revoked; repeat it.
     """
-    record = owner.record
-    if owner.is_previous:
-        await keyring.finish_rotation(record.organization_id, record.id)
-    else:
-        await keyring.delete(record.organization_id, record.id, reason=REASON)
+    await keyring.end_secret(owner.record, owner.secret, reason=REASON)

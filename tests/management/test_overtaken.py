@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import Clock, MakeEngine
-from keylatch.drafts import CallerRefused, Draft, NotPermitted
+from keylatch.drafts import CallerRefused, Draft, NotPermitted, NotPossible
 from keylatch.engine import Engine
 from keylatch.foreign import Foreign
 from keylatch.keyring import Created, Keyring
@@ -370,6 +370,19 @@ class TestAnOldSecret:
         assert [await is_allowed(engine, each) for each in (key, new)] == [False, True]
         with pytest.raises(CallerRefused):
             await keyring.end_acting_secret(old)
+
+    async def test_a_report_ends_the_secret_that_was_reported(self, engine: Engine) -> None:
+        """A key that was rotated between the look-up of a leaked token and its revocation stays."""
+        keyring = await engine.keyring()
+        key = await keyring.create(ORG, "ci")
+        owner = await engine.identify(key.token)
+        assert owner is not None
+        rotated = await keyring.rotate(ORG, key.record.id)
+        assert rotated is not None
+        with pytest.raises(NotPossible):
+            await keyring.end_secret(owner.record, owner.secret)
+        assert await is_allowed(engine, Created(rotated.record, rotated.token))
+        assert await engine.identify(key.token) is None
 
     async def test_each_check_says_by_which_secret_it_was(self, engine: Engine) -> None:
         """From the store, from this process's cache, and after a rotation was cancelled."""

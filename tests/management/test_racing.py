@@ -223,6 +223,7 @@ class RacingContract:
         assert answer.status == (403 if insufficient else 401), answer
         assert snapshot(deployment, organization) == before
 
+    @pytest.mark.timeout(1_800)  # in full
     def test_no_effect_commits_after_the_delete(self, deployment: Deployment, times: Times) -> None:
         """Thousands of calls of keys that are being revoked, told by the store's own sequence."""
         late, outcomes = race(deployment, times(500, 10_000))

@@ -8,7 +8,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, case, func, literal, select, update
 
 from keylatch.drafts import LIVE, NotPossible
-from keylatch.model import FULL, KeyRecord
+from keylatch.model import FULL, KeyRecord, secret_of
 from keylatch.sql.authorization import (
     Actor,
     LockedKey,
@@ -102,20 +102,27 @@ def end_grace(
     return apply(connection, record, now_ms, values, by, action, {})
 
 
-def end_acting_secret(
-    connection: Connection, organization_id: str, now_ms: int, reason: str | None, by: Actor
+def end_secret(
+    connection: Connection,
+    organization_id: str,
+    key_id: str,
+    secret: int,
+    now_ms: int,
+    reason: str | None,
+    by: Actor,
 ) -> tuple[KeyRecord, int] | None:
-    """End what the caller came with: its key, or the secret before its last rotation alone."""
-    authority, found = authorize(connection, by, organization_id, by.key_id, ends_itself=True)
+    """End one of a key's secrets (`secret_of`): with the present one the key is deleted, the one
+    before the last rotation ends alone. A key may do that to the secret by which it acts."""
+    _, found = authorize(connection, by, organization_id, key_id, ends_itself=by.key_id == key_id)
     if found is None:
         return None
-    if authority.is_previous:
-        values = _NO_PREVIOUS
-        return apply(connection, found.record, now_ms, values, by, "key.rotate.finish", {})
-    values = _deletion(now_ms, reason)
-    return apply(
-        connection, found.record, now_ms, values, by, "key.delete", told_of_deletion(reason)
-    )
+    record = _not_deleted(found)
+    if secret == secret_of(record):
+        values, told = _deletion(now_ms, reason), told_of_deletion(reason)
+        return apply(connection, record, now_ms, values, by, "key.delete", told)
+    if found.previous_hash is None or secret != secret_of(record, is_previous=True):
+        raise NotPossible("The API key was rotated: this is not one of its secrets any more")
+    return apply(connection, record, now_ms, _NO_PREVIOUS, by, "key.rotate.finish", {})
 
 
 def delete_with_descendants(

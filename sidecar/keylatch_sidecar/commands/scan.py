@@ -18,6 +18,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from sqlalchemy.engine import make_url
 
+from keylatch.drafts import NotPossible
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, HashingFailed, KeylatchError
 from keylatch.model import KeyRecord, Reason, flaw
@@ -166,7 +167,10 @@ async def _ask(engine: Engine, token: Token, revoke: bool) -> Known:
     if owner.is_previous and not owner.is_of_use and status is not Status.REVOKED:
         status = Status.ROTATED
     if revoke and owner.is_of_use:
-        await leaked.revoke(await keyring_of(engine), owner)
+        try:
+            await leaked.revoke(await keyring_of(engine), owner)
+        except NotPossible:  # the key was rotated or deleted in between
+            return await _ask(engine, token, revoke)
     return Known(status, owner.record, is_revoked_now=revoke and owner.is_of_use)
 
 
