@@ -43,7 +43,12 @@ def serve(store: str, clock: str) -> None:
         hasher=Hasher("argon2id", Cost(memory_kib=1024, passes=1)),
     )
     config = uvicorn.Config(
-        create_app(engine), host="127.0.0.1", port=0, log_level="warning", lifespan="on"
+        create_app(engine),
+        host="127.0.0.1",
+        port=0,
+        log_level="warning",
+        lifespan="on",
+        timeout_keep_alive=75,  # clients keep connections for longer than five seconds
     )
     Told(config).run()
 
