@@ -115,11 +115,13 @@ class StoreFile:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know."""
-        told = [
-            f"other accounts than its owner may use {path} ({mode:04o}), and the store's secrets"
-            f" are in it: chmod 600 {path}, unless they share the store on purpose"
-            for path, mode in self.wide()
-        ]
+        told = []
+        if wide := self.wide():
+            named = ", ".join(f"{path} ({mode:04o})" for path, mode in wide)
+            told.append(
+                f"other accounts than their owner may use {named}, which hold the store's secrets:"
+                f" chmod 600 {' '.join(str(path) for path, _ in wide)}, unless they share the store"
+            )
         if kind := self.unknown_file_system():
             told.append(
                 f"{self.path} is on a file system that keylatch does not know ({kind}): revoked"
