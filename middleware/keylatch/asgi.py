@@ -17,7 +17,7 @@ from keylatch.credentials import is_identity_header
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.gate import Gate
-from keylatch.identity import ProxyGate
+from keylatch.identity import Peer, ProxyGate
 from keylatch.model import Deny
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
@@ -99,9 +99,8 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        client = scope.get("client")
         method = scope.get("method", "GET")
-        verdict = self.judge(client and client[0], scope["headers"], method, path_of(scope))
+        verdict = self.judge(peer_of(scope), scope["headers"], method, path_of(scope))
         if isinstance(verdict, Deny):
             await refuse(self._refusals.of(verdict), scope, receive, send)
             return
@@ -115,6 +114,20 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
+
+
+def peer_of(scope: Scope) -> str | Peer:
+    """The address at the other end; without one, a Unix socket if the server says that it is one.
+
+    It says so in `server`: the socket's path, and no port (ASGI specification, HTTP connection
+    scope; granian: port "0"). hypercorn and daphne say nothing there.
+    """
+    client, server = scope.get("client"), scope.get("server")
+    if client and client[0]:
+        return str(client[0])
+    if server and "/" in str(server[0]) and server[1] in (None, "0"):
+        return Peer.UNIX_SOCKET
+    return Peer.UNKNOWN
 
 
 def caller_of(scope: Scope) -> tuple[str | None, str | None]:

@@ -1,13 +1,17 @@
 """Behind a proxy that asks the sidecar: the key's identity comes in headers, and only from there.
 
 Whoever can reach the app without the proxy could write these headers himself. So they count only
-from named peers, each spelled exactly once, and a request without them is nobody's: a proxy may
-have dropped them (RFC 9110 section 7.6.1 lets a client name any header in `Connection`).
+from named peers, each spelled exactly once, and a request that lacks one of them is nobody's: a
+proxy may have dropped it (RFC 9110 section 7.6.1 lets a client name any header in `Connection`).
+
+The law of this file: what is missing grants nothing. A peer without an address is not a Unix socket
+for that: a TCP connection that is reset before the server asks for its peer has no address either.
 """
 
 import ipaddress
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from functools import lru_cache
 from typing import Final, Generic, TypeVar
 from urllib.parse import unquote
@@ -22,7 +26,16 @@ App = TypeVar("App")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 UNIX: Final = "unix"
-"""The peer at the other end of a Unix socket."""
+"""The name of `Peer.UNIX_SOCKET` in `trusted`."""
+
+
+class Peer(Enum):
+    """A peer that has no address."""
+
+    UNIX_SOCKET = "a Unix socket"
+    """The server says that the request came over one."""
+    UNKNOWN = "a peer that the server does not name"
+
 
 _PREFIX: Final = b"x-keylatch-"
 _FIELDS: Final = (b"key-id", b"key-name", b"organization-id", b"permission", b"environment")
@@ -37,7 +50,8 @@ class ProxyGate(Generic[App]):
     Args:
         app: the application.
         trusted: the proxy's addresses or networks (`10.0.0.7`, `10.0.0.0/24`), and `unix` for a
-            Unix socket. Nobody else may say who somebody is.
+            Unix socket, on servers that say that a request came over one: uvicorn, granian,
+            gunicorn and waitress; hypercorn and daphne do not. Nobody else may say who calls.
         public: paths that need no key, such as `/healthz` or `/docs/{page}`.
         permissions: as for `APIKeyMiddleware`; None: the proxy asks for them, route by route.
         realm: named in challenges.
@@ -69,12 +83,12 @@ class ProxyGate(Generic[App]):
         self._is_trusted = lru_cache(maxsize=1024)(self._trusts)
 
     def judge(
-        self, peer: str | None, headers: Sequence[Header], method: str, path: str
+        self, peer: str | Peer, headers: Sequence[Header], method: str, path: str
     ) -> Verdict | None:
         """Whose request it is; None on a public path.
 
         Args:
-            peer: the address at the other end; None: a Unix socket.
+            peer: the address at the other end, or what is known of one that has none.
             headers: of the request.
             method: of the request.
             path: as the app's own router sees it.
@@ -82,7 +96,8 @@ class ProxyGate(Generic[App]):
         if self._policy.is_public(path):
             return None
         if not self._is_trusted(peer):
-            log.warning("%s is not among the trusted peers: nobody's request", peer or UNIX)
+            name = peer.value if isinstance(peer, Peer) else peer
+            log.warning("%s is not among the trusted peers: nobody's request", name)
             return Deny(Reason.MISSING)
         principal = principal_in(headers)
         if isinstance(principal, Reason):
@@ -90,9 +105,9 @@ class ProxyGate(Generic[App]):
         wanted = self._policy.wanted(method, path) if self._asks else Wanted()
         return missing_scope(principal.permission, wanted) or Allow(principal)
 
-    def _trusts(self, peer: str | None) -> bool:
-        if peer is None:
-            return self._trusts_unix
+    def _trusts(self, peer: str | Peer) -> bool:
+        if isinstance(peer, Peer):
+            return peer is Peer.UNIX_SOCKET and self._trusts_unix
         try:
             address = ipaddress.ip_address(peer)
         except ValueError:
@@ -106,8 +121,9 @@ def principal_in(headers: Sequence[Header]) -> Principal | Reason:
     """The principal that identity headers speak of.
 
     Returns:
-        `Reason.MISSING` without a key's id, `Reason.MALFORMED` where a header came twice (joined
-        by a comma, too) or is spelled in another way: somebody else than the proxy wrote it.
+        `Reason.MISSING` where one of them is missing or empty, `Reason.MALFORMED` where a header
+        came twice (joined by a comma, too) or is spelled in another way: somebody else than the
+        proxy wrote it.
     """
     found: dict[bytes, bytes] = {}
     for name, value in headers:
@@ -116,10 +132,10 @@ def principal_in(headers: Sequence[Header]) -> Principal | Reason:
             if field in found or b"_" in name or b"," in value:
                 return Reason.MALFORMED
             found[field] = value
-    if not found.get(b"key-id"):
-        return Reason.MISSING
+    if not all(found.get(field) for field in _FIELDS):
+        return Reason.MISSING  # no key is without: an app could take "" for what it allows
     key_id, key_name, organization_id, permission, environment = (
-        found.get(field, b"").decode("latin-1") for field in _FIELDS
+        found[field].decode("latin-1") for field in _FIELDS
     )
     return Principal(key_id, unquote(key_name), organization_id, permission, environment)
 

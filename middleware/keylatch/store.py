@@ -25,6 +25,7 @@ from keylatch.sql.memory import Memory
 from keylatch.sql.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.sql.questions import Absent, Changes, Found, Secrets, Touched
 from keylatch.sql.sqlite import SQLite
+from keylatch.sql.store_file import StoreFile
 from keylatch.sql.vault import Kept
 from keylatch.telemetry.condition import Condition
 from keylatch.telemetry.meter import Count
@@ -58,7 +59,7 @@ def database_of(url: str) -> Database:
     """The database that a store URL names; nothing is opened yet.
 
     Raises:
-        ConfigurationError: PostgreSQL's driver is missing, or a SQLite file lies on a network.
+        ConfigurationError: PostgreSQL's driver is missing, or SQLite would lose changes there.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -73,10 +74,10 @@ def database_of(url: str) -> Database:
 
 
 def file_of(url: str) -> Path | None:
-    """The SQLite file that a store URL names, if it names one."""
+    """The SQLite file that a store URL names, if it names one; symbolic links are resolved."""
     parsed = make_url(url)
     is_file = parsed.get_backend_name() == "sqlite" and parsed.database
-    return Path(parsed.database or "").absolute() if is_file else None
+    return StoreFile(Path(parsed.database or "")).path if is_file else None
 
 
 class Store:

@@ -5,6 +5,7 @@
 What this process knows is answered in the calling thread; the rest is asked through the portal.
 """
 
+import socket
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -15,7 +16,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from starlette.authentication import UnauthenticatedUser
 
 from keylatch.gate import Gate
-from keylatch.identity import ProxyGate
+from keylatch.identity import Peer, ProxyGate
 from keylatch.model import ANY_KEY, Deny, Verdict, Wanted
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
@@ -94,7 +95,7 @@ class ProxyIdentityMiddleware(ProxyGate[WSGIApplication]):
             if name.startswith(_IDENTITY)
         ]
         method, path = environ["REQUEST_METHOD"], path_of(environ)
-        verdict = self.judge(environ.get("REMOTE_ADDR") or None, headers, method, path)
+        verdict = self.judge(peer_of(environ), headers, method, path)
         strip_identity(environ)
         environ[REFUSALS] = self._refusals
         if isinstance(verdict, Deny):
@@ -115,6 +116,27 @@ def authorization(environ: WSGIEnvironment) -> tuple[bytes, ...]:
     """The value of `Authorization`, if there is one; several came joined by commas."""
     value = environ.get("HTTP_AUTHORIZATION")
     return () if value is None else (value.encode("latin-1", "replace"),)
+
+
+def peer_of(environ: WSGIEnvironment) -> str | Peer:
+    """The address at the other end; without one, a Unix socket if the server says that it is."""
+    address: str = environ.get("REMOTE_ADDR") or ""
+    if _came_over_unix(environ, address):
+        return Peer.UNIX_SOCKET
+    return address or Peer.UNKNOWN
+
+
+def _came_over_unix(environ: WSGIEnvironment, address: str) -> bool:
+    # PEP 3333 has no word for it, so each server has its own. gunicorn's SERVER_NAME and
+    # SERVER_PORT are what the client says in `Host`.
+    if "gunicorn.socket" in environ:
+        return not address and environ["gunicorn.socket"].family == socket.AF_UNIX
+    name, port = str(environ.get("SERVER_NAME", "")), str(environ.get("SERVER_PORT", ""))
+    if environ.get("SERVER_SOFTWARE") == "Granian":
+        return not address and "/" in name and port == "0"
+    if "waitress.client_disconnected" in environ:
+        return address == "localhost" and "/" in port
+    return False
 
 
 def caller_of(environ: WSGIEnvironment) -> tuple[str | None, str | None]:

@@ -8,6 +8,7 @@ store that it replaces can still tell.
 
 import asyncio
 import json
+import os
 import secrets as csprng
 import shutil
 import sqlite3
@@ -20,6 +21,7 @@ from typing import Final
 from urllib.parse import quote
 
 from keylatch.sql.schema import VERSION
+from keylatch.sql.store_file import StoreFile, created
 from keylatch.store import Store
 
 _BUSY_SECONDS: Final = 5.0
@@ -81,7 +83,7 @@ def take(source: Path, target: Path) -> int:
     unfinished = target.with_name(target.name + ".unfinished")
     try:
         unfinished.unlink(missing_ok=True)
-        unfinished.touch(mode=0o600)  # it will hold the store's secrets
+        os.close(created(unfinished))  # it will hold the store's secrets
         with closing(_reader(source)) as store, closing(sqlite3.connect(unfinished)) as copy:
             _refuse_strangers(store, source)
             store.backup(copy)
@@ -107,6 +109,7 @@ def put_back(copy: Path, store: Path, now_ms: int, by: str) -> Restored:
     folder = Path(tempfile.mkdtemp(prefix="keylatch-", dir=store.parent))
     try:
         prepared = folder / "prepared.db"
+        os.close(created(prepared))
         with closing(_reader(copy)) as source, closing(sqlite3.connect(prepared)) as ready:
             _refuse_strangers(source, copy)
             source.backup(ready)
@@ -116,7 +119,7 @@ def put_back(copy: Path, store: Path, now_ms: int, by: str) -> Restored:
             restored = _reconciled(ready, store, now_ms)
             ready.execute(_WRITE_DOWN, (now_ms, by, json.dumps(_counted(restored))))
             ready.commit()
-            store.touch(mode=0o600)  # it will hold the store's secrets
+            StoreFile(store).create()
             with closing(_writer(store)) as replaced:
                 ready.backup(replaced)
     except (sqlite3.Error, OSError) as error:

@@ -90,6 +90,25 @@ def test_a_backup_is_whole_and_a_copied_file_is_not(operator: Operator) -> None:
     assert operator.run("verify", typed=key["token"]).code == 0, "the twin"
 
 
+def test_a_backup_is_written_into_a_file_of_its_own(operator: Operator) -> None:
+    """What somebody put in its place beforehand is replaced: a file that they have open, or a link
+    to one that they may read."""
+    operator.create()
+    theirs = operator.folder / "theirs"
+    theirs.touch(mode=0o666)
+    unfinished = operator.folder / "backup.db.unfinished"
+    unfinished.symlink_to(theirs)
+    assert operator.run("backup", str(operator.folder / "backup.db")).code == 0
+    unfinished = operator.folder / "another.db.unfinished"
+    unfinished.touch(mode=0o666)
+    with unfinished.open("rb") as held:
+        assert operator.run("backup", str(operator.folder / "another.db")).code == 0
+        assert held.read() == b""
+    assert theirs.read_bytes() == b""
+    for name in ("backup.db", "another.db"):
+        assert (operator.folder / name).stat().st_mode & 0o777 == 0o600
+
+
 def test_a_backup_overwrites_nothing(operator: Operator) -> None:
     """Neither a backup nor anything else, and what is no store is not backed up."""
     operator.create()

@@ -76,6 +76,74 @@ def test_whoever_may_read_the_file_reads_the_secrets(operator: Operator) -> None
     assert Visit(operator).grade_of("folder") == "warning"
 
 
+def test_what_lies_beside_the_file_is_looked_at(operator: Operator) -> None:
+    """The log holds the same secrets, and who can hold the lock file keeps the log from ending."""
+    operator.create()
+    log, lock = (Path(f"{operator.database}{end}") for end in ("-wal", "-owner"))
+    log.touch()
+    log.chmod(0o604)
+    lock.chmod(0o644)
+    visit = Visit(operator)
+    assert (visit.code, visit.grade_of("permissions")) == (0, "warning")
+    assert f"chmod 600 {log}" in visit.named("permissions")
+    assert visit.grade_of("lock file") == "warning"
+    assert str(lock) in visit.named("lock file")
+    log.chmod(0o600)
+    lock.chmod(0o600)
+    well = Visit(operator)
+    assert well.grade_of("permissions") == "ok"
+    assert well.named("lock file") == ""
+
+
+def test_a_link_is_followed(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside the file is looked for where SQLite keeps it."""
+    monkeypatch.setattr("keylatch_sidecar.doctor.file._LONG_LOG_BYTES", 1)
+    operator.create()
+    Path(f"{operator.database}-wal").write_bytes(b"long")
+    link = operator.folder / "link.db"
+    link.symlink_to(operator.database)
+    visit = Visit(operator, "--store", f"sqlite:///{link}")
+    assert visit.grade_of("log") == "warning"
+    assert str(operator.database) in visit.named("store")
+
+
+def test_a_second_name_fails(operator: Operator) -> None:
+    """As it stops every start."""
+    operator.create()
+    (operator.folder / "other.db").hardlink_to(operator.database)
+    visit = Visit(operator)
+    assert (visit.code, visit.grade_of("store")) == (2, "failure")
+    assert "2 names" in visit.named("store")
+
+
+@pytest.mark.parametrize(
+    ("mount", "code", "check", "grade"),
+    [
+        ("/dev/sdb1 {file} ext4 rw", 2, "store", "failure"),
+        ("/dev/sdb1 {file}-wal ext4 rw", 2, "store", "failure"),
+        ("bucket {folder} fuse.gcsfuse rw", 2, "store", "failure"),
+        ("host {folder} virtiofs rw", 2, "store", "failure"),
+        ("x {folder} fuse.of-tomorrow rw", 0, "file system", "warning"),
+    ],
+)
+def test_places_where_sqlite_loses_changes(
+    operator: Operator,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    mount: str,
+    code: int,
+    check: str,
+    grade: str,
+) -> None:
+    """Those that stop the start fail, and of what nobody knows it is said so."""
+    operator.create()
+    mounts = operator.folder / "mounts"
+    mounts.write_text(mount.format(file=operator.database, folder=operator.folder))
+    monkeypatch.setattr("keylatch.sql.mounts._MOUNTS", mounts)
+    visit = Visit(operator)
+    assert (visit.code, visit.grade_of(check)) == (code, grade)
+
+
 def test_a_disk_that_is_full_fails(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """No key can be revoked any more."""
     operator.create()

@@ -14,9 +14,11 @@ from typing import Any
 import grpc
 import pytest
 
+from keylatch.engine import Engine
+from keylatch_sidecar.app import create_app
 from servers import eventually, free_port
 from shell import Operator, ended
-from wire import answer, exchange, send
+from wire import answer, exchange, knock, send
 
 pytestmark = pytest.mark.long
 
@@ -189,3 +191,18 @@ def test_a_server_that_cannot_listen_says_so(operator: Operator) -> None:
     assert (outcome.code, outcome.out) == (2, "")
     assert "error: cannot listen on 192.0.2.1:8700: " in outcome.err
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("admin", "came_to"),
+    [(8701, ("127.0.0.1", 8701)), ("/run/admin.sock", ("/run/admin.sock", None))],
+)
+async def test_keys_are_managed_where_the_server_says_that_a_request_came_to(
+    engine: Engine, admin: int | str, came_to: tuple[str, int | None]
+) -> None:
+    """A server that does not say where opens management nowhere, and hides it everywhere."""
+    app = create_app(engine, admin=admin)
+    assert (await knock(app, "/v1/api-keys", server=came_to)).status == 401
+    for server in (None, (), ("", None), (None, None), ("127.0.0.1", 8700), ("8701", None)):
+        assert (await knock(app, "/v1/api-keys", server=server)).status == 404, server

@@ -1,5 +1,7 @@
 """Behind a proxy: identity comes from its headers, from nobody else's, and is as without one."""
 
+import socket
+from types import SimpleNamespace
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from keylatch.asgi import ProxyIdentityMiddleware
 from keylatch.errors import ConfigurationError
-from keylatch.identity import principal_in
+from keylatch.identity import UNIX, principal_in
 from keylatch.model import Principal, Reason
 from keylatch.wsgi import ProxyIdentityMiddleware as WSGIProxyIdentityMiddleware
 from keylatch_sidecar.proxies.answers import identity_headers
@@ -26,10 +28,10 @@ class Apps:
     def __init__(self, **arguments: Any) -> None:
         given = {"trusted": TRUSTED, "public": ["/healthz"], **arguments}
         self.seen: list[Any] = []
-        self._asgi = ProxyIdentityMiddleware(self._over_asgi, **given)
+        self.over_asgi = ProxyIdentityMiddleware(self._app_over_asgi, **given)
         self._wsgi = WSGIProxyIdentityMiddleware(self._over_wsgi, **given)
 
-    async def _over_asgi(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _app_over_asgi(self, scope: Any, receive: Any, send: Any) -> None:
         self.seen.append(scope["user"])
         assert not [name for name, _ in scope["headers"] if name.startswith(b"x-keylatch")]
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -42,11 +44,23 @@ class Apps:
         return []
 
     async def ask(
-        self, headers: list[Header], peer: str | None = "127.0.0.1", path: str = "/v1/emails"
+        self,
+        headers: list[Header],
+        peer: str | None = "127.0.0.1",
+        path: str = "/v1/emails",
+        over: str = "TCP",
     ) -> int:
-        """The status that both of them answer."""
-        client = None if peer is None else (peer, 1)
-        over_asgi = await knock(self._asgi, path, headers, client=client, method="POST")
+        """The status that both of them answer.
+
+        Args:
+            headers: of the request.
+            peer: its address; None: the server knows none.
+            path: of the request.
+            over: what the server says that it came over, `TCP` or `unix`; empty: it does not say.
+        """
+        came_to = {"TCP": ("127.0.0.1", 80), UNIX: ("/run/app.sock", None)}
+        addresses = {"client": peer and (peer, 1), "server": came_to.get(over)}
+        over_asgi = await knock(self.over_asgi, path, headers, method="POST", **addresses)
         environ: dict[str, Any] = {"PATH_INFO": path, "REQUEST_METHOD": "POST"}
         for name, value in headers:
             folded = "HTTP_" + name.decode().upper().replace("-", "_")
@@ -54,6 +68,9 @@ class Apps:
             environ[folded] = value.decode() if before is None else f"{before},{value.decode()}"
         setup_testing_defaults(environ)
         environ["REMOTE_ADDR"] = peer or ""
+        if over:
+            family = socket.AF_UNIX if over == UNIX else socket.AF_INET
+            environ["gunicorn.socket"] = SimpleNamespace(family=family)
         said: list[str] = []
         list(self._wsgi(environ, lambda status, headers, exc_info=None: said.append(status)))  # type: ignore[arg-type]
         assert int(said[0][:3]) == over_asgi.status
@@ -65,7 +82,7 @@ class Apps:
 async def test_a_trusted_peer_says_who_calls(peer: str | None) -> None:
     """What the sidecar answers arrives as the very principal that the direct middleware gives."""
     apps = Apps()
-    assert await apps.ask(TOLD, peer) == 200
+    assert await apps.ask(TOLD, peer, over="TCP" if peer else UNIX) == 200
     assert apps.seen == [SOMEBODY, SOMEBODY]
 
 
@@ -81,7 +98,41 @@ async def test_nobody_else_does(peer: str) -> None:
 @pytest.mark.anyio
 async def test_a_unix_socket_is_trusted_only_by_name() -> None:
     """It is not an address, and no default."""
-    assert await Apps(trusted=["127.0.0.1"]).ask(TOLD, None) == 401
+    assert await Apps(trusted=["127.0.0.1"]).ask(TOLD, None, over=UNIX) == 401
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("peer", [None, "", "192.0.2.1"])
+@pytest.mark.parametrize("over", ["TCP", ""])
+async def test_a_peer_without_an_address_is_not_a_unix_socket_for_that(
+    peer: str | None, over: str
+) -> None:
+    """A connection that was reset has no address any more; only the server can say what it was."""
+    apps = Apps()
+    assert await apps.ask(TOLD, peer, over=over) == 401
+    assert apps.seen == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "server",
+    [
+        *(None, (), ("", None), ("127.0.0.1", None), ("::1", None), ("localhost", None)),
+        *(("app", None), ("127.0.0.1", "0"), ("/run/app.sock", 80), ("/", "t")),
+    ],
+)
+async def test_only_a_path_without_a_port_is_a_unix_socket(server: Any) -> None:
+    """The last is what gunicorn's own ASGI worker makes of any path: it is taken for none."""
+    apps = Apps()
+    app = apps.over_asgi
+    assert (await knock(app, "/x", TOLD, client=None, server=server)).status == 401
+    assert apps.seen == []
+
+
+@pytest.mark.anyio
+async def test_an_address_counts_before_a_unix_socket() -> None:
+    """Where a proxy names the client (PROXY protocol, X-Forwarded-For), the client is the peer."""
+    assert await Apps().ask(TOLD, "192.0.2.1", over=UNIX) == 401
 
 
 @pytest.mark.anyio
@@ -89,19 +140,23 @@ async def test_a_unix_socket_is_trusted_only_by_name() -> None:
     ("headers", "status"),
     [
         ([], 401),
-        ([(b"x-keylatch-key-id", b""), *TOLD[1:]], 401),
-        (TOLD[1:], 401),
+        *(([*TOLD[:place], *TOLD[place + 1 :]], 401) for place in range(len(TOLD))),
+        *(
+            ([*TOLD[:place], (TOLD[place][0], b""), *TOLD[place + 1 :]], 401)
+            for place in range(len(TOLD))
+        ),
         ([*TOLD, (b"x-keylatch-key-id", b"key_b")], 400),
         ([*TOLD, (b"x-keylatch-key-id", b"key_a")], 400),
         ([(b"x-keylatch-key-id", b"key_a,key_b"), *TOLD[1:]], 400),
-        ([(b"X-Keylatch-Key-Id", b"key_a")], 200),
-        ([(b"x-keylatch-key-id", b"key_a")], 200),
+        ([(b"X-Keylatch-Key-Id", b"key_a")], 401),
+        ([(name.title(), value) for name, value in TOLD], 200),
     ],
 )
 async def test_identity_is_complete_and_said_once_or_nobodys(
     headers: list[Header], status: int
 ) -> None:
-    """A missing id is 401 and never anonymous; two of a kind are 400."""
+    """What is missing or empty is 401 and never anonymous, and grants nothing: an app may take an
+    environment of "" for one that is not `test`. Two of a kind are 400."""
     assert await Apps().ask(headers) == status
 
 

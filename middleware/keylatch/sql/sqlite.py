@@ -1,6 +1,7 @@
 """The store as a file on this host: work runs on threads, one private connection reads in place.
 
-Questions go to SQLite as text, reads and transactions through SQLAlchemy.
+Questions go to SQLite as text, reads and transactions through SQLAlchemy. Which file it is and who
+may open it is `store_file`'s to see to: SQLite opens what is there and creates nothing.
 
 `wal_autocheckpoint` is off everywhere, because SQLite 3.7.0 to 3.51.2 can lose commits when a
 checkpoint overlaps the commit that resets the log, and a lost commit is a lost revoke. Commits
@@ -9,13 +10,13 @@ of keys are synced (`synchronous = FULL`), those of lastUsed are not.
 
 import asyncio
 import contextlib
-import fcntl
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
@@ -23,6 +24,8 @@ from sqlalchemy.engine import URL
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.sql.database import Question, Rows, Work, errors_translated
+from keylatch.sql.mounts import mounts, mounts_over
+from keylatch.sql.store_file import StoreFile
 from keylatch.sql.wal_index import WalIndex
 
 T = TypeVar("T")
@@ -32,24 +35,25 @@ _THREADS: Final = 4
 _BUSY_SECONDS: Final = 5.0
 _CHECKPOINT_AT_BYTES: Final = 1 << 20
 _FIRST_SOUND_SQLITE: Final = (3, 51, 3)
-_NETWORK_FILE_SYSTEMS: Final = (
-    *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"),
-    *("smb2", "smb3", "smbfs", "fuse.ceph", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
-)
 
 
 class SQLite:
     """A file; see `keylatch.sql.database.Database`.
 
     Args:
-        path: of the file; it is made if it is not there.
+        path: of the file; it is created when it is first needed, for its owner only.
+
+    Raises:
+        ConfigurationError: SQLite would not work there, or lose changes.
     """
 
     is_shared = False
 
     def __init__(self, path: Path) -> None:
-        self._path = path.absolute()
+        self.file = StoreFile(path)
+        self._path = self.file.path
         _refuse_network_file_system(self._path)
+        self.file.refuse_other_names()
         self._hint = f"is {self._path} writable, on a disk with room, and not held by a backup?"
         self._private: sqlite3.Connection | None = None
         self._index: WalIndex | None = None
@@ -60,6 +64,11 @@ class SQLite:
 
     @property
     def warnings(self) -> tuple[str, ...]:
+        return (*self.library_warnings, *self.file.warnings)
+
+    @property
+    def library_warnings(self) -> tuple[str, ...]:
+        """What an operator should know of SQLite itself."""
         if sqlite3.sqlite_version_info >= _FIRST_SOUND_SQLITE:
             return ()
         return (
@@ -187,7 +196,7 @@ class SQLite:
         if synchronous not in self._engines:
             engine = create_engine(
                 URL.create("sqlite", database=str(self._path)),
-                connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
+                creator=lambda: self._opened(_BUSY_SECONDS),
                 hide_parameters=True,
             )
             event.listen(engine, "connect", lambda raw, _: self._configure(raw, synchronous))
@@ -196,10 +205,8 @@ class SQLite:
         return self._engines[synchronous]
 
     def _configure(self, raw: sqlite3.Connection, synchronous: str) -> None:
-        raw.isolation_level = None  # sqlite3 must not begin transactions on its own
         if raw.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-            with self._owned(wait=True):  # two processes at once would find it locked
-                self._path.chmod(0o600)  # it will hold the pepper and the check key
+            with self.file.owned(wait=True):  # two processes at once would find it locked
                 raw.execute("PRAGMA journal_mode = WAL")
         raw.execute("PRAGMA wal_autocheckpoint = 0")
         raw.execute(f"PRAGMA synchronous = {synchronous}")
@@ -207,33 +214,36 @@ class SQLite:
 
     def _connect(self, timeout: float) -> sqlite3.Connection:
         """A connection for questions alone."""
-        reader = sqlite3.connect(
-            self._path, timeout=timeout, isolation_level=None, check_same_thread=False
-        )
+        reader = self._opened(timeout)
         reader.execute("PRAGMA wal_autocheckpoint = 0")
         reader.execute("PRAGMA query_only = ON")
         return reader
 
+    def _opened(self, timeout: float) -> sqlite3.Connection:
+        """A connection that begins no transactions on its own, to a file that is there."""
+        with contextlib.suppress(FileNotFoundError):  # of its folder: SQLite says so as well
+            self.file.create()
+        return sqlite3.connect(
+            f"file:{quote(bytes(self._path))}?mode=rw",
+            uri=True,
+            timeout=timeout,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+
     def _checkpoint(self) -> None:
-        log = self._path.with_name(self._path.name + "-wal")
+        log = self.file.beside("-wal")
         if not log.exists() or log.stat().st_size < _CHECKPOINT_AT_BYTES:
             return
         with (
-            contextlib.suppress(BlockingIOError),
-            self._owned(wait=False),
             self._places,
             self._errors_translated(),
             self._keys().connect() as connection,
+            contextlib.suppress(BlockingIOError),
+            self.file.owned(wait=False),
         ):
             connection.execution_options(keylatch_begin="")
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
-
-    @contextlib.contextmanager
-    def _owned(self, *, wait: bool) -> Iterator[None]:
-        """Alone among all processes; BlockingIOError where another is at it and wait is False."""
-        with self._path.with_name(self._path.name + "-owner").open("a") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield
 
 
 def _spelled(question: Question, parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -249,21 +259,13 @@ def _begin(connection: Connection) -> None:
 
 
 def _refuse_network_file_system(path: Path) -> None:
-    """SQLite's locks and its shared memory do not work across a network."""
-    mounts = Path("/proc/self/mounts")
-    if not mounts.exists():
-        return
-    best, kind = "", ""
-    for line in mounts.read_text().splitlines():
-        _, mount, file_system, *_ = line.split(" ")
-        mount = mount.replace("\\040", " ")
-        if (path.is_relative_to(mount)) and len(mount) >= len(best):
-            best, kind = mount, file_system
-    if kind in _NETWORK_FILE_SYSTEMS:
+    """SQLite's locks and its shared memory do not work across a network or a virtual machine."""
+    kinds = [mount.kind for mount in mounts_over(path, mounts()) if mount.is_network]
+    if kinds:
         raise ConfigurationError(
             [
                 (
-                    f"KEYLATCH_STORE: {path} lies on a network file system ({kind})",
+                    f"KEYLATCH_STORE: {path} lies on a network file system ({kinds[0]})",
                     "put the file on a local disk, or use postgresql:// for many hosts",
                 )
             ]

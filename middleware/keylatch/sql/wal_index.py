@@ -8,6 +8,7 @@ locks that SQLite holds on it, because POSIX locks belong to the process.
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 from typing import Final
 
@@ -58,7 +59,8 @@ class WalIndex:
         shm = database.with_name(database.name + "-shm")
         try:
             inode = str(shm.stat().st_ino)
-            for line in _MAPS.read_text().splitlines():
+            # Names of files may be any bytes, and U+2028 in one ends no line.
+            for line in os.fsdecode(_MAPS.read_bytes()).rstrip("\n").split("\n"):
                 span, access, offset, _, mapped, *name = line.split(maxsplit=5)
                 if (mapped, access, name) == (inode, "rw-s", [str(shm)]) and not int(offset, 16):
                     return cls(int(span.partition("-")[0], 16))

@@ -22,11 +22,11 @@ _HAS_TABLES: Final = "SELECT name FROM sqlite_schema WHERE name = 'keylatch_vers
 
 def examine(database: SQLite, path: Path) -> list[Finding]:
     """What there is to say of the file and of what it holds; for a thread."""
-    findings = [*_of_folder(path), *_of_library(database)]
+    findings = [*_of_folder(path), *_of_file_system(database), *_of_library(database)]
     if not path.exists():
         hint = "the first start makes it; is KEYLATCH_STORE right?"
         return [*findings, warning("store", f"there is no {path}", hint)]
-    findings += _of_file(path)
+    findings += [*_of_permissions(database, path), *_of_log(database)]
     place = f"file:{quote(str(path))}?mode=ro"
     try:
         with closing(sqlite3.connect(place, uri=True, timeout=_BUSY_SECONDS)) as reader:
@@ -72,20 +72,43 @@ def _of_folder(path: Path) -> Iterator[Finding]:
         yield ok("disk", room)
 
 
-def _of_file(path: Path) -> Iterator[Finding]:
-    mode = path.stat().st_mode & 0o777
+def _of_file_system(database: SQLite) -> Iterator[Finding]:
+    # One that is known not to do, a mount of the file alone and a second name are no findings:
+    # they stop the start, and the examination as well.
+    kind = database.file.unknown_file_system()
+    if kind is not None:
+        yield warning(
+            "file system",
+            f"keylatch does not know {kind}, which needs POSIX locks and shared memory",
+            "a local disk: without them, revoked keys may live again",
+        )
+
+
+def _of_permissions(database: SQLite, path: Path) -> Iterator[Finding]:
+    wide = database.file.wide()
     if not os.access(path, os.W_OK):
         hint = "chown it to whoever runs keylatch"
         yield failure("permissions", f"{path} cannot be written", hint)
-    elif mode & 0o077:
+    elif wide:
+        named = ", ".join(f"{each} ({mode:04o})" for each, mode in wide)
         yield warning(
             "permissions",
-            f"others than its owner may use {path} ({mode:04o}): it holds the store's secrets",
-            f"chmod 600 {path}",
+            f"others than its owner may use {named}: it holds the store's secrets",
+            f"chmod 600 {' '.join(str(each) for each, _ in wide)}",
         )
     else:
-        yield ok("permissions", f"for its owner only ({mode:04o})")
-    log = path.with_name(path.name + "-wal")
+        yield ok("permissions", f"for its owner only ({path.stat().st_mode & 0o777:04o})")
+    lock = database.file.unfit_lock()
+    if lock is not None:
+        yield warning(
+            "lock file",
+            f"another account can hold {lock}, and no log is taken over meanwhile",
+            "keylatch replaces it, unless the folder's permissions forbid that",
+        )
+
+
+def _of_log(database: SQLite) -> Iterator[Finding]:
+    log = database.file.beside("-wal")
     length = log.stat().st_size if log.exists() else 0
     if length > _LONG_LOG_BYTES:
         yield warning(
@@ -96,7 +119,7 @@ def _of_file(path: Path) -> Iterator[Finding]:
 
 
 def _of_library(database: SQLite) -> Iterator[Finding]:
-    for told in database.warnings:
+    for told in database.library_warnings:
         yield warning("SQLite", told, "a newer SQLite, or nothing else that writes to the file")
-    if not database.warnings:
+    if not database.library_warnings:
         yield ok("SQLite", sqlite3.sqlite_version)
