@@ -305,7 +305,7 @@ def test_a_lock_file_that_others_may_hold_is_replaced(path: Path, mode: int) -> 
 
 
 def test_a_lock_file_of_an_account_that_may_write_is_waited_for(path: Path) -> None:
-    """The counterpart: with the right mode, its holder is an account that may write to the store."""
+    """The counterpart: with the right mode, its holder may write to the store, and has its turn."""
     store = StoreFile(path)
     with opened(path), held(beside(path, "-owner")), pytest.raises(BlockingIOError):
         store.owned(wait=False).__enter__()
