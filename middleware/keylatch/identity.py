@@ -1,11 +1,11 @@
 """Behind a proxy that asks the sidecar: the key's identity comes in headers, and only from there.
 
 Whoever can reach the app without the proxy could write these headers himself. So they count only
-from named peers, each spelled exactly once, and a request that lacks one of them is nobody's: a
+from named peers, each spelled exactly once, and a request that lacks one of them is refused: a
 proxy may have dropped it (RFC 9110 section 7.6.1 lets a client name any header in `Connection`).
 
-The law of this file: what is missing grants nothing. A peer without an address is not a Unix socket
-for that: a TCP connection that is reset before the server asks for its peer has no address either.
+The law of this file: a missing value grants nothing. That a peer has no address does not make it a
+Unix socket: a TCP connection that is reset before the server asks for its peer has none either.
 """
 
 import ipaddress
@@ -51,7 +51,7 @@ class ProxyGate(Generic[App]):
         app: the application.
         trusted: the proxy's addresses or networks (`10.0.0.7`, `10.0.0.0/24`), and `unix` for a
             Unix socket, on servers that say that a request came over one: uvicorn, granian,
-            gunicorn and waitress; hypercorn and daphne do not. Nobody else may say who calls.
+            gunicorn and waitress; hypercorn and daphne do not. Identity from others is ignored.
         public: paths that need no key, such as `/healthz` or `/docs/{page}`.
         permissions: as for `APIKeyMiddleware`; None: the proxy asks for them, route by route.
         realm: named in challenges.
@@ -122,8 +122,8 @@ def principal_in(headers: Sequence[Header]) -> Principal | Reason:
 
     Returns:
         `Reason.MISSING` where one of them is missing or empty, `Reason.MALFORMED` where a header
-        came twice (joined by a comma, too) or is spelled in another way: somebody else than the
-        proxy wrote it.
+        came twice (joined by a comma, too) or is spelled in another way: the proxy did not
+        write it.
     """
     found: dict[bytes, bytes] = {}
     for name, value in headers:

@@ -91,8 +91,8 @@ def test_a_backup_is_whole_and_a_copied_file_is_not(operator: Operator) -> None:
 
 
 def test_a_backup_is_written_into_a_file_of_its_own(operator: Operator) -> None:
-    """What somebody put in its place beforehand is replaced: a file that they have open, or a link
-    to one that they may read."""
+    """What another account put in its place is replaced: a file that it has open, or a link to one
+    that it may read."""
     operator.create()
     theirs = operator.folder / "theirs"
     theirs.touch(mode=0o666)

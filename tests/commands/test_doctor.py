@@ -135,7 +135,7 @@ def test_places_where_sqlite_loses_changes(
     check: str,
     grade: str,
 ) -> None:
-    """Those that stop the start fail, and of what nobody knows it is said so."""
+    """Those that stop the start fail; an unknown file system is a warning."""
     operator.create()
     mounts = operator.folder / "mounts"
     mounts.write_text(mount.format(file=operator.database, folder=operator.folder))

@@ -65,7 +65,7 @@ on_every_server = pytest.mark.parametrize("server", SERVERS, ids=str)
 
 
 class Running:
-    """A server, and whom it let in."""
+    """A server, and the keys that it let in."""
 
     def __init__(self, address: tuple[str, int] | str, acts: Path) -> None:
         self.in_the_end: list[str] = []
@@ -91,7 +91,7 @@ class Running:
             return int(connection.recv(4096).split(b" ")[1])
 
     def reset(self, source: str = "127.0.0.1") -> None:
-        """Claim to be somebody, and be gone before anybody asks who it was."""
+        """Claim an identity, and reset the connection before the server asks for its peer."""
         connection = self.connect(source)
         connection.sendall(claiming("key_forged"))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
@@ -150,8 +150,8 @@ def running(server: Server, over: str, trusted: str, app: str = "") -> Iterator[
 
 @on_every_server
 def test_a_connection_that_is_reset_is_no_unix_socket(server: Server) -> None:
-    """Its address is gone when the server asks for it. That makes it nobody, not the proxy at the
-    other end of a Unix socket; and who is trusted and stays is still let in."""
+    """It has no address when the server asks for it, which does not make it a Unix socket. Trusted
+    connections are still let in."""
     with running(server, "TCP", "127.0.0.1,unix") as run:
         assert run.status("key_good") == 200
         assert run.status("key_forged", "127.0.0.2") == 401
@@ -163,8 +163,8 @@ def test_a_connection_that_is_reset_is_no_unix_socket(server: Server) -> None:
 
 @on_every_server
 def test_a_unix_socket_is_one_by_the_word_of_the_server(server: Server) -> None:
-    """Where the server says so, `unix` is trusted; where it does not, nobody is let in. Whatever
-    the client writes in `Host`."""
+    """Where the server says so, `unix` is trusted; where it does not, every request is refused.
+    Both whatever the client writes in `Host`."""
     with running(server, "unix", "unix") as run:
         assert run.status("key_good") == (200 if server.tells else 401)
     with running(server, "unix", "127.0.0.1") as run:
@@ -173,7 +173,7 @@ def test_a_unix_socket_is_one_by_the_word_of_the_server(server: Server) -> None:
 
 @pytest.mark.parametrize("server", SERVERS[:2], ids=str)
 def test_a_twin_that_guesses_lets_strangers_in(server: Server) -> None:
-    """What was reset has no address on uvicorn: taken for a Unix socket, it may be anybody."""
+    """On uvicorn a connection that was reset has no address: the twin calls that a Unix socket."""
     with running(server, "TCP", "unix", app="guessing") as run:
 
         def is_let_in() -> bool:

@@ -1,4 +1,4 @@
-"""Where SQLite keeps what was committed, and where it does not: as the table of mounts tells it."""
+"""On which file systems a SQLite store may lie, according to the table of mounts."""
 
 import os
 import shutil
@@ -67,7 +67,7 @@ def test_programs_that_give_their_name_as_the_source_are_known(table: Table, sou
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_an_unknown_program_is_a_warning(table: Table, kind: str) -> None:
-    """Nobody can know them all; the start says that it does not."""
+    """No list has them all; the start says that this one is not on it."""
     table.say(f"x /data {kind}")
     [warning] = warnings_of("/data/keys.db")
     assert kind in warning

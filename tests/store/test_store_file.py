@@ -175,7 +175,7 @@ def test_an_empty_file_that_others_may_have_open_is_replaced(path: Path) -> None
 
 
 def test_an_empty_file_for_a_group_is_kept(path: Path) -> None:
-    """Somebody made it so on purpose: what SQLite creates beside it is for the group as well."""
+    """It was made so on purpose: what SQLite creates beside it is for the group as well."""
     path.touch(mode=0o660)
     path.chmod(0o660)
     with opened(path) as store:
@@ -183,7 +183,7 @@ def test_an_empty_file_for_a_group_is_kept(path: Path) -> None:
         assert any(f"{path} (0660)" in warning for warning in store.warnings)
 
 
-def test_what_holds_something_keeps_its_mode_and_is_told(path: Path) -> None:
+def test_what_holds_something_keeps_its_mode_with_a_warning(path: Path) -> None:
     """A store that others can read is their accounts' affair, or a mistake: the start says so."""
     with opened(path) as store:
         assert [each for each in store.warnings if "accounts" in each] == []
@@ -282,7 +282,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def test_two_exclude_each_other(path: Path) -> None:
-    """Whoever does not wait is told."""
+    """A process that does not wait gets an error."""
     one, other = StoreFile(path), StoreFile(path)
     with one.owned(wait=False), pytest.raises(BlockingIOError), other.owned(wait=False):
         pass
@@ -305,7 +305,7 @@ def test_a_lock_file_that_others_may_hold_is_replaced(path: Path, mode: int) -> 
 
 
 def test_a_lock_file_of_an_account_that_may_write_is_waited_for(path: Path) -> None:
-    """The twin of the one above: with a mode that is right, whoever holds it is one of us."""
+    """The counterpart: with the right mode, its holder may write to the store, and has its turn."""
     store = StoreFile(path)
     with opened(path), held(beside(path, "-owner")), pytest.raises(BlockingIOError):
         store.owned(wait=False).__enter__()
@@ -313,7 +313,7 @@ def test_a_lock_file_of_an_account_that_may_write_is_waited_for(path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
 def test_what_is_no_file_is_replaced(path: Path, tmp_path: Path, kind: str) -> None:
-    """A link would lead to a file that somebody else chose, and a pipe would be waited for."""
+    """A link would lead to a file that another account chose, and a pipe would be waited for."""
     lock, target = beside(path, "-owner"), tmp_path / "target"
     if kind == "pipe":
         os.mkfifo(lock, 0o600)
@@ -327,7 +327,7 @@ def test_what_is_no_file_is_replaced(path: Path, tmp_path: Path, kind: str) -> N
 
 
 def test_after_a_replacement_it_is_the_new_file_that_counts(path: Path) -> None:
-    """The old one has no name any more, and whoever comes finds the other."""
+    """The old one has no name any more, and later processes find the other."""
     first, second, third = (StoreFile(path) for _ in range(3))
     with first.owned(wait=False):
         beside(path, "-owner").unlink()
@@ -351,7 +351,7 @@ def test_the_lock_file_is_for_those_who_may_write_to_the_store(
 
 @needs_root
 def test_a_lock_file_of_another_account_is_replaced(path: Path) -> None:
-    """Whoever may create files in the folder could have made it before us."""
+    """An account that may create files in the folder could have made it before us."""
     with opened(path):
         lock = beside(path, "-owner")
         os.chown(lock, STRANGER, STRANGER)
@@ -402,7 +402,7 @@ def test_a_lock_file_that_cannot_be_replaced_is_refused(public: Path) -> None:
 @pytest.mark.long
 def test_another_account_can_hold_nothing(public: Path) -> None:
     """It may not even open the lock file, and flock needs an open file. The twin, with the mode
-    that a usual umask leaves, is held, and replaced by whoever needs it."""
+    that a usual umask leaves, is held, and replaced by the next process that needs it."""
     store = StoreFile(public)
     with opened(public):
         stranger = Stranger("hold", public)

@@ -1,4 +1,4 @@
-"""What a path is mounted on, as Linux tells it in /proc/self/mounts (proc(5), fstab(5)).
+"""What a path is mounted on, according to /proc/self/mounts (proc(5), fstab(5)).
 
 The law of this file: it reads that one file and judges names of file systems. A store on a file
 system without POSIX locks or shared memory loses changes, and with them revocations.

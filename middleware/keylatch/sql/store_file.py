@@ -6,8 +6,8 @@ permissions of the file (`findCreateFileMode` in its os_unix.c). The permissions
 holds something are never changed: accounts may share a store through its group on purpose.
 
 Two accounts that share a store (0660, in a folder with the set-group-ID bit) share the lock file
-as well: it may be opened by whoever may write to the store, and by nobody else. `flock` asks for no
-more than an open file, so an account that may only read the lock file could hold it for ever.
+as well: only accounts that may write to the store may open it. `flock` needs no more than an open
+file, so an account that may only read the lock file could hold it for ever.
 """
 
 import contextlib
@@ -115,19 +115,19 @@ class StoreFile:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know."""
-        told = []
+        found = []
         if wide := self.wide():
             named = ", ".join(f"{path} ({mode:04o})" for path, mode in wide)
-            told.append(
+            found.append(
                 f"other accounts than their owner may use {named}, which hold the store's secrets:"
                 f" chmod 600 {' '.join(str(path) for path, _ in wide)}, unless they share the store"
             )
         if kind := self.unknown_file_system():
-            told.append(
+            found.append(
                 f"{self.path} is on a file system that keylatch does not know ({kind}): revoked"
                 " keys may live again if it lacks POSIX locks or shared memory; take a local disk"
             )
-        return tuple(told)
+        return tuple(found)
 
     @contextlib.contextmanager
     def owned(self, *, wait: bool) -> Iterator[None]:
