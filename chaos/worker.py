@@ -21,6 +21,7 @@ from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Keyring
 from keylatch.model import Allow, KeyRecord, Reason, Verdict
 from keylatch.settings import Settings
+from keylatch.sql.quotas import Quotas
 from keylatch.store import Store
 from keylatch.tokens import Token
 from revoker import Refused, Revoked, revoke_until_told
@@ -75,8 +76,10 @@ class WitnessedStore(Store):
         values: Mapping[str, Any],
         *,
         by: str = "",
+        quotas: Quotas | None = None,
     ) -> tuple[KeyRecord, int] | None:
-        changed = await super().change(organization_id, key_id, now_ms, values, by=by)
+        named = organization_id, key_id, now_ms
+        changed = await super().change(*named, values, by=by, quotas=quotas)
         self.committed[key_id] = time.monotonic_ns()
         return changed
 

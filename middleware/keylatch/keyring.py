@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from keylatch.concurrency import OrganizationLimit
 from keylatch.drafts import (
     LIVE,
     Draft,
@@ -18,6 +19,7 @@ from keylatch.drafts import (
     Metadata,
     NotPermitted,
     NotPossible,
+    QuotaExceeded,
     Rules,
     check_expiry,
     check_grace,
@@ -32,6 +34,7 @@ from keylatch.model import FULL, Deed, KeyRecord, Principal
 from keylatch.revocation.feed import Receipt
 from keylatch.settings import Settings
 from keylatch.sql.deeds import OPERATOR
+from keylatch.sql.quotas import Quotas
 from keylatch.store import Page, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.usage.tally import DAY_MS, KeyUsage
@@ -44,11 +47,14 @@ __all__ = [
     "Keyring",
     "NotPermitted",
     "NotPossible",
+    "QuotaExceeded",
     "Revoked",
     "Rotated",
 ]
 
 _LONGEST_ACTOR: Final = 100
+_HASHES_AT_ONCE: Final = 4
+_HASHES_WAITING: Final = 16
 
 Announce = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
 
@@ -125,6 +131,8 @@ class Keyring:
         self._clock = clock
         self._announce = announce
         self._operator = OPERATOR
+        self._quotas = Quotas(settings.max_keys, settings.max_changes)
+        self._limit = OrganizationLimit(_HASHES_AT_ONCE, _HASHES_WAITING)
 
     def used_by(self, operator: str) -> "Keyring":
         """The same, for somebody whom the audit log names where no key acts: `cli:alice`."""
@@ -157,6 +165,7 @@ class Keyring:
         Raises:
             InvalidValue: naming the argument at fault.
             NotPermitted: the new key would have more rights than `by`.
+            QuotaExceeded: a limit on what the organisation's keys may do; nothing was made.
             HashingBusy, StoreUnavailable: nothing was made.
         """
         draft = Draft(organization_id, name, permission, environment, expires_at, metadata)
@@ -165,8 +174,10 @@ class Keyring:
         if by is not None:
             check_rights(by, permission, environment)
         created = self._mint(draft, self.now_ms())
-        hashed = await self._hasher.hash(created.token)
-        await self._store.add(created.record, hashed, by=self._actor(by))
+        hashed = await self._hash(created.token, organization_id, by, new_keys=1)
+        await self._store.add(
+            created.record, hashed, by=self._actor(by), quotas=self._quotas_of(by)
+        )
         return created
 
     async def create_many(self, drafts: Sequence[Draft]) -> Sequence[Created]:
@@ -338,6 +349,7 @@ class Keyring:
         Raises:
             InvalidValue: naming the argument at fault.
             NotPermitted: the key would have more rights than `by`.
+            QuotaExceeded: as in `create`; disabling a key is never refused for that.
             StoreUnavailable: nothing was changed.
         """
         if "name" in values:
@@ -350,7 +362,8 @@ class Keyring:
             values["metadata"] = written_metadata(values["metadata"])
         if await self._reached(organization_id, key_id, by, values.get("permission")) is None:
             return None
-        return await self._change(organization_id, key_id, values, by, wait)
+        quotas = None if values == {"active": False} else self._quotas_of(by)
+        return await self._change(organization_id, key_id, values, by, wait, quotas)
 
     async def delete(
         self,
@@ -413,6 +426,7 @@ class Keyring:
             InvalidValue: of the grace.
             NotPermitted: as in `delete`, or the key has more rights than `by`.
             NotPossible: the key was deleted.
+            QuotaExceeded: as in `create`.
             HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
         """
         check_grace(grace_seconds)
@@ -420,11 +434,18 @@ class Keyring:
         if record is None:
             return None
         token = self._check_keys.mint(self._prefix, record.environment, record.id)
-        hashed = await self._hasher.hash(token)
+        hashed = await self._hash(token, organization_id, by)
         now_ms = self.now_ms()
         ends_at = now_ms + grace_seconds * 1000 if grace_seconds else None
         rotated = await self._store.rotate(
-            organization_id, key_id, now_ms, hashed, token.partial, ends_at, by=self._actor(by)
+            organization_id,
+            key_id,
+            now_ms,
+            hashed,
+            token.partial,
+            ends_at,
+            by=self._actor(by),
+            quotas=self._quotas_of(by),
         )
         if rotated is None:
             return None
@@ -568,15 +589,33 @@ class Keyring:
         values: dict[str, Any],
         by: Principal | None,
         wait: bool,
+        quotas: Quotas | None = None,
     ) -> Changed | None:
         changed = await self._store.change(
-            organization_id, key_id, self.now_ms(), values, by=self._actor(by)
+            organization_id, key_id, self.now_ms(), values, by=self._actor(by), quotas=quotas
         )
         return None if changed is None else await self._spread(changed, wait)
 
     async def _spread(self, changed: tuple[KeyRecord, int], wait: bool) -> Changed:
         record, seq = changed
         return Changed(record, await self._announce(record, seq, wait))
+
+    async def _hash(
+        self, token: Token, organization_id: str, by: Principal | None, new_keys: int = 0
+    ) -> str:
+        """The hash of a new token. One that would be refused afterwards is not hashed, and of those
+        that keys ask for an organisation has only some at a time."""
+        if by is None:
+            return await self._hasher.hash(token)
+        async with self._limit.turn(organization_id):
+            await self._store.check_quota(
+                organization_id, self.now_ms(), self._quotas, new_keys=new_keys
+            )
+            return await self._hasher.hash(token)
+
+    def _quotas_of(self, by: Principal | None) -> Quotas | None:
+        """The limits of what `by` does; None: operators have none."""
+        return None if by is None else self._quotas
 
     def _actor(self, by: Principal | None) -> str:
         return self._operator if by is None else by.key_id

@@ -17,12 +17,13 @@ from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.model import Deed, KeyRecord
 from keylatch.sql import changes, leases, lists, questions, rotations, vault
 from keylatch.sql.database import Database, Question, Rows
-from keylatch.sql.deeds import OPERATOR, page_of_deeds
+from keylatch.sql.deeds import OPERATOR, page_of_deeds, prune_deeds
 from keylatch.sql.leases import BELL, Poll
 from keylatch.sql.lists import Page
 from keylatch.sql.memory import Memory
 from keylatch.sql.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.sql.questions import Absent, Changes, Found, Secrets, Touched
+from keylatch.sql.quotas import Quotas, check_quota, enforced
 from keylatch.sql.sqlite import SQLite
 from keylatch.sql.vault import Kept
 from keylatch.telemetry.condition import Condition
@@ -92,6 +93,9 @@ class Store:
         self.condition = Condition("the store does not answer", "the store answers again")
         """Of what is read: changes may fail while that goes on."""
         self.failed_changes = Count()
+        self.audit_days = 0
+        """How long `tidy` keeps the audit log; 0: for ever. The sidecar sets it: a middleware on the
+        same database may have other settings, and must not delete what the sidecar is to keep."""
         self.mark_now = self._database.mark_now
         """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
 
@@ -124,6 +128,10 @@ class Store:
             )
             secrets = await self._read(questions.secrets_of)
         return secrets
+
+    def pools(self) -> Mapping[str, int]:
+        """Work that threads do or that waits for one: see `Database.pools`."""
+        return self._database.pools()
 
     async def close(self) -> None:
         """Let connections and threads go."""
@@ -267,17 +275,41 @@ class Store:
             await self._database.write(work, durable=False)
 
     async def tidy(self, now_ms: int) -> None:
-        """Prune the invalidation log beyond 100,000 rows and counts of uses after 400 days, and
-        let the database tidy up."""
+        """Prune the invalidation log beyond 100,000 rows, counts of uses after 400 days and the
+        audit log after `audit_days`, and let the database tidy up."""
         await self._write(changes.prune)
         await self._write(prune_tallies, now_ms // DAY_MS)
+        if self.audit_days:
+            await self._write(prune_deeds, now_ms - self.audit_days * DAY_MS)
         await self._database.tidy()
 
     # What management asks
 
-    async def add(self, record: KeyRecord, hashed: str, *, by: str = OPERATOR) -> int:
-        """Insert a key, and its organisation if it is new; return the sequence number."""
-        return await self._write(changes.add_key, record, hashed, by)
+    async def check_quota(
+        self, organization_id: str, now_ms: int, quotas: Quotas, *, new_keys: int = 0
+    ) -> None:
+        """Whether a change by a key, which may add keys, would be within the limits now.
+
+        Raises:
+            QuotaExceeded: it would not.
+        """
+        await self._read(check_quota, organization_id, now_ms, quotas, new_keys=new_keys)
+
+    async def add(
+        self, record: KeyRecord, hashed: str, *, by: str = OPERATOR, quotas: Quotas | None = None
+    ) -> int:
+        """Insert a key, and its organisation if it is new; return the sequence number.
+
+        Raises:
+            QuotaExceeded: the limits of its organisation; None: there are none.
+        """
+
+        def work(connection: Connection) -> int:
+            named = record.organization_id, record.created_at
+            with enforced(connection, quotas, *named, new_keys=1):
+                return changes.add_key(connection, record, hashed, by)
+
+        return await self._write(work)
 
     async def add_many(self, made: Sequence[tuple[KeyRecord, str]], *, by: str = OPERATOR) -> int:
         """Insert keys with their hashes, all or none, in this order; return the sequence number.
@@ -371,13 +403,23 @@ class Store:
         values: Mapping[str, Any],
         *,
         by: str = OPERATOR,
+        quotas: Quotas | None = None,
     ) -> tuple[KeyRecord, int] | None:
         """Change columns of a key, unless it was deleted: that is final, and comes back as it is.
+        So does one that has these values already.
 
         Returns:
             the record and a sequence number at which it is true; None: no such key here.
+
+        Raises:
+            QuotaExceeded: as in `add`.
         """
-        return await self._write(changes.change_key, organization_id, key_id, now_ms, values, by)
+
+        def work(connection: Connection) -> tuple[KeyRecord, int] | None:
+            with enforced(connection, quotas, organization_id, now_ms):
+                return changes.change_key(connection, organization_id, key_id, now_ms, values, by)
+
+        return await self._write(work)
 
     async def rotate(
         self,
@@ -389,23 +431,22 @@ class Store:
         ends_at: int | None,
         *,
         by: str = OPERATOR,
+        quotas: Quotas | None = None,
     ) -> tuple[KeyRecord, int] | None:
         """Give a key another hash, and let the present one be good until `ends_at` (milliseconds
         since the epoch) or its own expiry; None: it ends now.
 
         Raises:
             NotPossible: the key was deleted.
+            QuotaExceeded: as in `add`.
         """
-        return await self._write(
-            rotations.rotate_key,
-            organization_id,
-            key_id,
-            now_ms,
-            hashed,
-            partial_token,
-            ends_at,
-            by,
-        )
+        named = organization_id, key_id, now_ms
+
+        def work(connection: Connection) -> tuple[KeyRecord, int] | None:
+            with enforced(connection, quotas, organization_id, now_ms):
+                return rotations.rotate_key(connection, *named, hashed, partial_token, ends_at, by)
+
+        return await self._write(work)
 
     async def end_grace(
         self,

@@ -17,13 +17,16 @@ from typing import Any
 from keylatch.engine import Engine
 from keylatch.model import KeyRecord
 from keylatch.settings import Settings
+from keylatch.sql.quotas import Quotas
 from keylatch.store import Store
 
 
 class HastyStore(Store):
     """A broken twin: answers at once and writes a moment later."""
 
-    async def add(self, record: KeyRecord, hashed: str, *, by: str = "") -> int:
+    async def add(
+        self, record: KeyRecord, hashed: str, *, by: str = "", quotas: Quotas | None = None
+    ) -> int:
         self._in_a_moment(super().add(record, hashed))
         return 0
 
@@ -35,6 +38,7 @@ class HastyStore(Store):
         values: Mapping[str, Any],
         *,
         by: str = "",
+        quotas: Quotas | None = None,
     ) -> None:
         self._in_a_moment(super().change(organization_id, key_id, now_ms, values))
 

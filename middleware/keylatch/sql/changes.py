@@ -4,7 +4,6 @@ The law of this file: whatever changes what a key may do is ONE transaction that
 `meta.seq`, makes the change and writes the invalidation. Recording a use is no such change.
 """
 
-import json
 import secrets as csprng
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from sqlalchemy import (
 )
 
 from keylatch.model import PREVIOUS, KeyRecord
-from keylatch.sql.deeds import OPERATOR, write_down, write_down_all
+from keylatch.sql.deeds import OPERATOR, digest_of, write_down, write_down_all
 from keylatch.sql.lists import holders
 from keylatch.sql.questions import RECORDS, record_of, sequence
 from keylatch.sql.schema import NOBODY, invalidations, keys, meta, organizations
@@ -155,7 +154,8 @@ def change_key(
     if found is None:
         return None
     record, *_ = found
-    if record.deleted_at is not None:
+    is_the_same = all(getattr(record, name) == value for name, value in values.items())
+    if record.deleted_at is not None or is_the_same:  # so nothing is written
         return record, sequence(connection)
     changed = replace(record, **values, updated_at=max(now_ms, record.updated_at + 1))
     connection.execute(
@@ -173,8 +173,8 @@ def _told(values: Mapping[str, Any]) -> dict[str, Any]:
         reason = values.get("revoked_reason")
         return {} if reason is None else {"reason": reason}
     told = {_CAMEL.get(name, name): value for name, value in values.items()}
-    if told.get("metadata"):
-        told["metadata"] = json.loads(told["metadata"])
+    if told.get("metadata") is not None:
+        told["metadata"] = digest_of(told["metadata"])
     return told
 
 

@@ -74,6 +74,9 @@ class Database(Protocol):
     ) -> T:
         """Run a transaction; `durable=False` may lose the last ones when the power fails."""
 
+    def pools(self) -> Mapping[str, int]:
+        """Work that threads do or that waits for one, by kind; empty where there are no threads."""
+
     def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         """`ask` at once, without waiting for a disk or a socket; None where that is impossible."""
 
