@@ -43,7 +43,7 @@ class OrganizationLimit:
         turns = self._turns.get(organization_id) or _Turns(asyncio.Semaphore(self._at_once))
         if turns.count >= self._most:
             raise QuotaExceeded(
-                f"{self._most} new secrets for the organisation are being made: wait for some",
+                f"The organisation has {self._most} new secrets under way: wait for some of them",
                 _RETRY_AFTER_SECONDS,
                 limit="hashes",
             )

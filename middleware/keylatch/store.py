@@ -94,8 +94,8 @@ class Store:
         """Of what is read: changes may fail while that goes on."""
         self.failed_changes = Count()
         self.audit_days = 0
-        """How long `tidy` keeps the audit log; 0: for ever. The sidecar sets it: a middleware on the
-        same database may have other settings, and must not delete what the sidecar is to keep."""
+        """How long `tidy` keeps the audit log; 0: for ever. The sidecar sets it: a middleware on
+        the same database may have other settings, and must not delete what the sidecar keeps."""
         self.mark_now = self._database.mark_now
         """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
 

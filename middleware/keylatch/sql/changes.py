@@ -24,7 +24,7 @@ from keylatch.model import PREVIOUS, KeyRecord
 from keylatch.sql.deeds import OPERATOR, digest_of, write_down, write_down_all
 from keylatch.sql.lists import holders
 from keylatch.sql.questions import RECORDS, record_of, sequence
-from keylatch.sql.schema import NOBODY, invalidations, keys, meta, organizations
+from keylatch.sql.schema import NOBODY, audit, invalidations, keys, meta, organizations
 
 _KEPT_INVALIDATIONS: Final = 100_000
 _MAX_NAMED: Final = 500  # parameters of one statement
@@ -217,7 +217,7 @@ def analyze(connection: Connection) -> None:
     """Let PostgreSQL count its rows, which it does by itself only minutes after many were added.
     SQLite takes the indexes without."""
     if connection.dialect.name == "postgresql":
-        for table in (keys, organizations, invalidations):
+        for table in (keys, organizations, invalidations, audit):
             connection.exec_driver_sql(f"ANALYZE {table.name}")
 
 

@@ -104,20 +104,12 @@ def _has_key(connection: Connection, organization_id: str, key_id: str) -> bool:
 
 
 def prune_deeds(connection: Connection, before: int) -> int:
-    """Delete lines that were written before a time, the oldest first and some thousands at a time;
-    return how many.
+    """Delete lines that were written before a time, among the oldest thousands; return how many.
 
-    The newest line stays, whatever its age: SQLite would give its number to the next one.
+    The last of those thousands stays until the next time. So the newest line of all stays whatever
+    its age, because SQLite would give its number to the next one.
     """
-    first = connection.execute(select(audit.c.at).order_by(audit.c.id).limit(1)).scalar()
-    if first is None or first >= before:
-        return 0
-    # Several processes do this, and none waits for another's rows.
-    oldest = select(audit.c.id).order_by(audit.c.id).limit(_PRUNED_AT_ONCE)
-    newest = select(func.max(audit.c.id)).scalar_subquery()
-    old = (
-        audit.c.id.in_(oldest.with_for_update(skip_locked=True)),
-        audit.c.at < before,
-        audit.c.id < newest,
-    )
+    oldest = select(audit.c.id).order_by(audit.c.id).limit(_PRUNED_AT_ONCE).subquery()
+    last = connection.execute(select(func.max(oldest.c.id))).scalar()
+    old = audit.c.id < (last or 0), audit.c.at < before
     return connection.execute(delete(audit).where(*old)).rowcount
