@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from conftest import OnAStore
 from keylatch.drafts import QuotaExceeded
 from keylatch.sql import changes
-from keylatch.sql.quotas import Quotas, check_quota, enforced
+from keylatch.sql.quotas import HOUR_MS, Quotas, check_quota, enforced
 from keylatch.sql.schema import keys
 from keylatch.store import Store
 from keylatch.usage.tally import DAY_MS
@@ -30,6 +30,11 @@ async def add(store: Store, name: str, quotas: Quotas | None, at: int = NOW, by:
 
 async def rename(store: Store, name: str, at: int, quotas: Quotas | None, by: str = BY) -> object:
     return await store.change("acme", "key_a", at, {"name": name}, by=by, quotas=quotas)
+
+
+async def delete(store: Store, name: str, at: int) -> None:
+    values = {"active": False, "deleted_at": at}
+    assert await store.change("acme", name, at, values, by=BY)
 
 
 async def state_of(store: Store) -> tuple[object, ...]:
@@ -139,6 +144,27 @@ class QuotaContract(OnAStore):
         assert await store.end_grace("acme", "key_a", NOW, False, by=BY)
         assert await store.revoke_all("acme", NOW, None, by=BY)
 
+    async def test_deletions_are_not_counted_but_hide_nothing(self, store: Store) -> None:
+        """Half of what a log may grow in an hour is for changes: keys that were there before cannot
+        be deleted to make room for more."""
+        for number in range(20):
+            await add(store, f"key_old{number}", None, by="cli:alice")
+        limit = Quotas(max_changes=4)
+        for number in range(4):
+            at = NOW + number * SECOND
+            await add(store, f"key_{number}", limit, at)
+            await delete(store, f"key_{number}", at)
+        with pytest.raises(QuotaExceeded):
+            await add(store, "key_more", limit)
+        later = NOW + HOUR_MS + 10 * SECOND
+        for number in range(8):
+            await delete(store, f"key_old{number}", later + number * SECOND)
+        with pytest.raises(QuotaExceeded) as caught:
+            await add(store, "key_more", limit, later + 8 * SECOND)
+        assert caught.value.retry_after_seconds == 3_600 - 8
+        await delete(store, "key_old9", later + 8 * SECOND)
+        await add(store, "key_more", limit, later + HOUR_MS + SECOND)
+
     async def test_a_change_that_changes_nothing_leaves_no_line(self, store: Store) -> None:
         """However often it is repeated; the answer is the key as it is."""
         await add(store, "key_a", None)
@@ -173,7 +199,7 @@ class QuotaContract(OnAStore):
         made = await store.list("acme")
         assert len(made) == 10
         limit = Quotas(max_changes=15)
-        tried = await asyncio.gather(
+        changed = await asyncio.gather(
             *(
                 (store, other)[n % 2].change(
                     "acme", key.id, NOW, {"name": f"name {n}"}, by=BY, quotas=limit
@@ -182,8 +208,8 @@ class QuotaContract(OnAStore):
             ),
             return_exceptions=True,
         )
-        assert sum(isinstance(each, tuple) for each in tried) == 5
-        assert sum(isinstance(each, QuotaExceeded) for each in tried) == 25
+        assert sum(isinstance(each, tuple) for each in changed) == 5
+        assert sum(isinstance(each, QuotaExceeded) for each in changed) == 25
 
     # How long the log is kept
 

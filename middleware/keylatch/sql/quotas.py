@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Select, func, literal, select
+from sqlalchemy import Connection, Select, case, func, literal, select
 
 from keylatch.drafts import QuotaExceeded
 from keylatch.sql.schema import audit, keys
 
 HOUR_MS: Final = 3_600_000
 _KEY: Final = "key_"  # of an actor in the audit log that is no operator
+_ENDS: Final = ("key.delete", "key.rotate.cancel", "key.rotate.finish", "organization.revoke")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +99,36 @@ def check_changes(
     connection: Connection, organization_id: str, now_ms: int, most: int, more: int = 0
 ) -> None:
     """Whether an organisation's keys make at most so many changes within an hour (0: no limit),
-    with `more` of them. Those that only end access count as well, though none is refused.
+    with `more` of them. Those that end access are not counted among these; but all together may be
+    twice as many, or who has many keys could hide changes behind deletions.
 
     Raises:
         QuotaExceeded: they make more.
     """
     if not most:
         return
-    recent = _changes_by_keys(organization_id, now_ms - HOUR_MS, most)
-    made = connection.execute(select(func.count()).select_from(recent.subquery())).scalar_one()
-    if made + more <= most:
+    recent = _recent_changes(organization_id, now_ms - HOUR_MS, 2 * most + 1)
+    counted = recent.subquery()
+    ended = func.coalesce(func.sum(counted.c.has_ended), 0)
+    made, ends = connection.execute(select(func.count(), ended).select_from(counted)).one()
+    if made - ends + more <= most and made + more <= 2 * most:
         return
-    times = sorted(connection.execute(recent).scalars())
-    room_at = times[made + more - most - 1] + HOUR_MS  # when enough of them are an hour old
+    lines = connection.execute(recent).all()
+    room_at = max(
+        _room_at([line.at for line in lines if not line.has_ended], most, more),
+        _room_at([line.at for line in lines], 2 * most, more),
+    )
     raise QuotaExceeded(
         f"The organisation's API keys may make {most:,} changes an hour",
         max(1, -(-(room_at - now_ms) // 1000)),
         limit="changes",
     )
+
+
+def _room_at(times: list[int], most: int, more: int) -> int:
+    """When enough of these changes are an hour old for `more`; 0: there is room."""
+    excess = len(times) + more - most
+    return sorted(times)[excess - 1] + HOUR_MS if excess > 0 else 0
 
 
 def _live_keys(connection: Connection, organization_id: str, at_most: int) -> int:
@@ -128,20 +141,22 @@ def _live_keys(connection: Connection, organization_id: str, at_most: int) -> in
     return found
 
 
-def _changes_by_keys(organization_id: str, since: int, most: int) -> Select[Any]:
-    """When keys changed something after a time, among the newest lines of the organisation's log.
+def _recent_changes(organization_id: str, since: int, most: int) -> Select[Any]:
+    """When keys changed something after a time, and whether that ended access, among the newest
+    lines of the organisation's log.
 
-    Twice as many lines as there may be changes are looked at: what an operator writes in the same
-    hour, a million lines of an import say, must not make each change read all of it. While an
-    operator writes more lines than the keys, some of the keys' changes are not counted.
+    No more lines are looked at than matter: what an operator writes in the same hour, a million
+    lines of an import say, must not make each change read all of it. While an operator writes more
+    lines than the keys, some of the keys' changes are not counted.
     """
     newest = (
-        select(audit.c.at, audit.c.actor)
+        select(audit.c.at, audit.c.actor, audit.c.action)
         .where(audit.c.organization_id == organization_id)
         .order_by(audit.c.id.desc())
-        .limit(2 * most)
+        .limit(most)
         .subquery()
     )
-    return select(newest.c.at).where(
+    has_ended = case((newest.c.action.in_(_ENDS), 1), else_=0)
+    return select(newest.c.at, has_ended.label("has_ended")).where(
         newest.c.at > since, newest.c.actor.startswith(_KEY, autoescape=True)
     )
