@@ -17,7 +17,7 @@ from sqlalchemy import Connection, event, insert
 from keylatch.sql import changes, leases, lists, questions
 from keylatch.sql.database import Database
 from keylatch.sql.deeds import page_of_deeds, prune_deeds
-from keylatch.sql.quotas import Quotas, check_quota
+from keylatch.sql.quotas import Quotas, check_changes, check_quota
 from keylatch.sql.schema import invalidations
 from keylatch.store import Store, database_of
 from keylatch.usage.tally import DAY_MS, Client, Tally, add_tally, prune_tallies, usage_of
@@ -195,6 +195,22 @@ class PlanContract:
         assert await database.write(used) == {True}
         await database.write(changes.analyze)
         assert await database.write(used) == {True}
+
+    @pytest.mark.long
+    async def test_changes_are_counted_by_the_index_of_their_organisation(
+        self, database: Database
+    ) -> None:
+        """Also of one that has most of the lines: PostgreSQL would rather walk the log of all."""
+
+        def plan(connection: Connection) -> str:
+            everything = "UPDATE keylatch_audit SET organization_id = 'big' WHERE id > 900"
+            connection.exec_driver_sql(everything)
+            changes.analyze(connection)
+            return "\n".join(plan_of(connection, lambda c: check_changes(c, "big", NOW, 10)))
+
+        steps = await database.write(plan)
+        assert "keylatch_audit_of_organization" in steps
+        assert not SORTS.search(steps)
 
     @pytest.mark.long
     async def test_old_lines_of_the_audit_log_are_found_by_their_number(
