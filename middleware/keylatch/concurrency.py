@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from keylatch.drafts import QuotaExceeded
 
-_RETRY_AFTER_SECONDS = 1
+_RETRY_AFTER_SECONDS: Final = 1
 
 
 @dataclass(slots=True)

@@ -230,7 +230,7 @@ FAMILIES: Final = (
     Family(
         GAUGE,
         "keylatch_store_pool",
-        "Work that threads do or that waits for one: checks, reads, writes (SQLite).",
+        "Work under way: checks, reads, writes (SQLite); checks, management (PostgreSQL).",
         ("pool",),
         _pools(lambda engine: engine.store.pools()),
     ),

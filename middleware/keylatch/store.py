@@ -130,7 +130,7 @@ class Store:
         return secrets
 
     def pools(self) -> Mapping[str, int]:
-        """Work that threads do or that waits for one: see `Database.pools`."""
+        """Work under way by kind: see `Database.pools`."""
         return self._database.pools()
 
     async def close(self) -> None:

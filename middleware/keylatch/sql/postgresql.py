@@ -224,7 +224,7 @@ class PostgreSQL:
             task.exception()  # its caller has it, or has left
 
     def pools(self) -> Mapping[str, int]:
-        return {}
+        return {"checks": self._looking_up.under_way, "management": len(self._under_way)}
 
     def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         return None
