@@ -71,6 +71,22 @@ class NotPossible(Exception):
     """The key is not in a state in which this can be done: it was deleted, say."""
 
 
+class QuotaExceeded(Exception):
+    """The caller's organisation has as much as it may have; nothing was changed.
+
+    Args:
+        message: for people, in one sentence.
+        retry_after_seconds: when there will be room again; None: waiting does not help.
+        limit: which one: `hashes`, `changes` or `keys`.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: int | None, *, limit: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+        self.limit = limit
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A key to be made; see `Keyring.create`."""

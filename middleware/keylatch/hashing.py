@@ -7,13 +7,17 @@ queue of 25 ms hashes would otherwise turn a flood into seconds of waiting for e
 
 Tokens that were made elsewhere lack the keyed check, so a stranger who knows the public part of one
 can make a process hash. They have a lane of their own, and keylatch's tokens wait for none of them.
+
+Management hashes as well: new tokens, one at a time or a thousand, and better hashes of old ones.
+Both have lanes of their own with fewer threads, so a tenant that creates keys without pause takes
+no place in the queue from another tenant's check, and less processor time than the checks.
 """
 
 import asyncio
 import hmac
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
@@ -32,6 +36,10 @@ T = TypeVar("T")
 Scheme = Literal["argon2id", "sha256"]
 _SHA256: Final = "$sha256$"
 _CALM_SECONDS: Final = 5.0
+
+POOLS: Final = ("checks", "imported", "management", "upgrades")
+"""What threads hash for: checks of keylatch's own tokens and of those that were made elsewhere, new
+tokens, and better hashes of old ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +62,9 @@ class Hasher:
     Args:
         scheme: how new hashes are made.
         cost: of argon2id.
-        workers: threads that hash at the same time; one for each processor by default.
-        queue: how many more may wait before `HashingBusy` is raised.
+        workers: threads that hash at the same time for checks; one for each processor by default.
+        queue: how many more may wait, in each lane, before `HashingBusy` is raised.
+        management_workers: threads that hash new tokens; half of `workers` by default.
     """
 
     def __init__(
@@ -65,52 +74,80 @@ class Hasher:
         *,
         workers: int | None = None,
         queue: int = 64,
+        management_workers: int | None = None,
     ) -> None:
         self._scheme = scheme
         self._argon2 = argon2.PasswordHasher(
             time_cost=cost.passes, memory_cost=cost.memory_kib, parallelism=cost.lanes
         )
-        self._workers = workers or os.cpu_count() or 1
+        workers = workers or os.cpu_count() or 1
+        half = max(1, workers // 2)
         self.condition = Condition(
             "keys that nobody remembers are refused with 503",
             "all keys are hashed again",
             calm_seconds=_CALM_SECONDS,
             passes=True,
         )
-        self._lane = _Lane("keylatch-hash", self._workers, queue, self.condition)
-        # Whether strangers fill this one says nothing of keylatch's own keys.
-        self._foreign_lane = _Lane("keylatch-foreign-hash", max(1, self._workers // 2), queue)
+        self._lane = _Lane("keylatch-hash", workers, queue, self.condition)
+        # Whether others fill these says nothing of the checks of keylatch's own keys.
+        self._foreign_lane = _Lane("keylatch-foreign-hash", half, queue)
+        self._management_lane = _Lane("keylatch-hash-new", management_workers or half, queue)
+        self._upgrade_lane = _Lane("keylatch-hash-upgrade", 1, queue)
+
+    @property
+    def _lanes(self) -> tuple["_Lane", ...]:
+        return self._lane, self._foreign_lane, self._management_lane, self._upgrade_lane
 
     @property
     def waiting(self) -> int:
         """Hashes in the queues."""
-        return self._lane.waiting + self._foreign_lane.waiting
+        return sum(lane.waiting for lane in self._lanes)
 
     @property
     def under_way(self) -> int:
         """Hashes that are being computed, or wait for it."""
-        return self._lane.under_way + self._foreign_lane.under_way
+        return sum(lane.under_way for lane in self._lanes)
+
+    def pools(self) -> Mapping[str, int]:
+        """The same by what they are for: see `POOLS`."""
+        return {name: lane.under_way for name, lane in zip(POOLS, self._lanes, strict=True)}
 
     async def hash(self, token: Token) -> str:
-        """A self-describing hash of the token.
+        """A self-describing hash of a new token.
 
         Raises:
-            HashingBusy: the queue is full.
+            HashingBusy: the queue for new tokens is full; that for checks may be empty.
         """
-        if self._scheme == "sha256":  # half a microsecond: a thread hop would cost more
-            return _sha256(token)
-        return await self._lane.run(lambda: self._argon2.hash(token.reveal()))
+        return await self._hash(token, self._management_lane)
 
     async def hash_all(self, tokens: Sequence[Token]) -> list[str]:
-        """A hash of each token: as many at a time as there are threads, so that who comes
-        meanwhile finds places in the queue."""
+        """A hash of each new token: as many at a time as there are threads for them, so that who
+        comes meanwhile finds places in the queue."""
         if self._scheme == "sha256":
             return [_sha256(token) for token in tokens]
         hashes: list[str] = []
-        for start in range(0, len(tokens), self._workers):
-            some = tokens[start : start + self._workers]
+        at_once = self._management_lane.workers
+        for start in range(0, len(tokens), at_once):
+            some = tokens[start : start + at_once]
             hashes += await asyncio.gather(*(self.hash(token) for token in some))
         return hashes
+
+    async def hash_anew(self, token: Token) -> str:
+        """A better hash of a token whose stored one `is_outdated`. Many keys may be used for the
+        first time at once: that fills neither the queue of checks nor that of new tokens.
+
+        Raises:
+            HashingBusy: the queue is full; nothing is lost, because the old hash stays good.
+        """
+        return await self._hash(token, self._upgrade_lane)
+
+    async def _hash(self, token: Token, lane: "_Lane") -> str:
+        if self._scheme == "sha256":  # half a microsecond: a thread hop would cost more
+            return _sha256(token)
+        return await lane.run(lambda: self._hash_now(token))
+
+    def _hash_now(self, token: Token) -> str:
+        return self._argon2.hash(token.reveal())
 
     async def verify(self, stored: str, token: Token) -> bool:
         """Whether the stored hash is that of the token.
@@ -145,13 +182,13 @@ class Hasher:
 
     def close(self) -> None:
         """Let the threads go; those that still hash finish on their own."""
-        self._lane.close()
-        self._foreign_lane.close()
+        for lane in self._lanes:
+            lane.close()
 
     def forget(self) -> None:
         """After a fork: the parent's threads are not here, so start over without touching them."""
-        self._lane.forget()
-        self._foreign_lane.forget()
+        for lane in self._lanes:
+            lane.forget()
         self.condition.forget()
 
     def _verify_now(self, stored: str, token: Token) -> bool:
@@ -177,7 +214,7 @@ class _Lane:
         self, name: str, workers: int, queue: int, condition: Condition | None = None
     ) -> None:
         self._name = name
-        self._workers = workers
+        self.workers = workers
         self._capacity = workers + queue
         self._condition = condition
         self.forget()
@@ -194,7 +231,7 @@ class _Lane:
 
     @property
     def waiting(self) -> int:
-        return max(0, self.under_way - self._workers)
+        return max(0, self.under_way - self.workers)
 
     @property
     def under_way(self) -> int:
@@ -220,7 +257,7 @@ class _Lane:
             places.release()
 
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix=self._name)
+            self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix=self._name)
         self._begun.add()
         future = self._pool.submit(work)
         # Released when the thread is done, not when its waiter is: a cancelled request's hash

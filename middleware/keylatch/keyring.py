@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from keylatch.concurrency import OrganizationLimit
 from keylatch.drafts import (
     LIVE,
     CallerRefused,
@@ -24,6 +25,7 @@ from keylatch.drafts import (
     Metadata,
     NotPermitted,
     NotPossible,
+    QuotaExceeded,
     Rules,
     check_expiry,
     check_grace,
@@ -38,6 +40,7 @@ from keylatch.model import FULL, Deed, KeyRecord, Principal
 from keylatch.revocation.feed import Receipt
 from keylatch.settings import Settings
 from keylatch.sql.authorization import OPERATOR, Actor
+from keylatch.sql.quotas import Quotas
 from keylatch.store import Page, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch.usage.tally import DAY_MS, KeyUsage
@@ -51,11 +54,14 @@ __all__ = [
     "Keyring",
     "NotPermitted",
     "NotPossible",
+    "QuotaExceeded",
     "Revoked",
     "Rotated",
 ]
 
 _LONGEST_ACTOR: Final = 100
+_HASHES_AT_ONCE: Final = 4
+_HASHES_WAITING: Final = 16
 
 Announce = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
 
@@ -133,6 +139,8 @@ class Keyring:
         self._clock = clock
         self._announce = announce
         self._operator = OPERATOR.name
+        self._quotas = Quotas(settings.max_keys, settings.max_changes)
+        self._limit = OrganizationLimit(_HASHES_AT_ONCE, _HASHES_WAITING)
 
     def used_by(self, operator: str) -> "Keyring":
         """The same, for somebody whom the audit log names where no key acts: `cli:alice`."""
@@ -166,6 +174,7 @@ class Keyring:
             InvalidValue: naming the argument at fault.
             CallerRefused: `by` is not valid any more.
             NotPermitted: the new key would have more rights than `by`, or have them for longer.
+            QuotaExceeded: a limit on what the organisation's keys may do; nothing was made.
             HashingBusy, StoreUnavailable: nothing was made.
         """
         draft = Draft(organization_id, name, permission, environment, expires_at, metadata)
@@ -175,7 +184,7 @@ class Keyring:
             check_rights(by, permission, environment)
         actor = self._actor(by)
         created = self._mint(draft, self.now_ms(), actor.name)
-        hashed = await self._hasher.hash(created.token)
+        hashed = await self._hash(created.token, organization_id, by, new_keys=1)
         record, _ = await self._store.add(created.record, hashed, by=actor)
         return Created(record, created.token)
 
@@ -380,6 +389,7 @@ class Keyring:
             InvalidValue: naming the argument at fault.
             CallerRefused: `by` is not valid any more.
             NotPermitted: the key would have more rights than `by`, or have them for longer.
+            QuotaExceeded: as in `create`; disabling a key is never refused for that.
             StoreUnavailable: nothing was changed.
         """
         if "name" in values:
@@ -518,6 +528,7 @@ class Keyring:
             CallerRefused: as in `delete`.
             NotPermitted: the key has more rights than `by`, or has them for longer.
             NotPossible: the key was deleted.
+            QuotaExceeded: as in `create`.
             HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
         """
         check_grace(grace_seconds)
@@ -525,7 +536,7 @@ class Keyring:
         if record is None:
             return None
         token = self._check_keys.mint(self._prefix, record.environment, record.id)
-        hashed = await self._hasher.hash(token)
+        hashed = await self._hash(token, organization_id, by)
         now_ms = self.now_ms()
         ends_at = now_ms + grace_seconds * 1000 if grace_seconds else None
         rotated = await self._store.rotate(
@@ -661,8 +672,23 @@ class Keyring:
         record, seq = changed
         return Changed(record, await self._announce(record, seq, wait))
 
+    async def _hash(
+        self, token: Token, organization_id: str, by: Principal | None, new_keys: int = 0
+    ) -> str:
+        """The hash of a new token. One that would be refused afterwards is not hashed, and of those
+        that keys ask for an organisation has only some at a time."""
+        if by is None:
+            return await self._hasher.hash(token)
+        async with self._limit.turn(organization_id):
+            await self._store.check_quota(
+                organization_id, self.now_ms(), self._quotas, new_keys=new_keys
+            )
+            return await self._hasher.hash(token)
+
     def _actor(self, by: Principal | None) -> Actor:
-        return Actor(self._operator if by is None else by.key_id, by, self.now_ms)
+        if by is None:  # operators have no limits
+            return Actor(self._operator)
+        return Actor(by.key_id, by, self.now_ms, self._quotas)
 
     def _days_ago(self, days: int | None) -> int | None:
         return None if days is None else self.now_ms() - days * DAY_MS

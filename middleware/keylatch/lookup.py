@@ -19,6 +19,7 @@ from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.hashing import Hasher
 from keylatch.model import KeyRecord, Reason, flaw, secret_of
 from keylatch.revocation.feed import Feed, Witness
+from keylatch.sql.schema import NOBODY
 from keylatch.store import Absent, Found, Store
 from keylatch.telemetry.meter import L2, STORE, Meter
 from keylatch.tokens import Token, is_native
@@ -131,7 +132,9 @@ class Lookup:
         with self._meter.stage(STORE):
             found = await self._found(token)
         if isinstance(found, Absent):
-            return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of)
+            # Of another shape, it names no key, whatever stands where an id would be.
+            key_id = token.key_id if is_native(token) else NOBODY
+            return Absence(Reason.UNKNOWN, key_id, NOBODY, found.as_of)
         record = found.record
         known = self._known(token, record, found.as_of)
         if isinstance(known, Absence):
@@ -185,4 +188,4 @@ class Lookup:
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again
-            await self._store.replace_hash(key_id, old, await self._hasher.hash(token))
+            await self._store.replace_hash(key_id, old, await self._hasher.hash_anew(token))

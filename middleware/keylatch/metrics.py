@@ -6,7 +6,7 @@ Nothing is registered here, and nothing is counted here either: the numbers are 
 parts' own, read when somebody scrapes. Labels have few values, all of them named in the code.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -78,6 +78,10 @@ def _lease(read: Callable[[Lease], float]) -> Callable[[Engine], Samples]:
 
 def _redis(read: Callable[..., float]) -> Callable[[Engine], Samples]:
     return _one(lambda engine: None if engine._l2 is None else read(engine._l2))
+
+
+def _pools(read: Callable[[Engine], Mapping[str, int]]) -> Callable[[Engine], Samples]:
+    return lambda engine: [((name,), under_way) for name, under_way in read(engine).items()]
 
 
 def _store_errors(engine: Engine) -> Samples:
@@ -168,9 +172,16 @@ FAMILIES: Final = (
         _one(lambda engine: engine.hasher.under_way),
     ),
     Family(
+        GAUGE,
+        "keylatch_hash_pool",
+        "The same by what it is for: checks, imported (tokens), management, upgrades (of hashes).",
+        ("pool",),
+        _pools(lambda engine: engine.hasher.pools()),
+    ),
+    Family(
         COUNTER,
         "keylatch_hashes_rejected_total",
-        "Hashes refused because the queue was full; each of them is a 503.",
+        "Hashes of checks refused because the queue was full; each of them is a 503.",
         (),
         _one(lambda engine: engine.hasher.condition.failures.value),
     ),
@@ -215,6 +226,20 @@ FAMILIES: Final = (
         "Questions and changes that the store did not answer.",
         ("kind",),
         _store_errors,
+    ),
+    Family(
+        GAUGE,
+        "keylatch_store_pool",
+        "Work under way: checks, reads, writes (SQLite); checks, management (PostgreSQL).",
+        ("pool",),
+        _pools(lambda engine: engine.store.pools()),
+    ),
+    Family(
+        COUNTER,
+        "keylatch_changes_limited_total",
+        "Changes by keys refused with 429: too many hashes at once, changes an hour, or keys.",
+        ("limit",),
+        lambda engine: [((name,), count.value) for name, count in engine.meter.limited.items()],
     ),
     Family(
         COUNTER,

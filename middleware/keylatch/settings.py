@@ -32,6 +32,9 @@ _HINTS: Final = {
     "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
     "environments": f"comma-separated words matching {ENVIRONMENT_PATTERN}; empty: any word",
     "clients": "off, or on: keep each key's last network and user agent's name",
+    "max_keys": "a whole number of live keys for each organisation; 0: no limit",
+    "max_changes": "a whole number of changes for each organisation and hour; 0: no limit",
+    "audit_days": "whole days, 0 to 36500; 0: keep the audit log for ever",
     "log": "text or json",
     "timing": "off or on",
     "tracing": "off, or on with the package: pip install 'keylatch[otel]'",
@@ -64,6 +67,13 @@ class Settings(BaseSettings):
     """The environments that management may make keys for, separated by commas; empty: any."""
     realm: str = "keylatch"
     """The realm named in `WWW-Authenticate` (RFC 9110 section 11.5)."""
+
+    max_keys: int = Field(default=10_000, ge=0)
+    """Live keys that an organisation may have for a key to create another one; 0: no limit."""
+    max_changes: int = Field(default=1_000, ge=0)
+    """Changes that an organisation's keys may make within an hour; 0: no limit."""
+    audit_days: int = Field(default=400, ge=0, le=36_500)
+    """How long the sidecar keeps the audit log; 0: for ever."""
 
     clients: Literal["off", "on"] = "off"
     """Whether to keep from which network and with what program each key was used last."""

@@ -18,12 +18,13 @@ from keylatch.model import Deed, KeyRecord
 from keylatch.sql import authorization, changes, leases, lists, questions, rotations, vault
 from keylatch.sql.authorization import Actor
 from keylatch.sql.database import Database, Question, Rows
-from keylatch.sql.deeds import OPERATOR, page_of_deeds
+from keylatch.sql.deeds import OPERATOR, page_of_deeds, prune_deeds
 from keylatch.sql.leases import BELL, Poll
 from keylatch.sql.lists import Page
 from keylatch.sql.memory import Memory
 from keylatch.sql.migrations import bring_up_to_date, is_up_to_date, version_of
 from keylatch.sql.questions import Absent, Changes, Found, Secrets, Touched
+from keylatch.sql.quotas import Quotas, check_quota
 from keylatch.sql.sqlite import SQLite
 from keylatch.sql.store_file import StoreFile
 from keylatch.sql.vault import Kept
@@ -94,6 +95,9 @@ class Store:
         self.condition = Condition("the store does not answer", "the store answers again")
         """Of what is read: changes may fail while that goes on."""
         self.failed_changes = Count()
+        self.audit_days = 0
+        """How long `tidy` keeps the audit log; 0: for ever. The sidecar sets it: a middleware on
+        the same database may have other settings, and must not delete what the sidecar keeps."""
         self.mark_now = self._database.mark_now
         """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
 
@@ -126,6 +130,10 @@ class Store:
             )
             secrets = await self._read(questions.secrets_of)
         return secrets
+
+    def pools(self) -> Mapping[str, int]:
+        """Work under way by kind: see `Database.pools`."""
+        return self._database.pools()
 
     async def close(self) -> None:
         """Let connections and threads go."""
@@ -269,13 +277,25 @@ class Store:
             await self._database.write(work, durable=False)
 
     async def tidy(self, now_ms: int) -> None:
-        """Prune the invalidation log beyond 100,000 rows and counts of uses after 400 days, and
-        let the database tidy up."""
+        """Prune the invalidation log beyond 100,000 rows, counts of uses after 400 days and the
+        audit log after `audit_days`, and let the database tidy up."""
         await self._write(changes.prune)
         await self._write(prune_tallies, now_ms // DAY_MS)
+        if self.audit_days:
+            await self._write(prune_deeds, now_ms - self.audit_days * DAY_MS)
         await self._database.tidy()
 
     # What management asks
+
+    async def check_quota(
+        self, organization_id: str, now_ms: int, quotas: Quotas, *, new_keys: int = 0
+    ) -> None:
+        """Whether a change by a key, which may add keys, would be within the limits now.
+
+        Raises:
+            QuotaExceeded: it would not.
+        """
+        await self._read(check_quota, organization_id, now_ms, quotas, new_keys=new_keys)
 
     async def add(
         self, record: KeyRecord, hashed: str, *, by: Actor = authorization.OPERATOR
@@ -285,7 +305,8 @@ class Store:
         A key without an end gets that of the key that creates it.
 
         Raises:
-            CallerRefused, NotPermitted: as all changes by a key do, see `authorization`.
+            CallerRefused, NotPermitted, QuotaExceeded: as all changes by a key do, see
+                `authorization` and `quotas`.
         """
         return await self._write(changes.add_key, record, hashed, by)
 
@@ -409,12 +430,13 @@ class Store:
         by: Actor = authorization.OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
         """Change columns of a key, unless it was deleted: that is final, and comes back as it is.
+        So does one that has these values already.
 
         Returns:
             the record and a sequence number at which it is true; None: no such key here.
 
         Raises:
-            CallerRefused, NotPermitted: as all changes by a key do, see `authorization`.
+            CallerRefused, NotPermitted, QuotaExceeded: as in `add`.
         """
         return await self._write(changes.change_key, organization_id, key_id, now_ms, values, by)
 

@@ -78,6 +78,7 @@ def create_app(
         siblings: where workers that share a port find each other; None: there is one.
     """
     settings = settings or ProxySettings.load()
+    engine.store.audit_days = engine.settings.audit_days
     proxies = Proxies(engine, settings.proxy_cache_ttl)
     reports = leaked.Reports(engine)
     page = metrics.Page(engine, siblings)

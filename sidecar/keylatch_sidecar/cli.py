@@ -35,6 +35,7 @@ from keylatch_sidecar.commands.command import find, with_engine, with_keyring
 from keylatch_sidecar.commands.doctor import doctor
 from keylatch_sidecar.commands.migrate import migrate
 from keylatch_sidecar.commands.options import (
+    AuditDaysOption,
     ClientsOption,
     ExtAuthzFactsOption,
     HasherOption,
@@ -43,6 +44,8 @@ from keylatch_sidecar.commands.options import (
     KeyId,
     LeaseOption,
     LogOption,
+    MaxChangesOption,
+    MaxKeysOption,
     OrganizationArgument,
     OrganizationOption,
     OwnerOption,
@@ -123,6 +126,9 @@ def serve(
     prefix: PrefixOption = None,
     hasher: HasherOption = None,
     lease: LeaseOption = None,
+    max_keys: MaxKeysOption = None,
+    max_changes: MaxChangesOption = None,
+    audit_days: AuditDaysOption = None,
     clients: ClientsOption = None,
     log: LogOption = None,
     timing: TimingOption = None,
@@ -137,6 +143,7 @@ def serve(
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
+    given |= {"max_keys": max_keys, "max_changes": max_changes, "audit_days": audit_days}
     given |= {"clients": clients, "log": log, "timing": timing, "tracing": tracing}
     proxies = {
         "verify_facts": verify_facts,

@@ -22,6 +22,7 @@ from keylatch_sidecar.proxies import ext_authz, verify
 
 _OF_A_CALLER: Final = (401, 403, 503)
 _OF_A_BODY: Final = (400, 413, 415)
+_OF_A_LIMIT: Final = (429,)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             unsent.Keys.post,
             unsent.CreatedKey,
             takes=unsent.CreateKey,
-            errors=(*_OF_A_BODY, *_OF_A_CALLER),
+            errors=(*_OF_A_BODY, *_OF_A_CALLER, *_OF_A_LIMIT),
             error=unsent.Error,
         ),
     },
@@ -119,7 +120,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             unsent.OneKey.patch,
             unsent.Key,
             takes=unsent.ChangeKey,
-            errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+            errors=(404, *_OF_A_BODY, *_OF_A_CALLER, *_OF_A_LIMIT),
             error=unsent.Error,
         ),
         "delete": Operation(
@@ -148,7 +149,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             rotation.Rotation.post,
             unsent.CreatedKey,
             takes=rotation.Rotate,
-            errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+            errors=(404, *_OF_A_BODY, *_OF_A_CALLER, *_OF_A_LIMIT),
             error=unsent.Error,
         )
     },
@@ -214,7 +215,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             sendook.Keys.post,
             sendook.CreatedKey,
             takes=sendook.CreateKey,
-            errors=(*_OF_A_BODY, 401, 503),
+            errors=(*_OF_A_BODY, 401, 503, *_OF_A_LIMIT),
             error=sendook.Error,
         ),
     },
@@ -397,6 +398,10 @@ def _failure(operation: Operation, status: int) -> dict[str, Any]:
         if operation.error is sendook.Error and status == 400:
             schema = {"anyOf": [_reference(sendook.FieldErrors), schema]}
         described["content"] = {"application/json": {"schema": schema}}
+    if status in _OF_A_LIMIT:
+        described["headers"] = {
+            "Retry-After": {"description": _ROOM, "schema": {"type": "integer"}}
+        }
     return described
 
 
@@ -404,6 +409,7 @@ _LINK: Final = (
     'Of a page after which there is more: `<?limit=…&cursor=…>; rel="next"` (RFC 8288), relative to'
     " the URL that was asked"
 )
+_ROOM: Final = "Seconds until there is room again; without it, waiting does not help"
 _REVOCATION: Final = "How far the change has spread: a dictionary (RFC 9651)"
 _DESCRIPTIONS: Final = {
     400: "The request is malformed",
@@ -412,5 +418,6 @@ _DESCRIPTIONS: Final = {
     404: "No such key in the caller's organisation",
     413: "The body is too large",
     415: "The body is not JSON",
+    429: "The organisation has as many keys, or its keys made as many changes, as it may have",
     503: "This cannot be decided now; try again in a moment",
 }

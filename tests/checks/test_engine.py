@@ -1,8 +1,9 @@
 """The story of a credential: who is asked, who is not, and what is believed."""
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from sqlalchemy import Connection
 
 from conftest import Clock, MakeEngine
 from keylatch import tokens
+from keylatch.drafts import QuotaExceeded
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
 from keylatch.hashing import CHEAPEST, Cost, Hasher
 from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, Reason, Wanted
+from keylatch.model import Allow, Deny, Reason, Wanted, principal_of
 from keylatch.revocation.feed import Feed
 from keylatch.settings import Settings
 from keylatch.sql.changes import advance
@@ -98,6 +100,12 @@ async def other(make_engine: MakeEngine) -> AsyncIterator[Engine]:
     await other.start()
     yield other
     await other.stop()
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Return once something that other threads do is so; the test's own time limit ends it."""
+    while not is_so():  # noqa: ASYNC110 - threads set no event of this loop
+        await asyncio.sleep(0.005)
 
 
 async def create(engine: Engine, organization: str = "acme", **values: Any) -> Created:
@@ -573,3 +581,68 @@ class TestPostgreSQL:
         changed = await engine.store.change("acme", created.record.id, 0, {"expires_at": soon})
         assert changed is not None
         assert isinstance(await engine.check(bearer(created.token)), Allow)
+
+
+class GatedHasher(Hasher):
+    """A hasher whose new tokens wait for the test, each on a thread or in the queue."""
+
+    def __init__(self) -> None:
+        super().__init__("argon2id", CHEAPEST, workers=2)
+        self.gate = threading.Event()
+
+    def _hash_now(self, token: Token) -> str:
+        self.gate.wait(30)
+        return super()._hash_now(token)
+
+
+class OneLane(GatedHasher):
+    """A broken twin: new tokens take the threads and the queue of checks."""
+
+    async def hash(self, token: Token) -> str:
+        return await self._hash(token, self._lane)
+
+
+class TestSharedWithManagement:
+    """What one tenant's management does to another tenant's checks."""
+
+    @pytest.mark.parametrize("kind", [GatedHasher, OneLane])
+    async def test_creates_of_one_make_no_cold_key_of_another_busy(
+        self, make_engine: MakeEngine, kind: type[GatedHasher]
+    ) -> None:
+        """80 creates by an operator, who has no limit, while 40 cold keys are checked: 0 of these
+        are refused for it. With the twin all are."""
+        full = 66 if kind is OneLane else 65  # threads, and the queue
+        engine = make_engine(hasher=(hasher := kind()))
+        hasher.gate.set()
+        cold = [await create(engine, "rival") for _ in range(40)]
+        hasher.gate.clear()
+        creating = [asyncio.create_task(create(engine, "acme")) for _ in range(80)]
+        await until(lambda: sum(map(asyncio.Task.done, creating)) == 80 - full)
+        verdicts = await asyncio.gather(*(engine.check(bearer(key.token)) for key in cold))
+        busy = verdicts.count(Deny(Reason.BUSY))
+        assert busy == (40 if kind is OneLane else 0)
+        hasher.gate.set()
+        made = await asyncio.gather(*creating, return_exceptions=True)
+        assert sum(isinstance(each, Created) for each in made) == full
+        await engine.stop()
+
+    async def test_a_key_has_its_organisations_share_of_hashes(
+        self, make_engine: MakeEngine
+    ) -> None:
+        """80 creates by a key: four are hashed or wait for a thread, 16 wait for those, and 60 are
+        told to come back; meanwhile another organisation's create finds a place."""
+        engine = make_engine(hasher=(hasher := GatedHasher()))
+        hasher.gate.set()
+        caller = principal_of((await create(engine, "acme")).record)
+        hasher.gate.clear()
+        creating = [asyncio.create_task(create(engine, "acme", by=caller)) for _ in range(80)]
+        await until(lambda: hasher.under_way == 4 and sum(map(asyncio.Task.done, creating)) == 60)
+        other = asyncio.create_task(create(engine, "rival"))
+        await until(lambda: hasher.under_way == 5)
+        hasher.gate.set()
+        made = await asyncio.gather(*creating, return_exceptions=True)
+        refused = [each for each in made if isinstance(each, QuotaExceeded)]
+        assert (len(refused), sum(isinstance(each, Created) for each in made)) == (60, 20)
+        assert {each.retry_after_seconds for each in refused} == {1}
+        assert isinstance(await other, Created)
+        await engine.stop()

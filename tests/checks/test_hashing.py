@@ -114,6 +114,69 @@ async def test_argon2_runs_on_its_own_threads() -> None:
     hasher.close()
 
 
+class OneLane(Hasher):
+    """A broken twin: new tokens are hashed by the threads of checks, and wait in their queue."""
+
+    async def hash(self, token: Token) -> str:
+        return await self._hash(token, self._lane)
+
+
+@pytest.mark.parametrize("kind", [Hasher, OneLane])
+async def test_new_tokens_take_no_place_from_checks(kind: type[Hasher]) -> None:
+    """80 new tokens and as many better hashes fill their own queues: 40 checks find their places.
+    The twin refuses checks."""
+    hasher = kind("argon2id", CHEAPEST, workers=2)
+    stored, token = await hasher.hash(TOKEN), Gated()
+    held = [asyncio.create_task(hasher.hash(token)) for _ in range(80)]
+    held += [asyncio.create_task(hasher.hash_anew(token)) for _ in range(80)]
+    await asyncio.sleep(0)
+    checks = [asyncio.create_task(hasher.verify(stored, TOKEN)) for _ in range(40)]
+    await asyncio.sleep(0)
+    busy = sum(check.done() and isinstance(check.exception(), HashingBusy) for check in checks)
+    token.gate.set()
+    answers = await asyncio.gather(*checks, return_exceptions=True)
+    assert (busy, answers.count(True)) == ((40, 0) if kind is OneLane else (0, 40))
+    await asyncio.gather(*held, return_exceptions=True)
+    hasher.close()
+
+
+async def test_the_queue_of_new_tokens_is_bounded_and_checks_stay_well() -> None:
+    """Beyond threads and queue it is HashingBusy; the condition of checks hears nothing of it."""
+    hasher = Hasher("argon2id", CHEAPEST, workers=4, queue=3)
+    token = Gated()
+    held = [asyncio.create_task(hasher.hash(token)) for _ in range(9)]
+    await asyncio.sleep(0)
+    refused = [each for each in held if each.done()]
+    assert (len(refused), hasher.pools()["management"]) == (4, 5)
+    assert {type(each.exception()) for each in refused} == {HashingBusy}
+    assert hasher.condition.failures.value == 0
+    token.gate.set()
+    await asyncio.wait(held)
+    hasher.close()
+
+
+async def test_management_has_fewer_threads_than_checks() -> None:
+    """So that checks have most of the processors; a command, which checks nothing, has all."""
+    one, four = Hasher(workers=1), Hasher(workers=4)
+    command = Hasher(workers=4, management_workers=4)
+    found = [[lane.workers for lane in hasher._lanes] for hasher in (one, four, command)]
+    assert found == [[1, 1, 1, 1], [4, 2, 2, 1], [4, 2, 4, 1]]
+
+
+async def test_many_new_tokens_leave_places_for_a_single_one() -> None:
+    """A bulk of them hashes as many at a time as there are threads."""
+    hasher = Hasher("argon2id", CHEAPEST, workers=2, queue=1)
+    token = Gated()
+    bulk = asyncio.create_task(hasher.hash_all([token] * 10))
+    await asyncio.sleep(0)
+    one = asyncio.create_task(hasher.hash(TOKEN))
+    await asyncio.sleep(0)
+    token.gate.set()
+    assert await hasher.verify(await one, TOKEN)
+    assert len(await bulk) == 10
+    hasher.close()
+
+
 @pytest.mark.parametrize("stored", ["", "rubbish", "$argon2id$v=19$m=8,t=1,p=1$short"])
 async def test_an_unreadable_hash_is_a_failure_and_no_refusal(stored: str) -> None:
     """A damaged row says nothing about the key: that must not become a 401."""

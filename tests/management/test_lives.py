@@ -1,5 +1,6 @@
 """A key's life over HTTP: rotated, ended, changed, and what the audit log says of it."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -290,7 +291,9 @@ class TestAudit:
             )
         ]
         assert lines[0]["details"] == {"reason": "done"}
-        assert lines[3]["details"] == {"active": False, "metadata": {"a": 1}}
+        text = b'{"a":1}'
+        digest = {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}
+        assert lines[3]["details"] == {"active": False, "metadata": digest}
         assert lines[4]["details"]["name"] == "ci"
         assert lines[2]["details"]["graceEndsAt"] == rotated["previous"]["expiresAt"]
         assert all(line["keyId"] == key["id"] for line in lines)

@@ -207,6 +207,8 @@ def test_real_answers_are_as_described(
     transcript = Transcript(document)
     with (
         sidecar_on(f"sqlite:///{tmp_path}/missing/keys.db", clock) as down,
+        sidecar_on(f"sqlite:///{tmp_path}/keys.db", clock, max_changes=1) as narrow,
+        narrow.client(narrow.create()) as limited,
         sidecar.client() as anonymous,
         sidecar.client(sidecar.create(organization, permission="SENDING")) as sending,
         down.client(boss) as waiting,
@@ -267,6 +269,12 @@ def test_real_answers_are_as_described(
                         with sidecar.client(spare) as last:
                             transcript.call(last, method, where, template, headers=later)
                     transcript.call(caller, method, where, template)
+        its_id = limited.post("/v1/api-keys", json={"name": "CI"}).json()["id"]
+        for template, method, operation in operations(document):
+            if "429" in operation["responses"]:
+                where = template.replace("{id}", its_id)
+                asked_for = {} if template.endswith("/rotate") else {"name": "CD"}
+                transcript.call(limited, method, where, template, json=asked_for)
         for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
             query = {"permission": asked} if asked else {}
             transcript.call(caller, "GET", "/verify", params=query)

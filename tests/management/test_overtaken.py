@@ -324,6 +324,7 @@ class TestAnEnd:
     async def test_it_moves_no_end_beyond_its_own(self, scene: Scene) -> None:
         """Not that of another key, not its own, and it revives or widens none that lasts longer."""
         end = scene.keyring.now_ms() + 60_000
+        assert await scene.keyring.change(ORG, self.lasting.id, active=False)
         for key_id, values in (
             (scene.by.key_id, {"expires_at": None}),
             (scene.by.key_id, {"expires_at": end + 1}),

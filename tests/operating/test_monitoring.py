@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from keylatch.hashing import POOLS
 from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
 from keylatch.telemetry.condition import Part
-from keylatch.telemetry.meter import STAGES, Meter
+from keylatch.telemetry.meter import LIMITS, STAGES, Meter
 
 FOLDER = Path(__file__).parents[2] / "deploy/monitoring"
 README = (FOLDER / "README.md").read_text()
@@ -41,6 +42,8 @@ def values() -> dict[str, set[str]]:
         "part": {"store", "lease", "redis", "hashing", "usage"},
         "what": {"keys", "absences", "tombstones"},
         "kind": {"read", "change"},
+        "pool": {*POOLS, "checks", "reads", "writes"},
+        "limit": set(LIMITS),
     }
 
 

@@ -16,6 +16,8 @@ from sqlalchemy import Connection, event, insert
 
 from keylatch.sql import changes, leases, lists, questions
 from keylatch.sql.database import Database
+from keylatch.sql.deeds import page_of_deeds, prune_deeds
+from keylatch.sql.quotas import Quotas, check_changes, check_quota
 from keylatch.sql.schema import invalidations
 from keylatch.store import Store, database_of
 from keylatch.usage.tally import DAY_MS, Client, Tally, add_tally, prune_tallies, usage_of
@@ -56,9 +58,16 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     ).all(),
     "who lags": lambda c: c.execute(leases.LAGGARDS.statement, {"seq": 5}).all(),
     "pruning": changes.prune,
+    "a key's audit log": lambda c: page_of_deeds(c, "big", 100, ONE),
+    "more of a key's audit log": lambda c: page_of_deeds(c, "big", 100, ONE, 9_000),
+    "a key's audit log, for an operator": lambda c: page_of_deeds(c, None, 100, ONE),
+    "the audit log": lambda c: page_of_deeds(c, "big", 100),
+    "more of the audit log": lambda c: page_of_deeds(c, "big", 100, None, 9_000),
+    "limits": lambda c: check_quota(c, "big", NOW, Quotas(KEYS, 100), new_keys=1),
 }
+LOGS = [name for name in ASKED if "audit log" in name]
 LISTS = [name for name in ASKED if "page" in name]
-SCANS = re.compile(r"(SCAN|Seq Scan on) keylatch_(keys|invalidations|usage|clients)")
+SCANS = re.compile(r"(SCAN|Seq Scan on) keylatch_(keys|invalidations|usage|clients|audit)")
 SCANS_OF_KEYS = re.compile(r"(SCAN|Seq Scan on) keylatch_keys")
 SORTS = re.compile(r"USE TEMP B-TREE|^ *(->  )?Sort")
 
@@ -158,6 +167,64 @@ class PlanContract:
             return {name: found for name, found in steps.items() if found}
 
         assert await database.write(slow) == {}
+
+    @pytest.mark.long
+    async def test_without_their_indexes_the_logs_would_be_slow(self, database: Database) -> None:
+        """The twin: a page of the audit log would walk or sort all of it."""
+
+        def slow(connection: Connection) -> list[str]:
+            for index in ("keylatch_audit_of_organization", "keylatch_audit_of_key"):
+                connection.exec_driver_sql(f"DROP INDEX {index}")
+            return [
+                name for name in LOGS if "audit_of" not in str(plan_of(connection, ASKED[name]))
+            ]
+
+        assert await database.write(slow) == LOGS
+
+    @pytest.mark.long
+    async def test_the_log_of_a_key_is_read_by_the_index_of_keys(self, database: Database) -> None:
+        """And not by that of the organisation, which has a thousand times as many lines."""
+
+        def used(connection: Connection) -> set[bool]:
+            plans = ["\n".join(plan_of(connection, ASKED[name])) for name in LOGS[:3]]
+            return {
+                "keylatch_audit_of_key" in plan and "audit_of_organization" not in plan
+                for plan in plans
+            }
+
+        assert await database.write(used) == {True}
+        await database.write(changes.analyze)
+        assert await database.write(used) == {True}
+
+    @pytest.mark.long
+    async def test_changes_are_counted_by_the_index_of_their_organisation(
+        self, database: Database
+    ) -> None:
+        """Also of one that has most of the lines: PostgreSQL would rather walk the log of all."""
+
+        def plan(connection: Connection) -> str:
+            everything = "UPDATE keylatch_audit SET organization_id = 'big' WHERE id > 900"
+            connection.exec_driver_sql(everything)
+            changes.analyze(connection)
+            return "\n".join(plan_of(connection, lambda c: check_changes(c, "big", NOW, 10)))
+
+        steps = await database.write(plan)
+        assert "keylatch_audit_of_organization" in steps
+        assert not SORTS.search(steps)
+
+    @pytest.mark.long
+    async def test_old_lines_of_the_audit_log_are_found_by_their_number(
+        self, database: Database
+    ) -> None:
+        """However many there are: no more of them is read than may be deleted at once."""
+
+        def plan(connection: Connection) -> list[str]:
+            changes.analyze(connection)
+            return plan_of(connection, lambda c: prune_deeds(c, NOW - 1))
+
+        steps = await database.write(plan)
+        assert not any(SORTS.search(step) for step in steps)
+        assert "PRIMARY KEY (rowid<?)" in str(steps) or "Index Cond: (id < " in str(steps)
 
     @pytest.mark.long
     async def test_without_the_indexes_lists_would_be_slow(self, database: Database) -> None:

@@ -38,7 +38,7 @@ class Told(uvicorn.Server):
 def serve(store: str, clock: str) -> None:
     """Until SIGTERM."""
     engine = Engine(
-        Settings.load(store=store, redis="", lease=0.5),
+        Settings.load(store=store, redis="", lease=0.5, max_keys=0, max_changes=0),
         clock=lambda: time.time() + Path(clock).stat().st_size,
         hasher=Hasher("argon2id", Cost(memory_kib=1024, passes=1)),
     )

@@ -170,7 +170,14 @@ class _Entries:
 
 
 class Absence:
-    """A token that is no usable key, and why."""
+    """A token that is no usable key, and why.
+
+    Args:
+        reason: why.
+        key_id: the key that it belongs to, or whose id it carries; empty: it names none.
+        organization_id: whose key that is; empty: there is no such key.
+        as_of: the sequence number at which that was so.
+    """
 
     __slots__ = ("as_of", "key_id", "organization_id", "reason")
 
@@ -223,14 +230,20 @@ class Cache:
     def remember_absence(self, fingerprint: bytes, absence: Absence) -> None:
         """Keep, for ten seconds at most, that a token is no usable key.
 
-        Where that is the key's fault and not the token's, what was known of the key goes: a stale
-        entry would hide the absence, and every check of a revoked key would ask the store.
+        Where that is the key's fault and not the token's, what was known of the key until then
+        goes: a stale entry would hide the absence, and every check of a revoked key would ask the
+        store. What was read later stays, however long the absence was on its way.
         """
         with self._lock:
             self._absences[fingerprint] = absence
-            if absence.reason is not Reason.WRONG_SECRET:
-                self._entries.remove(absence.key_id)
-                self._entries.remove(absence.key_id + PREVIOUS)
+            if absence.key_id and absence.reason is not Reason.WRONG_SECRET:
+                self._remove_until(absence.as_of, absence.key_id)
+                self._remove_until(absence.as_of, absence.key_id + PREVIOUS)
+
+    def _remove_until(self, as_of: int, secret: str) -> None:
+        entry = self._entries.of_id(secret)
+        if entry is not None and entry.as_of <= as_of:
+            self._entries.remove(secret)
 
     def sizes(self) -> tuple[int, int]:
         """How many keys and how many absences are remembered."""

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, select
 from keylatch.drafts import CallerRefused, NotPermitted, check_end, check_rights, reaches
 from keylatch.model import FULL, KeyRecord, Principal, Reason, flaw, secret_of
 from keylatch.sql.questions import RECORDS, record_of
+from keylatch.sql.quotas import Quotas
 from keylatch.sql.schema import keys, organizations
 
 _MAX_NAMED: Final = 500  # parameters of one statement
@@ -40,11 +41,13 @@ class Actor:
             is not bound by any key.
         now_ms: the time to judge the key's expiry at, asked once its row is locked; milliseconds
             since the epoch.
+        quotas: what the key's organisation may add; None: no limits.
     """
 
     name: str
     principal: Principal | None = None
     now_ms: Callable[[], int] = _now_ms
+    quotas: Quotas | None = None
 
     @property
     def key_id(self) -> str | None:

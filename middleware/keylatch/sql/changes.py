@@ -5,7 +5,6 @@ The law of this file: whatever changes what a key may do is ONE transaction that
 Each begins by judging the key that asks for it: see `authorization`.
 """
 
-import json
 import secrets as csprng
 import time
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,11 @@ from sqlalchemy import (
 from keylatch.drafts import LIVE
 from keylatch.model import FULL, PREVIOUS, KeyRecord
 from keylatch.sql.authorization import OPERATOR, Actor, Authority, authorize
-from keylatch.sql.deeds import write_down, write_down_all
+from keylatch.sql.deeds import digest_of, write_down, write_down_all
 from keylatch.sql.lists import holders
 from keylatch.sql.questions import RECORDS, record_of, sequence
-from keylatch.sql.schema import NOBODY, invalidations, keys, meta, organizations
+from keylatch.sql.quotas import enforced
+from keylatch.sql.schema import NOBODY, audit, invalidations, keys, meta, organizations
 
 _KEPT_INVALIDATIONS: Final = 100_000
 _MAX_NAMED: Final = 500  # parameters of one statement
@@ -115,10 +115,26 @@ def _add(
         return [*(record for record, _ in made[:-1]), done[0]], done[1]
     authority, _ = authorize(connection, by, last.organization_id)
     records = [_granted(authority, record) for record, _ in made]
-    now_ms = last.created_at
-    seq = advance(connection, now_ms, key_id, organization_id, steps=len(made))
-    _add_organizations(connection, {record.organization_id for record in records}, now_ms)
     hashes = [hashed for _, hashed in made]
+    now_ms, many = last.created_at, len(made)
+    with enforced(connection, by.quotas, last.organization_id, now_ms, new_keys=many):
+        seq = advance(connection, now_ms, key_id, organization_id, steps=many)
+        _insert(connection, records, hashes, seq)
+        done_to = [
+            (record.organization_id, record.id, _birth(record), record.environment)
+            for record in records
+        ]
+        write_down_all(connection, now_ms, by.name, action, done_to)
+    return records, seq
+
+
+def _insert(
+    connection: Connection, records: Sequence[KeyRecord], hashes: Sequence[str], seq: int
+) -> None:
+    _add_organizations(
+        connection, {record.organization_id for record in records}, records[-1].created_at
+    )
+    created_seqs = range(seq - len(records) + 1, seq + 1)
     connection.execute(
         insert(keys),
         [
@@ -127,17 +143,9 @@ def _add(
                 "hash": hashed,
                 "created_seq": created_seq,
             }
-            for created_seq, record, hashed in zip(
-                range(seq - len(made) + 1, seq + 1), records, hashes, strict=True
-            )
+            for created_seq, record, hashed in zip(created_seqs, records, hashes, strict=True)
         ],
     )
-    done_to = [
-        (record.organization_id, record.id, _birth(record), record.environment)
-        for record in records
-    ]
-    write_down_all(connection, now_ms, by.name, action, done_to)
-    return records, seq
 
 
 def _added(connection: Connection, record: KeyRecord, hashed: str) -> tuple[KeyRecord, int] | None:
@@ -186,12 +194,17 @@ def change_key(
     authority, found = authorize(connection, by, organization_id, key_id)
     if found is None:
         return None
-    if found.record.deleted_at is not None:
-        return found.record, sequence(connection)
+    record = found.record
+    is_the_same = all(getattr(record, name) == value for name, value in values.items())
+    if record.deleted_at is not None or is_the_same:  # so nothing is written
+        return record, sequence(connection)
+    if values.get("deleted_at") is not None:
+        return apply(connection, record, now_ms, values, by, "key.delete", _told(values))
     if values.get("active") or any(name in values for name in _OF_RIGHTS):
-        authority.check_grant(replace(found.record, **values))
-    action = "key.change" if values.get("deleted_at") is None else "key.delete"
-    return apply(connection, found.record, now_ms, values, by, action, _told(values))
+        authority.check_grant(replace(record, **values))
+    quotas = None if values == {"active": False} else by.quotas
+    with enforced(connection, quotas, organization_id, now_ms):
+        return apply(connection, record, now_ms, values, by, "key.change", _told(values))
 
 
 def apply(
@@ -226,8 +239,8 @@ def _told(values: Mapping[str, Any]) -> dict[str, Any]:
     if "deleted_at" in values:
         return told_of_deletion(values.get("revoked_reason"))
     told = {_CAMEL.get(name, name): value for name, value in values.items()}
-    if told.get("metadata"):
-        told["metadata"] = json.loads(told["metadata"])
+    if told.get("metadata") is not None:
+        told["metadata"] = digest_of(told["metadata"])
     return told
 
 
@@ -276,7 +289,7 @@ def analyze(connection: Connection) -> None:
     """Let PostgreSQL count its rows, which it does by itself only minutes after many were added.
     SQLite takes the indexes without."""
     if connection.dialect.name == "postgresql":
-        for table in (keys, organizations, invalidations):
+        for table in (keys, organizations, invalidations, audit):
             connection.exec_driver_sql(f"ANALYZE {table.name}")
 
 

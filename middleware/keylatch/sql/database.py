@@ -74,6 +74,9 @@ class Database(Protocol):
     ) -> T:
         """Run a transaction; `durable=False` may lose the last ones when the power fails."""
 
+    def pools(self) -> Mapping[str, int]:
+        """Work under way by kind, with what waits for a thread of that kind; empty: not counted."""
+
     def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         """`ask` at once, without waiting for a disk or a socket; None where that is impossible."""
 

@@ -1,20 +1,29 @@
 """The audit log: who did what to which key, and when.
 
 The law of this file: a line is written in the transaction that does the deed, so neither is ever
-there without the other; lines are never changed and never deleted. Nothing secret is in one.
+there without the other. A line is never changed, and deleted only by its age (`prune_deeds`).
+Nothing secret is in one, and nothing that may be long: of metadata, only the digest.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 
 from keylatch.model import Deed
-from keylatch.sql.schema import audit
+from keylatch.sql.schema import audit, keys
 
 OPERATOR: Final = "operator"
 """Who acts where nobody says who."""
+_PRUNED_AT_ONCE: Final = 5_000
+
+
+def digest_of(text: str) -> dict[str, Any]:
+    """What a line holds of a text that may be long: enough to tell whether a given text was it."""
+    written = text.encode()
+    return {"sha256": hashlib.sha256(written).hexdigest(), "bytes": len(written)}
 
 
 def write_down(
@@ -65,12 +74,18 @@ def page_of_deeds(
     before: int | None = None,
     environment: str | None = None,
 ) -> list[Deed]:
-    """Some lines, the newest first; see `Keyring.deeds`."""
+    """Some lines, the newest first; see `Keyring.deeds`.
+
+    A key's lines are its organisation's, so those of one key are read by the index of that key
+    alone: asked for both at once, a database may choose to walk the log of the organisation.
+    """
     statement = select(audit).order_by(audit.c.id.desc()).limit(limit)
-    if organization_id is not None:
-        statement = statement.where(audit.c.organization_id == organization_id)
     if key_id is not None:
+        if organization_id is not None and not _has_key(connection, organization_id, key_id):
+            return []
         statement = statement.where(audit.c.key_id == key_id)
+    elif organization_id is not None:
+        statement = statement.where(audit.c.organization_id == organization_id)
     if environment is not None:
         statement = statement.where(audit.c.environment == environment)
     if before is not None:
@@ -87,3 +102,20 @@ def page_of_deeds(
         )
         for row in connection.execute(statement)
     ]
+
+
+def _has_key(connection: Connection, organization_id: str, key_id: str) -> bool:
+    owner = select(keys.c.organization_id).where(keys.c.id == key_id)
+    return connection.execute(owner).scalar() == organization_id
+
+
+def prune_deeds(connection: Connection, before: int) -> int:
+    """Delete lines that were written before a time, among the oldest thousands; return how many.
+
+    The last of those thousands stays until the next time. So the newest line of all stays whatever
+    its age, because SQLite would give its number to the next one.
+    """
+    oldest = select(audit.c.id).order_by(audit.c.id).limit(_PRUNED_AT_ONCE).subquery()
+    last = connection.execute(select(func.max(oldest.c.id))).scalar()
+    old = audit.c.id < (last or 0), audit.c.at < before
+    return connection.execute(delete(audit).where(*old)).rowcount

@@ -148,6 +148,11 @@ class Lines:
         self._idle: list[_Line] = []
         self._busy: set[_Line] = set()
 
+    @property
+    def under_way(self) -> int:
+        """Questions that the server has not answered yet."""
+        return len(self._busy)
+
     async def ask(self, text: str, values: Sequence[bytes | None], seconds: float) -> Rows:
         """The rows that answer a statement; it must be one that may be asked twice.
 

@@ -5,7 +5,7 @@ It is SQLite, so it holds what the store on a file holds; work runs at once, in 
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from sqlalchemy import StaticPool, create_engine, event
@@ -42,6 +42,9 @@ class Memory:
         self, work: Work[T], *, durable: bool = True, seconds: float | None = None
     ) -> T:
         return self._run(work)
+
+    def pools(self) -> Mapping[str, int]:
+        return {}
 
     def ask_now(self, question: Question, **parameters: Any) -> Rows:
         return self._run(

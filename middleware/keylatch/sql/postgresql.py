@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
@@ -222,6 +222,9 @@ class PostgreSQL:
         del self._under_way[task]
         if not task.cancelled():
             task.exception()  # its caller has it, or has left
+
+    def pools(self) -> Mapping[str, int]:
+        return {"checks": self._looking_up.under_way, "management": len(self._under_way)}
 
     def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         return None

@@ -26,6 +26,7 @@ from keylatch.sql.changes import (
 )
 from keylatch.sql.deeds import write_down, write_down_all
 from keylatch.sql.questions import RECORDS, record_of, sequence
+from keylatch.sql.quotas import enforced
 from keylatch.sql.schema import keys
 
 _NO_PREVIOUS: Final = {
@@ -72,7 +73,8 @@ def rotate_key(
             "previous_rotated_at": record.rotated_at,
         }
     told = {"graceEndsAt": values["previous_expires_at"]}
-    return apply(connection, record, now_ms, values, by, "key.rotate", told)
+    with enforced(connection, by.quotas, organization_id, now_ms):
+        return apply(connection, record, now_ms, values, by, "key.rotate", told)
 
 
 def end_grace(

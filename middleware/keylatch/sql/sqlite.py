@@ -1,19 +1,18 @@
 """The store as a file on this host: work runs on threads, one private connection reads in place.
 
-Questions go to SQLite as text, reads and transactions through SQLAlchemy. Which file it is and who
-may open it is `store_file`'s to see to: SQLite opens what is there and creates nothing.
+Questions go to SQLite as text, reads and transactions through SQLAlchemy. Each of the three has
+threads of its own: a cold check asks questions, and waits for no list, no page of the audit log and
+no transaction. Which file it is and who may open it is `store_file`'s to see to: SQLite opens what
+is there and creates nothing.
 
 `wal_autocheckpoint` is off everywhere, because SQLite 3.7.0 to 3.51.2 can lose commits when a
 checkpoint overlaps the commit that resets the log, and a lost commit is a lost revoke. Commits
 of keys are synced (`synchronous = FULL`), those of lastUsed are not.
 """
 
-import asyncio
 import contextlib
 import sqlite3
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -26,12 +25,15 @@ from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.sql.database import Question, Rows, Work, errors_translated
 from keylatch.sql.mounts import mounts, mounts_over
 from keylatch.sql.store_file import StoreFile
+from keylatch.sql.threads import ThreadPool
 from keylatch.sql.wal_index import WalIndex
 
 T = TypeVar("T")
 
 _DIALECT: Final = sqlite_dialect()
-_THREADS: Final = 4
+_QUESTION_THREADS: Final = 4
+_READ_THREADS: Final = 2
+_WRITE_THREADS: Final = 2  # one writes, and the other waits for its lock
 _BUSY_SECONDS: Final = 5.0
 _CHECKPOINT_AT_BYTES: Final = 1 << 20
 _FIRST_SOUND_SQLITE: Final = (3, 51, 3)
@@ -59,8 +61,10 @@ class SQLite:
         self._index: WalIndex | None = None
         self._readers: list[sqlite3.Connection] = []
         self._engines: dict[str, Engine] = {}
-        self._threads: ThreadPoolExecutor | None = None
-        self._places = threading.Semaphore(_THREADS)
+        self._questions = ThreadPool("keylatch-store", _QUESTION_THREADS)
+        self._reads = ThreadPool("keylatch-store-read", _READ_THREADS)
+        self._writes = ThreadPool("keylatch-store-write", _WRITE_THREADS)
+        self._pools = self._questions, self._reads, self._writes
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -80,16 +84,20 @@ class SQLite:
         self, question: Question, *, seconds: float | None = None, **parameters: Any
     ) -> Rows:
         text, values = _spelled(question, parameters)
-        return await self._on_thread(lambda: self._answer(text, values))
+        return await self._questions.run(lambda: self._answer(text, values))
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
-        return await self._on_thread(lambda: self._run(self._keys(), work, "BEGIN"))
+        return await self._reads.run(lambda: self._run(self._keys(), work, "BEGIN"))
 
     async def write(
         self, work: Work[T], *, durable: bool = True, seconds: float | None = None
     ) -> T:
         engine = self._keys() if durable else self._usage()
-        return await self._on_thread(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))
+        return await self._writes.run(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))
+
+    def pools(self) -> Mapping[str, int]:
+        under_way = [pool.under_way for pool in self._pools]
+        return dict(zip(("checks", "reads", "writes"), under_way, strict=True))
 
     def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
         # A reader of a WAL database never waits for a writer, and the pages it touches here are
@@ -110,29 +118,28 @@ class SQLite:
         raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")
 
     async def tidy(self) -> None:
-        await self._on_thread(self._checkpoint)
+        await self._writes.run(self._checkpoint)
 
     async def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(wait=True)
-            self._threads = None
+        for pool in self._pools:
+            pool.close()
         self._close_connections()
         self._engines = {}
 
     def before_fork(self) -> None:
         # SQLite keeps books on its locks in memory, per file. A child inherits the books and not
         # the locks, so it must inherit no open file at all (sqlite.org/howtocorrupt.html 2.6).
-        for _ in range(_THREADS):
-            self._places.acquire()  # until no thread is at work, and none can begin
+        for pool in self._pools:
+            pool.hold()
         self._close_connections()
 
     def after_fork(self) -> None:
-        for _ in range(_THREADS):
-            self._places.release()
+        for pool in self._pools:
+            pool.resume()
 
     def forget(self) -> None:
-        self._places = threading.Semaphore(_THREADS)
-        self._threads = None  # they are the parent's
+        for pool in self._pools:
+            pool.forget()
         self._engines = {}
 
     def _close_connections(self) -> None:
@@ -145,17 +152,8 @@ class SQLite:
         for engine in self._engines.values():
             engine.dispose()
 
-    async def _on_thread(self, work: Callable[[], T]) -> T:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="keylatch-store")
-        try:
-            place = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except RuntimeError:  # the interpreter ends and starts no more threads: nobody is kept
-            return work()
-        return await place
-
     def _run(self, engine: Engine, work: Work[T], begin: str) -> T:
-        with self._places, self._errors_translated(), engine.connect() as connection:
+        with self._errors_translated(), engine.connect() as connection:
             connection.execution_options(keylatch_begin=begin)
             with connection.begin():
                 result = work(connection)
@@ -165,7 +163,7 @@ class SQLite:
     def _answer(self, text: str, values: Sequence[Any]) -> Rows:
         # Around SQLAlchemy, which holds the interpreter's lock ten times as long: a herd of cold
         # keys on four threads would hold the event loop up.
-        with self._places, self._errors_translated():
+        with self._errors_translated():
             reader = self._readers.pop() if self._readers else self._connect(_BUSY_SECONDS)
             try:
                 rows = reader.execute(text, values).fetchall()
@@ -236,7 +234,6 @@ class SQLite:
         if not log.exists() or log.stat().st_size < _CHECKPOINT_AT_BYTES:
             return
         with (
-            self._places,
             self._errors_translated(),
             self._keys().connect() as connection,
             contextlib.suppress(BlockingIOError),

@@ -28,6 +28,9 @@ NOWHERE: Final = "nowhere"
 
 ALLOW: Final = "allow"
 
+LIMITS: Final = ("hashes", "changes", "keys")
+"""Of an organisation, for what its keys change: see `drafts.QuotaExceeded`."""
+
 STAGES: Final = ("parse", L1, L2, STORE, "hash")
 STAGE_SECONDS: Final = tuple(
     digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)
@@ -125,6 +128,8 @@ class Meter:
         """Keys found to have been accepted after a change that this process could know of."""
         self.restores = Count()
         """How often the store was found to be another than it was."""
+        self.limited = {limit: Count() for limit in LIMITS}
+        """Changes by keys that were refused, by the limit that was reached."""
         self.span: Callable[[str], AbstractContextManager[None]] | None = None
         """Makes a span around a stage, where somebody wants that."""
 

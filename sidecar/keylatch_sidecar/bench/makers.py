@@ -40,6 +40,7 @@ REFUSALS: Final = {
     403: ("the key may not manage keys", "a FULL key is needed: keylatch keys create"),
     404: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
     405: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
+    429: ("the organisation's limits are reached", "wait, or --store, or KEYLATCH_MAX_CHANGES=0"),
     503: ("the sidecar's store does not answer", "look at its log and at /readyz"),
 }
 

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 from keylatch.drafts import InvalidValue, NotPossible
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
+from keylatch.hashing import Hasher
 from keylatch.keyring import Keyring
 from keylatch.model import KeyRecord
 from keylatch.settings import Settings
@@ -24,7 +25,8 @@ _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
     """The result of work with an engine; ends with an error and a hint if there is none."""
-    engine = Engine(settings)
+    # A command checks no keys: new tokens get all processors.
+    engine = Engine(settings, hasher=Hasher(settings.hasher, management_workers=os.cpu_count()))
 
     async def run() -> T:
         try:

@@ -45,6 +45,33 @@ LeaseOption = Annotated[
         show_default="1.0",
     ),
 ]
+MaxKeysOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-keys",
+        envvar="KEYLATCH_MAX_KEYS",
+        help="Live keys of an organisation; 0: no limit.",
+        show_default="10000",
+    ),
+]
+MaxChangesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-changes",
+        envvar="KEYLATCH_MAX_CHANGES",
+        help="Changes by an organisation's keys within an hour; 0: no limit.",
+        show_default="1000",
+    ),
+]
+AuditDaysOption = Annotated[
+    str | None,
+    typer.Option(
+        "--audit-days",
+        envvar="KEYLATCH_AUDIT_DAYS",
+        help="How long to keep the audit log; 0: for ever.",
+        show_default="400",
+    ),
+]
 ClientsOption = Annotated[
     str | None,
     typer.Option(

@@ -18,7 +18,8 @@ _TIMES: Final = ("expiresAt", "graceEndsAt")  # milliseconds in the log
 
 
 class Line(Shape):
-    """A line of the audit log."""
+    """A line of the audit log. In `details`, `metadata` is `{"sha256": …, "bytes": …}`, of its JSON
+    text without blanks."""
 
     id: int
     at: str

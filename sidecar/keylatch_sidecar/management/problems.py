@@ -73,6 +73,13 @@ def beyond_rights(message: str, realm: str) -> Problem:
     return Problem(answer.status, message, headers=_headers(answer, realm))
 
 
+def beyond_limit(message: str, retry_after_seconds: int | None) -> Problem:
+    """A caller whose organisation has as much as it may have (RFC 6585 section 4). Without a number
+    of seconds, waiting does not help."""
+    after = {} if retry_after_seconds is None else {"Retry-After": str(retry_after_seconds)}
+    return Problem(429, message, headers=after)
+
+
 def _headers(answer: Answer, realm: str, scope: str = "") -> dict[str, str]:
     headers = {"X-Keylatch-Error": answer.error}
     value = challenge(answer, realm, scope)

@@ -7,12 +7,25 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.drafts import CallerRefused, InvalidValue, NotPermitted, NotPossible
+from keylatch.drafts import (
+    CallerRefused,
+    InvalidValue,
+    NotPermitted,
+    NotPossible,
+    QuotaExceeded,
+)
 from keylatch.errors import KeylatchError
 from keylatch.model import Deny
 from keylatch_sidecar.management.access import engine_of
 from keylatch_sidecar.management.bodies import invalid
-from keylatch_sidecar.management.problems import Fault, Problem, beyond_rights, refused, unavailable
+from keylatch_sidecar.management.problems import (
+    Fault,
+    Problem,
+    beyond_limit,
+    beyond_rights,
+    refused,
+    unavailable,
+)
 
 E = TypeVar("E")
 Handler = Callable[[E, Request], Awaitable[Response]]
@@ -37,6 +50,9 @@ def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
                 return spell(refused(Deny(error.reason), engine_of(request).settings.realm))
             except NotPermitted as error:
                 return spell(beyond_rights(str(error), engine_of(request).settings.realm))
+            except QuotaExceeded as error:
+                engine_of(request).meter.limited[error.limit].add()
+                return spell(beyond_limit(error.message, error.retry_after_seconds))
             except KeylatchError:
                 return spell(unavailable())
 

@@ -1,0 +1,165 @@
+"""What an organisation's own keys may add to the store: live keys, and changes in an hour.
+
+The law of this file: it reads, and writes nothing. `enforced` counts twice, in the transaction of
+the change. Before the change, so that one that is refused writes nothing. And after it: by then the
+transaction holds the row of the counter (`changes.advance`) until its commit, so the second count
+sees every change that was committed before, and of changes that passed the first count at the same
+time no more commit than there is room for (READ COMMITTED on PostgreSQL; SQLite has one writer). It
+takes no lock, so there is no order of locks to keep.
+
+What only ends access is never checked: deleting, revoking, disabling, the end of a rotation. Nor is
+what operators do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, Select, case, func, literal, select
+
+from keylatch.drafts import QuotaExceeded
+from keylatch.sql.schema import audit, keys
+
+HOUR_MS: Final = 3_600_000
+_KEY: Final = "key_"  # of an actor in the audit log that is no operator
+_ENDS: Final = ("key.delete", "key.rotate.cancel", "key.rotate.finish", "organization.revoke")
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """Limits of each organisation; 0: none.
+
+    Args:
+        max_keys: live keys, disabled and expired ones included, for creating one by a key.
+        max_changes: changes by keys within an hour, for another one by a key.
+    """
+
+    max_keys: int = 0
+    max_changes: int = 0
+
+
+@contextmanager
+def enforced(
+    connection: Connection,
+    quotas: Quotas | None,
+    organization_id: str,
+    now_ms: int,
+    new_keys: int = 0,
+) -> Iterator[None]:
+    """The block makes one change by a key, which may add `new_keys`. None: an operator makes it.
+
+    Raises:
+        QuotaExceeded: the transaction has to be rolled back.
+    """
+    if quotas is None:
+        yield
+        return
+    check_quota(connection, organization_id, now_ms, quotas, changes=1, new_keys=new_keys)
+    yield
+    check_changes(connection, organization_id, now_ms, quotas.max_changes)
+    if new_keys:
+        check_keys(connection, organization_id, quotas.max_keys)
+
+
+def check_quota(
+    connection: Connection,
+    organization_id: str,
+    now_ms: int,
+    quotas: Quotas,
+    *,
+    changes: int = 1,
+    new_keys: int = 0,
+) -> None:
+    """Whether so many changes that add so many keys are within the limits.
+
+    Raises:
+        QuotaExceeded: they are not.
+    """
+    check_changes(connection, organization_id, now_ms, quotas.max_changes, more=changes)
+    if new_keys:
+        check_keys(connection, organization_id, quotas.max_keys, more=new_keys)
+
+
+def check_keys(connection: Connection, organization_id: str, most: int, more: int = 0) -> None:
+    """Whether an organisation that gets `more` keys has at most so many live ones (0: no limit).
+
+    Raises:
+        QuotaExceeded: it would have more. Waiting does not help.
+    """
+    if most and _live_keys(connection, organization_id, most + 1) + more > most:
+        raise QuotaExceeded(
+            f"The organisation may have {most:,} API keys: delete those that it does not need",
+            None,
+            limit="keys",
+        )
+
+
+def check_changes(
+    connection: Connection, organization_id: str, now_ms: int, most: int, more: int = 0
+) -> None:
+    """Whether an organisation's keys make at most so many changes within an hour (0: no limit),
+    with `more` of them. Those that end access are not counted among these; but all together may be
+    twice as many, or who has many keys could hide changes behind deletions.
+
+    Raises:
+        QuotaExceeded: they make more.
+    """
+    if not most:
+        return
+    recent = _recent_changes(organization_id, now_ms - HOUR_MS, 2 * most + 1)
+    counted = recent.subquery()
+    ended = func.coalesce(func.sum(counted.c.has_ended), 0)
+    made, ends = connection.execute(select(func.count(), ended).select_from(counted)).one()
+    if made - ends + more <= most and made + more <= 2 * most:
+        return
+    lines = connection.execute(recent).all()
+    room_at = max(
+        _room_at([line.at for line in lines if not line.has_ended], most, more),
+        _room_at([line.at for line in lines], 2 * most, more),
+    )
+    raise QuotaExceeded(
+        f"The organisation's API keys may make {most:,} changes an hour",
+        max(1, -(-(room_at - now_ms) // 1000)),
+        limit="changes",
+    )
+
+
+def _room_at(times: list[int], most: int, more: int) -> int:
+    """When enough of these changes are an hour old for `more`; 0: there is room."""
+    excess = len(times) + more - most
+    return sorted(times)[excess - 1] + HOUR_MS if excess > 0 else 0
+
+
+def _live_keys(connection: Connection, organization_id: str, at_most: int) -> int:
+    """How many live keys an organisation has, counted up to a number, in an index."""
+    live = select(literal(1)).where(
+        keys.c.organization_id == organization_id, keys.c.deleted_at.is_(None)
+    )
+    counted = select(func.count()).select_from(live.limit(at_most).subquery())
+    found: int = connection.execute(counted).scalar_one()
+    return found
+
+
+def _recent_changes(organization_id: str, since: int, most: int) -> Select[Any]:
+    """When keys changed something after a time, and whether that ended access, among the newest
+    lines of the organisation's log.
+
+    No more lines are looked at than matter: what an operator writes in the same hour, a million
+    lines of an import say, must not make each change read all of it. While an operator writes more
+    lines than the keys, some of the keys' changes are not counted.
+    """
+    its_own = audit.c.organization_id
+    newest = (
+        select(audit.c.at, audit.c.actor, audit.c.action)
+        # Were it "equal", PostgreSQL might walk the log of all from its end, because it cannot know
+        # that a large organisation's lines are far from there.
+        .where(its_own.between(organization_id, organization_id))
+        .order_by(its_own.desc(), audit.c.id.desc())
+        .limit(most)
+        .subquery()
+    )
+    has_ended = case((newest.c.action.in_(_ENDS), 1), else_=0)
+    return select(newest.c.at, has_ended.label("has_ended")).where(
+        newest.c.at > since, newest.c.actor.startswith(_KEY, autoescape=True)
+    )
