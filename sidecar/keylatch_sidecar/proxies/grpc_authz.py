@@ -18,7 +18,17 @@ from typing import Any, Final
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.refusals import Header, Refusal
+from keylatch.telemetry.repeated_warning import RepeatedWarning
+from keylatch_sidecar.limits import (
+    GRPC_CALLS,
+    GRPC_CONNECTIONS_SHARE,
+    GRPC_IDLE_SECONDS,
+    GRPC_MESSAGE_BYTES,
+    GRPC_METADATA_BYTES,
+    HEAD_SECONDS,
+)
 from keylatch_sidecar.proxies.answers import Proxies, identity_headers
+from keylatch_sidecar.proxies.connections import descriptors
 from keylatch_sidecar.proxies.ext_authz import wanted_by
 
 try:
@@ -44,6 +54,7 @@ _SERVING: Final = b"\x08\x01"
 _NOT_SERVING: Final = b"\x08\x02"
 
 log = logging.getLogger("keylatch.proxies")
+_not_ready: Final = RepeatedWarning(log, "not ready: %s")
 
 
 class Authorization:
@@ -89,7 +100,7 @@ class Health:
         try:
             await self._engine.ready()
         except KeylatchError as error:
-            log.warning("not ready: %s", error.message)
+            _not_ready.add(error.message)
             return _NOT_SERVING
         return _SERVING
 
@@ -128,7 +139,9 @@ async def serve(
             # A proxy may ask as often as it likes whether its connection is alive; by default
             # gRPC hangs up on the third time in five minutes, and questions are lost.
             ("grpc.http2.max_ping_strikes", 0),
-        ]
+            *_limits(),
+        ],
+        maximum_concurrent_rpcs=GRPC_CALLS,
     )
     checks: dict[str, Any] = {
         SERVICE: Authorization(proxies).check,
@@ -142,6 +155,20 @@ async def serve(
     _listen(server, address)
     await server.start()
     return server
+
+
+def _limits() -> list[tuple[str, int]]:
+    """Of messages and connections. What is beyond them is a gRPC error: a proxy that fails closed,
+    as all in `deploy/` do, lets nothing pass on it."""
+    connections = int(descriptors() * GRPC_CONNECTIONS_SHARE)
+    return [
+        ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
+        ("grpc.max_metadata_size", GRPC_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", GRPC_METADATA_BYTES),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.server_handshake_timeout_ms", int(HEAD_SECONDS * 1000)),
+        ("grpc.max_connection_idle_ms", GRPC_IDLE_SECONDS * 1000),
+    ]
 
 
 def _listen(server: grpc.aio.Server, address: str) -> None:
