@@ -51,6 +51,10 @@ GRPC_MESSAGE_BYTES: Final = 256 * 1024
 """Of one check over gRPC, the client's body included where a proxy sends it along; then
 RESOURCE_EXHAUSTED."""
 
+GRPC_HEADERS: Final = 1_000
+"""Of the request that a check over gRPC is about; then 403. Envoy lets 100 through unless told
+otherwise."""
+
 GRPC_METADATA_BYTES: Final = 16 * 1024
 """Of the header fields of one call over gRPC itself; then RESOURCE_EXHAUSTED."""
 

@@ -30,19 +30,20 @@ class Connections:
     """Of one server.
 
     Args:
-        limits: of times, and which share of the descriptors may be used.
+        limits: of times.
         connections: uvicorn's own set, in which each is from its beginning to its end.
+        most: how many there may be.
     """
 
     _of: ClassVar[WeakKeyDictionary[ServerState, "Connections"]] = WeakKeyDictionary()
 
-    def __init__(self, limits: Limits, connections: "set[Bounded]") -> None:
+    def __init__(self, limits: Limits, connections: "set[Bounded]", most: int) -> None:
         self._limits = limits
         self._connections = connections
         self._loop = asyncio.get_running_loop()
         self._is_swept = False
         self._to_look_at: list[Bounded] = []
-        self._most = int(descriptors() * limits.connections_share) - _in_use()
+        self._most = most
         # The silent ones as they were when last looked for, the first to go in front.
         self._silent: deque[tuple[tuple[int, float], Bounded]] = deque()
         self._none_until = 0.0
@@ -51,7 +52,8 @@ class Connections:
     def of(cls, state: ServerState, limits: Limits) -> "Connections":
         """The connections of a server, by its state."""
         if state not in cls._of:
-            cls._of[state] = cls(limits, state.connections)  # type: ignore[arg-type]
+            most = int(descriptors() * limits.connections_share) - _in_use()
+            cls._of[state] = cls(limits, state.connections, most)  # type: ignore[arg-type]
         return cls._of[state]
 
     def add(self, new: "Bounded") -> None:

@@ -120,7 +120,13 @@ def removed(headers: Sequence[Header], told: Sequence[Header]) -> list[bytes]:
 
 
 async def serve(
-    proxies: Proxies, engine: Engine, address: str, *, is_shared: bool = False
+    proxies: Proxies,
+    engine: Engine,
+    address: str,
+    *,
+    is_shared: bool = False,
+    calls: int = GRPC_CALLS,
+    connections: int | None = None,
 ) -> grpc.aio.Server:
     """A server that has started; `await server.stop(grace)` ends it.
 
@@ -129,6 +135,8 @@ async def serve(
         engine: of which the health service speaks.
         address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
         is_shared: whether other processes of ours serve the same port.
+        calls: how many may be under way at once.
+        connections: how many there may be; None: a share of the file descriptors.
 
     Raises:
         OSError: the address cannot be had.
@@ -139,9 +147,9 @@ async def serve(
             # A proxy may ask as often as it likes whether its connection is alive; by default
             # gRPC hangs up on the third time in five minutes, and questions are lost.
             ("grpc.http2.max_ping_strikes", 0),
-            *_limits(),
+            *_limits(connections or int(descriptors() * GRPC_CONNECTIONS_SHARE)),
         ],
-        maximum_concurrent_rpcs=GRPC_CALLS,
+        maximum_concurrent_rpcs=calls,
     )
     checks: dict[str, Any] = {
         SERVICE: Authorization(proxies).check,
@@ -157,10 +165,9 @@ async def serve(
     return server
 
 
-def _limits() -> list[tuple[str, int]]:
+def _limits(connections: int) -> list[tuple[str, int]]:
     """Of messages and connections. What is beyond them is a gRPC error: a proxy that fails closed,
     as all in `deploy/` do, lets nothing pass on it."""
-    connections = int(descriptors() * GRPC_CONNECTIONS_SHARE)
     return [
         ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
         ("grpc.max_metadata_size", GRPC_METADATA_BYTES),
