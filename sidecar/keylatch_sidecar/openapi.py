@@ -21,7 +21,7 @@ from keylatch_sidecar.management.bodies import JSON, REASON_PATTERN, Body
 from keylatch_sidecar.proxies import ext_authz, verify
 
 _OF_A_CALLER: Final = (401, 403, 503)
-_OF_A_BODY: Final = (400, 408, 413, 415)
+_OF_A_BODY: Final = (400, 413, 415)
 
 
 @dataclass(frozen=True)
@@ -400,7 +400,6 @@ _DESCRIPTIONS: Final = {
     401: "There is no good key, or (Sendook's dialect) its permission does not suffice",
     403: "The key's permission does not suffice",
     404: "No such key in the caller's organisation",
-    408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not JSON",
     503: "This cannot be decided now; try again in a moment",

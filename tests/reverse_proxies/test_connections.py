@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 
-from keylatch_sidecar.limits import Limits
+from keylatch_sidecar.limits import MAX_DESCRIPTORS, Limits
 from keylatch_sidecar.proxies.bounded import Bounded
 from keylatch_sidecar.proxies.connections import Connections, descriptors, raise_descriptors
 from raw_lines import HOST, is_silent, rest_of
@@ -185,6 +185,9 @@ def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
         raise_descriptors()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         assert (soft, hard) == (descriptors(), before[1])
-        assert soft == (65_536 if hard in (-1, resource.RLIM_INFINITY) else min(hard, 65_536))
+        assert soft == (MAX_DESCRIPTORS if hard < 0 else min(hard, MAX_DESCRIPTORS))
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        raise_descriptors()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before[0]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -8,13 +8,11 @@ client's turn: to send a head, a body or the next request, or to read an answer.
 import asyncio
 import math
 from enum import Enum
-from logging import getLogger
 from typing import ClassVar, Final
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch_sidecar.limits import Limits
 from keylatch_sidecar.proxies.connections import Connections
 from keylatch_sidecar.proxies.rejections import INVALID, TOO_LARGE, TOO_SLOW, Rejection
@@ -22,10 +20,6 @@ from keylatch_sidecar.proxies.rejections import INVALID, TOO_LARGE, TOO_SLOW, Re
 PIECE_BYTES: Final = 4096
 """What is given to the parser at once: it says nothing of a field that has not ended, and copies
 what it has of it for each piece of the rest."""
-
-_log = getLogger("keylatch.serving")
-_rejected: Final = RepeatedWarning(_log, "a request was answered with %d before it was complete")
-_upgrades: Final = RepeatedWarning(_log, "an upgrade to another protocol was asked for and ignored")
 
 
 class Phase(Enum):
@@ -70,7 +64,8 @@ class Bounded(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.since = self.loop.time()
-        Connections.of(self.server_state, self.limits).add(self)
+        self._all = Connections.of(self.server_state, self.limits)
+        self._all.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.pipeline or self._rest or self._rejection is not None:
@@ -174,7 +169,7 @@ class Bounded(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:  # the request is answered, what follows is no HTTP
-            _upgrades.add()
+            self._all.upgrades.add()
             return False
         except httptools.HttpParserError as error:
             is_large = isinstance(error.__context__, HeadTooLarge)
@@ -248,7 +243,7 @@ class Bounded(HttpToolsProtocol):
         """Answer the request that is being received, in its turn, and end the connection."""
         if self._rejection is not None:
             return
-        _rejected.add(rejection.status)
+        self._all.rejected.add(rejection.status)
         self._rejection, self._rest, self._unparsed = rejection, b"", 0
         cycle = self.cycle
         if self.phase is _BODY and cycle.response_complete:

@@ -21,9 +21,6 @@ _NONE_SECONDS: Final = 0.1
 """For so long nothing is looked for where nothing was found."""
 
 log = getLogger("keylatch.serving")
-_crowded: Final = RepeatedWarning(
-    log, "%d connections are all that the file descriptors suffice for: a silent one was closed"
-)
 
 
 class Connections:
@@ -41,6 +38,16 @@ class Connections:
         self._limits = limits
         self._connections = connections
         self._loop = asyncio.get_running_loop()
+        self.rejected = RepeatedWarning(
+            log, "a request was answered with %d before it was complete"
+        )
+        self.upgrades = RepeatedWarning(
+            log, "an upgrade to another protocol was asked for and ignored"
+        )
+        self._crowded = RepeatedWarning(
+            log,
+            "%d connections are all that the file descriptors suffice for: a silent one was closed",
+        )
         self._is_swept = False
         self._to_look_at: list[Bounded] = []
         self._most = most
@@ -62,7 +69,7 @@ class Connections:
         if not self._is_swept:
             self._sweep()
         if len(self._connections) > self._most:
-            _crowded.add(self._most)
+            self._crowded.add(self._most)
             (self._oldest_silent(new) or new).transport.abort()
 
     def _sweep(self) -> None:
@@ -117,5 +124,9 @@ def raise_descriptors() -> None:
     leave it at 1,024 for programs that cannot take more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:  # a system call filter, for instance
+        log.warning("the limit of file descriptors stays at %d: %s", soft, error)

@@ -54,7 +54,6 @@ _SERVING: Final = b"\x08\x01"
 _NOT_SERVING: Final = b"\x08\x02"
 
 log = logging.getLogger("keylatch.proxies")
-_not_ready: Final = RepeatedWarning(log, "not ready: %s")
 
 
 class Authorization:
@@ -90,6 +89,7 @@ class Health:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._not_ready = RepeatedWarning(log, "not ready: %s")
 
     async def check(self, message: bytes, context: Any) -> bytes:
         """Answer a `HealthCheckRequest`."""
@@ -100,7 +100,7 @@ class Health:
         try:
             await self._engine.ready()
         except KeylatchError as error:
-            _not_ready.add(error.message)
+            self._not_ready.add(error.message)
             return _NOT_SERVING
         return _SERVING
 
