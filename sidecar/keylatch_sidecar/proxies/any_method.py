@@ -6,7 +6,7 @@ Envoy asks with the client's method, whatever that is; httptools refuses what is
 import re
 from typing import Final
 
-from keylatch_sidecar.proxies.bounded import BETWEEN, Bounded
+from keylatch_sidecar.proxies.bounded import BETWEEN, Bounded, Phase
 
 _FAST: Final = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE"}
@@ -28,21 +28,16 @@ class AnyMethod(Bounded):
 
     _start = b""
     """The beginning of a request whose method has not ended."""
-    _method = ""
-    """Of the request that the parser takes for a POST."""
 
-    def feed(self, data: bytes) -> None:
-        if self._start or (
-            self.phase is BETWEEN and data[: data.find(b" ", 0, _LONGEST + 1)] not in _FAST
-        ):
+    def data_received(self, data: bytes) -> None:
+        if (
+            self._start
+            or (self.phase is BETWEEN and data[: data.find(b" ", 0, _LONGEST + 1)] not in _FAST)
+        ) and not self.is_behind:
             data = self._shown(self._start + data)
-        if data:
-            super().feed(data)
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        if self._method:
-            self.scope["method"], self._method = self._method, ""
+            if not data:
+                return
+        super().data_received(data)
 
     def _shown(self, data: bytes) -> bytes:
         """What the parser is shown instead; nothing while the method has not ended."""
@@ -51,9 +46,10 @@ class AnyMethod(Bounded):
         method, blank, rest = start.partition(b" ")
         if not blank and _METHOD.match(start):
             self._start = start
-            self._begin()
+            self.phase = Phase.HEAD
+            self.begin()
             return b""
         if not blank or method in (*_FAST, _HTTP2) or not _METHOD.match(method):
             return start
-        self._method = method.decode()
+        self.method = method.decode()
         return _STAND_IN + blank + rest

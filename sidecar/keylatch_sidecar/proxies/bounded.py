@@ -50,6 +50,10 @@ class Bounded(HttpToolsProtocol):
     phase: Phase = BETWEEN
     since = 0.0
     """The loop's time at which the client's turn began."""
+    method = ""
+    """Of the request that is being parsed, where the parser is shown another one."""
+    _timed: Phase = BETWEEN
+    """Which turn that is."""
     _unread_since: float | None = None
     """The same, of an answer that the client does not read."""
     _closing_since: float | None = None
@@ -70,8 +74,10 @@ class Bounded(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.pipeline or self._rest or self._rejection is not None:
             self._keep_back(data)
+        elif len(data) <= PIECE_BYTES:
+            self._parse(data)
         else:
-            self.feed(data)
+            self._parse_in_pieces(data)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -85,15 +91,16 @@ class Bounded(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._begin()
+        self.phase = _HEAD
 
     def on_headers_complete(self) -> None:
-        # What was fed before this piece, and before it up to a piece that held other requests too.
-        may_be_large = self._unparsed + 2 * PIECE_BYTES > self.limits.head_bytes
-        if may_be_large and self._head_bytes() > self.limits.head_bytes:
+        # A head that does not reach beyond the second piece is not even counted.
+        if self._unparsed > 0 and self._head_bytes() > self.limits.head_bytes:
             raise HeadTooLarge
         super().on_headers_complete()
-        self.phase, self.since = _BODY, self.loop.time()
+        if self.method:
+            self.scope["method"], self.method = self.method, ""
+        self.phase = _BODY
         self._unparsed = -PIECE_BYTES
 
     def on_body(self, body: bytes) -> None:
@@ -102,7 +109,7 @@ class Bounded(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self.phase = BETWEEN
+        self.phase = self._timed = BETWEEN
         if self.cycle.response_complete:
             self.since = self.loop.time()
 
@@ -118,8 +125,10 @@ class Bounded(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self.since = self.loop.time()
-        if not self.pipeline:
+        if self._rest or self._rejection is not None:
             self._go_on()
+        elif not self.pipeline:
+            self.flow.resume_reading()
 
     # What `Connections` calls
 
@@ -150,11 +159,17 @@ class Bounded(HttpToolsProtocol):
 
     # Reading
 
-    def feed(self, data: bytes) -> None:
-        """Parse what came, unless requests that it holds have to wait."""
-        if len(data) <= PIECE_BYTES:
-            self._parse(data)
-            return
+    @property
+    def is_behind(self) -> bool:
+        """Whether what comes now has to wait for the answers to what came before."""
+        return bool(self.pipeline or self._rest or self._rejection is not None)
+
+    def begin(self) -> None:
+        """The client's turn to send a head or a body begins, unless it has already begun."""
+        if self._timed is not self.phase:
+            self._timed, self.since = self.phase, self.loop.time()
+
+    def _parse_in_pieces(self, data: bytes) -> None:
         for at in range(0, len(data), PIECE_BYTES):
             if self.pipeline:
                 self._keep_back(data[at:])
@@ -176,6 +191,7 @@ class Bounded(HttpToolsProtocol):
             self._reject(TOO_LARGE if is_large else INVALID)
             return False
         if self.phase is not BETWEEN:
+            self.begin()
             self._unparsed += len(piece)
             if self._unparsed > self.limits.head_bytes:
                 self._reject(TOO_LARGE)
@@ -192,6 +208,8 @@ class Bounded(HttpToolsProtocol):
             self.transport.abort()
 
     def _go_on(self) -> None:
+        if self.pipeline:
+            return
         if self._rest:
             rest, self._rest = self._rest, b""
             self.data_received(rest)
@@ -199,11 +217,6 @@ class Bounded(HttpToolsProtocol):
             self._end(self._rejection)
         elif not self.pipeline:
             self.flow.resume_reading()
-
-    def _begin(self) -> None:
-        """The first byte of a request is here."""
-        if self.phase is BETWEEN:
-            self.phase, self.since = _HEAD, self.loop.time()
 
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
