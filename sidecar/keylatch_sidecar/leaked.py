@@ -159,7 +159,7 @@ class Reports:
             await asyncio.wait([self._at_work], timeout=_LAST_SECONDS)
             self._at_work.cancel()
             await asyncio.wait([self._at_work])
-        # Who has one token of a key can make any number that look like it: each key is named once.
+        # Many tokens can be made from one that look like the same key: each key is named once.
         keys = {token.key_id: token for token in self._line.values()}
         for token in (*keys.values(), *self._foreign_line.values()):
             self._tell(token, "this process ends")

@@ -465,7 +465,7 @@ async def test_a_flood_of_reports_fills_no_log(
 async def test_a_key_that_is_reported_many_times_is_named_once(
     counting: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who has one token of a key can make others that look like it."""
+    """Many tokens that look like one key, at the end of a process, are one line."""
     key = await created(counting)
     reports = Reports(counting, retry_seconds=60)
     counting.troubles = [StoreUnavailable("the store is away")]

@@ -39,7 +39,7 @@ def test_the_table_says_what_the_code_does(resource: str, says: str) -> None:
 
 
 def test_what_is_served_has_these_limits() -> None:
-    """The defaults, and nobody's others."""
+    """The defaults, and no others."""
     assert AnyMethod.limits == Limits()
     for name in Limits.__slots__:
         assert getattr(Limits(), name) == getattr(limits, name.upper())

@@ -81,7 +81,7 @@ async def test_the_oldest_silent_connection_makes_room(
 
 @pytest.mark.anyio
 async def test_a_connection_that_was_silent_and_is_not_any_more_stays() -> None:
-    """Who is looked up once for many new ones is looked at again before it is closed."""
+    """The silent ones are found once for many new ones, and each is checked before it is closed."""
     connections, everyone, made = crowd((0, 1.0), (0, 2.0), (0, 3.0))
     for expected in (made[0], made[2]):
         new = Silent((0, 9.0))

@@ -157,7 +157,7 @@ async def test_facts_come_from_the_agreed_place_or_nothing_passes(
 async def test_questions_without_facts_fill_no_log(
     operated: Engine, key: Created, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Anybody can ask so: of 1,000 of them ten lines are written, each with the count."""
+    """Any client can ask so: 1,000 of them write ten lines, each with the count."""
     app = create_app(operated, ProxySettings(verify_facts="forwarded"))
     for _ in range(1_000):
         await knock(app, "/verify", headers_of(key))
