@@ -629,7 +629,7 @@ async def test_only_so_many_connections_are_open_at_once(engine: Engine, full: C
 
 async def ended_all(
     lines: "list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]",
-    reading: "list[asyncio.Future[None]]",
+    reading: "Sequence[asyncio.Future[None]]",
 ) -> None:
     for each in reading:
         each.cancel()
