@@ -21,6 +21,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.model import Allow, Deny, Principal, Reason, Verdict, Wanted, missing_scope
 from keylatch.policy import Policy
 from keylatch.refusals import Header, Refusals
+from keylatch.telemetry.repeated_warning import RepeatedWarning
 
 App = TypeVar("App")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -81,6 +82,9 @@ class ProxyGate(Generic[App]):
         self._asks = permissions is not None
         self._refusals = Refusals(realm)
         self._is_trusted = lru_cache(maxsize=1024)(self._trusts)
+        self._strangers = RepeatedWarning(
+            log, "%s is not among the trusted peers: nobody's request"
+        )
 
     def judge(
         self, peer: str | Peer, headers: Sequence[Header], method: str, path: str
@@ -96,8 +100,7 @@ class ProxyGate(Generic[App]):
         if self._policy.is_public(path):
             return None
         if not self._is_trusted(peer):
-            name = peer.value if isinstance(peer, Peer) else peer
-            log.warning("%s is not among the trusted peers: nobody's request", name)
+            self._strangers.add(peer.value if isinstance(peer, Peer) else peer)
             return Deny(Reason.MISSING)
         principal = principal_in(headers)
         if isinstance(principal, Reason):

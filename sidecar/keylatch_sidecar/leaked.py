@@ -29,6 +29,7 @@ from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, KeylatchError, StoreUnavailable
 from keylatch.keyring import Keyring
 from keylatch.lookup import Owner
+from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch.tokens import Token, is_native
 from keylatch_sidecar.management import bodies, unsent
 from keylatch_sidecar.management.bodies import JSON, Body, Shape
@@ -117,6 +118,15 @@ class Reports:
         self._line: dict[bytes, Token] = {}
         self._foreign_line: dict[bytes, Token] = {}
         self._at_work: asyncio.Task[None] | None = None
+        self._left_out = RepeatedWarning(
+            log, "a report of a leaked key, made elsewhere if it is one, is left out"
+        )
+        self._not_revoked = RepeatedWarning(
+            log,
+            "a key that was made elsewhere, if it is one, was reported as leaked and may not be"
+            " revoked: %s",
+            logging.ERROR,
+        )
 
     async def expect(self) -> None:
         """Return if reports can be taken.
@@ -138,7 +148,7 @@ class Reports:
             elif len(self._foreign_line) < _FOREIGN_ROOM:
                 self._foreign_line.setdefault(token.fingerprint, token)
             else:
-                log.warning("a report of a leaked key, made elsewhere if it is one, is left out")
+                self._left_out.add()
         is_idle = self._at_work is None or self._at_work.done()
         if is_idle and (self._line or self._foreign_line):
             self._at_work = asyncio.create_task(self._work(), name="keylatch-leaks")
@@ -149,8 +159,10 @@ class Reports:
             await asyncio.wait([self._at_work], timeout=_LAST_SECONDS)
             self._at_work.cancel()
             await asyncio.wait([self._at_work])
-        for token in (self._line | self._foreign_line).values():
-            _not_revoked(token, "this process ends")
+        # Many tokens can be made from one that look like the same key: each key is named once.
+        keys = {token.key_id: token for token in self._line.values()}
+        for token in (*keys.values(), *self._foreign_line.values()):
+            self._tell(token, "this process ends")
         self._line, self._foreign_line = {}, {}
 
     async def _work(self) -> None:
@@ -161,27 +173,29 @@ class Reports:
             except NotPossible:  # the key was rotated or deleted in between
                 continue
             except HashingFailed as error:  # asking again would not help
-                _not_revoked(token, error.message)
+                self._tell(token, error.message)
             except KeylatchError as error:
                 log.warning("reports of leaked keys are waiting: %s", error.message)
                 await asyncio.sleep(self._retry_seconds)
                 continue
             except Exception as error:  # a report that breaks us must not hold up the others
                 log.exception("a report of a leaked key failed")
-                _not_revoked(token, type(error).__name__)
+                self._tell(token, type(error).__name__)
             del line[fingerprint]
+
+    def _tell(self, token: Token, why: str) -> None:
+        """Say whose key may not be revoked; a token from elsewhere has no id that may be told."""
+        if is_native(token):
+            log.error("%s was reported as leaked and may not be revoked: %s", token.key_id, why)
+            log.error("hint: keylatch keys revoke ID")
+        else:
+            self._not_revoked.add(why)
 
 
 def _could_be_sent(token: Token) -> bool:
     """Whether it could stand in a header: a report may hold any text."""
     value = b"Bearer " + token.reveal().encode("ascii", "replace")
     return isinstance(credentials.read([value], barred=True), Token)
-
-
-def _not_revoked(token: Token, why: str) -> None:
-    key = token.key_id if is_native(token) else "a key that was made elsewhere, if it is one,"
-    log.error("%s was reported as leaked and may not be revoked: %s", key, why)
-    log.error("hint: keylatch keys revoke ID")
 
 
 async def _look_into(engine: Engine, token: Token) -> None:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
@@ -23,10 +22,9 @@ from uvicorn.supervisors import Multiprocess
 
 from keylatch import logs
 from keylatch_sidecar.app import GRPCListener, from_environment
+from keylatch_sidecar.limits import IDLE_SECONDS
 from keylatch_sidecar.proxies.any_method import AnyMethod
-
-# Above the idle times of proxies, who would otherwise ask on connections that we have closed.
-_KEEP_ALIVE_SECONDS: Final = 75
+from keylatch_sidecar.proxies.connections import raise_descriptors
 
 log = logging.getLogger("keylatch.serving")
 
@@ -129,6 +127,7 @@ def run(
         if grpc is not None:
             grpc.bind(0o666).close()  # gRPC makes its own, and some failures it would not tell
         stack.pop_all()  # from here on they are the server's
+    raise_descriptors()
     siblings = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
     config = uvicorn.Config(
         functools.partial(
@@ -144,7 +143,7 @@ def run(
         proxy_headers=False,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=IDLE_SECONDS,
         access_log=False,
         log_config=logs.configuration() if logs_json else LOGGING_CONFIG,
         log_level="info",

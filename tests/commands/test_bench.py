@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from inspect import signature
@@ -249,7 +250,7 @@ class Maker:
         self.is_broken = False
         self.loses_answers = False
 
-    async def make(self, name: str, scheme: Scheme, seconds: float) -> Key:
+    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
         await self.go_on.wait()
         token = self._check_keys.mint("kl", "live")
         self.living[token.key_id] = name
@@ -272,7 +273,7 @@ def supplied(story: Callable[[Maker, Supply], Awaitable[None]]) -> None:
     async def run() -> None:
         maker = Maker()
         maker.living["key_of_somebody"] = "in production"
-        await story(maker, Supply(maker, most=50, seconds=60))
+        await story(maker, Supply(maker, most=50, ends_at=time.time() + 60))
         assert maker.living.pop("key_of_somebody") == "in production"
 
     asyncio.run(run())
@@ -588,7 +589,7 @@ def test_keys_made_in_a_store_show_no_token(tmp_path: Path) -> None:
     async def made() -> Key:
         maker = StoreMaker(Settings.load(store=f"sqlite:///{tmp_path}/keys.db", redis=""))
         try:
-            key = await maker.make("a name", "sha256", 60)
+            key = await maker.make("a name", "sha256", time.time() + 60)
             assert await maker.named("a name") == [(key.id, ORGANIZATION)]
             return key
         finally:

@@ -96,6 +96,18 @@ async def test_nobody_else_does(peer: str) -> None:
 
 
 @pytest.mark.anyio
+async def test_strangers_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """500 requests from as many addresses: nine lines for each of the two, with the count."""
+    apps = Apps()
+    for number in range(500):
+        await apps.ask(TOLD, f"192.0.2.{number % 250}")
+    first = "192.0.2.0 is not among the trusted peers: nobody's request"
+    last = "192.0.2.5 is not among the trusted peers: nobody's request; 256 times so far"
+    assert [caplog.messages.count(each) for each in (first, last)] == [2, 2]
+    assert len(caplog.messages) == 18
+
+
+@pytest.mark.anyio
 async def test_a_unix_socket_is_trusted_only_by_name() -> None:
     """It is not an address, and no default."""
     assert await Apps(trusted=["127.0.0.1"]).ask(TOLD, None, over=UNIX) == 401

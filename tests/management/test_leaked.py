@@ -442,6 +442,40 @@ async def test_a_flood_of_what_could_be_from_elsewhere_holds_up_no_other(
     assert "key_0" not in caplog.text.replace(key.record.id, "")
 
 
+@pytest.mark.anyio
+async def test_a_flood_of_reports_fills_no_log(
+    counting: Counting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """9,000 reports that find no place, and 1,000 that are left when the process ends: 1, 2, 4, …
+    lines, with the count."""
+    await brought(counting, elsewhere(1))
+    reports = Reports(counting, retry_seconds=60)
+    counting.troubles = [StoreUnavailable("the store is away")]
+    await reports.take([elsewhere(number) for number in range(10_000)])
+    await asyncio.sleep(0)
+    await reports.end()
+    left_out = "a report of a leaked key, made elsewhere if it is one, is left out"
+    not_revoked = "reported as leaked and may not be revoked: this process ends"
+    assert len([each for each in caplog.messages if each.startswith(left_out)]) == 14
+    assert f"{left_out}; 8192 times so far" in caplog.messages
+    assert len([each for each in caplog.messages if not_revoked in each]) == 10
+
+
+@pytest.mark.anyio
+async def test_a_key_that_is_reported_many_times_is_named_once(
+    counting: Counting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Many tokens that look like one key, at the end of a process, are one line."""
+    key = await created(counting)
+    reports = Reports(counting, retry_seconds=60)
+    counting.troubles = [StoreUnavailable("the store is away")]
+    tokens = [await with_another_secret(counting, key) for _ in range(50)]
+    await reports.take([key.token, *tokens])
+    await reports.end()
+    named = [each for each in caplog.messages if each.startswith(f"{key.record.id} was reported")]
+    assert len(named) == 1
+
+
 # The answer is sent before the token is looked at: that, and not a clock, is what is tested
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from conftest import Sidecar
 from keylatch.keyring import Created
+from keylatch_sidecar.management import bodies
 
 UNSENT, SENDOOK = "/v1/api-keys", "/v1/api_keys"
 JSON = "application/json"
@@ -41,6 +42,7 @@ class Line:
 
     def send(self, method: str, path: str, body: Any = None, *types: str, **options: Any) -> Answer:
         headers = self._authorization | dict(zip(["Content-Type"], types, strict=False))
+        headers |= options.pop("headers", {})
         with contextlib.suppress(ConnectionError):  # hung up on while sending: there is an answer
             self._connection.request(method, path, body, headers, **options)
         response = self._connection.getresponse()
@@ -187,6 +189,24 @@ def test_a_body_beyond_16_kib_is_refused(
     assert answer.status == 413
     message = "The body must not exceed 16384 bytes"
     assert answer.body == error(call[1], "PAYLOAD_TOO_LARGE", message)
+    assert answer.headers["Connection"] == "close"
+    another = Line(sidecar, boss)
+    assert another.all_keys() == before
+    another.close()
+
+
+def test_a_body_has_to_arrive_in_time(
+    sidecar: Sidecar, boss: Created, call: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """408 in the dialect's words, the line is hung up, and nothing was changed."""
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
+    line = Line(sidecar, boss)
+    before = line.all_keys()
+    body = (piece for piece in [b'{"name":', b'"CI"'])  # and not what ends it
+    answer = line.send(*call, body, JSON, headers={"Content-Length": "13"})
+    assert answer.status == 408
+    message = "The body did not arrive in 0.1 s"
+    assert answer.body == error(call[1], "REQUEST_TIMEOUT", message)
     assert answer.headers["Connection"] == "close"
     another = Line(sidecar, boss)
     assert another.all_keys() == before

@@ -154,6 +154,19 @@ async def test_facts_come_from_the_agreed_place_or_nothing_passes(
 
 
 @pytest.mark.anyio
+async def test_questions_without_facts_fill_no_log(
+    operated: Engine, key: Created, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any client can ask so: 1,000 of them write ten lines, each with the count."""
+    app = create_app(operated, ProxySettings(verify_facts="forwarded"))
+    for _ in range(1_000):
+        await knock(app, "/verify", headers_of(key))
+    first = "a proxy does not say what it was asked as it should: refused with 403"
+    counts = [2**power for power in range(1, 10)]
+    assert caplog.messages == [first, *(f"{first}; {count} times so far" for count in counts)]
+
+
+@pytest.mark.anyio
 async def test_facts_are_logged_without_the_query(
     operated: Engine, key: Created, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ grpcio-health-checking 1.85.1), and by Envoy itself in `test_envoy_grpc.py`.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from keylatch.refusals import Refusal
 from keylatch.store import Store
 from keylatch.tokens import Token
 from keylatch_sidecar.app import create_app
+from keylatch_sidecar.limits import GRPC_HEADERS, GRPC_MESSAGE_BYTES
 from keylatch_sidecar.proxies import answers as proxies
 from keylatch_sidecar.proxies import grpc_authz
 from keylatch_sidecar.proxies.answers import Proxies
@@ -51,10 +53,12 @@ WITHOUT_PROXY = [("grpc.enable_http_proxy", 0)]
 
 
 @contextlib.asynccontextmanager
-async def served(engine: Engine, address: str | None = None) -> AsyncIterator[grpc.aio.Channel]:
+async def served(
+    engine: Engine, address: str | None = None, **limits: Any
+) -> AsyncIterator[grpc.aio.Channel]:
     """A connection to a server of this engine's."""
     address = address or f"127.0.0.1:{free_port()}"
-    server = await grpc_authz.serve(Proxies(engine), engine, address)
+    server = await grpc_authz.serve(Proxies(engine), engine, address, **limits)
     try:
         async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
             yield channel
@@ -536,6 +540,122 @@ async def test_health_checks_are_answered(
         assert await call(channel, b"", method) == serving
         assert await call(channel, of_service, method) == not_serving
     await broken.stop()
+
+
+# Limits
+
+
+async def code_of(question: "asyncio.Future[Any]") -> grpc.StatusCode:
+    """The gRPC error that comes instead of an answer."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await question
+    code: grpc.StatusCode = caught.value.code()
+    return code
+
+
+def question_of(key: Created, size: int) -> Any:
+    """A question of so many bytes; what is not known of a message is passed over."""
+    asked = question([bearing(key)])
+    room = size - len(asked.SerializeToString()) - 32
+    asked.attributes.request.http.headers.add(key=b"x", value=b"x" * room)
+    asked.attributes.request.http.path += b"x" * (size - len(asked.SerializeToString()))
+    assert len(asked.SerializeToString()) == size
+    return asked
+
+
+async def test_a_question_may_have_256_kib(channel: grpc.aio.Channel, full: Created) -> None:
+    """One byte more is an error of gRPC, which a proxy that fails closed answers with a refusal;
+    the connection goes on."""
+    largest = question_of(full, GRPC_MESSAGE_BYTES)
+    assert spelled(await ask(channel, largest)).status == 200
+    largest.attributes.request.http.path += b"x"
+    too_large = asyncio.ensure_future(ask(channel, largest))
+    assert await code_of(too_large) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+
+
+async def test_a_question_may_be_about_a_thousand_headers(
+    channel: grpc.aio.Channel, full: Created
+) -> None:
+    """Of more it is not asked what they are: 403, as where the proxy does not say what it was
+    asked."""
+    headers = [bearing(full), *((b"x%d" % number, b"") for number in range(GRPC_HEADERS - 1))]
+    for raw in (False, True):
+        assert spelled(await ask(channel, question(headers, raw=raw))).status == 200
+        refused = spelled(await ask(channel, question([*headers, (b"x", b"")], raw=raw)))
+        assert (refused.status, dict(refused.headers)[b"x-keylatch-error"]) == (
+            403,
+            b"misconfigured",
+        )
+
+
+@pytest.mark.usefixtures("patience")
+async def test_only_so_many_questions_are_under_way_at_once(
+    make_engine: MakeEngine, full: Created
+) -> None:
+    """The next one is an error of gRPC at once, and those under way are answered."""
+    hasher = Gated()
+    engine = make_engine(hasher=hasher)
+    async with served(engine, calls=2) as channel:
+        asked = [asyncio.ensure_future(ask(channel, question([bearing(full)]))) for _ in range(3)]
+        refused, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        assert [await code_of(each) for each in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+        hasher.gate.set()
+        assert [spelled(await each).status for each in waiting] == [200, 200]
+        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+    await engine.stop()
+
+
+async def test_only_so_many_connections_are_open_at_once(engine: Engine, full: Created) -> None:
+    """Silent ones beyond that are closed, long before the 10 s that each has, and connections that
+    are open go on; without such a limit none is closed."""
+    address = f"127.0.0.1:{free_port()}"
+    async with served(engine, address, connections=3) as channel:
+        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+        host, port = address.split(":")
+        lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
+        reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
+        for ended in itertools.islice(asyncio.as_completed(reading, timeout=8), 9):
+            await ended
+        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+        await ended_all(lines, reading)
+    async with served(engine, address) as channel:
+        lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
+        reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
+        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+        assert [each for each in reading if each.done()] == []
+        await ended_all(lines, reading)
+
+
+async def ended_all(
+    lines: "list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]",
+    reading: "Sequence[asyncio.Future[None]]",
+) -> None:
+    for each in reading:
+        each.cancel()
+    await asyncio.wait(reading)
+    for _, writer in lines:
+        writer.close()
+
+
+async def drained(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        await reader.read()
+
+
+async def test_what_is_not_ready_fills_no_log(
+    make_engine: MakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a hundred questions 1, 2, 4, … are logged, with the count."""
+    broken = make_engine(store=Store(f"sqlite:///{tmp_path}/missing/keys.db"))
+    of_service = b"\n#envoy.service.auth.v3.Authorization"
+    async with served(broken) as channel:
+        for _ in range(100):
+            await call(channel, of_service, "/grpc.health.v1.Health/Check")
+    await broken.stop()
+    said = [message for message in caplog.messages if message.startswith("not ready: ")]
+    assert len(said) == 7
+    assert said[-1].endswith("; 64 times so far")
 
 
 @pytest.mark.parametrize("service", ["envoy.service.auth.v2.Authorization", "Authorization"])

@@ -184,7 +184,9 @@ class TestSharedCacheContract:
         assert calls[-1] == "get"
         await client.aclose()
 
-    async def test_what_was_written_by_others_is_a_miss(self, connect_anew: Connect) -> None:
+    async def test_what_was_written_by_others_is_a_miss(
+        self, connect_anew: Connect, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Any changed byte, any cut, garbage, a value of another key, a list: nothing is believed.
 
         And none of it keeps the next good value from being found.
@@ -203,6 +205,8 @@ class TestSharedCacheContract:
         for forgery in forgeries:
             await client.set(name, forgery)
             assert await cache.get(token, EPOCH) is None
+        told = [each for each in caplog.messages if "not written by keylatch" in each]
+        assert len(told) == cache.forged.value.bit_length(), "1, 2, 4, … of them are logged"
         await client.set(name, good)
         assert isinstance(await cache.get(token, EPOCH), Told)
         await client.delete(name)

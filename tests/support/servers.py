@@ -225,12 +225,11 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
         app,
         host="127.0.0.1",
         port=0,
-        ws="websockets-sansio",
         log_config=None,
         lifespan="on",
         server_header=False,
         date_header=False,
-        **options,
+        **{"ws": "websockets-sansio", **options},
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

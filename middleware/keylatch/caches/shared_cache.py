@@ -21,7 +21,7 @@ from typing import Any, Final
 from keylatch.caches.breaker import Breaker
 from keylatch.caches.cache import Absence
 from keylatch.model import PREVIOUS, KeyRecord, Reason
-from keylatch.telemetry.meter import Count
+from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch.tokens import Token
 
 TTL_SECONDS: Final = 300
@@ -78,7 +78,10 @@ class SharedCache:
         self._client = client
         self.learn(peppers)
         self.breaker = self._breaker = breaker
-        self.forged = Count()
+        self._forgeries = RepeatedWarning(
+            log, "a value in Redis was not written by keylatch with this store's pepper"
+        )
+        self.forged = self._forgeries.count
         """Values that were not written with one of the peppers."""
         self._is_asking = False
         self._waiting: list[_Question] = []
@@ -184,16 +187,8 @@ class SharedCache:
                 if record.previous_expires_at is not None:
                     return record
                 return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, as_of)
-        self._tell_of_forgery()
+        self._forgeries.add()
         return None
-
-    def _tell_of_forgery(self) -> None:
-        self.forged.add()
-        many = self.forged.value
-        if many & (many - 1) == 0:  # 1, 2, 4, …: whoever forges shall not fill the log as well
-            log.warning(
-                "%d values in Redis were not written by keylatch with this store's pepper", many
-            )
 
 
 def _name(epoch: str, key_id: str) -> str:

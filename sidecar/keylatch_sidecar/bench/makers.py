@@ -9,7 +9,6 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from keylatch.caches.breaker import Breaker, connect
@@ -25,6 +24,7 @@ from keylatch.tokens import CheckKeys, Token
 from keylatch_sidecar.bench.connection import Connection, Place, Unusable
 from keylatch_sidecar.bench.load import Credential
 from keylatch_sidecar.bench.supply import Key, Scheme
+from keylatch_sidecar.management.bodies import iso
 
 ORGANIZATION: Final = "keylatch-bench"
 _KEYS: Final = "/v1/api-keys"
@@ -37,7 +37,10 @@ _ASYNC: Final = "Prefer: respond-async\r\n"
 REFUSALS: Final = {
     400: ("the key is not of the form of a key", "one line, nothing else, in KEYLATCH_BENCH_KEY"),
     401: ("the sidecar refuses the key", "is KEYLATCH_BENCH_KEY a key of this sidecar, unexpired?"),
-    403: ("the key may not manage keys", "a FULL key is needed: keylatch keys create"),
+    403: (
+        "the key may not manage keys",
+        "a FULL key is needed that does not expire before the bench ends: keylatch keys create",
+    ),
     404: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
     405: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
     429: ("the organisation's limits are reached", "wait, or --store, or KEYLATCH_MAX_CHANGES=0"),
@@ -60,9 +63,8 @@ class SidecarMaker:
         for _ in range(_CONNECTIONS):
             self._idle.put_nowait(Connection(place))
 
-    async def make(self, name: str, scheme: Scheme, seconds: float) -> Key:
-        expires_at = datetime.now(UTC) + timedelta(seconds=seconds)
-        content = {"name": name, "expiresAt": expires_at.isoformat(timespec="milliseconds")}
+    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
+        content = {"name": name, "expiresAt": iso(int(ends_at * 1000))}
         made = await self._call("POST", _KEYS, content)
         return Key(made["id"], made["organizationId"], Token(made["token"]))
 
@@ -126,14 +128,13 @@ class StoreMaker:
             "sha256": Hasher("sha256"),
         }
 
-    async def make(self, name: str, scheme: Scheme, seconds: float) -> Key:
+    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
         engine, secrets = await self._opened()
         hasher, check_keys = self._hashers[scheme], CheckKeys(secrets.check_keys)
         keyring = Keyring(
             engine.store, hasher, check_keys, self._settings, time.time, _nothing_changes
         )
-        expires_at = int((time.time() + seconds) * 1000)
-        created = await keyring.create(ORGANIZATION, name, expires_at=expires_at)
+        created = await keyring.create(ORGANIZATION, name, expires_at=int(ends_at * 1000))
         return Key(created.record.id, ORGANIZATION, created.token)
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:

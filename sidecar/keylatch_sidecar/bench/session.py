@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import selectors
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -119,6 +120,7 @@ class Session:
         self._progress = progress
         self.results = Results(str(target), settings_of(plan), version=keylatch.__version__)
         self._supplies: list[Supply] = []
+        self._keys_end_at = time.time() + plan.key_seconds
 
     async def whole(self) -> None:
         """Everything, within the plan's time."""
@@ -193,7 +195,7 @@ class Session:
         return maker
 
     def _supply(self, maker: Maker, stack: contextlib.AsyncExitStack) -> Supply:
-        supply = Supply(maker, self._plan.keys, self._plan.key_seconds)
+        supply = Supply(maker, self._plan.keys, self._keys_end_at)
         self._supplies.append(supply)
         stack.push_async_callback(self._take_back, supply)
         return supply

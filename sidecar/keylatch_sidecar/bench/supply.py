@@ -44,8 +44,8 @@ class Key:
 class Maker(Protocol):
     """Makes and revokes keys somewhere."""
 
-    async def make(self, name: str, scheme: Scheme, seconds: float) -> Key:
-        """A FULL key that lives so long; the scheme is a wish."""
+    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
+        """A FULL key that expires then (seconds since the epoch); the scheme is a wish."""
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
         """Revoke a key; `wait`: until no process accepts it any more."""
@@ -60,13 +60,14 @@ class Supply:
     Args:
         maker: makes the keys.
         most: how many may be made.
-        seconds: how long they live if they are not taken back.
+        ends_at: when they expire if they are not taken back, in seconds since the epoch. Keys that
+            create others must not expire sooner than these.
     """
 
-    def __init__(self, maker: Maker, most: int, seconds: float) -> None:
+    def __init__(self, maker: Maker, most: int, ends_at: float) -> None:
         self._maker = maker
         self._most = most
-        self._seconds = seconds
+        self._ends_at = ends_at
         self._living: dict[str, Key] = {}
         self._making: set[asyncio.Task[Key]] = set()
         self._has_lost = False
@@ -97,7 +98,7 @@ class Supply:
         if self.made >= self._most:
             raise AssertionError("a plan makes no more keys than it said")
         self.made += 1
-        task = asyncio.create_task(self._maker.make(self.name, scheme, self._seconds))
+        task = asyncio.create_task(self._maker.make(self.name, scheme, self._ends_at))
         self._making.add(task)
         task.add_done_callback(self._enter)
         return await asyncio.shield(task)

@@ -1,10 +1,11 @@
 """Request bodies: read within bounds, parsed strictly, checked by models; and JSON answers.
 
-Strict means: at most 16 KiB, UTF-8, no name twice in an object (parsers disagree on which one
-counts, and two layers that disagree can be played against each other), no unknown fields, and
-nothing that an error could not quote: no number beyond a float, no nesting without end.
+Strict means: at most 16 KiB within 10 s, UTF-8, no name twice in an object (parsers disagree on
+which one counts, and two layers that disagree can be played against each other), no unknown fields,
+and nothing that an error could not quote: no number beyond a float, no nesting without end.
 """
 
+import asyncio
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from starlette.responses import Response
 from keylatch.drafts import MAX_NAME_LENGTH, MAX_REASON_LENGTH
 from keylatch.model import KeyRecord
 from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
+from keylatch_sidecar.limits import BODY_SECONDS
 from keylatch_sidecar.management.problems import NOT_GIVEN, Fault, Problem
 
 MAX_BODY_BYTES: Final = 16 * 1024
@@ -139,7 +141,7 @@ async def read(request: Request, model: type[M]) -> M:
     """The request's body as a model; an empty body counts as an empty object.
 
     Raises:
-        Problem: 413, 415, or 400 with the fields at fault.
+        Problem: 408, 413, 415, or 400 with the fields at fault.
     """
     content = await read_json(request)
     if not isinstance(content, dict):
@@ -151,7 +153,7 @@ async def read_json(request: Request) -> Any:
     """The request's body as JSON of whatever shape; an empty body counts as an empty object.
 
     Raises:
-        Problem: 413, 415, or 400.
+        Problem: 408, 413, 415, or 400.
     """
     return _parsed(request, await _bytes(request))
 
@@ -211,14 +213,19 @@ def common_fields(record: KeyRecord) -> dict[str, Any]:
 async def _bytes(request: Request) -> bytes:
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise Problem(
-                    413,
-                    f"The body must not exceed {MAX_BODY_BYTES} bytes",
-                    headers={"Connection": "close"},
-                )
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise Problem(
+                        413,
+                        f"The body must not exceed {MAX_BODY_BYTES} bytes",
+                        headers={"Connection": "close"},
+                    )
+    except TimeoutError:
+        raise Problem(
+            408, f"The body did not arrive in {BODY_SECONDS:g} s", headers={"Connection": "close"}
+        ) from None
     except ClientDisconnect:  # no fault of ours: nobody hears the answer, and no trace is logged
         raise Problem(400, "The body ended early") from None
     return bytes(body)

@@ -23,6 +23,7 @@ from keylatch.engine import Engine
 from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Verdict, Wanted
 from keylatch.refusals import Header, Refusal, Refusals
 from keylatch.settings import PERMISSION_PATTERN
+from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch.telemetry.trail import Checks, Followed
 from keylatch.tokens import Token
 from keylatch_sidecar.proxies.facts import NOTHING, Facts, Profile
@@ -65,6 +66,9 @@ class Proxies:
         self._checks: Checks = Followed(engine) if engine.settings.is_followed else engine
         self._cache_seconds = cache_seconds
         self._refusals = Refusals(engine.settings.realm, malformed_status=401)
+        self._misconfigured = RepeatedWarning(
+            log, "a proxy does not say what it was asked as it should: refused with 403"
+        )
 
     async def answer(
         self, scope: Scope, receive: Receive, send: Send, wanted: Wanted, profile: Profile
@@ -109,7 +113,7 @@ class Proxies:
     ) -> Allow | Refusal | Token:
         """`judge` without waiting; the token where that does not suffice."""
         if facts is None:
-            log.warning("a proxy does not say what it was asked as it should: refused with 403")
+            self._misconfigured.add()
             return _MISCONFIGURED
         known = self._checks.glance(values, wanted)
         return known if isinstance(known, Token) else self._answered(facts, known)

@@ -1,52 +1,55 @@
-"""uvicorn's fast protocol for common methods, its patient one for all others.
+"""uvicorn's fast protocol for any method.
 
 Envoy asks with the client's method, whatever that is; httptools refuses what is not on its list.
 """
 
-from typing import Any, Final
+import re
+from typing import Final
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from keylatch_sidecar.proxies.bounded import BETWEEN, Bounded, Phase
 
 _FAST: Final = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE"}
 )
 _LONGEST: Final = max(len(method) for method in _FAST)
+_METHOD: Final = re.compile(rb"\A[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}\Z")  # RFC 9110, `token`
+_STAND_IN: Final = b"POST"
+_HTTP2: Final = b"PRI"  # begins no request (RFC 9113 section 3.4)
 
 
-class AnyMethod(HttpToolsProtocol):
-    """Hands a connection over to h11 when a request begins that is not for httptools.
+class AnyMethod(Bounded):
+    """Shows httptools POST in the place of a method that it may not know: where a request ends does
+    not depend on its method (RFC 9112 section 6).
 
-    Only between requests, by the parser's own judgement: the bytes of a body that nobody waits for
-    must never be taken for a request.
+    Only between requests, by the parser's own judgement: the bytes of a body must never be taken
+    for a request. So a request that was sent before the one ahead of it was answered has to have a
+    method that httptools knows.
     """
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._is_between = True
-
-    def on_message_begin(self) -> None:
-        self._is_between = False
-        super().on_message_begin()
-
-    def on_message_complete(self) -> None:
-        self._is_between = True
-        super().on_message_complete()
+    _start = b""
+    """The beginning of a request whose method has not ended."""
 
     def data_received(self, data: bytes) -> None:
-        is_fast = data[: data.find(b" ", 0, _LONGEST + 1)] in _FAST
-        is_idle = self._is_between and (self.cycle is None or self.cycle.response_complete)
-        if is_fast or not is_idle:
-            super().data_received(data)
-            return
-        self._unset_keepalive_if_required()
-        self.connections.discard(self)
-        patient = H11Protocol(
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.app_state,
-            _loop=self.loop,
-        )
-        patient.connection_made(self.transport)
-        self.transport.set_protocol(patient)
-        patient.data_received(data)
+        if (
+            self._start
+            or (self.phase is BETWEEN and data[: data.find(b" ", 0, _LONGEST + 1)] not in _FAST)
+        ) and not self.is_behind:
+            data = self._shown(self._start + data)
+            if not data:
+                return
+        super().data_received(data)
+
+    def _shown(self, data: bytes) -> bytes:
+        """What the parser is shown instead; nothing while the method has not ended."""
+        self._start = b""
+        start = data.lstrip(b"\r\n")  # RFC 9112 section 2.2
+        method, blank, rest = start.partition(b" ")
+        if not blank and _METHOD.match(start):
+            self._start = start
+            self.phase = Phase.HEAD
+            self.begin()
+            return b""
+        if not blank or method in (*_FAST, _HTTP2) or not _METHOD.match(method):
+            return start
+        self.method = method.decode()
+        return _STAND_IN + blank + rest

@@ -18,7 +18,17 @@ from typing import Any, Final
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.refusals import Header, Refusal
+from keylatch.telemetry.repeated_warning import RepeatedWarning
+from keylatch_sidecar.limits import (
+    GRPC_CALLS,
+    GRPC_CONNECTIONS_SHARE,
+    GRPC_IDLE_SECONDS,
+    GRPC_MESSAGE_BYTES,
+    GRPC_METADATA_BYTES,
+    HEAD_SECONDS,
+)
 from keylatch_sidecar.proxies.answers import Proxies, identity_headers
+from keylatch_sidecar.proxies.connections import descriptors
 from keylatch_sidecar.proxies.ext_authz import wanted_by
 
 try:
@@ -79,6 +89,7 @@ class Health:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._not_ready = RepeatedWarning(log, "not ready: %s")
 
     async def check(self, message: bytes, context: Any) -> bytes:
         """Answer a `HealthCheckRequest`."""
@@ -89,7 +100,7 @@ class Health:
         try:
             await self._engine.ready()
         except KeylatchError as error:
-            log.warning("not ready: %s", error.message)
+            self._not_ready.add(error.message)
             return _NOT_SERVING
         return _SERVING
 
@@ -109,7 +120,13 @@ def removed(headers: Sequence[Header], told: Sequence[Header]) -> list[bytes]:
 
 
 async def serve(
-    proxies: Proxies, engine: Engine, address: str, *, is_shared: bool = False
+    proxies: Proxies,
+    engine: Engine,
+    address: str,
+    *,
+    is_shared: bool = False,
+    calls: int = GRPC_CALLS,
+    connections: int | None = None,
 ) -> grpc.aio.Server:
     """A server that has started; `await server.stop(grace)` ends it.
 
@@ -118,6 +135,8 @@ async def serve(
         engine: of which the health service speaks.
         address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
         is_shared: whether other processes of ours serve the same port.
+        calls: how many may be under way at once.
+        connections: how many there may be; None: a share of the file descriptors.
 
     Raises:
         OSError: the address cannot be had.
@@ -128,7 +147,9 @@ async def serve(
             # A proxy may ask as often as it likes whether its connection is alive; by default
             # gRPC hangs up on the third time in five minutes, and questions are lost.
             ("grpc.http2.max_ping_strikes", 0),
-        ]
+            *_limits(connections or int(descriptors() * GRPC_CONNECTIONS_SHARE)),
+        ],
+        maximum_concurrent_rpcs=calls,
     )
     checks: dict[str, Any] = {
         SERVICE: Authorization(proxies).check,
@@ -142,6 +163,19 @@ async def serve(
     _listen(server, address)
     await server.start()
     return server
+
+
+def _limits(connections: int) -> list[tuple[str, int]]:
+    """Of messages and connections. What is beyond them is a gRPC error: a proxy that fails closed,
+    as all in `deploy/` do, lets nothing pass on it."""
+    return [
+        ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
+        ("grpc.max_metadata_size", GRPC_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", GRPC_METADATA_BYTES),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.server_handshake_timeout_ms", int(HEAD_SECONDS * 1000)),
+        ("grpc.max_connection_idle_ms", GRPC_IDLE_SECONDS * 1000),
+    ]
 
 
 def _listen(server: grpc.aio.Server, address: str) -> None:
