@@ -20,6 +20,7 @@ from keylatch.drafts import Draft
 from keylatch.engine import Engine
 from keylatch.foreign import Foreign
 from keylatch.keyring import Created, Keyring
+from keylatch.model import principal_of, secret_of
 from keylatch.settings import Settings
 from keylatch.sql.schema import keys
 from servers import PostgresServer
@@ -142,6 +143,31 @@ async def revoke(scene: Scene) -> None:
     assert scene.says() == "REVOKED"
 
 
+async def revoke_a_family(scene: Scene) -> None:
+    by = principal_of(scene.key.record)
+    child = await scene.keyring.create(scene.place[0], "child", by=by)
+    assert scene.other.says(child.token.reveal()) == "ALLOW FULL child"
+    await scene.keyring.delete(*scene.place, descendants=True)
+    assert [scene.says(), scene.other.says(child.token.reveal())] == ["REVOKED"] * 2
+
+
+async def end_secrets(scene: Scene) -> None:
+    """The one before a rotation, and then the present one."""
+    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    assert rotated is not None
+    record, new = rotated.record, rotated.token.reveal()
+    assert [scene.says(), scene.other.says(new)] == [GOOD, GOOD]
+    await scene.keyring.end_secret(record, secret_of(record, is_previous=True))
+    assert [scene.says(), scene.other.says(new)] == ["WRONG_SECRET", GOOD]
+    await scene.keyring.end_secret(record, secret_of(record))
+    assert [scene.says(), scene.other.says(new)] == ["REVOKED", "REVOKED"]
+
+
+async def end_acting_secret(scene: Scene) -> None:
+    await scene.keyring.end_acting_secret(principal_of(scene.key.record))
+    assert scene.says() == "REVOKED"
+
+
 async def rotate(scene: Scene) -> None:
     rotated = await scene.keyring.rotate(*scene.place, grace_seconds=0)
     assert rotated is not None
@@ -192,7 +218,9 @@ STORIES: dict[str, list[Story]] = {
     "create_many": [create_many],
     "bring_many": [bring_many],
     "change": [disable, narrow, rename],
-    "delete": [revoke],
+    "delete": [revoke, revoke_a_family],
+    "end_secret": [end_secrets],
+    "end_acting_secret": [end_acting_secret],
     "rotate": [rotate, rotate_with_grace],
     "cancel_rotation": [cancel_rotation],
     "finish_rotation": [finish_rotation],
