@@ -46,6 +46,7 @@ from keylatch_sidecar.commands.options import (
     OrganizationArgument,
     OrganizationOption,
     OwnerOption,
+    PepperFileOption,
     PrefixOption,
     ProxyCacheOption,
     RedisOption,
@@ -120,6 +121,7 @@ def serve(
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     store: StoreOption = None,
     redis: RedisOption = None,
+    pepper_file: PepperFileOption = None,
     prefix: PrefixOption = None,
     hasher: HasherOption = None,
     lease: LeaseOption = None,
@@ -138,6 +140,7 @@ def serve(
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
     given |= {"clients": clients, "log": log, "timing": timing, "tracing": tracing}
+    given |= {"pepper_file": pepper_file}
     proxies = {
         "verify_facts": verify_facts,
         "ext_authz_facts": ext_authz_facts,

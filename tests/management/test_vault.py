@@ -17,7 +17,7 @@ from fakeredis import FakeAsyncRedis
 
 from conftest import Clock, MakeEngine, OnAStore, Times
 from keylatch.engine import Engine
-from keylatch.errors import StoreUnavailable
+from keylatch.errors import HashingFailed, StoreUnavailable
 from keylatch.model import Allow, Deny, Reason
 from keylatch.settings import Settings
 from keylatch.sql.vault import KINDS
@@ -188,10 +188,10 @@ async def test_what_redis_holds_stays_readable(
     await asyncio.sleep(0.05)  # Redis is told in the background
     caplog.clear()
 
-    async def fail(key_id: str) -> Any:
-        raise StoreUnavailable("Redis must know, says the test")
+    async def fail(stored: str, token: Token) -> Any:
+        raise HashingFailed("Redis must save the hash, says the test")
 
-    monkeypatch.setattr(there.store, "find", fail)
+    monkeypatch.setattr(there.hasher, "verify", fail)
     for token in tokens:
         assert isinstance(await there.check(bearer(token)), Allow)
     assert caplog.records == []

@@ -194,7 +194,7 @@ def set_organization_active(
 
 def renew(connection: Connection, epoch: str, seq: int) -> None:
     row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
-    if row.epoch != epoch:
+    if row.epoch != epoch and row.seq >= seq:
         return  # somebody else was faster
     connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
     advance(connection, now_ms())  # it names nobody, so it concerns everybody
