@@ -106,16 +106,15 @@ class Lookup:
             found = await self._found(token)
         if isinstance(found, Absent):
             return Absence(Reason.UNKNOWN, token.key_id, "", found.as_of), STORE
-        record = found.record
-        known = self._known(token, record, found.as_of)
-        if isinstance(known, Absence):
-            return known, STORE
+        flawed = self._flawed(found)
+        if flawed is not None:
+            return flawed, STORE
         secret, tier = await self._secret_of(token, self._secrets(found))
         if secret is None:
-            reason = Reason.WRONG_SECRET
-            return Absence(reason, record.id, record.organization_id, found.as_of), STORE
+            return _absence(Reason.WRONG_SECRET, found), STORE
         # Once more: a hash takes its time, and the key may have expired meanwhile.
-        return self._known(token, record, found.as_of, secret.is_previous), tier
+        entry = entry_of(token.fingerprint, found.record, found.as_of, secret.is_previous)
+        return self._flawed(found) or entry, tier
 
     async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
@@ -186,15 +185,15 @@ class Lookup:
         finally:
             self._foreign -= 1
 
-    def _known(
-        self, token: Token, record: KeyRecord, as_of: int, is_previous: bool = False
-    ) -> Entry | Absence:
-        """What the token is if its secret is right."""
-        reason = flaw(record, self._witness.now_ms(), self._environment)
-        if reason is not None:
-            return Absence(reason, record.id, record.organization_id, as_of)
-        return entry_of(token.fingerprint, record, as_of, is_previous)
+    def _flawed(self, found: Found) -> Absence | None:
+        """Why a key opens nothing, whoever has its secret."""
+        reason = flaw(found.record, self._witness.now_ms(), self._environment)
+        return None if reason is None else _absence(reason, found)
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again
             await self._store.replace_hash(key_id, old, await self._hasher.hash(token))
+
+
+def _absence(reason: Reason, found: Found) -> Absence:
+    return Absence(reason, found.record.id, found.record.organization_id, found.as_of)

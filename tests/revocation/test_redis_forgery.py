@@ -351,7 +351,7 @@ async def test_both_secrets_of_a_rotation_are_saved_and_the_old_one_ends(
     await late.stop()
 
 
-async def test_nobody_is_refused_by_what_redis_holds(
+async def test_redis_refuses_no_key(
     engine: Engine, newcomers: list[Engine], server: FakeServer
 ) -> None:
     """A signed value that fits nothing costs one hash, and is overwritten by what fits."""
@@ -373,8 +373,8 @@ async def test_nobody_is_refused_by_what_redis_holds(
 async def test_a_preimage_is_in_the_clear_nowhere(
     engine: Engine, server: FakeServer, make_engine: MakeEngine
 ) -> None:
-    """Neither Redis nor the store holds it, so who reads both has to run argon2id for each guess,
-    or know the token."""
+    """Neither Redis nor the store holds it: an attacker who reads both needs the token, or has to
+    run argon2id for each guess."""
     key = await create(engine)
     first = make_engine(redis=FakeAsyncRedis(server=server))
     assert isinstance(await first.check(bearer(key.token)), Allow)
