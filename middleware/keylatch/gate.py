@@ -23,7 +23,7 @@ class Gate(Generic[App]):
         app: the application to protect.
         store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
         redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
-        pepper_file: of a secret that the store does not hold; None: `KEYLATCH_PEPPER_FILE`.
+        pepper_file: holds a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
         public: paths that need no key, such as `/healthz` or `/docs/{page}`.
         permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
             parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`.

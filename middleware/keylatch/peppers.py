@@ -42,7 +42,10 @@ def read(path: Path) -> tuple[bytes, ...]:
 
 def is_open_to_all(path: Path) -> bool:
     """Whether every account of the host may read a file."""
-    return bool(path.stat().st_mode & stat.S_IROTH)
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except OSError:  # it is gone, and was read before
+        return False
 
 
 def peppered(peppers: Sequence[bytes], outside: Sequence[bytes]) -> tuple[bytes, ...]:

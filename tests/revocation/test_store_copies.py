@@ -143,6 +143,23 @@ async def test_stores_in_memory_have_nothing_in_common() -> None:
     assert await epoch_of(Store("sqlite://")) != await epoch_of(Store("sqlite://"))
 
 
+async def test_a_restored_backup_goes_beyond_all_that_was_given_out() -> None:
+    """A backup has an epoch of its own, so another epoch alone does not say that a process was
+    faster to renew it: numbers that were given out are never given out again."""
+    store = Store("sqlite://")
+    await store.open(0)
+    present = await store.changes(END)
+    await store.renew("of the original", present.seq + 50)
+    renewed = await store.changes(END)
+    assert renewed.seq > present.seq + 50
+    assert renewed.epoch != present.epoch
+    await store.renew("of the original", present.seq + 20)
+    assert (await store.changes(END)).epoch == renewed.epoch, "one was faster"
+    await store.renew(renewed.epoch, 0)
+    assert (await store.changes(END)).epoch != renewed.epoch
+    await store.close()
+
+
 async def test_two_schemas_of_a_database_are_two_stores(postgres: PostgresServer) -> None:
     """The tables say which, and not only the database."""
     url = postgres.new_database()
