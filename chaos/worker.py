@@ -18,6 +18,7 @@ from checker import ACCEPTED, REFUSED, UNDECIDED, Checker
 from keylatch import credentials
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
+from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Keyring
 from keylatch.model import Allow, KeyRecord, Reason, Verdict
 from keylatch.settings import Settings
@@ -119,8 +120,9 @@ async def revoke(engine: Engine, store: WitnessedStore, path: str, name: str, se
 if __name__ == "__main__":
     deed, store_url, redis_url, lease, path, name, *seed = sys.argv[1:]
     store = WitnessedStore(store_url)
-    settings = Settings.load(store=store_url, redis=redis_url, lease=float(lease), hasher="sha256")
-    engine = Engine(settings, store=store)
+    settings = Settings.load(store=store_url, redis=redis_url, lease=float(lease))
+    # argon2id, or Redis would never be asked.
+    engine = Engine(settings, store=store, hasher=Hasher("argon2id", CHEAPEST))
     if deed == "check":
         Checker(Product(engine), path, "keylatch", name).run()
     else:

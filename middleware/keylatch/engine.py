@@ -78,7 +78,7 @@ class Engine(Checks):
         redis: Any = None,
     ) -> None:
         self.settings = settings
-        self.store = store or Store(settings.store)
+        self.store = store or Store(settings.store, outside=settings.outside_peppers)
         self.hasher = hasher or Hasher(settings.hasher)
         self._clock = clock
         self._timer = timer
@@ -173,7 +173,7 @@ class Engine(Checks):
             raise
         finally:
             self._starting = None
-        for warning in self.store.warnings:
+        for warning in (*self.store.warnings, *self.settings.warnings):
             log.warning(warning)
         self._open_redis(secrets)
         self._aside.second_look.begin(self._feed.seq, self._feed.epoch)
@@ -301,7 +301,7 @@ class Engine(Checks):
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
         began = time.perf_counter()
         if self._l2 is not None and record is not None:
-            await self._l2.bury(record, seq, self._feed.epoch)
+            await self._l2.bury(record.id, self._feed.epoch)
         receipt = await self._witness.settle(seq, wait=wait)
         if wait:
             self.meter.settled.observe(time.perf_counter() - began)

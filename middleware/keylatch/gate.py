@@ -23,6 +23,7 @@ class Gate(Generic[App]):
         app: the application to protect.
         store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
         redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
+        pepper_file: holds a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
         public: paths that need no key, such as `/healthz` or `/docs/{page}`.
         permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
             parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`.
@@ -46,6 +47,7 @@ class Gate(Generic[App]):
         *,
         store: str | None = None,
         redis: str | None = None,
+        pepper_file: str | None = None,
         public: Iterable[str] = (),
         permissions: Mapping[str, Iterable[str]] | None = None,
         realm: str | None = None,
@@ -65,6 +67,7 @@ class Gate(Generic[App]):
                 Settings.load(
                     store=store,
                     redis=redis,
+                    pepper_file=pepper_file,
                     realm=realm,
                     environment=environment,
                     lease=lease,

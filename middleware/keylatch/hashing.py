@@ -19,13 +19,18 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
 import argon2
-from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
+from argon2.exceptions import (
+    HashingError,
+    InvalidHashError,
+    VerificationError,
+    VerifyMismatchError,
+)
 
-from keylatch import foreign
+from keylatch import argon2id, foreign
+from keylatch.argon2id import Cost
 from keylatch.errors import HashingBusy, HashingFailed
 from keylatch.telemetry.condition import Condition
 from keylatch.telemetry.meter import Count
@@ -42,18 +47,14 @@ POOLS: Final = ("checks", "imported", "management", "upgrades")
 tokens, and better hashes of old ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """The price of one argon2id hash (RFC 9106 section 3.1)."""
-
-    memory_kib: int = 19 * 1024
-    passes: int = 2
-    lanes: int = 1
-
+__all__ = ["CHEAPEST", "OWASP_MINIMUM", "Cost", "Fit", "Hasher"]
 
 OWASP_MINIMUM: Final = Cost()
 CHEAPEST: Final = Cost(memory_kib=8, passes=1)
 """For tests only."""
+
+Fit = bool | bytes
+"""Whether a hash is that of a token; where it has a preimage (see `argon2id`), that says yes."""
 
 
 class Hasher:
@@ -77,9 +78,7 @@ class Hasher:
         management_workers: int | None = None,
     ) -> None:
         self._scheme = scheme
-        self._argon2 = argon2.PasswordHasher(
-            time_cost=cost.passes, memory_cost=cost.memory_kib, parallelism=cost.lanes
-        )
+        self._cost = cost
         workers = workers or os.cpu_count() or 1
         half = max(1, workers // 2)
         self.condition = Condition(
@@ -147,9 +146,9 @@ class Hasher:
         return await lane.run(lambda: self._hash_now(token))
 
     def _hash_now(self, token: Token) -> str:
-        return self._argon2.hash(token.reveal())
+        return argon2id.hashed(token.reveal(), self._cost)
 
-    async def verify(self, stored: str, token: Token) -> bool:
+    async def verify(self, stored: str, token: Token) -> Fit:
         """Whether the stored hash is that of the token.
 
         Raises:
@@ -159,26 +158,22 @@ class Hasher:
         if stored.startswith(_SHA256):
             return hmac.compare_digest(stored, _sha256(token))
         if foreign.is_quick(stored):
-            return self._verify_now(stored, token)
+            return _fit(stored, token)
         lane = self._lane if is_native(token) else self._foreign_lane
-        return await lane.run(lambda: self._verify_now(stored, token))
+        return await lane.run(lambda: _fit(stored, token))
 
     def is_outdated(self, stored: str) -> bool:
         """Whether a hash should be made anew at its next use: weaker scheme or other cost.
 
         A change from argon2id to sha256 leaves old hashes alone: that would weaken them. Another
-        system's are always made anew: its tokens are random and long, and its hashes are slow.
+        system's are always made anew: its tokens are random and long, and its hashes are slow. So
+        is argon2's own output, which has no preimage.
         """
         if foreign.is_foreign(stored):
             return True
         if self._scheme != "argon2id":
             return False
-        if stored.startswith(_SHA256):
-            return True
-        try:
-            return self._argon2.check_needs_rehash(stored)
-        except InvalidHashError:
-            return False
+        return stored.startswith(_SHA256) or argon2id.is_outdated(stored, self._cost)
 
     def close(self) -> None:
         """Let the threads go; those that still hash finish on their own."""
@@ -190,21 +185,6 @@ class Hasher:
         for lane in self._lanes:
             lane.forget()
         self.condition.forget()
-
-    def _verify_now(self, stored: str, token: Token) -> bool:
-        scheme = "argon2"
-        try:
-            if foreign.is_foreign(stored):
-                scheme = "another system's scheme"
-                return foreign.fits(stored, token)
-            return self._argon2.verify(stored, token.reveal())
-        except VerifyMismatchError:
-            return False
-        except (InvalidHashError, VerificationError, ValueError, MemoryError) as error:
-            raise HashingFailed(
-                f"{scheme} could not verify a stored hash: {type(error).__name__}",
-                "the row was damaged or the machine is out of memory; no key was refused for it",
-            ) from None
 
 
 class _Lane:
@@ -268,3 +248,22 @@ class _Lane:
 
 def _sha256(token: Token) -> str:
     return _SHA256 + token.digest.hex()
+
+
+def _fit(stored: str, token: Token) -> Fit:
+    scheme = "argon2"
+    try:
+        if foreign.is_foreign(stored):
+            scheme = "another system's scheme"
+            return foreign.fits(stored, token)
+        if argon2id.is_digested(stored):
+            preimage = argon2id.preimage(stored, token.reveal())
+            return preimage if argon2id.fits(stored, preimage) else False
+        return argon2.PasswordHasher().verify(stored, token.reveal())
+    except VerifyMismatchError:
+        return False
+    except (InvalidHashError, HashingError, VerificationError, ValueError, MemoryError) as error:
+        raise HashingFailed(
+            f"{scheme} could not verify a stored hash: {type(error).__name__}",
+            "the row was damaged or the machine is out of memory; no key was refused for it",
+        ) from None

@@ -1,23 +1,27 @@
-"""Finding out what a token is: Redis, then the store, then argon2. It decides nothing.
+"""Finding out what a token is: the store, then Redis, then argon2. It decides nothing.
+
+What a process meets for the first time it reads in the store. Redis can only save it the hash: see
+`shared_cache`.
 
 An error anywhere on the way goes to the caller, and nothing is remembered of it.
 
-A token that was made elsewhere finds its key by its locators and not by an id, so Redis, which the
-revoker overwrites by the id, is not asked about it. Nobody but the store can tell a made-up one
+A token that was made elsewhere finds its key by its locators and not by an id, and Redis knows
+nothing of those. Nobody but the store can tell a made-up one
 from a real one, so only some are looked up at a time.
 """
 
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keylatch import foreign
+from keylatch.argon2id import is_digested
 from keylatch.caches.cache import Absence, Entry, entry_of
-from keylatch.caches.shared_cache import SharedCache, Told
+from keylatch.caches.shared_cache import SharedCache
 from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.hashing import Hasher
-from keylatch.model import KeyRecord, Reason, flaw, secret_of
+from keylatch.model import PREVIOUS, KeyRecord, Reason, flaw, secret_of
 from keylatch.revocation.feed import Feed, Witness
 from keylatch.sql.schema import NOBODY
 from keylatch.store import Absent, Found, Store
@@ -48,6 +52,21 @@ class Owner:
         return secret_of(self.record, self.is_previous)
 
 
+@dataclass(frozen=True, slots=True)
+class _Secret:
+    """One that is good for a key, as the store holds it.
+
+    Args:
+        name: the key's id, or that with `PREVIOUS` behind it.
+        hash: of it.
+        is_previous: whether it is the one before the last rotation.
+    """
+
+    name: str
+    hash: str = field(repr=False)
+    is_previous: bool = False
+
+
 class Lookup:
     """Looks tokens up for one process.
 
@@ -55,8 +74,8 @@ class Lookup:
         store: an opened store.
         shared: the shared cache, if there is one.
         hasher: verifies, and makes outdated hashes anew.
-        feed: what has changed, to judge what Redis says.
-        witness: keeps the feed current.
+        feed: knows the store's epoch.
+        witness: tells the time.
         environment: the only one whose keys are welcome; None: all of them.
         later: runs work that no request waits for.
         meter: counts how long that takes.
@@ -84,13 +103,26 @@ class Lookup:
         self._meter = meter
 
     async def fetch(self, token: Token) -> tuple[Entry | Absence, str]:
-        """What the token is, by whoever knows it, and who that was: `meter.L2` or `meter.STORE`.
+        """What the token is, by the store, and what proved that: `meter.L2` or `meter.STORE`.
 
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
-        shared = await self._fetch_shared(token)
-        return (shared, L2) if shared is not None else (await self._fetch_stored(token), STORE)
+        with self._meter.stage(STORE):
+            found = await self._found(token)
+        if isinstance(found, Absent):
+            # Of another shape, it names no key, whatever stands where an id would be.
+            key_id = token.key_id if is_native(token) else NOBODY
+            return Absence(Reason.UNKNOWN, key_id, NOBODY, found.as_of), STORE
+        flawed = self._flawed(found)
+        if flawed is not None:
+            return flawed, STORE
+        secret, tier = await self._secret_of(token, self._secrets(found))
+        if secret is None:
+            return _absence(Reason.WRONG_SECRET, found), STORE
+        # Once more: a hash takes its time, and the key may have expired meanwhile.
+        entry = entry_of(token.fingerprint, found.record, found.as_of, secret.is_previous)
+        return self._flawed(found) or entry, tier
 
     async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
@@ -103,65 +135,49 @@ class Lookup:
             return None
         if await self._hasher.verify(found.hash, token):
             return Owner(found.record, found.record.deleted_at is None)
-        if found.previous_hash is None or not await self._hasher.verify(found.previous_hash, token):
+        if found.previous_hash is None:
+            return None
+        if not await self._hasher.verify(found.previous_hash, token):
             return None
         grace = found.record.grace_ends_at(self._witness.now_ms())
         return Owner(found.record, found.record.deleted_at is None and grace is not None, True)
 
-    async def _fetch_shared(self, token: Token) -> Entry | Absence | None:
-        if self._shared is None or not is_native(token):
-            return None
-        with self._meter.stage(L2):
-            told = await self._shared.get(token, self._feed.epoch)
-        if told is None:
-            return None
-        known: Entry | Absence
-        if isinstance(told, Told):
-            known = self._known(token, told.record, told.as_of, told.is_previous)
-        else:
-            known = told
-        await self._witness.catch_up()
-        # What was read after all that this process has heard of is left to the store: it may
-        # come from before a restore, when numbers were higher.
-        fresh = known.as_of <= self._feed.seq and self._feed.accepts(
-            known.key_id, known.organization_id, known.as_of
-        )
-        return known if fresh else None
+    def _secrets(self, found: Found) -> list[_Secret]:
+        """The present one, and while its grace runs the one before."""
+        secrets = [_Secret(found.record.id, found.hash)]
+        is_in_grace = found.record.grace_ends_at(self._witness.now_ms()) is not None
+        if found.previous_hash is not None and is_in_grace:
+            name = found.record.id + PREVIOUS
+            secrets.append(_Secret(name, found.previous_hash, is_previous=True))
+        return secrets
 
-    async def _fetch_stored(self, token: Token) -> Entry | Absence:
-        with self._meter.stage(STORE):
-            found = await self._found(token)
-        if isinstance(found, Absent):
-            # Of another shape, it names no key, whatever stands where an id would be.
-            key_id = token.key_id if is_native(token) else NOBODY
-            return Absence(Reason.UNKNOWN, key_id, NOBODY, found.as_of)
-        record = found.record
-        known = self._known(token, record, found.as_of)
-        if isinstance(known, Absence):
-            return known
-        is_previous = False
-        if not await self._fits(found.hash, token):
-            is_previous = await self._is_previous(found, token)
-            if not is_previous:
-                return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, found.as_of)
-            known = self._known(token, record, found.as_of, is_previous)
+    async def _secret_of(self, token: Token, secrets: list[_Secret]) -> tuple[_Secret | None, str]:
+        """Which of these a token is, and who proved it."""
         if self._shared is not None and is_native(token):
-            self._later(self._shared.put(token, record, found.as_of, self._feed.epoch, is_previous))
-        if not is_previous and self._hasher.is_outdated(found.hash):
-            self._later(self._hash_anew(token, record.id, found.hash))
-        return known
+            for secret in secrets:
+                if is_digested(secret.hash) and await self._is_shared(self._shared, token, secret):
+                    return secret, L2
+        for secret in secrets:
+            if await self._fits(secret, token):
+                return secret, STORE
+        return None, STORE
 
-    async def _is_previous(self, found: Found, token: Token) -> bool:
-        """Whether its secret is the one before the last rotation, and still good."""
-        if found.previous_hash is None:
-            return False
-        if found.record.grace_ends_at(self._witness.now_ms()) is None:
-            return False
-        return await self._fits(found.previous_hash, token)
+    async def _is_shared(self, shared: SharedCache, token: Token, secret: _Secret) -> bool:
+        with self._meter.stage(L2):
+            return await shared.proves(token, secret.name, secret.hash, self._feed.epoch)
 
-    async def _fits(self, hashed: str, token: Token) -> bool:
+    async def _fits(self, secret: _Secret, token: Token) -> bool:
         with self._meter.stage("hash"):
-            return await self._hasher.verify(hashed, token)
+            fit = await self._hasher.verify(secret.hash, token)
+        if not fit:
+            return False
+        if not secret.is_previous and self._hasher.is_outdated(secret.hash):
+            self._later(self._hash_anew(token, secret.name, secret.hash))
+        elif self._shared is not None and is_native(token) and isinstance(fit, bytes):
+            epoch = self._feed.epoch
+            put = self._shared.put(token, secret.name, secret.hash, fit, epoch)
+            self._later(put)
+        return True
 
     async def _found(self, token: Token) -> Found | Absent:
         if is_native(token):
@@ -177,15 +193,15 @@ class Lookup:
         finally:
             self._foreign -= 1
 
-    def _known(
-        self, token: Token, record: KeyRecord, as_of: int, is_previous: bool = False
-    ) -> Entry | Absence:
-        """What the token is if its secret is right."""
-        reason = flaw(record, self._witness.now_ms(), self._environment)
-        if reason is not None:
-            return Absence(reason, record.id, record.organization_id, as_of)
-        return entry_of(token.fingerprint, record, as_of, is_previous)
+    def _flawed(self, found: Found) -> Absence | None:
+        """Why a key opens nothing, whoever has its secret."""
+        reason = flaw(found.record, self._witness.now_ms(), self._environment)
+        return None if reason is None else _absence(reason, found)
 
     async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again
             await self._store.replace_hash(key_id, old, await self._hasher.hash_anew(token))
+
+
+def _absence(reason: Reason, found: Found) -> Absence:
+    return Absence(reason, found.record.id, found.record.organization_id, found.as_of)

@@ -7,6 +7,7 @@ or Redis URL may hold a password, so no message repeats a value.
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
@@ -15,6 +16,7 @@ from redis.asyncio import ConnectionPool
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from keylatch import peppers
 from keylatch.errors import ConfigurationError
 from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
 
@@ -24,6 +26,7 @@ PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
 
 _HINTS: Final = {
     "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
+    "pepper_file": "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
     "redis": "redis://host:6379/0, rediss:// for TLS, unix:///path.sock, or empty for none",
     "prefix": f"the first word of new tokens matches {PREFIX_PATTERN}",
     "hasher": "argon2id or sha256",
@@ -53,6 +56,8 @@ class Settings(BaseSettings):
     """Where keys live: `sqlite:///path.db` or `postgresql://…`."""
     redis: str = Field(default="", repr=False)
     """Redis or Valkey URL of the shared cache; empty: work without."""
+    pepper_file: str = ""
+    """A file with a secret that the store does not hold; see `peppers`. Empty: none."""
     prefix: str = "kl"
     """First word of new tokens."""
     hasher: Literal["argon2id", "sha256"] = "argon2id"
@@ -116,6 +121,33 @@ class Settings(BaseSettings):
         except (ValueError, TypeError):  # both quote the URL
             raise ValueError("not a Redis URL") from None
         return url
+
+    @field_validator("pepper_file")
+    @classmethod
+    def _pepper_file_is_of_use(cls, path: str) -> str:
+        if path:
+            peppers.read(Path(path))
+        return path
+
+    @property
+    def outside_peppers(self) -> tuple[bytes, ...]:
+        """What `pepper_file` holds.
+
+        Raises:
+            ConfigurationError: it cannot be read any more.
+        """
+        try:
+            return peppers.read(Path(self.pepper_file)) if self.pepper_file else ()
+        except ValueError as error:
+            wrong = f"KEYLATCH_PEPPER_FILE: {error}"
+            raise ConfigurationError([(wrong, _HINTS["pepper_file"])]) from None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know at start."""
+        if self.pepper_file and peppers.is_open_to_all(Path(self.pepper_file)):
+            return ("every account of this host may read KEYLATCH_PEPPER_FILE: chmod o-r",)
+        return ()
 
     @field_validator("tracing")
     @classmethod

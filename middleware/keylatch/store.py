@@ -4,8 +4,10 @@ The statements are in `sql`, each written once; here they are run, on SQLite or 
 Every method may raise `StoreUnavailable`; then nothing was changed that had been answered.
 """
 
+import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -15,6 +17,7 @@ from sqlalchemy.engine import make_url
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.model import Deed, KeyRecord
+from keylatch.peppers import peppered
 from keylatch.sql import authorization, changes, leases, lists, questions, rotations, vault
 from keylatch.sql.authorization import Actor
 from keylatch.sql.database import Database, Question, Rows
@@ -36,6 +39,8 @@ from keylatch.usage.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_talli
 _OPEN_SECONDS: Final = 1.0
 # An index of a million keys takes two seconds.
 _UPGRADE_SECONDS: Final = 60.0
+_AT: Final = "."
+"""Between an epoch and the database that it is told of."""
 PAGE: Final = 500
 """Keys that are read at once: they keep an event loop for a few milliseconds."""
 
@@ -84,13 +89,25 @@ def file_of(url: str) -> Path | None:
 class Store:
     """Keys and what belongs to them, on SQLite or PostgreSQL.
 
+    The epoch that it tells names the database as well: copies of a store have the same tables, and
+    what Redis holds for one must not be taken for the other's.
+
     Args:
         url: `sqlite:///path.db`, `postgresql://…`, or `sqlite://` for one in memory (tests).
         upgrade_seconds: how long a server may take to bring old tables up to date.
+        outside: secrets that the store does not hold, newest first; see `keylatch.peppers`.
     """
 
-    def __init__(self, url: str, *, upgrade_seconds: float = _UPGRADE_SECONDS) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        upgrade_seconds: float = _UPGRADE_SECONDS,
+        outside: Sequence[bytes] = (),
+    ) -> None:
         self._database = database_of(url)
+        self._outside = tuple(outside)
+        self._identity = ""
         self._upgrade_seconds = upgrade_seconds
         self.condition = Condition("the store does not answer", "the store answers again")
         """Of what is read: changes may fail while that goes on."""
@@ -129,7 +146,16 @@ class Store:
                 seconds=self._upgrade_seconds,
             )
             secrets = await self._read(questions.secrets_of)
-        return secrets
+        identity = await self._answered(self._database.identity())
+        self._identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return self._completed(secrets)
+
+    def _completed(self, secrets: Secrets) -> Secrets:
+        peppers = peppered(secrets.peppers, self._outside)
+        return replace(secrets, peppers=peppers)
+
+    def _located(self, changes: Changes) -> Changes:
+        return replace(changes, epoch=f"{changes.epoch}{_AT}{self._identity}")
 
     def pools(self) -> Mapping[str, int]:
         """Work under way by kind: see `Database.pools`."""
@@ -172,11 +198,11 @@ class Store:
     async def changes(self, since: int, seconds: float | None = None) -> Changes:
         """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
         rows = await self._asked(questions.CHANGES, seconds=seconds, since=since)
-        return questions.read_changes(rows, since)
+        return self._located(questions.read_changes(rows, since))
 
     async def secrets(self) -> Secrets:
         """The store's own secrets, as they are now."""
-        return questions.read_secrets(await self._asked(questions.SECRETS))
+        return self._completed(questions.read_secrets(await self._asked(questions.SECRETS)))
 
     def sequence_now(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
@@ -186,7 +212,7 @@ class Store:
     def changes_now(self, since: int) -> Changes | None:
         """`changes` without waiting (SQLite), or None where it cannot be had that way."""
         rows = self._database.ask_now(questions.CHANGES, since=since)
-        return questions.read_changes(rows, since) if rows else None
+        return self._located(questions.read_changes(rows, since)) if rows else None
 
     # What witnesses ask
 
@@ -222,7 +248,8 @@ class Store:
             heard_seq=heard[-1][0] if heard else seq,
             heard=json.dumps(heard),
         )
-        return leases.read_poll(rows, seq)
+        poll = leases.read_poll(rows, seq)
+        return replace(poll, changes=self._located(poll.changes))
 
     async def leave(self, member: str) -> None:
         """A process holds no lease any more and will ask for none."""
@@ -253,7 +280,7 @@ class Store:
     async def renew(self, epoch: str, seq: int) -> None:
         """After a restore from a backup: a new epoch, and sequence numbers beyond all that were
         given out, so that nothing that anybody remembers is believed."""
-        await self._write(changes.renew, epoch, seq)
+        await self._write(changes.renew, epoch.partition(_AT)[0], seq)
 
     async def replace_hash(self, key_id: str, old: str, new: str) -> None:
         """Exchange a hash for another one of the same token. No answer about the key changes."""

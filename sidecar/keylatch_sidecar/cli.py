@@ -49,6 +49,7 @@ from keylatch_sidecar.commands.options import (
     OrganizationArgument,
     OrganizationOption,
     OwnerOption,
+    PepperFileOption,
     PrefixOption,
     ProxyCacheOption,
     RedisOption,
@@ -123,6 +124,7 @@ def serve(
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     store: StoreOption = None,
     redis: RedisOption = None,
+    pepper_file: PepperFileOption = None,
     prefix: PrefixOption = None,
     hasher: HasherOption = None,
     lease: LeaseOption = None,
@@ -145,6 +147,7 @@ def serve(
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
     given |= {"max_keys": max_keys, "max_changes": max_changes, "audit_days": audit_days}
     given |= {"clients": clients, "log": log, "timing": timing, "tracing": tracing}
+    given |= {"pepper_file": pepper_file}
     proxies = {
         "verify_facts": verify_facts,
         "ext_authz_facts": ext_authz_facts,

@@ -88,6 +88,9 @@ def take(source: Path, target: Path) -> int:
             _refuse_strangers(store, source)
             store.backup(copy)
             copy.execute("PRAGMA journal_mode = DELETE")  # one file, whoever opens it
+            # A process that serves the copy itself shares no memory with the original's.
+            copy.execute("UPDATE keylatch_meta SET epoch = ?", (csprng.token_hex(8),))
+            copy.commit()
             count = _checked(copy, unfinished)
         unfinished.rename(target)
     except (sqlite3.Error, OSError) as error:

@@ -17,7 +17,7 @@ from conftest import Clock, MakeEngine
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
-from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.hashing import CHEAPEST, Fit, Hasher
 from keylatch.settings import Settings
 from keylatch.store import Store
 from keylatch.tokens import CheckKeys, Token
@@ -425,7 +425,7 @@ class Crowded(Hasher):
 
     crowded = False
 
-    async def verify(self, stored: str, token: Token) -> bool:
+    async def verify(self, stored: str, token: Token) -> Fit:
         if self.crowded:
             raise HashingBusy("the queue is full, says the test")
         return await super().verify(stored, token)

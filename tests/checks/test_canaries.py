@@ -395,6 +395,7 @@ class Found:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """All of it, once."""
     path = tmp_path_factory.mktemp("canaries") / "keys.db"
+    path.touch(0o600)  # one that others may open would be replaced
     world = World(f"sqlite:///{path}", fakeredis.FakeServer())
     with (
         every_log_line() as lines,

@@ -17,7 +17,7 @@ from keylatch import tokens
 from keylatch.drafts import QuotaExceeded
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
-from keylatch.hashing import CHEAPEST, Cost, Hasher
+from keylatch.hashing import CHEAPEST, Cost, Fit, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason, Wanted, principal_of
 from keylatch.revocation.feed import Feed
@@ -65,7 +65,7 @@ class WatchedHasher(Hasher):
         self.verified = 0
         self.full = False
 
-    async def verify(self, stored: str, token: Token) -> bool:
+    async def verify(self, stored: str, token: Token) -> Fit:
         self.verified += 1
         if self.full:
             raise HashingBusy("filled by the test")

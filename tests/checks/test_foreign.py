@@ -22,7 +22,7 @@ from keylatch import foreign
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, HashingFailed, StoreUnavailable
 from keylatch.foreign import Foreign
-from keylatch.hashing import CHEAPEST, Cost, Hasher
+from keylatch.hashing import CHEAPEST, Cost, Fit, Hasher
 from keylatch.keyring import Brought, Draft
 from keylatch.model import Allow, Deny, Reason, Verdict
 from keylatch.revocation.feed import Feed
@@ -214,7 +214,7 @@ class CountingHasher(Hasher):
         super().__init__("sha256")
         self.verified = 0
 
-    async def verify(self, stored: str, token: Token) -> bool:
+    async def verify(self, stored: str, token: Token) -> Fit:
         self.verified += 1
         return await super().verify(stored, token)
 
@@ -516,7 +516,7 @@ class TestPostgreSQL(ForeignContract):
 async def test_redis_is_told_nothing_of_tokens_from_elsewhere(make_engine: MakeEngine) -> None:
     """And is not asked; it is of keylatch's own. A process that is new verifies for itself."""
     redis, hasher = FakeServer(), CountingHasher()
-    engine = make_engine(redis=FakeAsyncRedis(server=redis), hasher=Hasher("sha256"))
+    engine = make_engine(redis=FakeAsyncRedis(server=redis))
     new = make_engine(redis=FakeAsyncRedis(server=redis), hasher=hasher)
     key, own = elsewhere.seam(), await (await engine.keyring()).create("acme", "own")
     [brought] = await bring(engine, key)

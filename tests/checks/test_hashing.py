@@ -1,10 +1,15 @@
 """Hashes: self-describing, upgraded when they should be, bounded, and off the event loop."""
 
 import asyncio
+import base64
+import hashlib
 import threading
 
+import argon2
 import pytest
+from argon2.exceptions import VerifyMismatchError
 
+from keylatch import argon2id
 from keylatch.errors import HashingBusy, HashingFailed
 from keylatch.hashing import CHEAPEST, OWASP_MINIMUM, Cost, Hasher
 from keylatch.tokens import CheckKeys, Token
@@ -57,6 +62,44 @@ async def test_hashes_are_upgraded_and_never_weakened() -> None:
     assert not sha.is_outdated(sha_hash)
     for hasher in (cheap, dear, sha):
         hasher.close()
+
+
+async def test_what_is_stored_is_the_digest_of_what_proves_it() -> None:
+    """argon2id's output is not in the hash, is what verify answers with, and fits no other hash,
+    also not one of the same token with another salt."""
+    hasher = Hasher("argon2id", CHEAPEST)
+    stored, again, other = [await hasher.hash(token) for token in (TOKEN, TOKEN, OTHER)]
+    fit = await hasher.verify(stored, TOKEN)
+    assert isinstance(fit, bytes)
+    assert [argon2id.fits(each, fit) for each in (stored, again, other)] == [True, False, False]
+    assert argon2id._encoded(fit) not in stored
+    assert argon2id.preimage(stored, OTHER.reveal()) != fit
+    for wrong in (b"", fit[:-1], fit + b"x", bytes(32), hashlib.sha256(fit).digest()):
+        assert not argon2id.fits(stored, wrong)
+    hasher.close()
+
+
+async def test_argon2_itself_says_the_same() -> None:
+    """The stored digest is that of what the reference implementation makes of the same salt."""
+    stored = argon2id.hashed(TOKEN.reveal(), CHEAPEST)
+    head, digest, kind = stored.rsplit("$", 2)
+    raw = argon2id._encoded(argon2id.preimage(stored, TOKEN.reveal()))
+    assert kind == "sha256"
+    assert argon2.PasswordHasher().verify(f"{head}${raw}", TOKEN.reveal())
+    with pytest.raises(VerifyMismatchError):
+        argon2.PasswordHasher().verify(f"{head}${digest}", TOKEN.reveal())
+
+
+async def test_argon2s_own_output_is_verified_and_made_anew() -> None:
+    """Hashes from before, and from elsewhere: they prove nothing to others, because an attacker who
+    has read the store knows them."""
+    hasher = Hasher("argon2id", CHEAPEST)
+    before = argon2.PasswordHasher(1, 8, 1).hash(TOKEN.reveal())
+    assert await hasher.verify(before, TOKEN) is True
+    assert await hasher.verify(before, OTHER) is False
+    assert hasher.is_outdated(before)
+    assert not argon2id.fits(before, base64.b64decode(before.rpartition("$")[2] + "="))
+    hasher.close()
 
 
 class Gated(Token):
@@ -135,7 +178,8 @@ async def test_new_tokens_take_no_place_from_checks(kind: type[Hasher]) -> None:
     busy = sum(check.done() and isinstance(check.exception(), HashingBusy) for check in checks)
     token.gate.set()
     answers = await asyncio.gather(*checks, return_exceptions=True)
-    assert (busy, answers.count(True)) == ((40, 0) if kind is OneLane else (0, 40))
+    fits = sum(isinstance(answer, bytes) for answer in answers)
+    assert (busy, fits) == ((40, 0) if kind is OneLane else (0, 40))
     await asyncio.gather(*held, return_exceptions=True)
     hasher.close()
 
@@ -177,7 +221,15 @@ async def test_many_new_tokens_leave_places_for_a_single_one() -> None:
     hasher.close()
 
 
-@pytest.mark.parametrize("stored", ["", "rubbish", "$argon2id$v=19$m=8,t=1,p=1$short"])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "",
+        "rubbish",
+        "$argon2id$v=19$m=8,t=1,p=1$short",
+        "$argon2id$v=19$m=8,t=1,p=1$" + "A" * 22 + "$" + "A" * 42 + "$sha256",
+    ],
+)
 async def test_an_unreadable_hash_is_a_failure_and_no_refusal(stored: str) -> None:
     """A damaged row says nothing about the key: that must not become a 401."""
     hasher = Hasher("argon2id", CHEAPEST)
@@ -185,6 +237,15 @@ async def test_an_unreadable_hash_is_a_failure_and_no_refusal(stored: str) -> No
         await hasher.verify(stored, TOKEN)
     assert TOKEN.reveal() not in str(caught.value)
     assert not hasher.is_outdated(stored)
+    hasher.close()
+
+
+@pytest.mark.parametrize("price", ["m=0,t=0,p=0", "m=8,t=0,p=1", "m=8,t=1,p=999"])
+async def test_a_price_that_cannot_be_paid_is_a_failure_and_no_refusal(price: str) -> None:
+    """As other damage is."""
+    hasher = Hasher("argon2id", CHEAPEST)
+    with pytest.raises(HashingFailed):
+        await hasher.verify(f"$argon2id$v=19${price}${'A' * 22}${'A' * 43}$sha256", TOKEN)
     hasher.close()
 
 

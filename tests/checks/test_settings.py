@@ -1,5 +1,7 @@
 """Settings: where they come from, what is wrong with them, and what they keep to themselves."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,7 @@ def test_arguments_come_before_variables_and_variables_before_defaults(
 WRONG = {
     "store": f"mysql://app:{PASSWORD}@db/keys",
     "redis": f"http://:{PASSWORD}@cache",
+    "pepper_file": "/nowhere/that is",
     "prefix": "k_l",
     "hasher": "md5",
     "lease": "soon",
@@ -136,3 +139,56 @@ def test_settings_stay_as_they_were_checked() -> None:
     """Nobody changes them behind the checks."""
     with pytest.raises(ValueError, match="frozen"):
         Settings.load().prefix = "other"  # type: ignore[misc]
+
+
+SECRET = "5e" * 32
+
+
+def test_a_pepper_file_has_a_secret_on_each_line(tmp_path: Path) -> None:
+    """The newest first; blanks around them and empty lines do not count."""
+    file = tmp_path / "pepper"
+    file.write_text(f"{SECRET}\n\n  {SECRET[::-1]} \r\n")
+    settings = Settings.load(pepper_file=str(file))
+    assert settings.outside_peppers == (SECRET.encode(), SECRET[::-1].encode())
+    assert SECRET not in repr(settings)
+    assert Settings.load().outside_peppers == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("short" * 6, "has a line of fewer than 32 bytes"),
+        (f"{SECRET}\nshort\n", "has a line of fewer than 32 bytes"),
+        ("x" * 70_000, "is larger than 64 KiB"),
+    ],
+)
+def test_a_pepper_file_of_no_use_stops_the_start(
+    tmp_path: Path, content: str | None, wrong: str
+) -> None:
+    """It says why and what to do, and nothing of what is in it."""
+    file = tmp_path / "pepper"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load(pepper_file=str(file))
+    assert caught.value.mistakes[0] == (
+        f"KEYLATCH_PEPPER_FILE: {wrong}",
+        "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
+    )
+    assert len(caught.value.mistakes) == 1
+    assert "short" not in str(caught.value)
+    with pytest.raises(ConfigurationError):
+        Settings.load(pepper_file=str(tmp_path))  # a folder
+
+
+def test_a_pepper_file_that_all_may_read_is_told(tmp_path: Path) -> None:
+    """A warning, because some ways of mounting a secret leave no choice."""
+    file = tmp_path / "pepper"
+    file.write_text(SECRET)
+    file.chmod(0o640)
+    assert Settings.load(pepper_file=str(file)).warnings == ()
+    file.chmod(0o644)
+    assert "KEYLATCH_PEPPER_FILE" in Settings.load(pepper_file=str(file)).warnings[0]

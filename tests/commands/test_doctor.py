@@ -195,6 +195,25 @@ def test_a_network_file_system_fails(operator: Operator, monkeypatch: pytest.Mon
     assert (visit.code, visit.grade_of("store")) == (2, "failure")
 
 
+def test_a_pepper_file_is_told(operator: Operator) -> None:
+    """Whether there is one where there is Redis, and whether all may read it."""
+    assert "pepper file" not in {each["check"] for each in Visit(operator).findings}
+    operator.set(REDIS="redis://127.0.0.1:1")
+    assert Visit(operator).named("pepper file").startswith("none")
+    file = operator.folder / "pepper"
+    file.write_text("5e" * 32)
+    file.chmod(0o600)
+    operator.set(PEPPER_FILE=str(file))
+    assert Visit(operator).named("pepper file").startswith("set")
+    file.chmod(0o644)
+    assert Visit(operator).grade_of("pepper file") == "warning"
+    file.write_text("short")
+    visit = Visit(operator)
+    assert visit.code == 2
+    assert "fewer than 32 bytes" in str(visit.findings)
+    assert "short" not in str(visit.findings)
+
+
 def test_wrong_settings_are_all_told(operator: Operator) -> None:
     """As findings, like everything else; what is misspelled as well."""
     operator.set(LEASE="soon", PREFIX="k_l", PROXY_CACHE_TTL="-1")

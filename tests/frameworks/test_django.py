@@ -17,7 +17,7 @@ from conftest import MakeEngine
 from keylatch.django import APIKeyMiddleware, requires
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.hashing import CHEAPEST, Fit, Hasher
 from keylatch.keyring import Created
 from keylatch.model import FULL, Principal
 from keylatch.portal import Portal
@@ -158,7 +158,7 @@ class HeldHasher(Hasher):
         self.go = threading.Event()
         self.go.set()
 
-    async def verify(self, hashed: str, token: Token) -> bool:
+    async def verify(self, hashed: str, token: Token) -> Fit:
         self.held.set()
         await asyncio.to_thread(self.go.wait, 20)
         return await super().verify(hashed, token)

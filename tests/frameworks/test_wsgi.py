@@ -24,7 +24,7 @@ from conftest import Clock, MakeEngine, Times
 from keylatch.asgi import APIKeyMiddleware as ASGIMiddleware
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.hashing import CHEAPEST, Fit, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Principal
 from keylatch.portal import Portal
@@ -207,7 +207,7 @@ class CountingHasher(Hasher):
         self.verified = 0
         self.go = threading.Event()
 
-    async def verify(self, hashed: str, token: Token) -> bool:
+    async def verify(self, hashed: str, token: Token) -> Fit:
         self.verified += 1
         await asyncio.to_thread(self.go.wait)
         return await super().verify(hashed, token)

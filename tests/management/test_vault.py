@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakeredis import FakeAsyncRedis
+from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import Clock, MakeEngine, OnAStore, Times
 from keylatch.engine import Engine
-from keylatch.errors import StoreUnavailable
+from keylatch.errors import HashingFailed, StoreUnavailable
 from keylatch.model import Allow, Deny, Reason
+from keylatch.revocation.news import News, Seal
 from keylatch.settings import Settings
 from keylatch.sql.vault import KINDS
 from keylatch.store import Poll, Store
@@ -188,13 +190,118 @@ async def test_what_redis_holds_stays_readable(
     await asyncio.sleep(0.05)  # Redis is told in the background
     caplog.clear()
 
-    async def fail(key_id: str) -> Any:
-        raise StoreUnavailable("Redis must know, says the test")
+    async def fail(stored: str, token: Token) -> Any:
+        raise HashingFailed("Redis must save the hash, says the test")
 
-    monkeypatch.setattr(there.store, "find", fail)
+    monkeypatch.setattr(there.hasher, "verify", fail)
     for token in tokens:
         assert isinstance(await there.check(bearer(token)), Allow)
     assert caplog.records == []
+
+
+# A pepper from outside of the store
+
+
+@pytest.fixture
+def secret_file(tmp_path: Path) -> Callable[..., str]:
+    """A new file with these secrets, the newest first."""
+
+    def write(*secrets: str) -> str:
+        path = tmp_path / f"pepper-{'-'.join(secrets)}"
+        path.write_text("\n".join(secret * 32 for secret in secrets))
+        path.chmod(0o600)
+        return str(path)
+
+    return write
+
+
+class Processes:
+    """Processes that share a store and a Redis, each with a pepper file of its own or none."""
+
+    def __init__(self, make_engine: MakeEngine) -> None:
+        self._make_engine = make_engine
+        self._server = FakeServer()
+        self.engines: list[Engine] = []
+
+    def new(self, pepper_file: str = "") -> Engine:
+        redis = FakeAsyncRedis(server=self._server)
+        self.engines.append(self._make_engine(redis=redis, pepper_file=pepper_file))
+        return self.engines[-1]
+
+    async def let_values_expire(self) -> None:
+        """What Redis holds lives for five minutes."""
+        await FakeAsyncRedis(server=self._server).flushall()
+
+    async def values(self) -> int:
+        """How many Redis holds."""
+        return int(await FakeAsyncRedis(server=self._server).dbsize())
+
+    async def check(self, pepper_file: str, token: Token) -> tuple[bool, int]:
+        """Whether a new process lets a token in, and how many values it took for forged."""
+        engine = self.new(pepper_file)
+        verdict = await engine.check(bearer(token))
+        assert engine._l2 is not None
+        forged = engine._l2.forged.value
+        await engine.stop()
+        return isinstance(verdict, Allow), forged
+
+
+@pytest.fixture
+def processes(make_engine: MakeEngine) -> Processes:
+    return Processes(make_engine)
+
+
+@pytest.mark.anyio
+async def test_processes_with_other_pepper_files_read_nothing_of_each_other(
+    processes: Processes, secret_file: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They refuse nobody; what they find in Redis is counted, and the log says what to look at."""
+    creator = processes.new(secret_file("a"))
+    token = await create(creator)
+    assert isinstance(await creator.check(bearer(token)), Allow)
+    await creator.stop()
+    assert await processes.check(secret_file("a"), token) == (True, 0)
+    for other in (secret_file("b"), "", secret_file("c", "b")):
+        assert await processes.check(other, token) == (True, 1)
+        assert await processes.check(secret_file("a"), token) == (True, 1)
+    assert "KEYLATCH_PEPPER_FILE" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_pepper_file_rotates(processes: Processes, secret_file: Callable[..., str]) -> None:
+    """The first line writes and all of them read, so a new secret is added below, and then goes to
+    the top: processes of one step read what those of the step before or after it write."""
+    steps = [secret_file(*step) for step in ("a", "ab", "ba", "b")]
+    token = await create(processes.new(steps[0]))
+    for before, after in itertools.pairwise(steps):
+        for writer, reader in ((before, after), (after, before)):
+            await processes.let_values_expire()
+            assert await processes.check(writer, token) == (True, 0)
+            assert await processes.check(reader, token) == (True, 0)
+            assert await processes.values() == 1
+    for engine in processes.engines:
+        await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_the_store_alone_signs_nothing_where_there_is_a_pepper_file(
+    processes: Processes, secret_file: Callable[..., str], store_url: str
+) -> None:
+    """Neither values nor bells; the store's peppers go on rotating."""
+    process = processes.new(secret_file("a"))
+    token = await create(process)
+    read = await (stolen := Store(store_url)).open(NOW)
+    kept = await process.store.secrets()
+    assert set(read.peppers).isdisjoint(kept.peppers)
+    changes = await process.store.changes(0)
+    signed = Seal(read.peppers).closed(News(0, changes))
+    assert Seal(kept.peppers).opened(signed) is None
+    assert Seal(read.peppers).opened(signed) is not None, "the twin without a file"
+    await (await process.vault()).rotate(["pepper"])
+    assert len((await process.store.secrets()).peppers) == 2
+    assert isinstance(await process.check(bearer(token)), Allow)
+    await stolen.close()
+    await process.stop()
 
 
 @pytest.mark.anyio

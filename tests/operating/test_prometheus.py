@@ -101,7 +101,8 @@ def started(
         port = free_port()
         prometheus = PrometheusServer(folder, configuration(f"127.0.0.1:{port}"))
         stack.callback(prometheus.kill)
-        sidecar = Workers(folder, port, STORE=postgres.new_database(), REDIS=redis.url)
+        given = {"STORE": postgres.new_database(), "REDIS": redis.url}
+        sidecar = Workers(folder, port, HASHER="argon2id", **given)  # or Redis is never asked
         stack.callback(sidecar.close)
         stack.callback(sidecar.stop)
         yield Watched(sidecar, redis, prometheus)

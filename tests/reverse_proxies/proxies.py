@@ -112,7 +112,9 @@ class SidecarProcess:
         outside = {k: v for k, v in os.environ.items() if not k.startswith("KEYLATCH_")}
         given = {"STORE": f"sqlite:///{folder}/keys.db", "HASHER": "sha256", **settings}
         self._environment = outside | {f"KEYLATCH_{name}": value for name, value in given.items()}
-        self._operator = Engine(Settings.load(store=given["STORE"], redis="", hasher="sha256"))
+        self._operator = Engine(
+            Settings.load(store=given["STORE"], redis="", hasher=given["HASHER"])
+        )
         self._runner = asyncio.Runner()
         self.start()
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from conftest import MakeEngine
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
+from keylatch.hashing import CHEAPEST, Fit, Hasher
 from keylatch.keyring import Created
 from keylatch.refusals import Refusal
 from keylatch.store import Store
@@ -396,7 +396,7 @@ class Gated(Hasher):
         self.times = 0
         self.gate = asyncio.Event()
 
-    async def verify(self, hashed: str, token: Token) -> bool:
+    async def verify(self, hashed: str, token: Token) -> Fit:
         self.times += 1
         self.asked.set()
         await self.gate.wait()

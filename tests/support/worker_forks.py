@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from keylatch.engine import Engine
+from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.model import Allow
 from keylatch.settings import Settings
 
@@ -77,5 +78,6 @@ class Process:
 
 if __name__ == "__main__":
     store, redis, parent_fd, child_fd = sys.argv[1:]
-    engine = Engine(Settings.load(store=store, redis=redis, hasher="sha256"))
+    # argon2id, or Redis would never be asked.
+    engine = Engine(Settings.load(store=store, redis=redis), hasher=Hasher("argon2id", CHEAPEST))
     Process(engine, int(child_fd)).obey(int(parent_fd))

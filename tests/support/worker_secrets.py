@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from keylatch.engine import Engine
+from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.model import Allow
 from keylatch.revocation.news import News, Seal
 from keylatch.settings import Settings
@@ -127,5 +128,7 @@ def maker(check_keys: tuple[bytes, ...], token: str) -> int:
 if __name__ == "__main__":
     logging.disable()  # standard error says one thing alone
     log, kind, store, *redis = sys.argv[1:]
-    settings = Settings.load(store=store, redis=redis[0] if redis else "", hasher="sha256", lease=2)
-    Path(log).write_text(json.dumps(asyncio.run(work(ENGINES[kind](settings)))))
+    settings = Settings.load(store=store, redis=redis[0] if redis else "", lease=2)
+    # argon2id, or Redis would never be asked.
+    engine = ENGINES[kind](settings, hasher=Hasher("argon2id", CHEAPEST))
+    Path(log).write_text(json.dumps(asyncio.run(work(engine))))

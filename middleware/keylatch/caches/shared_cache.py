@@ -1,51 +1,42 @@
-"""L2: what the processes of a deployment tell each other through Redis. Never the truth.
+"""L2: what the processes of a deployment save each other through Redis: argon2. Never the truth.
 
-    keylatch:{epoch}:{key id}            ->  32 bytes MAC, then JSON {as_of, tag, record}
-    keylatch:{epoch}:{key id}:previous   ->  the same, while two secrets of a key are good
+    keylatch:{epoch}:{key id}            ->  32 bytes MAC, then 32 bytes: a preimage, encrypted
+    keylatch:{epoch}:{key id}:previous   ->  the same for the secret before the last rotation
 
-`tag` is HMAC-SHA256(pepper, token), so Redis never holds a token, and whoever reads it can try
-none. The MAC (key derived from the pepper) covers the key id and the whole value, so whoever can
-write Redis cannot make an "active" (RFC 2104). Keyed by the public id, so the revoker can
-overwrite an entry without knowing the token. `as_of` lets the reader refuse what is stale.
+What a key may do, and whether it lives, a process reads in the store and nowhere else. The store
+holds the digest of what argon2id made of the token (see `argon2id`). Redis holds that *preimage*,
+encrypted with a key that takes the whole token: HMAC-SHA256(HMAC-SHA256(pepper, token), hash). So a
+value says nothing by itself. It proves that this very token is that of this very row, or nothing,
+whoever wrote it: even with the store, its pepper and all of Redis at hand no value can be made
+for another token, because that takes the preimage. Values that are old, of another key, or of a
+copy of the store are therefore misses as well.
+
+Redis holds no token, and who reads it can try none without the store. The MAC (key derived from the
+pepper, RFC 2104) covers the name and the value: it tells noise and forgeries, which are counted,
+from what keylatch wrote. `epoch` says which database it is (see `Store`).
 """
 
 import asyncio
 import hmac
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from keylatch import argon2id
 from keylatch.caches.breaker import Breaker
-from keylatch.caches.cache import Absence
-from keylatch.model import PREVIOUS, KeyRecord, Reason
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch.tokens import Token
 
 TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32
+_BYTES: Final = _MAC_BYTES + argon2id.PREIMAGE_BYTES
 
 _TOGETHER: Final = 256
 """Keys in one question at most: Redis answers nobody else meanwhile."""
 
 log = logging.getLogger("keylatch")
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """A key whose secret is right, as it was at that sequence number.
-
-    Args:
-        record: the key.
-        as_of: the sequence number.
-        is_previous: the secret is the one before the last rotation.
-    """
-
-    record: KeyRecord
-    as_of: int
-    is_previous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +70,9 @@ class SharedCache:
         self.learn(peppers)
         self.breaker = self._breaker = breaker
         self._forgeries = RepeatedWarning(
-            log, "a value in Redis was not written by keylatch with this store's pepper"
+            log,
+            "a value in Redis was not written by keylatch with this store's pepper: have all"
+            " processes the same KEYLATCH_PEPPER_FILE?",
         )
         self.forged = self._forgeries.count
         """Values that were not written with one of the peppers."""
@@ -95,39 +88,33 @@ class SharedCache:
             for pepper in peppers
         )
 
-    async def get(self, token: Token, epoch: str) -> Told | Absence | None:
-        """What is known of a token: it is this key, it is not that key's, or nothing (None)."""
-        told = await self._told(_name(epoch, token.key_id), token)
-        if not isinstance(told, KeyRecord):
-            return told
-        told = await self._told(_name(epoch, told.id + PREVIOUS), token)
-        return replace(told, is_previous=True) if isinstance(told, Told) else None
+    async def proves(self, token: Token, secret: str, hashed: str, epoch: str) -> bool:
+        """Whether Redis holds what proves that a token is that of a stored hash.
+
+        Args:
+            token: as it was presented.
+            secret: which one of which key: the key's id, or that with `PREVIOUS` behind it.
+            hashed: what the store holds of that secret.
+            epoch: of the store.
+        """
+        name = _name(epoch, secret)
+        raw = await self._value(name)
+        return isinstance(raw, bytes) and self._opens(name, raw, token, hashed)
 
     async def put(
-        self, token: Token, record: KeyRecord, as_of: int, epoch: str, is_previous: bool = False
+        self, token: Token, secret: str, hashed: str, preimage: bytes, epoch: str
     ) -> None:
-        """Tell the others about a key whose secret was proven."""
-        tag = _tag(self._peppers[0], token)
-        # Whatever else is kept with a key is of no use to a check.
-        value = {"as_of": as_of, "tag": tag, "record": asdict(replace(record, metadata=None))}
-        if is_previous:
-            await self._set(epoch, record.id + PREVIOUS, value)
-            # It is looked for only where the key is known to be between two secrets.
-            await self._set(epoch, record.id, value | {"tag": ""}, only_new=True)
-        else:
-            await self._set(epoch, record.id, value)
+        """Save the others argon2 for a token that was verified; the arguments as in `proves`."""
+        pad = _pad(self._peppers[0], token, hashed)
+        await self._set(_name(epoch, secret), _xor(preimage, pad))
 
-    async def bury(self, record: KeyRecord, as_of: int, epoch: str) -> None:
-        """Overwrite what was told about a key that changed."""
-        await self._set(epoch, record.id, {"as_of": as_of, "tag": "", "record": None})
+    async def bury(self, key_id: str, epoch: str) -> None:
+        """Overwrite what is of no use any more, because the key changed."""
+        await self._set(_name(epoch, key_id), bytes(argon2id.PREIMAGE_BYTES))
 
     async def close(self) -> None:
         """Let the connections go."""
         await self._client.aclose()
-
-    async def _told(self, name: str, token: Token) -> Told | Absence | KeyRecord | None:
-        raw = await self._value(name)
-        return self._opened(name, raw, token) if isinstance(raw, bytes) else None
 
     async def _value(self, name: str) -> object:
         """What Redis holds under a name; whatever is no bytes is a miss.
@@ -163,32 +150,17 @@ class SharedCache:
                 question.settle(None)
             self._waiting = []
 
-    async def _set(
-        self, epoch: str, secret: str, value: dict[str, Any], only_new: bool = False
-    ) -> None:
-        name = _name(epoch, secret)
-        body = json.dumps(value, separators=(",", ":")).encode()
+    async def _set(self, name: str, body: bytes) -> None:
         sealed = _mac(self._mac_keys[0], name, body) + body
-        await self._breaker.attempt(
-            lambda: self._client.set(name, sealed, ex=TTL_SECONDS, nx=only_new)
-        )
+        await self._breaker.attempt(lambda: self._client.set(name, sealed, ex=TTL_SECONDS))
 
-    def _opened(self, name: str, raw: bytes, token: Token) -> Told | Absence | KeyRecord | None:
-        """The record alone where the token is another one and the key may have two."""
+    def _opens(self, name: str, raw: bytes, token: Token, hashed: str) -> bool:
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
         for pepper, mac_key in zip(self._peppers, self._mac_keys, strict=True):
-            if hmac.compare_digest(mac, _mac(mac_key, name, body)):
-                value = json.loads(body)
-                if value["record"] is None:
-                    return None
-                record, as_of = KeyRecord(**value["record"]), value["as_of"]
-                if hmac.compare_digest(value["tag"], _tag(pepper, token)):
-                    return Told(record, as_of)
-                if record.previous_expires_at is not None:
-                    return record
-                return Absence(Reason.WRONG_SECRET, record.id, record.organization_id, as_of)
+            if len(raw) == _BYTES and hmac.compare_digest(mac, _mac(mac_key, name, body)):
+                return argon2id.fits(hashed, _xor(body, _pad(pepper, token, hashed)))
         self._forgeries.add()
-        return None
+        return False
 
 
 def _name(epoch: str, key_id: str) -> str:
@@ -197,6 +169,15 @@ def _name(epoch: str, key_id: str) -> str:
 
 def _tag(pepper: bytes, token: Token) -> str:
     return hmac.digest(pepper, token.reveal().encode(), "sha256").hex()
+
+
+def _pad(pepper: bytes, token: Token, hashed: str) -> bytes:
+    # For one token and one hash, which has a salt of its own: no two preimages share it.
+    return hmac.digest(_tag(pepper, token).encode(), hashed.encode(), "sha256")
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return (int.from_bytes(one) ^ int.from_bytes(other)).to_bytes(argon2id.PREIMAGE_BYTES)
 
 
 def _mac(key: bytes, name: str, body: bytes) -> bytes:

@@ -266,8 +266,8 @@ def set_organization_active(
 
 def renew(connection: Connection, epoch: str, seq: int) -> None:
     row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
-    if row.epoch != epoch:
-        return  # somebody else was faster
+    if row.epoch != epoch and row.seq >= seq:
+        return  # another process was faster, and the store is as far as this one knows
     connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
     advance(connection, now_ms())  # it names nobody, so it concerns everybody
 

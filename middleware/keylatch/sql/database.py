@@ -84,6 +84,10 @@ class Database(Protocol):
         """Bytes that differ after every commit, by whomever, so that equal ones spare the question;
         None where there are none."""
 
+    async def identity(self) -> str:
+        """Which database this is, once its tables are there: another text for every copy of it,
+        and the same for all processes that use it."""
+
     async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         """Call `heard` at once, and with what is said whenever the channel is notified, until the
         line breaks."""

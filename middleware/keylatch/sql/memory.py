@@ -3,6 +3,7 @@
 It is SQLite, so it holds what the store on a file holds; work runs at once, in the caller's thread.
 """
 
+import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._identity = secrets.token_hex(16)
         self._engine = create_engine(
             "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
         )
@@ -63,6 +65,9 @@ class Memory:
 
     def mark_now(self) -> bytes | None:
         return None
+
+    async def identity(self) -> str:
+        return self._identity
 
     async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         raise StoreUnavailable("a store in memory has no bell", "and needs none")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.dialects.postgresql import dialect as postgresql_dialect
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
@@ -46,6 +46,11 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = ANY (pg_blocking_pids(%s)) AND application_name = 'keylatch'
 AND wait_event = 'ClientRead' AND state_change < now() - interval '2 seconds'
 """
+_OIDS: Final = """
+SELECT oid::text, 'keylatch_meta'::regclass::oid::text FROM pg_database
+WHERE datname = current_database()
+"""
+_CLUSTER: Final = "SELECT system_identifier::text FROM pg_control_system()"
 
 log = logging.getLogger("keylatch")
 
@@ -232,6 +237,9 @@ class PostgreSQL:
     def mark_now(self) -> bytes | None:
         return None
 
+    async def identity(self) -> str:
+        return await self.read(_identity)
+
     async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         try:
             line = await self._connect()
@@ -269,6 +277,16 @@ class PostgreSQL:
         self._inherited += [self._engine, self._urgent, self._under_way]
         self._inherited += [self._looking_up, self._leasing]
         self._open()
+
+
+def _identity(connection: Connection) -> str:
+    """The cluster, the database in it, and the tables in that: schemas may hold one store each."""
+    database, tables = connection.exec_driver_sql(_OIDS).one()
+    cluster = ""
+    # Where this role may not ask for the cluster, the oids alone have to do.
+    with contextlib.suppress(DBAPIError), connection.begin_nested():
+        cluster = connection.exec_driver_sql(_CLUSTER).scalar_one()
+    return f"{cluster}/{database}/{tables}"
 
 
 def _configure(raw: Any) -> None:

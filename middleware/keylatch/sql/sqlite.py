@@ -114,6 +114,11 @@ class SQLite:
         index = self._index
         return None if index is None else index.header.raw
 
+    async def identity(self) -> str:
+        with self._errors_translated():
+            place = self._path.stat()
+        return f"{place.st_dev}/{place.st_ino}"
+
     async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")
 

@@ -14,12 +14,12 @@ from typing import Any, Final
 from keylatch.caches.breaker import Breaker, connect
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.engine import Engine
-from keylatch.hashing import Hasher
+from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Keyring
 from keylatch.model import KeyRecord
 from keylatch.revocation.feed import END, Receipt
 from keylatch.settings import Settings
-from keylatch.store import Found, Secrets
+from keylatch.store import Found, Secrets, Store
 from keylatch.tokens import CheckKeys, Token
 from keylatch_sidecar.bench.connection import Connection, Place, Unusable
 from keylatch_sidecar.bench.load import Credential
@@ -125,6 +125,7 @@ class StoreMaker:
         self._opening = asyncio.Lock()
         self._hashers: dict[Scheme, Hasher] = {
             "argon2id": Hasher("argon2id"),
+            "cheap": Hasher("argon2id", CHEAPEST),
             "sha256": Hasher("sha256"),
         }
 
@@ -147,15 +148,17 @@ class StoreMaker:
         return [(record.id, record.organization_id) for record in records if record.name == name]
 
     async def share(self, keys: Sequence[Key]) -> bool:
-        """Put keys into Redis as a process does that has just proven them; False: it cannot."""
+        """Put keys into Redis as a process does that has just verified them; False: it cannot."""
         engine, secrets = await self._opened()
         async with self._redis(secrets) as shared:
             epoch = (await engine.store.changes(END)).epoch
             for key in keys:
                 found = await engine.store.find(key.id)
                 if isinstance(found, Found):
-                    await shared.put(key.token, found.record, found.as_of, epoch)
-            return not keys or await shared.get(keys[-1].token, epoch) is not None
+                    fit = await self._hashers["cheap"].verify(found.hash, key.token)
+                    if isinstance(fit, bytes):
+                        await shared.put(key.token, key.id, found.hash, fit, epoch)
+            return not keys or await _is_known(engine.store, shared, keys[-1], epoch)
 
     async def has_learned(self, key: Key) -> bool:
         """Whether a key that was just checked comes to be in Redis; somebody puts it there after
@@ -164,7 +167,7 @@ class StoreMaker:
         async with self._redis(secrets) as shared:
             epoch = (await engine.store.changes(END)).epoch
             for _ in range(_LOOKS):
-                if await shared.get(key.token, epoch) is not None:
+                if await _is_known(engine.store, shared, key, epoch):
                     return True
                 await asyncio.sleep(_LOOK_SECONDS)
         return False
@@ -202,6 +205,14 @@ class StoreMaker:
             if self._given is None:
                 self._engine = engine
             return engine, secrets
+
+
+async def _is_known(store: Store, shared: SharedCache, key: Key, epoch: str) -> bool:
+    """Whether Redis saves the hash of a key."""
+    found = await store.find(key.id)
+    if not isinstance(found, Found):
+        return False
+    return await shared.proves(key.token, key.id, found.hash, epoch)
 
 
 async def _nothing_changes(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:

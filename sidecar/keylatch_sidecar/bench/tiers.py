@@ -28,7 +28,7 @@ NEEDS: Final = {
     plan.STORE: "give --store, that of the sidecar",
 }
 _SCHEMES: Final[dict[str, Scheme]] = {
-    plan.L2: "sha256",
+    plan.L2: "cheap",
     plan.STORE: "sha256",
     plan.COLD: "argon2id",
 }
@@ -116,7 +116,7 @@ class Tiers:
         """A key that was checked over there must be in the Redis that we were given."""
         assert self._store is not None  # noqa: S101 - or L2 would have been skipped
         for _ in range(plan.REDIS_TRIES):
-            [key] = await self._supply.make(1, "sha256")
+            [key] = await self._supply.make(1, "argon2id")
             await asked(self._subject.lines[0], key.credential)
             if await self._store.has_learned(key):
                 return

@@ -21,6 +21,15 @@ RedisOption = Annotated[
         "--redis", envvar="KEYLATCH_REDIS", help="URL of the shared cache", show_default="none"
     ),
 ]
+PepperFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pepper-file",
+        envvar="KEYLATCH_PEPPER_FILE",
+        help="A file with a secret that the store does not hold.",
+        show_default="none",
+    ),
+]
 PrefixOption = Annotated[
     str | None,
     typer.Option(

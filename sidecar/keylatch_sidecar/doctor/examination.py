@@ -24,7 +24,8 @@ async def examine(settings: Settings) -> list[Finding]:
     if settings.redis:
         parts.append(_in_time("Redis", cache.examine(settings.redis), _SECONDS))
     found = await asyncio.gather(*parts)
-    return [*host.of_settings(os.environ), *(each for findings in found for each in findings)]
+    settled = [*host.of_settings(os.environ), *host.of_pepper_file(settings)]
+    return [*settled, *(each for findings in found for each in findings)]
 
 
 async def _of_store(settings: Settings) -> list[Finding]:

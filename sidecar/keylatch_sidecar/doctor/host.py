@@ -34,6 +34,17 @@ def of_settings(environment: Mapping[str, str]) -> Iterator[Finding]:
         yield ok("settings", "all can be read")
 
 
+def of_pepper_file(settings: Settings) -> Iterator[Finding]:
+    """Whether what is signed in Redis takes more than what the store holds."""
+    if settings.warnings:
+        wrong = "every account of this host may read it"
+        yield warning("pepper file", wrong, "chmod o-r, and a new secret in it")
+    elif settings.pepper_file:
+        yield ok("pepper file", "set: a copy of the store does not suffice to sign for Redis")
+    elif settings.redis:
+        yield ok("pepper file", "none: an attacker who has read the store can sign for Redis")
+
+
 async def of_hashing(settings: Settings) -> list[Finding]:
     """What a cold key costs here, beside the rest of a request."""
     if settings.hasher == "sha256":

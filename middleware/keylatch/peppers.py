@@ -1,0 +1,60 @@
+"""Peppers that do not come from the store alone: `KEYLATCH_PEPPER_FILE`.
+
+The store holds the pepper that values in Redis and bells are signed with, so an attacker who has
+read the store once, in a backup say, has it as well. A file elsewhere adds what no copy has.
+
+    openssl rand -hex 32 > /etc/keylatch/pepper     one secret a line, the newest first
+
+The first line writes, all of them read. To rotate, put the new secret on the second line on every
+host, then on the first, and remove the old one after five minutes.
+"""
+
+import hmac
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+_LEAST_BYTES: Final = 32
+_MOST_BYTES: Final = 64 * 1024
+
+
+def read(path: Path) -> tuple[bytes, ...]:
+    """The secrets in a file, the newest first.
+
+    Raises:
+        ValueError: why it is of no use; it says nothing of what is in it.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if len(content) > _MOST_BYTES:
+        raise ValueError("is larger than 64 KiB")
+    secrets = tuple(line.strip() for line in content.splitlines() if line.strip())
+    if not secrets:
+        raise ValueError("is empty")
+    if any(len(secret) < _LEAST_BYTES for secret in secrets):
+        raise ValueError(f"has a line of fewer than {_LEAST_BYTES} bytes")
+    return secrets
+
+
+def is_open_to_all(path: Path) -> bool:
+    """Whether every account of the host may read a file."""
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except OSError:  # it is gone, and was read before
+        return False
+
+
+def peppered(peppers: Sequence[bytes], outside: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The store's peppers combined with each secret from outside, the newest first; without any,
+    the store's own."""
+    if not outside:
+        return tuple(peppers)
+    return tuple(
+        hmac.digest(secret, b"keylatch: pepper\0" + pepper, "sha256")
+        for secret in outside
+        for pepper in peppers
+    )
