@@ -94,6 +94,7 @@ def on_flask() -> Any:
 
 def allowing(
     admin: int | str | None = None,
+    metrics_at: int | str | None = None,
     grpc: GRPCListener | None = None,
     siblings: Path | None = None,
 ) -> ASGIApp:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import os
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +19,9 @@ from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.settings import Settings
 from keylatch.store import Store
+from keylatch.variables import variable
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.settings import ProxySettings
+from keylatch_sidecar.settings import TestSettings
 from servers import PostgresServer, RedisServer, serving
 
 if TYPE_CHECKING:
@@ -75,8 +78,10 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields | ProxySettings.model_fields:
-        monkeypatch.delenv(f"KEYLATCH_{name.upper()}", raising=False)
+    known = {variable(name) for name in TestSettings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith("KEYLATCH_") and name not in known:
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -156,8 +161,11 @@ def postgres() -> Iterator[PostgresServer]:
 class Sidecar:
     """A sidecar on a real socket, and its operator, who makes the first key of an organisation."""
 
-    def __init__(self, url: str, clock: Clock, operator: Engine, runner: asyncio.Runner) -> None:
+    def __init__(
+        self, url: str, probes: str, clock: Clock, operator: Engine, runner: asyncio.Runner
+    ) -> None:
         self.url = url
+        self._probes = probes
         self.clock = clock
         self._operator = operator
         self._runner = runner
@@ -183,6 +191,10 @@ class Sidecar:
             base_url=self.url, headers=headers, timeout=30, trust_env=False, verify=False
         )
 
+    def probe(self) -> httpx.Client:
+        """An HTTP client without a key, at the listener for metrics."""
+        return httpx.Client(base_url=self._probes, timeout=30, trust_env=False)
+
 
 @contextlib.contextmanager
 def sidecar_on(store_url: str, clock: Clock, **settings: Any) -> Iterator[Sidecar]:
@@ -196,9 +208,12 @@ def sidecar_on(store_url: str, clock: Clock, **settings: Any) -> Iterator[Sideca
             hasher=Hasher("argon2id", CHEAPEST),
         )
 
-    with serving(create_app(engine())) as url, asyncio.Runner() as runner:
+    probes = socket.create_server(("127.0.0.1", 0))
+    port = probes.getsockname()[1]
+    app = create_app(engine(), metrics_at=port)
+    with serving(app, [probes]) as url, asyncio.Runner() as runner:
         operator = engine()
-        yield Sidecar(url, clock, operator, runner)
+        yield Sidecar(url, f"http://127.0.0.1:{port}", clock, operator, runner)
         runner.run(operator.stop())
 
 

@@ -14,11 +14,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.engine import Engine
+from keylatch.errors import KeylatchError
 from keylatch.settings import Settings
 from keylatch_sidecar import health, leaked, metrics, openapi
+from keylatch_sidecar.audience import METRICS_PATHS, Place, came_to
 from keylatch_sidecar.followed import followed
 from keylatch_sidecar.management import audit, key_usage, rotation, sendook, unsent
-from keylatch_sidecar.management.problems import Problem, no_such_key
+from keylatch_sidecar.management.problems import Problem, no_such_key, unavailable
 from keylatch_sidecar.proxies import ext_authz, verify
 from keylatch_sidecar.proxies.answers import Proxies
 from keylatch_sidecar.proxies.facts import PROFILES
@@ -44,6 +46,7 @@ ROUTES = [
 ]
 _OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
 _FOR_PROXIES: Final = ("/healthz", "/readyz")
+_NOTHING: Final = unsent.spell(Problem(404, "Not Found"))
 _GRPC_GRACE_SECONDS: Final = 2.0
 
 
@@ -64,7 +67,8 @@ def create_app(
     engine: Engine,
     settings: ProxySettings | None = None,
     *,
-    admin: int | str | None = None,
+    admin: Place = None,
+    metrics_at: Place = None,
     grpc: GRPCListener | None = None,
     siblings: Path | None = None,
 ) -> ASGIApp:
@@ -74,6 +78,8 @@ def create_app(
         engine: judges tokens and manages keys.
         settings: how proxies ask; None: from the environment.
         admin: the port, or the Unix socket's path, where alone keys are managed; None: everywhere.
+        metrics_at: where metrics and readiness are told without a key, and nothing else; None:
+            nowhere.
         grpc: where proxies ask over gRPC; None: nowhere.
         siblings: where workers that share a port find each other; None: there is one.
     """
@@ -101,9 +107,15 @@ def create_app(
     management = Starlette(
         routes=ROUTES,
         lifespan=lifespan,
-        exception_handlers={HTTPException: _http_error, Exception: _unexpected},
+        exception_handlers={
+            HTTPException: _http_error,
+            Problem: _problem,
+            KeylatchError: _unavailable,
+            Exception: _unexpected,
+        },
     )
     management.state.engine = engine
+    management.state.private = {admin, metrics_at} - {None}
     management.state.reports = reports
     management.state.metrics = page
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
@@ -111,34 +123,38 @@ def create_app(
     authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == verify.PATH:
+        if metrics_at is not None and came_to(scope) == metrics_at:
+            is_served = scope["type"] == "http" and scope["path"] in METRICS_PATHS
+            await (management if is_served else _NOTHING)(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == verify.PATH:
             await verifying(scope, receive, send)
         elif scope["type"] == "http" and ext_authz.is_asked(scope["path"]):
             await authorizing(scope, receive, send)
         elif scope["type"] != "http" or _is_served(scope, admin):
             await management(scope, receive, send)
         else:
-            await unsent.spell(Problem(404, "Not Found"))(scope, receive, send)
+            await _NOTHING(scope, receive, send)
 
     if not engine.settings.is_followed:
         return app
     return followed(app, tells=engine.settings.timing == "on")
 
 
-def _is_served(scope: Scope, admin: int | str | None) -> bool:
+def _is_served(scope: Scope, admin: Place) -> bool:
     """Whether what is not for proxies may be asked where this request came to."""
-    host, port = scope.get("server") or (None, None)
-    came_to = host if port is None else port
-    return admin in (None, came_to) or scope["path"] in _FOR_PROXIES
+    return admin in (None, came_to(scope)) or scope["path"] in _FOR_PROXIES
 
 
 def from_environment(
-    admin: int | str | None = None,
+    admin: Place = None,
+    metrics_at: Place = None,
     grpc: GRPCListener | None = None,
     siblings: Path | None = None,
 ) -> ASGIApp:
     """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
-    return create_app(Engine(Settings.load()), admin=admin, grpc=grpc, siblings=siblings)
+    return create_app(
+        Engine(Settings.load()), admin=admin, metrics_at=metrics_at, grpc=grpc, siblings=siblings
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -146,6 +162,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if http.status_code == 404 and request.scope["path"].startswith(_OF_KEYS):
         return _spelled(request, no_such_key())  # an id that even the router takes for none
     return _spelled(request, Problem(http.status_code, http.detail, headers=http.headers))
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    return _spelled(request, cast(Problem, error))
+
+
+async def _unavailable(request: Request, error: Exception) -> Response:
+    return _spelled(request, unavailable())
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 import keylatch
 from keylatch_sidecar import health, leaked, metrics
+from keylatch_sidecar.audience import admit
 from keylatch_sidecar.management import audit, days, key_usage, listing, rotation, sendook, unsent
 from keylatch_sidecar.management.access import engine_of
 from keylatch_sidecar.management.bodies import JSON, REASON_PATTERN, Body
@@ -22,6 +23,7 @@ from keylatch_sidecar.proxies import ext_authz, verify
 
 _OF_A_CALLER: Final = (401, 403, 503)
 _OF_A_BODY: Final = (400, 413, 415)
+_OF_AN_OPERATOR: Final = (400, *_OF_A_CALLER)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Refused(BaseModel):
 
 async def document(request: Request) -> Response:
     """This document."""
+    await admit(request)
     return JSON(build(engine_of(request).settings.grantable))
 
 
@@ -260,8 +263,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     "/readyz": {
         "get": Operation(health.readyz, health.Readiness, errors=(503,), error=health.Readiness)
     },
-    "/metrics": {"get": Operation(metrics.metrics, None, errors=())},
-    "/openapi.json": {"get": Operation(document, None, errors=())},
+    "/metrics": {
+        "get": Operation(metrics.metrics, None, errors=_OF_AN_OPERATOR, error=unsent.Error)
+    },
+    "/openapi.json": {"get": Operation(document, None, errors=_OF_AN_OPERATOR, error=unsent.Error)},
 }
 
 

@@ -400,8 +400,8 @@ async def test_a_lease_is_on_the_page(postgres: PostgresServer, clock: Clock) ->
 
 
 def test_the_sidecar_has_a_page(sidecar: Sidecar, client: httpx.Client) -> None:
-    """In Prometheus' format, without a key; what it decided is there, and the process itself."""
-    with sidecar.client() as anybody:
+    """In Prometheus' format, without a key on its own listener: decisions, and the process."""
+    with sidecar.probe() as anybody:
         before = numbers(anybody.get("/metrics").text)
         assert client.get("/verify").status_code == 200
         assert client.get("/verify").status_code == 200
@@ -421,6 +421,46 @@ def test_no_secret_is_on_the_page(sidecar: Sidecar, client: httpx.Client, boss: 
     record = boss.record
     for word in (record.id, record.organization_id, "canary", boss.token.reveal()[-41:]):
         assert word not in page
+
+
+def test_the_page_is_for_operators(sidecar: Sidecar, boss: Created) -> None:
+    """Where strangers may ask, it takes a key that may manage; the document of the API as well."""
+    small = sidecar.create(boss.record.organization_id, "small", permission="SENDING")
+    for path in ("/metrics", "/openapi.json"):
+        seen = []
+        for key in (None, small, boss):
+            with sidecar.client(key) as client:
+                seen.append(client.get(path).status_code)
+        assert seen == [401, 403, 200]
+
+
+def test_the_listener_for_metrics_serves_nothing_else(sidecar: Sidecar, boss: Created) -> None:
+    """No key opens more there, and whoever scrapes can ask for no decision."""
+    credential = {"Authorization": f"Bearer {boss.token.reveal()}"}
+    with sidecar.probe() as probe:
+        for path in ("/metrics", "/healthz", "/readyz"):
+            assert probe.get(path).status_code == 200
+        for path in ("/v1/api-keys", "/v1/api_keys", "/verify", "/ext_authz/x", "/openapi.json"):
+            assert probe.get(path, headers=credential).status_code == 404
+        assert probe.post("/leaked", json={"token": "x"}).status_code == 404
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_prometheus_has_a_listener_of_its_own(operator: Operator, workers: int) -> None:
+    """Beside a main one and one for management, which is a socket that it could not reach."""
+    port, metrics_port = free_port(), free_port()
+    main, metrics = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}"
+    words = ["--port", str(port), "--metrics-port", str(metrics_port), "--workers", str(workers)]
+    admin = operator.folder / "admin.sock"
+    with served(operator, *words, "--admin-uds", str(admin)):
+        eventually(lambda: answers(metrics))
+        page = send(metrics, b"GET /metrics")
+        assert (page.status, b"keylatch_decisions_total" in page.body) == (200, True)
+        assert b'"parts"' in send(metrics, b"GET /readyz").body
+        assert b'"parts"' not in send(main, b"GET /readyz").body
+        assert send(main, b"GET /metrics").status == 404
+        assert send(admin, b"GET /metrics").status == 200
 
 
 @pytest.mark.long
