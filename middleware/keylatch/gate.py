@@ -23,6 +23,8 @@ class Gate(Generic[App]):
         app: the application to protect.
         store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
         redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
+        store_file: a file that holds `store`; None: `KEYLATCH_STORE_FILE`.
+        redis_file: a file that holds `redis`; None: `KEYLATCH_REDIS_FILE`.
         public: paths that need no key, such as `/healthz` or `/docs/{page}`.
         permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
             parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`.
@@ -31,6 +33,7 @@ class Gate(Generic[App]):
         lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
         clients: `on`: keep from which network each key was used last; None: `KEYLATCH_CLIENTS`.
         hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
+        log_failures: `on`: log refused requests with their address; None: `KEYLATCH_LOG_FAILURES`.
         log: `json`: give each request an id for `keylatch.logs`; None: `KEYLATCH_LOG`.
         timing: `on`: tell in headers how long checks took; None: `KEYLATCH_TIMING`.
         tracing: `on`: make spans of OpenTelemetry; None: `KEYLATCH_TRACING`.
@@ -46,6 +49,8 @@ class Gate(Generic[App]):
         *,
         store: str | None = None,
         redis: str | None = None,
+        store_file: str | None = None,
+        redis_file: str | None = None,
         public: Iterable[str] = (),
         permissions: Mapping[str, Iterable[str]] | None = None,
         realm: str | None = None,
@@ -54,6 +59,7 @@ class Gate(Generic[App]):
         hasher: str | None = None,
         clients: str | None = None,
         log: str | None = None,
+        log_failures: str | None = None,
         timing: str | None = None,
         tracing: str | None = None,
         engine: Engine | None = None,
@@ -65,12 +71,15 @@ class Gate(Generic[App]):
                 Settings.load(
                     store=store,
                     redis=redis,
+                    store_file=store_file,
+                    redis_file=redis_file,
                     realm=realm,
                     environment=environment,
                     lease=lease,
                     hasher=hasher,
                     clients=clients,
                     log=log,
+                    log_failures=log_failures,
                     timing=timing,
                     tracing=tracing,
                 )
@@ -85,9 +94,9 @@ class Gate(Generic[App]):
         if mistakes or engine is None:
             raise ConfigurationError(mistakes)
         self.engine = engine
+        self._realm = engine.settings.realm
         self._app = app
         self._policy = policy
-        self._refusals = Refusals(engine.settings.realm)
         self._follow()
         self._prepare()
 
@@ -98,6 +107,7 @@ class Gate(Generic[App]):
         self._prepare()
 
     def _follow(self) -> None:
+        self._refusals = Refusals(self._realm, failures=self.engine.failures)
         self._is_followed = self.engine.settings.is_followed
         self._checks: Checks = Followed(self.engine) if self._is_followed else self.engine
 

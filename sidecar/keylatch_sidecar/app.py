@@ -14,13 +14,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.engine import Engine
-from keylatch.errors import KeylatchError
 from keylatch.settings import Settings
 from keylatch_sidecar import health, leaked, metrics, openapi
 from keylatch_sidecar.audience import METRICS_PATHS, Place, came_to
 from keylatch_sidecar.followed import followed
 from keylatch_sidecar.management import audit, key_usage, rotation, sendook, unsent
-from keylatch_sidecar.management.problems import Problem, no_such_key, unavailable
+from keylatch_sidecar.management.problems import Problem, no_such_key
 from keylatch_sidecar.proxies import ext_authz, verify
 from keylatch_sidecar.proxies.answers import Proxies
 from keylatch_sidecar.proxies.facts import PROFILES
@@ -107,12 +106,7 @@ def create_app(
     management = Starlette(
         routes=ROUTES,
         lifespan=lifespan,
-        exception_handlers={
-            HTTPException: _http_error,
-            Problem: _problem,
-            KeylatchError: _unavailable,
-            Exception: _unexpected,
-        },
+        exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     management.state.engine = engine
     management.state.private = {admin, metrics_at} - {None}
@@ -162,14 +156,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if http.status_code == 404 and request.scope["path"].startswith(_OF_KEYS):
         return _spelled(request, no_such_key())  # an id that even the router takes for none
     return _spelled(request, Problem(http.status_code, http.detail, headers=http.headers))
-
-
-async def _problem(request: Request, error: Exception) -> Response:
-    return _spelled(request, cast(Problem, error))
-
-
-async def _unavailable(request: Request, error: Exception) -> Response:
-    return _spelled(request, unavailable())
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

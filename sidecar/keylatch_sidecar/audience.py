@@ -4,18 +4,22 @@ The listeners for metrics and for management are the operator's, and tell withou
 listener may be reached by strangers, so whoever asks there needs a key that may manage.
 """
 
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Scope
 
 from keylatch.errors import KeylatchError
-from keylatch_sidecar.management import access
-from keylatch_sidecar.management.problems import Problem
+from keylatch_sidecar.management import access, unsent
+from keylatch_sidecar.management.problems import Problem, unavailable
 
 METRICS_PATHS: Final = ("/metrics", "/healthz", "/readyz")
 """What the listener for metrics serves."""
 
+Handler = Callable[[Request], Awaitable[Response]]
 Place = int | str | None
 """A listener as a request's scope names it: its port, or its Unix socket's path. None: none."""
 
@@ -26,19 +30,26 @@ def came_to(scope: Scope) -> Place:
     return host if port is None else port
 
 
-async def admit(request: Request) -> None:
-    """Return if the request may be told.
+def for_operators(handler: Handler) -> Handler:
+    """Decorates an endpoint that is for operators alone: others are refused."""
 
-    Raises:
-        Problem: its key may not manage, or there is none.
-        StoreUnavailable: that cannot be found out now.
-    """
-    if not _is_private(request):
-        await access.manager(request)
+    @functools.wraps(handler)
+    async def answer(request: Request) -> Response:
+        try:
+            if not _is_private(request):
+                await access.manager(request)
+        except Problem as problem:
+            return unsent.spell(problem)
+        except KeylatchError:
+            return unsent.spell(unavailable())
+        return await handler(request)
+
+    return answer
 
 
 async def is_admitted(request: Request) -> bool:
-    """The same as a question; what cannot be found out now is a no."""
+    """Whether an endpoint that is for all may tell what is for operators; what cannot be found out
+    now is a no."""
     if _is_private(request):
         return True
     if "authorization" not in request.headers:  # a probe: no check that failed

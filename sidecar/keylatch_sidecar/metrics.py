@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from keylatch.engine import Engine
 from keylatch.metrics import Collector
-from keylatch_sidecar.audience import admit
+from keylatch_sidecar.audience import for_operators
 
 _PATIENCE_SECONDS: Final = 0.5
 _MAX_WORKERS: Final = 4_096
@@ -78,9 +78,9 @@ class Page:
                 await writer.drain()
 
 
+@for_operators
 async def metrics(request: Request) -> Response:
     """What it has decided, how long that took, and how its parts are."""
-    await admit(request)
     page: Page = request.app.state.metrics
     text = await page.text()
     return Response(text, 200, {"Cache-Control": "no-store"}, CONTENT_TYPE_PLAIN_0_0_4)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 import keylatch
 from keylatch_sidecar import health, leaked, metrics
-from keylatch_sidecar.audience import admit
+from keylatch_sidecar.audience import for_operators
 from keylatch_sidecar.management import audit, days, key_usage, listing, rotation, sendook, unsent
 from keylatch_sidecar.management.access import engine_of
 from keylatch_sidecar.management.bodies import JSON, REASON_PATTERN, Body
@@ -80,9 +80,9 @@ class Refused(BaseModel):
     error_description: str
 
 
+@for_operators
 async def document(request: Request) -> Response:
     """This document."""
-    await admit(request)
     return JSON(build(engine_of(request).settings.grantable))
 
 

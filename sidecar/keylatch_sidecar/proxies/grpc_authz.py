@@ -63,7 +63,8 @@ class Authorization:
         question = read(message)
         values = [value for name, value in question.headers if name == b"authorization"]
         wanted = wanted_by(question.permissions, question.environments)
-        verdict = await self._proxies.judge(question.facts, values, wanted)
+        caller = (question.client, None)
+        verdict = await self._proxies.judge(question.facts, values, wanted, lambda: caller)
         if isinstance(verdict, Refusal):
             return deny(verdict)
         told = identity_headers(verdict.principal)
