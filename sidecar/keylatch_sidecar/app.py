@@ -54,7 +54,7 @@ class GRPCListener:
     """Where to listen for gRPC.
 
     Args:
-        address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
+        address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
         is_shared: whether several processes do, on one port.
     """
 

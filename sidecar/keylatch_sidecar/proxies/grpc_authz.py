@@ -117,7 +117,7 @@ async def serve(
     Args:
         proxies: answers.
         engine: of which the health service speaks.
-        address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
+        address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
         is_shared: whether other processes of ours serve the same port.
 
     Raises:
