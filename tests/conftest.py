@@ -7,13 +7,15 @@ import itertools
 import os
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
 
+from keylatch.caches.breaker import Breaker
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
@@ -131,6 +133,24 @@ def make_engine(store_url: str, clock: Clock) -> MakeEngine:
         )
 
     return make
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `give_redis_time`."""
+    give_redis_time(monkeypatch)
+
+
+def give_redis_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as a busy machine takes: the 50 ms of an attempt are other tests' affair."""
+    monkeypatch.setattr("keylatch.caches.breaker.BUDGET_SECONDS", 60)
+    monkeypatch.setattr("keylatch.engine.Breaker", partial(Breaker, budget_seconds=60))
+
+
+async def until_async(is_so: Callable[[], Awaitable[object]]) -> None:
+    """Return once something is so that a background task of this loop brings about."""
+    while not await is_so():  # noqa: ASYNC110 - it has no event that a test could wait for
+        await asyncio.sleep(0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import Clock, MakeEngine, Sidecar
+from conftest import Clock, MakeEngine, Sidecar, until_async
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
@@ -73,18 +73,21 @@ async def make(engine: Engine, **fields: Any) -> Created:
 
 
 @pytest.mark.anyio
-async def test_decisions_are_counted_where_they_are_made(make_engine: MakeEngine) -> None:
+async def test_decisions_are_counted_where_they_are_made(
+    make_engine: MakeEngine, unhurried: None
+) -> None:
     """By verdict and by who knew: each check once, whatever it met on the way."""
     redis = FakeServer()
     first, second = (make_engine(redis=FakeAsyncRedis(server=redis)) for _ in range(2))
     created = await make(first)
     sending = await make(first, permission="SENDING")
-    wrong = header(created)[0][:-1] + b"0"
+    right = header(created)[0]
+    wrong = right[:-1] + (b"1" if right.endswith(b"0") else b"0")
     stranger = wrong[:20] + wrong[20:].swapcase()
     only_full = Wanted(frozenset(("FULL",)))
     for _ in range(3):
         assert isinstance(await first.check(header(created)), Allow)
-    await asyncio.sleep(0.01)  # what was found is put into Redis by a task
+    await until_async(FakeAsyncRedis(server=redis).keys)  # what was found is put there by a task
     assert isinstance(await second.check(header(created)), Allow)
     for values in ([], [b"Basic x"], [b"Bearer"], [wrong], [stranger]):
         assert isinstance(await second.check(values), Deny)

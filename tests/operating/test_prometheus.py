@@ -221,7 +221,7 @@ def test_whatever_is_asked_has_an_answer(watched: Watched) -> None:
         return not left
 
     with contextlib.suppress(AssertionError):  # what is left says more
-        eventually(are_answered, 10)
+        eventually(are_answered)
     assert left == {}
 
 
