@@ -340,7 +340,7 @@ class Checks(ABC):
 
     @property
     def failures(self) -> FailureLog | None:
-        """Where whoever refuses a request says so; None: that is switched off."""
+        """Where refused requests are logged; None: nowhere."""
         return self._aside.failures
 
     def now_ms(self) -> int:

@@ -1,7 +1,7 @@
-"""Who is told about the sidecar itself: its metrics, its document, the parts behind its readiness.
+"""Who may read about the sidecar itself: its metrics, its document, the parts of its readiness.
 
-The listeners for metrics and for management are the operator's, and tell without a key. The main
-listener may be reached by strangers, so whoever asks there needs a key that may manage.
+The listeners for metrics and for management are the operator's and need no key. Clients of the app
+may reach the main listener, so a request there needs a key that may manage.
 """
 
 import functools

@@ -157,7 +157,7 @@ WELL = {"store": "ok", "lease": "off", "redis": "off", "hashing": "ok", "usage":
 
 
 def test_parts_are_told_to_operators_only(sidecar: Sidecar, boss: Created) -> None:
-    """On the main listener strangers, a dead key and a small one get the status alone."""
+    """On the main listener no key, a revoked one and one without FULL get the status alone."""
     small = sidecar.create(boss.record.organization_id, "small", permission="SENDING")
     dead = sidecar.create()
     with sidecar.client(dead) as client:
@@ -171,7 +171,7 @@ def test_parts_are_told_to_operators_only(sidecar: Sidecar, boss: Created) -> No
 
 
 def test_a_probe_is_no_failed_check(sidecar: Sidecar) -> None:
-    """Whoever asks for readiness without a key is not counted as a caller who forgot it."""
+    """A request for readiness without a key is not counted as one whose key is missing."""
 
     def missing() -> str:
         with sidecar.probe() as probe:
@@ -257,7 +257,7 @@ def test_a_postgresql_that_stops_is_told(
             try:
                 seen = {each.get("/verify").status_code for each in (client, other) * 10}
                 answer = probe.get("/readyz")
-                # It is asked for four times a second, of nobody's clock.
+                # The lease is asked for four times a second by the wall clock.
                 eventually(lambda: said(caplog, "no lease") == 1)
             finally:
                 postgres.start()

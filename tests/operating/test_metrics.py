@@ -427,7 +427,7 @@ def test_no_secret_is_on_the_page(sidecar: Sidecar, client: httpx.Client, boss: 
 
 
 def test_the_page_is_for_operators(sidecar: Sidecar, boss: Created) -> None:
-    """Where strangers may ask, it takes a key that may manage; the document of the API as well."""
+    """On the main listener it needs a key that may manage; the document of the API as well."""
     small = sidecar.create(boss.record.organization_id, "small", permission="SENDING")
     for path in ("/metrics", "/openapi.json"):
         seen = []
@@ -438,7 +438,7 @@ def test_the_page_is_for_operators(sidecar: Sidecar, boss: Created) -> None:
 
 
 def test_the_listener_for_metrics_serves_nothing_else(sidecar: Sidecar, boss: Created) -> None:
-    """No key opens more there, and whoever scrapes can ask for no decision."""
+    """No key opens more there, and no decision can be asked for."""
     credential = {"Authorization": f"Bearer {boss.token.reveal()}"}
     with sidecar.probe() as probe:
         for path in ("/metrics", "/healthz", "/readyz"):

@@ -67,7 +67,7 @@ def test_one_that_is_like_none_is_told_too(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_all_of_them_and_all_wrong_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever corrects them does so once."""
+    """They can be corrected in one go."""
     monkeypatch.setenv("KEYLATCH_STOER", STORE)
     monkeypatch.setenv("KEYLATCH_REDIS_URL", REDIS)
     monkeypatch.setenv("KEYLATCH_LEASE", "soon")
@@ -133,7 +133,7 @@ def test_the_middleware_starts_with_none_of_them(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("words", [["keys", "list"], ["serve"], ["doctor"], ["migrate"], ["audit"]])
-def test_no_command_makes_a_store_that_nobody_named(
+def test_no_command_makes_a_store_that_was_not_named(
     operator: Operator, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     """It ends with 2, names the variable, and leaves the folder empty."""
@@ -226,7 +226,7 @@ def test_a_file_that_holds_no_url_is_named(secret: Path, content: bytes | None, 
 
 
 def test_a_url_in_the_place_of_a_path_is_not_repeated() -> None:
-    """Whoever confuses the two has a password there."""
+    """Where the two are confused, it holds a password."""
     [(wrong, _)] = mistakes(store_file=STORE).items()
     assert wrong.startswith("KEYLATCH_STORE_FILE: the file cannot be read: ")
 

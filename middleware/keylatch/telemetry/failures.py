@@ -1,7 +1,7 @@
 """Refused requests in the log, where `KEYLATCH_LOG_FAILURES` says so: the address and the reason.
 
 The law of this file: a line holds no token, no id and no other text that a client sent, because
-whoever makes up tokens would write the log; and a flood costs ten lines a second, and a count.
+made-up tokens would write the log; and a flood costs ten lines a second, and a count.
 """
 
 import ipaddress
