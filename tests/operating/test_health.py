@@ -206,7 +206,11 @@ def said(caplog: pytest.LogCaptureFixture, words: str) -> int:
 
 
 def test_a_redis_that_dies_is_told_and_needed_by_nobody(
-    store_url: str, redis_server: RedisServer, clock: Clock, caplog: pytest.LogCaptureFixture
+    unhurried: None,
+    store_url: str,
+    redis_server: RedisServer,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Ready all the same; one line when it goes and one when it is back, whatever is asked."""
     with (
