@@ -6,7 +6,17 @@ BIN := .venv/bin
 ALONE := $(patsubst %,tests/revocation/test_%.py,chaos fork redis_faults revocation_sqlite) \
   $(patsubst %,tests/store/test_%.py,kill silence)
 
-.PHONY: demo serve test test-all check prove chaos grammar bench bench-peers clean
+# What the lock files are made of. `make LOCKED=0 …` installs what pyproject.toml allows instead, without
+# hashes: where a mirror lacks a file that is in them.
+LOCKED ?= 1
+EXTRAS := demo,postgres,grpc,bench
+COMMA := ,
+RELEASE := .venv-release/bin
+LOCK = $(RELEASE)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+.PHONY: demo serve test test-all check prove chaos grammar bench bench-peers lock dist sbom clean
 
 demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
 	@$(BIN)/python deploy/example/demo.py
@@ -46,8 +56,28 @@ bench: .venv/dev            ## what an L1 hit costs, side by side with what you 
 bench-peers: .venv/dev      ## protected ÷ open with keylatch and with what one would pick instead (needs wrk)
 	@$(BIN)/python benchmarks/peers/compare.py --json peers.json --plot peers.png
 
-clean:                      ## remove the virtual environment
-	rm -rf .venv
+lock: .venv-release/ready   ## requirements/*.lock, after pyproject.toml has changed; UPGRADE=1 takes newer versions
+	@$(LOCK) pyproject.toml --extra $(subst $(COMMA), --extra ,$(EXTRAS)) --group dev -o requirements/dev.lock
+	@$(LOCK) --group proxies --constraint requirements/dev.lock -o requirements/proxies.lock
+	@$(LOCK) --group release -o requirements/release.lock
+	@$(LOCK) pyproject.toml --extra postgres --extra grpc --extra otel -o requirements/runtime.lock
+
+dist: .venv-release/ready   ## wheel and sdist of this version in dist/, from a clean checkout
+	@git diff --quiet HEAD || { echo "error: there are changes that are not committed"; exit 1; }
+	@rm -rf dist && SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RELEASE)/python -m hatchling build -d dist
+	@$(MAKE) --no-print-directory sbom
+	@cd dist && sha256sum keylatch* > SHA256SUMS && cat SHA256SUMS
+
+sbom: .venv-release/ready   ## what keylatch depends on, as CycloneDX, in dist/
+	@mkdir -p dist && rm -rf dist/venv && $(RELEASE)/python -m venv dist/venv
+	@dist/venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.lock
+	@dist/venv/bin/pip uninstall --quiet --yes pip
+	@$(RELEASE)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-file dist/keylatch-$(VERSION).cdx.json dist/venv/bin/python
+	@rm -rf dist/venv
+
+clean:                      ## remove the virtual environments
+	rm -rf .venv .venv-release
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || \
@@ -60,8 +90,20 @@ clean:                      ## remove the virtual environment
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
-.venv/dev: .venv/bin/python pyproject.toml
+.venv/dev: .venv/bin/python pyproject.toml requirements/dev.lock
 	@echo "Installing keylatch and its development tools into .venv ..."
+ifeq ($(LOCKED),1)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock || \
+	  { echo "hint: make LOCKED=0 $@ takes what pyproject.toml allows, without hashes"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+else
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,postgres,grpc,bench]' --group dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' --group dev
+endif
+	@touch $@
+
+.venv-release/ready: requirements/release.lock
+	@test -n "$(PYTHON)" || { echo "error: keylatch needs Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -m venv .venv-release
+	@$(RELEASE)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/release.lock
 	@touch $@

@@ -1,6 +1,6 @@
 """Apps that benchmarks serve: the least that can answer, and the same view open and protected.
 
-    python benchmarks/apps.py allow [--port 8700] [--uds PATH] [--grpc-port 8701] [--workers 2]
+    python benchmarks/apps.py allow [--port 8700] [--uds PATH] [--grpc-port 8703] [--workers 2]
 
 serves one of them as `keylatch serve` serves the sidecar: the very same code with another app, so
 that two apps are compared and not two servers.
@@ -94,6 +94,7 @@ def on_flask() -> Any:
 
 def allowing(
     admin: int | str | None = None,
+    metrics_at: int | str | None = None,
     grpc: GRPCListener | None = None,
     siblings: Path | None = None,
 ) -> ASGIApp:

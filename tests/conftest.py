@@ -4,21 +4,26 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import os
+import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
 
+from keylatch.caches.breaker import Breaker
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.settings import Settings
 from keylatch.store import Store
+from keylatch.variables import variable
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.settings import ProxySettings
+from keylatch_sidecar.settings import TestSettings
 from servers import PostgresServer, RedisServer, serving
 
 if TYPE_CHECKING:
@@ -75,8 +80,10 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields | ProxySettings.model_fields:
-        monkeypatch.delenv(f"KEYLATCH_{name.upper()}", raising=False)
+    known = {variable(name) for name in TestSettings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith("KEYLATCH_") and name not in known:
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -129,6 +136,24 @@ def make_engine(store_url: str, clock: Clock) -> MakeEngine:
 
 
 @pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `give_redis_time`."""
+    give_redis_time(monkeypatch)
+
+
+def give_redis_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as a busy machine takes: the 50 ms of an attempt are other tests' affair."""
+    monkeypatch.setattr("keylatch.caches.breaker.BUDGET_SECONDS", 60)
+    monkeypatch.setattr("keylatch.engine.Breaker", partial(Breaker, budget_seconds=60))
+
+
+async def until_async(is_so: Callable[[], Awaitable[object]]) -> None:
+    """Return once something is so that a background task of this loop brings about."""
+    while not await is_so():  # noqa: ASYNC110 - it has no event that a test could wait for
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
 async def engine(make_engine: MakeEngine) -> AsyncIterator[Engine]:
     """A started engine on an empty SQLite store."""
     engine = make_engine()
@@ -156,8 +181,11 @@ def postgres() -> Iterator[PostgresServer]:
 class Sidecar:
     """A sidecar on a real socket, and its operator, who makes the first key of an organisation."""
 
-    def __init__(self, url: str, clock: Clock, operator: Engine, runner: asyncio.Runner) -> None:
+    def __init__(
+        self, url: str, probes: str, clock: Clock, operator: Engine, runner: asyncio.Runner
+    ) -> None:
         self.url = url
+        self._probes = probes
         self.clock = clock
         self._operator = operator
         self._runner = runner
@@ -183,6 +211,10 @@ class Sidecar:
             base_url=self.url, headers=headers, timeout=30, trust_env=False, verify=False
         )
 
+    def probe(self) -> httpx.Client:
+        """An HTTP client without a key, at the listener for metrics."""
+        return httpx.Client(base_url=self._probes, timeout=30, trust_env=False)
+
 
 @contextlib.contextmanager
 def sidecar_on(store_url: str, clock: Clock, **settings: Any) -> Iterator[Sidecar]:
@@ -196,9 +228,12 @@ def sidecar_on(store_url: str, clock: Clock, **settings: Any) -> Iterator[Sideca
             hasher=Hasher("argon2id", CHEAPEST),
         )
 
-    with serving(create_app(engine())) as url, asyncio.Runner() as runner:
+    probes = socket.create_server(("127.0.0.1", 0))
+    port = probes.getsockname()[1]
+    app = create_app(engine(), metrics_at=port)
+    with serving(app, [probes]) as url, asyncio.Runner() as runner:
         operator = engine()
-        yield Sidecar(url, clock, operator, runner)
+        yield Sidecar(url, f"http://127.0.0.1:{port}", clock, operator, runner)
         runner.run(operator.stop())
 
 

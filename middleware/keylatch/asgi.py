@@ -66,7 +66,8 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             if isinstance(verdict, Token):
                 verdict = await self._checks.resolve(verdict, wanted)
             if isinstance(verdict, Deny):
-                await refuse(self._refusals.of(verdict), scope, receive, send)
+                refusal = self._refusals.refuse(verdict, partial(caller_of, scope))
+                await refuse(refusal, scope, receive, send)
                 return
             scope["user"] = verdict.principal
             scope["auth"] = verdict.credentials
@@ -79,7 +80,8 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             else:
                 await self._app(scope, receive, send)
         except Refused as refused:
-            await refuse(self._refusals.of(refused.deny), scope, receive, send)
+            refusal = self._refusals.refuse(refused.deny, partial(caller_of, scope))
+            await refuse(refusal, scope, receive, send)
 
     async def _leave_trail(self, scope: Scope, receive: Receive, send: Send) -> None:
         tells = self.engine.settings.timing == "on"

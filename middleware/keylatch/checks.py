@@ -20,7 +20,7 @@ from keylatch.caches.flights import Flights
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
 from keylatch.lookup import Lookup, Owner
-from keylatch.model import ANY_KEY, Allow, Deny, Reason, Unsettled, Verdict, Wanted, judge
+from keylatch.model import ANY_KEY, Allow, Caller, Deny, Reason, Unsettled, Verdict, Wanted, judge
 from keylatch.revocation.bell import Bell
 from keylatch.revocation.feed import Feed, Witness
 from keylatch.revocation.second_look import SecondLook
@@ -28,9 +28,10 @@ from keylatch.revocation.watch import Watch
 from keylatch.sql.schema import VAULT
 from keylatch.store import Store
 from keylatch.telemetry.condition import Condition
+from keylatch.telemetry.failures import FailureLog
 from keylatch.telemetry.meter import ABSENCE, HEADER, L1, NOWHERE, STRANGER, Meter
 from keylatch.tokens import CheckKeys, Token, fingerprint, is_native, is_well_formed
-from keylatch.usage.uses import Caller, Usage
+from keylatch.usage.uses import Usage
 
 if TYPE_CHECKING:
     from keylatch.telemetry.tracing import Tracing
@@ -46,6 +47,7 @@ class Aside:
     second_look: SecondLook
     checks: Condition
     tracing: "Tracing | None"
+    failures: FailureLog | None
 
 
 class Checks(ABC):
@@ -335,6 +337,11 @@ class Checks(ABC):
     def see(self, key_id: str, caller: Caller) -> None:
         """After an allow, where `sees_clients`: whence it came, for the key's usage."""
         self._usage.see(key_id, caller)
+
+    @property
+    def failures(self) -> FailureLog | None:
+        """Where refused requests are logged; None: nowhere."""
+        return self._aside.failures
 
     def now_ms(self) -> int:
         """The time that expiry is judged at: the store's, in milliseconds since the epoch."""

@@ -11,8 +11,8 @@ from starlette.authentication import UnauthenticatedUser
 
 from keylatch.model import Deny, Principal, Reason, Wanted, missing_scope
 from keylatch.policy import Policy
-from keylatch.refusals import Refusal
-from keylatch.wsgi import PRINCIPAL, REFUSALS
+from keylatch.refusals import Refusal, Refusals
+from keylatch.wsgi import PRINCIPAL, REFUSALS, caller_of
 
 _DECLARED: Final = "keylatch_wanted"
 
@@ -64,7 +64,7 @@ def principal_of(environ: Mapping[str, Any]) -> Principal | UnauthenticatedUser:
     return principal
 
 
-def refusal_of(environ: Mapping[str, Any], wanted: Wanted) -> Refusal | None:
+def refusal_of(environ: dict[str, Any], wanted: Wanted) -> Refusal | None:
     """The refusal for a request that was let in and may not do this, or None if it may."""
     principal = principal_of(environ)
     if isinstance(principal, Principal):
@@ -73,5 +73,5 @@ def refusal_of(environ: Mapping[str, Any], wanted: Wanted) -> Refusal | None:
         denied = Deny(Reason.MISSING)
     if denied is None:
         return None
-    refusal: Refusal = environ[REFUSALS].of(denied)
-    return refusal
+    refusals: Refusals = environ[REFUSALS]
+    return refusals.refuse(denied, lambda: caller_of(environ))

@@ -135,7 +135,8 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         if isinstance(verdict, Unsettled):
             verdict = timed(functools.partial(verdict.settle, self._wanted(request)))
         if isinstance(verdict, Deny):
-            return refuse(self._refusals.of(verdict), request)
+            caller = functools.partial(caller_of, request.META)
+            return refuse(self._refusals.refuse(verdict, caller), request)
         request.META[PRINCIPAL] = request.api_key = verdict.principal
         if self.engine.sees_clients:
             caller = functools.partial(caller_of, request.META)

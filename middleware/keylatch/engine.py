@@ -33,6 +33,7 @@ from keylatch.revocation.watch import Watch
 from keylatch.settings import Settings
 from keylatch.store import Found, Secrets, Store
 from keylatch.telemetry.condition import Condition, Part
+from keylatch.telemetry.failures import FailureLog
 from keylatch.telemetry.meter import TIMED, Meter
 from keylatch.tokens import CheckKeys
 from keylatch.usage.tally import Tally
@@ -109,6 +110,7 @@ class Engine(Checks):
                 clock=clock,
             ),
             _tracing() if settings.tracing == "on" else None,
+            FailureLog(timer) if settings.log_failures == "on" else None,
         )
         self._inherited: list[object] = []
         self._count_anew()
@@ -213,6 +215,7 @@ class Engine(Checks):
     async def stop(self) -> None:
         """Flush what was used, stop the background tasks, close what was opened."""
         await self._jobs.end()
+        self._flush_failures()
         if self._check_keys is not None:
             await self._usage.flush()
             await self._witness.end()
@@ -238,6 +241,8 @@ class Engine(Checks):
         self._flights.forget()
         self._usage.forget()
         self._watch.forget()
+        if self._aside.failures is not None:
+            self._aside.failures.forget()
         self._count_anew()
         self._begin_anew()
 
@@ -331,12 +336,17 @@ class Engine(Checks):
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(_TIDY_SECONDS)
+            self._flush_failures()
             try:
                 await self._witness.catch_up()
                 await self._know_secrets()
                 await self.store.tidy(self._now_ms())
             except KeylatchError as error:
                 log.warning("housekeeping failed: %s", error.message)
+
+    def _flush_failures(self) -> None:
+        if self._aside.failures is not None:
+            self._aside.failures.flush()
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

@@ -23,6 +23,8 @@ class Gate(Generic[App]):
         app: the application to protect.
         store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
         redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
+        store_file: a file that holds `store`; None: `KEYLATCH_STORE_FILE`.
+        redis_file: a file that holds `redis`; None: `KEYLATCH_REDIS_FILE`.
         pepper_file: holds a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
         public: paths that need no key, such as `/healthz` or `/docs/{page}`.
         permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
@@ -32,6 +34,7 @@ class Gate(Generic[App]):
         lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
         clients: `on`: keep from which network each key was used last; None: `KEYLATCH_CLIENTS`.
         hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
+        log_failures: `on`: log refused requests with their address; None: `KEYLATCH_LOG_FAILURES`.
         log: `json`: give each request an id for `keylatch.logs`; None: `KEYLATCH_LOG`.
         timing: `on`: tell in headers how long checks took; None: `KEYLATCH_TIMING`.
         tracing: `on`: make spans of OpenTelemetry; None: `KEYLATCH_TRACING`.
@@ -47,6 +50,8 @@ class Gate(Generic[App]):
         *,
         store: str | None = None,
         redis: str | None = None,
+        store_file: str | None = None,
+        redis_file: str | None = None,
         pepper_file: str | None = None,
         public: Iterable[str] = (),
         permissions: Mapping[str, Iterable[str]] | None = None,
@@ -56,6 +61,7 @@ class Gate(Generic[App]):
         hasher: str | None = None,
         clients: str | None = None,
         log: str | None = None,
+        log_failures: str | None = None,
         timing: str | None = None,
         tracing: str | None = None,
         engine: Engine | None = None,
@@ -67,6 +73,8 @@ class Gate(Generic[App]):
                 Settings.load(
                     store=store,
                     redis=redis,
+                    store_file=store_file,
+                    redis_file=redis_file,
                     pepper_file=pepper_file,
                     realm=realm,
                     environment=environment,
@@ -74,6 +82,7 @@ class Gate(Generic[App]):
                     hasher=hasher,
                     clients=clients,
                     log=log,
+                    log_failures=log_failures,
                     timing=timing,
                     tracing=tracing,
                 )
@@ -88,9 +97,9 @@ class Gate(Generic[App]):
         if mistakes or engine is None:
             raise ConfigurationError(mistakes)
         self.engine = engine
+        self._realm = engine.settings.realm
         self._app = app
         self._policy = policy
-        self._refusals = Refusals(engine.settings.realm)
         self._follow()
         self._prepare()
 
@@ -101,6 +110,7 @@ class Gate(Generic[App]):
         self._prepare()
 
     def _follow(self) -> None:
+        self._refusals = Refusals(self._realm, failures=self.engine.failures)
         self._is_followed = self.engine.settings.is_followed
         self._checks: Checks = Followed(self.engine) if self._is_followed else self.engine
 

@@ -302,6 +302,9 @@ class Unsettled(Deny):
 
 Verdict: TypeAlias = Allow | Deny
 
+Caller: TypeAlias = "Callable[[], tuple[str | None, str | None]]"
+"""Says whence a request came: address and user agent, by the server's word."""
+
 
 def flaw(record: KeyRecord, now_ms: float, environment: str | None) -> Reason | None:
     """What makes the key unusable for everything, if anything does.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from keylatch.model import Deny, Reason
+from keylatch.model import Caller, Deny, Reason
+from keylatch.telemetry.failures import FailureLog
 
 Header = tuple[bytes, bytes]
 
@@ -87,13 +88,23 @@ class Refusals:
         realm: named in every challenge.
         malformed_status: 400 by RFC 6750; 401 behind proxies, because nginx's `auth_request`
             turns 400 into 500.
+        failures: where refused requests are logged; None: nowhere.
     """
 
-    def __init__(self, realm: str, malformed_status: int = 400) -> None:
+    def __init__(
+        self, realm: str, malformed_status: int = 400, failures: FailureLog | None = None
+    ) -> None:
         self._realm = realm
         self._malformed_status = malformed_status
+        self._failures = failures
         self.of = lru_cache(maxsize=256)(self._build)
         """The refusal for a `Deny`."""
+
+    def refuse(self, deny: Deny, caller: Caller) -> Refusal:
+        """The refusal that a caller is answered; it is logged where that is switched on."""
+        if self._failures is not None:
+            self._failures.add(deny.reason, caller)
+        return self.of(deny)
 
     def _build(self, deny: Deny) -> Refusal:
         answer = ANSWERS[deny.reason]

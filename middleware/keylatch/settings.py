@@ -1,17 +1,17 @@
 """Settings: from keyword arguments, then `KEYLATCH_*` variables, then defaults.
 
-A wrong setting stops the start, and all mistakes are listed at once, each with a hint. A store
-or Redis URL may hold a password, so no message repeats a value.
+A wrong setting stops the start, and so does a variable that is none; all mistakes are listed at
+once, each with a hint. A store or Redis URL may hold a password, so no message repeats a value.
 """
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import ConnectionPool
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -19,8 +19,9 @@ from sqlalchemy.exc import ArgumentError
 from keylatch import peppers
 from keylatch.errors import ConfigurationError
 from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
+from keylatch.variables import Mistake, Variables, from_files, unknown, variable
 
-S = TypeVar("S", bound=BaseSettings)
+S = TypeVar("S", bound=Variables)
 
 PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
 
@@ -28,6 +29,8 @@ _HINTS: Final = {
     "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
     "pepper_file": "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
     "redis": "redis://host:6379/0, rediss:// for TLS, unix:///path.sock, or empty for none",
+    "store_file": "the path of a file that holds the store's URL and nothing else",
+    "redis_file": "the path of a file that holds the URL of Redis and nothing else",
     "prefix": f"the first word of new tokens matches {PREFIX_PATTERN}",
     "hasher": "argon2id or sha256",
     "lease": "seconds, more than 0 and at most 60",
@@ -39,23 +42,24 @@ _HINTS: Final = {
     "max_changes": "a whole number of changes for each organisation and hour; 0: no limit",
     "audit_days": "whole days, 0 to 36500; 0: keep the audit log for ever",
     "log": "text or json",
+    "log_failures": "off or on",
     "timing": "off or on",
     "tracing": "off, or on with the package: pip install 'keylatch[otel]'",
     "realm": "up to 64 printable ASCII characters without quotes and backslashes",
 }
 
 
-class Settings(BaseSettings):
+class Settings(Variables):
     """What an engine needs to know. Build it with `load`, which explains every mistake."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="KEYLATCH_", frozen=True, extra="forbid", hide_input_in_errors=True
-    )
 
     store: str = Field(default="sqlite:///keylatch.db", repr=False)
     """Where keys live: `sqlite:///path.db` or `postgresql://…`."""
     redis: str = Field(default="", repr=False)
     """Redis or Valkey URL of the shared cache; empty: work without."""
+    store_file: str = ""
+    """A file that holds `store`, which may have a password; empty: none."""
+    redis_file: str = ""
+    """A file that holds `redis`; empty: none."""
     pepper_file: str = ""
     """A file with a secret that the store does not hold; see `peppers`. Empty: none."""
     prefix: str = "kl"
@@ -84,6 +88,8 @@ class Settings(BaseSettings):
     """Whether to keep from which network and with what program each key was used last."""
     log: Literal["text", "json"] = "text"
     """`json`: the sidecar logs JSON lines; everywhere, requests get an id for such lines."""
+    log_failures: Literal["off", "on"] = "off"
+    """`on`: a line in the log for each request that is refused because of its key, limited."""
     timing: Literal["off", "on"] = "off"
     """`on`: answers tell in headers how long the check took, and who knew."""
 
@@ -202,27 +208,49 @@ class Settings(BaseSettings):
         Raises:
             ConfigurationError: naming every wrong setting, with a hint for each.
         """
-        return loaded(cls, given, _HINTS)
+        return loaded(cls, given, _HINTS, unknown(os.environ))
 
 
-def loaded(kind: type[S], given: Mapping[str, Any], hints: Mapping[str, str]) -> S:
+def loaded(
+    kind: type[S],
+    given: Mapping[str, Any],
+    hints: Mapping[str, str],
+    also_wrong: Iterable[Mistake] = (),
+) -> S:
     """Settings of this kind, from arguments (None: not given) over the environment.
+
+    Args:
+        kind: of settings.
+        given: the arguments.
+        hints: what each field may be.
+        also_wrong: mistakes that were found elsewhere, to be listed with those found here.
 
     Raises:
         ConfigurationError: naming every wrong setting, with a hint for each.
     """
+    given = {name: value for name, value in given.items() if value is not None}
+    in_files, mistakes = from_files(kind, given, hints)
+    mistakes += also_wrong
     try:
-        return kind(**{name: value for name, value in given.items() if value is not None})
+        settings = kind(**given | in_files)
     except ValidationError as error:
-        mistakes = [
+        mistakes += [
             (
-                f"KEYLATCH_{name.upper()}: {problem['msg'].removeprefix('Value error, ')}",
+                f"{variable(_where(name, in_files))}: "
+                + problem["msg"].removeprefix("Value error, "),
                 hints.get(name, "no such setting"),
             )
             for problem in error.errors(include_input=False, include_url=False)
             for name in [str(problem["loc"][0])]
         ]
+    if not mistakes:
+        return settings
     raise ConfigurationError(mistakes)
+
+
+def _where(name: str, in_files: Mapping[str, str]) -> str:
+    """The setting that a person has to look at for this field."""
+    return f"{name}_file" if in_files.get(name) else name
 
 
 def _matching(pattern: str, text: str) -> str:

@@ -58,7 +58,8 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         if isinstance(verdict, Token):
             verdict = self._portal.resolve(verdict, wanted)
         if isinstance(verdict, Deny):
-            return refuse(self._refusals.of(verdict), environ, start_response)
+            refusal = self._refusals.refuse(verdict, partial(caller_of, environ))
+            return refuse(refusal, environ, start_response)
         environ[PRINCIPAL] = verdict.principal
         if self.engine.sees_clients:
             self.engine.see(verdict.principal.key_id, partial(caller_of, environ))

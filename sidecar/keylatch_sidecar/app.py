@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch_sidecar import health, leaked, metrics, openapi
+from keylatch_sidecar.audience import METRICS_PATHS, Place, came_to
 from keylatch_sidecar.followed import followed
 from keylatch_sidecar.management import audit, key_usage, rotation, sendook, unsent
 from keylatch_sidecar.management.problems import Problem, no_such_key
@@ -44,6 +45,7 @@ ROUTES = [
 ]
 _OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
 _FOR_PROXIES: Final = ("/healthz", "/readyz")
+_NOTHING: Final = unsent.spell(Problem(404, "Not Found"))
 _GRPC_GRACE_SECONDS: Final = 2.0
 
 
@@ -52,7 +54,7 @@ class GRPCListener:
     """Where to listen for gRPC.
 
     Args:
-        address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
+        address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
         is_shared: whether several processes do, on one port.
     """
 
@@ -64,7 +66,8 @@ def create_app(
     engine: Engine,
     settings: ProxySettings | None = None,
     *,
-    admin: int | str | None = None,
+    admin: Place = None,
+    metrics_at: Place = None,
     grpc: GRPCListener | None = None,
     siblings: Path | None = None,
 ) -> ASGIApp:
@@ -74,6 +77,8 @@ def create_app(
         engine: judges tokens and manages keys.
         settings: how proxies ask; None: from the environment.
         admin: the port, or the Unix socket's path, where alone keys are managed; None: everywhere.
+        metrics_at: where metrics and readiness are told without a key, and nothing else; None:
+            nowhere.
         grpc: where proxies ask over gRPC; None: nowhere.
         siblings: where workers that share a port find each other; None: there is one.
     """
@@ -105,6 +110,7 @@ def create_app(
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     management.state.engine = engine
+    management.state.private = {admin, metrics_at} - {None}
     management.state.reports = reports
     management.state.metrics = page
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
@@ -112,34 +118,38 @@ def create_app(
     authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == verify.PATH:
+        if metrics_at is not None and came_to(scope) == metrics_at:
+            is_served = scope["type"] == "http" and scope["path"] in METRICS_PATHS
+            await (management if is_served else _NOTHING)(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == verify.PATH:
             await verifying(scope, receive, send)
         elif scope["type"] == "http" and ext_authz.is_asked(scope["path"]):
             await authorizing(scope, receive, send)
         elif scope["type"] != "http" or _is_served(scope, admin):
             await management(scope, receive, send)
         else:
-            await unsent.spell(Problem(404, "Not Found"))(scope, receive, send)
+            await _NOTHING(scope, receive, send)
 
     if not engine.settings.is_followed:
         return app
     return followed(app, tells=engine.settings.timing == "on")
 
 
-def _is_served(scope: Scope, admin: int | str | None) -> bool:
+def _is_served(scope: Scope, admin: Place) -> bool:
     """Whether what is not for proxies may be asked where this request came to."""
-    host, port = scope.get("server") or (None, None)
-    came_to = host if port is None else port
-    return admin in (None, came_to) or scope["path"] in _FOR_PROXIES
+    return admin in (None, came_to(scope)) or scope["path"] in _FOR_PROXIES
 
 
 def from_environment(
-    admin: int | str | None = None,
+    admin: Place = None,
+    metrics_at: Place = None,
     grpc: GRPCListener | None = None,
     siblings: Path | None = None,
 ) -> ASGIApp:
     """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
-    return create_app(Engine(Settings.load()), admin=admin, grpc=grpc, siblings=siblings)
+    return create_app(
+        Engine(Settings.load()), admin=admin, metrics_at=metrics_at, grpc=grpc, siblings=siblings
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -7,13 +7,13 @@ argument, because arguments land in shell histories and process lists; nor is on
 import asyncio
 import contextlib
 import logging
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TextIO, TypeVar
+from typing import Annotated, Final, TextIO, TypeVar
+from urllib.parse import unquote
 
 import typer
 
@@ -26,6 +26,7 @@ from keylatch.model import FULL, Allow, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
 from keylatch.tokens import SCAN_PATTERN
+from keylatch.variables import hand_down
 from keylatch_sidecar.commands import life as life_commands
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.audit import audit
@@ -43,6 +44,7 @@ from keylatch_sidecar.commands.options import (
     JSONOption,
     KeyId,
     LeaseOption,
+    LogFailuresOption,
     LogOption,
     MaxChangesOption,
     MaxKeysOption,
@@ -67,6 +69,14 @@ from keylatch_sidecar.proxies.answers import wanted_of
 from keylatch_sidecar.settings import ProxySettings
 
 T = TypeVar("T")
+
+# A store or Redis as an argument, or as the value of an option: with a password before the @, where
+# SQLAlchemy looks for it, or among its parameters.
+_URL_WITH_PASSWORD: Final = re.compile(
+    r"(--?[\w-]+=)?\s*(postgres|redis|valkey|unix)[\w+]*://"
+    r"([^:/]*:[^@]+@|.*[?&][^=&]*passw[^=&]*=)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 cli = typer.Typer(
     help="API keys for web applications: create, list, revoke and verify them.",
@@ -99,6 +109,8 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     if any(re.search(SCAN_PATTERN, argument) for argument in sys.argv):
         terminal.refuse_token_in_argument()
+    if any(_URL_WITH_PASSWORD.match(unquote(argument)) for argument in sys.argv[1:]):
+        terminal.refuse_password_in_argument()
     try:
         cli()
     except ConfigurationError as error:
@@ -121,6 +133,10 @@ def serve(
         int | None, typer.Option(help="Answer Envoy's gRPC on this port.", min=1, max=65535)
     ] = None,
     grpc_uds: Annotated[Path | None, typer.Option(help="Or on this Unix socket.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of --metrics-port.")] = "127.0.0.1",
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics here, without a key.", min=1, max=65535)
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     store: StoreOption = None,
     redis: RedisOption = None,
@@ -133,6 +149,7 @@ def serve(
     audit_days: AuditDaysOption = None,
     clients: ClientsOption = None,
     log: LogOption = None,
+    log_failures: LogFailuresOption = None,
     timing: TimingOption = None,
     tracing: TracingOption = None,
     verify_facts: VerifyFactsOption = None,
@@ -147,6 +164,7 @@ def serve(
     given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
     given |= {"max_keys": max_keys, "max_changes": max_changes, "audit_days": audit_days}
     given |= {"clients": clients, "log": log, "timing": timing, "tracing": tracing}
+    given |= {"log_failures": log_failures}
     given |= {"pepper_file": pepper_file}
     proxies = {
         "verify_facts": verify_facts,
@@ -157,13 +175,12 @@ def serve(
         lambda: Settings.load(**given), lambda: ProxySettings.load(**proxies)
     )
     _prepare_store(settings)
-    for name, value in (given | proxies).items():
-        if value is not None:
-            os.environ[f"KEYLATCH_{name.upper()}"] = value  # for the workers
+    hand_down(given | proxies)  # to the workers
     listener = Listener(host, port, uds)
     admin = Listener.optional(admin_host, admin_port, admin_uds)
     grpc = Listener.optional(host, grpc_port, grpc_uds)
-    taken = [other.key for other in (listener, admin, grpc) if other is not None]
+    metrics = Listener.optional(metrics_host, metrics_port, None)
+    taken = [other.key for other in (listener, admin, grpc, metrics) if other is not None]
     if len(set(taken)) < len(taken):
         terminal.fail("two want to listen in the same place", "another port", terminal.UNUSABLE)
     if grpc is not None:
@@ -176,7 +193,9 @@ def serve(
             wrong, _, hint = str(error).partition(": ")
             terminal.fail(wrong, hint, terminal.UNUSABLE)
     try:
-        started = serving.run(listener, admin, grpc, workers, logs_json=settings.log == "json")
+        started = serving.run(
+            listener, admin, grpc, workers, metrics=metrics, logs_json=settings.log == "json"
+        )
     except serving.CannotListen as error:
         terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
     if not started:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.telemetry import condition
+from keylatch_sidecar.audience import is_admitted
 from keylatch_sidecar.management.bodies import JSON, Shape, iso
 
 
@@ -37,10 +38,11 @@ class Parts(Shape):
 
 
 class Readiness(Shape):
-    """`ok`, or `unavailable` while keys could not be checked; and each part."""
+    """`ok`, or `unavailable` while keys could not be checked; and each part, where the caller may
+    know that."""
 
     status: str
-    parts: Parts
+    parts: Parts | None = None
 
 
 async def healthz(request: Request) -> Response:
@@ -54,11 +56,14 @@ async def readyz(request: Request) -> Response:
     try:
         await engine.ready()
     except KeylatchError:  # the store's condition is in the log
-        return JSON(_readiness("unavailable", engine), 503, {"Retry-After": "1"})
-    return JSON(_readiness("ok", engine))
+        return JSON(await _told(request, "unavailable"), 503, {"Retry-After": "1"})
+    return JSON(await _told(request, "ok"))
 
 
-def _readiness(status: str, engine: Engine) -> Readiness:
+async def _told(request: Request, status: str) -> Shape:
+    if not await is_admitted(request):
+        return Health(status=status)
+    engine: Engine = request.app.state.engine
     parts = {part.name: _shape(part) for part in engine.parts()}
     return Readiness(status=status, parts=Parts(**parts))
 

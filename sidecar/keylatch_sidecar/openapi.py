@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 import keylatch
 from keylatch_sidecar import health, leaked, metrics
+from keylatch_sidecar.audience import for_operators
 from keylatch_sidecar.management import audit, days, key_usage, listing, rotation, sendook, unsent
 from keylatch_sidecar.management.access import engine_of
 from keylatch_sidecar.management.bodies import JSON, REASON_PATTERN, Body
@@ -22,6 +23,7 @@ from keylatch_sidecar.proxies import ext_authz, verify
 
 _OF_A_CALLER: Final = (401, 403, 503)
 _OF_A_BODY: Final = (400, 413, 415)
+_OF_AN_OPERATOR: Final = (400, *_OF_A_CALLER)
 _OF_A_LIMIT: Final = (429,)
 
 
@@ -85,6 +87,7 @@ class Refused(BaseModel):
     error_description: str
 
 
+@for_operators
 async def document(request: Request) -> Response:
     """This document."""
     return JSON(build(engine_of(request).settings.grantable))
@@ -271,8 +274,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     "/readyz": {
         "get": Operation(health.readyz, health.Readiness, errors=(503,), error=health.Readiness)
     },
-    "/metrics": {"get": Operation(metrics.metrics, None, errors=())},
-    "/openapi.json": {"get": Operation(document, None, errors=())},
+    "/metrics": {
+        "get": Operation(metrics.metrics, None, errors=_OF_AN_OPERATOR, error=unsent.Error)
+    },
+    "/openapi.json": {"get": Operation(document, None, errors=_OF_AN_OPERATOR, error=unsent.Error)},
 }
 
 

@@ -21,6 +21,7 @@ from uvicorn.config import LOGGING_CONFIG
 from uvicorn.supervisors import Multiprocess
 
 from keylatch import logs
+from keylatch_sidecar import loopback
 from keylatch_sidecar.app import GRPCListener, from_environment
 from keylatch_sidecar.limits import IDLE_SECONDS
 from keylatch_sidecar.proxies.any_method import AnyMethod
@@ -101,6 +102,7 @@ def run(
     grpc: Listener | None,
     workers: int,
     *,
+    metrics: Listener | None = None,
     logs_json: bool = False,
 ) -> bool:
     """Serve until told to stop.
@@ -110,6 +112,7 @@ def run(
         admin: for management, which is then nowhere else.
         grpc: for proxies that speak gRPC.
         workers: processes that share the listeners.
+        metrics: for Prometheus, which needs no key there.
         logs_json: whether the log is JSON, a line each.
 
     Returns:
@@ -118,7 +121,7 @@ def run(
     Raises:
         CannotListen: nothing was started.
     """
-    listeners = [listener for listener in (main, admin, grpc) if listener is not None]
+    listeners = [each for each in (main, admin, grpc, metrics) if each is not None]
     with contextlib.ExitStack() as stack:
         # Whoever may enter the folder may ask; management is for the account that it runs as.
         sockets = [stack.enter_context(main.bind(0o666))]
@@ -126,6 +129,8 @@ def run(
             sockets.append(stack.enter_context(admin.bind(0o600)))
         if grpc is not None:
             grpc.bind(0o666).close()  # gRPC makes its own, and some failures it would not tell
+        if metrics is not None:
+            sockets.append(stack.enter_context(metrics.bind(0o666)))
         stack.pop_all()  # from here on they are the server's
     raise_descriptors()
     siblings = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
@@ -133,6 +138,7 @@ def run(
         functools.partial(
             from_environment,
             admin=None if admin is None else admin.key,
+            metrics_at=None if metrics is None else metrics.key,
             grpc=None if grpc is None else GRPCListener(grpc.target, is_shared=workers > 1),
             siblings=None if siblings is None else Path(siblings.name),
         ),
@@ -150,6 +156,10 @@ def run(
     )
     log.setLevel(logging.INFO)  # uvicorn says it only of sockets that it made itself
     log.info("listening on %s", " and ".join(str(listener) for listener in listeners))
+    takers = [each for each in (main, admin, grpc) if each is not None and each.uds is None]
+    readable = [str(each) for each in takers if not loopback.is_host(each.host)]
+    if readable:
+        log.warning("%s on %s; %s", loopback.PLAIN_HTTP, " and ".join(readable), loopback.HINT)
     # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
     # us before the sockets are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -1,11 +1,14 @@
-"""The sidecar's own settings, beside its engine's: how proxies ask, and what they may keep."""
+"""The sidecar's own settings, beside its engine's: how proxies ask, and what they may keep.
+
+And the variables of commands and of this project's tests: a start refuses those that are unknown.
+"""
 
 from typing import Any, Final, Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from keylatch.settings import loaded
+from keylatch.variables import Variables
 
 _HINTS: Final = {
     "verify_facts": "none, forwarded (X-Forwarded-Method, -Uri), original (X-Original-…)",
@@ -14,12 +17,8 @@ _HINTS: Final = {
 }
 
 
-class ProxySettings(BaseSettings):
+class ProxySettings(Variables):
     """Build it with `load`, which explains every mistake."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="KEYLATCH_", frozen=True, extra="forbid", hide_input_in_errors=True
-    )
 
     verify_facts: Literal["none", "forwarded", "original"] = "none"
     """Where proxies that call `/verify` say what they were asked."""
@@ -36,3 +35,19 @@ class ProxySettings(BaseSettings):
             ConfigurationError: naming every wrong setting, with a hint for each.
         """
         return loaded(cls, given, _HINTS)
+
+
+class BenchSettings(Variables):
+    """What `keylatch bench` takes from the environment: a key is never an argument."""
+
+    bench_key: str = Field(default="", repr=False)
+    """A FULL key, to make the keys of the load with."""
+
+
+class TestSettings(Variables):
+    """What this project's own tests take from the environment."""
+
+    __test__ = False  # pytest: it is no test
+
+    require_services: str = ""
+    """`1`: a missing server fails the tests instead of skipping them."""

@@ -510,17 +510,23 @@ MISTAKES = {
     "too long": ([NOBODY, "--seconds", "9999"], STRANGER, "--seconds is 0.2 to 600"),
     "Redis alone": ([NOBODY, "--redis", "redis://x"], STRANGER, "of no use"),
     "no store": (["--store", "mysql://u:hunter2@db"], "", "neither sqlite nor postgresql"),
-    "an unreachable store": (
-        *(["--store", "postgresql://u:hunter2@127.0.0.1:1/keys"], "", "the store failed"),
+    "a password of the store": (
+        *(["--store", "postgresql://u:hunter2@127.0.0.1:1/keys"], "", "never an argument"),
     ),
+    "an unreachable store": (["--store-file", "store.url"], "", "the store failed"),
+    "no file": (["--store-file", "missing.url"], "", "KEYLATCH_STORE_FILE: the file cannot be"),
     "nothing to compare with": ([NOBODY, "--compare", "/missing"], STRANGER, "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_with_a_hint(operator: Operator, mistake: str) -> None:
+def test_a_mistake_is_told_with_a_hint(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
     """Exit code 2, no traceback, and nothing that is secret."""
     words, typed, told = MISTAKES[mistake]
+    monkeypatch.chdir(operator.folder)
+    Path("store.url").write_text("postgresql://u:hunter2@127.0.0.1:1/keys\n")
     ending = operator.run("bench", *words, "--out", str(operator.folder / "out"), typed=typed)
     assert (ending.code, ending.out) == (2, "")
     assert told in ending.err

@@ -222,7 +222,8 @@ def test_wrong_settings_are_all_told(operator: Operator) -> None:
     assert [each["grade"] for each in visit.findings] == ["failure"] * 3
     operator.set(LEASE="1", PREFIX="kl", PROXY_CACHE_TTL="0", LEASES="3")
     visit = Visit(operator)
-    assert visit.named("settings") == "nobody reads KEYLATCH_LEASES is KEYLATCH_LEASE meant?"
+    assert visit.code == 2, "it would stop any start"
+    assert visit.named("settings") == "KEYLATCH_LEASES: no such setting is KEYLATCH_LEASE meant?"
 
 
 def test_people_get_a_table(operator: Operator) -> None:
@@ -264,15 +265,15 @@ def test_a_redis_that_takes_nothing_fails(operator: Operator, redis_server: Redi
         assert Visit(operator, "--redis", redis_server.url).grade_of("Redis role") == "failure"
         client.replicaof("NO", "ONE")
         client.config_set("requirepass", "right")
-    url = redis_server.url.replace("//", "//:hunter2secret@")
-    refused = Visit(operator, "--redis", url)
+    operator.set(REDIS=redis_server.url.replace("//", "//:hunter2secret@"))
+    refused = Visit(operator)
     assert (refused.code, refused.grade_of("Redis")) == (2, "failure")
     assert "password" in refused.named("Redis")
     redis_server.pause()
-    silent = Visit(operator, "--redis", url)
+    silent = Visit(operator)
     assert (silent.code, silent.grade_of("Redis")) == (2, "failure")
     redis_server.kill()
-    gone = Visit(operator, "--redis", url)
+    gone = Visit(operator)
     assert (gone.code, gone.grade_of("Redis")) == (2, "failure")
     for visit in (refused, silent, gone):
         assert "hunter2secret" not in visit.text
@@ -327,7 +328,8 @@ def test_a_store_that_cannot_be_written_fails(operator: Operator, postgres: Post
 
 def test_a_server_that_is_gone_fails(operator: Operator) -> None:
     """In a moment, without its password."""
-    visit = Visit(operator, "--store", "postgresql://u:hunter2secret@127.0.0.1:1/keys")
+    operator.set(STORE="postgresql://u:hunter2secret@127.0.0.1:1/keys")
+    visit = Visit(operator)
     assert (visit.code, visit.grade_of("store")) == (2, "failure")
     assert "hunter2secret" not in visit.text
 

@@ -55,8 +55,8 @@ TRACE   /ext_authz/{path}       | 401    | 401  | 200     | 200         | 200
 POST    /leaked                 | 202    | 202  | 202     | 202         | 202
 GET     /healthz                | 200    | 200  | 200     | 200         | 200
 GET     /readyz                 | 200    | 200  | 200     | 200         | 200
-GET     /metrics                | 200    | 200  | 200     | 200         | 200
-GET     /openapi.json           | 200    | 200  | 200     | 200         | 200
+GET     /metrics                | 401    | 401  | 403     | 200         | 200
+GET     /openapi.json           | 401    | 401  | 403     | 200         | 200
 """
 
 BODIES: dict[str, Any] = {

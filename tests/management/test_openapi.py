@@ -27,8 +27,8 @@ METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
 
 @pytest.fixture
 def document(sidecar: Sidecar) -> dict[str, Any]:
-    with sidecar.client() as anybody:
-        answer = anybody.get("/openapi.json")
+    with sidecar.client(sidecar.create()) as manager:
+        answer = manager.get("/openapi.json")
     assert answer.status_code == 200
     content: dict[str, Any] = answer.json()
     return content
@@ -104,8 +104,9 @@ def test_requests_are_described_as_strictly_as_they_are_read(document: dict[str,
 
 def test_management_needs_a_key_and_the_rest_does_not(document: dict[str, Any]) -> None:
     """`security` is on the operations that answer 401 without one."""
+    private = ("/v1/", "/verify", "/ext_authz", "/metrics", "/openapi.json")
     for path, _, operation in operations(document):
-        assert ("security" in operation) == path.startswith(("/v1/", "/verify", "/ext_authz"))
+        assert ("security" in operation) == path.startswith(private)
 
 
 def test_bodies_are_needed_where_they_are_called_so(
@@ -156,8 +157,11 @@ def test_names_of_every_length_are_described(length: int) -> None:
 
 def test_permissions_are_those_that_may_be_given(store_url: str, clock: Clock) -> None:
     """A sidecar with words of its own says which."""
-    with sidecar_on(store_url, clock, permissions="FULL,READ") as own, own.client() as anybody:
-        schemas = anybody.get("/openapi.json").json()["components"]["schemas"]
+    with (
+        sidecar_on(store_url, clock, permissions="FULL,READ") as own,
+        own.client(own.create()) as manager,
+    ):
+        schemas = manager.get("/openapi.json").json()["components"]["schemas"]
     for name in ("unsent.CreateKey", "ChangeKey"):
         assert schemas[name]["properties"]["permission"]["enum"] == ["FULL", "READ"]
     assert "enum" not in schemas["unsent.Key"]["properties"]["permission"]
@@ -284,6 +288,10 @@ def test_real_answers_are_as_described(
         transcript.call(waiting, "POST", "/leaked", json={"token": "x"})
         for body in (b'{"token":"x"}', b"{}", b"x", b"x" * 20_000):
             transcript.call(anonymous, "POST", "/leaked", content=body, headers=AS_JSON)
+        for path in ("/metrics", "/openapi.json"):
+            for caller in (anonymous, sending, waiting):
+                transcript.call(caller, "GET", path)
+            transcript.call(client, "GET", path, headers={"Authorization": "Bearer"})
         transcript.call(client, "GET", "/healthz")
         transcript.call(client, "GET", "/readyz")
         transcript.call(waiting, "GET", "/readyz")

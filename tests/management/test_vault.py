@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
-from conftest import Clock, MakeEngine, OnAStore, Times
+from conftest import Clock, MakeEngine, OnAStore, Times, until_async
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, StoreUnavailable
 from keylatch.model import Allow, Deny, Reason
@@ -177,7 +177,10 @@ async def test_old_and_new_keys_are_good_in_every_process(engines: list[Engine])
 
 @pytest.mark.anyio
 async def test_what_redis_holds_stays_readable(
-    engines: list[Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    unhurried: None,
+    engines: list[Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Values under the old pepper are read, those under the new one as well, and none is taken
     for a stranger's."""
@@ -187,7 +190,11 @@ async def test_what_redis_holds_stays_readable(
     await (await here.vault()).rotate(["pepper"])
     tokens.append(await create(here))
     assert isinstance(await here.check(bearer(tokens[1])), Allow)
-    await asyncio.sleep(0.05)  # Redis is told in the background
+
+    async def redis_knows() -> bool:
+        return len(await here._redis.keys()) == len(tokens)
+
+    await until_async(redis_knows)  # it is told in the background
     caplog.clear()
 
     async def fail(stored: str, token: Token) -> Any:

@@ -36,6 +36,13 @@ def down(
 
 
 @pytest.fixture
+def watching(down: Sidecar) -> Iterator[httpx.Client]:
+    """HTTP at the listener for metrics, where the parts are told without a key."""
+    with down.probe() as probe:
+        yield probe
+
+
+@pytest.fixture
 def waiting(down: Sidecar, boss: Created) -> Iterator[httpx.Client]:
     """HTTP with a key that is good, if only somebody could look it up."""
     with down.client(boss) as client:
@@ -149,18 +156,47 @@ def parts(probe: httpx.Client) -> dict[str, str]:
 WELL = {"store": "ok", "lease": "off", "redis": "off", "hashing": "ok", "usage": "ok"}
 
 
+def test_parts_are_told_to_operators_only(sidecar: Sidecar, boss: Created) -> None:
+    """On the main listener no key, a revoked one and one without FULL get the status alone."""
+    small = sidecar.create(boss.record.organization_id, "small", permission="SENDING")
+    dead = sidecar.create()
+    with sidecar.client(dead) as client:
+        assert client.delete("/v1/api-keys/self").status_code == 200
+    for key in (None, dead, small):
+        with sidecar.client(key) as client:
+            answer = client.get("/readyz")
+            assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+    with sidecar.client(boss) as client:
+        assert parts(client) == WELL
+
+
+def test_a_probe_is_no_failed_check(sidecar: Sidecar) -> None:
+    """A request for readiness without a key is not counted as one whose key is missing."""
+
+    def missing() -> str:
+        with sidecar.probe() as probe:
+            page = probe.get("/metrics").text
+        [line] = [each for each in page.splitlines() if 'verdict="missing"' in each]
+        return line
+
+    before = missing()
+    with sidecar.client() as stranger:
+        assert stranger.get("/readyz").status_code == 200
+    assert missing() == before
+
+
 def test_all_parts_are_told(sidecar: Sidecar) -> None:
     """Each with a state; what there is not is `off`."""
-    with sidecar.client() as probe:
+    with sidecar.probe() as probe:
         assert parts(probe) == WELL
         told = probe.get("/readyz").json()["parts"]
     assert told["redis"] == {"state": "off", "since": None, "reason": ""}
     assert datetime.fromisoformat(told["store"]["since"]).tzinfo is not None
 
 
-def test_a_store_that_was_never_there_is_told(waiting: httpx.Client) -> None:
+def test_a_store_that_was_never_there_is_told(watching: httpx.Client) -> None:
     """The words are ours: a driver's may hold hosts, users and paths."""
-    told = waiting.get("/readyz").json()["parts"]["store"]
+    told = watching.get("/readyz").json()["parts"]["store"]
     assert (told["state"], told["reason"]) == ("unavailable", "the store does not answer")
 
 
@@ -170,12 +206,16 @@ def said(caplog: pytest.LogCaptureFixture, words: str) -> int:
 
 
 def test_a_redis_that_dies_is_told_and_needed_by_nobody(
-    store_url: str, redis_server: RedisServer, clock: Clock, caplog: pytest.LogCaptureFixture
+    unhurried: None,
+    store_url: str,
+    redis_server: RedisServer,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Ready all the same; one line when it goes and one when it is back, whatever is asked."""
     with (
         sidecar_on(store_url, clock, redis=redis_server.url) as sidecar,
-        sidecar.client() as probe,
+        sidecar.probe() as probe,
     ):
         keys = [sidecar.create() for _ in range(12)]
 
@@ -209,7 +249,7 @@ def test_a_postgresql_that_stops_is_told(
     postgres: PostgresServer, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Store and lease with their hour; a flood of refused requests adds no line to the log."""
-    with sidecar_on(postgres.new_database(), clock) as sidecar, sidecar.client() as probe:
+    with sidecar_on(postgres.new_database(), clock) as sidecar, sidecar.probe() as probe:
         known, cold = sidecar.create(), sidecar.create()
         with sidecar.client(known) as client, sidecar.client(cold) as other:
             assert client.get("/verify").status_code == 200
@@ -221,6 +261,8 @@ def test_a_postgresql_that_stops_is_told(
             try:
                 seen = {each.get("/verify").status_code for each in (client, other) * 10}
                 answer = probe.get("/readyz")
+                # The lease is asked for four times a second by the wall clock.
+                eventually(lambda: said(caplog, "no lease") == 1)
             finally:
                 postgres.start()
             assert seen == {503}
@@ -269,7 +311,7 @@ def test_the_readme_shows_what_is_answered(sidecar: Sidecar) -> None:
     """Its example has the parts, the fields and the words of a real answer."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     shown = json.loads(readme.partition("and since when:\n\n```\n")[2].partition("```")[0])
-    with sidecar.client() as probe:
+    with sidecar.probe() as probe:
         real = probe.get("/readyz").json()
     assert shown.keys() == real.keys()
     assert {name: part.keys() for name, part in shown["parts"].items()} == {

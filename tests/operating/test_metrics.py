@@ -13,7 +13,7 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import Clock, MakeEngine, Sidecar
+from conftest import Clock, MakeEngine, Sidecar, until_async
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
@@ -73,18 +73,21 @@ async def make(engine: Engine, **fields: Any) -> Created:
 
 
 @pytest.mark.anyio
-async def test_decisions_are_counted_where_they_are_made(make_engine: MakeEngine) -> None:
+async def test_decisions_are_counted_where_they_are_made(
+    make_engine: MakeEngine, unhurried: None
+) -> None:
     """By verdict and by who knew: each check once, whatever it met on the way."""
     redis = FakeServer()
     first, second = (make_engine(redis=FakeAsyncRedis(server=redis)) for _ in range(2))
     created = await make(first)
     sending = await make(first, permission="SENDING")
-    wrong = header(created)[0][:-1] + b"0"
+    right = header(created)[0]
+    wrong = right[:-1] + (b"1" if right.endswith(b"0") else b"0")
     stranger = wrong[:20] + wrong[20:].swapcase()
     only_full = Wanted(frozenset(("FULL",)))
     for _ in range(3):
         assert isinstance(await first.check(header(created)), Allow)
-    await asyncio.sleep(0.01)  # what was found is put into Redis by a task
+    await until_async(FakeAsyncRedis(server=redis).keys)  # what was found is put there by a task
     assert isinstance(await second.check(header(created)), Allow)
     for values in ([], [b"Basic x"], [b"Bearer"], [wrong], [stranger]):
         assert isinstance(await second.check(values), Deny)
@@ -400,8 +403,8 @@ async def test_a_lease_is_on_the_page(postgres: PostgresServer, clock: Clock) ->
 
 
 def test_the_sidecar_has_a_page(sidecar: Sidecar, client: httpx.Client) -> None:
-    """In Prometheus' format, without a key; what it decided is there, and the process itself."""
-    with sidecar.client() as anybody:
+    """In Prometheus' format, without a key on its own listener: decisions, and the process."""
+    with sidecar.probe() as anybody:
         before = numbers(anybody.get("/metrics").text)
         assert client.get("/verify").status_code == 200
         assert client.get("/verify").status_code == 200
@@ -421,6 +424,46 @@ def test_no_secret_is_on_the_page(sidecar: Sidecar, client: httpx.Client, boss: 
     record = boss.record
     for word in (record.id, record.organization_id, "canary", boss.token.reveal()[-41:]):
         assert word not in page
+
+
+def test_the_page_is_for_operators(sidecar: Sidecar, boss: Created) -> None:
+    """On the main listener it needs a key that may manage; the document of the API as well."""
+    small = sidecar.create(boss.record.organization_id, "small", permission="SENDING")
+    for path in ("/metrics", "/openapi.json"):
+        seen = []
+        for key in (None, small, boss):
+            with sidecar.client(key) as client:
+                seen.append(client.get(path).status_code)
+        assert seen == [401, 403, 200]
+
+
+def test_the_listener_for_metrics_serves_nothing_else(sidecar: Sidecar, boss: Created) -> None:
+    """No key opens more there, and no decision can be asked for."""
+    credential = {"Authorization": f"Bearer {boss.token.reveal()}"}
+    with sidecar.probe() as probe:
+        for path in ("/metrics", "/healthz", "/readyz"):
+            assert probe.get(path).status_code == 200
+        for path in ("/v1/api-keys", "/v1/api_keys", "/verify", "/ext_authz/x", "/openapi.json"):
+            assert probe.get(path, headers=credential).status_code == 404
+        assert probe.post("/leaked", json={"token": "x"}).status_code == 404
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_prometheus_has_a_listener_of_its_own(operator: Operator, workers: int) -> None:
+    """Beside a main one and one for management, which is a socket that it could not reach."""
+    port, metrics_port = free_port(), free_port()
+    main, metrics = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}"
+    words = ["--port", str(port), "--metrics-port", str(metrics_port), "--workers", str(workers)]
+    admin = operator.folder / "admin.sock"
+    with served(operator, *words, "--admin-uds", str(admin)):
+        eventually(lambda: answers(metrics))
+        page = send(metrics, b"GET /metrics")
+        assert (page.status, b"keylatch_decisions_total" in page.body) == (200, True)
+        assert b'"parts"' in send(metrics, b"GET /readyz").body
+        assert b'"parts"' not in send(main, b"GET /readyz").body
+        assert send(main, b"GET /metrics").status == 404
+        assert send(admin, b"GET /metrics").status == 200
 
 
 @pytest.mark.long

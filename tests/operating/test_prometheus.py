@@ -29,16 +29,16 @@ DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
 class Workers(SidecarProcess):
     """Two of them, with PostgreSQL and Redis, so that there is no metric that they lack."""
 
-    def __init__(self, folder: Path, admin_port: int, **settings: str) -> None:
-        self._admin_port = admin_port
-        self.admin = f"127.0.0.1:{admin_port}"
+    def __init__(self, folder: Path, metrics_port: int, **settings: str) -> None:
+        self._metrics_port = metrics_port
+        self.metrics = f"127.0.0.1:{metrics_port}"
         super().__init__(folder, None, **settings)
 
     def _where(self) -> list[str]:
-        return [*super()._where(), "--admin-port", str(self._admin_port), "--workers", "2"]
+        return [*super()._where(), "--metrics-port", str(self._metrics_port), "--workers", "2"]
 
     def page(self) -> str:
-        return send(f"http://{self.admin}", b"GET /metrics").body.decode()
+        return send(f"http://{self.metrics}", b"GET /metrics").body.decode()
 
 
 class Watched:
@@ -60,7 +60,7 @@ class Watched:
 
     def series(self, expression: str) -> list[dict[str, str]]:
         """Of what Grafana asks for this job and this instance, with other variables' values."""
-        escaped = re.escape(self.sidecar.admin).replace("\\", "\\\\")
+        escaped = re.escape(self.sidecar.metrics).replace("\\", "\\\\")
         values = {"$__rate_interval": "1m", "$job": "keylatch", "$instance": escaped}
         for variable, value in values.items():
             expression = expression.replace(variable, value)
@@ -81,9 +81,9 @@ def configuration(target: str) -> dict[str, Any]:
     """The README's, for another target and in a hurry."""
     block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert block
-    assert block[1].count("127.0.0.1:8701") == 1
+    assert block[1].count("127.0.0.1:8702") == 1
     hurry = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-    return {"global": hurry, **yaml.safe_load(block[1].replace("127.0.0.1:8701", target))}
+    return {"global": hurry, **yaml.safe_load(block[1].replace("127.0.0.1:8702", target))}
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_whatever_is_asked_has_an_answer(watched: Watched) -> None:
         return not left
 
     with contextlib.suppress(AssertionError):  # what is left says more
-        eventually(are_answered, 10)
+        eventually(are_answered)
     assert left == {}
 
 
@@ -247,7 +247,7 @@ def test_the_dashboard_offers_what_can_be_chosen(watched: Watched) -> None:
             offered[variable["name"]] = watched.prometheus.ask(
                 f"label/{asked[2]}/values", **matched
             )
-    assert offered == {"job": ["keylatch"], "instance": [watched.sidecar.admin]}
+    assert offered == {"job": ["keylatch"], "instance": [watched.sidecar.metrics]}
 
 
 def test_prometheus_evaluates_the_alerts(watched: Watched) -> None:

@@ -139,6 +139,35 @@ def test_every_file_that_a_document_names_exists(document: Path) -> None:
     assert missing == []
 
 
+def named_tests(text: str) -> set[tuple[str, str]]:
+    """File and function of each test that a document names."""
+    return set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text))
+
+
+def unknown_tests(text: str) -> list[str]:
+    """Those that are not there."""
+    return [
+        f"{file}::{name}"
+        for file, name in sorted(named_tests(text))
+        if not (ROOT / file).exists()
+        or not re.search(rf"^ *(?:async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+    ]
+
+
+def test_the_requirements_that_are_claimed_have_their_tests() -> None:
+    """OWASP's numbers, each once, each with tests that exist; a made-up one is seen."""
+    security = (ROOT / "SECURITY.md").read_text()
+    section = security.partition("## OWASP ASVS 5.0\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+\.\d+\.\d+) \|.*\| (.*) \|$", section, re.MULTILINE)
+    numbers = [tuple(map(int, number.split("."))) for number, _ in rows]
+    assert len(rows) >= 12
+    assert numbers == sorted(set(numbers))
+    assert all(named_tests(shown) for _, shown in rows)
+    assert unknown_tests(security) == []
+    made_up = "`tests/checks/test_canaries.py::test_all_is_well` `tests/none.py::test_x`"
+    assert len(unknown_tests(made_up)) == 2
+
+
 @pytest.mark.parametrize(
     ("heading", "folder", "unlisted"),
     [

@@ -8,6 +8,7 @@ the Gateway API there is no schema here.
 import contextlib
 import copy
 import json
+import os
 import re
 import shlex
 import shutil
@@ -249,7 +250,7 @@ def test_the_composition_is_hardened() -> None:
         name: [] for name in services
     }
     assert [name for name, each in services.items() if "ports" in each] == ["pod"]
-    assert services["pod"]["ports"] == ["127.0.0.1:8080:8080"]
+    assert services["pod"]["ports"] == ["127.0.0.1:8080:8080", "127.0.0.1:8702:8702"]
     assert COMPOSE["networks"]["back"] == {"internal": True}
     for change in (
         lambda service: service.update(read_only=False),
@@ -318,8 +319,11 @@ def test_nginx_runs_on_our_files(tmp_path: Path, command: list[str]) -> None:
 
 def test_the_example_behind_a_proxy_believes_only_the_proxy() -> None:
     """It names who calls by the proxy's headers, and asks for the permission once more."""
-    fields = [b"x-keylatch-key-id: key_1", b"x-keylatch-key-name: me", b"x-keylatch-permission: "]
-    full, sending = ([*fields[:2], fields[2] + word] for word in (b"FULL", b"SENDING"))
+    fields = [
+        *(b"x-keylatch-key-id: key_1", b"x-keylatch-key-name: me"),
+        *(b"x-keylatch-organization-id: acme", b"x-keylatch-environment: live"),
+    ]
+    full, sending = ([*fields, b"x-keylatch-permission: " + word] for word in (b"FULL", b"SENDING"))
     with serving(app) as url:
         assert send(url, b"GET /healthz").status == 200
         assert send(url, b"GET /v1/me").status == 401
@@ -358,12 +362,27 @@ def analyzed(folder: Path, text: str, *words: str) -> str:
     return done.stdout + done.stderr
 
 
+def of_the_unit(said: str) -> str:
+    """What is said of ours: the other units of the machine are no concern of the test."""
+    return "\n".join(line for line in said.splitlines() if "keylatch.service" in line)
+
+
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     """Without a word; a misspelled lock it would ignore, with one."""
     text = (DEPLOY / "systemd/keylatch.service").read_text()
-    assert analyzed(tmp_path, text, "verify") == ""
+    assert of_the_unit(analyzed(tmp_path, text, "verify")) == ""
     broken = text.replace("ProtectSystem=strict", "ProtectSytem=strict")
-    assert "'ProtectSytem' in section [Service], ignoring" in analyzed(tmp_path, broken, "verify")
+    said = of_the_unit(analyzed(tmp_path, broken, "verify"))
+    assert "'ProtectSytem' in section [Service], ignoring" in said
+
+
+def test_another_unit_of_the_machine_may_draw_a_warning(tmp_path: Path) -> None:
+    """One that ours waits for is read as well."""
+    (tmp_path / "network-online.target").write_text("[Unit]\nDescripton=misspelled\n")
+    text = (DEPLOY / "systemd/keylatch.service").read_text()
+    said = analyzed(tmp_path, text, "verify")
+    assert "Descripton" in said
+    assert of_the_unit(said) == ""
 
 
 def test_systemd_finds_the_unit_locked(tmp_path: Path) -> None:
@@ -577,6 +596,115 @@ def test_each_proxy_sends_the_facts_that_its_sidecar_expects() -> None:
     assert manifests.settings_mistakes({"KEYLATCH_VERIFY_FACT": "none"})
     with pytest.raises(Exception, match="No such option"):
         manifests.options_of(["serve", "--admin-prot", "8701"])
+
+
+# Prometheus
+
+
+def the_units_arguments() -> list[str]:
+    return shlex.split(unit()["ExecStart"][0].replace("%t", "/run"))[1:]
+
+
+DEPLOYMENTS: dict[str, list[str]] = {
+    "systemd": the_units_arguments(),
+    "compose": COMPOSE["services"]["keylatch"]["command"],
+    "sidecar": containers(pod_of(SIDECAR))["keylatch"]["args"],
+    "keylatch": containers(pod_of(ALONE))["keylatch"]["args"],
+}
+METRICS_PORT = 8702
+
+
+def scraped(resources: list[Any]) -> list[int]:
+    """The ports that pods in the namespace `monitoring` may reach."""
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    rules = [
+        rule
+        for policy in of_kind(resources, "NetworkPolicy")
+        for rule in policy["spec"]["ingress"]
+        if rule.get("from") == [peer]
+    ]
+    return [port["port"] for rule in rules for port in rule["ports"]]
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_prometheus_finds_the_metrics(name: str) -> None:
+    """On a port of their own, and where it can come from: the host's loopback, or the pod's
+    address, if the network lets it; never on the listener that proxies ask."""
+    options = manifests.options_of(DEPLOYMENTS[name])
+    assert options["metrics_port"] == METRICS_PORT
+    assert options["metrics_host"] == ("127.0.0.1" if name == "systemd" else "0.0.0.0")
+    assert options["metrics_port"] not in (options["port"], options["admin_port"])
+    if name == "compose":
+        published = COMPOSE["services"]["pod"]["ports"]
+        assert f"127.0.0.1:{METRICS_PORT}:{METRICS_PORT}" in published
+    if name in ("sidecar", "keylatch"):
+        resources = {"sidecar": SIDECAR, "keylatch": ALONE}[name]
+        assert scraped(resources) == [METRICS_PORT]
+        (deployment,) = of_kind(resources, "Deployment")
+        notes = deployment["spec"]["template"]["metadata"]["annotations"]
+        assert notes == {
+            "prometheus.io/scrape": "true",
+            "prometheus.io/port": str(METRICS_PORT),
+        }
+        assert METRICS_PORT not in [
+            port["port"] for each in of_kind(resources, "Service") for port in each["spec"]["ports"]
+        ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_the_metrics_are_there(tmp_path: Path, name: str) -> None:
+    """The very arguments that are shipped, on other ports and in another folder, and Prometheus'
+    own request. Without the option there is no such page where it could look."""
+    ports = {str(port): str(free_port()) for port in (8700, 8701, METRICS_PORT)}
+    words = [
+        ports.get(word, re.sub(r"^/run/keylatch", str(tmp_path), word))
+        for word in DEPLOYMENTS[name]
+    ]
+    main = next((word for word in words if word.endswith("keylatch.sock")), None)
+    if main is None:
+        words += ["--port", ports["8700"]]
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("KEYLATCH_")},
+        "KEYLATCH_STORE": f"sqlite:///{tmp_path}/keys.db",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "keylatch_sidecar", *words],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = f"http://127.0.0.1:{ports[str(METRICS_PORT)]}"
+
+    def is_there() -> bool:
+        assert process.poll() is None
+        with contextlib.suppress(OSError):
+            return send(metrics, b"GET /metrics").body.startswith(
+                b"# HELP keylatch_decisions_total"
+            )
+        return False
+
+    try:
+        eventually(is_there)
+        asked = Path(main) if main else f"http://127.0.0.1:{ports['8700']}"
+        assert send(asked, b"GET /metrics").status == 404
+        assert send(asked, b"GET /readyz").body == b'{"status":"ok"}'
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_ports_are_told_apart() -> None:
+    """Management, metrics, gRPC and Traefik's own entry point can all run on one host."""
+    traefik = (DEPLOY / "traefik/traefik.yaml").read_text()
+    envoy = (DEPLOY / "envoy/envoy-grpc.yaml").read_text()
+    used = {
+        "management": [str(manifests.options_of(DEPLOYMENTS["keylatch"])["admin_port"])],
+        "metrics": [str(METRICS_PORT)],
+        "gRPC": re.findall(r"--grpc-port (\d+)", envoy),
+        "Traefik": re.findall(r"address: 127.0.0.1:(87\d\d)", traefik),
+    }
+    ports = [port for each in used.values() for port in each]
+    assert len(ports) == len(set(ports)) == len(used)
 
 
 # What is asked

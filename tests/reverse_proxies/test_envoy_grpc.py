@@ -56,7 +56,7 @@ KIND = dataclasses.replace(
     command=["-c", "{folder}/envoy-grpc.yaml", *test_envoy.KIND.command[2:]],
     check=["-c", "{folder}/envoy-grpc.yaml", *test_envoy.KIND.check[2:]],
     files=["envoy-grpc.yaml"],
-    asked="127.0.0.1:8701",
+    asked="127.0.0.1:8703",
     sidecar=GRPCSidecar,
 )
 

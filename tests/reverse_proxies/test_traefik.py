@@ -50,7 +50,7 @@ KIND = Kind(
         "plugins-local/src/keylatch/.traefik.yml",
         "plugins-local/src/keylatch/keylatch.go",
     ],
-    inner=["127.0.0.1:8701"],
+    inner=["127.0.0.1:8704"],
     home="{folder}",
     first=b"GET /%2F",
     limited={"average: 100": "average: 6\n        period: 1m", "burst: 200": "burst: 2"},

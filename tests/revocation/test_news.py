@@ -320,11 +320,11 @@ class TestRedis:
             assert isinstance(await other.check(bearer(created)), Allow)
         with redis_server.client() as client, client.pubsub() as tap:
             tap.subscribe(channel(other))
-            assert tap.get_message(timeout=5)
+            assert tap.get_message(timeout=60)
             changed = await keyring.delete("acme", revoked.record.id)
             assert changed is not None
             assert changed.receipt.acknowledged == 2
-            rung = tap.get_message(timeout=5)
+            rung = tap.get_message(timeout=60)
             assert rung is not None
             bell: bytes = rung["data"]
             assert revoked.record.id.encode() in bell

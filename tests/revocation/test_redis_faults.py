@@ -15,7 +15,7 @@ import fakeredis
 import httpx
 import pytest
 
-from conftest import MakeEngine
+from conftest import MakeEngine, give_redis_time
 from keylatch import argon2id
 from keylatch.caches.breaker import Breaker, connect
 from keylatch.caches.shared_cache import SharedCache
@@ -352,7 +352,7 @@ async def prepare(store_url: str, server: RedisServer) -> tuple[Keys, Storm]:
     keyring = await revoker.keyring()
     keys = await asyncio.gather(*(keyring.create("org", f"key {n}") for n in range(91)))
     with server.client() as redis:
-        while redis.dbsize() < len(keys):  # on a busy machine some of it takes a second try
+        while redis.dbsize() < len(keys):  # what is still under way when it stops is lost
             engine = new_engine()
             for key in keys:
                 assert isinstance(await engine.check(bearer(key.token)), Allow)
@@ -366,8 +366,12 @@ async def prepare(store_url: str, server: RedisServer) -> tuple[Keys, Storm]:
 
 
 @pytest.fixture
-def storm(store_url: str, redis_server: RedisServer) -> tuple[Keys, Storm]:
-    return asyncio.run(prepare(store_url, redis_server))
+def storm(
+    store_url: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Keys, Storm]:
+    with monkeypatch.context() as patient:
+        give_redis_time(patient)
+        return asyncio.run(prepare(store_url, redis_server))
 
 
 @pytest.fixture
@@ -378,7 +382,7 @@ def serve(store_url: str) -> Iterator[Callable[[str], httpx.Client]]:
         def serve(redis: str) -> httpx.Client:
             engine = engine_on(store_url, redis)
             url = stack.enter_context(serving(create_app(engine)))
-            return stack.enter_context(httpx.Client(base_url=url, timeout=10))
+            return stack.enter_context(httpx.Client(base_url=url, timeout=60))
 
         yield serve
 
@@ -404,17 +408,22 @@ def test_no_fault_of_redis_shows(
 
     Every key is new to the sidecar that answers. Three of them are asked in turn, each with a
     breaker of its own: a busy machine stalls one of them by chance, a missing budget stalls all,
-    though the breaker sees to it that each stalls only once. So the quickest of them is judged.
+    though the breaker sees to it that each stalls only once. So the quickest of them is judged,
+    and beside it one that has no Redis: as long as that takes, it is the machine.
     """
     keys, cause = storm
     slowest = {serve(cause.server.url): 0.0 for _ in range(3)}
+    without = serve("")
+    machine = 0.0
 
     def expect(status: int, key: Created, *call: str) -> None:
+        nonlocal machine
         for client in slowest:
             answer = ask(client, key, *call)
             assert answer.status == status
             slowest[client] = max(slowest[client], answer.seconds)
-        assert min(slowest.values()) < 0.2
+        machine = max(machine, ask(without, key, *call).seconds)
+        assert min(slowest.values()) < 0.2 + machine
 
     expect(200, keys.manager)
     hits = keyspace_hits(cause.server)
@@ -461,7 +470,7 @@ def test_redis_is_used_again_when_it_is_back(
     cold = iter(keys.good[1:])
 
     def one_more_hits() -> bool:
-        threading.Event().wait(0.05)
+        threading.Event().wait(1.05)  # one attempt for each key: on a busy machine it takes some
         assert ask(client, next(cold)).status == 200
         return keyspace_hits(cause.server) > hits
 

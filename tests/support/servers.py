@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(is_so: Callable[[], bool], seconds: float = 20) -> None:
+def eventually(is_so: Callable[[], bool], seconds: float = 60) -> None:
     """Return once something outside this process is so; fail if it never is."""
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -214,17 +214,16 @@ class PrometheusServer:
 
 
 @contextlib.contextmanager
-def serving(app: Any, **options: Any) -> Iterator[str]:
+def serving(app: Any, more: Sequence[socket.socket] = (), **options: Any) -> Iterator[str]:
     """An ASGI app on a real socket, in a thread of this process; yields its base URL.
 
     Args:
         app: to serve.
+        more: sockets on which it is served as well.
         options: more of uvicorn's, such as `http="h11"`.
     """
     config = uvicorn.Config(
         app,
-        host="127.0.0.1",
-        port=0,
         log_config=None,
         lifespan="on",
         server_header=False,
@@ -232,11 +231,12 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
         **{"ws": "websockets-sansio", **options},
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    first = socket.create_server(("127.0.0.1", 0))
+    port = first.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([first, *more],), daemon=True)
     thread.start()
     eventually(lambda: server.started or not thread.is_alive())
     assert server.started, "the server did not start"
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

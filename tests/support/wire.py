@@ -43,7 +43,7 @@ def exchange(place: str | Path, request: bytes) -> bytes:
         connection = socket.socket()
         address = (urlsplit(place).hostname, urlsplit(place).port)
     with connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(address)
         with contextlib.suppress(ConnectionError):  # it may answer and close before it has all
             connection.sendall(request)

@@ -20,7 +20,7 @@ from typing import Final, TypeAlias
 
 from keylatch.caches.cache import Use
 from keylatch.errors import StoreUnavailable
-from keylatch.model import Reason
+from keylatch.model import Caller, Reason
 from keylatch.telemetry.condition import Condition
 from keylatch.usage.clients import family_of, network_of
 from keylatch.usage.tally import ALLOWED, DAY_MS, Client, Tally
@@ -31,8 +31,6 @@ _INTERVAL_SECONDS: Final = 5.0
 _FLUSH_AT: Final = 1_000
 
 Ticks: TypeAlias = "itertools.count[int]"
-Caller = Callable[[], tuple[str | None, str | None]]
-"""The caller's address and user agent, by the server's word."""
 Write = Callable[[Mapping[str, int], Tally], Awaitable[None]]
 
 

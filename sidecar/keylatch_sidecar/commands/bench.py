@@ -4,8 +4,8 @@ Exit codes: 0 measured, 1 a check was accepted after the answer of a DELETE, 2 w
 there, or something could not be taken back. A key is never an argument.
 """
 
-import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -17,19 +17,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from keylatch import credentials
 from keylatch.model import Reason
 from keylatch.settings import Settings
+from keylatch.variables import variable
 from keylatch_sidecar.bench.connection import Place, Unusable
 from keylatch_sidecar.bench.load import Credential
 from keylatch_sidecar.bench.plan import OutOfBounds, Plan
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.options import JSONOption
+from keylatch_sidecar.settings import BenchSettings
 
 if TYPE_CHECKING:
     from keylatch_sidecar.bench.comparison import Move
     from keylatch_sidecar.bench.figures import Results
     from keylatch_sidecar.bench.session import Target
 
-KEY_VARIABLE: Final = "KEYLATCH_BENCH_KEY"
+KEY_VARIABLE: Final = variable("bench_key")
 USUAL: Final = Plan()
+
+Given = Mapping[str, str | None]
+"""Options by name; None: not given."""
 
 
 def bench(
@@ -40,6 +45,10 @@ def bench(
         str | None, typer.Option(help="The sidecar's store; without a sidecar, in process.")
     ] = None,
     redis: Annotated[str | None, typer.Option(help="The sidecar's Redis.")] = None,
+    store_file: Annotated[
+        str | None, typer.Option(help="A file with the store's URL, which may have a password.")
+    ] = None,
+    redis_file: Annotated[str | None, typer.Option(help="The same for Redis.")] = None,
     seconds: Annotated[float, typer.Option(help="Load for each tier.")] = USUAL.seconds,
     rate: Annotated[int, typer.Option(help="Checks a second, open loop.")] = USUAL.rate,
     flood_rate: Annotated[
@@ -69,7 +78,9 @@ def bench(
         terminal.fail(wrong, "pip install 'keylatch[bench]'", terminal.UNUSABLE)
     try:
         plan = Plan(seconds, rate, flood_rate, connections, keys, revocations)
-        target = _target(url, uds, store, redis)
+        stores = {"store": store, "store_file": store_file}
+        caches = {"redis": redis, "redis_file": redis_file}
+        target = _target(url, uds, stores, caches)
         before = None if compare is None else comparison.read(compare)
         out.mkdir(parents=True, exist_ok=True)
     except OutOfBounds as error:
@@ -110,24 +121,26 @@ def bench(
         raise typer.Exit(terminal.REFUSED)
 
 
-def _target(url: str | None, uds: Path | None, store: str | None, redis: str | None) -> "Target":
+def _target(url: str | None, uds: Path | None, stores: Given, caches: Given) -> "Target":
     from keylatch_sidecar.bench.session import Target
 
+    has_store, has_cache = any(stores.values()), any(caches.values())
     if url is not None and uds is not None:
         raise Unusable("a URL and --uds are two places", "give one of them")
-    if url is None and uds is None and store is None:
+    if url is None and uds is None and not has_store:
         raise Unusable("there is nothing to measure", "give a sidecar's URL, --uds or --store")
-    if redis is not None and store is None:
+    if has_cache and not has_store:
         raise Unusable("--redis alone is of no use", "give --store as well, that of the sidecar")
     place = Place(uds=uds) if uds is not None else Place.at(url) if url is not None else None
-    if store is not None:
-        return Target(place, Settings.load(store=store, redis=redis or ""))
+    if has_store:
+        caches = caches if has_cache else {"redis": ""}
+        return Target(place, Settings.load(**stores, **caches))
     return Target(place, None, _boss())
 
 
 def _boss() -> Credential:
     """The FULL key, from the environment or from standard input."""
-    given = os.environ.get(KEY_VARIABLE, "").encode()
+    given = BenchSettings().bench_key.encode()
     if not given and not sys.stdin.isatty():
         given = sys.stdin.buffer.readline(1024)
     value = b"Bearer " + given.strip()

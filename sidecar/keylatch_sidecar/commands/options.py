@@ -6,19 +6,32 @@ import typer
 
 from keylatch_sidecar.management.days import MAX_IDLE, MAX_KEPT
 
+
+def _typed(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """The value if it was an argument: what is in the environment, `Settings` reads by itself, and
+    tells from an argument that comes before it."""
+    source = context.get_parameter_source(parameter.name or "")
+    return None if source is None or source.name == "ENVIRONMENT" else value
+
+
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
         envvar="KEYLATCH_STORE",
-        help="sqlite:///path.db or postgresql://…",
+        callback=_typed,
+        help="sqlite:///path.db or postgresql://… without a password.",
         show_default="sqlite:///keylatch.db",
     ),
 ]
 RedisOption = Annotated[
     str | None,
     typer.Option(
-        "--redis", envvar="KEYLATCH_REDIS", help="URL of the shared cache", show_default="none"
+        "--redis",
+        envvar="KEYLATCH_REDIS",
+        callback=_typed,
+        help="URL of the shared cache, without a password.",
+        show_default="none",
     ),
 ]
 PepperFileOption = Annotated[
@@ -94,6 +107,15 @@ LogOption = Annotated[
     str | None,
     typer.Option(
         "--log", envvar="KEYLATCH_LOG", help="How to log: text or json.", show_default="text"
+    ),
+]
+LogFailuresOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log-failures",
+        envvar="KEYLATCH_LOG_FAILURES",
+        help="Log refused requests with their address: on or off.",
+        show_default="off",
     ),
 ]
 TimingOption = Annotated[

@@ -101,6 +101,16 @@ def refuse_token_in_argument() -> NoReturn:
     sys.exit(UNUSABLE)
 
 
+def refuse_password_in_argument() -> NoReturn:
+    """Ends, without repeating it."""
+    say(
+        "a URL with a password is never an argument: it is in process lists now, for every account",
+        "set KEYLATCH_STORE or KEYLATCH_REDIS, or put the URL into a file and name that in"
+        " KEYLATCH_STORE_FILE or KEYLATCH_REDIS_FILE; and change the password",
+    )
+    sys.exit(UNUSABLE)
+
+
 def fail(wrong: str, hint: str, code: int) -> NoReturn:
     """Ends with an error and a hint."""
     say(wrong, hint)

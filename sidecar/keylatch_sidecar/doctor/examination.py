@@ -1,7 +1,6 @@
 """The whole examination: all parts at once, each of them for so long at most."""
 
 import asyncio
-import os
 from collections.abc import Awaitable
 from typing import Final
 
@@ -9,14 +8,14 @@ from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
 from keylatch.sql.sqlite import SQLite
 from keylatch.store import database_of, file_of
-from keylatch_sidecar.doctor import cache, file, host, server
-from keylatch_sidecar.doctor.finding import Finding, failure
+from keylatch_sidecar.doctor import cache, file, host, listeners, server
+from keylatch_sidecar.doctor.finding import Finding, failure, ok
 
 _SECONDS: Final = 10.0
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """All findings, in the order of the table: settings, host, store, Redis."""
+    """All findings, in the order of the table: settings, host, store, Redis, listeners."""
     parts = [
         _in_time("hashing", host.of_hashing(settings), _SECONDS),
         _in_time("store", _of_store(settings), _SECONDS + 2 * settings.lease),
@@ -24,8 +23,12 @@ async def examine(settings: Settings) -> list[Finding]:
     if settings.redis:
         parts.append(_in_time("Redis", cache.examine(settings.redis), _SECONDS))
     found = await asyncio.gather(*parts)
-    settled = [*host.of_settings(os.environ), *host.of_pepper_file(settings)]
-    return [*settled, *(each for findings in found for each in findings)]
+    return [
+        ok("settings", "all are understood"),
+        *host.of_pepper_file(settings),
+        *(each for findings in found for each in findings),
+        *await asyncio.to_thread(lambda: list(listeners.examine(settings.store))),
+    ]
 
 
 async def _of_store(settings: Settings) -> list[Finding]:

@@ -1,37 +1,18 @@
-"""This host: its settings and what a hash costs here."""
+"""This host: what a hash costs here."""
 
 import asyncio
-import difflib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Final
 
 from keylatch.hashing import OWASP_MINIMUM, Hasher
 from keylatch.settings import Settings
 from keylatch.tokens import CheckKeys
 from keylatch_sidecar.doctor.finding import Finding, ok, warning
-from keylatch_sidecar.settings import ProxySettings
 
 _ROUNDS: Final = 3
 _SLOW_SECONDS: Final = 0.1
-_ALIKE: Final = 0.85
-
-
-def of_settings(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether a variable looks like one of keylatch's and is none: nobody reads it."""
-    known = [f"KEYLATCH_{name.upper()}" for name in Settings.model_fields]
-    known += [f"KEYLATCH_{name.upper()}" for name in ProxySettings.model_fields]
-    strays = {
-        name: alike[0]
-        for name in sorted(environment)
-        if name not in known and name.startswith("KEYLATCH_")
-        if (alike := difflib.get_close_matches(name, known, 1, _ALIKE))
-    }
-    for name, meant in strays.items():
-        yield warning("settings", f"nobody reads {name}", f"is {meant} meant?")
-    if not strays:
-        yield ok("settings", "all can be read")
 
 
 def of_pepper_file(settings: Settings) -> Iterator[Finding]:

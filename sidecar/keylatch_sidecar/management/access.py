@@ -45,6 +45,8 @@ async def _caller(request: Request, wanted: Wanted) -> tuple[Principal, Keyring]
     values = [value for name, value in request.headers.raw if name == b"authorization"]
     verdict = await engine.check(values, wanted)
     if isinstance(verdict, Deny):
+        if engine.failures is not None:
+            engine.failures.add(verdict.reason, partial(caller_of, request.scope))
         raise refused(verdict, engine.settings.realm)
     if engine.sees_clients:
         engine.see(verdict.principal.key_id, partial(caller_of, request.scope))

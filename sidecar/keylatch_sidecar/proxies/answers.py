@@ -12,15 +12,15 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
 
-from keylatch.asgi import refuse
+from keylatch.asgi import caller_of, refuse
 from keylatch.engine import Engine
-from keylatch.model import ONLY_FULL, Allow, Deny, Principal, Verdict, Wanted
+from keylatch.model import ONLY_FULL, Allow, Caller, Deny, Principal, Verdict, Wanted
 from keylatch.refusals import Header, Refusal, Refusals
 from keylatch.settings import PERMISSION_PATTERN
 from keylatch.telemetry.repeated_warning import RepeatedWarning
@@ -32,6 +32,7 @@ DEADLINE_SECONDS: Final = 0.8
 
 _NO_CONTENT: Final = (b"content-length", b"0")
 _NO_STORE: Final = (b"cache-control", b"no-store")
+_NO_CALLER: Final[Caller] = lambda: (None, None)  # noqa: E731 - where no one asks for it
 _NO_BODY: Final[Message] = {"type": "http.response.body", "body": b""}
 
 _MISCONFIGURED_BODY: Final = (
@@ -65,7 +66,7 @@ class Proxies:
         self._engine = engine
         self._checks: Checks = Followed(engine) if engine.settings.is_followed else engine
         self._cache_seconds = cache_seconds
-        self._refusals = Refusals(engine.settings.realm, malformed_status=401)
+        self._refusals = Refusals(engine.settings.realm, 401, engine.failures)
         self._misconfigured = RepeatedWarning(
             log, "a proxy does not say what it was asked as it should: refused with 403"
         )
@@ -84,9 +85,10 @@ class Proxies:
         """
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         facts = profile(scope)
-        verdict = self._glance(facts, values, wanted)
+        caller = _NO_CALLER if self._engine.failures is None else partial(caller_of, scope)
+        verdict = self._glance(facts, values, wanted, caller)
         if isinstance(verdict, Token):
-            verdict = await self._resolve(facts, verdict, wanted)
+            verdict = await self._resolve(facts, verdict, wanted, caller)
         if isinstance(verdict, Refusal):
             await refuse(verdict, scope, receive, send)
             return
@@ -94,7 +96,7 @@ class Proxies:
         await send(_NO_BODY)
 
     async def judge(
-        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted
+        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted, caller: Caller
     ) -> Allow | Refusal:
         """What the proxy is answered, in whatever protocol it asks.
 
@@ -102,36 +104,39 @@ class Proxies:
             facts: what it says of the request that it asks about; None: it does not say.
             values: of that request's `Authorization` fields.
             wanted: what the request asks of a key.
+            caller: whence it came, as far as the proxy can be believed.
         """
-        verdict = self._glance(facts, values, wanted)
+        verdict = self._glance(facts, values, wanted, caller)
         if isinstance(verdict, Token):
-            return await self._resolve(facts, verdict, wanted)
+            return await self._resolve(facts, verdict, wanted, caller)
         return verdict
 
     def _glance(
-        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted
+        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted, caller: Caller
     ) -> Allow | Refusal | Token:
         """`judge` without waiting; the token where that does not suffice."""
         if facts is None:
             self._misconfigured.add()
             return _MISCONFIGURED
         known = self._checks.glance(values, wanted)
-        return known if isinstance(known, Token) else self._answered(facts, known)
+        return known if isinstance(known, Token) else self._answered(facts, known, caller)
 
-    async def _resolve(self, facts: Facts | None, token: Token, wanted: Wanted) -> Allow | Refusal:
+    async def _resolve(
+        self, facts: Facts | None, token: Token, wanted: Wanted, caller: Caller
+    ) -> Allow | Refusal:
         """`judge` within the deadline."""
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 verdict = await self._checks.resolve(token, wanted)
         except TimeoutError:
             verdict = self._engine.gave_up(f"nothing could be decided in {DEADLINE_SECONDS} s")
-        return self._answered(facts or NOTHING, verdict)
+        return self._answered(facts or NOTHING, verdict, caller)
 
-    def _answered(self, facts: Facts, verdict: Verdict) -> Allow | Refusal:
+    def _answered(self, facts: Facts, verdict: Verdict, caller: Caller) -> Allow | Refusal:
         if log.isEnabledFor(logging.DEBUG):  # no query, which may hold secrets, and no token
             said = "allowed" if isinstance(verdict, Allow) else verdict.reason.value
             log.debug("%s %s: %s", facts.method, facts.uri.partition("?")[0], said)
-        return self._refusals.of(verdict) if isinstance(verdict, Deny) else verdict
+        return self._refusals.refuse(verdict, caller) if isinstance(verdict, Deny) else verdict
 
     def _seconds_to_remember(self, allow: Allow) -> int:
         seconds = self._cache_seconds

@@ -9,7 +9,7 @@ read as what it is on the wire, a list of pairs: a name that comes twice stays t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
@@ -26,7 +26,14 @@ NUMBER: Final = "number"
 
 FIELDS: Final = {
     "CheckRequest": [(1, "attributes", "AttributeContext")],
-    "AttributeContext": [(4, "request", "Request"), (10, "context_extensions", "[Pair]")],
+    "AttributeContext": [
+        (1, "source", "Peer"),
+        (4, "request", "Request"),
+        (10, "context_extensions", "[Pair]"),
+    ],
+    "Peer": [(1, "address", "Address")],
+    "Address": [(1, "socket_address", "SocketAddress")],
+    "SocketAddress": [(2, "address", TEXT)],
     "Request": [(2, "http", "HttpRequest")],
     "HttpRequest": [
         (2, "method", TEXT),
@@ -94,12 +101,14 @@ class Question:
         headers: of the request, names in lower case.
         permissions: what the route asks of a key: each a list, separated by commas.
         environments: which environment the key must be for.
+        client: the address that the request came from; None: the message does not say.
     """
 
     facts: Facts | None
     headers: Sequence[Header]
     permissions: Sequence[bytes]
     environments: Sequence[bytes] = ()
+    client: str | None = field(default=None, compare=False)
 
 
 def read(message: bytes) -> Question:
@@ -122,7 +131,9 @@ def read(message: bytes) -> Question:
     extensions = request.attributes.context_extensions
     permissions = [pair.value for pair in extensions if pair.key == b"permission"]
     environments = [pair.value for pair in extensions if pair.key == b"environment"]
-    return Question(facts, headers, permissions, environments)
+    address = request.attributes.source.address.socket_address.address
+    client = address.decode("latin-1") or None
+    return Question(facts, headers, permissions, environments, client)
 
 
 def allow(headers: Sequence[Header], remove: Sequence[bytes]) -> bytes:

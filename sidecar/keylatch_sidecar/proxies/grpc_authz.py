@@ -73,7 +73,8 @@ class Authorization:
         question = read(message)
         values = [value for name, value in question.headers if name == b"authorization"]
         wanted = wanted_by(question.permissions, question.environments)
-        verdict = await self._proxies.judge(question.facts, values, wanted)
+        caller = (question.client, None)
+        verdict = await self._proxies.judge(question.facts, values, wanted, lambda: caller)
         if isinstance(verdict, Refusal):
             return deny(verdict)
         told = identity_headers(verdict.principal)
@@ -133,7 +134,7 @@ async def serve(
     Args:
         proxies: answers.
         engine: of which the health service speaks.
-        address: `127.0.0.1:8701`, or `unix:/run/keylatch/grpc.sock`.
+        address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
         is_shared: whether other processes of ours serve the same port.
         calls: how many may be under way at once.
         connections: how many there may be; None: a share of the file descriptors.

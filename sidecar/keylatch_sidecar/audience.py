@@ -1,0 +1,65 @@
+"""Who may read about the sidecar itself: its metrics, its document, the parts of its readiness.
+
+The listeners for metrics and for management are the operator's and need no key. Clients of the app
+may reach the main listener, so a request there needs a key that may manage.
+"""
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from keylatch.errors import KeylatchError
+from keylatch_sidecar.management import access, unsent
+from keylatch_sidecar.management.problems import Problem, unavailable
+
+METRICS_PATHS: Final = ("/metrics", "/healthz", "/readyz")
+"""What the listener for metrics serves."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+Place = int | str | None
+"""A listener as a request's scope names it: its port, or its Unix socket's path. None: none."""
+
+
+def came_to(scope: Scope) -> Place:
+    """The listener that a request came to."""
+    host, port = scope.get("server") or (None, None)
+    return host if port is None else port
+
+
+def for_operators(handler: Handler) -> Handler:
+    """Decorates an endpoint that is for operators alone: others are refused."""
+
+    @functools.wraps(handler)
+    async def answer(request: Request) -> Response:
+        try:
+            if not _is_private(request):
+                await access.manager(request)
+        except Problem as problem:
+            return unsent.spell(problem)
+        except KeylatchError:
+            return unsent.spell(unavailable())
+        return await handler(request)
+
+    return answer
+
+
+async def is_admitted(request: Request) -> bool:
+    """Whether an endpoint that is for all may tell what is for operators; what cannot be found out
+    now is a no."""
+    if _is_private(request):
+        return True
+    if "authorization" not in request.headers:  # a probe: no check that failed
+        return False
+    try:
+        await access.manager(request)
+    except (Problem, KeylatchError):
+        return False
+    return True
+
+
+def _is_private(request: Request) -> bool:
+    return came_to(request.scope) in request.app.state.private

@@ -1,0 +1,26 @@
+"""Which addresses are this host's own: what is sent to any other passes a network, and keylatch
+speaks plain HTTP, in which every token can be read."""
+
+import ipaddress
+import socket
+from typing import Final
+
+PLAIN_HTTP: Final = "plain HTTP: tokens travel readable"
+HINT: Final = "put TLS in front of it, or listen on 127.0.0.1 or a Unix socket"
+
+
+def is_host(host: str) -> bool:
+    """Whether a name or an address is loopback: all that it stands for has to be."""
+    try:
+        found = socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)
+    except OSError:  # nothing can listen there
+        return True
+    return all(is_address(str(address[0])) for *_, address in found)
+
+
+def is_address(text: str) -> bool:
+    """Whether an address is one of 127.0.0.0/8, or ::1."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback
