@@ -18,10 +18,11 @@ from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.gate import Gate
 from keylatch.identity import ProxyGate
-from keylatch.model import Deny
+from keylatch.model import Deny, Unsettled
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
-from keylatch.telemetry.trail import Trail, following
+from keylatch.routing import ASGIRouter
+from keylatch.telemetry.trail import Trail, following, timed
 from keylatch.tokens import Token
 from keylatch.websocket import run_until
 
@@ -57,7 +58,8 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             await self._leave_trail(scope, receive, send)
             return
         values, is_posing = credentials.among(scope["headers"])
-        wanted = self._policy.asked(scope.get("method", "GET"), path_of(scope))
+        method, path = scope.get("method", "GET"), path_of(scope)
+        wanted = self._policy.asked(method, path, scope, self._router)
         scope = _copy(scope, is_posing)
         if wanted is None:
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
@@ -65,6 +67,9 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             verdict = self._checks.glance(values, wanted)
             if isinstance(verdict, Token):
                 verdict = await self._checks.resolve(verdict, wanted)
+            if isinstance(verdict, Unsettled):
+                wanted = self._policy.settled(method, path, scope, self._router)
+                verdict = timed(partial(verdict.settle, wanted))
             if isinstance(verdict, Deny):
                 await refuse(self._refusals.of(verdict), scope, receive, send)
                 return
@@ -80,6 +85,9 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                 await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
+
+    def _router_of(self, app: ASGIApp) -> ASGIRouter:
+        return ASGIRouter(app, _is_ours)
 
     async def _leave_trail(self, scope: Scope, receive: Receive, send: Send) -> None:
         tells = self.engine.settings.timing == "on"
@@ -101,7 +109,8 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             return
         client = scope.get("client")
         method = scope.get("method", "GET")
-        verdict = self.judge(client and client[0], scope["headers"], method, path_of(scope))
+        path = path_of(scope)
+        verdict = self.judge(client and client[0], scope["headers"], method, path, scope)
         if isinstance(verdict, Deny):
             await refuse(self._refusals.of(verdict), scope, receive, send)
             return
@@ -115,6 +124,15 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
+
+    def _router_of(self, app: ASGIApp) -> ASGIRouter:
+        return ASGIRouter(app, _is_ours)
+
+
+def _is_ours(listed: object) -> bool:
+    """Whether one of Starlette's list of middlewares is keylatch's."""
+    cls = getattr(listed, "cls", None)
+    return isinstance(cls, type) and issubclass(cls, Gate | ProxyGate)
 
 
 def caller_of(scope: Scope) -> tuple[str | None, str | None]:
