@@ -67,12 +67,13 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             verdict = self._checks.glance(values, wanted)
             if isinstance(verdict, Token):
                 verdict = await self._checks.resolve(verdict, wanted)
-            if isinstance(verdict, Unsettled):
-                wanted = self._policy.settled(method, path, scope, self._router)
-                verdict = timed(partial(verdict.settle, wanted))
             if isinstance(verdict, Deny):
-                await refuse(self._refusals.of(verdict), scope, receive, send)
-                return
+                if isinstance(verdict, Unsettled):
+                    wanted = self._policy.settled(method, path, scope, self._router)
+                    verdict = timed(partial(verdict.settle, wanted))
+                if isinstance(verdict, Deny):
+                    await refuse(self._refusals.of(verdict), scope, receive, send)
+                    return
             scope["user"] = verdict.principal
             scope["auth"] = verdict.credentials
             if self.engine.sees_clients:

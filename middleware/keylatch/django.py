@@ -14,7 +14,7 @@ lifespan events, so under uvicorn nobody would store the last uses when the serv
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
@@ -23,6 +23,7 @@ try:
     from django.conf import settings
     from django.core import asgi
     from django.http import HttpRequest, HttpResponse
+    from django.urls import get_resolver
     from django.utils.translation import get_language
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("asgiref", "django"):
@@ -34,12 +35,13 @@ from starlette.types import Receive, Scope, Send
 
 from keylatch.demands import refusal_of, wanted_of
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import Route, declare, of_django
+from keylatch.frameworks import Route, declare, declared, of_django, templates_of_django
 from keylatch.gate import Gate
 from keylatch.model import Deny, Unsettled, Verdict, Wanted
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
 from keylatch.routing import has_encoded_slash, is_plain_environ
+from keylatch.rules import Mistakes, opened_by
 from keylatch.telemetry.trail import Trail, timed, timed_awaiting
 from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity, trail_of
 
@@ -57,7 +59,8 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
     `request.urlconf` belongs before it, because the view is looked up there.
 
     Raises:
-        ConfigurationError: naming every wrong setting and rule.
+        ConfigurationError: naming every wrong setting and rule, and every view that declares
+            nothing and that a public path with parameters opens without spelling its route.
     """
 
     sync_capable = async_capable = True
@@ -73,6 +76,8 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
             super().__init__(get_response, **given)
         except ConfigurationError as error:
             mistakes += error.mistakes
+        else:
+            mistakes += _opened_unsaid(self._policy.public_patterns)
         if mistakes:
             raise ConfigurationError(mistakes)
         self._awaits = iscoroutinefunction(get_response)
@@ -168,6 +173,31 @@ class URLconf:
 
     def place(self, request: HttpRequest) -> object:
         return getattr(request, "urlconf", None), get_language(), request.method
+
+
+def _opened_unsaid(public: Sequence[tuple[str, str]]) -> Mistakes:
+    """The views of the project that declare nothing and that public paths with parameters open."""
+    if not public:  # else the URLconf is not imported before the first request
+        return []
+    views = [*_views(get_resolver().url_patterns)]
+    undeclared = [
+        f"{method} {template}"
+        for method in sorted({method for method, _ in public})
+        for route, view in views
+        if declared(view, method) is None
+        for template in templates_of_django(route)
+    ]
+    return opened_by(public, undeclared)
+
+
+def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Each route and its view, with included URLconfs."""
+    for each in patterns:
+        route = prefix + str(each.pattern).removeprefix("^" if prefix else "")
+        if hasattr(each, "url_patterns"):
+            yield from _views(each.url_patterns, route)
+        else:
+            yield route, each.callback
 
 
 @functools.cache  # of the few that a policy knows

@@ -205,9 +205,6 @@ def _of_rule(app: Any, adapter: Any, method: str, prefix: str) -> Route | None:
 
 # Django
 
-_CONVERTER: Final = re.compile(r"(?<!\?P)<(?:(\w+):)?\w+>")
-_STANDS_FOR: Final = {"\ue000": "{}", "\ue001": "{int}", "\ue002": "{uuid}"}
-
 
 def of_django(path: str, method: str, urlconf: Any, prefix: str = "") -> Route | None:
     """As its handler resolves `request.path_info`, with REST framework's and Ninja's views."""
@@ -218,24 +215,32 @@ def of_django(path: str, method: str, urlconf: Any, prefix: str = "") -> Route |
     except Resolver404:
         return None
     arguments = {**match.kwargs, **{str(at): value for at, value in enumerate(match.args)}}
-    shapes = frozenset(prefix + each for each in shapes_of_django(match.route))
+    shapes = frozenset(shape(prefix + each) for each in templates_of_django(match.route))
     return Route(match.func, arguments, shapes, declared(match.func, method))
 
 
-def shapes_of_django(route: str) -> Iterator[str]:
-    """The shapes of a route that is made of `path` and `re_path`."""
+_CONVERTER: Final = re.compile(r"(?<!\?P)<(?:(\w+):)?(\w+)>")
+_GROUP: Final = re.compile(r"%\((\w+)\)s")
+_FIRST_MARK: Final = 0xE000  # no path has characters for private use
+
+
+def templates_of_django(route: str) -> Iterator[str]:
+    """A route that is made of `path` and `re_path`, in each way a rule may spell it."""
     from django.utils.regex_helper import normalize
 
-    marked = _CONVERTER.sub(_mark, route)
-    texts = [marked]
-    if any(sign in marked for sign in "(^$\\["):
-        texts = [re.sub(r"%\(\w+\)s", "\ue000", text) for text, _ in normalize(marked)]
+    parameters: list[str] = []
+
+    def mark(match: re.Match[str]) -> str:
+        kind = match[1] if match[1] in ("int", "uuid", "path") else "str"
+        parameters.append(f"{{{match[2]}:{kind}}}".replace(":str", ""))
+        return chr(_FIRST_MARK + len(parameters) - 1)
+
+    marked = _CONVERTER.sub(mark, route)
+    is_regex = any(sign in marked for sign in "(^$\\[")
+    texts = [_GROUP.sub(r"{\1}", each) for each, _ in normalize(marked)] if is_regex else [marked]
     for text in texts:
-        yield "/" + "".join(_STANDS_FOR.get(letter, letter) for letter in text)
-
-
-def _mark(match: re.Match[str]) -> str:
-    return {"int": "\ue001", "uuid": "\ue002"}.get(match[1], "\ue000")
+        marks = {_FIRST_MARK + at: parameter for at, parameter in enumerate(parameters)}
+        yield "/" + text.translate(marks)
 
 
 def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:

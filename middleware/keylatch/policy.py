@@ -10,7 +10,7 @@ it says, counts as well. A path that could be read in two ways is for FULL.
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keylatch.errors import ConfigurationError
@@ -20,14 +20,22 @@ from keylatch.paths import folded, is_canonical
 from keylatch.routing import NoRouter, Router
 from keylatch.rules import Mistakes, Rule, opened_by, public_routes, rules_in, sufficient
 
-_NOT_NAMED: Final = replace(ONLY_FULL, scope="")
-"""Stands for a path that is not named as it is."""
 _UNDECIDED: Final = replace(ONLY_FULL, is_final=False)
 """FULL suffices; whether less does, `Policy.settled` says."""
 _NO_ROUTER: Final = NoRouter()
 _KEPT: Final = 4096  # routes of exact rules, by the host that a client names
 
 log = logging.getLogger("keylatch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that the text of its path does not decide."""
+
+    method: str
+    path: str
+    request: Any
+    router: Router[Any]
 
 
 class Policy:
@@ -59,28 +67,34 @@ class Policy:
         if mistakes:
             raise ConfigurationError(mistakes)
         self._views_decide = views_decide
-        self._has_warned = False
         self._views_declare = views_decide or undeclared is not None
+        self._has_warned = False
         self._known: dict[object, Route] = {}
+        self._exact: dict[str, dict[str, Wanted | None]] = {}
+        self._by_hand: dict[str, list[Rule]] = {}
         self._rules: dict[str, list[Rule]] = {}
         self._public: dict[str, list[Rule]] = {}
-        self._exact: dict[tuple[str, str], Wanted | None] = {}
-        self._by_hand: dict[str, list[Rule]] = {}
         for rule in rules:
             self._add(rule)
         for method, path in open_routes:
             if "{" in path:
                 self._public.setdefault(method, []).append(Rule(method, path))
             else:
-                self._exact[method, path] = None
+                self._exact.setdefault(path, {})[method] = None
+        self._has_patterns = bool(self._rules or self._public)
 
     def _add(self, rule: Rule) -> None:
         if "{" in rule.path:
             self._rules.setdefault(rule.method, []).append(rule)
             return
-        self._exact[rule.method, rule.path] = rule.wanted
+        self._exact.setdefault(rule.path, {})[rule.method] = rule.wanted
         if not rule.is_declared:
             self._by_hand.setdefault(rule.method, []).append(rule)
+
+    @property
+    def public_patterns(self) -> list[tuple[str, str]]:
+        """Methods and paths of what is public and has parameters."""
+        return [(rule.method, rule.path) for rules in self._public.values() for rule in rules]
 
     def asked(
         self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER
@@ -90,58 +104,53 @@ class Policy:
         It is not final where a rule with parameters matches: FULL suffices, and whether less does
         is to be asked of `settled`. HEAD follows GET (RFC 9110 section 9.3.2).
         """
-        if method == "HEAD":
-            method = "GET"
-        exact = self._exact.get((method, path), _NOT_NAMED)
-        if exact is not _NOT_NAMED:
-            return exact if router.is_plain(request) else ONLY_FULL
-        if method not in self._rules and method not in self._public:
+        exact = self._exact.get(path)
+        if exact is None and not self._has_patterns:  # where most requests end: no call yet
             return ONLY_FULL
-        return self._by_patterns(method, path, request, router)
-
-    def _by_patterns(
-        self, method: str, path: str, request: Any, router: Router[Any]
-    ) -> Wanted | None:
-        public = _matching(self._public, method, path)
-        if not public and not _matching(self._rules, method, path):
-            return ONLY_FULL
-        if not is_canonical(path) or not router.is_plain(request):
-            return ONLY_FULL
-        return self._decided(method, path, request, router, public) if public else _UNDECIDED
+        method = "GET" if method == "HEAD" else method
+        if exact is not None and method in exact:
+            return exact[method] if router.is_plain(request) else ONLY_FULL
+        return self._by_patterns(_Asked(method, path, request, router))
 
     def settled(self, method: str, path: str, request: Any, router: Router[Any]) -> Wanted:
         """What a request asks of a key that is good and has not enough by what `asked` says."""
-        if method == "HEAD":
-            method = "GET"
-        if not is_canonical(path) or not router.is_plain(request):
-            return ONLY_FULL
-        wanted = self._decided(method, path, request, router, [])
-        return ONLY_FULL if wanted is None else wanted
+        asked = _Asked("GET" if method == "HEAD" else method, path, request, router)
+        wanted = self._by_route(asked, []) if self._is_clear(asked) else ONLY_FULL
+        return wanted or ONLY_FULL
 
-    def _decided(
-        self, method: str, path: str, request: Any, router: Router[Any], public: Sequence[Rule]
-    ) -> Wanted | None:
+    def _by_patterns(self, asked: _Asked) -> Wanted | None:
+        public = self._matching(self._public, asked)
+        if not public and not self._matching(self._rules, asked):
+            return ONLY_FULL
+        if not self._is_clear(asked):
+            return ONLY_FULL
+        return self._by_route(asked, public) if public else _UNDECIDED
+
+    def _is_clear(self, asked: _Asked) -> bool:
+        return is_canonical(asked.path) and asked.router.is_plain(asked.request)
+
+    def _by_route(self, asked: _Asked, public: Sequence[Rule]) -> Wanted | None:
         """By the view that the router chooses. Whatever goes wrong with that, FULL suffices."""
         try:
-            route = router.find(request)
+            route = asked.router.find(asked.request)
             if route is None:
-                return self._exact.get((method, path)) or ONLY_FULL
-            others = self._others(method, path, request, router, route)
+                return self._exactly(asked) or ONLY_FULL
+            others = self._others(asked, route)
         except Exception as error:  # noqa: BLE001
             self._warn(error)
             return ONLY_FULL
         if public and not others and route.declared is None and self._may_open(public, route):
             return None
-        return self._of_route(method, path, route, others)
+        return self._of_route(asked, route, others)
 
-    def _of_route(self, method: str, path: str, route: Route, others: Sequence[Wanted]) -> Wanted:
+    def _of_route(self, asked: _Asked, route: Route, others: Sequence[Wanted]) -> Wanted:
         if self._views_decide and route.declared is not None:
             return route.declared
-        exact = self._exact.get((method, path))
+        exact = self._exactly(asked)
         if exact is not None:
             return exact
-        rules = _matching(self._rules, method, path)
         declares = route.declared is not None and route.declared.permissions is not None
+        rules = self._matching(self._rules, asked)
         named = [rule.named for rule in rules if declares or not rule.is_declared]
         by_rules = sufficient(frozenset().union(*named))
         return _all_of([by_rules, *others, *filter(None, [route.declared])])
@@ -152,35 +161,40 @@ class Policy:
         is_spelled = any(each.shape in route.shapes for each in public)
         return is_spelled or not self._views_declare or not route.is_known
 
-    def _others(
-        self, method: str, path: str, request: Any, router: Router[Any], route: Route
-    ) -> list[Wanted]:
+    def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
         """What exact rules say of the same view, by whatever path they name it."""
-        rules = self._by_hand.get(method, ())
+        rules = self._by_hand.get(asked.method)
         if not rules:
             return []
-        is_named = any(rule.shape in route.shapes for rule in _matching(self._rules, method, path))
-        found = []
-        for rule in rules:
-            named = self._route_of(rule, request, router) if route.is_known else None
-            if named is None or not named.is_known:
-                is_meant = rule.folded == folded(path)
-            else:
-                is_meant = _leads_to(named, route, is_named)
-            if is_meant:
-                found.append(rule.wanted)
-        return found
+        named = self._matching(self._rules, asked)
+        is_named = any(rule.shape in route.shapes for rule in named)
+        return [rule.wanted for rule in rules if self._is_meant(rule, asked, route, is_named)]
 
-    def _route_of(self, rule: Rule, request: Any, router: Router[Any]) -> Route | None:
-        key = router.place(request), rule
+    def _is_meant(self, rule: Rule, asked: _Asked, route: Route, is_named: bool) -> bool:
+        """Whether an exact rule speaks of what a request gets to: by the router where that knows
+        both, else by their text."""
+        named = self._route_of(rule, asked) if route.is_known else None
+        if named is None or not named.is_known:
+            return rule.folded == folded(asked.path)
+        return _leads_to(named, route, is_named)
+
+    def _route_of(self, rule: Rule, asked: _Asked) -> Route | None:
+        key = asked.router.place(asked.request), rule
         route = self._known.get(key)
         if route is None:
-            route = router.find_at(request, rule.path)
+            route = asked.router.find_at(asked.request, rule.path)
             if route is not None:  # what is not there may be added
                 if len(self._known) >= _KEPT:
                     self._known.clear()
                 self._known[key] = route
         return route
+
+    def _exactly(self, asked: _Asked) -> Wanted | None:
+        return self._exact.get(asked.path, {}).get(asked.method)
+
+    @staticmethod
+    def _matching(rules: Mapping[str, Sequence[Rule]], asked: _Asked) -> list[Rule]:
+        return [rule for rule in rules.get(asked.method, ()) if rule.matches(asked.path)]
 
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
@@ -191,19 +205,18 @@ class Policy:
 
     def is_public(self, path: str, method: str = "GET") -> bool:
         """Whether a path needs no key, by itself."""
-        exact = self._exact.get((method, path), _NOT_NAMED)
-        if exact is not _NOT_NAMED:
-            return exact is None
-        return is_canonical(path) and bool(_matching(self._public, method, path))
+        asked = _Asked(method, path, None, _NO_ROUTER)
+        if method in self._exact.get(path, {}):
+            return self._exact[path][method] is None
+        return is_canonical(path) and bool(self._matching(self._public, asked))
 
     def wanted(self, method: str, path: str) -> Wanted:
         """What rules ask of a key, by themselves. HEAD follows GET (RFC 9110 section 9.3.2)."""
-        if method == "HEAD":
-            method = "GET"
-        exact = self._exact.get((method, path))
+        asked = _Asked("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
+        exact = self._exactly(asked)
         if exact is not None:
             return exact
-        named = [rule.named for rule in _matching(self._rules, method, path)]
+        named = [rule.named for rule in self._matching(self._rules, asked)]
         return sufficient(frozenset().union(*named)) if is_canonical(path) else ONLY_FULL
 
 
@@ -216,10 +229,6 @@ def path_of(scope: Mapping[str, Any]) -> str:
     if path == root:
         return ""
     return path[len(root) :] if path.startswith(root + "/") else path
-
-
-def _matching(rules: Mapping[str, Sequence[Rule]], method: str, path: str) -> list[Rule]:
-    return [rule for rule in rules.get(method, ()) if rule.matches(path)]
 
 
 def _leads_to(named: Route, route: Route, is_named: bool) -> bool:
