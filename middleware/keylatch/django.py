@@ -41,7 +41,6 @@ from keylatch.model import Deny, Unsettled, Verdict, Wanted
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
 from keylatch.routing import has_encoded_slash, is_plain_environ
-from keylatch.rules import Mistakes, opened_by
 from keylatch.telemetry.trail import Trail, timed, timed_awaiting
 from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity, trail_of
 
@@ -77,7 +76,11 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         except ConfigurationError as error:
             mistakes += error.mistakes
         else:
-            mistakes += _opened_unsaid(self._policy.public_patterns)
+            public = self._policy.public_patterns
+            if public:  # else the URLconf is not imported before the first request
+                mistakes += self._policy.opened_unsaid(
+                    _undeclared({each.method for each in public})
+                )
         if mistakes:
             raise ConfigurationError(mistakes)
         self._awaits = iscoroutinefunction(get_response)
@@ -175,19 +178,12 @@ class URLconf:
         return getattr(request, "urlconf", None), get_language(), request.method
 
 
-def _opened_unsaid(public: Sequence[tuple[str, str]]) -> Mistakes:
-    """The views of the project that declare nothing and that public paths with parameters open."""
-    if not public:  # else the URLconf is not imported before the first request
-        return []
-    views = [*_views(get_resolver().url_patterns)]
-    undeclared = [
-        f"{method} {template}"
-        for method in sorted({method for method, _ in public})
-        for route, view in views
-        if declared(view, method) is None
-        for template in templates_of_django(route)
-    ]
-    return opened_by(public, undeclared)
+def _undeclared(methods: Sequence[str]) -> Iterator[str]:
+    """The routes of the project whose views declare nothing, spelled as rules are."""
+    for route, view in _views(get_resolver().url_patterns):
+        for method in methods:
+            if declared(view, method) is None:
+                yield from (f"{method} {each}" for each in templates_of_django(route))
 
 
 def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -170,7 +170,8 @@ def chosen_by_litestar(scope: Scope) -> Route | None:
 
 def _of_handler(handler: Any, arguments: Any, template: str) -> Route:
     is_app = getattr(handler, "is_mount", False) or getattr(handler, "is_static", False)
-    return Route(handler, arguments, frozenset((shape(template),)), is_known=not is_app)
+    view = getattr(handler, "fn", handler)  # a handler is copied for each path
+    return Route(view, arguments, frozenset((shape(template),)), is_known=not is_app)
 
 
 # Flask and Quart
@@ -225,9 +226,8 @@ _FIRST_MARK: Final = 0xE000  # no path has characters for private use
 
 
 def templates_of_django(route: str) -> Iterator[str]:
-    """A route that is made of `path` and `re_path`, in each way a rule may spell it."""
-    from django.utils.regex_helper import normalize
-
+    """A route that is made of `path` and `re_path`, in each way a rule may spell it; none for an
+    expression that Django could not reverse either."""
     parameters: list[str] = []
 
     def mark(match: re.Match[str]) -> str:
@@ -236,11 +236,19 @@ def templates_of_django(route: str) -> Iterator[str]:
         return chr(_FIRST_MARK + len(parameters) - 1)
 
     marked = _CONVERTER.sub(mark, route)
-    is_regex = any(sign in marked for sign in "(^$\\[")
-    texts = [_GROUP.sub(r"{\1}", each) for each, _ in normalize(marked)] if is_regex else [marked]
-    for text in texts:
-        marks = {_FIRST_MARK + at: parameter for at, parameter in enumerate(parameters)}
+    marks = {_FIRST_MARK + at: parameter for at, parameter in enumerate(parameters)}
+    for text in _reversed(marked) if any(sign in marked for sign in "(^$\\[") else (marked,):
         yield "/" + text.translate(marks)
+
+
+def _reversed(expression: str) -> list[str]:
+    """What an expression matches, with its named groups as parameters."""
+    from django.utils.regex_helper import normalize
+
+    try:
+        return [_GROUP.sub(r"{\1}", text) for text, _ in normalize(expression)]
+    except ValueError:
+        return []
 
 
 def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:

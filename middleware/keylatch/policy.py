@@ -63,9 +63,6 @@ class Policy:
         open_routes = public_routes(public, mistakes)
         rules = rules_in(permissions or {}, grantable, mistakes)
         undeclared = getattr(permissions, "undeclared", None)
-        mistakes += opened_by(open_routes, undeclared or ())
-        if mistakes:
-            raise ConfigurationError(mistakes)
         self._views_decide = views_decide
         self._views_declare = views_decide or undeclared is not None
         self._has_warned = False
@@ -82,6 +79,9 @@ class Policy:
             else:
                 self._exact.setdefault(path, {})[method] = None
         self._has_patterns = bool(self._rules or self._public)
+        mistakes += self.opened_unsaid(undeclared or ())
+        if mistakes:
+            raise ConfigurationError(mistakes)
 
     def _add(self, rule: Rule) -> None:
         if "{" in rule.path:
@@ -92,9 +92,15 @@ class Policy:
             self._by_hand.setdefault(rule.method, []).append(rule)
 
     @property
-    def public_patterns(self) -> list[tuple[str, str]]:
-        """Methods and paths of what is public and has parameters."""
-        return [(rule.method, rule.path) for rules in self._public.values() for rule in rules]
+    def public_patterns(self) -> list[Rule]:
+        """What is public and has parameters."""
+        return [rule for rules in self._public.values() for rule in rules]
+
+    def opened_unsaid(self, undeclared: Iterable[str]) -> Mistakes:
+        """The routes among these that only a public path with parameters speaks of, although it
+        does not spell them."""
+        named = {f"{on} {path}" for path, by_method in self._exact.items() for on in by_method}
+        return opened_by(self.public_patterns, [each for each in undeclared if each not in named])
 
     def asked(
         self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER

@@ -66,19 +66,19 @@ def sufficient(named: frozenset[str]) -> Wanted:
     return Wanted(named | {FULL}, " ".join(sorted(named))) if named else ONLY_FULL
 
 
-def opened_by(public: Iterable[tuple[str, str]], undeclared: Iterable[str]) -> Mistakes:
+def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
     """The views that declare nothing and that public paths with parameters open, if these do not
     spell the view's own path: that is the app's own choice."""
-    routes = [tuple(each.split(" ", 1)) for each in undeclared]
+    routes = [each.partition(" ") for each in undeclared]
     return [
         (
-            f"public path {method} {path} opens {other} {bare}, which declares no permission",
-            f'name "{other} {bare}" in public as well, or declare a permission there',
+            f"public path {rule.method} {rule.path} opens {method} {path}, which declares nothing",
+            f'name "{method} {path}" in public as well, or declare a permission there',
         )
-        for method, path in public
-        for other, bare in routes
-        if "{" in path and method == ("GET" if other == "HEAD" else other)
-        if shape(path) != shape(bare) and overlap(path, bare)
+        for rule in public
+        for method, _, path in routes
+        if rule.method == ("GET" if method == "HEAD" else method)
+        if rule.shape != shape(path) and overlap(rule.path, spelled(path) or path)
     ]
 
 
