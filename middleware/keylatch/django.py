@@ -76,11 +76,9 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         except ConfigurationError as error:
             mistakes += error.mistakes
         else:
-            public = self._policy.public_patterns
-            if public:  # else the URLconf is not imported before the first request
-                mistakes += self._policy.opened_unsaid(
-                    _undeclared({each.method for each in public})
-                )
+            methods = sorted({rule.method for rule in self._policy.public_patterns})
+            if methods:  # else the URLconf is not imported before the first request
+                mistakes += self._policy.opened_unsaid(_undeclared(methods))
         if mistakes:
             raise ConfigurationError(mistakes)
         self._awaits = iscoroutinefunction(get_response)

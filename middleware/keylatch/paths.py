@@ -23,7 +23,7 @@ _UNFIT: Final = frozenset("*?# <>{}")
 # expression also matches before a newline), backslashes, a percent sign that decoding has left
 # over, bytes that were not UTF-8, empty and dot segments.
 _AMBIGUOUS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\\%\ufffd\ud800-\udfff]|//|/\.\.?(?:[/;]|\Z)")
-_SUFFIX: Final = re.compile(r"\.\w+\Z")
+_SUFFIX: Final = re.compile(r"\.[^./]*\Z")
 _PARAMETER: Final = re.compile(
     r"<(?:([A-Za-z_]\w*)(?:\(.*?\))?:)?[A-Za-z_]\w*>|{[A-Za-z_]\w*(?::([A-Za-z_]\w*))?}"
 )

@@ -169,20 +169,17 @@ class Policy:
 
     def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
         """What exact rules say of the same view, by whatever path they name it."""
-        rules = self._by_hand.get(asked.method)
-        if not rules:
-            return []
-        named = self._matching(self._rules, asked)
-        is_named = any(rule.shape in route.shapes for rule in named)
-        return [rule.wanted for rule in rules if self._is_meant(rule, asked, route, is_named)]
+        rules = self._by_hand.get(asked.method, ())
+        return [rule.wanted for rule in rules if self._is_meant(rule, asked, route)]
 
-    def _is_meant(self, rule: Rule, asked: _Asked, route: Route, is_named: bool) -> bool:
+    def _is_meant(self, rule: Rule, asked: _Asked, route: Route) -> bool:
         """Whether an exact rule speaks of what a request gets to: by the router where that knows
         both, else by their text."""
         named = self._route_of(rule, asked) if route.is_known else None
         if named is None or not named.is_known:
             return rule.folded == folded(asked.path)
-        return _leads_to(named, route, is_named)
+        # What the path says besides, such as the format of a suffix, makes it no other view.
+        return named.view == route.view and named.arguments.items() <= route.arguments.items()
 
     def _route_of(self, rule: Rule, asked: _Asked) -> Route | None:
         key = asked.router.place(asked.request), rule
@@ -235,17 +232,6 @@ def path_of(scope: Mapping[str, Any]) -> str:
     if path == root:
         return ""
     return path[len(root) :] if path.startswith(root + "/") else path
-
-
-def _leads_to(named: Route, route: Route, is_named: bool) -> bool:
-    """Whether what is said of one route holds for another: it is the same view, and what the
-    path says is the same, or more (a suffix such as `.json` is an argument). More is another
-    thing where a rule spells that very route."""
-    if named.view != route.view:
-        return False
-    if named.arguments == route.arguments:
-        return True
-    return not is_named and named.arguments.items() <= route.arguments.items()
 
 
 def _all_of(wanted: Sequence[Wanted]) -> Wanted:

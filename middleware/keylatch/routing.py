@@ -85,7 +85,8 @@ class ASGIRouter:
 
     def place(self, scope: Scope) -> object:
         hosts = [value for name, value in scope["headers"] if name == b"host"]
-        return scope.get("method"), scope.get("root_path"), *hosts
+        count = len(getattr(self._outermost(scope), "routes", ()))  # more may be added
+        return count, scope.get("method"), scope.get("root_path"), *hosts
 
     def _below(self, app: Any, scope: Scope, prefix: str = "") -> Route | None:
         return frameworks.asgi_route(framework_in(app) or app, scope, prefix, self._below)

@@ -54,13 +54,14 @@ class Target:
     is_prefixed: bool = False
 
 
-def targets(seed: int, count: int, rooted: bool = True) -> Iterator[Target]:
+def targets(seed: int, count: int, rooted: bool = True, below: str = "") -> Iterator[Target]:
     """So many of them.
 
     Args:
         seed: the same targets for the same one.
         count: how many.
         rooted: whether to have root paths as well.
+        below: what half of the paths begin with: the root path of a server.
     """
     chance = random.Random(seed)
     for _ in range(count):
@@ -68,6 +69,10 @@ def targets(seed: int, count: int, rooted: bool = True) -> Iterator[Target]:
         for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
             path = chance.choice(_CHANGES)(chance, path)
         method = chance.choice(METHODS)
+        if below and chance.random() < 0.5:
+            path = below + path
+        if chance.random() < 0.02:
+            path = "http://test" + path  # the absolute form (RFC 9112 section 3.2.2)
         if rooted and chance.random() < 0.25:
             yield _under_a_root(chance, method, path)
         else:

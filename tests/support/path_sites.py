@@ -2,8 +2,7 @@
 
 The same paths, rules and public paths everywhere, with what is special to a router beside them:
 slashes that do not matter, suffixes, mounted apps, expressions that ignore letter case. `ALLOWED`
-says who may get to which view; `path_space` makes the paths. Servers run them as
-`path_sites:starlette` and so on.
+says who may get to which view; `path_space` makes the paths.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,23 +36,24 @@ RULES: Final[dict[str, Any]] = {
     },
 }
 
+_ANYBODY: Final = frozenset({NOBODY, SENDING, FULL})
+_SENDERS: Final = frozenset({SENDING, FULL})
+_FULL: Final = frozenset({FULL})
+
 ALLOWED: Final[Mapping[str, Mapping[str, frozenset[str]]]] = {
-    name: {method: frozenset(callers) for method, callers in by_method.items()}
-    for name, by_method in {
-        "healthz": {"GET": (NOBODY, SENDING, FULL)},
-        "docs": {"GET": (NOBODY, SENDING, FULL), "DELETE": (FULL,)},
-        "profile": {"GET": (NOBODY, SENDING, FULL), "DELETE": (FULL,)},
-        "me": {"GET": (FULL,)},
-        "email": {"GET": (SENDING, FULL), "POST": (SENDING, FULL), "DELETE": (FULL,)},
-        "file": {"GET": (SENDING, FULL)},
-        "batch": {"POST": (SENDING, FULL)},
-        "export": {"GET": (FULL,)},
-        "files export": {"GET": (FULL,)},
-        "purge": {"POST": (FULL,)},
-        "secret": {"GET": (FULL,)},
-        "mounted": {"GET": (SENDING, FULL)},
-        "mounted export": {"GET": (FULL,)},
-    }.items()
+    "healthz": {"GET": _ANYBODY},
+    "docs": {"GET": _ANYBODY, "DELETE": _FULL},
+    "profile": {"GET": _ANYBODY, "DELETE": _FULL},
+    "me": {"GET": _FULL},
+    "email": {"GET": _SENDERS, "POST": _SENDERS, "DELETE": _FULL},
+    "file": {"GET": _SENDERS},
+    "batch": {"POST": _SENDERS},
+    "export": {"GET": _FULL},
+    "files export": {"GET": _FULL},
+    "purge": {"POST": _FULL},
+    "secret": {"GET": _FULL},
+    "mounted": {"GET": _SENDERS},
+    "mounted export": {"GET": _FULL},
 }
 """For each view and method those who may call it; HEAD follows GET."""
 
@@ -116,7 +116,8 @@ def fastapi_app() -> Any:
     app, mounted = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
     outer, emails = APIRouter(prefix="/v1"), APIRouter(prefix="/emails")
     for path, name, method in ROUTES:
-        within, shortened = app, _braced(path)
+        within: Any = app
+        shortened = _braced(path)
         for router, prefix in ((outer, "/v1"), (emails, "/v1/emails")):
             if path.startswith(prefix + "/"):
                 within, shortened = router, _braced(path)[len(prefix) :]
@@ -337,7 +338,7 @@ def _django_urls() -> Sequence[Any]:
     ]
 
 
-def configure_django(engine: Engine, middleware: str = "keylatch.django.APIKeyMiddleware") -> None:
+def configure_django(engine: Engine) -> None:
     """The settings of the project; once in a process."""
     import django
     from django.conf import settings
@@ -347,7 +348,10 @@ def configure_django(engine: Engine, middleware: str = "keylatch.django.APIKeyMi
         DEBUG=False,
         APPEND_SLASH=True,
         ROOT_URLCONF="path_sites",
-        MIDDLEWARE=[middleware, "django.middleware.common.CommonMiddleware"],
+        MIDDLEWARE=[
+            "keylatch.django.APIKeyMiddleware",
+            "django.middleware.common.CommonMiddleware",
+        ],
         KEYLATCH={"engine": engine, **RULES},
         INSTALLED_APPS=["django.contrib.contenttypes", "django.contrib.auth", "rest_framework"],
         REST_FRAMEWORK={"DEFAULT_AUTHENTICATION_CLASSES": []},
@@ -357,11 +361,14 @@ def configure_django(engine: Engine, middleware: str = "keylatch.django.APIKeyMi
 
 
 def __getattr__(name: str) -> Any:
-    """Apps, built when a server names them; `urlpatterns`, when Django does."""
-    if name == "urlpatterns":
-        return _django_urls()
-    if name not in SITES and name not in DJANGO:
+    """`urlpatterns`, when Django looks for them."""
+    if name != "urlpatterns":
         raise AttributeError(name)
+    return _django_urls()
+
+
+def built(name: str) -> Any:
+    """A site for a server, with the keys of its environment."""
     engine = Engine(Settings.load())
     if name in DJANGO:
         configure_django(engine)
