@@ -80,6 +80,8 @@ class APIKeyMiddleware(Gate[ASGIApp]):
                 self.engine.see(verdict.principal.key_id, partial(caller_of, scope))
         try:
             if wanted is not None and scope["type"] == "websocket":
+                if not wanted.is_final:  # a key with FULL may be given less meanwhile
+                    wanted = self._policy.settled(method, path, scope, self._router)
                 with self.engine.watching(values, wanted) as ended:
                     await run_until(ended, self._app, scope, receive, send)
             else:

@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
 from keylatch.asgi import APIKeyMiddleware, Refused
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import ASKS_FOR_KEYS, scopes_of
+from keylatch.frameworks import scopes_of
 from keylatch.model import FULL, Deny, Principal, Reason, Wanted
 from keylatch.paths import overlap
 from keylatch.rules import DeclaredRule
@@ -54,6 +54,8 @@ class APIKey(SecurityBase):
         RuntimeError: for a request that did not pass `APIKeyMiddleware`.
     """
 
+    keylatch_asks_for_keys = True  # what `frameworks.scopes_of` looks for
+
     def __init__(
         self,
         *,
@@ -61,7 +63,6 @@ class APIKey(SecurityBase):
         description: str = "An API key, sent as `Authorization: Bearer <key>`.",
         bearer_format: str = "API key",
     ) -> None:
-        setattr(self, ASKS_FOR_KEYS, True)
         self.model = HTTPBearer(bearerFormat=bearer_format, description=description)
         self.scheme_name = scheme_name
 

@@ -21,8 +21,6 @@ from keylatch.model import Wanted
 from keylatch.paths import shape
 
 _DECLARED: Final = "keylatch_wanted"
-ASKS_FOR_KEYS: Final = "keylatch_asks_for_keys"
-"""An attribute of FastAPI's dependencies: what their scopes are asked of is an API key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def declared(view: object, method: str) -> Wanted | None:
 def _is_one(app: object, module: str, name: str) -> bool:
     """Whether an object is of a class that nobody imported for this question."""
     cls = getattr(sys.modules.get(module), name, None)
-    return isinstance(cls, type) and isinstance(app, cls)
+    return isinstance(cls, type) and issubclass(type(app), cls)
 
 
 # Starlette and FastAPI
@@ -135,7 +133,7 @@ def scopes_of(dependant: Any) -> frozenset[str] | None:
     if dependant is None:
         return None
     found = [scopes_of(each) for each in dependant.dependencies]
-    if getattr(dependant.call, ASKS_FOR_KEYS, False):
+    if getattr(dependant.call, "keylatch_asks_for_keys", False):  # a `keylatch.fastapi.APIKey`
         own = (*(dependant.parent_oauth_scopes or ()), *(dependant.own_oauth_scopes or ()))
         found.append(frozenset(own))
     asked = [each for each in found if each is not None]
@@ -161,11 +159,13 @@ def of_litestar(app: Any, scope: Scope, prefix: str) -> Route | None:
 
 
 def chosen_by_litestar(scope: Scope) -> Route | None:
-    """Inside of Litestar's own middleware the route is chosen already."""
+    """Inside of Litestar's own middleware the route is chosen already; not inside of an app that
+    is mounted on it."""
     if "litestar_app" not in scope or "route_handler" not in scope:
         return None
     template = str(scope.get("path_template", ""))
-    return _of_handler(scope["route_handler"], scope.get("path_params", {}), template)
+    route = _of_handler(scope["route_handler"], scope.get("path_params", {}), template)
+    return route if route.is_known else None
 
 
 def _of_handler(handler: Any, arguments: Any, template: str) -> Route:
@@ -263,7 +263,8 @@ def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:
 
 def is_framework(app: object) -> bool:
     """Whether one of the readers above knows the app."""
-    return isinstance(app, Starlette | Router) or any(_is_one(app, *each) for each in _FRAMEWORKS)
+    is_starlette = issubclass(type(app), Starlette | Router)
+    return is_starlette or any(_is_one(app, *each) for each in _FRAMEWORKS)
 
 
 LITESTAR: Final = ("litestar.app", "Litestar")

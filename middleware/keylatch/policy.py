@@ -64,7 +64,8 @@ class Policy:
         rules = rules_in(permissions or {}, grantable, mistakes)
         undeclared = getattr(permissions, "undeclared", None)
         self._views_decide = views_decide
-        self._views_declare = views_decide or undeclared is not None
+        repeats = any(rule.is_declared for rule in rules)
+        self._views_declare = views_decide or repeats or undeclared is not None
         self._has_warned = False
         self._known: dict[object, Route] = {}
         self._exact: dict[str, dict[str, Wanted | None]] = {}

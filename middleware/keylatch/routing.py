@@ -6,6 +6,7 @@ middlewares in between, once; asking it is `frameworks`' part.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
+from types import FunctionType, MethodType
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote
 from wsgiref.types import WSGIEnvironment
@@ -76,17 +77,17 @@ class ASGIRouter:
         return frameworks.chosen_by_litestar(scope) or self._below(self._outermost(scope), scope)
 
     def find_at(self, scope: Scope, path: str) -> Route | None:
-        root = scope.get("root_path", "")
-        path = root + path if root and scope["path"].startswith(root + "/") else path
         hosts = [(name, value) for name, value in scope["headers"] if name == b"host"]
-        other = {**scope, "path": path, "raw_path": quote(path).encode(), "headers": hosts}
-        other["query_string"] = b""
-        return self._below(scope.get("litestar_app") or self._outermost(scope), other)
+        # Without a root path: a client of daphne chooses that, and it may begin the rule's path.
+        other = {**scope, "path": path, "raw_path": quote(path).encode(), "root_path": ""}
+        other |= {"headers": hosts, "query_string": b""}
+        app = scope["litestar_app"] if frameworks.chosen_by_litestar(scope) else None
+        return self._below(app or self._outermost(scope), other)
 
     def place(self, scope: Scope) -> object:
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         count = len(getattr(self._outermost(scope), "routes", ()))  # more may be added
-        return count, scope.get("method"), scope.get("root_path"), *hosts
+        return count, scope.get("method"), *hosts
 
     def _below(self, app: Any, scope: Scope, prefix: str = "") -> Route | None:
         return frameworks.asgi_route(framework_in(app) or app, scope, prefix, self._below)
@@ -168,12 +169,12 @@ def _held(app: Any) -> Iterator[Any]:
     inner: Iterable[Any] = ()
     if isinstance(app, partial):
         inner = (app.func, *app.args, *app.keywords.values())
-    elif isinstance(getattr(app, "__closure__", None), tuple):
-        inner = (cell.cell_contents for cell in app.__closure__ if _is_filled(cell))
-    elif hasattr(app, "__self__"):
+    elif isinstance(app, FunctionType):
+        inner = (cell.cell_contents for cell in app.__closure__ or () if _is_filled(cell))
+    elif isinstance(app, MethodType):
         inner = (app.__self__,)
-    elif hasattr(app, "__dict__"):
-        inner = tuple(vars(app).values())
+    elif "__dict__" in dir(type(app)):
+        inner = tuple(object.__getattribute__(app, "__dict__").values())
     yield from (each for each in inner if callable(each) and not isinstance(each, type))
 
 

@@ -257,7 +257,7 @@ def test_a_path_that_can_be_read_in_two_ways_is_for_full(segment: str) -> None:
 def test_other_paths_are_not(segment: str) -> None:
     """Names of files, words of any language, punctuation."""
     assert OPEN.asked("GET", f"/docs/{segment}") is None
-    assert OPEN.wanted("GET", f"/v1/{segment}").permissions == {"FULL", "SENDING"}
+    assert OPEN.wanted("GET", f"/v1/{segment}").permissions == frozenset({"FULL", "SENDING"})
 
 
 @given(st.text(st.characters(codec="ascii"), min_size=1, max_size=8))

@@ -334,6 +334,34 @@ def test_an_encoded_slash_is_for_full(raw: bytes) -> None:
     assert asked.get("/v1/7", "", raw_path=b"/v1/7?next=%2f")[0] == 200
 
 
+@pytest.mark.parametrize("root", ["/v1", "/v1/export", "/alias", "/"])
+def test_a_root_path_does_not_change_what_an_exact_rule_means(root: str) -> None:
+    """Clients of daphne choose it: one that begins the rule's own path takes nothing away."""
+    asked = Asked(Starlette(routes=ROUTES))
+    assert asked.get("/alias/x", root_path=root)[0] == 403
+    assert asked.get("/alias/x", "FULL", root_path="/v1")[0] == 200
+
+
+def test_below_a_mount_of_litestar_the_inner_app_is_asked() -> None:
+    """Its scope says which handler Litestar chose: the mount."""
+    keys = Keys()
+    rules = {"FULL": ["GET /v1/export/"], "SENDING": ["GET /v1/{a}/", "GET /alias/{a}/"]}
+    routes = [Route(f"{each.path}/", each.endpoint) for each in ROUTES]
+    inner = APIKeyMiddleware(Starlette(routes=routes), engine=keys.engine(), permissions=rules)
+
+    @litestar.asgi("/api", is_mount=True, copy_scope=True)
+    async def mounted(scope: Any, receive: Any, send: Any) -> None:
+        await inner({**scope, "root_path": ""}, receive, send)
+
+    app: Any = litestar.Litestar([mounted])
+    headers = [(b"authorization", f"Bearer {keys.create(permission='SENDING').token}".encode())]
+    statuses = [
+        asyncio.run(knock(app, where, headers, state={})).status
+        for where in ("/api/v1/7", "/api/alias/x", "/api/v1/export")
+    ]
+    assert statuses == [200, 403, 403]
+
+
 # Public paths
 
 
