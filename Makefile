@@ -47,7 +47,7 @@ prove: .venv/dev            ## every state of the lease protocol, and what each 
 chaos: .venv/dev            ## 20 minutes of random faults, and what was promised meanwhile
 	@$(BIN)/python chaos/run.py
 
-grammar: .venv/dev          ## what seven servers make of 140 requests, cell by cell
+grammar: .venv/dev          ## what seven servers make of 144 requests, cell by cell
 	@$(BIN)/python tests/frameworks/grammar.py
 
 bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself

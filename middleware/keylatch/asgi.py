@@ -18,10 +18,11 @@ from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.gate import Gate
 from keylatch.identity import Peer, ProxyGate
-from keylatch.model import Deny
+from keylatch.model import Deny, Unsettled
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
-from keylatch.telemetry.trail import Trail, following
+from keylatch.routing import ASGIRouter
+from keylatch.telemetry.trail import Trail, following, timed
 from keylatch.tokens import Token
 from keylatch.websocket import run_until
 
@@ -57,7 +58,8 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             await self._leave_trail(scope, receive, send)
             return
         values, is_posing = credentials.among(scope["headers"])
-        wanted = self._policy.asked(scope.get("method", "GET"), path_of(scope))
+        method, path = scope.get("method", "GET"), path_of(scope)
+        wanted = self._policy.asked(method, path, scope, self._router)
         scope = _copy(scope, is_posing)
         if wanted is None:
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
@@ -66,15 +68,21 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             if isinstance(verdict, Token):
                 verdict = await self._checks.resolve(verdict, wanted)
             if isinstance(verdict, Deny):
-                refusal = self._refusals.refuse(verdict, partial(caller_of, scope))
-                await refuse(refusal, scope, receive, send)
-                return
+                if isinstance(verdict, Unsettled):
+                    wanted = self._policy.settled(method, path, scope, self._router)
+                    verdict = timed(partial(verdict.settle, wanted))
+                if isinstance(verdict, Deny):
+                    refusal = self._refusals.refuse(verdict, partial(caller_of, scope))
+                    await refuse(refusal, scope, receive, send)
+                    return
             scope["user"] = verdict.principal
             scope["auth"] = verdict.credentials
             if self.engine.sees_clients:
                 self.engine.see(verdict.principal.key_id, partial(caller_of, scope))
         try:
             if wanted is not None and scope["type"] == "websocket":
+                if not wanted.is_final:  # a key with FULL may be given less meanwhile
+                    wanted = self._policy.settled(method, path, scope, self._router)
                 with self.engine.watching(values, wanted) as ended:
                     await run_until(ended, self._app, scope, receive, send)
             else:
@@ -82,6 +90,9 @@ class APIKeyMiddleware(Gate[ASGIApp]):
         except Refused as refused:
             refusal = self._refusals.refuse(refused.deny, partial(caller_of, scope))
             await refuse(refusal, scope, receive, send)
+
+    def _router_of(self, app: ASGIApp) -> ASGIRouter:
+        return ASGIRouter(app, _is_ours)
 
     async def _leave_trail(self, scope: Scope, receive: Receive, send: Send) -> None:
         tells = self.engine.settings.timing == "on"
@@ -102,7 +113,8 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             await self._app(scope, receive, send)
             return
         method = scope.get("method", "GET")
-        verdict = self.judge(peer_of(scope), scope["headers"], method, path_of(scope))
+        path = path_of(scope)
+        verdict = self.judge(peer_of(scope), scope["headers"], method, path, scope)
         if isinstance(verdict, Deny):
             await refuse(self._refusals.of(verdict), scope, receive, send)
             return
@@ -116,6 +128,15 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             await self._app(scope, receive, send)
         except Refused as refused:
             await refuse(self._refusals.of(refused.deny), scope, receive, send)
+
+    def _router_of(self, app: ASGIApp) -> ASGIRouter:
+        return ASGIRouter(app, _is_ours)
+
+
+def _is_ours(listed: object) -> bool:
+    """Whether one of Starlette's list of middlewares is keylatch's."""
+    cls = getattr(listed, "cls", None)
+    return isinstance(cls, type) and issubclass(cls, Gate | ProxyGate)
 
 
 def peer_of(scope: Scope) -> str | Peer:

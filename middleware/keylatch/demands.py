@@ -4,8 +4,8 @@ A framework's `requires` is spelled with these few functions. `environ` is that 
 `request.META`. What a view does not declare is for FULL only.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from starlette.authentication import UnauthenticatedUser
 
@@ -13,8 +13,6 @@ from keylatch.model import Deny, Principal, Reason, Wanted, missing_scope
 from keylatch.policy import Policy
 from keylatch.refusals import Refusal, Refusals
 from keylatch.wsgi import PRINCIPAL, REFUSALS, caller_of
-
-_DECLARED: Final = "keylatch_wanted"
 
 
 def wanted_of(permissions: Sequence[str]) -> Wanted:
@@ -25,27 +23,6 @@ def wanted_of(permissions: Sequence[str]) -> Wanted:
     """
     route = ["GET /"]
     return Policy(permissions=dict.fromkeys(permissions, route)).wanted("GET", "/")
-
-
-def declare(view: Callable[..., Any], wanted: Wanted) -> None:
-    """Mark a view with what it asks; `functools.wraps` carries the mark on."""
-    setattr(view, _DECLARED, wanted)
-
-
-def declared(view: object, method: str) -> Wanted | None:
-    """What a view asks of a request with this method, or None where it declares nothing.
-
-    Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
-    methods are asked. HEAD follows GET, as in `policy`.
-    """
-    name = "get" if method == "HEAD" else method.lower()
-    name = getattr(view, "actions", {}).get(name, name)
-    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
-    for place in (view, getattr(of_class, name, None)):
-        wanted = getattr(place, _DECLARED, None)
-        if isinstance(wanted, Wanted):
-            return wanted
-    return None
 
 
 def principal_of(environ: Mapping[str, Any]) -> Principal | UnauthenticatedUser:

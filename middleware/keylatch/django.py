@@ -14,7 +14,7 @@ lifespan events, so under uvicorn nobody would store the last uses when the serv
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
@@ -23,7 +23,8 @@ try:
     from django.conf import settings
     from django.core import asgi
     from django.http import HttpRequest, HttpResponse
-    from django.urls import Resolver404, resolve
+    from django.urls import get_resolver
+    from django.utils.translation import get_language
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("asgiref", "django"):
         raise
@@ -32,12 +33,14 @@ except ModuleNotFoundError as error:
 from starlette.authentication import UnauthenticatedUser
 from starlette.types import Receive, Scope, Send
 
-from keylatch.demands import declare, declared, refusal_of, wanted_of
+from keylatch.demands import refusal_of, wanted_of
 from keylatch.errors import ConfigurationError
+from keylatch.frameworks import Route, declare, declared, of_django, templates_of_django
 from keylatch.gate import Gate
 from keylatch.model import Deny, Unsettled, Verdict, Wanted
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
+from keylatch.routing import has_encoded_slash, is_plain_environ
 from keylatch.telemetry.trail import Trail, timed, timed_awaiting
 from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity, trail_of
 
@@ -55,10 +58,12 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
     `request.urlconf` belongs before it, because the view is looked up there.
 
     Raises:
-        ConfigurationError: naming every wrong setting and rule.
+        ConfigurationError: naming every wrong setting and rule, and every view that declares
+            nothing and that a public path with parameters opens without spelling its route.
     """
 
     sync_capable = async_capable = True
+    _views_decide = True
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         given = dict(getattr(settings, "KEYLATCH", {}))
@@ -70,11 +75,18 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
             super().__init__(get_response, **given)
         except ConfigurationError as error:
             mistakes += error.mistakes
+        else:
+            methods = sorted({rule.method for rule in self._policy.public_patterns})
+            if methods:  # else the URLconf is not imported before the first request
+                mistakes += self._policy.opened_unsaid(_undeclared(methods))
         if mistakes:
             raise ConfigurationError(mistakes)
         self._awaits = iscoroutinefunction(get_response)
         if self._awaits:
             markcoroutinefunction(self)
+
+    def _router_of(self, app: Any) -> "URLconf":
+        return URLconf()
 
     def _prepare(self) -> None:
         portal = self._portal = Portal.of(self.engine)
@@ -128,12 +140,16 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         request.__dict__.pop("headers", None)  # made of META once, if somebody has looked already
         request.META[REFUSALS] = self._refusals
         request.META[PRINCIPAL] = request.api_key = UnauthenticatedUser()
-        wanted = self._policy.asked(request.method, request.path_info)
+        wanted = self._policy.asked(request.method, request.path_info, request, self._router)
         return None if wanted is None else _so_far(wanted)
 
     def _refusal(self, request: HttpRequest, verdict: Verdict) -> HttpResponse | None:
         if isinstance(verdict, Unsettled):
-            verdict = timed(functools.partial(verdict.settle, self._wanted(request)))
+            # Only for a good key that the rules do not let in, and only where the request is
+            # handled: the URLconf may be imported here, and a path converter may ask a database.
+            method, path = request.method, request.path_info
+            wanted = self._policy.settled(method, path, request, self._router)
+            verdict = timed(functools.partial(verdict.settle, wanted))
         if isinstance(verdict, Deny):
             caller = functools.partial(caller_of, request.META)
             return refuse(self._refusals.refuse(verdict, caller), request)
@@ -143,18 +159,40 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
             self.engine.see(verdict.principal.key_id, caller)
         return None
 
-    def _wanted(self, request: HttpRequest) -> Wanted:
-        """What the view asks, or the rules where it declares nothing.
 
-        Only for a good key that the rules do not let in, and only where the request is handled:
-        the URLconf may be imported here, and a path converter may ask a database.
-        """
-        by_rule = self._policy.wanted(request.method, request.path_info)
-        try:
-            view = resolve(request.path_info, getattr(request, "urlconf", None)).func
-        except Resolver404:
-            return by_rule
-        return declared(view, request.method) or by_rule
+class URLconf:
+    """Which view a request gets to, by the URLconf that is in force for it."""
+
+    def is_plain(self, request: HttpRequest) -> bool:
+        raw = getattr(request, "scope", {}).get("raw_path")
+        return not has_encoded_slash(raw) and is_plain_environ(request.META)
+
+    def find(self, request: HttpRequest) -> Route | None:
+        return self.find_at(request, request.path_info)
+
+    def find_at(self, request: HttpRequest, path: str) -> Route | None:
+        return of_django(path, str(request.method), getattr(request, "urlconf", None))
+
+    def place(self, request: HttpRequest) -> object:
+        return getattr(request, "urlconf", None), get_language(), request.method
+
+
+def _undeclared(methods: Sequence[str]) -> Iterator[str]:
+    """The routes of the project whose views declare nothing, spelled as rules are."""
+    for route, view in _views(get_resolver().url_patterns):
+        for method in methods:
+            if declared(view, method) is None:
+                yield from (f"{method} {each}" for each in templates_of_django(route))
+
+
+def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Each route and its view, with included URLconfs."""
+    for each in patterns:
+        route = prefix + str(each.pattern).removeprefix("^" if prefix else "")
+        if hasattr(each, "url_patterns"):
+            yield from _views(each.url_patterns, route)
+        else:
+            yield route, each.callback
 
 
 @functools.cache  # of the few that a policy knows

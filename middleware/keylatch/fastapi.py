@@ -10,23 +10,23 @@ The middleware stays the guard: it has checked the key before FastAPI looks for 
 a route forgot the dependency. The dependency asks what the key may do here, and nothing else.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Final
 
 from starlette.authentication import UnauthenticatedUser
 from starlette.requests import HTTPConnection
-from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute, compile_path
+from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
 from keylatch.asgi import APIKeyMiddleware, Refused
 from keylatch.errors import ConfigurationError
+from keylatch.frameworks import scopes_of
 from keylatch.model import FULL, Deny, Principal, Reason, Wanted
+from keylatch.paths import overlap
+from keylatch.rules import DeclaredRule
 
 try:
     from fastapi import FastAPI
-    from fastapi.dependencies.models import Dependant
     from fastapi.openapi.models import HTTPBearer
     from fastapi.routing import RouteContext, iter_route_contexts
     from fastapi.security import SecurityScopes
@@ -53,6 +53,8 @@ class APIKey(SecurityBase):
     Raises:
         RuntimeError: for a request that did not pass `APIKeyMiddleware`.
     """
+
+    keylatch_asks_for_keys = True  # what `frameworks.scopes_of` looks for
 
     def __init__(
         self,
@@ -87,7 +89,9 @@ def permissions_of(app: FastAPI) -> Mapping[str, Sequence[str]]:
     built, at the app's first call; those added later are for FULL.
 
     Rules know methods and paths, not the order of routes: where a route for FULL comes before one
-    whose path also matches, the start fails, until the former says `scopes=["FULL"]`.
+    whose path also matches, the start fails, until the former says `scopes=["FULL"]`. It fails as
+    well where a public path with parameters opens a route that asks for no key at all, unless it
+    spells that route's own path.
 
     Args:
         app: with its included routers and whatever is mounted.
@@ -115,8 +119,14 @@ class _Permissions(Mapping[str, Sequence[str]]):
         rules: dict[str, list[str]] = {}
         for declared in _declarations(self._app.routes):
             if declared.permission:
-                rules.setdefault(declared.permission, []).append(declared.rule)
+                rule = DeclaredRule(declared.rule)
+                rules.setdefault(declared.permission, []).append(rule)
         return rules
+
+    @property
+    def undeclared(self) -> Sequence[str]:
+        """The routes that no public path may open by the way."""
+        return [each.rule for each in _declarations(self._app.routes) if each.is_open]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,8 @@ class _Declaration:
     scopes: frozenset[str]
     kind: object
     """What the router tells apart and a rule does not: HEAD from GET, WebSockets, hosts."""
+    is_open: bool = False
+    """Whether the route does not even ask for a key."""
 
     @property
     def permission(self) -> str | None:
@@ -143,7 +155,7 @@ class _Declaration:
     def is_opened_by(self, other: "_Declaration") -> bool:
         """Whether the other's rule matches requests that are ours."""
         method = "GET" if self.method == "HEAD" else self.method
-        return method in (_ANY, other.method) and _overlap(self.path, other.path)
+        return method in (_ANY, other.method) and overlap(self.path, other.path)
 
 
 _ANY: Final = "*"
@@ -163,9 +175,10 @@ def _declarations(
         elif isinstance(route, Mount):
             yield _Declaration(_ANY, path + "/{path:path}", frozenset(), (host, "http"))
         elif not _is_documentation(route):
-            scopes = _scopes_of(getattr(context, "dependant", None))
+            scopes = scopes_of(getattr(context, "dependant", None))
             for method, kind in _methods_of(context):
-                yield _Declaration(method, path, scopes, (host, kind))
+                is_open = scopes is None
+                yield _Declaration(method, path, scopes or frozenset(), (host, kind), is_open)
 
 
 def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
@@ -185,16 +198,6 @@ def _is_documentation(route: BaseRoute) -> bool:
     return isinstance(route, Route) and route.endpoint.__module__ == "fastapi.applications"
 
 
-def _scopes_of(dependant: Dependant | None) -> frozenset[str]:
-    """Every scope that an `APIKey` is asked for, here and in sub-dependencies."""
-    if dependant is None:
-        return frozenset()
-    scopes = frozenset[str]()
-    if isinstance(dependant.call, APIKey):
-        scopes |= {*(dependant.parent_oauth_scopes or ()), *(dependant.own_oauth_scopes or ())}
-    return scopes.union(*map(_scopes_of, dependant.dependencies))
-
-
 def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]:
     """Each route for FULL whose requests the rule of another route would let pass.
 
@@ -211,25 +214,3 @@ def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]
                     f"{closed.rule} is for FULL, but {opener.rule} of {opener.permission} opens it",
                     f'declare Security(api_key, scopes=["{FULL}"]) there, or change a path',
                 )
-
-
-_WITHIN_A_SEGMENT: Final = re.compile(r"{\w+(:(str|int|float|uuid))?}")
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether some path matches both; where that is hard to tell, yes."""
-    for pair in zip_longest(one.split("/"), other.split("/")):
-        if any("{" in _WITHIN_A_SEGMENT.sub("", segment or "") for segment in pair):
-            return True  # `path`, or a kind of the app's own: it may go beyond the next slash
-        if not _segments_overlap(*pair):
-            return False
-    return True
-
-
-def _segments_overlap(one: str | None, other: str | None) -> bool:
-    if one is None or other is None:
-        return False
-    if "{" in one and "{" in other:
-        return True
-    pattern, literal = (one, other) if "{" in one else (other, one)
-    return compile_path("/" + pattern)[0].match("/" + literal) is not None

@@ -25,10 +25,12 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("keylatch.flask needs the package flask: pip install flask") from error
 
-from keylatch.demands import declare, declared, principal_of, refusal_of, wanted_of
+from keylatch.demands import principal_of, refusal_of, wanted_of
 from keylatch.errors import ConfigurationError
+from keylatch.frameworks import declare, declared
 from keylatch.model import FULL, ONLY_FULL, Principal, Wanted
-from keylatch.policy import Policy
+from keylatch.paths import overlap, spelled
+from keylatch.rules import DeclaredRule, DeclaredRules
 from keylatch.wsgi import refuse
 
 View = TypeVar("View", bound=Callable[..., Any])
@@ -73,10 +75,12 @@ def requires(*permissions: str) -> Callable[[View], View]:
     return decorate
 
 
-def permissions_of(app: Flask) -> dict[str, list[str]]:
+def permissions_of(app: Flask) -> DeclaredRules:
     """The routes that each permission may call, as their views declare it.
 
-    Call it when all routes are registered; later ones are for FULL only.
+    Call it when all routes are registered; later ones are for FULL only. The start fails as well
+    where a public path with parameters opens a view that declares nothing, unless it spells that
+    view's own path.
 
     Raises:
         ConfigurationError: naming every route that declares nothing, although a route that does
@@ -84,26 +88,29 @@ def permissions_of(app: Flask) -> dict[str, list[str]]:
     """
     opened: dict[str, list[str]] = {}
     closed: list[str] = []
-    for route, wanted in _routes(app):
+    undeclared: list[str] = []
+    for route, wanted, is_own in _routes(app):
         if wanted is None:
             closed.append(route)
+            undeclared += [] if is_own else [route]
         for permission in sorted((wanted or ONLY_FULL).permissions or ()):
             if permission != FULL:
-                opened.setdefault(permission, []).append(route)
+                opened.setdefault(permission, []).append(DeclaredRule(route))
     mistakes = [
         (f"{bare} declares no permission, but {route} is for {permission} and matches it too",
          f'put @requires("FULL") on the view of {bare}, or what else it is for')
         for permission, routes in opened.items()
         for route, bare in itertools.product(routes, closed)
-        if _overlap(permission, route, bare)
+        if _overlap(route, bare)
     ]  # fmt: skip
     if mistakes:
         raise ConfigurationError(mistakes)
-    return opened
+    return DeclaredRules(opened, undeclared)
 
 
-def _routes(app: Flask) -> Iterator[tuple[str, Wanted | None]]:
-    """Each rule, spelled as `policy` reads it, and what its view declares."""
+def _routes(app: Flask) -> Iterator[tuple[str, Wanted | None, bool]]:
+    """Each rule, spelled as `policy` reads it, what its view declares, and whether Flask added it
+    by itself, where nothing could be declared."""
 
     def parameter(match: re.Match[str]) -> str:
         kind, name = match.groups()
@@ -116,17 +123,11 @@ def _routes(app: Flask) -> Iterator[tuple[str, Wanted | None]]:
         view = app.view_functions.get(rule.endpoint)
         methods = _METHODS if rule.methods is None else rule.methods - {"HEAD", "OPTIONS"}
         for method in sorted(methods if not rule.build_only else ()):
-            yield f"{method} {path}", declared(view, method)
+            is_own = rule.endpoint.split(".")[-1] == "static"
+            yield f"{method} {path}", declared(view, method), is_own
 
 
-def _overlap(permission: str, route: str, bare: str) -> bool:
+def _overlap(route: str, bare: str) -> bool:
     """Whether the rule for a route opens one that declares nothing; in doubt it does."""
-    for one, other in itertools.zip_longest(route.split("/"), bare.split("/")):
-        if "<path:" in f"{one}{other}":
-            break
-        if one != other and (one is None or other is None or "<" not in one + other):
-            return False
-    if "<" in bare:
-        return True
-    method, path = bare.split(" ", 1)
-    return Policy(permissions={permission: [route]}).wanted(method, path) is not ONLY_FULL
+    (method, path), (other, bare_path) = route.split(" ", 1), bare.split(" ", 1)
+    return method == other and overlap(spelled(path) or path, spelled(bare_path) or bare_path)

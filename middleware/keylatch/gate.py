@@ -4,12 +4,13 @@ An adapter is a `Gate` that spells requests and answers in its own protocol, and
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
 from keylatch.policy import Policy
 from keylatch.refusals import Refusals
+from keylatch.routing import Router
 from keylatch.settings import Settings
 from keylatch.telemetry.trail import Checks, Followed
 
@@ -26,7 +27,9 @@ class Gate(Generic[App]):
         store_file: a file that holds `store`; None: `KEYLATCH_STORE_FILE`.
         redis_file: a file that holds `redis`; None: `KEYLATCH_REDIS_FILE`.
         pepper_file: holds a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
-        public: paths that need no key, such as `/healthz` or `/docs/{page}`.
+        public: what needs no key: `/healthz` and `/docs/{page}` for GET and HEAD, or with a method
+            `POST /signup`. What a rule names as it is, or a view declares, wins over one with
+            parameters.
         permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
             parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`.
         realm: named in challenges; None: `KEYLATCH_REALM`.
@@ -43,6 +46,8 @@ class Gate(Generic[App]):
     Raises:
         ConfigurationError: naming every wrong setting and rule.
     """
+
+    _views_decide: ClassVar = False
 
     def __init__(
         self,
@@ -91,7 +96,7 @@ class Gate(Generic[App]):
         except ConfigurationError as error:
             mistakes += error.mistakes
         try:
-            policy = Policy(public, permissions, grantable)
+            policy = Policy(public, permissions, grantable, self._views_decide)
         except ConfigurationError as error:
             mistakes += error.mistakes
         if mistakes or engine is None:
@@ -100,6 +105,7 @@ class Gate(Generic[App]):
         self._realm = engine.settings.realm
         self._app = app
         self._policy = policy
+        self._router = self._router_of(app)
         self._follow()
         self._prepare()
 
@@ -113,6 +119,10 @@ class Gate(Generic[App]):
         self._refusals = Refusals(self._realm, failures=self.engine.failures)
         self._is_followed = self.engine.settings.is_followed
         self._checks: Checks = Followed(self.engine) if self._is_followed else self.engine
+
+    def _router_of(self, app: App) -> Router[Any]:
+        """What tells which view a request of this protocol will get to."""
+        raise NotImplementedError
 
     def _prepare(self) -> None:
         """What an adapter needs besides."""

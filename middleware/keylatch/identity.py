@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from urllib.parse import unquote
 
 from keylatch.credentials import is_identity_header
@@ -21,6 +21,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.model import Allow, Deny, Principal, Reason, Verdict, Wanted, missing_scope
 from keylatch.policy import Policy
 from keylatch.refusals import Header, Refusals
+from keylatch.routing import Router
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 
 App = TypeVar("App")
@@ -53,7 +54,7 @@ class ProxyGate(Generic[App]):
         trusted: the proxy's addresses or networks (`10.0.0.7`, `10.0.0.0/24`), and `unix` for a
             Unix socket, on servers that say that a request came over one: uvicorn, granian,
             gunicorn and waitress; hypercorn and daphne do not. Identity from others is ignored.
-        public: paths that need no key, such as `/healthz` or `/docs/{page}`.
+        public: what needs no key, as for `APIKeyMiddleware`.
         permissions: as for `APIKeyMiddleware`; None: the proxy asks for them, route by route.
         realm: named in challenges.
 
@@ -79,6 +80,7 @@ class ProxyGate(Generic[App]):
         if mistakes:
             raise ConfigurationError(mistakes)
         self._app = app
+        self._router = self._router_of(app)
         self._asks = permissions is not None
         self._refusals = Refusals(realm)
         self._is_trusted = lru_cache(maxsize=1024)(self._trusts)
@@ -87,7 +89,12 @@ class ProxyGate(Generic[App]):
         )
 
     def judge(
-        self, peer: str | Peer, headers: Sequence[Header], method: str, path: str
+        self,
+        peer: str | Peer,
+        headers: Sequence[Header],
+        method: str,
+        path: str,
+        request: Any,
     ) -> Verdict | None:
         """Whose request it is; None on a public path.
 
@@ -96,8 +103,10 @@ class ProxyGate(Generic[App]):
             headers: of the request.
             method: of the request.
             path: as the app's own router sees it.
+            request: scope or environ, for the router.
         """
-        if self._policy.is_public(path):
+        wanted = self._policy.asked(method, path, request, self._router)
+        if wanted is None:
             return None
         if not self._is_trusted(peer):
             self._strangers.add(peer.value if isinstance(peer, Peer) else peer)
@@ -105,8 +114,15 @@ class ProxyGate(Generic[App]):
         principal = principal_in(headers)
         if isinstance(principal, Reason):
             return Deny(principal)
-        wanted = self._policy.wanted(method, path) if self._asks else Wanted()
+        if not self._asks:
+            wanted = Wanted()
+        elif missing_scope(principal.permission, wanted) and not wanted.is_final:
+            wanted = self._policy.settled(method, path, request, self._router)
         return missing_scope(principal.permission, wanted) or Allow(principal)
+
+    def _router_of(self, app: App) -> Router[Any]:
+        """What tells which view a request of this protocol will get to."""
+        raise NotImplementedError
 
     def _trusts(self, peer: str | Peer) -> bool:
         if isinstance(peer, Peer):

@@ -1,41 +1,55 @@
 """From a route to the permissions that suffice for it. Compiled once, looked up per request.
 
 FULL may do everything. Any other permission may call only the routes named for it, and none
-where none are named. A path named as it is counts before any with parameters, so naming it for
-FULL closes it; of several with parameters, each counts. Paths match as a whole, never by prefix: a
-prefix also opens the neighbours.
+where none are named. Paths match as a whole, never by prefix: a prefix also opens the neighbours.
+
+A path that is named as it is decides alone. What only names with parameters open is decided by the
+view that the app's router chooses: what that declares, and what an exact rule for another path of
+it says, counts as well. A path that could be read in two ways is for FULL.
 """
 
-import functools
-import re
-from collections.abc import Collection, Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from starlette.routing import compile_path
-
 from keylatch.errors import ConfigurationError
+from keylatch.frameworks import Route
 from keylatch.model import FULL, ONLY_FULL, Wanted
-from keylatch.settings import PERMISSION_PATTERN
+from keylatch.paths import folded, is_canonical
+from keylatch.routing import NoRouter, Router
+from keylatch.rules import Mistakes, Rule, opened_by, public_routes, rules_in, sufficient
 
-Mistakes = list[tuple[str, str]]
+_UNDECIDED: Final = replace(ONLY_FULL, is_final=False)
+"""FULL suffices; whether less does, `Policy.settled` says."""
+_NO_ROUTER: Final = NoRouter()
+_KEPT: Final = 4096  # routes of exact rules, by the host that a client names
 
-_METHOD: Final = re.compile(r"[A-Z]+")
-# Flask and Django write <int:id> and <id>, Starlette, FastAPI and Litestar {id:int} and {id}.
-_ANGLED: Final = re.compile(r"<(?:([a-z]+):)?([A-Za-z_]\w*)>")
-_FLASK_NAMES: Final = {"string": "str"}
-_UNFIT: Final = frozenset("*?# <>")
+log = logging.getLogger("keylatch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that the text of its path does not decide."""
+
+    method: str
+    path: str
+    request: Any
+    router: Router[Any]
 
 
 class Policy:
     """Which paths are public, and which permission may call which route.
 
     Args:
-        public: paths that need no key.
+        public: what needs no key: `"/healthz"` for GET and HEAD, or `"POST /signup"`.
         permissions: permission → rules of the form `"POST /v1/emails/{id}"`.
         grantable: the permissions that keys can have; None: any word.
+        views_decide: whether what a view declares counts alone, whatever rules say (Django).
 
     Raises:
-        ConfigurationError: naming every malformed path and rule, and every unknown permission.
+        ConfigurationError: naming every malformed path and rule, every unknown permission, and
+            every view that declares nothing and that a public path with parameters would open.
     """
 
     def __init__(
@@ -43,45 +57,171 @@ class Policy:
         public: Iterable[str] = (),
         permissions: Mapping[str, Iterable[str]] | None = None,
         grantable: Collection[str] | None = None,
+        views_decide: bool = False,
     ) -> None:
         mistakes: Mistakes = []
-        self._public, self._public_patterns = _public(public, mistakes)
-        routes = _routes(permissions or {}, grantable, mistakes)
+        open_routes = public_routes(public, mistakes)
+        rules = rules_in(permissions or {}, grantable, mistakes)
+        undeclared = getattr(permissions, "undeclared", None)
+        self._views_decide = views_decide
+        repeats = any(rule.is_declared for rule in rules)
+        self._views_declare = views_decide or repeats or undeclared is not None
+        self._has_warned = False
+        self._known: dict[object, Route] = {}
+        self._exact: dict[str, dict[str, Wanted | None]] = {}
+        self._by_hand: dict[str, list[Rule]] = {}
+        self._rules: dict[str, list[Rule]] = {}
+        self._public: dict[str, list[Rule]] = {}
+        for rule in rules:
+            self._add(rule)
+        for method, path in open_routes:
+            if "{" in path:
+                self._public.setdefault(method, []).append(Rule(method, path))
+            else:
+                self._exact.setdefault(path, {})[method] = None
+        self._has_patterns = bool(self._rules or self._public)
+        mistakes += self.opened_unsaid(undeclared or ())
         if mistakes:
             raise ConfigurationError(mistakes)
-        self._exact = {
-            route: _sufficient(frozenset(named))
-            for route, named in routes.items()
-            if "{" not in route[1]
-        }
-        self._has_rules = bool(routes)
-        self._patterns: dict[str, list[tuple[re.Pattern[str], set[str]]]] = {}
-        for (method, path), named in routes.items():
-            if "{" in path:
-                self._patterns.setdefault(method, []).append((_pattern(path), named))
 
-    def asked(self, method: str, path: str) -> Wanted | None:
-        """What a request asks of a key; None where it needs none."""
-        if path in self._public or (self._public_patterns and self.is_public(path)):
+    def _add(self, rule: Rule) -> None:
+        if "{" in rule.path:
+            self._rules.setdefault(rule.method, []).append(rule)
+            return
+        self._exact.setdefault(rule.path, {})[rule.method] = rule.wanted
+        if not rule.is_declared:
+            self._by_hand.setdefault(rule.method, []).append(rule)
+
+    @property
+    def public_patterns(self) -> list[Rule]:
+        """What is public and has parameters."""
+        return [rule for rules in self._public.values() for rule in rules]
+
+    def opened_unsaid(self, undeclared: Iterable[str]) -> Mistakes:
+        """The routes among these that only a public path with parameters speaks of, although it
+        does not spell them."""
+        named = {f"{on} {path}" for path, by_method in self._exact.items() for on in by_method}
+        return opened_by(self.public_patterns, [each for each in undeclared if each not in named])
+
+    def asked(
+        self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER
+    ) -> Wanted | None:
+        """What a request asks of a key; None where it needs none.
+
+        It is not final where a rule with parameters matches: FULL suffices, and whether less does
+        is to be asked of `settled`. HEAD follows GET (RFC 9110 section 9.3.2).
+        """
+        exact = self._exact.get(path)
+        if exact is None and not self._has_patterns:  # where most requests end: no call yet
+            return ONLY_FULL
+        method = "GET" if method == "HEAD" else method
+        if exact is not None and method in exact:
+            return exact[method] if router.is_plain(request) else ONLY_FULL
+        return self._by_patterns(_Asked(method, path, request, router))
+
+    def settled(self, method: str, path: str, request: Any, router: Router[Any]) -> Wanted:
+        """What a request asks of a key that is good and has not enough by what `asked` says."""
+        asked = _Asked("GET" if method == "HEAD" else method, path, request, router)
+        wanted = self._by_route(asked, []) if self._is_clear(asked) else ONLY_FULL
+        return wanted or ONLY_FULL
+
+    def _by_patterns(self, asked: _Asked) -> Wanted | None:
+        public = self._matching(self._public, asked)
+        if not public and not self._matching(self._rules, asked):
+            return ONLY_FULL
+        if not self._is_clear(asked):
+            return ONLY_FULL
+        return self._by_route(asked, public) if public else _UNDECIDED
+
+    def _is_clear(self, asked: _Asked) -> bool:
+        return is_canonical(asked.path) and asked.router.is_plain(asked.request)
+
+    def _by_route(self, asked: _Asked, public: Sequence[Rule]) -> Wanted | None:
+        """By the view that the router chooses. Whatever goes wrong with that, FULL suffices."""
+        try:
+            route = asked.router.find(asked.request)
+            if route is None:
+                return self._exactly(asked) or ONLY_FULL
+            others = self._others(asked, route)
+        except Exception as error:  # noqa: BLE001
+            self._warn(error)
+            return ONLY_FULL
+        if public and not others and route.declared is None and self._may_open(public, route):
             return None
-        return self.wanted(method, path) if self._has_rules else ONLY_FULL
+        return self._of_route(asked, route, others)
 
-    def is_public(self, path: str) -> bool:
-        """Whether a path needs no key."""
-        return path in self._public or any(p.fullmatch(path) for p in self._public_patterns)
-
-    def wanted(self, method: str, path: str) -> Wanted:
-        """What a request asks of its key. HEAD follows GET (RFC 9110 section 9.3.2)."""
-        if method == "HEAD":
-            method = "GET"
-        exact = self._exact.get((method, path))
+    def _of_route(self, asked: _Asked, route: Route, others: Sequence[Wanted]) -> Wanted:
+        if self._views_decide and route.declared is not None:
+            return route.declared
+        exact = self._exactly(asked)
         if exact is not None:
             return exact
-        patterns = self._patterns.get(method)
-        if patterns is None:
-            return ONLY_FULL
-        named = [permissions for pattern, permissions in patterns if pattern.fullmatch(path)]
-        return _sufficient(frozenset().union(*named)) if named else ONLY_FULL
+        declares = route.declared is not None and route.declared.permissions is not None
+        rules = self._matching(self._rules, asked)
+        named = [rule.named for rule in rules if declares or not rule.is_declared]
+        by_rules = sufficient(frozenset().union(*named))
+        return _all_of([by_rules, *others, *filter(None, [route.declared])])
+
+    def _may_open(self, public: Sequence[Rule], route: Route) -> bool:
+        """Whether a public path opens a view that declares nothing. Where views declare, it does
+        so only if it spells the view's own path: else it was not meant."""
+        is_spelled = any(each.shape in route.shapes for each in public)
+        return is_spelled or not self._views_declare or not route.is_known
+
+    def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
+        """What exact rules say of the same view, by whatever path they name it."""
+        rules = self._by_hand.get(asked.method, ())
+        return [rule.wanted for rule in rules if self._is_meant(rule, asked, route)]
+
+    def _is_meant(self, rule: Rule, asked: _Asked, route: Route) -> bool:
+        """Whether an exact rule speaks of what a request gets to: by the router where that knows
+        both, else by their text."""
+        named = self._route_of(rule, asked) if route.is_known else None
+        if named is None or not named.is_known:
+            return rule.folded == folded(asked.path)
+        # What the path says besides, such as the format of a suffix, makes it no other view.
+        return named.view == route.view and named.arguments.items() <= route.arguments.items()
+
+    def _route_of(self, rule: Rule, asked: _Asked) -> Route | None:
+        key = asked.router.place(asked.request), rule
+        route = self._known.get(key)
+        if route is None:
+            route = asked.router.find_at(asked.request, rule.path)
+            if route is not None:  # what is not there may be added
+                if len(self._known) >= _KEPT:
+                    self._known.clear()
+                self._known[key] = route
+        return route
+
+    def _exactly(self, asked: _Asked) -> Wanted | None:
+        return self._exact.get(asked.path, {}).get(asked.method)
+
+    @staticmethod
+    def _matching(rules: Mapping[str, Sequence[Rule]], asked: _Asked) -> list[Rule]:
+        return [rule for rule in rules.get(asked.method, ()) if rule.matches(asked.path)]
+
+    def _warn(self, error: Exception) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "the app's router cannot be asked (%s): FULL is needed", type(error).__name__
+            )
+
+    def is_public(self, path: str, method: str = "GET") -> bool:
+        """Whether a path needs no key, by itself."""
+        asked = _Asked(method, path, None, _NO_ROUTER)
+        if method in self._exact.get(path, {}):
+            return self._exact[path][method] is None
+        return is_canonical(path) and bool(self._matching(self._public, asked))
+
+    def wanted(self, method: str, path: str) -> Wanted:
+        """What rules ask of a key, by themselves. HEAD follows GET (RFC 9110 section 9.3.2)."""
+        asked = _Asked("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
+        exact = self._exactly(asked)
+        if exact is not None:
+            return exact
+        named = [rule.named for rule in self._matching(self._rules, asked)]
+        return sufficient(frozenset().union(*named)) if is_canonical(path) else ONLY_FULL
 
 
 def path_of(scope: Mapping[str, Any]) -> str:
@@ -95,71 +235,11 @@ def path_of(scope: Mapping[str, Any]) -> str:
     return path[len(root) :] if path.startswith(root + "/") else path
 
 
-@functools.cache
-def _sufficient(named: frozenset[str]) -> Wanted:
-    return Wanted(named | {FULL}, " ".join(sorted(named)))
-
-
-def _public(
-    paths: Iterable[str], mistakes: Mistakes
-) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
-    if isinstance(paths, str):
-        mistakes.append((f"public={paths!r} is one string", f"write public=[{paths!r}]"))
-        return frozenset(), ()
-    exact, patterns = set(), []
-    for path in paths:
-        spelled = _spelled(path)
-        if spelled is None or ":path}" in spelled:
-            mistakes.append((f"public path {path!r}", "such as /healthz or /docs/{page}"))
-        elif "{" in spelled:
-            patterns.append(_pattern(spelled))
-        else:
-            exact.add(spelled)
-    return frozenset(exact), tuple(patterns)
-
-
-def _routes(
-    permissions: Mapping[str, Iterable[str]], grantable: Collection[str] | None, mistakes: Mistakes
-) -> dict[tuple[str, str], set[str]]:
-    routes: dict[tuple[str, str], set[str]] = {}
-    for permission, rules in permissions.items():
-        if not re.fullmatch(PERMISSION_PATTERN, permission):
-            mistakes.append((f"permission {permission!r}", f"a word matching {PERMISSION_PATTERN}"))
-        elif grantable is not None and permission not in grantable:
-            known = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
-            mistakes.append((f"permission {permission!r} {known}", "add it there, or correct it"))
-        if isinstance(rules, str):
-            mistakes.append((f"the rules of {permission} are one string", f"write [{rules!r}]"))
-            continue
-        for rule in rules:
-            method, _, path = rule.partition(" ")
-            spelled = _spelled(path)
-            if method == "HEAD":  # taken for GET, it would open more than it names
-                mistakes.append((f"rule {rule!r} of {permission}", "name GET: HEAD follows it"))
-            elif not _METHOD.fullmatch(method) or spelled is None:
-                hint = 'such as "POST /v1/emails" or "GET /v1/emails/{id}"'
-                mistakes.append((f"rule {rule!r} of {permission}", hint))
-            else:
-                routes.setdefault((method, spelled), set()).add(permission)
-    return routes
-
-
-def _spelled(path: str) -> str | None:
-    """The path with parameters spelled Starlette's way; None where it is no path."""
-
-    def brace(match: re.Match[str]) -> str:
-        kind = _FLASK_NAMES.get(match[1], match[1])
-        return f"{{{match[2]}:{kind}}}" if kind else f"{{{match[2]}}}"
-
-    spelled = _ANGLED.sub(brace, path)
-    try:
-        _, _, parameters = compile_path(spelled)
-    except (AssertionError, ValueError):  # an unknown kind, or the same name twice
-        return None
-    literal = re.sub(r"{[A-Za-z_]\w*(:[a-z]+)?}", "", spelled)
-    fits = path.startswith("/") and not _UNFIT.intersection(literal) and "{" not in literal
-    return spelled if fits and "}" not in literal and parameters is not None else None
-
-
-def _pattern(path: str) -> re.Pattern[str]:
-    return compile_path(path)[0]
+def _all_of(wanted: Sequence[Wanted]) -> Wanted:
+    """Demands that must all be satisfied; where only FULL does, the last names what is missing."""
+    permissions = [each.permissions for each in wanted if each.permissions is not None]
+    common = frozenset.intersection(*permissions) - {FULL}
+    if common:
+        return sufficient(common)
+    scopes = [each.scope for each in wanted if each.permissions is not None]
+    return Wanted(ONLY_FULL.permissions, scopes[-1])

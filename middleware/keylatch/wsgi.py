@@ -17,9 +17,10 @@ from starlette.authentication import UnauthenticatedUser
 
 from keylatch.gate import Gate
 from keylatch.identity import Peer, ProxyGate
-from keylatch.model import ANY_KEY, Deny, Verdict, Wanted
+from keylatch.model import ANY_KEY, Deny, Unsettled, Verdict, Wanted
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
+from keylatch.routing import WSGIRouter
 from keylatch.telemetry.trail import Trail, following, timed
 from keylatch.tokens import Token
 
@@ -49,14 +50,17 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
             return self._leave_trail(environ, start_response)
         strip_identity(environ)
         environ[REFUSALS] = self._refusals
-        path = path_of(environ)
-        wanted = self._policy.asked(environ["REQUEST_METHOD"], path)
+        method, path = environ["REQUEST_METHOD"], path_of(environ)
+        wanted = self._policy.asked(method, path, environ, self._router)
         if wanted is None:
             environ[PRINCIPAL] = UnauthenticatedUser()
             return self._app(environ, start_response)
         verdict = self._glance(authorization(environ), wanted)
         if isinstance(verdict, Token):
             verdict = self._portal.resolve(verdict, wanted)
+        if isinstance(verdict, Unsettled):
+            wanted = self._policy.settled(method, path, environ, self._router)
+            verdict = timed(partial(verdict.settle, wanted))
         if isinstance(verdict, Deny):
             refusal = self._refusals.refuse(verdict, partial(caller_of, environ))
             return refuse(refusal, environ, start_response)
@@ -64,6 +68,9 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         if self.engine.sees_clients:
             self.engine.see(verdict.principal.key_id, partial(caller_of, environ))
         return self._app(environ, start_response)
+
+    def _router_of(self, app: WSGIApplication) -> WSGIRouter:
+        return WSGIRouter(app)
 
     def _check_timed(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
         return timed(lambda: self._portal.check(values, wanted))
@@ -96,13 +103,16 @@ class ProxyIdentityMiddleware(ProxyGate[WSGIApplication]):
             if name.startswith(_IDENTITY)
         ]
         method, path = environ["REQUEST_METHOD"], path_of(environ)
-        verdict = self.judge(peer_of(environ), headers, method, path)
+        verdict = self.judge(peer_of(environ), headers, method, path, environ)
         strip_identity(environ)
         environ[REFUSALS] = self._refusals
         if isinstance(verdict, Deny):
             return refuse(self._refusals.of(verdict), environ, start_response)
         environ[PRINCIPAL] = UnauthenticatedUser() if verdict is None else verdict.principal
         return self._app(environ, start_response)
+
+    def _router_of(self, app: WSGIApplication) -> WSGIRouter:
+        return WSGIRouter(app)
 
 
 def strip_identity(environ: WSGIEnvironment) -> None:

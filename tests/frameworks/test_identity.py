@@ -26,7 +26,7 @@ class Apps:
     """The same gate over ASGI and WSGI, around apps that note whom they see."""
 
     def __init__(self, **arguments: Any) -> None:
-        given = {"trusted": TRUSTED, "public": ["/healthz"], **arguments}
+        given = {"trusted": TRUSTED, "public": ["POST /healthz"], **arguments}
         self.seen: list[Any] = []
         self.over_asgi = ProxyIdentityMiddleware(self._app_over_asgi, **given)
         self._wsgi = WSGIProxyIdentityMiddleware(self._over_wsgi, **given)

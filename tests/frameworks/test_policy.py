@@ -1,5 +1,8 @@
 """Policy: routes open exactly as far as they are named, and mistakes are told all at once."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +12,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from keylatch.errors import ConfigurationError
-from keylatch.model import ANY_KEY, FULL, Wanted
+from keylatch.model import ANY_KEY, FULL, ONLY_FULL, Wanted
+from keylatch.paths import folded
 from keylatch.policy import Policy, path_of
 from wire import knock
 
@@ -178,6 +182,104 @@ def test_all_mistakes_are_told_at_once() -> None:
     ):
         assert any(named in text for text in wrong)
     assert all(text in str(caught.value) for text in wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("HEAD /a", "get /a", "POST", "POST  /a", " /a", "/a b", "GET/a", "/a\n", "/a%20b", "//a"),
+        *(
+            "/a//b",
+            "/a/../b",
+            "/.",
+            "/a\\b",
+            "/a\x00",
+            "/{a:word}",
+            "/{a}/{a:int}",
+            "/<a>/{a}",
+            "/a}",
+        ),
+    ],
+)
+def test_what_no_unambiguous_path_can_match_is_a_mistake(wrong: str) -> None:
+    """In `public` as in rules: it would open nothing, or something else than is meant."""
+    with pytest.raises(ConfigurationError):
+        Policy(public=[wrong])
+    with pytest.raises(ConfigurationError):
+        Policy(permissions={"SENDING": [wrong if wrong.startswith("HEAD") else f"GET {wrong}"]})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [[], ["-O"]])
+def test_mistakes_are_told_without_assertions_as_well(options: list[str]) -> None:
+    """`python -O` takes away what Starlette asserts."""
+    code = "from keylatch.policy import Policy; Policy(['/docs/{page:foo}'])"
+    ended = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
+    assert "ConfigurationError" in ended.stderr
+    assert "/docs/{page:foo}" in ended.stderr
+
+
+OPEN = Policy(public=["/docs/{page}"], permissions={"SENDING": ["GET /v1/{p:path}"]})
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        *(
+            "a\n",
+            "\na",
+            "a\x00",
+            "a\x1f",
+            "a\x7f",
+            "a\x85",
+            "a\\b",
+            "a%41",
+            "%",
+            "a\ufffd",
+            "a\udcff",
+        ),
+        *(".", "..", "..;x", ".;"),
+    ],
+)
+def test_a_path_that_can_be_read_in_two_ways_is_for_full(segment: str) -> None:
+    """Whatever a rule or a public path with parameters would say of it."""
+    assert OPEN.asked("GET", f"/docs/{segment}") is ONLY_FULL
+    assert OPEN.asked("GET", f"/v1/{segment}") is ONLY_FULL
+    assert OPEN.asked("GET", f"/v1/a/{segment}/b") is ONLY_FULL
+    assert OPEN.asked("GET", "/v1/a//b") is ONLY_FULL
+    assert not OPEN.is_public(f"/docs/{segment}")
+    assert OPEN.wanted("GET", f"/v1/{segment}") == ONLY_FULL
+
+
+@pytest.mark.parametrize(
+    "segment", ["a.b", "...", ".well-known", "a b", "gr\u00fc\u00dfe", "~", "a;b", "@"]
+)
+def test_other_paths_are_not(segment: str) -> None:
+    """Names of files, words of any language, punctuation."""
+    assert OPEN.asked("GET", f"/docs/{segment}") is None
+    assert OPEN.wanted("GET", f"/v1/{segment}").permissions == frozenset({"FULL", "SENDING"})
+
+
+@given(st.text(st.characters(codec="ascii"), min_size=1, max_size=8))
+def test_a_path_is_folded_once(segment: str) -> None:
+    """Letter case and a slash at the end tell no two paths apart."""
+    plain = folded(f"/{segment}")
+    assert folded(f"/{segment}/") == plain
+    assert folded(f"/{segment.upper()}") == plain
+
+
+@pytest.mark.parametrize(
+    "same", ["/v1/Export", "/v1/export/", "/v1/export.json", "/v1/exp\uff4frt", "/V1/EXPORT.XML/"]
+)
+def test_forms_of_one_name_are_one_text(same: str) -> None:
+    """Letter case, Unicode form, a slash at the end, a suffix."""
+    assert folded(same) == "/v1/export"
+
+
+@pytest.mark.parametrize("other", ["/v1/exports", "/v1/export/x", "/v1", "/v2/export"])
+def test_other_names_are_not(other: str) -> None:
+    """Nothing but those."""
+    assert folded(other) != "/v1/export"
 
 
 def test_one_string_of_public_paths_is_a_mistake() -> None:

@@ -71,8 +71,10 @@ def chatting(make_engine: MakeEngine, **options: Any) -> Iterator[tuple[str, Man
         store = options.get("store")
         return make_engine(**{**options, "store": store and Store(store)})
 
-    app = Starlette(routes=[WebSocketRoute("/chat", chat), WebSocketRoute("/talk", talk)])
-    app.add_middleware(APIKeyMiddleware, engine=engine(), permissions={"SENDING": ["GET /chat"]})
+    routes = [("/chat", chat), ("/rooms/{room}", chat), ("/talk", talk)]
+    app = Starlette(routes=[WebSocketRoute(*each) for each in routes])
+    rules = {"SENDING": ["GET /chat", "GET /rooms/{room}"]}
+    app.add_middleware(APIKeyMiddleware, engine=engine(), permissions=rules)
     with serving(app) as url, asyncio.Runner() as runner:
         manager = engine()
         yield url.replace("http", "ws"), Manager(manager, runner)
@@ -149,6 +151,20 @@ def test_whatever_ends_a_key_ends_its_connections(make_engine: MakeEngine, clock
             assert ended(two) == REVOKED
             manager.change(smaller, permission="SENDING")
             assert ended(three) == REVOKED
+
+
+@pytest.mark.long
+def test_what_still_suffices_keeps_a_connection_open(make_engine: MakeEngine) -> None:
+    """A key with FULL that becomes one for SENDING, where a rule opens the path for that: also by
+    a rule with a parameter."""
+    with chatting(make_engine) as (url, manager):
+        key = manager.create()
+        with opened(f"{url}/rooms/7", key) as room, opened(f"{url}/talk", key) as talking:
+            assert room.recv() == "hello chat"
+            manager.change(key, permission="SENDING")
+            assert ended(talking) == REVOKED
+            room.send("still there?")
+            assert room.recv() == "still there?"
 
 
 @pytest.mark.anyio

@@ -61,6 +61,33 @@ def test_dot_segments_never_get_to_the_app(rig: Rig, path: str) -> None:
     assert rig.refused(f"GET {path}".encode(), bearing(rig.full)).status == 400
 
 
+ABSOLUTE = [
+    b"GET http://test/healthz",
+    b"GET http://test/v1/me",
+    b"POST http://test/v1/emails",
+    b"GET https://test/healthz",
+    b"GET HTTP://test/healthz",
+    b"GET http://test",
+    b"GET http://test/?x=/healthz",
+]
+
+
+@pytest.mark.parametrize("start", ABSOLUTE)
+def test_targets_in_absolute_form_never_get_to_the_app(rig: Rig, start: bytes) -> None:
+    """400 for a FULL key too: HAProxy compares the path in it, and the app may read all of it."""
+    assert rig.refused(start).status == 400
+    assert rig.refused(start, bearing(rig.full), b"Content-Length: 0").status == 400
+
+
+def test_without_the_rule_on_targets_the_app_would_get_them_as_they_are(rig: Rig) -> None:
+    """Why it is there: what HAProxy took for a public path is another one to the app."""
+    mistake = {"unless { url -m beg / }": "if FALSE"}
+    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
+        asked = rig.app.asked
+        send(other.url, b"GET http://test/healthz")
+    assert rig.app.asked == asked + 1
+
+
 @pytest.mark.parametrize("path", ["/v1/a..b", "/v1/...", "/.well-known/x", "/v1/a.", "/v1/x?../y"])
 def test_dots_that_are_no_segments_do(rig: Rig, path: str) -> None:
     """A file's name may have them."""

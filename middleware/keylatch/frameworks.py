@@ -1,0 +1,309 @@
+"""The routers of frameworks: each is asked which view it will choose, in its own words.
+
+The law of this file: it imports no framework that the app has not imported, runs no view, and
+runs of the app's own code only what its router runs. Whoever calls it treats an exception as "for
+FULL": these are partly private interfaces, and a new version may have others.
+"""
+
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+from wsgiref.types import WSGIEnvironment
+
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Host, Match, Mount, Router
+from starlette.types import Scope
+
+from keylatch.model import Wanted
+from keylatch.paths import shape
+
+_DECLARED: Final = "keylatch_wanted"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a router chooses for a request.
+
+    Args:
+        view: what will be called; two are the same if they are equal.
+        arguments: what the path says, by the names of its parameters.
+        shapes: the route's path as `paths.shape` has it, in each way a rule may spell it.
+        declared: what the view declares that it asks of a key; None: it declares nothing.
+        is_known: whether `view` is a view. If not, it is an app with paths of its own.
+    """
+
+    view: object
+    arguments: Mapping[str, object]
+    shapes: frozenset[str] = frozenset()
+    declared: Wanted | None = None
+    is_known: bool = True
+
+
+Below: TypeAlias = Callable[[Any, Any, str], Route | None]
+"""Asks the app that is mounted at a prefix."""
+
+
+def declare(view: Callable[..., Any], wanted: Wanted) -> None:
+    """Mark a view with what it asks; `functools.wraps` carries the mark on."""
+    setattr(view, _DECLARED, wanted)
+
+
+def declared(view: object, method: str) -> Wanted | None:
+    """What a view asks of a request with this method, or None where it declares nothing.
+
+    Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
+    methods are asked. HEAD follows GET, as in `policy`.
+    """
+    name = "get" if method == "HEAD" else method.lower()
+    name = getattr(view, "actions", {}).get(name, name)
+    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
+    for place in (view, getattr(of_class, name, None)):
+        wanted = getattr(place, _DECLARED, None)
+        if isinstance(wanted, Wanted):
+            return wanted
+    return None
+
+
+def _is_one(app: object, module: str, name: str) -> bool:
+    """Whether an object is of a class that nobody imported for this question."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and issubclass(type(app), cls)
+
+
+# Starlette and FastAPI
+
+
+def of_starlette(app: Starlette | Router, scope: Scope, prefix: str, below: Below) -> Route | None:
+    """The route that a Starlette or FastAPI app takes; None: none, or a redirect."""
+    router: Any = app.router if isinstance(app, Starlette) else app
+    scope = {**scope, "fastapi": dict(scope.get("fastapi", ()))}  # FastAPI writes on it
+    found = _first(router.routes, scope)
+    if found is None:
+        return _leftover(router, scope, prefix, below)
+    route, child = _innermost(*found, scope)
+    scope = {**scope, **child}
+    if isinstance(route, Mount):
+        return below(route.app, scope, prefix + route.path)
+    if isinstance(route, Host):
+        return below(route.app, scope, prefix)
+    path = prefix + getattr(route, "path", "")
+    view = getattr(route, "endpoint", None) or route
+    scopes = scopes_of(getattr(route, "dependant", None))
+    asked = None if scopes is None else Wanted.all_of(sorted(scopes))
+    return Route(view, scope.get("path_params", {}), frozenset((shape(path),)), asked)
+
+
+def _first(routes: Sequence[BaseRoute], scope: Scope) -> tuple[Any, Scope] | None:
+    """The first route that matches, or else the first that does but for the method (405)."""
+    partial = None
+    for route in routes:
+        match, child = route.matches(scope)
+        if match is Match.FULL:
+            return route, child
+        if match is Match.PARTIAL and partial is None:
+            partial = route, child
+    return partial
+
+
+def _innermost(route: Any, child: Scope, scope: Scope) -> tuple[Any, Scope]:
+    """The route within FastAPI's routers that are included in one another."""
+    while hasattr(route, "effective_candidates"):
+        _, child, route, context = route._match(scope)
+        if context is not None:
+            return context.starlette_route or context, child
+    return route, child
+
+
+def _leftover(router: Any, scope: Scope, prefix: str, below: Below) -> Route | None:
+    """What a router does without a route: FastAPI's static front ends, and an app by default."""
+    if hasattr(router, "_match_low_priority"):
+        match, _, route, _ = router._match_low_priority(scope)
+        if match is not Match.NONE:
+            return Route(route, {}, is_known=False)
+    if getattr(router.default, "__self__", None) is router:
+        return None
+    return below(router.default, scope, prefix)
+
+
+def scopes_of(dependant: Any) -> frozenset[str] | None:
+    """What FastAPI's dependencies ask of a key, all together; None: they ask for no key."""
+    if dependant is None:
+        return None
+    found = [scopes_of(each) for each in dependant.dependencies]
+    if getattr(dependant.call, "keylatch_asks_for_keys", False):  # a `keylatch.fastapi.APIKey`
+        own = (*(dependant.parent_oauth_scopes or ()), *(dependant.own_oauth_scopes or ()))
+        found.append(frozenset(own))
+    asked = [each for each in found if each is not None]
+    return frozenset[str]().union(*asked) if asked else None
+
+
+# Litestar
+
+
+def of_litestar(app: Any, scope: Scope, prefix: str) -> Route | None:
+    """As `ASGIRouter.__call__` does it."""
+    from litestar.exceptions import HTTPException
+    from litestar.utils import normalize_path
+
+    path, root = scope["path"], scope.get("root_path", "")
+    path = normalize_path(path.split(root, maxsplit=1)[-1] if root else path)
+    try:
+        found = app.asgi_router.handle_routing(path=path, method=scope.get("method"))
+    except HTTPException:
+        return None
+    _, handler, _, arguments, template = found
+    return _of_handler(handler, arguments, prefix + template)
+
+
+def chosen_by_litestar(scope: Scope) -> Route | None:
+    """Inside of Litestar's own middleware the route is chosen already; not inside of an app that
+    is mounted on it."""
+    if "litestar_app" not in scope or "route_handler" not in scope:
+        return None
+    template = str(scope.get("path_template", ""))
+    route = _of_handler(scope["route_handler"], scope.get("path_params", {}), template)
+    return route if route.is_known else None
+
+
+def _of_handler(handler: Any, arguments: Any, template: str) -> Route:
+    is_app = getattr(handler, "is_mount", False) or getattr(handler, "is_static", False)
+    view = getattr(handler, "fn", handler)  # a handler is copied for each path
+    return Route(view, arguments, frozenset((shape(template),)), is_known=not is_app)
+
+
+# Flask and Quart
+
+
+def of_flask(app: Any, environ: WSGIEnvironment, prefix: str) -> Route | None:
+    """By the very adapter that Flask makes for a request."""
+    request = app.request_class({**environ})
+    return _of_rule(app, app.create_url_adapter(request), request.method, prefix)
+
+
+def of_quart(app: Any, scope: Scope, prefix: str) -> Route | None:
+    """By the very request that Quart makes of a scope."""
+    if scope["type"] == "websocket":
+        request = app.asgi_websocket_class(app, scope)._create_websocket_from_scope(None)
+    else:
+        request = app.asgi_http_class(app, scope)._create_request_from_scope(None)
+    return _of_rule(app, app.create_url_adapter(request), scope.get("method", "GET"), prefix)
+
+
+def _of_rule(app: Any, adapter: Any, method: str, prefix: str) -> Route | None:
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.routing import RoutingException
+
+    try:
+        rule, arguments = adapter.match(return_rule=True)
+    except (HTTPException, RoutingException):  # not found, another method, a redirect
+        return None
+    view = app.view_functions[rule.endpoint]
+    return Route(view, arguments, frozenset((shape(prefix + rule.rule),)), declared(view, method))
+
+
+# Django
+
+
+def of_django(path: str, method: str, urlconf: Any, prefix: str = "") -> Route | None:
+    """As its handler resolves `request.path_info`, with REST framework's and Ninja's views."""
+    from django.urls import Resolver404, resolve
+
+    try:
+        match = resolve(path, urlconf)
+    except Resolver404:
+        return None
+    arguments = {**match.kwargs, **{str(at): value for at, value in enumerate(match.args)}}
+    shapes = frozenset(shape(prefix + each) for each in templates_of_django(match.route))
+    return Route(match.func, arguments, shapes, declared(match.func, method))
+
+
+_CONVERTER: Final = re.compile(r"(?<!\?P)<(?:(\w+):)?(\w+)>")
+_GROUP: Final = re.compile(r"%\((\w+)\)s")
+_FIRST_MARK: Final = 0xE000  # no path has characters for private use
+
+
+def templates_of_django(route: str) -> Iterator[str]:
+    """A route that is made of `path` and `re_path`, in each way a rule may spell it; none for an
+    expression that Django could not reverse either."""
+    parameters: list[str] = []
+
+    def mark(match: re.Match[str]) -> str:
+        kind = match[1] if match[1] in ("int", "uuid", "path") else "str"
+        parameters.append(f"{{{match[2]}:{kind}}}".replace(":str", ""))
+        return chr(_FIRST_MARK + len(parameters) - 1)
+
+    marked = _CONVERTER.sub(mark, route)
+    marks = {_FIRST_MARK + at: parameter for at, parameter in enumerate(parameters)}
+    for text in _reversed(marked) if any(sign in marked for sign in "(^$\\[") else (marked,):
+        yield "/" + text.translate(marks)
+
+
+def _reversed(expression: str) -> list[str]:
+    """What an expression matches, with its named groups as parameters."""
+    from django.utils.regex_helper import normalize
+
+    try:
+        return [_GROUP.sub(r"{\1}", text) for text, _ in normalize(expression)]
+    except ValueError:
+        return []
+
+
+def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:
+    """Of a scope or an environ, where a middleware wraps Django as a whole."""
+    is_scope = "type" in request
+    made = app.request_class(*(({**request}, io.BytesIO()) if is_scope else ({**request},)))
+    return of_django(made.path_info, made.method, None, prefix)
+
+
+# Which of them an app is
+
+
+def is_framework(app: object) -> bool:
+    """Whether one of the readers above knows the app."""
+    is_starlette = issubclass(type(app), Starlette | Router)
+    return is_starlette or any(_is_one(app, *each) for each in _FRAMEWORKS)
+
+
+LITESTAR: Final = ("litestar.app", "Litestar")
+QUART: Final = ("quart.app", "Quart")
+FLASK: Final = ("flask.app", "Flask")
+DJANGO: Final = ("django.core.handlers.base", "BaseHandler")
+DISPATCHER: Final = ("werkzeug.middleware.dispatcher", "DispatcherMiddleware")
+_FRAMEWORKS: Final = (LITESTAR, QUART, FLASK, DJANGO, DISPATCHER)
+
+
+def asgi_route(app: Any, scope: Scope, prefix: str, below: Below) -> Route | None:
+    """What a framework's app will do with a scope."""
+    if isinstance(app, Starlette | Router):
+        return of_starlette(app, scope, prefix, below)
+    if _is_one(app, *LITESTAR):
+        return of_litestar(app, scope, prefix)
+    if _is_one(app, *QUART):
+        return of_quart(app, scope, prefix)
+    if _is_one(app, *DJANGO):
+        return of_django_handler(app, scope, prefix)
+    return Route(app, {}, is_known=False)
+
+
+def wsgi_route(app: Any, environ: WSGIEnvironment, prefix: str, below: Below) -> Route | None:
+    """What a framework's app will do with an environ."""
+    if _is_one(app, *FLASK):
+        return of_flask(app, environ, prefix)
+    if _is_one(app, *DJANGO):
+        return of_django_handler(app, environ, prefix)
+    if _is_one(app, *DISPATCHER):
+        return _dispatched(app, environ, prefix, below)
+    return Route(app, {}, is_known=False)
+
+
+def _dispatched(app: Any, environ: WSGIEnvironment, prefix: str, below: Below) -> Route | None:
+    """As werkzeug's dispatcher chooses the app with the longest prefix."""
+    path = environ.get("PATH_INFO", "")
+    places = [path[:at] for at in range(len(path), -1, -1) if path[at : at + 1] in ("/", "")]
+    place = next((each for each in places if each in app.mounts), "")
+    script = environ.get("SCRIPT_NAME", "") + place
+    rest = {**environ, "SCRIPT_NAME": script, "PATH_INFO": path[len(place) :]}
+    return below(app.mounts.get(place, app.app), rest, prefix + place)

@@ -1,0 +1,111 @@
+"""Paths as text: how rules spell them, which are unambiguous, and which two mean the same.
+
+The law of this file: no request and no framework; text in, text or a yes or no out. A path is
+decoded (RFC 3986 section 2.1), and begins below the place where the app is mounted.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from itertools import zip_longest
+from typing import Final
+
+from starlette.convertors import CONVERTOR_TYPES
+from starlette.routing import compile_path
+
+# Flask and Django write <int:id> and <id>, Starlette, FastAPI and Litestar {id:int} and {id}.
+_ANGLED: Final = re.compile(r"<(?:([a-z]+):)?([A-Za-z_]\w*)>")
+_BRACED: Final = re.compile(r"{([A-Za-z_]\w*)(?::([a-z]+))?}")
+_FLASK_NAMES: Final = {"string": "str"}
+_UNFIT: Final = frozenset("*?# <>{}")
+
+# What routers, servers and proxies read in different ways: control characters (`$` of a regular
+# expression also matches before a newline), backslashes, a percent sign that decoding has left
+# over, bytes that were not UTF-8, empty and dot segments.
+_AMBIGUOUS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\\%\ufffd\ud800-\udfff]|//|/\.\.?(?:[/;]|\Z)")
+_SUFFIX: Final = re.compile(r"\.[^./]*\Z")
+_PARAMETER: Final = re.compile(
+    r"<(?:([A-Za-z_]\w*)(?:\(.*?\))?:)?[A-Za-z_]\w*>|{[A-Za-z_]\w*(?::([A-Za-z_]\w*))?}"
+)
+_KINDS: Final = frozenset(("int", "float", "uuid"))  # of what rules can spell, those that narrow
+_WITHIN_A_SEGMENT: Final = re.compile(r"{\w+(:(str|int|float|uuid))?}")
+
+
+def spelled(path: str) -> str | None:
+    """The path of a rule with parameters spelled Starlette's way; None where it is no path."""
+    braced = _ANGLED.sub(_braced, path)
+    parameters = _BRACED.findall(braced)
+    literal = _BRACED.sub("", braced)
+    names = Counter(name for name, _ in parameters)
+    is_right = (
+        is_canonical(_BRACED.sub("x", braced))
+        and not _UNFIT.intersection(literal)
+        and all(kind in CONVERTOR_TYPES for _, kind in parameters if kind)
+        and all(count == 1 for count in names.values())
+    )
+    return braced if is_right else None
+
+
+def _braced(match: re.Match[str]) -> str:
+    kind = _FLASK_NAMES.get(match[1], match[1])
+    return f"{{{match[2]}:{kind}}}" if kind else f"{{{match[2]}}}"
+
+
+def pattern(path: str) -> re.Pattern[str]:
+    """An expression whose `fullmatch` says whether a path is one of a rule's; `path` as `spelled`
+    returns it."""
+    return compile_path(path)[0]
+
+
+def is_canonical(path: str) -> bool:
+    """Whether all who read the path take it for the same one."""
+    return path[:1] == "/" and _AMBIGUOUS.search(path) is None
+
+
+def is_rooted(path: str, root: str) -> bool:
+    """Whether all frameworks cut the same root path off: it begins the path, once, or does not
+    occur in it. Litestar cuts at its first occurrence, wherever that is; Quart a prefix within a
+    segment; a proxy and a server may each have added it."""
+    if not root.strip("/"):
+        return True
+    if path.startswith(root + "/"):
+        rest = path[len(root) :]
+        return rest != root and not rest.startswith(root + "/")
+    return root not in path
+
+
+def folded(path: str) -> str:
+    """One text for paths that an app may take for the same one, although they differ in letter
+    case, Unicode form, a slash at the end, or a suffix such as `.json`."""
+    plain = unicodedata.normalize("NFKC", path).casefold().rstrip("/")
+    return _SUFFIX.sub("", plain)
+
+
+def shape(path: str) -> str:
+    """The path of a rule or a route without the names of its parameters, in any spelling. Two of
+    one shape match the same paths, for any kind that rules can spell."""
+    return _PARAMETER.sub(_kind, path)
+
+
+def _kind(match: re.Match[str]) -> str:
+    kind = match[1] or match[2]
+    return f"{{{kind}}}" if kind in _KINDS else "{}"
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether some path matches both rules; where that is hard to tell, yes."""
+    for pair in zip_longest(one.split("/"), other.split("/")):
+        if any("{" in _WITHIN_A_SEGMENT.sub("", segment or "") for segment in pair):
+            return True  # `path`, or a kind of the app's own: it may go beyond the next slash
+        if not _segments_overlap(*pair):
+            return False
+    return True
+
+
+def _segments_overlap(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return False
+    if "{" in one and "{" in other:
+        return True
+    template, literal = (one, other) if "{" in one else (other, one)
+    return compile_path("/" + template)[0].match("/" + literal) is not None

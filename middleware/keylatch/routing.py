@@ -1,0 +1,185 @@
+"""Which view the app behind a middleware will choose for a request: asked, not guessed.
+
+One class for each protocol, with the same methods. Finding the framework means to look through the
+middlewares in between, once; asking it is `frameworks`' part.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
+from types import FunctionType, MethodType
+from typing import Any, Final, Protocol, TypeVar
+from urllib.parse import quote
+from wsgiref.types import WSGIEnvironment
+
+from starlette.types import Scope
+
+from keylatch import frameworks
+from keylatch.frameworks import Route
+from keylatch.paths import is_rooted
+
+Request = TypeVar("Request", contravariant=True)
+
+_DEPTH: Final = 24  # middlewares around an app; more are not looked through
+
+
+class Router(Protocol[Request]):
+    """What `policy` asks about a request, whatever the protocol."""
+
+    def is_plain(self, request: Request) -> bool:
+        """Whether the path has one meaning, as far as the path itself cannot tell."""
+
+    def find(self, request: Request) -> Route | None:
+        """What will be called; None: nothing, or a redirect. It may raise anything."""
+
+    def find_at(self, request: Request, path: str) -> Route | None:
+        """The same for another path, on the same host; nothing else of the request counts."""
+
+    def place(self, request: Request) -> object:
+        """By what `find_at` differs for one path and method."""
+
+
+class NoRouter:
+    """For paths that come without a request: the app is unknown, and so is everything in it."""
+
+    def is_plain(self, request: object) -> bool:
+        return True
+
+    def find(self, request: object) -> Route | None:
+        return Route(None, {}, is_known=False)
+
+    def find_at(self, request: object, path: str) -> Route | None:
+        return None
+
+    def place(self, request: object) -> object:
+        return None
+
+
+class ASGIRouter:
+    """Asks an ASGI app.
+
+    Args:
+        app: what the middleware wraps: the app, or another middleware.
+        is_ours: tells the middleware's class. Starlette hands its app over in the scope, and that
+            is the one in question only if it lists the middleware.
+    """
+
+    def __init__(self, app: Any, is_ours: Callable[[object], bool]) -> None:
+        self._app = app
+        self._is_ours = is_ours
+
+    def is_plain(self, scope: Scope) -> bool:
+        if has_encoded_slash(scope.get("raw_path")):
+            return False
+        root = scope.get("root_path")
+        return not root or is_rooted(scope["path"], root)
+
+    def find(self, scope: Scope) -> Route | None:
+        return frameworks.chosen_by_litestar(scope) or self._below(self._outermost(scope), scope)
+
+    def find_at(self, scope: Scope, path: str) -> Route | None:
+        hosts = [(name, value) for name, value in scope["headers"] if name == b"host"]
+        # Without a root path: a client of daphne chooses that, and it may begin the rule's path.
+        other = {**scope, "path": path, "raw_path": quote(path).encode(), "root_path": ""}
+        other |= {"headers": hosts, "query_string": b""}
+        app = scope["litestar_app"] if frameworks.chosen_by_litestar(scope) else None
+        return self._below(app or self._outermost(scope), other)
+
+    def place(self, scope: Scope) -> object:
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        count = len(getattr(self._outermost(scope), "routes", ()))  # more may be added
+        return count, scope.get("method"), *hosts
+
+    def _below(self, app: Any, scope: Scope, prefix: str = "") -> Route | None:
+        return frameworks.asgi_route(framework_in(app) or app, scope, prefix, self._below)
+
+    @cached_property
+    def _framework(self) -> Any:
+        return framework_in(self._app)
+
+    def _outermost(self, scope: Scope) -> Any:
+        if self._framework is not None:
+            return self._framework
+        app = scope.get("app")
+        listed = getattr(app, "user_middleware", ())
+        return app if any(map(self._is_ours, listed)) else self._app
+
+
+class WSGIRouter:
+    """Asks a WSGI app.
+
+    Args:
+        app: what the middleware wraps: the app, or another middleware.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    def is_plain(self, environ: WSGIEnvironment) -> bool:
+        return is_plain_environ(environ)
+
+    def find(self, environ: WSGIEnvironment) -> Route | None:
+        return self._below(self._framework, environ)
+
+    def find_at(self, environ: WSGIEnvironment, path: str) -> Route | None:
+        other = {name: value for name, value in environ.items() if not name.startswith("HTTP_")}
+        other |= {name: environ[name] for name in ("HTTP_HOST",) if name in environ}
+        other |= {"PATH_INFO": path.encode().decode("latin-1"), "QUERY_STRING": ""}
+        return self._below(self._framework, other)
+
+    def place(self, environ: WSGIEnvironment) -> object:
+        return (*map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "HTTP_HOST", "SERVER_NAME")),)
+
+    def _below(self, app: Any, environ: WSGIEnvironment, prefix: str = "") -> Route | None:
+        return frameworks.wsgi_route(framework_in(app) or app, environ, prefix, self._below)
+
+    @cached_property
+    def _framework(self) -> Any:
+        return framework_in(self._app) or self._app
+
+
+def has_encoded_slash(raw_path: bytes | None) -> bool:
+    """Whether a slash of the decoded path was none to those who read it encoded."""
+    if raw_path is None or b"%" not in raw_path:
+        return False
+    return b"%2f" in raw_path.partition(b"?")[0].lower()
+
+
+def is_plain_environ(environ: Mapping[str, Any]) -> bool:
+    """Whether no slash was encoded, where the server says how the client spelled the path."""
+    raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
+    return "%" not in raw or "%2f" not in raw.partition("?")[0].lower()
+
+
+def framework_in(app: Any) -> Any:
+    """The app of a known framework that is wrapped by middlewares; None: there is none, or there
+    are two, and which of them gets a request is not known."""
+    seen: dict[int, Any] = {}
+    level = [app]
+    for _ in range(_DEPTH):
+        found = {id(each): each for each in level if frameworks.is_framework(each)}
+        if found:
+            return next(iter(found.values())) if len(found) == 1 else None
+        seen |= {id(each): each for each in level}
+        level = [each for held in map(_held, level) for each in held if id(each) not in seen]
+    return None
+
+
+def _held(app: Any) -> Iterator[Any]:
+    """What a callable may hand requests on to. Only looks: no property, no `__getattr__`."""
+    inner: Iterable[Any] = ()
+    if isinstance(app, partial):
+        inner = (app.func, *app.args, *app.keywords.values())
+    elif isinstance(app, FunctionType):
+        inner = (cell.cell_contents for cell in app.__closure__ or () if _is_filled(cell))
+    elif isinstance(app, MethodType):
+        inner = (app.__self__,)
+    elif "__dict__" in dir(type(app)):
+        inner = tuple(object.__getattribute__(app, "__dict__").values())
+    yield from (each for each in inner if callable(each) and not isinstance(each, type))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False

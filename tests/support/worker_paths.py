@@ -1,0 +1,7 @@
+"""A site of `path_sites` for a server: the one that the environment names."""
+
+import os
+
+import path_sites
+
+app = path_sites.built(os.environ["PATH_SITE"])
