@@ -22,7 +22,12 @@ assert test_django
 
 IN_PROCESS: Final = (*SITES, "django_wsgi", "django_asgi", "proxied")
 HANDLERS: Final = {"django_wsgi": WSGIHandler, "django_asgi": ASGIHandler}
-IDENTITY: Final = {"x-keylatch-key-id": "key_a"}
+IDENTITY: Final = {
+    "x-keylatch-key-id": "key_a",
+    "x-keylatch-key-name": "ci",
+    "x-keylatch-organization-id": "acme",
+    "x-keylatch-environment": "live",
+}
 PERMISSION: Final = "x-keylatch-permission"
 OVER_WSGI: Final = ("flask", "flask_declared", "django_wsgi")
 
