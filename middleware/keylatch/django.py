@@ -35,12 +35,13 @@ from starlette.types import Receive, Scope, Send
 
 from keylatch.demands import refusal_of, wanted_of
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import Route, declare, declared, of_django, templates_of_django
+from keylatch.frameworks import Route, of_django, templates_of_django
 from keylatch.gate import Gate
 from keylatch.model import Deny, Unsettled, Verdict, Wanted
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
 from keylatch.routing import has_encoded_slash, is_plain_environ
+from keylatch.rules import declare, declared
 from keylatch.telemetry.trail import Trail, timed, timed_awaiting
 from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity, trail_of
 

@@ -27,10 +27,9 @@ except ModuleNotFoundError as error:
 
 from keylatch.demands import principal_of, refusal_of, wanted_of
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import declare, declared
 from keylatch.model import FULL, ONLY_FULL, Principal, Wanted
 from keylatch.paths import overlap, spelled
-from keylatch.rules import DeclaredRule, DeclaredRules
+from keylatch.rules import DeclaredRule, DeclaredRules, declare, declared
 from keylatch.wsgi import refuse
 
 View = TypeVar("View", bound=Callable[..., Any])

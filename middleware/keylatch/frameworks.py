@@ -19,8 +19,7 @@ from starlette.types import Scope
 
 from keylatch.model import Wanted
 from keylatch.paths import shape
-
-_DECLARED: Final = "keylatch_wanted"
+from keylatch.rules import declared
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +43,6 @@ class Route:
 
 Below: TypeAlias = Callable[[Any, Any, str], Route | None]
 """Asks the app that is mounted at a prefix."""
-
-
-def declare(view: Callable[..., Any], wanted: Wanted) -> None:
-    """Mark a view with what it asks; `functools.wraps` carries the mark on."""
-    setattr(view, _DECLARED, wanted)
-
-
-def declared(view: object, method: str) -> Wanted | None:
-    """What a view asks of a request with this method, or None where it declares nothing.
-
-    Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
-    methods are asked. HEAD follows GET, as in `policy`.
-    """
-    name = "get" if method == "HEAD" else method.lower()
-    name = getattr(view, "actions", {}).get(name, name)
-    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
-    for place in (view, getattr(of_class, name, None)):
-        wanted = getattr(place, _DECLARED, None)
-        if isinstance(wanted, Wanted):
-            return wanted
-    return None
 
 
 def _is_one(app: object, module: str, name: str) -> bool:

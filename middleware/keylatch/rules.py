@@ -1,12 +1,13 @@
-"""What an app names: public paths, and rules for permissions, read once when it starts.
+"""What an app says of its routes: public paths and rules, read once when it starts, and what
+views declare.
 
 The law of this file: everything wrong is collected, none of it raised, and nothing is asked.
 """
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from keylatch.model import FULL, ONLY_FULL, Wanted
 from keylatch.paths import folded, overlap, pattern, shape, spelled
@@ -14,8 +15,30 @@ from keylatch.settings import PERMISSION_PATTERN
 
 Mistakes = list[tuple[str, str]]
 
+_DECLARED: Final = "keylatch_wanted"
 _METHOD: Final = re.compile(r"[A-Z]+")
 _PATH_HINT: Final = "such as /healthz, /docs/{page} or POST /signup"
+
+
+def declare(view: Callable[..., Any], wanted: Wanted) -> None:
+    """Mark a view with what it asks; `functools.wraps` carries the mark on."""
+    setattr(view, _DECLARED, wanted)
+
+
+def declared(view: object, method: str) -> Wanted | None:
+    """What a view asks of a request with this method, or None where it declares nothing.
+
+    Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
+    methods are asked. HEAD follows GET, as in `policy`.
+    """
+    name = "get" if method == "HEAD" else method.lower()
+    name = getattr(view, "actions", {}).get(name, name)
+    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
+    for place in (view, getattr(of_class, name, None)):
+        wanted = getattr(place, _DECLARED, None)
+        if isinstance(wanted, Wanted):
+            return wanted
+    return None
 
 
 class DeclaredRule(str):

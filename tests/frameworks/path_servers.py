@@ -34,10 +34,14 @@ class Server:
 
     @property
     def name(self) -> str:
-        words = re.sub(
-            r"\S*({port}|worker_paths:app)|--?(bind|listen|port|[bp]) ", "", self.command
-        )
-        return " ".join([self.site, "on", *words.split()])
+        program, *options = self.command.split()
+        said = [each for each in options if each in ("httptools", "h11", "wsgi", "asgi", "/api")]
+        return " ".join([self.site, "on", program, *said])
+
+    @property
+    def below(self) -> str:
+        """What paths begin with: uvicorn puts its root path before them, others do not."""
+        return "/api" if self.command.endswith("/api") and "uvicorn" not in self.command else ""
 
 
 UVICORN: Final = "uvicorn worker_paths:app --port {port} --lifespan on --log-level critical --http "

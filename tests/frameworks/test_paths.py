@@ -41,6 +41,7 @@ def callers_of(name: str, method: str) -> frozenset[str]:
     return ALLOWED[name].get("GET" if method == "HEAD" else method, frozenset({FULL}))
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_no_path_leads_to_a_view_that_the_key_may_not_call(name: str, times: Times) -> None:
     """Control characters, slashes, dots, encodings, letter case, Unicode forms, suffixes, root
@@ -59,13 +60,13 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> grammar.Keys:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.name)
 def test_no_request_on_a_real_server_does(server: Server, keys: grammar.Keys, times: Times) -> None:
     """The same targets, byte for byte, through the parsers of seven servers; daphne's clients
     choose the root path in a header, too."""
-    below = "/api" if "/api" in server.command else ""
-    count = times(60, 1_000)
-    tried = targets(seed=2, count=count, rooted=bool(server.root), below=below)
+    count = times(100, 1_000)
+    tried = targets(seed=2, count=count, rooted=bool(server.root), below=server.below)
     with path_servers.served(server, keys) as site:
         wrong, called = wrong_calls(site, tried)
     assert wrong == []
