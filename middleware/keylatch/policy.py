@@ -8,6 +8,7 @@ view that the app's router chooses: what that declares, and what an exact rule f
 it says, counts as well. A path that could be read in two ways is for FULL.
 """
 
+import contextlib
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ class Policy:
         repeats = any(rule.is_declared for rule in rules)
         self._views_declare = views_decide or repeats or undeclared is not None
         self._has_warned = False
-        self._known: dict[object, Route] = {}
+        self._known: dict[object, Route | None] = {}
         self._exact: dict[str, dict[str, Wanted | None]] = {}
         self._by_hand: dict[str, list[Rule]] = {}
         self._rules: dict[str, list[Rule]] = {}
@@ -170,27 +171,36 @@ class Policy:
 
     def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
         """What exact rules say of the same view, by whatever path they name it."""
-        rules = self._by_hand.get(asked.method, ())
-        return [rule.wanted for rule in rules if self._is_meant(rule, asked, route)]
+        rules = self._by_hand.get(asked.method)
+        if not rules:
+            return []
+        place = asked.router.place(asked.request) if route.is_known else None
+        text = folded(asked.path)
+        return [
+            rule.wanted
+            for rule in rules
+            if self._is_meant(self._route_of(rule, place, asked), route, rule.folded == text)
+        ]
 
-    def _is_meant(self, rule: Rule, asked: _Asked, route: Route) -> bool:
+    @staticmethod
+    def _is_meant(named: Route | None, route: Route, is_same_text: bool) -> bool:
         """Whether an exact rule speaks of what a request gets to: by the router where that knows
         both, else by their text."""
-        named = self._route_of(rule, asked) if route.is_known else None
         if named is None or not named.is_known:
-            return rule.folded == folded(asked.path)
+            return is_same_text
         # What the path says besides, such as the format of a suffix, makes it no other view.
         return named.view == route.view and named.arguments.items() <= route.arguments.items()
 
-    def _route_of(self, rule: Rule, asked: _Asked) -> Route | None:
-        key = asked.router.place(asked.request), rule
-        route = self._known.get(key)
-        if route is None:
-            route = asked.router.find_at(asked.request, rule.path)
-            if route is not None:  # what is not there may be added
-                if len(self._known) >= _KEPT:
-                    self._known.clear()
-                self._known[key] = route
+    def _route_of(self, rule: Rule, place: object, asked: _Asked) -> Route | None:
+        """Where the path of an exact rule leads; None: nowhere, or it is not known."""
+        if place is None:
+            return None
+        with contextlib.suppress(KeyError):
+            return self._known[place, rule]
+        route = asked.router.find_at(asked.request, rule.path)
+        if len(self._known) >= _KEPT:
+            self._known.clear()
+        self._known[place, rule] = route
         return route
 
     def _exactly(self, asked: _Asked) -> Wanted | None:
