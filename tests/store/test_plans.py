@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from keylatch.sql import changes, leases, lists, questions
+from keylatch.model import Principal
+from keylatch.sql import changes, leases, lists, questions, rotations
+from keylatch.sql.authorization import OPERATOR, Actor, authorize
 from keylatch.sql.database import Database
 from keylatch.sql.deeds import page_of_deeds, prune_deeds
 from keylatch.sql.quotas import Quotas, check_changes, check_quota
@@ -63,6 +65,16 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "a key's audit log, for an operator": lambda c: page_of_deeds(c, None, 100, ONE),
     "the audit log": lambda c: page_of_deeds(c, "big", 100),
     "more of the audit log": lambda c: page_of_deeds(c, "big", 100, None, 9_000),
+    "the audit log of an environment": lambda c: page_of_deeds(c, "big", 9, environment="test"),
+    "keys of an environment": lambda c: lists.page_of_keys(
+        c, "big", 9, True, False, 2_000, environment="test"
+    ),
+    "what a key created": lambda c: rotations.delete_with_descendants(
+        c, "org1", ONE, NOW, None, OPERATOR
+    ),
+    "the acting key": lambda c: authorize(
+        c, Actor(ONE, Principal(ONE, "", "org1", "FULL", "live", 0)), "org1", "key_00007"
+    ),
     "limits": lambda c: check_quota(c, "big", NOW, Quotas(KEYS, 100), new_keys=1),
 }
 LOGS = [name for name in ASKED if "audit log" in name]
@@ -173,7 +185,8 @@ class PlanContract:
         """The twin: a page of the audit log would walk or sort all of it."""
 
         def slow(connection: Connection) -> list[str]:
-            for index in ("keylatch_audit_of_organization", "keylatch_audit_of_key"):
+            for part in ("organization", "environment", "key"):
+                index = f"keylatch_audit_of_{part}"
                 connection.exec_driver_sql(f"DROP INDEX {index}")
             return [
                 name for name in LOGS if "audit_of" not in str(plan_of(connection, ASKED[name]))
@@ -231,7 +244,11 @@ class PlanContract:
         """The twin: this test would notice, for every list."""
 
         def slow(connection: Connection) -> list[str]:
-            for index in ("keylatch_keys_of_organization", "keylatch_live_keys_of_organization"):
+            for index in (
+                "keylatch_keys_of_organization",
+                "keylatch_live_keys_of_organization",
+                "keylatch_keys_of_environment",
+            ):
                 connection.exec_driver_sql(f"DROP INDEX {index}")
             changes.analyze(connection)
             return [name for name in LISTS if slow_steps(connection, ASKED[name], SCANS, SORTS)]
