@@ -4,7 +4,7 @@
 
 argon2id's output, the *preimage*, is stored nowhere in the clear. Only a process that has hashed
 the right token can know it, and any process that reads the row can test it for the price of one
-SHA-256. So a preimage that fits a row proves that its token was verified, whoever hands it over: a
+SHA-256. So a preimage that fits a row proves that its token was verified, whatever hands it over: a
 process that has run argon2id gives it to the others through Redis, encrypted with the token. An
 attacker who has read the store still has to run argon2id for each guess.
 

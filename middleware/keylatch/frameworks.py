@@ -1,7 +1,7 @@
 """The routers of frameworks: each is asked which view it will choose, in its own words.
 
 The law of this file: it imports no framework that the app has not imported, runs no view, and
-runs of the app's own code only what its router runs. Whoever calls it treats an exception as "for
+runs of the app's own code only what its router runs. The caller treats an exception as "for
 FULL": these are partly private interfaces, and a new version may have others.
 """
 
@@ -46,7 +46,7 @@ Below: TypeAlias = Callable[[Any, Any, str], Route | None]
 
 
 def _is_one(app: object, module: str, name: str) -> bool:
-    """Whether an object is of a class that nobody imported for this question."""
+    """Whether an object is of a class, if its module was imported already."""
     cls = getattr(sys.modules.get(module), name, None)
     return isinstance(cls, type) and issubclass(type(app), cls)
 

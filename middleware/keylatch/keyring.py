@@ -7,7 +7,7 @@ the caller says.
 
 `by` is the caller's own key, as a principal that an engine made: it bounds what the caller sees and
 changes. Every change may raise `CallerRefused`, because that key or its secret is not valid any
-more, and `NotPermitted`; then nothing was changed. None: an operator, whom no key bounds.
+more, and `NotPermitted`; then nothing was changed. None: an operator, who is bound by no key.
 """
 
 import asyncio

@@ -194,7 +194,7 @@ class Lookup:
             self._foreign -= 1
 
     def _flawed(self, found: Found) -> Absence | None:
-        """Why a key opens nothing, whoever has its secret."""
+        """Why a key opens nothing, even with its secret."""
         reason = flaw(found.record, self._witness.now_ms(), self._environment)
         return None if reason is None else _absence(reason, found)
 

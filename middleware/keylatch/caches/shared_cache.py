@@ -7,7 +7,7 @@ What a key may do, and whether it lives, a process reads in the store and nowher
 holds the digest of what argon2id made of the token (see `argon2id`). Redis holds that *preimage*,
 encrypted with a key that takes the whole token: HMAC-SHA256(HMAC-SHA256(pepper, token), hash). So a
 value says nothing by itself. It proves that this very token is that of this very row, or nothing,
-whoever wrote it: even with the store, its pepper and all of Redis at hand no value can be made
+whatever wrote it: even with the store, its pepper and all of Redis at hand no value can be made
 for another token, because that takes the preimage. Values that are old, of another key, or of a
 copy of the store are therefore misses as well.
 

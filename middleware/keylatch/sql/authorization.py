@@ -160,8 +160,8 @@ def lock_organization(
 
 
 def locked_key(connection: Connection, key_id: str, *, shared: bool = False) -> LockedKey | None:
-    """A key, which until the end of the transaction is changed by nobody else (`shared`: by nobody
-    at all)."""
+    """A key that no other transaction changes until this one ends; `shared`: and neither does this
+    one, so others may lock it in the same way."""
     row = connection.execute(
         RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
         .where(keys.c.id == key_id)

@@ -55,7 +55,7 @@ class ThreadPool:
         self._begun.add()
         try:
             result = asyncio.get_running_loop().run_in_executor(self._threads, placed)
-        except RuntimeError:  # the interpreter ends and starts no more threads: nobody is kept
+        except RuntimeError:  # the interpreter ends and starts no more threads: no request waits
             return placed()
         return await result
 
