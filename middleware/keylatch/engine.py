@@ -191,7 +191,7 @@ class Engine(Checks):
         )
         check_keys = CheckKeys(secrets.check_keys)
         self._keyring = Keyring(
-            self.store, self.hasher, check_keys, self.settings, self._clock, self._announce
+            self.store, self.hasher, check_keys, self.settings, self.now_ms, self._announce
         )
         self._secrets_as_of = secrets.as_of
         self._check_keys = check_keys  # last: from here on the engine counts as started

@@ -117,7 +117,7 @@ class Keyring:
         hasher: hashes new tokens.
         check_keys: mint new tokens.
         settings: prefix of new tokens and the permissions that may be given.
-        clock: seconds since the Unix epoch.
+        now_ms: the store's time, which expiry is judged by; milliseconds since the Unix epoch.
         announce: told of every changed key (None: a whole organisation) and the sequence number,
             after the commit; waits until all processes decide by it, if it is told to.
     """
@@ -128,7 +128,7 @@ class Keyring:
         hasher: Hasher,
         check_keys: CheckKeys,
         settings: Settings,
-        clock: Callable[[], float],
+        now_ms: Callable[[], int],
         announce: Announce,
     ) -> None:
         self._store = store
@@ -136,7 +136,7 @@ class Keyring:
         self._check_keys = check_keys
         self._prefix = settings.prefix
         self._rules = Rules(settings)
-        self._clock = clock
+        self._now_ms = now_ms
         self._announce = announce
         self._operator = OPERATOR.name
         self._quotas = Quotas(settings.max_keys, settings.max_changes)
@@ -694,8 +694,8 @@ class Keyring:
         return None if days is None else self.now_ms() - days * DAY_MS
 
     def now_ms(self) -> int:
-        """What the clock says, in milliseconds since the epoch."""
-        return int(self._clock() * 1000)
+        """The store's time, in milliseconds since the epoch."""
+        return self._now_ms()
 
 
 def _environment_of(by: Principal | None) -> str | None:

@@ -224,7 +224,9 @@ class Store:
     async def join(self, member: str, seconds: float) -> None:
         """A process will ask for leases under this name."""
         await self._database.write(
-            lambda connection: leases.join(connection, member), seconds=seconds
+            lambda connection: leases.join(connection, member),
+            seconds=seconds,
+            is_urgent=True,
         )
 
     async def poll(
@@ -266,7 +268,9 @@ class Store:
         """Remove those that still have not acknowledged `seq` and were granted nothing since;
         return how many."""
         return await self._database.write(
-            lambda connection: leases.remove_members(connection, silent, seq), seconds=seconds
+            lambda connection: leases.remove_members(connection, silent, seq),
+            seconds=seconds,
+            is_urgent=True,
         )
 
     async def ring(self, said: str) -> None:
@@ -465,7 +469,11 @@ class Store:
         Raises:
             CallerRefused, NotPermitted, QuotaExceeded: as in `add`.
         """
-        return await self._write(changes.change_key, organization_id, key_id, now_ms, values, by)
+        return await self._change(
+            key_id,
+            now_ms,
+            lambda c: changes.change_key(c, organization_id, key_id, now_ms, values, by),
+        )
 
     async def rotate(
         self,
@@ -484,15 +492,11 @@ class Store:
         Raises:
             NotPossible: the key was deleted.
         """
-        return await self._write(
-            rotations.rotate_key,
-            organization_id,
+        named = organization_id, key_id, now_ms
+        return await self._change(
             key_id,
             now_ms,
-            hashed,
-            partial_token,
-            ends_at,
-            by,
+            lambda c: rotations.rotate_key(c, *named, hashed, partial_token, ends_at, by),
         )
 
     async def end_grace(
@@ -509,8 +513,10 @@ class Store:
         Raises:
             NotPossible: the key was deleted, or has one secret.
         """
-        return await self._write(
-            rotations.end_grace, organization_id, key_id, now_ms, goes_back, by
+        return await self._change(
+            key_id,
+            now_ms,
+            lambda c: rotations.end_grace(c, organization_id, key_id, now_ms, goes_back, by),
         )
 
     async def end_secret(
@@ -529,8 +535,9 @@ class Store:
         Raises:
             NotPossible: it is not one of its secrets any more, or the key was deleted.
         """
-        return await self._write(
-            rotations.end_secret, organization_id, key_id, secret, now_ms, reason, by
+        named = organization_id, key_id, secret, now_ms
+        return await self._change(
+            key_id, now_ms, lambda c: rotations.end_secret(c, *named, reason, by)
         )
 
     async def delete_with_descendants(
@@ -547,10 +554,11 @@ class Store:
         Returns:
             the key, how many were deleted, and the sequence number; None: no such key here.
         """
-        return await self._database.write(
-            lambda connection: rotations.delete_with_descendants(
-                connection, organization_id, key_id, now_ms, reason, by
-            ),
+        named = organization_id, key_id, now_ms
+        return await self._change(
+            None,
+            now_ms,
+            lambda c: rotations.delete_with_descendants(c, *named, reason, by),
             seconds=_UPGRADE_SECONDS,
         )
 
@@ -563,10 +571,10 @@ class Store:
         by: Actor = authorization.OPERATOR,
     ) -> tuple[int, int]:
         """Delete every key of an organisation; how many, and the sequence number of it."""
-        return await self._database.write(
-            lambda connection: rotations.revoke_all(
-                connection, organization_id, now_ms, reason, by
-            ),
+        return await self._change(
+            organization_id,
+            now_ms,
+            lambda c: rotations.revoke_all(c, organization_id, now_ms, reason, by),
             seconds=_UPGRADE_SECONDS,
         )
 
@@ -579,8 +587,10 @@ class Store:
         by: Actor = authorization.OPERATOR,
     ) -> int | None:
         """Enable or disable an organisation; the sequence number of it, or None: no such one."""
-        return await self._write(
-            changes.set_organization_active, organization_id, now_ms, active, by
+        return await self._change(
+            organization_id,
+            now_ms,
+            lambda c: changes.set_organization_active(c, organization_id, now_ms, active, by),
         )
 
     async def deeds(
@@ -636,6 +646,30 @@ class Store:
             self.failed_changes.add()
             raise
 
+    async def _change(
+        self,
+        concerns: str | None,
+        now_ms: int,
+        change: Callable[[Connection], T],
+        *,
+        seconds: float | None = None,
+    ) -> T:
+        """Run a change. Where it is repeated because the answer to its commit was lost, it may have
+        been made: then the acting key may be gone, and must not be judged by its own work."""
+        made: list[T] = []
+
+        def work(connection: Connection) -> T:
+            if made and changes.is_done(connection, _seq_of(made[0]), now_ms, concerns):
+                return made[0]
+            made[:] = [change(connection)]
+            return made[0]
+
+        try:
+            return await self._database.write(work, seconds=seconds)
+        except StoreUnavailable:
+            self.failed_changes.add()
+            raise
+
     async def _asked(
         self, question: Question, *, seconds: float | None = None, **parameters: Any
     ) -> Rows:
@@ -650,3 +684,9 @@ class Store:
             raise
         self.condition.succeeded()
         return known
+
+
+def _seq_of(result: object) -> int:
+    """The sequence number of a change; 0: it changed nothing."""
+    number = result[-1] if isinstance(result, tuple) else result
+    return number if isinstance(number, int) else 0

@@ -129,7 +129,8 @@ class ImportContract(OnAStore):
         assert await process.resolve(token) == Deny(Reason.UNKNOWN)
         settings = importer.settings
         foreseeing = Keyring(
-            *(importer.store, importer.hasher, Foreseen(token), settings, clock, importer._announce)
+            *(importer.store, importer.hasher, Foreseen(token), settings),
+            *(importer.now_ms, importer._announce),
         )
         await foreseeing.create_many([Draft("acme", "foreseen")])
         clock.tick(2)  # on PostgreSQL: no lease is older than the import

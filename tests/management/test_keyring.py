@@ -1,7 +1,5 @@
 """What management may do with keys, whoever asks for it."""
 
-import time
-
 import pytest
 
 from conftest import Clock
@@ -175,7 +173,7 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
     plain = await engine.keyring()
     created = await plain.create("acme", "ci")
     keyring = Keyring(
-        engine.store, engine.hasher, plain._check_keys, engine.settings, time.time, announce
+        engine.store, engine.hasher, plain._check_keys, engine.settings, engine.now_ms, announce
     )
     await keyring.change("acme", created.record.id, name="renamed")
     await keyring.change("acme", created.record.id, active=False)

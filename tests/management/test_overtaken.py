@@ -16,8 +16,8 @@ from keylatch.engine import Engine
 from keylatch.foreign import Foreign
 from keylatch.keyring import Created, Keyring
 from keylatch.model import KeyRecord, Principal, Reason, principal_of, secret_of
-from keylatch.sql import authorization, rotations
-from keylatch.sql.authorization import Actor, Authority, LockedKey
+from keylatch.sql import authorization
+from keylatch.sql.authorization import Authority
 from keylatch.store import Store
 from servers import PostgresServer
 
@@ -68,7 +68,11 @@ async def demoted(scene: Scene) -> None:
 
 
 async def expired(scene: Scene) -> None:
-    scene.clock.tick(60)
+    """By the store's time, which on PostgreSQL no test moves."""
+    now_ms = scene.keyring.now_ms()
+    assert await scene.engine.store.change(
+        ORG, scene.by.key_id, now_ms, {"expires_at": now_ms - 1}
+    )
 
 
 async def organization_disabled(scene: Scene) -> None:
@@ -227,11 +231,10 @@ class TestPostgreSQL(OvertakenContract):
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken twin: the acting key is what it was."""
 
-    def believe(actor: Actor, acting: LockedKey | None, **_: Any) -> Authority:
+    def believe(*_: Any, **__: Any) -> Authority:
         return Authority()
 
-    for module in (authorization, rotations):
-        monkeypatch.setattr(module, "judge_again", believe)
+    monkeypatch.setattr(authorization, "judge_again", believe)
 
 
 class TestWhatAKeyLeavesBehind:

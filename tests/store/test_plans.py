@@ -73,7 +73,7 @@ ASKED: dict[str, Callable[[Connection], object]] = {
         c, "org1", ONE, NOW, None, OPERATOR
     ),
     "the acting key": lambda c: authorize(
-        c, Actor(ONE, Principal(ONE, "", "org1", "FULL", "live", 0)), "org1", "key_00007"
+        c, Actor(ONE, Principal(ONE, "", "org1", "FULL", "live", 0))
     ),
     "limits": lambda c: check_quota(c, "big", NOW, Quotas(KEYS, 100), new_keys=1),
 }

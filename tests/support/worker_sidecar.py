@@ -16,12 +16,12 @@ import uvicorn
 from keylatch.engine import Engine
 from keylatch.hashing import Cost, Hasher
 from keylatch.settings import Settings
-from keylatch.sql import authorization, rotations
-from keylatch.sql.authorization import Actor, Authority, LockedKey
+from keylatch.sql import authorization
+from keylatch.sql.authorization import Authority
 from keylatch_sidecar.app import create_app
 
 
-def believe(actor: Actor, acting: LockedKey | None, **_: Any) -> Authority:
+def believe(*_: Any, **__: Any) -> Authority:
     """The twin's judgement: who was good when the call began is good."""
     return Authority()
 
@@ -55,6 +55,5 @@ def serve(store: str, clock: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[3:] == ["trusting"]:
-        for module in (authorization, rotations):
-            module.judge_again = believe  # type: ignore[attr-defined]
+        authorization.judge_again = believe
     serve(sys.argv[1], sys.argv[2])

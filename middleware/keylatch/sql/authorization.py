@@ -2,29 +2,35 @@
 
 A management call is authenticated when its headers arrive. Reading its body, computing a hash and
 waiting for locks come after that, and the key may be revoked, demoted or rotated meanwhile. So each
-change begins here: it locks the acting key, judges it by what the row says now, and is written only
-if the key may still make it. A revocation waits for the locks of the changes before it, and every
-change after it finds the key revoked.
+change judges the acting key by its row, and is written only if the key may still make it.
 
-The law of this file is one order of locks, so that two changes never deadlock: the organisation,
-then keys by their ids (the order in which uses are recorded), then the counter row
-(`changes.advance`). SQLite takes one lock for all of it (`BEGIN IMMEDIATE`).
+It does so once it holds the counter row (`changes.advance`), which every change takes before it
+commits. What has revoked the key either was committed before that, and is seen, or is committed
+later and has a later sequence number. The acting key's row itself is not locked: shared locks do
+not queue, and a key whose calls overlap could keep its own revocation waiting for as long as it
+likes (tried: 12 clients, the DELETE gave up after five seconds, twice).
+
+The law of this file is one order of locks, so that two changes never deadlock: the keys to be
+changed, by their ids (the order in which uses are recorded), then the counter row. A change that
+holds the counter row waits for no other lock. SQLite takes one lock for all (`BEGIN IMMEDIATE`).
 """
 
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
 from keylatch.drafts import CallerRefused, NotPermitted, check_end, check_rights, reaches
 from keylatch.model import FULL, KeyRecord, Principal, Reason, flaw, secret_of
+from keylatch.sql.database import Contended
 from keylatch.sql.questions import RECORDS, record_of
 from keylatch.sql.quotas import Quotas
-from keylatch.sql.schema import keys, organizations
+from keylatch.sql.schema import keys
 
 _MAX_NAMED: Final = 500  # parameters of one statement
+_STORED_KEYS: Final = RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
 
 
 def _now_ms() -> int:
@@ -54,13 +60,21 @@ class Actor:
         """The acting key; None: an operator."""
         return None if self.principal is None else self.principal.key_id
 
+    def sees(self, record: KeyRecord) -> bool:
+        """Whether a key exists for it: of its organisation, in an environment that it reaches.
+        Neither ever changes, so this holds in the transaction as well."""
+        return self.principal is None or (
+            record.organization_id == self.principal.organization_id
+            and reaches(self.principal, record.environment)
+        )
+
 
 OPERATOR: Final = Actor("operator")
 
 
 @dataclass(frozen=True, slots=True)
-class LockedKey:
-    """A key that no other transaction changes until this one ends."""
+class StoredKey:
+    """A key with what it is checked by."""
 
     record: KeyRecord
     hash: str = field(repr=False)
@@ -78,13 +92,6 @@ class Authority:
 
     record: KeyRecord | None = None
     is_previous: bool = False
-
-    def sees(self, record: KeyRecord) -> bool:
-        """Whether a key exists for it: of its organisation, in an environment that it reaches."""
-        return self.record is None or (
-            record.organization_id == self.record.organization_id
-            and reaches(self.record, record.environment)
-        )
 
     def check(self, organization_id: str, permission: str, environment: str) -> None:
         """Raises `NotPermitted` unless it has these rights itself."""
@@ -107,101 +114,83 @@ class Authority:
         return replace(record, expires_at=self.record.expires_at)
 
 
-def authorize(
-    connection: Connection,
-    actor: Actor,
-    organization_id: str,
-    key_id: str | None = None,
-    *,
-    alone: bool = False,
-    ends_itself: bool = False,
-) -> tuple[Authority, LockedKey | None]:
-    """Lock the acting key, and the key to be changed if one is named, and judge the acting key.
+def authorize(connection: Connection, actor: Actor, *, ends_itself: bool = False) -> Authority:
+    """What an actor may do, by its key's row as it is now. The counter row must be held.
 
     Args:
         connection: of the transaction.
         actor: who asks.
-        organization_id: whose keys are to be changed.
-        key_id: the key to be changed.
-        alone: whether no other key of the organisation may make changes meanwhile.
         ends_itself: whether the acting secret is to be ended and nothing else; any may do that.
-
-    Returns:
-        its authority, and the key to be changed; None: it sees no such key in the organisation.
 
     Raises:
         CallerRefused: the acting key, or its secret, is not valid any more.
         NotPermitted: it may not make this change.
     """
-    lock_organization(connection, actor, organization_id, alone=alone)
-    acting = actor.key_id
-    ids = {each for each in (acting, key_id) if each is not None}
-    found = {each: locked_key(connection, each, shared=each != key_id) for each in sorted(ids)}
-    authority = judge_again(actor, found.get(acting or ""), ends_itself=ends_itself)
-    target = found.get(key_id or "")
-    if target is None or target.record.organization_id != organization_id:
-        return authority, None
-    return authority, target if authority.sees(target.record) else None
-
-
-def lock_organization(
-    connection: Connection, actor: Actor, organization_id: str, *, alone: bool
-) -> None:
-    """Keep an organisation from being disabled meanwhile; `alone`: and other keys from making
-    changes in it."""
-    if alone or actor.principal is not None:
-        # FOR NO KEY UPDATE and not FOR UPDATE: an operator who creates a key locks the counter row
-        # and then, by the foreign key, the organisation FOR KEY SHARE.
-        connection.execute(
-            select(organizations.c.id)
-            .where(organizations.c.id == organization_id)
-            .with_for_update(read=not alone, key_share=alone)
-        )
-
-
-def locked_key(connection: Connection, key_id: str, *, shared: bool = False) -> LockedKey | None:
-    """A key that no other transaction changes until this one ends; `shared`: and neither does this
-    one, so others may lock it in the same way."""
-    row = connection.execute(
-        RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
-        .where(keys.c.id == key_id)
-        .with_for_update(read=shared, of=keys)
-    ).first()
-    return None if row is None else LockedKey(record_of(row[:-2]), row[-2], row[-1])
-
-
-def locked_keys(connection: Connection, key_ids: Collection[str]) -> Mapping[str, LockedKey]:
-    """Those of the keys that exist, locked in the order of their ids."""
-    ordered = sorted(key_ids)
-    found: dict[str, LockedKey] = {}
-    for start in range(0, len(ordered), _MAX_NAMED):
-        rows = connection.execute(
-            RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
-            .where(keys.c.id.in_(ordered[start : start + _MAX_NAMED]))
-            .order_by(keys.c.id)
-            .with_for_update(of=keys)
-        )
-        for row in rows:
-            found[row[0]] = LockedKey(record_of(row[:-2]), row[-2], row[-1])
-    return found
-
-
-def judge_again(actor: Actor, acting: LockedKey | None, *, ends_itself: bool = False) -> Authority:
-    """What an actor may do; see `authorize`.
-
-    Args:
-        actor: who asks.
-        acting: its key, locked.
-        ends_itself: as in `authorize`.
-    """
     principal = actor.principal
     if principal is None:
         return Authority()
+    acting = stored_key(connection, principal.organization_id, principal.key_id)
+    return judge_again(principal, acting, actor.now_ms(), ends_itself=ends_itself)
+
+
+def stored_key(
+    connection: Connection, organization_id: str, key_id: str, *, lock: bool = False
+) -> StoredKey | None:
+    """A key of an organisation; `lock`: which no other transaction changes until this one ends."""
+    statement = _STORED_KEYS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+    if lock:
+        statement = statement.with_for_update(of=keys)
+    row = connection.execute(statement).first()
+    return None if row is None else _stored_key(row)
+
+
+def lock_keys(
+    connection: Connection, organization_id: str, key_ids: Collection[str], *, wait: bool = True
+) -> Mapping[str, StoredKey]:
+    """The organisation's keys among these, locked in the order of their ids.
+
+    Raises:
+        Contended: another transaction holds one of them, and `wait` is False.
+    """
+    found: dict[str, StoredKey] = {}
+    ordered = sorted(key_ids)
+    for start in range(0, len(ordered), _MAX_NAMED):
+        some = ordered[start : start + _MAX_NAMED]
+        statement = _STORED_KEYS.where(
+            keys.c.id.in_(some), keys.c.organization_id == organization_id
+        )
+        rows = connection.execute(
+            statement.order_by(by_bytes(connection, keys.c.id)).with_for_update(
+                of=keys, skip_locked=not wait
+            )
+        ).all()
+        if not wait and len(rows) < len(some):
+            raise Contended("another transaction holds one of the keys")
+        found |= {row[0]: _stored_key(row) for row in rows}
+    return found
+
+
+def by_bytes(connection: Connection, column: Any) -> Any:
+    """A column of ids in the order of their bytes, in which `sorted` puts them too: a database may
+    have been created with the order of some language."""
+    return column.collate("C") if connection.dialect.name == "postgresql" else column
+
+
+def judge_again(
+    principal: Principal, acting: StoredKey | None, now_ms: int, *, ends_itself: bool = False
+) -> Authority:
+    """What a key may do that was authenticated before; see `authorize`.
+
+    Args:
+        principal: the key, with the secret by which it was authenticated.
+        acting: what is stored of it now.
+        now_ms: the time to judge its expiry at.
+        ends_itself: as in `authorize`.
+    """
     if principal.secret is None:
         raise NotPermitted("only a caller that presented the key itself can manage keys")
     if acting is None:
         raise CallerRefused(Reason.UNKNOWN)
-    now_ms = actor.now_ms()
     reason = flaw(acting.record, now_ms, None)
     if reason is not None:
         raise CallerRefused(reason)
@@ -211,7 +200,11 @@ def judge_again(actor: Actor, acting: LockedKey | None, *, ends_itself: bool = F
     return authority
 
 
-def _is_previous(secret: int, acting: LockedKey, now_ms: int) -> bool:
+def _stored_key(row: Any) -> StoredKey:
+    return StoredKey(record_of(row[:-2]), row[-2], row[-1])
+
+
+def _is_previous(secret: int, acting: StoredKey, now_ms: int) -> bool:
     if secret == secret_of(acting.record):
         return False
     if (

@@ -2,7 +2,7 @@
 
 The law of this file: whatever changes what a key may do is ONE transaction that advances
 `meta.seq`, makes the change and writes the invalidation. Recording a use is no such change.
-Each begins by judging the key that asks for it: see `authorization`.
+It judges the key that asks for it once it holds the counter row: see `authorization`.
 """
 
 import secrets as csprng
@@ -23,17 +23,25 @@ from sqlalchemy import (
 
 from keylatch.drafts import LIVE
 from keylatch.model import FULL, PREVIOUS, KeyRecord
-from keylatch.sql.authorization import OPERATOR, Actor, Authority, authorize
+from keylatch.sql.authorization import (
+    OPERATOR,
+    Actor,
+    Authority,
+    authorize,
+    by_bytes,
+    stored_key,
+)
 from keylatch.sql.deeds import digest_of, write_down, write_down_all
 from keylatch.sql.lists import holders
 from keylatch.sql.questions import RECORDS, record_of, sequence
-from keylatch.sql.quotas import enforced
+from keylatch.sql.quotas import check_quota
 from keylatch.sql.schema import NOBODY, audit, invalidations, keys, meta, organizations
 
 _KEPT_INVALIDATIONS: Final = 100_000
 _MAX_NAMED: Final = 500  # parameters of one statement
 _CAMEL: Final = {"expires_at": "expiresAt"}
 _OF_RIGHTS: Final = ("permission", "expires_at")
+_NARROW: Final = frozenset(("active", "permission"))
 _STORED: Final = tuple(name for name in KeyRecord.__slots__ if name in keys.c)
 
 
@@ -51,6 +59,26 @@ def advance(
         )
     )
     return seq
+
+
+def is_done(connection: Connection, seq: int, now_ms: int, concerns: str | None) -> bool:
+    """Whether a change was committed although its answer was lost: by its entry in the log.
+
+    Args:
+        connection: of the transaction that would repeat it.
+        seq: the number that it had got.
+        now_ms: the time that it wrote.
+        concerns: the key or organisation that it named; None: several.
+    """
+    row = connection.execute(select(invalidations).where(invalidations.c.seq == seq)).first()
+    if row is None or row.at != now_ms:
+        return False
+    return concerns in (None, row.key_id, row.organization_id)
+
+
+def hold_counter(connection: Connection) -> None:
+    """Keep all other changes from committing until this transaction ends."""
+    _advance(connection, 0)
 
 
 def advance_for_each(connection: Connection, now_ms: int, key_ids: Sequence[str]) -> int:
@@ -113,18 +141,17 @@ def _add(
     done = _added(connection, last, hashed)
     if done is not None:  # repeated after its answer was lost, it finds its own work done
         return [*(record for record, _ in made[:-1]), done[0]], done[1]
-    authority, _ = authorize(connection, by, last.organization_id)
-    records = [_granted(authority, record) for record, _ in made]
-    hashes = [hashed for _, hashed in made]
     now_ms, many = last.created_at, len(made)
-    with enforced(connection, by.quotas, last.organization_id, now_ms, new_keys=many):
-        seq = advance(connection, now_ms, key_id, organization_id, steps=many)
-        _insert(connection, records, hashes, seq)
-        done_to = [
-            (record.organization_id, record.id, _birth(record), record.environment)
-            for record in records
-        ]
-        write_down_all(connection, now_ms, by.name, action, done_to)
+    seq = advance(connection, now_ms, key_id, organization_id, steps=many)
+    authority = authorize(connection, by)
+    records = [_granted(authority, record) for record, _ in made]
+    check_limits(connection, by, last.organization_id, now_ms, new_keys=many)
+    _insert(connection, records, [hashed for _, hashed in made], seq)
+    done_to = [
+        (record.organization_id, record.id, _birth(record), record.environment)
+        for record in records
+    ]
+    write_down_all(connection, now_ms, by.name, action, done_to)
     return records, seq
 
 
@@ -191,20 +218,50 @@ def change_key(
     values: Mapping[str, Any],
     by: Actor = OPERATOR,
 ) -> tuple[KeyRecord, int] | None:
-    authority, found = authorize(connection, by, organization_id, key_id)
-    if found is None:
-        return None
-    record = found.record
-    is_the_same = all(getattr(record, name) == value for name, value in values.items())
-    if record.deleted_at is not None or is_the_same:  # so nothing is written
-        return record, sequence(connection)
+    for lock in (False, True):  # what is not there, or changes nothing, waits for no lock
+        found = stored_key(connection, organization_id, key_id, lock=lock)
+        if found is None or not by.sees(found.record):
+            authorize(connection, by)
+            return None
+        record = found.record
+        is_the_same = all(getattr(record, name) == value for name, value in values.items())
+        if record.deleted_at is not None or is_the_same:
+            authorize(connection, by)
+            return record, sequence(connection)
+    seq = advance(connection, now_ms, key_id=key_id)
+    authority = authorize(connection, by)
+    authority.check(organization_id, record.permission, record.environment)
     if values.get("deleted_at") is not None:
-        return apply(connection, record, now_ms, values, by, "key.delete", _told(values))
+        return apply(connection, record, now_ms, values, by, "key.delete", _told(values)), seq
     if values.get("active") or any(name in values for name in _OF_RIGHTS):
         authority.check_grant(replace(record, **values))
-    quotas = None if values == {"active": False} else by.quotas
-    with enforced(connection, quotas, organization_id, now_ms):
-        return apply(connection, record, now_ms, values, by, "key.change", _told(values))
+    if not _only_narrows(record, values):
+        check_limits(connection, by, organization_id, now_ms)
+    return apply(connection, record, now_ms, values, by, "key.change", _told(values)), seq
+
+
+def _only_narrows(record: KeyRecord, values: Mapping[str, Any]) -> bool:
+    """Whether a change takes access away and does nothing else: a quota must not keep it back."""
+    is_narrower = record.permission == FULL and values.get("permission", FULL) != FULL
+    is_disabled = record.active and values.get("active") is False
+    return (
+        values.keys() <= _NARROW
+        and values.get("active") is not True
+        and (is_narrower or is_disabled)
+    )
+
+
+def check_limits(
+    connection: Connection, by: Actor, organization_id: str, now_ms: int, new_keys: int = 0
+) -> None:
+    """Whether the limits of the acting key's organisation allow one more change. Exact, because the
+    counter row is held: what other changes have added is committed and counted.
+
+    Raises:
+        QuotaExceeded: they do not.
+    """
+    if by.quotas is not None:
+        check_quota(connection, organization_id, now_ms, by.quotas, new_keys=new_keys)
 
 
 def apply(
@@ -215,8 +272,8 @@ def apply(
     by: Actor,
     action: str,
     told: Mapping[str, Any],
-) -> tuple[KeyRecord, int]:
-    """Change columns of a locked key, audit and invalidate it; the key and the sequence number."""
+) -> KeyRecord:
+    """Change columns of a locked key and audit it; the key after that."""
     updated_at = updated_after(record, now_ms)
     connection.execute(
         update(keys).where(keys.c.id == record.id).values(**values, updated_at=updated_at)
@@ -224,9 +281,7 @@ def apply(
     place = record.organization_id, record.id
     write_down(connection, now_ms, by.name, action, *place, told, record.environment)
     shown = {name: value for name, value in values.items() if name in KeyRecord.__slots__}
-    changed = replace(record, **shown, updated_at=updated_at)
-    # Last: it locks the counter row until the commit, and every other change waits for that.
-    return changed, advance(connection, now_ms, key_id=record.id)
+    return replace(record, **shown, updated_at=updated_at)
 
 
 def updated_after(record: KeyRecord, now_ms: int) -> int:
@@ -252,16 +307,15 @@ def told_of_deletion(reason: str | None) -> dict[str, Any]:
 def set_organization_active(
     connection: Connection, organization_id: str, now_ms: int, active: bool, by: Actor = OPERATOR
 ) -> int | None:
-    authority, _ = authorize(connection, by, organization_id, alone=True)
-    authority.check(organization_id, FULL, LIVE)
-    changed = connection.execute(
-        update(organizations).where(organizations.c.id == organization_id).values(active=active)
-    )
-    if not changed.rowcount:
+    its_id = organizations.c.id == organization_id
+    if connection.execute(select(organizations.c.id).where(its_id)).first() is None:
         return None
+    seq = advance(connection, now_ms, organization_id=organization_id)
+    authorize(connection, by).check(organization_id, FULL, LIVE)
+    connection.execute(update(organizations).where(its_id).values(active=active))
     action = "organization.enable" if active else "organization.disable"
     write_down(connection, now_ms, by.name, action, organization_id)
-    return advance(connection, now_ms, organization_id=organization_id)
+    return seq
 
 
 def renew(connection: Connection, epoch: str, seq: int) -> None:
@@ -323,14 +377,23 @@ def touch(connection: Connection, uses: Mapping[str, int]) -> None:
         key_id = secret.removesuffix(PREVIOUS)
         newest[key_id] = max(newest.get(key_id, 0), used_at)
     rows = [{"used_id": key_id, "used_at": newest[key_id]} for key_id in sorted(newest)]
-    connection.execute(TOUCH, rows)
     previous = sorted(secret for secret in uses if secret.endswith(PREVIOUS))
+    if previous:  # both statements go through the keys from the smallest id
+        _lock_in_order(connection, sorted(newest))
+    connection.execute(TOUCH, rows)
     if previous:
         rows = [
             {"used_id": secret.removesuffix(PREVIOUS), "used_at": uses[secret]}
             for secret in previous
         ]
         connection.execute(TOUCH_PREVIOUS, rows)
+
+
+def _lock_in_order(connection: Connection, key_ids: Sequence[str]) -> None:
+    for start in range(0, len(key_ids), _MAX_NAMED):
+        some = keys.c.id.in_(key_ids[start : start + _MAX_NAMED])
+        ordered = select(keys.c.id).where(some).order_by(by_bytes(connection, keys.c.id))
+        connection.execute(ordered.with_for_update(key_share=True)).all()
 
 
 def replace_hash(connection: Connection, key_id: str, old: str, new: str) -> None:

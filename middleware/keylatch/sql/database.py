@@ -22,6 +22,10 @@ Work = Callable[[Connection], T]
 Rows = list[tuple[Any, ...]]
 
 
+class Contended(Exception):
+    """Another transaction was faster; the work has to be repeated from its beginning."""
+
+
 class Question:
     """One statement, in one snapshot.
 
@@ -67,12 +71,24 @@ class Database(Protocol):
         """
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
-        """Run work that changes nothing, in a snapshot; `seconds` as in `ask`."""
+        """Run work that changes nothing, in a snapshot; `seconds` as in `write`."""
 
     async def write(
-        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+        self,
+        work: Work[T],
+        *,
+        durable: bool = True,
+        seconds: float | None = None,
+        is_urgent: bool = False,
     ) -> T:
-        """Run a transaction; `durable=False` may lose the last ones when the power fails."""
+        """Run a transaction.
+
+        Args:
+            work: may be repeated from its beginning.
+            durable: False: the last ones may be lost when the power fails.
+            seconds: how long to wait for a server; None: as long as is usual.
+            is_urgent: whether it waits for no other transaction's connection: for leases alone.
+        """
 
     def pools(self) -> Mapping[str, int]:
         """Work under way by kind, with what waits for a thread of that kind; empty: not counted."""
@@ -123,6 +139,8 @@ def errors_translated(driver: type[Exception], hint: str) -> Iterator[None]:
         # The first line only: PostgreSQL's DETAIL below it may quote the row.
         first, *_ = str(cause).strip().splitlines() or [type(cause).__name__]
         raise StoreUnavailable(f"the store failed: {first}", hint) from None
+    except Contended:
+        raise StoreUnavailable("other transactions were faster again and again", hint) from None
     except (PoolTimeout, TimeoutError):
         raise StoreUnavailable("the store did not answer in time", hint) from None
     except OSError as error:

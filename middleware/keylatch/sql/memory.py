@@ -41,7 +41,12 @@ class Memory:
         return self._run(work)
 
     async def write(
-        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+        self,
+        work: Work[T],
+        *,
+        durable: bool = True,
+        seconds: float | None = None,
+        is_urgent: bool = False,
     ) -> T:
         return self._run(work)
 

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.errors import StoreUnavailable
-from keylatch.sql.database import Question, Rows, Work, errors_translated
+from keylatch.sql.database import Contended, Question, Rows, Work, errors_translated
 from keylatch.sql.line import Lines
 
 T = TypeVar("T")
@@ -40,6 +40,8 @@ _STALE_SECONDS: Final = 0.5
 _WRITE_SECONDS: Final = 5.0
 _IDLE_MILLISECONDS: Final = 2_000
 _PATIENCE_SECONDS: Final = 1.0
+_MAX_LOST: Final = 2
+_MAX_CONTENDED: Final = 8
 # Of other roles' connections it sees nothing, and so ends none.
 _END_WHO_BLOCKS: Final = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -129,13 +131,17 @@ class PostgreSQL:
             return await lines.ask(text, values, seconds or _READ_SECONDS)
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
-        engine = self._engine if seconds is None else self._urgent
-        return await self._twice(
-            engine, seconds or _READ_SECONDS, lambda connection, _: connection.run_sync(work)
+        return await self._repeated(
+            self._engine, seconds or _READ_SECONDS, lambda connection, _: connection.run_sync(work)
         )
 
     async def write(
-        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+        self,
+        work: Work[T],
+        *,
+        durable: bool = True,
+        seconds: float | None = None,
+        is_urgent: bool = False,
     ) -> T:
         async def transact(connection: AsyncConnection, line: Line) -> T:
             ending = asyncio.create_task(self._end_who_blocks(line.info.backend_pid))
@@ -145,8 +151,8 @@ class PostgreSQL:
             finally:
                 ending.cancel()
 
-        engine = self._engine if seconds is None else self._urgent
-        return await self._twice(engine, seconds or _WRITE_SECONDS, transact)
+        engine = self._urgent if is_urgent else self._engine
+        return await self._repeated(engine, seconds or _WRITE_SECONDS, transact)
 
     async def _end_who_blocks(self, pid: int) -> None:
         """End connections that keep a transaction waiting for a lock, and have themselves waited
@@ -163,18 +169,24 @@ class PostgreSQL:
                     if ended.rowcount:
                         log.warning("a process fell silent amid a change: it lost its locks")
 
-    async def _twice(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
-        """Once more where the connection had died before: the server was restarted, say.
+    async def _repeated(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
+        """Once more where the connection had died before: the server was restarted, say. And some
+        times where another transaction was faster.
 
         All work may be repeated: it says what shall be so, and not what to add to what is; or it
         knows itself again, as a tally does.
         """
+        lost = contended = 0
         with errors_translated(psycopg.Error, self._hint):
-            try:
-                return await self._once(engine, seconds, use)
-            except _LineLost:
-                with contextlib.suppress(_LineLost):
+            while lost < _MAX_LOST:
+                try:
                     return await self._once(engine, seconds, use)
+                except _LineLost:
+                    lost += 1
+                except (Contended, DBAPIError) as error:
+                    contended += 1
+                    if contended == _MAX_CONTENDED or not _is_contended(error):
+                        raise
         raise StoreUnavailable("the store closed the connection", self._hint)
 
     async def _once(self, engine: AsyncEngine, seconds: float, use: Use[T]) -> T:
@@ -287,6 +299,11 @@ def _identity(connection: Connection) -> str:
     with contextlib.suppress(DBAPIError), connection.begin_nested():
         cluster = connection.exec_driver_sql(_CLUSTER).scalar_one()
     return f"{cluster}/{database}/{tables}"
+
+
+def _is_contended(error: Exception) -> bool:
+    deadlock = psycopg.errors.DeadlockDetected
+    return isinstance(error, Contended) or isinstance(getattr(error, "orig", None), deadlock)
 
 
 def _configure(raw: Any) -> None:

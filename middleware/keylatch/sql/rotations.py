@@ -5,28 +5,30 @@ keys at once. The law of `changes` holds here too.
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, case, func, literal, select, update
+from sqlalchemy import Connection, Select, case, func, literal, select, update
 
 from keylatch.drafts import LIVE, NotPossible
 from keylatch.model import FULL, KeyRecord, secret_of
 from keylatch.sql.authorization import (
     Actor,
-    LockedKey,
+    StoredKey,
     authorize,
-    judge_again,
-    lock_organization,
-    locked_keys,
+    by_bytes,
+    lock_keys,
+    stored_key,
 )
 from keylatch.sql.changes import (
     advance,
     advance_for_each,
     apply,
+    check_limits,
+    hold_counter,
     told_of_deletion,
     updated_after,
 )
+from keylatch.sql.database import Contended
 from keylatch.sql.deeds import write_down, write_down_all
 from keylatch.sql.questions import RECORDS, record_of, sequence
-from keylatch.sql.quotas import enforced
 from keylatch.sql.schema import keys
 
 _NO_PREVIOUS: Final = {
@@ -53,11 +55,14 @@ def rotate_key(
     done = _rotated(connection, key_id, hashed)
     if done is not None:  # repeated after its answer was lost
         return done, sequence(connection)
-    authority, found = authorize(connection, by, organization_id, key_id)
+    found = _seen(connection, by, organization_id, key_id)
     if found is None:
         return None
+    seq = advance(connection, now_ms, key_id=key_id)
+    authority = authorize(connection, by)
     record = _not_deleted(found)
     authority.check_grant(record)
+    check_limits(connection, by, organization_id, now_ms)
     values: dict[str, Any] = {
         "hash": hashed,
         "partial_token": partial_token,
@@ -73,8 +78,7 @@ def rotate_key(
             "previous_rotated_at": record.rotated_at,
         }
     told = {"graceEndsAt": values["previous_expires_at"]}
-    with enforced(connection, by.quotas, organization_id, now_ms):
-        return apply(connection, record, now_ms, values, by, "key.rotate", told)
+    return apply(connection, record, now_ms, values, by, "key.rotate", told), seq
 
 
 def end_grace(
@@ -86,22 +90,25 @@ def end_grace(
     by: Actor,
 ) -> tuple[KeyRecord, int] | None:
     """While two secrets of a key are good: keep the previous one only (`goes_back`), or end it."""
-    authority, found = authorize(connection, by, organization_id, key_id)
+    found = _seen(connection, by, organization_id, key_id)
     if found is None:
         return None
+    seq = advance(connection, now_ms, key_id=key_id)
+    authority = authorize(connection, by)
     record = _not_deleted(found)
     authority.check(organization_id, record.permission, record.environment)
     if found.previous_hash is None or record.grace_ends_at(now_ms) is None:
         raise NotPossible("No rotation of the API key is under way")
     values = dict[str, Any](_NO_PREVIOUS)
     if goes_back:
+        authority.check_grant(record)  # what was about to end is good again
         values |= {
             "hash": found.previous_hash,
             "partial_token": record.previous_partial_token,
             "rotated_at": record.previous_rotated_at,
         }
     action = "key.rotate.cancel" if goes_back else "key.rotate.finish"
-    return apply(connection, record, now_ms, values, by, action, {})
+    return apply(connection, record, now_ms, values, by, action, {}), seq
 
 
 def end_secret(
@@ -115,16 +122,18 @@ def end_secret(
 ) -> tuple[KeyRecord, int] | None:
     """End one of a key's secrets (`secret_of`): with the present one the key is deleted, the one
     before the last rotation ends alone. A key may do that to the secret by which it acts."""
-    _, found = authorize(connection, by, organization_id, key_id, ends_itself=by.key_id == key_id)
+    found = _seen(connection, by, organization_id, key_id)
     if found is None:
         return None
+    seq = advance(connection, now_ms, key_id=key_id)
+    authorize(connection, by, ends_itself=by.key_id == key_id)
     record = _not_deleted(found)
     if secret == secret_of(record):
         values, told = _deletion(now_ms, reason), told_of_deletion(reason)
-        return apply(connection, record, now_ms, values, by, "key.delete", told)
+        return apply(connection, record, now_ms, values, by, "key.delete", told), seq
     if found.previous_hash is None or secret != secret_of(record, is_previous=True):
         raise NotPossible("The API key was rotated: this is not one of its secrets any more")
-    return apply(connection, record, now_ms, _NO_PREVIOUS, by, "key.rotate.finish", {})
+    return apply(connection, record, now_ms, _NO_PREVIOUS, by, "key.rotate.finish", {}), seq
 
 
 def delete_with_descendants(
@@ -140,57 +149,73 @@ def delete_with_descendants(
     Returns:
         the key, how many were deleted, and the sequence number; None: there is no such key.
     """
-    # No key of the organisation creates another one until this transaction ends.
-    lock_organization(connection, by, organization_id, alone=True)
+    root = stored_key(connection, organization_id, key_id)
+    if root is None or not by.sees(root.record):
+        authorize(connection, by)
+        return None
     family = _descendants(connection, organization_id, key_id)
-    found = locked_keys(connection, family | {by.key_id or key_id})
-    authority = judge_again(by, found.get(by.key_id or ""))
-    root = found.get(key_id)
-    if root is None or root.record.organization_id != organization_id:
-        return None
-    if not authority.sees(root.record):
-        return None
-    ending = [found[each] for each in sorted(family) if found[each].record.deleted_at is None]
+    found = dict(lock_keys(connection, organization_id, family))
+    hold_counter(connection)
+    # Keys that it created meanwhile. From here on none of the family creates another one.
+    more = _descendants(connection, organization_id, key_id) - found.keys()
+    found |= lock_keys(connection, organization_id, more, wait=False)
+    authority = authorize(connection, by)
+    root = found[key_id]
+    authority.check(organization_id, root.record.permission, root.record.environment)
+    ending = [found[each].record for each in sorted(found) if found[each].record.deleted_at is None]
     if not ending:
         return root.record, 0, sequence(connection)
-    _delete_all(connection, [each.record.id for each in ending], now_ms, reason)
+    _delete_all(connection, [each.id for each in ending], now_ms, reason)
     told = told_of_deletion(reason)
-    write_down_all(
-        connection,
-        now_ms,
-        by.name,
-        "key.delete",
-        [
-            (
-                organization_id,
-                each.record.id,
-                told if each is root else told | {"createdBy": each.record.created_by},
-                each.record.environment,
-            )
-            for each in ending
-        ],
-    )
-    seq = advance_for_each(connection, now_ms, [each.record.id for each in ending])
+    done_to = [
+        (organization_id, each.id, told | _born_of(each, key_id), each.environment)
+        for each in ending
+    ]
+    write_down_all(connection, now_ms, by.name, "key.delete", done_to)
+    seq = advance_for_each(connection, now_ms, [each.id for each in ending])
     return _record(connection, key_id), len(ending), seq
+
+
+def _born_of(record: KeyRecord, root_id: str) -> dict[str, Any]:
+    return {} if record.id == root_id else {"createdBy": record.created_by}
 
 
 def revoke_all(
     connection: Connection, organization_id: str, now_ms: int, reason: str | None, by: Actor
 ) -> tuple[int, int]:
     """Delete every key of an organisation; their number, and one sequence number for all."""
-    lock_organization(connection, by, organization_id, alone=True)
     live = keys.c.organization_id == organization_id, keys.c.deleted_at.is_(None)
-    # In the order in which uses are recorded, so that the two cannot deadlock.
-    locked = select(keys.c.id).where(*live).order_by(keys.c.id).with_for_update().subquery()
-    connection.execute(select(func.count()).select_from(locked))
-    authority, _ = authorize(connection, by, organization_id, alone=True)
-    authority.check(organization_id, FULL, LIVE)
+    in_order = select(keys.c.id).where(*live).order_by(by_bytes(connection, keys.c.id))
+    _count(connection, in_order.with_for_update())
+    seq = advance(connection, now_ms, organization_id=organization_id)
+    # Keys that were created meanwhile. From here on no key of the organisation creates another one.
+    every = select(keys.c.id).where(*live)
+    locked = _count(connection, every.with_for_update(skip_locked=True))
+    if locked < _count(connection, every):
+        raise Contended("another transaction holds one of the keys")
+    authorize(connection, by).check(organization_id, FULL, LIVE)
     count = connection.execute(
         update(keys).where(*live).values(**_deletion(now_ms, reason), updated_at=_newer(now_ms))
     ).rowcount
     told = {"count": count} | told_of_deletion(reason)
     write_down(connection, now_ms, by.name, "organization.revoke", organization_id, None, told)
-    return count, advance(connection, now_ms, organization_id=organization_id)
+    return count, seq
+
+
+def _count(connection: Connection, statement: Select[Any]) -> int:
+    count: int = connection.execute(
+        select(func.count()).select_from(statement.subquery())
+    ).scalar_one()
+    return count
+
+
+def _seen(connection: Connection, by: Actor, organization_id: str, key_id: str) -> StoredKey | None:
+    """A key that exists for the actor, locked."""
+    found = stored_key(connection, organization_id, key_id)
+    if found is None or not by.sees(found.record):
+        authorize(connection, by)
+        return None
+    return stored_key(connection, organization_id, key_id, lock=True)
 
 
 def _deletion(now_ms: int, reason: str | None) -> dict[str, Any]:
@@ -238,7 +263,7 @@ def _record(connection: Connection, key_id: str) -> KeyRecord:
     return record_of(connection.execute(RECORDS.where(keys.c.id == key_id)).one())
 
 
-def _not_deleted(found: LockedKey) -> KeyRecord:
+def _not_deleted(found: StoredKey) -> KeyRecord:
     if found.record.deleted_at is not None:
         raise NotPossible("The API key was deleted; that is final")
     return found.record

@@ -90,7 +90,12 @@ class SQLite:
         return await self._reads.run(lambda: self._run(self._keys(), work, "BEGIN"))
 
     async def write(
-        self, work: Work[T], *, durable: bool = True, seconds: float | None = None
+        self,
+        work: Work[T],
+        *,
+        durable: bool = True,
+        seconds: float | None = None,
+        is_urgent: bool = False,
     ) -> T:
         engine = self._keys() if durable else self._usage()
         return await self._writes.run(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))

@@ -133,7 +133,7 @@ class StoreMaker:
         engine, secrets = await self._opened()
         hasher, check_keys = self._hashers[scheme], CheckKeys(secrets.check_keys)
         keyring = Keyring(
-            engine.store, hasher, check_keys, self._settings, time.time, _nothing_changes
+            engine.store, hasher, check_keys, self._settings, _now_ms, _nothing_changes
         )
         created = await keyring.create(ORGANIZATION, name, expires_at=int(ends_at * 1000))
         return Key(created.record.id, ORGANIZATION, created.token)
@@ -217,3 +217,7 @@ async def _is_known(store: Store, shared: SharedCache, key: Key, epoch: str) -> 
 
 async def _nothing_changes(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
     raise AssertionError("this keyring only makes keys")
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
