@@ -5,21 +5,31 @@ be. Each pair is tried on both stores; over sockets see `test_racing.py`.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from conftest import Clock, MakeEngine
 from keylatch.drafts import CallerRefused, Draft, NotPermitted, NotPossible
 from keylatch.engine import Engine
 from keylatch.foreign import Foreign
+from keylatch.hashing import Hasher
 from keylatch.keyring import Created, Keyring
 from keylatch.model import KeyRecord, Principal, Reason, principal_of, secret_of
-from keylatch.sql import authorization
-from keylatch.sql.authorization import Authority
+from keylatch.settings import Settings
+from keylatch.sql import authorization, changes
+from keylatch.sql.authorization import Actor, Authority
+from keylatch.sql.database import Database
+from keylatch.sql.schema import keys
 from keylatch.store import Store
 from servers import PostgresServer
+from test_store import record
 
 pytestmark = pytest.mark.anyio
 
@@ -70,9 +80,7 @@ async def demoted(scene: Scene) -> None:
 async def expired(scene: Scene) -> None:
     """By the store's time, which on PostgreSQL no test moves."""
     now_ms = scene.keyring.now_ms()
-    assert await scene.engine.store.change(
-        ORG, scene.by.key_id, now_ms, {"expires_at": now_ms - 1}
-    )
+    assert await scene.engine.store.change(ORG, scene.by.key_id, now_ms, {"expires_at": now_ms - 1})
 
 
 async def organization_disabled(scene: Scene) -> None:
@@ -179,6 +187,18 @@ class OvertakenContract:
             assert refused.value.reason is reason
         assert await scene.snapshot() == before
 
+    @pytest.mark.parametrize("change", CHANGES)
+    async def test_a_change_whose_answer_was_lost_is_found_done(
+        self, scene: Scene, change: str
+    ) -> None:
+        """The store repeats the transaction: the acting key may be gone by its own work, and that
+        is no refusal. It is written once, and waits for no connection of the leases."""
+        scene.engine.store._database = LosesAnswers(scene.engine.store._database)
+        before = len(await scene.engine.store.deeds(None, 1_000))
+        assert await CHANGES[change](scene)
+        written = len(await scene.engine.store.deeds(None, 1_000)) - before
+        assert written == (2 if change == "create many" else 1)
+
     async def test_without_the_second_judgement_a_revoked_key_makes_keys(
         self, scene: Scene, trusting: None
     ) -> None:
@@ -209,6 +229,21 @@ class OvertakenContract:
             await asyncio.gather(*renames, *families, *(use(turn * 9 + n) for n in range(4)))
 
 
+class LosesAnswers:
+    """A database whose commits are all answered to nobody, so that their work is repeated."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
+
+    async def write(self, work: Any, *, is_urgent: bool = False, **options: Any) -> Any:
+        assert not is_urgent
+        await self._database.write(work, **options)
+        return await self._database.write(work, **options)
+
+
 class TestSQLite(OvertakenContract):
     """On a file."""
 
@@ -225,6 +260,54 @@ class TestPostgreSQL(OvertakenContract):
     @pytest.fixture
     def url(self, postgres: PostgresServer) -> str:
         return postgres.new_database()
+
+    async def test_the_acting_key_is_not_locked(self, scene: Scene, url: str) -> None:
+        """Shared locks do not queue: a key whose calls overlap could keep its own DELETE waiting.
+        The twin locks the row for reading, as its judgement would."""
+        engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
+        actor = Actor(scene.by.key_id, scene.by)
+        row = select(keys.c.id).where(keys.c.id == scene.by.key_id)
+        with engine.connect() as calling, engine.connect() as revoking:
+            made = replace(scene.other, id="key_made", locator=None)
+            changes.add_key(calling, made, "hashed", actor)
+            assert revoking.execute(row.with_for_update(nowait=True)).all()
+            revoking.rollback()
+            calling.execute(row.with_for_update(read=True))
+            with pytest.raises(OperationalError):
+                revoking.execute(row.with_for_update(nowait=True))
+        engine.dispose()
+
+    async def test_expiry_is_judged_by_the_stores_time(
+        self, url: str, make_engine: MakeEngine
+    ) -> None:
+        """Whatever the clock of this host says: by its own, an hour ahead, the key has expired."""
+        settings = Settings.load(store=url, redis="")
+        engine = Engine(settings, clock=lambda: time.time() + 3_600, hasher=Hasher("sha256"))
+        keyring = await engine.keyring()
+        assert abs(keyring.now_ms() - time.time() * 1000) < 600_000
+        soon = int(time.time() * 1000) + 1_800_000
+        by = principal_of((await keyring.create(ORG, "ci", expires_at=soon)).record)
+        assert (await keyring.create(ORG, "new", by=by)).record.expires_at == soon
+        await engine.stop()
+
+
+@pytest.mark.service("postgres")
+@pytest.mark.long
+async def test_keys_are_locked_in_the_order_of_their_bytes(postgres: PostgresServer) -> None:
+    """Also in a database that is ordered as English is, where the twin orders them otherwise: two
+    transactions that lock the same keys in two orders deadlock."""
+    url = postgres.new_database(language="en-US")
+    store = Store(url)
+    await store.open(0)
+    ids = {f"key_{letter}" for letter in "aBcDeF"}
+    await store.add_many([(replace(record(each)), "hashed") for each in ids])
+    await store.close()
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
+    with engine.connect() as connection:
+        assert list(authorization.lock_keys(connection, "acme", ids)) == sorted(ids)
+        twin = connection.execute(select(keys.c.id).order_by(keys.c.id)).scalars().all()
+        assert list(twin) != sorted(ids)
+    engine.dispose()
 
 
 @pytest.fixture
@@ -340,6 +423,11 @@ class TestAnEnd:
                 await scene.keyring.change(ORG, key_id, by=scene.by, **values)
         with pytest.raises(NotPermitted):
             await scene.keyring.rotate(ORG, self.lasting.id, by=scene.by)
+        assert await scene.keyring.change(ORG, self.lasting.id, active=True)
+        assert await scene.keyring.rotate(ORG, self.lasting.id, grace_seconds=60)
+        with pytest.raises(NotPermitted):
+            await scene.keyring.cancel_rotation(ORG, self.lasting.id, by=scene.by)
+        assert await scene.keyring.finish_rotation(ORG, self.lasting.id, by=scene.by)
 
     async def test_it_takes_rights_away(self, scene: Scene) -> None:
         """Ends may be moved to the front, and keys that last longer may be disabled and deleted."""

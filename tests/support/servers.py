@@ -147,12 +147,13 @@ class PostgresServer:
             host="127.0.0.1", port=self.port, user="postgres", dbname=database, autocommit=True
         )
 
-    def new_database(self) -> str:
-        """The store URL of an empty database."""
+    def new_database(self, language: str | None = None) -> str:
+        """The store URL of an empty database; `language`: that texts are ordered in."""
         self._databases += 1
         name = f"keys{self._databases}"
+        order = f" TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE '{language}'"
         with self._connect("postgres") as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name}{order if language else ''}")
         return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
 
     def kill(self) -> None:

@@ -117,7 +117,11 @@ class PostgreSQL:
         line = await self._connect()
         # Nobody waits for a disk to be granted a lease. What a crash takes back are grants and
         # acknowledgements; then revokes wait longer, or for somebody who knows already.
-        await line.execute("SET synchronous_commit = off")
+        try:
+            await line.execute("SET synchronous_commit = off")
+        except BaseException:  # cancelled as well: no caller has it yet
+            line.pgconn.finish()
+            raise
         return line
 
     async def ask(
