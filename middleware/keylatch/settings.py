@@ -104,6 +104,7 @@ class Settings(Variables):
     @field_validator("store")
     @classmethod
     def _store_is_supported(cls, url: str) -> str:
+        url = url.strip()  # a blank that was copied along would name another file
         try:
             parsed = make_url(url)
         except (ArgumentError, ValueError):  # of a bad port, quoting what may be a password
@@ -115,11 +116,14 @@ class Settings(Variables):
             raise ValueError("an @ in a password is written %40")
         if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
             raise ValueError("a store in memory would forget every key")
+        if backend == "sqlite" and "?" in url:
+            raise ValueError("SQLite takes no options; a ? in a path is written %3F")
         return url
 
     @field_validator("redis")
     @classmethod
     def _redis_is_a_url(cls, url: str) -> str:
+        url = url.strip()
         if not url:
             return url
         try:  # make_connection opens nothing; it is what refuses unknown options

@@ -35,6 +35,13 @@ def test_arguments_come_before_variables_and_variables_before_defaults(
     assert settings.grantable == ("FULL", "SENDING", "READING")
 
 
+def test_blanks_around_a_url_are_not_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at the end would name another file, which would be a new and empty store."""
+    monkeypatch.setenv("KEYLATCH_STORE", " sqlite:///keys.db \n")
+    assert Settings.load(redis=" ").store == "sqlite:///keys.db"
+    assert Settings.load(redis=" ").redis == ""
+
+
 WRONG = {
     "store": f"mysql://app:{PASSWORD}@db/keys",
     "redis": f"http://:{PASSWORD}@cache",
@@ -67,6 +74,7 @@ def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STORES = (
     *("", "keys.db", "sqlite://", "sqlite:///", "sqlite:///:memory:", "redis://localhost"),
+    *("sqlite:///a?b.db", "sqlite:///keys.db?mode=memory"),  # the name would end at the ?
     *(
         "postgresql://user:a@{}:x@host/db",
         "postgresql://u:a@{}@h/d",

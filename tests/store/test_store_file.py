@@ -257,6 +257,16 @@ def test_a_second_name_stops_the_start(path: Path, tmp_path: Path) -> None:
         pass
 
 
+def test_what_is_no_file_is_no_store(tmp_path: Path) -> None:
+    """A device, a pipe or a folder: nothing is created beside it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path, Path("/dev/null")):
+        with pytest.raises(ConfigurationError, match="is no file"):
+            database_of(f"sqlite:///{path}")
+    assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("name", ["a b", "50%?#x", "line\u2028end", "caf\udce9", " (deleted)"])
 async def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:

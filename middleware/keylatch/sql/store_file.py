@@ -73,6 +73,9 @@ class StoreFile:
             for each in mounted
         ]
         store = self._found()
+        if store is not None and not stat.S_ISREG(store.st_mode):
+            wrong = f"KEYLATCH_STORE: {self.path} is no file but a folder, a device or a pipe"
+            mistakes.append((wrong, "name a file, or one that does not exist yet"))
         if store is not None and stat.S_ISREG(store.st_mode) and store.st_nlink > 1:
             wrong = f"KEYLATCH_STORE: {self.path} has {store.st_nlink} names (hard links)"
             mistakes.append((wrong, "leave it one: under each name it would have a log of its own"))
