@@ -1,18 +1,13 @@
 """What an organisation's own keys may add to the store: live keys, and changes in an hour.
 
-The law of this file: it reads, and writes nothing. `enforced` counts twice, in the transaction of
-the change. Before the change, so that one that is refused writes nothing. And after it: by then the
-transaction holds the row of the counter (`changes.advance`) until its commit, so the second count
-sees every change that was committed before, and of changes that passed the first count at the same
-time no more commit than there is room for (READ COMMITTED on PostgreSQL; SQLite has one writer). It
-takes no lock, so there is no order of locks to keep.
+The law of this file: it reads, and writes nothing. A change counts once it holds the counter row
+(`changes.advance`), so it sees every change that was committed before, and of changes at the same
+time no more commit than there is room for (READ COMMITTED on PostgreSQL; SQLite has one writer).
 
-What only ends access is never checked: deleting, revoking, disabling, the end of a rotation. Nor is
-what operators do.
+What only takes access away is never checked: deleting, revoking, disabling, demoting, the end of a
+rotation. Nor is what operators do.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,29 +32,6 @@ class Quotas:
 
     max_keys: int = 0
     max_changes: int = 0
-
-
-@contextmanager
-def enforced(
-    connection: Connection,
-    quotas: Quotas | None,
-    organization_id: str,
-    now_ms: int,
-    new_keys: int = 0,
-) -> Iterator[None]:
-    """The block makes one change by a key, which may add `new_keys`. None: an operator makes it.
-
-    Raises:
-        QuotaExceeded: the transaction has to be rolled back.
-    """
-    if quotas is None:
-        yield
-        return
-    check_quota(connection, organization_id, now_ms, quotas, changes=1, new_keys=new_keys)
-    yield
-    check_changes(connection, organization_id, now_ms, quotas.max_changes)
-    if new_keys:
-        check_keys(connection, organization_id, quotas.max_keys)
 
 
 def check_quota(
