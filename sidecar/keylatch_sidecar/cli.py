@@ -196,6 +196,9 @@ def serve(
         started = serving.run(
             listener, admin, grpc, workers, metrics=metrics, logs_json=settings.log == "json"
         )
+    except serving.TooFewDescriptors as error:
+        hint = f"ulimit -n, or LimitNOFILE= of systemd: {serving.MIN_DESCRIPTORS} at least"
+        terminal.fail(str(error), hint, terminal.UNUSABLE)
     except serving.CannotListen as error:
         terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
     if not started:
