@@ -158,6 +158,7 @@ def serve(
 ) -> None:
     """Serve the management endpoints and answer proxies' verify calls."""
     from keylatch_sidecar import serving  # the server's library costs 0.1 s at import
+    from keylatch_sidecar.limits import MIN_DESCRIPTORS
     from keylatch_sidecar.serving import Listener
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
@@ -196,6 +197,9 @@ def serve(
         started = serving.run(
             listener, admin, grpc, workers, metrics=metrics, logs_json=settings.log == "json"
         )
+    except serving.TooFewDescriptors as error:
+        hint = f"ulimit -n, or LimitNOFILE= of systemd: {MIN_DESCRIPTORS} at least"
+        terminal.fail(str(error), hint, terminal.UNUSABLE)
     except serving.CannotListen as error:
         terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
     if not started:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 HEAD_BYTES: Final = 64 * 1024
-"""Of one request's target and header fields, and again of its chunk extensions and trailers; then
-431. nginx passes on 32 KiB at most, Envoy 60 KiB, Apache 8 KiB a field."""
+"""Of one request's target and header fields, and again of all its chunk extensions and trailers;
+then 431. nginx passes on 32 KiB at most, Envoy 60 KiB, Apache 8 KiB a field."""
 
 HEAD_SECONDS: Final = 10.0
 """From the first byte of a request to the end of its header fields; then 408. Also from connecting
@@ -39,6 +39,9 @@ SWEEP_SECONDS: Final = 1.0
 MAX_DESCRIPTORS: Final = 16_384
 """File descriptors that a process asks for at its start, as far as its hard limit lets it; it uses
 no more even if it has more. An idle connection takes 5 KB, so all of them 65 MB."""
+
+MIN_DESCRIPTORS: Final = 64
+"""With fewer it does not start: listeners, store and Redis need 25 before the first connection."""
 
 CONNECTIONS_SHARE: Final = 0.8
 """Of the descriptors, in use by whatever: then a new connection costs the oldest silent one its

@@ -23,15 +23,19 @@ from uvicorn.supervisors import Multiprocess
 from keylatch import logs
 from keylatch_sidecar import loopback
 from keylatch_sidecar.app import GRPCListener, from_environment
-from keylatch_sidecar.limits import IDLE_SECONDS
+from keylatch_sidecar.limits import IDLE_SECONDS, MIN_DESCRIPTORS
 from keylatch_sidecar.proxies.any_method import AnyMethod
-from keylatch_sidecar.proxies.connections import raise_descriptors
+from keylatch_sidecar.proxies.connections import descriptors, raise_descriptors
 
 log = logging.getLogger("keylatch.serving")
 
 
 class CannotListen(Exception):
     """An address cannot be had; the text says which and why."""
+
+
+class TooFewDescriptors(Exception):
+    """Hardly a connection could be served, or none; the text says how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +123,11 @@ def run(
         False: it could not start, and has logged why.
 
     Raises:
-        CannotListen: nothing was started.
+        CannotListen, TooFewDescriptors: nothing was started.
     """
+    raise_descriptors()
+    if descriptors() < MIN_DESCRIPTORS:
+        raise TooFewDescriptors(f"{descriptors()} file descriptors are too few")
     listeners = [each for each in (main, admin, grpc, metrics) if each is not None]
     with contextlib.ExitStack() as stack:
         # Whoever may enter the folder may ask; management is for the account that it runs as.
@@ -132,7 +139,6 @@ def run(
         if metrics is not None:
             sockets.append(stack.enter_context(metrics.bind(0o666)))
         stack.pop_all()  # from here on they are the server's
-    raise_descriptors()
     siblings = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
     config = uvicorn.Config(
         functools.partial(

@@ -6,7 +6,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ pytestmark = pytest.mark.long
 
 
 @contextmanager
-def served(operator: Operator, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    process = operator.start("serve", *words)
+def served(
+    operator: Operator, *words: str, wrapper: Sequence[str] = ()
+) -> Iterator["subprocess.Popen[str]"]:
+    process = operator.start("serve", *words, wrapper=wrapper)
     try:
         yield process
     finally:
@@ -191,6 +193,33 @@ def test_a_server_that_cannot_listen_says_so(operator: Operator) -> None:
     assert (outcome.code, outcome.out) == (2, "")
     assert "error: cannot listen on 192.0.2.1:8700: " in outcome.err
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("most", [24, 63])
+def test_a_server_with_too_few_descriptors_does_not_start(operator: Operator, most: int) -> None:
+    """Instead of resetting every connection."""
+    words = ["serve", "--port", str(free_port())]
+    outcome = ended(operator.start(*words, wrapper=descriptors(most)))
+    assert (outcome.code, outcome.out, outcome.err.splitlines()) == (
+        2,
+        "",
+        [
+            f"error: {most} file descriptors are too few",
+            "hint: ulimit -n, or LimitNOFILE= of systemd: 64 at least",
+        ],
+    )
+
+
+def test_a_server_with_just_enough_descriptors_answers(operator: Operator) -> None:
+    """The least with which it starts."""
+    port = free_port()
+    with served(operator, "--port", str(port), wrapper=descriptors(64)) as process:
+        eventually(lambda: answers(f"http://127.0.0.1:{port}") or process.poll() is not None)
+        assert process.poll() is None
+
+
+def descriptors(most: int) -> list[str]:
+    return ["bash", "-c", f'ulimit -n {most} && exec "$@"', "-"]
 
 
 @pytest.mark.anyio

@@ -24,6 +24,7 @@ ROWS = [row.strip("|").split(" | ") for row in SECTION.splitlines() if row.start
         ("between two requests", f"{limits.IDLE_SECONDS} s"),
         ("connections of a process", f"{limits.CONNECTIONS_SHARE:.0%} of".replace("%", " %")),
         ("connections of a process", f"asks for {limits.MAX_DESCRIPTORS}"),
+        ("connections of a process", f"without {limits.MIN_DESCRIPTORS} does not start"),
         ("a check over gRPC", f"{limits.GRPC_MESSAGE_BYTES // 1024} KiB, then RESOURCE_EXHAUSTED"),
         ("a check over gRPC", f"{limits.GRPC_HEADERS} headers"),
         ("calls over gRPC", f"{limits.GRPC_CALLS}, then RESOURCE_EXHAUSTED"),

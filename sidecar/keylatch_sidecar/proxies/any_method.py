@@ -7,13 +7,13 @@ import re
 from typing import Final
 
 from keylatch_sidecar.proxies.bounded import BETWEEN, Bounded, Phase
+from keylatch_sidecar.proxies.other_head import STAND_IN
 
 _FAST: Final = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE"}
 )
 _LONGEST: Final = max(len(method) for method in _FAST)
 _METHOD: Final = re.compile(rb"\A[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}\Z")  # RFC 9110, `token`
-_STAND_IN: Final = b"POST"
 _HTTP2: Final = b"PRI"  # begins no request (RFC 9113 section 3.4)
 
 
@@ -52,4 +52,4 @@ class AnyMethod(Bounded):
         if not blank or method in (*_FAST, _HTTP2) or not _METHOD.match(method):
             return start
         self.method = method.decode()
-        return _STAND_IN + blank + rest
+        return STAND_IN + blank + rest

@@ -11,10 +11,10 @@ from enum import Enum
 from typing import ClassVar, Final
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from keylatch_sidecar.limits import Limits
 from keylatch_sidecar.proxies.connections import Connections
+from keylatch_sidecar.proxies.other_head import OtherHead
 from keylatch_sidecar.proxies.rejections import INVALID, TOO_LARGE, TOO_SLOW, Rejection
 
 PIECE_BYTES: Final = 4096
@@ -42,7 +42,7 @@ class HeadTooLarge(Exception):
     """Ends the parsing of a request."""
 
 
-class Bounded(HttpToolsProtocol):
+class Bounded(OtherHead):
     """uvicorn's protocol with limits; subclasses may set their own."""
 
     limits: ClassVar[Limits] = Limits()
@@ -50,15 +50,15 @@ class Bounded(HttpToolsProtocol):
     phase: Phase = BETWEEN
     since = 0.0
     """The loop's time at which the client's turn began."""
-    method = ""
-    """Of the request that is being parsed, where the parser is shown another one."""
     _timed: Phase = BETWEEN
     """Which turn that is."""
     _unread_since: float | None = None
     """The same, of an answer that the client does not read."""
     _closing_since: float | None = None
     _unparsed = 0
-    """Bytes since the parser last gave out a whole head or a piece of a body."""
+    """Bytes of the head; then those behind it that are neither body nor what chunks need."""
+    _chunk = 0
+    """Bytes of the chunk that is being parsed."""
     _rest = b""
     """What came behind a request that waits for the answer to the one before it."""
     _rejection: Rejection | None = None
@@ -97,18 +97,28 @@ class Bounded(HttpToolsProtocol):
         # A head that does not reach beyond the second piece is not even counted.
         if self._unparsed > 0 and self._head_bytes() > self.limits.head_bytes:
             raise HeadTooLarge
+        if self.is_upgrade:
+            return
         super().on_headers_complete()
-        if self.method:
-            self.scope["method"], self.method = self.method, ""
         self.phase = _BODY
         self._unparsed = -PIECE_BYTES
 
     def on_body(self, body: bytes) -> None:
-        self._unparsed = -PIECE_BYTES
+        self._unparsed -= len(body)
+        self._chunk += len(body)
         super().on_body(body)
 
+    def on_chunk_header(self) -> None:
+        self._chunk = 0
+
+    def on_chunk_complete(self) -> None:
+        self._unparsed -= len(b"%x\r\n\r\n" % self._chunk)
+
     def on_message_complete(self) -> None:
+        if self.phase is _HEAD:  # only that of an upgrade
+            return
         super().on_message_complete()
+        self._unparsed = -PIECE_BYTES
         self.phase = self._timed = BETWEEN
         if self.cycle.response_complete:
             self.since = self.loop.time()
@@ -182,10 +192,8 @@ class Bounded(HttpToolsProtocol):
         if self.phase is BETWEEN:
             self._unparsed = 0
         try:
-            self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:  # the request is answered, what follows is no HTTP
-            self._all.upgrades.add()
-            return False
+            for _ in range(self.feed(piece)):
+                self._all.upgrades.add()
         except httptools.HttpParserError as error:
             is_large = isinstance(error.__context__, HeadTooLarge)
             self._reject(TOO_LARGE if is_large else INVALID)

@@ -60,7 +60,7 @@ class Connections:
         """The connections of a server, by its state."""
         if state not in cls._of:
             most = int(descriptors() * limits.connections_share) - _in_use()
-            cls._of[state] = cls(limits, state.connections, most)  # type: ignore[arg-type]
+            cls._of[state] = cls(limits, state.connections, max(1, most))  # type: ignore[arg-type]
         return cls._of[state]
 
     def add(self, new: "Bounded") -> None:
