@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Match, Mount, Router
 from starlette.types import Scope
 
+from keylatch.languages import in_language_of
 from keylatch.model import Wanted
 from keylatch.paths import shape
 from keylatch.rules import declared
@@ -193,6 +194,11 @@ def of_django(path: str, method: str, urlconf: Any, prefix: str = "") -> Route |
         match = resolve(path, urlconf)
     except Resolver404:
         return None
+    return of_django_match(match, method, prefix)
+
+
+def of_django_match(match: Any, method: str, prefix: str = "") -> Route:
+    """What Django has resolved, as `request.resolver_match` has it."""
     arguments = {**match.kwargs, **{str(at): value for at, value in enumerate(match.args)}}
     shapes = frozenset(shape(prefix + each) for each in templates_of_django(match.route))
     return Route(match.func, arguments, shapes, declared(match.func, method))
@@ -233,7 +239,8 @@ def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:
     """Of a scope or an environ, where a middleware wraps Django as a whole."""
     is_scope = "type" in request
     made = app.request_class(*(({**request}, io.BytesIO()) if is_scope else ({**request},)))
-    return of_django(made.path_info, made.method, None, prefix)
+    with in_language_of(made, made.path_info):
+        return of_django(made.path_info, made.method, None, prefix)
 
 
 # Which of them an app is
