@@ -5,7 +5,8 @@ where none are named. Paths match as a whole, never by prefix: a prefix also ope
 
 A path that is named as it is decides alone. What only names with parameters open is decided by the
 view that the app's router chooses: what that declares, and what an exact rule for another path of
-it says, counts as well. A path that could be read in two ways is for FULL.
+it says, counts as well; so does one whose path is the same but for letter case, a slash or a
+suffix. A path that could be read in two ways is for FULL.
 """
 
 import contextlib
@@ -46,7 +47,8 @@ class Policy:
         public: what needs no key: `"/healthz"` for GET and HEAD, or `"POST /signup"`.
         permissions: permission → rules of the form `"POST /v1/emails/{id}"`.
         grantable: the permissions that keys can have; None: any word.
-        views_decide: whether what a view declares counts alone, whatever rules say (Django).
+        views_decide: whether what a view declares counts alone, whatever rules say, and each
+            request is judged again by the view that was chosen (Django).
 
     Raises:
         ConfigurationError: naming every malformed path and rule, every unknown permission, and
@@ -170,7 +172,8 @@ class Policy:
         return is_spelled or not self._views_declare or not route.is_known
 
     def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
-        """What exact rules say of the same view, by whatever path they name it."""
+        """What exact rules say of the same view, by whatever path they name it, and those whose
+        text is nearly the same: a middleware before the router may make the path theirs."""
         rules = self._by_hand.get(asked.method)
         if not rules:
             return []
@@ -182,14 +185,14 @@ class Policy:
             if self._is_meant(self._route_of(rule, place, asked), route, rule.folded == text)
         ]
 
-    @staticmethod
-    def _is_meant(named: Route | None, route: Route, is_same_text: bool) -> bool:
-        """Whether an exact rule speaks of what a request gets to: by the router where that knows
-        both, else by their text."""
+    def _is_meant(self, named: Route | None, route: Route, is_same_text: bool) -> bool:
+        """Whether an exact rule speaks of what a request gets to. Its text does not count where
+        the view is certain: Django's is judged again once it is chosen."""
         if named is None or not named.is_known:
             return is_same_text
         # What the path says besides, such as the format of a suffix, makes it no other view.
-        return named.view == route.view and named.arguments.items() <= route.arguments.items()
+        is_same = named.view == route.view and named.arguments.items() <= route.arguments.items()
+        return is_same or (is_same_text and not self._views_decide)
 
     def _route_of(self, rule: Rule, place: object, asked: _Asked) -> Route | None:
         """Where the path of an exact rule leads; None: nowhere, or it is not known."""

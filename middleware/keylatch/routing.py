@@ -152,22 +152,29 @@ def is_plain_environ(environ: Mapping[str, Any]) -> bool:
 
 def framework_in(app: Any) -> Any:
     """The app of a known framework that is wrapped by middlewares; None: there is none, or there
-    are two, and which of them gets a request is not known."""
+    are two, however far in, and which of them gets a request is not known."""
     seen: dict[int, Any] = {}
-    level = [app]
+    found: dict[int, Any] = {}
+    level = {id(app): app}
     for _ in range(_DEPTH):
-        found = {id(each): each for each in level if frameworks.is_framework(each)}
-        if found:
-            return next(iter(found.values())) if len(found) == 1 else None
-        seen |= {id(each): each for each in level}
-        level = [each for held in map(_held, level) for each in held if id(each) not in seen]
-    return None
+        apps = {at: each for at, each in level.items() if frameworks.is_framework(each)}
+        found |= apps
+        seen |= level
+        held = (each for at, each in level.items() if at not in apps for each in _held(each))
+        level = {id(each): each for each in held if id(each) not in seen}
+    for each in list(found.values()):
+        found.pop(id(getattr(each, "router", None)), None)  # an app and its own router are one
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _held(app: Any) -> Iterator[Any]:
     """What a callable may hand requests on to. Only looks: no property, no `__getattr__`."""
     inner: Iterable[Any] = ()
-    if isinstance(app, partial):
+    if isinstance(app, dict):
+        inner = app.values()
+    elif isinstance(app, list | tuple):
+        inner = app
+    elif isinstance(app, partial):
         inner = (app.func, *app.args, *app.keywords.values())
     elif isinstance(app, FunctionType):
         inner = (cell.cell_contents for cell in app.__closure__ or () if _is_filled(cell))
@@ -175,7 +182,12 @@ def _held(app: Any) -> Iterator[Any]:
         inner = (app.__self__,)
     elif "__dict__" in dir(type(app)):
         inner = tuple(object.__getattribute__(app, "__dict__").values())
-    yield from (each for each in inner if callable(each) and not isinstance(each, type))
+    yield from (each for each in inner if _may_hand_on(each))
+
+
+def _may_hand_on(held: Any) -> bool:
+    is_collection = isinstance(held, dict | list | tuple)
+    return is_collection or (callable(held) and not isinstance(held, type))
 
 
 def _is_filled(cell: Any) -> bool:

@@ -145,6 +145,56 @@ def test_of_two_apps_in_a_middleware_neither_is_taken_for_the_one() -> None:
     assert Asked(chooses).get("/v1/EXPORT")[0] == 403
 
 
+class Changing:
+    """A middleware that makes another path of the one that keylatch has seen."""
+
+    def __init__(self, inner: Any, change: Callable[[str], str]) -> None:
+        self._inner, self._change = inner, change
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._inner({**scope, "path": self._change(scope["path"])}, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [(lambda path: path.rstrip("/"), "/v1/export/"), (str.lower, "/v1/EXPORT")],
+)
+def test_a_path_that_a_middleware_changes_opens_nothing(change: Any, where: str) -> None:
+    """Although the router would lead the path that the client sent to another view."""
+    rules = {"FULL": ["GET /v1/export"], "SENDING": ["GET /v1/{name:path}"]}
+    routes = [Route("/v1/export", export), Route("/v1/{name:path}", one)]
+    asked = Asked(Changing(Starlette(routes=routes), change), permissions=rules)
+    assert [asked.get(where, each)[0] for each in ("SENDING", "FULL")] == [403, 200]
+    assert asked.get("/v1/7") == (200, b"one")
+
+
+class Dispatching:
+    """A middleware that hands on to several apps, held in some way."""
+
+    def __init__(self, inner: Any, others: Any) -> None:
+        self._inner, self._others = inner, others
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._inner(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda app: {"/legacy": app},
+        lambda app: [("/legacy", app)],
+        lambda app: (closed_over(closed_over(app)),),
+        lambda app: CORSMiddleware(closed_over(app)),
+    ],
+)
+def test_another_app_is_seen_wherever_a_middleware_holds_it(held: Callable[[Any], Any]) -> None:
+    """In a collection, and further in than the first: which of the two is meant, is not known."""
+    first = Starlette(routes=ROUTES)
+    assert framework_in(Dispatching(first, held(Starlette()))) is None
+    assert framework_in(Dispatching(first, held(first))) is first
+    assert framework_in(Dispatching(PlainTextResponse("x"), held(first))) is first
+
+
 @pytest.mark.parametrize(
     "added",
     [lambda app: None, lambda app: app.add_middleware(Slotted)],
