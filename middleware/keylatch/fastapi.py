@@ -23,7 +23,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.frameworks import scopes_of
 from keylatch.model import FULL, Deny, Principal, Reason, Wanted
 from keylatch.paths import overlap
-from keylatch.rules import DeclaredRule
+from keylatch.rules import WEBSOCKET, DeclaredRule
 
 try:
     from fastapi import FastAPI
@@ -126,7 +126,7 @@ class _Permissions(Mapping[str, Sequence[str]]):
     @property
     def undeclared(self) -> Sequence[str]:
         """The routes that no public path may open by the way."""
-        return [each.rule for each in _declarations(self._app.routes) if each.is_open]
+        return [each.asked for each in _declarations(self._app.routes) if each.is_open]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class _Declaration:
     method: str
     path: str
     scopes: frozenset[str]
-    kind: object
+    kind: tuple[object, str]
     """What the router tells apart and a rule does not: HEAD from GET, WebSockets, hosts."""
     is_open: bool = False
     """Whether the route does not even ask for a key."""
@@ -151,6 +151,12 @@ class _Declaration:
     @property
     def rule(self) -> str:
         return f"{self.method} {self.path}"
+
+    @property
+    def asked(self) -> str:
+        """As `public` names it."""
+        is_websocket = self.kind[1] == WEBSOCKET
+        return f"{WEBSOCKET} {self.path}" if is_websocket else self.rule
 
     def is_opened_by(self, other: "_Declaration") -> bool:
         """Whether the other's rule matches requests that are ours."""
@@ -184,7 +190,7 @@ def _declarations(
 def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
     """Its methods, each with what it is asked over."""
     if isinstance(context.original_route, WebSocketRoute):
-        yield "GET", "websocket"
+        yield "GET", WEBSOCKET
         return
     methods = set(context.methods or [_ANY])
     if "GET" in methods:

@@ -20,7 +20,16 @@ from keylatch.frameworks import Route
 from keylatch.model import FULL, ONLY_FULL, Wanted
 from keylatch.paths import folded, is_canonical
 from keylatch.routing import NoRouter, Router
-from keylatch.rules import Mistakes, Rule, opened_by, public_routes, rules_in, sufficient
+from keylatch.rules import (
+    WEBSOCKET,
+    Mistakes,
+    Rule,
+    heads_opened_by,
+    opened_by,
+    public_routes,
+    rules_in,
+    sufficient,
+)
 
 _UNDECIDED: Final = replace(ONLY_FULL, is_final=False)
 """FULL suffices; whether less does, `Policy.settled` says."""
@@ -81,7 +90,7 @@ class Policy:
             if "{" in path:
                 self._public.setdefault(method, []).append(Rule(method, path))
             else:
-                self._exact.setdefault(path, {})[method] = None
+                self._open(method, path)
         self._has_patterns = bool(self._rules or self._public)
         mistakes += self.opened_unsaid(undeclared or ())
         if mistakes:
@@ -95,6 +104,12 @@ class Policy:
         if not rule.is_declared:
             self._by_hand.setdefault(rule.method, []).append(rule)
 
+    def _open(self, method: str, path: str) -> None:
+        by_method = self._exact.setdefault(path, {})
+        if method == "GET" and by_method.get("GET"):  # the rule stays that of the WebSocket
+            by_method.setdefault(WEBSOCKET, by_method["GET"])
+        by_method[method] = None
+
     @property
     def public_patterns(self) -> list[Rule]:
         """What is public and has parameters."""
@@ -104,7 +119,10 @@ class Policy:
         """The routes among these that only a public path with parameters speaks of, although it
         does not spell them."""
         named = {f"{on} {path}" for path, by_method in self._exact.items() for on in by_method}
-        return opened_by(self.public_patterns, [each for each in undeclared if each not in named])
+        unnamed = [each for each in undeclared if each not in named]
+        exact = [Rule(on, path) for path, of in self._exact.items() for on in of if of[on] is None]
+        opened = opened_by(self.public_patterns, unnamed)
+        return opened + heads_opened_by([*exact, *self.public_patterns], list(undeclared))
 
     def asked(
         self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER
@@ -112,7 +130,8 @@ class Policy:
         """What a request asks of a key; None where it needs none.
 
         It is not final where a rule with parameters matches: FULL suffices, and whether less does
-        is to be asked of `settled`. HEAD follows GET (RFC 9110 section 9.3.2).
+        is to be asked of `settled`. HEAD follows GET (RFC 9110 section 9.3.2); a WebSocket does so
+        as well, but not where that is public.
         """
         exact = self._exact.get(path)
         if exact is None and not self._has_patterns:  # where most requests end: no call yet
@@ -120,13 +139,20 @@ class Policy:
         method = "GET" if method == "HEAD" else method
         if exact is not None and method in exact:
             return exact[method] if router.is_plain(request) else ONLY_FULL
-        return self._by_patterns(_Asked(method, path, request, router))
+        asked = _Asked(method, path, request, router)
+        return self._of_websocket(asked) if method == WEBSOCKET else self._by_patterns(asked)
 
     def settled(self, method: str, path: str, request: Any, router: Router[Any]) -> Wanted:
         """What a request asks of a key that is good and has not enough by what `asked` says."""
-        asked = _Asked("GET" if method == "HEAD" else method, path, request, router)
+        asked = _Asked(_ruled(method), path, request, router)
         wanted = self._by_route(asked, []) if self._is_clear(asked) else ONLY_FULL
         return wanted or ONLY_FULL
+
+    def _of_websocket(self, asked: _Asked) -> Wanted | None:
+        if self._matching(self._public, asked) and self._by_patterns(asked) is None:
+            return None
+        wanted = self.asked("GET", asked.path, asked.request, asked.router)
+        return wanted or _UNDECIDED
 
     def _by_patterns(self, asked: _Asked) -> Wanted | None:
         public = self._matching(self._public, asked)
@@ -174,7 +200,7 @@ class Policy:
     def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
         """What exact rules say of the same view, by whatever path they name it, and those whose
         text is nearly the same: a middleware before the router may make the path theirs."""
-        rules = self._by_hand.get(asked.method)
+        rules = self._by_hand.get(_ruled(asked.method))
         if not rules:
             return []
         place = asked.router.place(asked.request) if route.is_known else None
@@ -235,6 +261,11 @@ class Policy:
             return exact
         named = [rule.named for rule in self._matching(self._rules, asked)]
         return sufficient(frozenset().union(*named)) if is_canonical(path) else ONLY_FULL
+
+
+def _ruled(method: str) -> str:
+    """The method by which rules speak of a request."""
+    return "GET" if method in ("HEAD", WEBSOCKET) else method
 
 
 def path_of(scope: Mapping[str, Any]) -> str:

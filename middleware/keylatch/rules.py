@@ -15,6 +15,9 @@ from keylatch.settings import PERMISSION_PATTERN
 
 Mistakes = list[tuple[str, str]]
 
+WEBSOCKET: Final = "WEBSOCKET"
+"""What `public` names where a WebSocket needs no key. Rules say GET, by which it is opened."""
+_FOLLOWING: Final = {"HEAD": "HEAD follows it", WEBSOCKET: "a WebSocket is opened by it"}
 _DECLARED: Final = "keylatch_wanted"
 _METHOD: Final = re.compile(r"[A-Z]+")
 _PATH_HINT: Final = "such as /healthz, /docs/{page} or POST /signup"
@@ -105,6 +108,22 @@ def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
     ]
 
 
+def heads_opened_by(public: Iterable[Rule], undeclared: Collection[str]) -> Mistakes:
+    """The views for HEAD that declare nothing and that public paths for GET open, although another
+    view answers GET there and declares something."""
+    heads = [each.partition(" ")[2] for each in undeclared if each.startswith("HEAD ")]
+    return [
+        (
+            f"public path GET {rule.path} opens HEAD {path}, which declares nothing",
+            "declare a permission there, as the view for GET does",
+        )
+        for path in heads
+        if f"GET {path}" not in undeclared
+        for rule in public
+        if rule.method == "GET" and rule.shape == shape(path)
+    ]
+
+
 def public_routes(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, str]]:
     """Methods and paths. One without a method is for reading: GET, which HEAD follows."""
     if isinstance(paths, str):
@@ -149,8 +168,9 @@ def rules_in(
 def _route(rule: str, permission: str, mistakes: Mistakes) -> tuple[str, str] | None:
     method, _, path = rule.partition(" ")
     path_spelled = spelled(path)
-    if method == "HEAD":  # taken for GET, it would open more than it names
-        mistakes.append((f"rule {rule!r} of {permission}", "name GET: HEAD follows it"))
+    if method in _FOLLOWING:  # taken for GET, it would open more than it names
+        hint = f"name GET: {_FOLLOWING[method]}"
+        mistakes.append((f"rule {rule!r} of {permission}", hint))
     elif not _METHOD.fullmatch(method) or path_spelled is None:
         hint = 'such as "POST /v1/emails" or "GET /v1/emails/{id}"'
         mistakes.append((f"rule {rule!r} of {permission}", hint))

@@ -24,7 +24,9 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Host, Match, Mount, Route, Router
+from starlette.routing import Host, Match, Mount, Route, Router, WebSocketRoute
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from werkzeug.test import Client as WSGIClient
 
 import test_django  # which sets Django up
@@ -60,7 +62,7 @@ class Asked:
 
     def __init__(self, app: Any, **rules: Any) -> None:
         self.keys = Keys()
-        self._app = APIKeyMiddleware(
+        self.app = APIKeyMiddleware(
             app, engine=self.keys.engine(), **(rules or {"permissions": RULES})
         )
 
@@ -71,7 +73,7 @@ class Asked:
             headers = [(b"authorization", f"Bearer {key.token}".encode())]
         host = [(b"host", scope.pop("host", b"test"))]
         more = [*scope.pop("headers", ()), *host, *headers]
-        answer = asyncio.run(knock(self._app, where, more, **scope))
+        answer = asyncio.run(knock(self.app, where, more, **scope))
         return answer.status, answer.body
 
 
@@ -432,6 +434,73 @@ def test_public_paths_name_a_method() -> None:
         "PUT": 401,
     }
     assert [asked.get("/x", "", method=each)[0] for each in ("GET", "DELETE")] == [404, 401]
+
+
+async def greet(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.close()
+
+
+def knocked(asked: Asked, where: str, permission: str = "") -> bool:
+    """Whether a WebSocket is opened."""
+    key = asked.keys.create(permission=permission).headers if permission else {}
+    try:
+        with TestClient(asked.app).websocket_connect(where, headers=key):
+            return True
+    except (WebSocketDisconnect, WebSocketDenialResponse):
+        return False
+
+
+@pytest.mark.parametrize("public", ["/chat/7", "/chat/{room}"])
+def test_a_public_page_opens_no_websocket(public: str) -> None:
+    """On the same path; `WEBSOCKET` in its place does, and no page. For the rest of keys, what
+    rules say of GET counts."""
+    routes = [Route("/chat/{room}", one), WebSocketRoute("/chat/{room}", greet)]
+    rules = {"FULL": ["GET /chat/admin"], "SENDING": ["GET /chat/{x}"]}
+    page = Asked(Starlette(routes=routes), public=[public], permissions=rules)
+    assert page.get("/chat/7", "") == (200, b"one")
+    assert [knocked(page, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
+    socket = Asked(Starlette(routes=routes), public=[f"WEBSOCKET {public}"], permissions=rules)
+    assert socket.get("/chat/7", "")[0] == 401
+    assert knocked(socket, "/chat/7")
+    assert [knocked(socket, "/chat/admin", each) for each in ("", "SENDING", "FULL")] == [0, 0, 1]
+    bare = Asked(Starlette(routes=routes), public=[public])
+    assert [knocked(bare, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [0, 0, 1]
+
+
+def test_a_rule_for_a_public_page_is_that_of_the_websocket() -> None:
+    """What the path declares for GET is not lost where the page is public."""
+    routes = [Route("/chat", one), WebSocketRoute("/chat", greet)]
+    asked = Asked(
+        Starlette(routes=routes), public=["/chat"], permissions={"SENDING": ["GET /chat"]}
+    )
+    assert asked.get("/chat", "")[0] == 200
+    assert [knocked(asked, "/chat", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("public", ["/x", "/x/{a}"])
+def test_a_public_path_opens_no_other_view_for_head(public: str) -> None:
+    """FastAPI does not start where it declares nothing and the one for GET does."""
+    app, api_key = FastAPI(openapi_url=None), APIKey()
+    sending = [Security(api_key, scopes=["FULL"])]
+    path_of_both = public.replace("{a}", "{b}")
+    app.add_api_route(path_of_both, lambda: "head", methods=["HEAD"])
+    app.add_api_route(path_of_both, lambda: "page", dependencies=sending)
+    with pytest.raises(ConfigurationError, match=f"opens HEAD {path_of_both}"):
+        Asked(app, public=[public], permissions=permissions_of(app))
+    assert Asked(app, public=["/y"], permissions=permissions_of(app)) is not None
+
+
+def test_a_public_path_with_parameters_opens_no_websocket_unsaid() -> None:
+    """FastAPI starts beside one for pages, and not with one for WebSockets."""
+    app = FastAPI(openapi_url=None)
+    app.add_api_websocket_route("/chat/{room}", greet)
+    assert Asked(app, public=["/{a}/{b}"], permissions=permissions_of(app)) is not None
+    with pytest.raises(ConfigurationError, match="opens WEBSOCKET /chat/"):
+        Asked(app, public=["WEBSOCKET /{a}/{b}"], permissions=permissions_of(app))
+    rule = {"SENDING": ["WEBSOCKET /chat"]}
+    with pytest.raises(ConfigurationError, match="a WebSocket is opened by it"):
+        Asked(app, permissions=rule)
 
 
 def test_an_exact_rule_wins_over_a_public_pattern() -> None:
