@@ -6,6 +6,7 @@ middlewares in between, once; asking it is `frameworks`' part.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
+from operator import itemgetter
 from types import FunctionType, MethodType
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote
@@ -19,6 +20,12 @@ from keylatch.paths import is_rooted
 
 Request = TypeVar("Request", contravariant=True)
 
+_OTHER_METHODS: Final = ("x-http-method-override", "x-http-method", "x-method-override")
+_IN_SCOPES: Final = frozenset(
+    each.replace("-", sign).encode() for each in _OTHER_METHODS for sign in "-_"
+)
+_IN_ENVIRONS: Final = frozenset("HTTP_" + each.upper().replace("-", "_") for each in _OTHER_METHODS)
+_NAME: Final = itemgetter(0)
 _DEPTH: Final = 24  # middlewares around an app; more are not looked through
 
 
@@ -26,7 +33,7 @@ class Router(Protocol[Request]):
     """What `policy` asks about a request, whatever the protocol."""
 
     def is_plain(self, request: Request) -> bool:
-        """Whether the path has one meaning, as far as the path itself cannot tell."""
+        """Whether path and method have one meaning, as far as they themselves cannot tell."""
 
     def find(self, request: Request) -> Route | None:
         """What will be called; None: nothing, or a redirect. It may raise anything."""
@@ -69,6 +76,8 @@ class ASGIRouter:
 
     def is_plain(self, scope: Scope) -> bool:
         if has_encoded_slash(scope.get("raw_path")):
+            return False
+        if not _IN_SCOPES.isdisjoint(map(_NAME, scope.get("headers", ()))):
             return False
         root = scope.get("root_path")
         return not root or is_rooted(scope["path"], root)
@@ -145,7 +154,10 @@ def has_encoded_slash(raw_path: bytes | None) -> bool:
 
 
 def is_plain_environ(environ: Mapping[str, Any]) -> bool:
-    """Whether no slash was encoded, where the server says how the client spelled the path."""
+    """Whether no slash was encoded, where the server says how the client spelled the path, and no
+    header names another method, which a middleware in between may take for the request's."""
+    if not environ.keys().isdisjoint(_IN_ENVIRONS):
+        return False
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     return "%" not in raw or "%2f" not in raw.partition("?")[0].lower()
 

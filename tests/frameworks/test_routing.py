@@ -414,6 +414,68 @@ def test_below_a_mount_of_litestar_the_inner_app_is_asked() -> None:
     assert statuses == [200, 403, 403]
 
 
+# Headers that ask for another method
+
+OTHER_METHODS = ["X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override"]
+
+
+class Following:
+    """A middleware inside of keylatch's that follows such a header."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        asked = [value for name, value in scope["headers"] if b"method" in name]
+        await self._inner(
+            {**scope, **({"method": asked[0].decode()} if asked else {})}, receive, send
+        )
+
+
+@pytest.mark.parametrize("header", OTHER_METHODS)
+@pytest.mark.parametrize("rule", ["POST /items/{id}", "POST /items/7"])
+def test_a_header_that_asks_for_another_method_needs_full(header: str, rule: str) -> None:
+    """Whatever rules and public paths say of the method that was sent."""
+    routes = [
+        Route("/items/{id}", one, methods=["POST"]),
+        Route("/items/{id}", export, methods=["DELETE"]),
+    ]
+    other = [(header.lower().encode(), b"DELETE")]
+    app = Following(Starlette(routes=routes))
+    ruled = Asked(app, permissions={"SENDING": [rule]})
+    assert ruled.get("/items/7", method="POST") == (200, b"one")
+    assert ruled.get("/items/7", method="POST", headers=other)[0] == 403
+    assert ruled.get("/items/7", "FULL", method="POST", headers=other) == (200, b"export, for FULL")
+    public = Asked(app, public=[rule])
+    assert public.get("/items/7", "", method="POST") == (200, b"one")
+    assert public.get("/items/7", "", method="POST", headers=other)[0] == 401
+
+
+@pytest.mark.parametrize("header", OTHER_METHODS)
+def test_over_wsgi_and_in_django_it_is_the_same(header: str) -> None:
+    """Flask's documentation shows such a middleware; in Django one may act on the chosen view."""
+    app, other = flask_app(), {header: "DELETE"}
+    keys = Keys()
+    rules: Any = {"permissions": flask_permissions_of(app), "public": ["/users/<name>"]}
+    app.wsgi_app = WSGIMiddleware(app.wsgi_app, engine=keys.engine(), **rules)  # type: ignore[method-assign]
+    key, client = keys.create(permission="SENDING").headers, app.test_client()
+    for more, statuses in (({}, [200, 200]), (other, [403, 401])):
+        sent = [client.get("/v1/7/", headers={**key, **more})]
+        sent.append(client.get("/users/ada", headers=more))
+        assert [each.status_code for each in sent] == statuses
+    given = {"engine": keys.engine(), "public": ["/open"]}
+    urls = (
+        path("open", django_say("open")),
+        path("v1", django_requires("SENDING")(django_say("v1"))),
+    )
+    middleware = ["keylatch.django.APIKeyMiddleware"]
+    with override_settings(ROOT_URLCONF=urls, KEYLATCH=given, MIDDLEWARE=middleware):
+        for more, statuses in (({}, [200, 200]), (other, [403, 401])):
+            sent = [Client().post("/v1", headers={**key, **more})]
+            sent.append(Client().get("/open", headers=more))
+            assert [each.status_code for each in sent] == statuses
+
+
 # Public paths
 
 
