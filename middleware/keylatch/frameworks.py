@@ -205,6 +205,7 @@ def of_django_match(match: Any, method: str, prefix: str = "") -> Route:
 
 
 _CONVERTER: Final = re.compile(r"(?<!\?P)<(?:(\w+):)?(\w+)>")
+_DIGITS: Final = re.compile(r"\(\?P<(\w+)>(?:\\d|\[0-9\])\+\)")
 _GROUP: Final = re.compile(r"%\((\w+)\)s")
 _FIRST_MARK: Final = 0xE000  # no path has characters for private use
 
@@ -219,7 +220,7 @@ def templates_of_django(route: str) -> Iterator[str]:
         parameters.append(f"{{{match[2]}:{kind}}}".replace(":str", ""))
         return chr(_FIRST_MARK + len(parameters) - 1)
 
-    marked = _CONVERTER.sub(mark, route)
+    marked = _CONVERTER.sub(mark, _DIGITS.sub(r"<int:\1>", route))
     marks = {_FIRST_MARK + at: parameter for at, parameter in enumerate(parameters)}
     for text in _reversed(marked) if any(sign in marked for sign in "(^$\\[") else (marked,):
         yield "/" + text.translate(marks)

@@ -25,6 +25,7 @@ from keylatch.rules import (
     Mistakes,
     Rule,
     heads_opened_by,
+    mounts_opened_by,
     opened_by,
     public_routes,
     rules_in,
@@ -119,10 +120,12 @@ class Policy:
         """The routes among these that only a public path with parameters speaks of, although it
         does not spell them."""
         named = {f"{on} {path}" for path, by_method in self._exact.items() for on in by_method}
+        undeclared = list(undeclared)
         unnamed = [each for each in undeclared if each not in named]
         exact = [Rule(on, path) for path, of in self._exact.items() for on in of if of[on] is None]
-        opened = opened_by(self.public_patterns, unnamed)
-        return opened + heads_opened_by([*exact, *self.public_patterns], list(undeclared))
+        patterns = self.public_patterns
+        opened = opened_by(patterns, unnamed) + mounts_opened_by(patterns, undeclared)
+        return opened + heads_opened_by([*exact, *patterns], undeclared)
 
     def asked(
         self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER

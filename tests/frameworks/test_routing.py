@@ -7,6 +7,7 @@ open if only text were compared.
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -626,6 +627,16 @@ def test_what_is_mounted_can_be_public() -> None:
     assert asked.get("/static/a.css", "") == (200, b"a file")
 
 
+def test_fastapi_does_not_start_where_a_public_path_opens_a_mount_unsaid() -> None:
+    """An app that cannot be looked into may have views for FULL: its place is to be spelled."""
+    app = FastAPI(openapi_url=None)
+    app.mount("/admin", Slotted(PlainTextResponse("users")))
+    for public in ("/admin/{page}", "/users/{id}"):
+        assert Asked(app, public=[public], permissions=permissions_of(app)) is not None
+    with pytest.raises(ConfigurationError, match="opens what is mounted at /admin"):
+        Asked(app, public=["/{section}/{page}"], permissions=permissions_of(app))
+
+
 def flask_app() -> flask.Flask:
     app = flask.Flask("app")
     app.url_map.strict_slashes = False
@@ -764,6 +775,20 @@ def test_django_views_win_over_public_paths_by_the_way() -> None:
         MIDDLEWARE=[f"{__name__}.for_a_tenant", "keylatch.django.APIKeyMiddleware"],
     ):
         assert [Client().get(each).status_code for each in ("/users/me", "/users/7")] == [401, 200]
+
+
+def test_an_expression_for_digits_is_spelled_as_int() -> None:
+    """A public path for any text does not spell it, nor the other way round."""
+    urls = [
+        re_path(r"^pub/(?P<x>\d+)$", django_say("number")),
+        re_path(r"^pub/(?P<y>[a-z]+)$", django_say("word")),
+    ]
+    both = ["/pub/{x:int}", "/pub/{y}"]
+    for public, unsaid in zip(both, reversed(both), strict=True):
+        with pytest.raises(ConfigurationError, match=re.escape(f'name "GET {unsaid}" in public')):
+            django_statuses(urls, ["/pub/7"], public=[public])
+    assert django_statuses(urls, ["/pub/7", "/pub/a"], "", public=both) == [200, 200]
+    assert django_statuses(urls[:1], ["/pub/7", "/pub/a"], "", public=both[:1]) == [200, 401]
 
 
 def for_a_tenant(get_response: Any) -> Any:
