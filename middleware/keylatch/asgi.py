@@ -22,6 +22,7 @@ from keylatch.model import Deny, Unsettled
 from keylatch.policy import path_of
 from keylatch.refusals import Refusal
 from keylatch.routing import ASGIRouter
+from keylatch.rules import WEBSOCKET
 from keylatch.telemetry.trail import Trail, following, timed
 from keylatch.tokens import Token
 from keylatch.websocket import run_until
@@ -58,7 +59,7 @@ class APIKeyMiddleware(Gate[ASGIApp]):
             await self._leave_trail(scope, receive, send)
             return
         values, is_posing = credentials.among(scope["headers"])
-        method, path = scope.get("method", "GET"), path_of(scope)
+        method, path = scope.get("method", WEBSOCKET), path_of(scope)
         wanted = self._policy.asked(method, path, scope, self._router)
         scope = _copy(scope, is_posing)
         if wanted is None:
@@ -112,7 +113,7 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        method = scope.get("method", "GET")
+        method = scope.get("method", WEBSOCKET)
         path = path_of(scope)
         verdict = self.judge(peer_of(scope), scope["headers"], method, path, scope)
         if isinstance(verdict, Deny):

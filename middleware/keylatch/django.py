@@ -24,7 +24,6 @@ try:
     from django.core import asgi
     from django.http import HttpRequest, HttpResponse
     from django.urls import get_resolver
-    from django.utils.translation import get_language
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("asgiref", "django"):
         raise
@@ -35,9 +34,10 @@ from starlette.types import Receive, Scope, Send
 
 from keylatch.demands import refusal_of, wanted_of
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import Route, of_django, templates_of_django
+from keylatch.frameworks import Route, of_django, of_django_match, templates_of_django
 from keylatch.gate import Gate
-from keylatch.model import Deny, Unsettled, Verdict, Wanted
+from keylatch.languages import in_language_of, language_of
+from keylatch.model import FULL, Deny, Principal, Unsettled, Verdict, Wanted, missing_scope
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
 from keylatch.routing import has_encoded_slash, is_plain_environ
@@ -56,7 +56,9 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
     The setting KEYLATCH is a dict of the arguments of `keylatch.gate.Gate`. A key without FULL may
     call what `permissions` names for it, and the views that say `requires`. Name this middleware
     first: what stands before it sees requests that nobody has checked. Only one that chooses
-    `request.urlconf` belongs before it, because the view is looked up there.
+    `request.urlconf` belongs before it, because the view is looked up there. What one after it
+    changes (the path, the method, the language, the URLconf) can close a view and open none: the
+    request is judged again by the view that Django has chosen.
 
     Raises:
         ConfigurationError: naming every wrong setting and rule, and every view that declares
@@ -83,6 +85,7 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         if mistakes:
             raise ConfigurationError(mistakes)
         self._awaits = iscoroutinefunction(get_response)
+        self.process_view = self._chosen_async if self._awaits else self._chosen
         if self._awaits:
             markcoroutinefunction(self)
 
@@ -116,6 +119,22 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
             verdict = await self._check_from_loop(authorization(request.META), wanted)
             refusal = self._refusal(request, verdict)
         return refusal or await self._app(request)
+
+    def _chosen(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
+        """Judge again, now that Django has resolved the path."""
+        user = request.META[PRINCIPAL]
+        permission = user.permission if isinstance(user, Principal) else ""
+        if permission == FULL:
+            return None
+        asked = (request.method, request.path_info, request, _CHOSEN)
+        wanted = self._policy.asked(*asked)
+        if wanted is not None and permission and missing_scope(permission, wanted):
+            wanted = self._policy.settled(*asked)
+        refusal = None if wanted is None else refusal_of(request.META, wanted)
+        return None if refusal is None else refuse(refusal, request)
+
+    async def _chosen_async(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
+        return self._chosen(request)  # Django would run the other one in a thread
 
     def _trailing(self, request: HttpRequest) -> Any:
         with trail_of(request.META) as trail:
@@ -172,10 +191,21 @@ class URLconf:
         return self.find_at(request, request.path_info)
 
     def find_at(self, request: HttpRequest, path: str) -> Route | None:
-        return of_django(path, str(request.method), getattr(request, "urlconf", None))
+        with in_language_of(request, path):
+            return of_django(path, str(request.method), getattr(request, "urlconf", None))
 
     def place(self, request: HttpRequest) -> object:
-        return getattr(request, "urlconf", None), get_language(), request.method
+        return getattr(request, "urlconf", None), language_of(request), request.method
+
+
+class Chosen(URLconf):
+    """The same, once Django has resolved the request itself."""
+
+    def find(self, request: HttpRequest) -> Route | None:
+        return of_django_match(request.resolver_match, str(request.method))
+
+
+_CHOSEN: Final = Chosen()
 
 
 def _undeclared(methods: Sequence[str]) -> Iterator[str]:

@@ -12,7 +12,6 @@ a route forgot the dependency. The dependency asks what the key may do here, and
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from starlette.authentication import UnauthenticatedUser
 from starlette.requests import HTTPConnection
@@ -23,7 +22,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.frameworks import scopes_of
 from keylatch.model import FULL, Deny, Principal, Reason, Wanted
 from keylatch.paths import overlap
-from keylatch.rules import DeclaredRule
+from keylatch.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
 
 try:
     from fastapi import FastAPI
@@ -126,7 +125,7 @@ class _Permissions(Mapping[str, Sequence[str]]):
     @property
     def undeclared(self) -> Sequence[str]:
         """The routes that no public path may open by the way."""
-        return [each.rule for each in _declarations(self._app.routes) if each.is_open]
+        return [each.asked for each in _declarations(self._app.routes) if each.is_open]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,7 @@ class _Declaration:
     method: str
     path: str
     scopes: frozenset[str]
-    kind: object
+    kind: tuple[object, str]
     """What the router tells apart and a rule does not: HEAD from GET, WebSockets, hosts."""
     is_open: bool = False
     """Whether the route does not even ask for a key."""
@@ -152,13 +151,16 @@ class _Declaration:
     def rule(self) -> str:
         return f"{self.method} {self.path}"
 
+    @property
+    def asked(self) -> str:
+        """As `public` names it."""
+        is_websocket = self.kind[1] == WEBSOCKET
+        return f"{WEBSOCKET} {self.path}" if is_websocket else self.rule
+
     def is_opened_by(self, other: "_Declaration") -> bool:
         """Whether the other's rule matches requests that are ours."""
         method = "GET" if self.method == "HEAD" else self.method
-        return method in (_ANY, other.method) and overlap(self.path, other.path)
-
-
-_ANY: Final = "*"
+        return method in (ANY_METHOD, other.method) and overlap(self.path, other.path)
 
 
 def _declarations(
@@ -173,7 +175,7 @@ def _declarations(
         elif isinstance(route, Mount) and context.routes:
             yield from _declarations(context.routes, path, host)
         elif isinstance(route, Mount):
-            yield _Declaration(_ANY, path + "/{path:path}", frozenset(), (host, "http"))
+            yield _Declaration(ANY_METHOD, path + "/{path:path}", frozenset(), (host, "http"), True)
         elif not _is_documentation(route):
             scopes = scopes_of(getattr(context, "dependant", None))
             for method, kind in _methods_of(context):
@@ -184,9 +186,9 @@ def _declarations(
 def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
     """Its methods, each with what it is asked over."""
     if isinstance(context.original_route, WebSocketRoute):
-        yield "GET", "websocket"
+        yield "GET", WEBSOCKET
         return
-    methods = set(context.methods or [_ANY])
+    methods = set(context.methods or [ANY_METHOD])
     if "GET" in methods:
         methods.discard("HEAD")
     for method in sorted(methods):

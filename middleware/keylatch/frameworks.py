@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Match, Mount, Router
 from starlette.types import Scope
 
+from keylatch.languages import in_language_of
 from keylatch.model import Wanted
 from keylatch.paths import shape
 from keylatch.rules import declared
@@ -193,12 +194,18 @@ def of_django(path: str, method: str, urlconf: Any, prefix: str = "") -> Route |
         match = resolve(path, urlconf)
     except Resolver404:
         return None
+    return of_django_match(match, method, prefix)
+
+
+def of_django_match(match: Any, method: str, prefix: str = "") -> Route:
+    """What Django has resolved, as `request.resolver_match` has it."""
     arguments = {**match.kwargs, **{str(at): value for at, value in enumerate(match.args)}}
     shapes = frozenset(shape(prefix + each) for each in templates_of_django(match.route))
     return Route(match.func, arguments, shapes, declared(match.func, method))
 
 
 _CONVERTER: Final = re.compile(r"(?<!\?P)<(?:(\w+):)?(\w+)>")
+_DIGITS: Final = re.compile(r"\(\?P<(\w+)>(?:\\d|\[0-9\])\+\)")
 _GROUP: Final = re.compile(r"%\((\w+)\)s")
 _FIRST_MARK: Final = 0xE000  # no path has characters for private use
 
@@ -213,7 +220,7 @@ def templates_of_django(route: str) -> Iterator[str]:
         parameters.append(f"{{{match[2]}:{kind}}}".replace(":str", ""))
         return chr(_FIRST_MARK + len(parameters) - 1)
 
-    marked = _CONVERTER.sub(mark, route)
+    marked = _CONVERTER.sub(mark, _DIGITS.sub(r"<int:\1>", route))
     marks = {_FIRST_MARK + at: parameter for at, parameter in enumerate(parameters)}
     for text in _reversed(marked) if any(sign in marked for sign in "(^$\\[") else (marked,):
         yield "/" + text.translate(marks)
@@ -233,7 +240,8 @@ def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:
     """Of a scope or an environ, where a middleware wraps Django as a whole."""
     is_scope = "type" in request
     made = app.request_class(*(({**request}, io.BytesIO()) if is_scope else ({**request},)))
-    return of_django(made.path_info, made.method, None, prefix)
+    with in_language_of(made, made.path_info):
+        return of_django(made.path_info, made.method, None, prefix)
 
 
 # Which of them an app is

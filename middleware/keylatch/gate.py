@@ -28,8 +28,8 @@ class Gate(Generic[App]):
         redis_file: a file that holds `redis`; None: `KEYLATCH_REDIS_FILE`.
         pepper_file: holds a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
         public: what needs no key: `/healthz` and `/docs/{page}` for GET and HEAD, or with a method
-            `POST /signup`. What a rule names as it is, or a view declares, wins over one with
-            parameters.
+            `POST /signup`, `WEBSOCKET /chat`. What a rule names as it is, or a view declares, wins
+            over one with parameters.
         permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
             parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`.
         realm: named in challenges; None: `KEYLATCH_REALM`.

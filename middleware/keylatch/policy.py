@@ -5,7 +5,8 @@ where none are named. Paths match as a whole, never by prefix: a prefix also ope
 
 A path that is named as it is decides alone. What only names with parameters open is decided by the
 view that the app's router chooses: what that declares, and what an exact rule for another path of
-it says, counts as well. A path that could be read in two ways is for FULL.
+it says, counts as well; so does one whose path is the same but for letter case, a slash or a
+suffix. A path that could be read in two ways is for FULL.
 """
 
 import contextlib
@@ -19,7 +20,17 @@ from keylatch.frameworks import Route
 from keylatch.model import FULL, ONLY_FULL, Wanted
 from keylatch.paths import folded, is_canonical
 from keylatch.routing import NoRouter, Router
-from keylatch.rules import Mistakes, Rule, opened_by, public_routes, rules_in, sufficient
+from keylatch.rules import (
+    WEBSOCKET,
+    Mistakes,
+    Rule,
+    heads_opened_by,
+    mounts_opened_by,
+    opened_by,
+    public_routes,
+    rules_in,
+    sufficient,
+)
 
 _UNDECIDED: Final = replace(ONLY_FULL, is_final=False)
 """FULL suffices; whether less does, `Policy.settled` says."""
@@ -46,7 +57,8 @@ class Policy:
         public: what needs no key: `"/healthz"` for GET and HEAD, or `"POST /signup"`.
         permissions: permission → rules of the form `"POST /v1/emails/{id}"`.
         grantable: the permissions that keys can have; None: any word.
-        views_decide: whether what a view declares counts alone, whatever rules say (Django).
+        views_decide: whether what a view declares counts alone, whatever rules say, and each
+            request is judged again by the view that was chosen (Django).
 
     Raises:
         ConfigurationError: naming every malformed path and rule, every unknown permission, and
@@ -79,7 +91,7 @@ class Policy:
             if "{" in path:
                 self._public.setdefault(method, []).append(Rule(method, path))
             else:
-                self._exact.setdefault(path, {})[method] = None
+                self._open(method, path)
         self._has_patterns = bool(self._rules or self._public)
         mistakes += self.opened_unsaid(undeclared or ())
         if mistakes:
@@ -93,6 +105,12 @@ class Policy:
         if not rule.is_declared:
             self._by_hand.setdefault(rule.method, []).append(rule)
 
+    def _open(self, method: str, path: str) -> None:
+        by_method = self._exact.setdefault(path, {})
+        if method == "GET" and by_method.get("GET"):  # the rule stays that of the WebSocket
+            by_method.setdefault(WEBSOCKET, by_method["GET"])
+        by_method[method] = None
+
     @property
     def public_patterns(self) -> list[Rule]:
         """What is public and has parameters."""
@@ -102,7 +120,12 @@ class Policy:
         """The routes among these that only a public path with parameters speaks of, although it
         does not spell them."""
         named = {f"{on} {path}" for path, by_method in self._exact.items() for on in by_method}
-        return opened_by(self.public_patterns, [each for each in undeclared if each not in named])
+        undeclared = list(undeclared)
+        unnamed = [each for each in undeclared if each not in named]
+        exact = [Rule(on, path) for path, of in self._exact.items() for on in of if of[on] is None]
+        patterns = self.public_patterns
+        opened = opened_by(patterns, unnamed) + mounts_opened_by(patterns, undeclared)
+        return opened + heads_opened_by([*exact, *patterns], undeclared)
 
     def asked(
         self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER
@@ -110,7 +133,8 @@ class Policy:
         """What a request asks of a key; None where it needs none.
 
         It is not final where a rule with parameters matches: FULL suffices, and whether less does
-        is to be asked of `settled`. HEAD follows GET (RFC 9110 section 9.3.2).
+        is to be asked of `settled`. HEAD follows GET (RFC 9110 section 9.3.2); a WebSocket does so
+        as well, but not where that is public.
         """
         exact = self._exact.get(path)
         if exact is None and not self._has_patterns:  # where most requests end: no call yet
@@ -118,13 +142,20 @@ class Policy:
         method = "GET" if method == "HEAD" else method
         if exact is not None and method in exact:
             return exact[method] if router.is_plain(request) else ONLY_FULL
-        return self._by_patterns(_Asked(method, path, request, router))
+        asked = _Asked(method, path, request, router)
+        return self._of_websocket(asked) if method == WEBSOCKET else self._by_patterns(asked)
 
     def settled(self, method: str, path: str, request: Any, router: Router[Any]) -> Wanted:
         """What a request asks of a key that is good and has not enough by what `asked` says."""
-        asked = _Asked("GET" if method == "HEAD" else method, path, request, router)
+        asked = _Asked(_ruled(method), path, request, router)
         wanted = self._by_route(asked, []) if self._is_clear(asked) else ONLY_FULL
         return wanted or ONLY_FULL
+
+    def _of_websocket(self, asked: _Asked) -> Wanted | None:
+        if self._matching(self._public, asked) and self._by_patterns(asked) is None:
+            return None
+        wanted = self.asked("GET", asked.path, asked.request, asked.router)
+        return wanted or _UNDECIDED
 
     def _by_patterns(self, asked: _Asked) -> Wanted | None:
         public = self._matching(self._public, asked)
@@ -170,8 +201,9 @@ class Policy:
         return is_spelled or not self._views_declare or not route.is_known
 
     def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
-        """What exact rules say of the same view, by whatever path they name it."""
-        rules = self._by_hand.get(asked.method)
+        """What exact rules say of the same view, by whatever path they name it, and those whose
+        text is nearly the same: a middleware before the router may make the path theirs."""
+        rules = self._by_hand.get(_ruled(asked.method))
         if not rules:
             return []
         place = asked.router.place(asked.request) if route.is_known else None
@@ -182,14 +214,14 @@ class Policy:
             if self._is_meant(self._route_of(rule, place, asked), route, rule.folded == text)
         ]
 
-    @staticmethod
-    def _is_meant(named: Route | None, route: Route, is_same_text: bool) -> bool:
-        """Whether an exact rule speaks of what a request gets to: by the router where that knows
-        both, else by their text."""
+    def _is_meant(self, named: Route | None, route: Route, is_same_text: bool) -> bool:
+        """Whether an exact rule speaks of what a request gets to. Its text does not count where
+        the view is certain: Django's is judged again once it is chosen."""
         if named is None or not named.is_known:
             return is_same_text
         # What the path says besides, such as the format of a suffix, makes it no other view.
-        return named.view == route.view and named.arguments.items() <= route.arguments.items()
+        is_same = named.view == route.view and named.arguments.items() <= route.arguments.items()
+        return is_same or (is_same_text and not self._views_decide)
 
     def _route_of(self, rule: Rule, place: object, asked: _Asked) -> Route | None:
         """Where the path of an exact rule leads; None: nowhere, or it is not known."""
@@ -232,6 +264,11 @@ class Policy:
             return exact
         named = [rule.named for rule in self._matching(self._rules, asked)]
         return sufficient(frozenset().union(*named)) if is_canonical(path) else ONLY_FULL
+
+
+def _ruled(method: str) -> str:
+    """The method by which rules speak of a request."""
+    return "GET" if method in ("HEAD", WEBSOCKET) else method
 
 
 def path_of(scope: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ middlewares in between, once; asking it is `frameworks`' part.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
+from operator import itemgetter
 from types import FunctionType, MethodType
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote
@@ -19,6 +20,12 @@ from keylatch.paths import is_rooted
 
 Request = TypeVar("Request", contravariant=True)
 
+_OTHER_METHODS: Final = ("x-http-method-override", "x-http-method", "x-method-override")
+_IN_SCOPES: Final = frozenset(
+    each.replace("-", sign).encode() for each in _OTHER_METHODS for sign in "-_"
+)
+_IN_ENVIRONS: Final = frozenset("HTTP_" + each.upper().replace("-", "_") for each in _OTHER_METHODS)
+_NAME: Final = itemgetter(0)
 _DEPTH: Final = 24  # middlewares around an app; more are not looked through
 
 
@@ -26,7 +33,7 @@ class Router(Protocol[Request]):
     """What `policy` asks about a request, whatever the protocol."""
 
     def is_plain(self, request: Request) -> bool:
-        """Whether the path has one meaning, as far as the path itself cannot tell."""
+        """Whether path and method have one meaning, as far as they themselves cannot tell."""
 
     def find(self, request: Request) -> Route | None:
         """What will be called; None: nothing, or a redirect. It may raise anything."""
@@ -69,6 +76,8 @@ class ASGIRouter:
 
     def is_plain(self, scope: Scope) -> bool:
         if has_encoded_slash(scope.get("raw_path")):
+            return False
+        if not _IN_SCOPES.isdisjoint(map(_NAME, scope.get("headers", ()))):
             return False
         root = scope.get("root_path")
         return not root or is_rooted(scope["path"], root)
@@ -145,29 +154,39 @@ def has_encoded_slash(raw_path: bytes | None) -> bool:
 
 
 def is_plain_environ(environ: Mapping[str, Any]) -> bool:
-    """Whether no slash was encoded, where the server says how the client spelled the path."""
+    """Whether no slash was encoded, where the server says how the client spelled the path, and no
+    header names another method, which a middleware in between may take for the request's."""
+    if not environ.keys().isdisjoint(_IN_ENVIRONS):
+        return False
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     return "%" not in raw or "%2f" not in raw.partition("?")[0].lower()
 
 
 def framework_in(app: Any) -> Any:
     """The app of a known framework that is wrapped by middlewares; None: there is none, or there
-    are two, and which of them gets a request is not known."""
+    are two, however far in, and which of them gets a request is not known."""
     seen: dict[int, Any] = {}
-    level = [app]
+    found: dict[int, Any] = {}
+    level = {id(app): app}
     for _ in range(_DEPTH):
-        found = {id(each): each for each in level if frameworks.is_framework(each)}
-        if found:
-            return next(iter(found.values())) if len(found) == 1 else None
-        seen |= {id(each): each for each in level}
-        level = [each for held in map(_held, level) for each in held if id(each) not in seen]
-    return None
+        apps = {at: each for at, each in level.items() if frameworks.is_framework(each)}
+        found |= apps
+        seen |= level
+        held = (each for at, each in level.items() if at not in apps for each in _held(each))
+        level = {id(each): each for each in held if id(each) not in seen}
+    for each in list(found.values()):
+        found.pop(id(getattr(each, "router", None)), None)  # an app and its own router are one
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _held(app: Any) -> Iterator[Any]:
     """What a callable may hand requests on to. Only looks: no property, no `__getattr__`."""
     inner: Iterable[Any] = ()
-    if isinstance(app, partial):
+    if isinstance(app, dict):
+        inner = app.values()
+    elif isinstance(app, list | tuple):
+        inner = app
+    elif isinstance(app, partial):
         inner = (app.func, *app.args, *app.keywords.values())
     elif isinstance(app, FunctionType):
         inner = (cell.cell_contents for cell in app.__closure__ or () if _is_filled(cell))
@@ -175,7 +194,12 @@ def _held(app: Any) -> Iterator[Any]:
         inner = (app.__self__,)
     elif "__dict__" in dir(type(app)):
         inner = tuple(object.__getattribute__(app, "__dict__").values())
-    yield from (each for each in inner if callable(each) and not isinstance(each, type))
+    yield from (each for each in inner if _may_hand_on(each))
+
+
+def _may_hand_on(held: Any) -> bool:
+    is_collection = isinstance(held, dict | list | tuple)
+    return is_collection or (callable(held) and not isinstance(held, type))
 
 
 def _is_filled(cell: Any) -> bool:

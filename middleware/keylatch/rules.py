@@ -15,6 +15,11 @@ from keylatch.settings import PERMISSION_PATTERN
 
 Mistakes = list[tuple[str, str]]
 
+WEBSOCKET: Final = "WEBSOCKET"
+"""What `public` names where a WebSocket needs no key. Rules say GET, by which it is opened."""
+ANY_METHOD: Final = "*"
+"""Of what is mounted, with methods and paths of its own."""
+_FOLLOWING: Final = {"HEAD": "HEAD follows it", WEBSOCKET: "a WebSocket is opened by it"}
 _DECLARED: Final = "keylatch_wanted"
 _METHOD: Final = re.compile(r"[A-Z]+")
 _PATH_HINT: Final = "such as /healthz, /docs/{page} or POST /signup"
@@ -90,8 +95,10 @@ def sufficient(named: frozenset[str]) -> Wanted:
 
 
 def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
-    """The views that declare nothing and that public paths with parameters open, if these do not
-    spell the view's own path: that is the app's own choice."""
+    """The views that declare nothing and that public paths with parameters open, if none of these
+    spells the view's own path: that is the app's own choice."""
+    public = list(public)
+    said = {(rule.method, rule.shape) for rule in public}
     routes = [each.partition(" ") for each in undeclared]
     return [
         (
@@ -101,7 +108,38 @@ def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
         for rule in public
         for method, _, path in routes
         if rule.method == ("GET" if method == "HEAD" else method)
-        if rule.shape != shape(path) and overlap(rule.path, spelled(path) or path)
+        if (rule.method, shape(path)) not in said and overlap(rule.path, spelled(path) or path)
+    ]
+
+
+def heads_opened_by(public: Iterable[Rule], undeclared: Collection[str]) -> Mistakes:
+    """The views for HEAD that declare nothing and that public paths for GET open, although another
+    view answers GET there and declares something."""
+    heads = [each.partition(" ")[2] for each in undeclared if each.startswith("HEAD ")]
+    return [
+        (
+            f"public path GET {rule.path} opens HEAD {path}, which declares nothing",
+            "declare a permission there, as the view for GET does",
+        )
+        for path in heads
+        if f"GET {path}" not in undeclared
+        for rule in public
+        if rule.method == "GET" and rule.shape == shape(path)
+    ]
+
+
+def mounts_opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
+    """The mounted apps that cannot be looked into and that public paths with parameters open, if
+    these do not spell the place where the app is mounted."""
+    mounts = [each.removeprefix(f"{ANY_METHOD} ") for each in undeclared if each[0] == ANY_METHOD]
+    return [
+        (
+            f"public path {rule.method} {rule.path} opens what is mounted at {place}",
+            "spell that place in it, or change it",
+        )
+        for place in (mount.removesuffix("/{path:path}") for mount in mounts)
+        for rule in public
+        if not rule.path.startswith(f"{place}/") and overlap(rule.path, f"{place}/{{path:path}}")
     ]
 
 
@@ -149,8 +187,9 @@ def rules_in(
 def _route(rule: str, permission: str, mistakes: Mistakes) -> tuple[str, str] | None:
     method, _, path = rule.partition(" ")
     path_spelled = spelled(path)
-    if method == "HEAD":  # taken for GET, it would open more than it names
-        mistakes.append((f"rule {rule!r} of {permission}", "name GET: HEAD follows it"))
+    if method in _FOLLOWING:  # taken for GET, it would open more than it names
+        hint = f"name GET: {_FOLLOWING[method]}"
+        mistakes.append((f"rule {rule!r} of {permission}", hint))
     elif not _METHOD.fullmatch(method) or path_spelled is None:
         hint = 'such as "POST /v1/emails" or "GET /v1/emails/{id}"'
         mistakes.append((f"rule {rule!r} of {permission}", hint))

@@ -7,6 +7,7 @@ open if only text were compared.
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,9 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Host, Match, Mount, Route, Router
+from starlette.routing import Host, Match, Mount, Route, Router, WebSocketRoute
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from werkzeug.test import Client as WSGIClient
 
 import test_django  # which sets Django up
@@ -60,7 +63,7 @@ class Asked:
 
     def __init__(self, app: Any, **rules: Any) -> None:
         self.keys = Keys()
-        self._app = APIKeyMiddleware(
+        self.app = APIKeyMiddleware(
             app, engine=self.keys.engine(), **(rules or {"permissions": RULES})
         )
 
@@ -71,7 +74,7 @@ class Asked:
             headers = [(b"authorization", f"Bearer {key.token}".encode())]
         host = [(b"host", scope.pop("host", b"test"))]
         more = [*scope.pop("headers", ()), *host, *headers]
-        answer = asyncio.run(knock(self._app, where, more, **scope))
+        answer = asyncio.run(knock(self.app, where, more, **scope))
         return answer.status, answer.body
 
 
@@ -143,6 +146,56 @@ def test_of_two_apps_in_a_middleware_neither_is_taken_for_the_one() -> None:
 
     assert framework_in(chooses) is None
     assert Asked(chooses).get("/v1/EXPORT")[0] == 403
+
+
+class Changing:
+    """A middleware that makes another path of the one that keylatch has seen."""
+
+    def __init__(self, inner: Any, change: Callable[[str], str]) -> None:
+        self._inner, self._change = inner, change
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._inner({**scope, "path": self._change(scope["path"])}, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [(lambda path: path.rstrip("/"), "/v1/export/"), (str.lower, "/v1/EXPORT")],
+)
+def test_a_path_that_a_middleware_changes_opens_nothing(change: Any, where: str) -> None:
+    """Although the router would lead the path that the client sent to another view."""
+    rules = {"FULL": ["GET /v1/export"], "SENDING": ["GET /v1/{name:path}"]}
+    routes = [Route("/v1/export", export), Route("/v1/{name:path}", one)]
+    asked = Asked(Changing(Starlette(routes=routes), change), permissions=rules)
+    assert [asked.get(where, each)[0] for each in ("SENDING", "FULL")] == [403, 200]
+    assert asked.get("/v1/7") == (200, b"one")
+
+
+class Dispatching:
+    """A middleware that hands on to several apps, held in some way."""
+
+    def __init__(self, inner: Any, others: Any) -> None:
+        self._inner, self._others = inner, others
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._inner(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda app: {"/legacy": app},
+        lambda app: [("/legacy", app)],
+        lambda app: (closed_over(closed_over(app)),),
+        lambda app: CORSMiddleware(closed_over(app)),
+    ],
+)
+def test_another_app_is_seen_wherever_a_middleware_holds_it(held: Callable[[Any], Any]) -> None:
+    """In a collection, and further in than the first: which of the two is meant, is not known."""
+    first = Starlette(routes=ROUTES)
+    assert framework_in(Dispatching(first, held(Starlette()))) is None
+    assert framework_in(Dispatching(first, held(first))) is first
+    assert framework_in(Dispatching(PlainTextResponse("x"), held(first))) is first
 
 
 @pytest.mark.parametrize(
@@ -362,6 +415,68 @@ def test_below_a_mount_of_litestar_the_inner_app_is_asked() -> None:
     assert statuses == [200, 403, 403]
 
 
+# Headers that ask for another method
+
+OTHER_METHODS = ["X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override"]
+
+
+class Following:
+    """A middleware inside of keylatch's that follows such a header."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        asked = [value for name, value in scope["headers"] if b"method" in name]
+        await self._inner(
+            {**scope, **({"method": asked[0].decode()} if asked else {})}, receive, send
+        )
+
+
+@pytest.mark.parametrize("header", OTHER_METHODS)
+@pytest.mark.parametrize("rule", ["POST /items/{id}", "POST /items/7"])
+def test_a_header_that_asks_for_another_method_needs_full(header: str, rule: str) -> None:
+    """Whatever rules and public paths say of the method that was sent."""
+    routes = [
+        Route("/items/{id}", one, methods=["POST"]),
+        Route("/items/{id}", export, methods=["DELETE"]),
+    ]
+    other = [(header.lower().encode(), b"DELETE")]
+    app = Following(Starlette(routes=routes))
+    ruled = Asked(app, permissions={"SENDING": [rule]})
+    assert ruled.get("/items/7", method="POST") == (200, b"one")
+    assert ruled.get("/items/7", method="POST", headers=other)[0] == 403
+    assert ruled.get("/items/7", "FULL", method="POST", headers=other) == (200, b"export, for FULL")
+    public = Asked(app, public=[rule])
+    assert public.get("/items/7", "", method="POST") == (200, b"one")
+    assert public.get("/items/7", "", method="POST", headers=other)[0] == 401
+
+
+@pytest.mark.parametrize("header", OTHER_METHODS)
+def test_over_wsgi_and_in_django_it_is_the_same(header: str) -> None:
+    """Flask's documentation shows such a middleware; in Django one may act on the chosen view."""
+    app, other = flask_app(), {header: "DELETE"}
+    keys = Keys()
+    rules: Any = {"permissions": flask_permissions_of(app), "public": ["/users/<name>"]}
+    app.wsgi_app = WSGIMiddleware(app.wsgi_app, engine=keys.engine(), **rules)  # type: ignore[method-assign]
+    key, client = keys.create(permission="SENDING").headers, app.test_client()
+    for more, statuses in (({}, [200, 200]), (other, [403, 401])):
+        sent = [client.get("/v1/7/", headers={**key, **more})]
+        sent.append(client.get("/users/ada", headers=more))
+        assert [each.status_code for each in sent] == statuses
+    given = {"engine": keys.engine(), "public": ["/open"]}
+    urls = (
+        path("open", django_say("open")),
+        path("v1", django_requires("SENDING")(django_say("v1"))),
+    )
+    middleware = ["keylatch.django.APIKeyMiddleware"]
+    with override_settings(ROOT_URLCONF=urls, KEYLATCH=given, MIDDLEWARE=middleware):
+        for more, statuses in (({}, [200, 200]), (other, [403, 401])):
+            sent = [Client().post("/v1", headers={**key, **more})]
+            sent.append(Client().get("/open", headers=more))
+            assert [each.status_code for each in sent] == statuses
+
+
 # Public paths
 
 
@@ -382,6 +497,73 @@ def test_public_paths_name_a_method() -> None:
         "PUT": 401,
     }
     assert [asked.get("/x", "", method=each)[0] for each in ("GET", "DELETE")] == [404, 401]
+
+
+async def greet(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.close()
+
+
+def knocked(asked: Asked, where: str, permission: str = "") -> bool:
+    """Whether a WebSocket is opened."""
+    key = asked.keys.create(permission=permission).headers if permission else {}
+    try:
+        with TestClient(asked.app).websocket_connect(where, headers=key):
+            return True
+    except (WebSocketDisconnect, WebSocketDenialResponse):
+        return False
+
+
+@pytest.mark.parametrize("public", ["/chat/7", "/chat/{room}"])
+def test_a_public_page_opens_no_websocket(public: str) -> None:
+    """On the same path; `WEBSOCKET` in its place does, and no page. For the rest of keys, what
+    rules say of GET counts."""
+    routes = [Route("/chat/{room}", one), WebSocketRoute("/chat/{room}", greet)]
+    rules = {"FULL": ["GET /chat/admin"], "SENDING": ["GET /chat/{x}"]}
+    page = Asked(Starlette(routes=routes), public=[public], permissions=rules)
+    assert page.get("/chat/7", "") == (200, b"one")
+    assert [knocked(page, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
+    socket = Asked(Starlette(routes=routes), public=[f"WEBSOCKET {public}"], permissions=rules)
+    assert socket.get("/chat/7", "")[0] == 401
+    assert knocked(socket, "/chat/7")
+    assert [knocked(socket, "/chat/admin", each) for each in ("", "SENDING", "FULL")] == [0, 0, 1]
+    bare = Asked(Starlette(routes=routes), public=[public])
+    assert [knocked(bare, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [0, 0, 1]
+
+
+def test_a_rule_for_a_public_page_is_that_of_the_websocket() -> None:
+    """What the path declares for GET is not lost where the page is public."""
+    routes = [Route("/chat", one), WebSocketRoute("/chat", greet)]
+    asked = Asked(
+        Starlette(routes=routes), public=["/chat"], permissions={"SENDING": ["GET /chat"]}
+    )
+    assert asked.get("/chat", "")[0] == 200
+    assert [knocked(asked, "/chat", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("public", ["/x", "/x/{a}"])
+def test_a_public_path_opens_no_other_view_for_head(public: str) -> None:
+    """FastAPI does not start where it declares nothing and the one for GET does."""
+    app, api_key = FastAPI(openapi_url=None), APIKey()
+    sending = [Security(api_key, scopes=["FULL"])]
+    path_of_both = public.replace("{a}", "{b}")
+    app.add_api_route(path_of_both, lambda: "head", methods=["HEAD"])
+    app.add_api_route(path_of_both, lambda: "page", dependencies=sending)
+    with pytest.raises(ConfigurationError, match=f"opens HEAD {path_of_both}"):
+        Asked(app, public=[public], permissions=permissions_of(app))
+    assert Asked(app, public=["/y"], permissions=permissions_of(app)) is not None
+
+
+def test_a_public_path_with_parameters_opens_no_websocket_unsaid() -> None:
+    """FastAPI starts beside one for pages, and not with one for WebSockets."""
+    app = FastAPI(openapi_url=None)
+    app.add_api_websocket_route("/chat/{room}", greet)
+    assert Asked(app, public=["/{a}/{b}"], permissions=permissions_of(app)) is not None
+    with pytest.raises(ConfigurationError, match="opens WEBSOCKET /chat/"):
+        Asked(app, public=["WEBSOCKET /{a}/{b}"], permissions=permissions_of(app))
+    rule = {"SENDING": ["WEBSOCKET /chat"]}
+    with pytest.raises(ConfigurationError, match="a WebSocket is opened by it"):
+        Asked(app, permissions=rule)
 
 
 def test_an_exact_rule_wins_over_a_public_pattern() -> None:
@@ -443,6 +625,16 @@ def test_what_is_mounted_can_be_public() -> None:
     app.mount("/static", Slotted(PlainTextResponse("a file")))
     asked = Asked(app, public=["/static/{file}"], permissions=permissions_of(app))
     assert asked.get("/static/a.css", "") == (200, b"a file")
+
+
+def test_fastapi_does_not_start_where_a_public_path_opens_a_mount_unsaid() -> None:
+    """An app that cannot be looked into may have views for FULL: its place is to be spelled."""
+    app = FastAPI(openapi_url=None)
+    app.mount("/admin", Slotted(PlainTextResponse("users")))
+    for public in ("/admin/{page}", "/users/{id}"):
+        assert Asked(app, public=[public], permissions=permissions_of(app)) is not None
+    with pytest.raises(ConfigurationError, match="opens what is mounted at /admin"):
+        Asked(app, public=["/{section}/{page}"], permissions=permissions_of(app))
 
 
 def flask_app() -> flask.Flask:
@@ -583,6 +775,20 @@ def test_django_views_win_over_public_paths_by_the_way() -> None:
         MIDDLEWARE=[f"{__name__}.for_a_tenant", "keylatch.django.APIKeyMiddleware"],
     ):
         assert [Client().get(each).status_code for each in ("/users/me", "/users/7")] == [401, 200]
+
+
+def test_an_expression_for_digits_is_spelled_as_int() -> None:
+    """A public path for any text does not spell it, nor the other way round."""
+    urls = [
+        re_path(r"^pub/(?P<x>\d+)$", django_say("number")),
+        re_path(r"^pub/(?P<y>[a-z]+)$", django_say("word")),
+    ]
+    both = ["/pub/{x:int}", "/pub/{y}"]
+    for public, unsaid in zip(both, reversed(both), strict=True):
+        with pytest.raises(ConfigurationError, match=re.escape(f'name "GET {unsaid}" in public')):
+            django_statuses(urls, ["/pub/7"], public=[public])
+    assert django_statuses(urls, ["/pub/7", "/pub/a"], "", public=both) == [200, 200]
+    assert django_statuses(urls[:1], ["/pub/7", "/pub/a"], "", public=both[:1]) == [200, 401]
 
 
 def for_a_tenant(get_response: Any) -> Any:

@@ -1,0 +1,57 @@
+"""The language that Django resolves a path in: `i18n_patterns` and translated routes are other
+routes in another language.
+
+The law of this file: it says what Django's `LocaleMiddleware` will activate, and activates it only
+for the moment of a question. It imports Django only in functions, for apps that have done so.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+
+def in_language_of(request: Any, path: str) -> AbstractContextManager[Any]:
+    """The language in which the request's `LocaleMiddleware` resolves a path."""
+    from django.conf import settings
+    from django.utils.translation import override
+
+    if not _changes_language(tuple(settings.MIDDLEWARE)):
+        return nullcontext()
+    language: AbstractContextManager[Any] = override(
+        _by_path(request, path) or language_of(request)
+    )
+    return language
+
+
+def language_of(request: Any) -> str | None:
+    """The language of a request whose path names none."""
+    from django.conf import settings
+    from django.utils.translation import get_language, get_language_from_request
+
+    is_chosen = _changes_language(tuple(settings.MIDDLEWARE))
+    language: str | None = get_language_from_request(request) if is_chosen else get_language()
+    return language
+
+
+def _by_path(request: Any, path: str) -> str | None:
+    """As `LocaleMiddleware.process_request` has it."""
+    from django.conf import settings
+    from django.conf.urls.i18n import is_language_prefix_patterns_used
+    from django.utils.translation import get_language_from_path
+
+    urlconf = getattr(request, "urlconf", None) or settings.ROOT_URLCONF
+    is_used, is_default_prefixed = is_language_prefix_patterns_used(urlconf)
+    if not is_used:
+        return None
+    default: str | None = None if is_default_prefixed else settings.LANGUAGE_CODE
+    return get_language_from_path(path) or default
+
+
+@lru_cache(maxsize=8)
+def _changes_language(middlewares: tuple[str, ...]) -> bool:
+    """Whether Django's middleware, or a class that is made of it, is among them."""
+    from django.middleware.locale import LocaleMiddleware
+    from django.utils.module_loading import import_string
+
+    found = (import_string(each) for each in middlewares)
+    return any(isinstance(each, type) and issubclass(each, LocaleMiddleware) for each in found)
