@@ -45,8 +45,8 @@ class Actor:
         name: for the audit log: a key's id, `cli:` and an account, or `operator`.
         principal: the key, with the secret by which it was authenticated; None: an operator, who
             is not bound by any key.
-        now_ms: the time to judge the key's expiry at, asked once its row is locked; milliseconds
-            since the epoch.
+        now_ms: the time to judge the key's expiry at, asked in the transaction, after it has waited
+            for locks; milliseconds since the epoch.
         quotas: what the key's organisation may add; None: no limits.
     """
 
