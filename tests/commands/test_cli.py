@@ -136,7 +136,7 @@ MISTAKES = {
         *(["verify"], STRANGER, {"STORE": "sqlite:////missing/folder/keys.db"}),
         *(2, "unable to open database file"),
     ),
-    "a folder for a file": (["keys", "list"], "", {"STORE": "sqlite:////"}, 2, "unable to open"),
+    "a folder for a file": (["keys", "list"], "", {"STORE": "sqlite:////"}, 2, "is no file"),
     "unreachable PostgreSQL": (
         *(["keys", "list"], "", {"STORE": "postgresql://u:hunter2secret@127.0.0.1:1/keys"}),
         *(2, "the store failed"),

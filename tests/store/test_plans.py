@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from keylatch.model import Principal
 from keylatch.sql import changes, leases, lists, questions, rotations
-from keylatch.sql.authorization import OPERATOR, Actor, authorize
+from keylatch.sql.authorization import stored_key
 from keylatch.sql.database import Database
 from keylatch.sql.deeds import page_of_deeds, prune_deeds
 from keylatch.sql.quotas import Quotas, check_changes, check_quota
@@ -69,12 +68,8 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "keys of an environment": lambda c: lists.page_of_keys(
         c, "big", 9, True, False, 2_000, environment="test"
     ),
-    "what a key created": lambda c: rotations.delete_with_descendants(
-        c, "org1", ONE, NOW, None, OPERATOR
-    ),
-    "the acting key": lambda c: authorize(
-        c, Actor(ONE, Principal(ONE, "", "org1", "FULL", "live", 0))
-    ),
+    "what a key created": lambda c: rotations._descendants(c, "org1", ONE),
+    "the acting key": lambda c: stored_key(c, "org1", ONE),
     "limits": lambda c: check_quota(c, "big", NOW, Quotas(KEYS, 100), new_keys=1),
 }
 LOGS = [name for name in ASKED if "audit log" in name]

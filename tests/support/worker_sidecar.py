@@ -1,14 +1,11 @@
-"""A sidecar in a process of its own, whose clock a test moves; it prints its port when it serves.
+"""A sidecar in a process of its own; it prints its port when it serves.
 
-    python worker_sidecar.py STORE CLOCK [trusting]
+    python worker_sidecar.py STORE [trusting]
 
-CLOCK is a file: the clock is ahead by as many seconds as it has bytes. `trusting` is a broken twin:
-it does not judge the acting key again in the transaction of a change.
+`trusting` is a broken twin: it does not judge the acting key again in the transaction of a change.
 """
 
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -35,11 +32,10 @@ class Told(uvicorn.Server):
             print(self.servers[0].sockets[0].getsockname()[1], flush=True)
 
 
-def serve(store: str, clock: str) -> None:
+def serve(store: str) -> None:
     """Until SIGTERM."""
     engine = Engine(
         Settings.load(store=store, redis="", lease=0.5, max_keys=0, max_changes=0),
-        clock=lambda: time.time() + Path(clock).stat().st_size,
         hasher=Hasher("argon2id", Cost(memory_kib=1024, passes=1)),
     )
     config = uvicorn.Config(
@@ -54,6 +50,6 @@ def serve(store: str, clock: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[3:] == ["trusting"]:
+    if sys.argv[2:] == ["trusting"]:
         authorization.judge_again = believe
-    serve(sys.argv[1], sys.argv[2])
+    serve(sys.argv[1])
