@@ -15,11 +15,25 @@ from keylatch.settings import PERMISSION_PATTERN
 
 Mistakes = list[tuple[str, str]]
 
-WEBSOCKET: Final = "WEBSOCKET"
+
+class _Unsent(str):
+    """A method that no request can name: it equals only itself, and no text."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+
+WEBSOCKET: Final = _Unsent("WEBSOCKET")
 """What `public` names where a WebSocket needs no key. Rules say GET, by which it is opened."""
 ANY_METHOD: Final = "*"
 """Of what is mounted, with methods and paths of its own."""
-_FOLLOWING: Final = {"HEAD": "HEAD follows it", WEBSOCKET: "a WebSocket is opened by it"}
+_FOLLOWING: Final = {"HEAD": "HEAD follows it", str(WEBSOCKET): "a WebSocket is opened by it"}
 _DECLARED: Final = "keylatch_wanted"
 _METHOD: Final = re.compile(r"[A-Z]+")
 _PATH_HINT: Final = "such as /healthz, /docs/{page} or POST /signup"
@@ -98,7 +112,7 @@ def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
     """The views that declare nothing and that public paths with parameters open, if none of these
     spells the view's own path: that is the app's own choice."""
     public = list(public)
-    said = {(rule.method, rule.shape) for rule in public}
+    said = {(str(rule.method), rule.shape) for rule in public}
     routes = [each.partition(" ") for each in undeclared]
     return [
         (
@@ -107,8 +121,8 @@ def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
         )
         for rule in public
         for method, _, path in routes
-        if rule.method == ("GET" if method == "HEAD" else method)
-        if (rule.method, shape(path)) not in said and overlap(rule.path, spelled(path) or path)
+        if str(rule.method) == ("GET" if method == "HEAD" else method)
+        if (str(rule.method), shape(path)) not in said and overlap(rule.path, spelled(path) or path)
     ]
 
 
@@ -157,7 +171,7 @@ def public_routes(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, s
         elif not _METHOD.fullmatch(method) or path_spelled is None or ":path}" in path_spelled:
             mistakes.append((f"public path {each!r}", _PATH_HINT))
         else:
-            found.append((method, path_spelled))
+            found.append((WEBSOCKET if method == str(WEBSOCKET) else method, path_spelled))
     return found
 
 

@@ -524,7 +524,8 @@ def test_a_public_page_opens_no_websocket(public: str) -> None:
     assert page.get("/chat/7", "") == (200, b"one")
     assert [knocked(page, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
     socket = Asked(Starlette(routes=routes), public=[f"WEBSOCKET {public}"], permissions=rules)
-    assert socket.get("/chat/7", "")[0] == 401
+    assert socket.get("/chat/7", "")[0] == socket.get("/chat/7", "", method="WEBSOCKET")[0] == 401
+    assert page.get("/chat/7", method="WEBSOCKET")[0] == 403
     assert knocked(socket, "/chat/7")
     assert [knocked(socket, "/chat/admin", each) for each in ("", "SENDING", "FULL")] == [0, 0, 1]
     bare = Asked(Starlette(routes=routes), public=[public])
