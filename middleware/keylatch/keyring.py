@@ -260,7 +260,7 @@ class Keyring:
         ]
 
     def _brought(self, draft: Draft, foreign: Foreign, now_ms: int, by: str) -> KeyRecord:
-        minted = self._mint(draft, now_ms, by).record  # for its id; nobody gets its token
+        minted = self._mint(draft, now_ms, by).record  # for its id; its token is dropped
         return replace(minted, partial_token=foreign.partial, locator=foreign.locator)
 
     async def made_many(self) -> None:

@@ -6,8 +6,8 @@ What a process meets for the first time it reads in the store. Redis can only sa
 An error anywhere on the way goes to the caller, and nothing is remembered of it.
 
 A token that was made elsewhere finds its key by its locators and not by an id, and Redis knows
-nothing of those. Nobody but the store can tell a made-up one
-from a real one, so only some are looked up at a time.
+nothing of those. Only the store can tell a made-up one from a real one, so a bounded number is
+looked up at a time.
 """
 
 import contextlib

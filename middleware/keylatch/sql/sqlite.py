@@ -68,10 +68,10 @@ class SQLite:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return (*self.library_warnings, *self.file.warnings)
+        return (*self.version_warnings, *self.file.warnings)
 
     @property
-    def library_warnings(self) -> tuple[str, ...]:
+    def version_warnings(self) -> tuple[str, ...]:
         """What an operator should know of SQLite itself."""
         if sqlite3.sqlite_version_info >= _FIRST_SOUND_SQLITE:
             return ()

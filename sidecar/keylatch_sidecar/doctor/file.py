@@ -119,7 +119,7 @@ def _of_log(database: SQLite) -> Iterator[Finding]:
 
 
 def _of_library(database: SQLite) -> Iterator[Finding]:
-    for says in database.library_warnings:
+    for says in database.version_warnings:
         yield warning("SQLite", says, "a newer SQLite, or nothing else that writes to the file")
-    if not database.library_warnings:
+    if not database.version_warnings:
         yield ok("SQLite", sqlite3.sqlite_version)
