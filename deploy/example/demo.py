@@ -116,7 +116,7 @@ Paste the two lines above into another terminal, then try:
   curl -i -X POST {app}/v1/emails -H "Authorization: Bearer $SENDING"
   curl -i {app}/v1/me -H "Authorization: Bearer $SENDING"
 
-# revoke the key (its id is the part before the last underscore)
+# revoke the key (its id is the third of the parts between underscores)
   ID=key_$(echo "$KEY" | cut -d_ -f3)
   curl -i -X DELETE {sidecar}/v1/api-keys/$ID -H "Authorization: Bearer $KEY"
 
