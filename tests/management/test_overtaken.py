@@ -169,6 +169,7 @@ class OvertakenContract:
         assert await CHANGES[change](scene)
         assert await scene.snapshot() != before
 
+    @pytest.mark.long  # all pairs of them
     @pytest.mark.parametrize("ending", ENDINGS)
     @pytest.mark.parametrize("change", CHANGES)
     async def test_a_key_that_ended_meanwhile_changes_nothing(

@@ -33,6 +33,8 @@ from raw_lines import (
 )
 from servers import eventually, free_port, needs, serving
 
+pytestmark = pytest.mark.long  # each starts a server
+
 Seen = tuple[str, str, bytes]
 
 

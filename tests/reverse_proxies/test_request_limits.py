@@ -34,6 +34,8 @@ from raw_lines import (
 from servers import eventually
 from wire import read
 
+pytestmark = pytest.mark.long  # each starts a server
+
 # Bytes
 
 FIELD = b"a: " + b"x" * 100 + b"\r\n"
