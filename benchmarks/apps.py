@@ -93,10 +93,10 @@ def on_flask() -> Any:
 
 
 def allowing(
-    admin: int | str | None = None,
-    metrics_at: int | str | None = None,
+    admin_address: int | str | None = None,
+    metrics_address: int | str | None = None,
     grpc: GRPCListener | None = None,
-    siblings: Path | None = None,
+    worker_directory: Path | None = None,
 ) -> ASGIApp:
     """`allow` in the place of the sidecar's app; see `keylatch_sidecar.app.from_environment`."""
     return allow if grpc is None else over_grpc_as_well(grpc.address)

@@ -34,13 +34,13 @@ from sqlalchemy.dialects import postgresql
 from keylatch.engine import Engine
 from keylatch.model import Allow
 from keylatch.revocation.lease import Lease
-from keylatch.revocation.news import News, Seal
+from keylatch.revocation.news import Notice, Signer
 from keylatch.settings import Settings
 from keylatch.sql import leases, questions
-from keylatch.store import Touched
+from keylatch.store import Invalidation
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_QUESTIONS = {b"poll": leases.POLL, b"changes": questions.CHANGES}
+_QUERIES = {b"poll": leases.POLL, b"changes": questions.INVALIDATIONS_SINCE}
 
 
 class Member:
@@ -52,102 +52,109 @@ class Member:
     """
 
     def __init__(self, name: str, url: str, seconds: float) -> None:
-        self._named: dict[str, Any] = {"member": name, "since": 0, "heard_seq": 0, "heard": "[]"}
+        self._named: dict[str, Any] = {
+            "member": name,
+            "since": 0,
+            "pending_seq": 0,
+            "pending": "[]",
+        }
         self._pause = seconds / 4
         self._loop = asyncio.get_running_loop()
-        self._line = pq.PGconn.connect(url.encode())
-        self._line.exec_(b"SET synchronous_commit = off")
-        for question, asked in _QUESTIONS.items():
-            self._line.prepare(question, asked.spelled(_DIALECT)[0].encode())
-        self._line.nonblocking = 1
-        self._asking = b""
-        self._is_rung = False
+        self._connection = pq.PGconn.connect(url.encode())
+        self._connection.exec_(b"SET synchronous_commit = off")
+        for question, asked in _QUERIES.items():
+            self._connection.prepare(question, asked.compile_for(_DIALECT)[0].encode())
+        self._connection.nonblocking = 1
+        self._query_under_way = b""
+        self._has_notice = False
         self._seq = self._acknowledged = 0
-        self._heard: tuple[Touched, ...] = ()
+        self._pending: tuple[Invalidation, ...] = ()
         self._tombstones: dict[str | None, int] = {}
-        self._timer = self._loop.call_soon(self._ask, b"poll")
-        self._loop.add_reader(self._line.socket, self._read)
+        self._timer = self._loop.call_soon(self._query, b"poll")
+        self._loop.add_reader(self._connection.socket, self._read)
 
-    def hear(self, news: News | None) -> None:
+    def on_notice(self, notice: Notice | None) -> None:
         """The bell rang: acknowledge its news where they follow on what is known, else read;
         afterwards if a question is under way."""
-        if news is not None and news.since <= self._named["since"] < news.changes.seq:
-            self._heard = tuple(
-                line for line in news.changes.touched if line[0] > self._named["since"]
+        if notice is not None and notice.since <= self._named["since"] < notice.batch.seq:
+            self._pending = tuple(
+                line for line in notice.batch.invalidations if line[0] > self._named["since"]
             )
-            for seq, key_id, organization_id in self._heard:
+            for seq, key_id, organization_id in self._pending:
                 self._tombstones[key_id] = self._tombstones[organization_id] = seq
-        if self._asking:
-            self._is_rung = True
+        if self._query_under_way:
+            self._has_notice = True
         else:
-            self._answer()
+            self._acknowledge()
 
-    def _answer(self) -> None:
-        self._ask(b"poll" if self._heard else b"changes")
+    def _acknowledge(self) -> None:
+        self._query(b"poll" if self._pending else b"changes")
 
-    def _ask(self, question: bytes) -> None:
+    def _query(self, question: bytes) -> None:
         self._timer.cancel()
-        self._asking, self._is_rung = question, False
-        self._named["heard_seq"] = self._heard[-1][0] if self._heard else self._named["since"]
-        self._named["heard"] = json.dumps(self._heard)
-        _, fixed, order = _QUESTIONS[question].spelled(_DIALECT)
+        self._query_under_way, self._has_notice = question, False
+        self._named["pending_seq"] = self._pending[-1][0] if self._pending else self._named["since"]
+        self._named["pending"] = json.dumps(self._pending)
+        _, fixed, order = _QUERIES[question].compile_for(_DIALECT)
         named = {**fixed, **self._named}
-        self._line.send_query_prepared(question, [str(named[name]).encode() for name in order])
-        self._line.flush()
+        self._connection.send_query_prepared(
+            question, [str(named[name]).encode() for name in order]
+        )
+        self._connection.flush()
 
     def _read(self) -> None:
-        self._line.consume_input()
-        while not self._line.is_busy():
-            answer = self._line.get_result()
+        self._connection.consume_input()
+        while not self._connection.is_busy():
+            answer = self._connection.get_result()
             if answer is None:
-                self._answered()
+                self._on_result()
                 break
             self._seq = int(answer.get_value(0, 0) or b"")
-            if self._asking == b"poll":
+            if self._query_under_way == b"poll":
                 self._acknowledged = int(answer.get_value(0, answer.nfields - 2) or b"")
 
-    def _answered(self) -> None:
-        self._asking = b""
+    def _on_result(self) -> None:
+        self._query_under_way = b""
         self._named["since"] = self._seq
-        self._heard = tuple(line for line in self._heard if line[0] > self._seq)
+        self._pending = tuple(line for line in self._pending if line[0] > self._seq)
         if self._acknowledged != self._seq:
-            self._ask(b"poll")
-        elif self._is_rung:
-            self._answer()
+            self._query(b"poll")
+        elif self._has_notice:
+            self._acknowledge()
         else:
-            self._timer = self._loop.call_later(self._pause, self._ask, b"poll")
+            self._timer = self._loop.call_later(self._pause, self._query, b"poll")
 
     def close(self) -> None:
         """Hang up."""
         self._timer.cancel()
-        self._loop.remove_reader(self._line.socket)
-        self._line.finish()
+        self._loop.remove_reader(self._connection.socket)
+        self._connection.finish()
 
 
-class Crowd:
+class MemberGroup:
     """Members beside the process's own, who hear the bell that its engine hears."""
 
     def __init__(self, engine: Engine, settings: Settings, count: int) -> None:
-        assert isinstance(engine._witness, Lease)
+        assert isinstance(engine._freshness, Lease)
         self._store = engine.store
         self._settings = settings
         self._names = [secrets.token_hex(8) for _ in range(count)]
         self._members: list[Member] = []
-        self._hear = engine._witness.hear
-        engine._witness.hear = self.hear  # type: ignore[method-assign]
+        self._on_notice = engine._freshness.on_notice
+        engine._freshness.on_notice = self.on_notice  # type: ignore[method-assign]
 
-    def hear(self, news: News | None = None) -> None:
+    def on_notice(self, notice: Notice | None = None) -> None:
         """The bell rang."""
-        self._hear(news)
+        self._on_notice(notice)
         if not self._members:
             return
-        sealed = self._seal.closed(news)
+        sealed = self._signer.sign(notice)
         for member in self._members:
-            member.hear(self._seal.opened(sealed))  # each checks the seal, as it would
+            member.on_notice(self._signer.verify(sealed))  # each checks the seal, as it would
 
     async def start(self) -> None:
         """Join one after the other, so that nobody polls in step."""
-        self._seal = Seal((await self._store.open(0)).peppers)
+        self._signer = Signer((await self._store.open(0)).peppers)
         for name in self._names:
             await self._store.join(name, self._settings.lease)
             self._members.append(Member(name, self._settings.store, self._settings.lease))
@@ -167,7 +174,7 @@ def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: i
     async def run() -> dict[str, int]:
         settings = Settings.load(store=store, redis=redis, hasher="sha256")
         engine = Engine(settings)
-        crowd = Crowd(engine, settings, members - 1)
+        crowd = MemberGroup(engine, settings, members - 1)
         await engine.start()
         await crowd.start()
         # A full collection walks whatever was imported, for 50 ms and more, and the members of a
@@ -188,7 +195,7 @@ def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: i
                 tokens = tokens[-50:]
             for key_id, value in tokens[-10:]:
                 began = time.monotonic_ns()
-                if isinstance(await engine.check([value]), Allow):
+                if isinstance(await engine.authenticate([value]), Allow):
                     last_allowed[key_id] = began
             due += 10 / rate
             await asyncio.sleep(max(0.0, due - time.monotonic()))

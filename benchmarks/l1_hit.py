@@ -41,7 +41,7 @@ from starlette.routing import Route
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch.tokens import CheckKeys
+from keylatch.tokens import MacKeys
 
 sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 
@@ -135,7 +135,7 @@ def scope_of(token: str) -> dict[str, Any]:
 async def variants(stores: dict[str, str]) -> AsyncIterator[dict[str, tuple[App, dict[str, Any]]]]:
     """Each app, and the request that it lets pass: without a check, with Starlette's, and with
     keylatch on each of these stores (name → URL)."""
-    token = CheckKeys([b"a store of their own"]).mint("kl", "live").reveal()
+    token = MacKeys([b"a store of their own"]).mint("kl", "live").reveal()
     starlette = Middleware(AuthenticationMiddleware, backend=DictBackend({token: "bench"}))
     made: dict[str, tuple[App, dict[str, Any]]] = {
         BARE: (app_behind(), scope_of(token)),

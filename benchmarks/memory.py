@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keylatch.engine import Engine
-from keylatch.keyring import Draft
+from keylatch.keyring import NewKey
 from keylatch.model import Allow
 from keylatch.settings import Settings
 from keylatch.tokens import Token
@@ -38,7 +38,7 @@ from keylatch.tokens import Token
 sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 sys.path.append(str(Path(__file__).parent.parent / "tests/reverse_proxies"))
 
-from proxies import SidecarProcess, bearing
+from proxies import SidecarProcess, auth_header
 
 AIM_BYTES = 600
 BATCH = 1_000
@@ -60,16 +60,16 @@ async def filled(folder: str, entries: int, traced: bool) -> dict[str, Any]:
     tokens: list[Token] = []
     for start in range(0, entries, BATCH):
         numbers = range(start, min(start + BATCH, entries))
-        drafts = [Draft(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
+        drafts = [NewKey(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
         tokens += [each.token for each in await keyring.create_many(drafts)]
-    await engine.resolve(tokens[-1])  # whatever the first look-up needs
+    await engine.check(tokens[-1])  # whatever the first look-up needs
     await engine._usage.flush()
     gc.collect()
     if traced:
         tracemalloc.start()
     before = size_of("self", "Rss")
     for token in tokens[:-1]:
-        if not isinstance(await engine.resolve(token), Allow):
+        if not isinstance(await engine.check(token), Allow):
             raise SystemExit("error: a key was not accepted\nhint: see the lines above")
     await engine._usage.flush()
     gc.collect()
@@ -113,7 +113,7 @@ def sidecar(folder: str, connections: int) -> dict[str, float]:
     """PSS of an idle sidecar, and what each open connection adds to it."""
     running = SidecarProcess(Path(folder))
     try:
-        field = bearing(running.create(name="bench"))
+        field = auth_header(running.create(name="bench"))
         request = b"GET /verify HTTP/1.1\r\nHost: bench\r\n" + field + b"\r\n\r\n"
         pid = running._process.pid
         with contextlib.ExitStack() as stack:

@@ -41,20 +41,20 @@ from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason
 from keylatch.settings import Settings
 from keylatch.store import Found, Store
-from keylatch.tokens import CheckKeys
+from keylatch.tokens import MacKeys
 from open_loop import percentiles_us
-from stores import KINDS, RedisServer, filled, made
+from stores import KINDS, RedisServer, create_store, filled
 from targets import Row, Spread, report
 from ticker import Ticker
 
 HERD: Final = 100
-STRANGERS_PER_SECOND: Final = 10_000
+UNKNOWN_TOKENS_PER_SECOND: Final = 10_000
 HITS_PER_SECOND: Final = 500
 L2_KEYS: Final = 60
 WARM_KEYS: Final = 40
 POOLS: Final = ((1, 0), (2, 0), (4, 0), (1, 19), (2, 19))
 """Threads, and how nice each of them is to all others (Linux)."""
-BACKGROUND: Final = ("touch", "tidy", "poll", "sequence_now")
+BACKGROUND: Final = ("record_last_used", "run_maintenance", "poll", "sequence_nowait")
 """What an engine asks its store whether strangers call or not: lastUsed of the hits, housekeeping,
 and, in place, the counter after each of these commits."""
 
@@ -87,12 +87,12 @@ async def started(url: str, redis: Any = "", **given: Any) -> AsyncIterator[Engi
 async def allowed(engine: Engine, values: Sequence[bytes]) -> None:
     """Check one after the other; all must be let in."""
     for value in values:
-        verdict = await engine.check([value])
+        verdict = await engine.authenticate([value])
         if not isinstance(verdict, Allow):
             raise SystemExit(f"error: a good key was refused: {verdict}")
 
 
-async def told(url: str, redis: RedisServer, keys: Sequence[Created]) -> None:
+async def fill_redis(url: str, redis: RedisServer, keys: Sequence[Created]) -> None:
     """Let Redis know all of them.
 
     Telling it has a budget of 50 ms, so on a busy machine some of it takes another try.
@@ -104,7 +104,7 @@ async def told(url: str, redis: RedisServer, keys: Sequence[Created]) -> None:
                 await allowed(engine, values)
 
 
-def forget(engine: Engine) -> None:
+def clear_caches(engine: Engine) -> None:
     """Take away what this process remembers of keys."""
     engine._l1.clear()
 
@@ -130,9 +130,9 @@ async def l2_on(kind: str, rounds: int, redis: RedisServer, done: Done) -> list[
     spent: dict[str, list[Spent]] = {"check": [], "get": [], "find": []}
     calls = Counter[str]()
     redis.flush()
-    with made(kind) as url:
+    with create_store(kind) as url:
         keys = await filled(url, L2_KEYS)
-        await told(url, redis, keys)
+        await fill_redis(url, redis, keys)
         values = [value_of(key) for key in keys]
         client = connect(redis.url)
         async with started(url, client, hasher=counted(Hasher(), calls)) as engine:
@@ -187,7 +187,7 @@ async def each(call: Callable[[Any], Awaitable[Any]], given: Sequence[Any]) -> S
 
 async def checked(engine: Engine, values: Sequence[bytes]) -> Spent:
     """The same for checks that this process cannot answer by itself."""
-    forget(engine)
+    clear_caches(engine)
     return await each(lambda value: allowed(engine, [value]), values)
 
 
@@ -199,13 +199,13 @@ async def cold(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
     rows = []
     for kind in KINDS:
         checks, verifies = [], []
-        with made(kind) as url:
+        with create_store(kind) as url:
             keys = await filled(url, 8)
             async with started(url) as engine:
                 hashes = {key: await hash_of(engine, key) for key in keys}
-                await engine.check([value_of(keys[0])])  # starts threads and connections
+                await engine.authenticate([value_of(keys[0])])  # starts threads and connections
                 for number in range(rounds):
-                    forget(engine)
+                    clear_caches(engine)
                     ours: list[float] = []
                     theirs: list[float] = []
                     for key in keys:
@@ -236,7 +236,7 @@ async def hash_of(engine: Engine, key: Created) -> str:
 def verified_ms(stored: str, key: Created) -> float:
     """Milliseconds of argon2 itself, called here."""
     began = time.perf_counter()
-    argon2id.preimage(stored, key.token.reveal())
+    argon2id.compute_preimage(stored, key.token.reveal())
     return (time.perf_counter() - began) * 1e3
 
 
@@ -253,7 +253,7 @@ async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
     rows = []
     for kind in KINDS:
         p99s, longest, worked, busy, idle = [], [], [], [], []
-        with made(kind) as url:
+        with create_store(kind) as url:
             keys = await filled(url, HERD)
             values = [value_of(key) for key in keys]
             async with started(url, redis.url) as engine:
@@ -261,11 +261,11 @@ async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
                 for _ in range(rounds):
                     await asyncio.sleep(0.2)  # what Redis is told of the last round
                     redis.flush()
-                    forget(engine)
+                    clear_caches(engine)
                     async with Ticker() as alone:
                         await asyncio.sleep(0.3)
                     async with Ticker() as ticker:
-                        verdicts = await asyncio.gather(*(engine.check([v]) for v in values))
+                        verdicts = await asyncio.gather(*(engine.authenticate([v]) for v in values))
                     idle.append(percentiles_us(alone.lateness)["p99"] / 1e3)
                     p99s.append(percentiles_us(ticker.lateness)["p99"] / 1e3)
                     longest.append(percentiles_us(ticker.lateness)["max"] / 1e3)
@@ -285,7 +285,7 @@ async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
 async def pool(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
     """How many threads shall hash, and how nice shall they be; no Redis, SQLite."""
     figures: dict[tuple[int, int], tuple[list[float], list[float], list[float]]] = {}
-    with made("sqlite") as url:
+    with create_store("sqlite") as url:
         keys = await filled(url, 40)
         values = [value_of(key) for key in keys]
         for number in range(rounds):
@@ -293,7 +293,7 @@ async def pool(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
                 speeds, p99s, longest = figures.setdefault(kind, ([], [], []))
                 async with started(url, hasher=hasher_of(*kind)) as engine:
                     await allowed(engine, values[:1])
-                    forget(engine)
+                    clear_caches(engine)
                     began = time.perf_counter()
                     async with Ticker() as ticker:
                         await asyncio.gather(*(allowed(engine, [value]) for value in values))
@@ -317,7 +317,7 @@ def hasher_of(workers: int, niceness: int) -> Hasher:
     """One whose threads let others go first."""
     hasher = Hasher(workers=workers)
     if niceness:
-        hasher._lane._pool = ThreadPoolExecutor(
+        hasher._check_pool._executor = ThreadPoolExecutor(
             workers,
             initializer=lambda: os.setpriority(
                 os.PRIO_PROCESS, threading.get_native_id(), niceness
@@ -333,9 +333,9 @@ async def warm(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
         "without": ([], []),
     }
     redis.flush()
-    with made("sqlite") as url:
+    with create_store("sqlite") as url:
         keys = await filled(url, WARM_KEYS)
-        await told(url, redis, keys)
+        await fill_redis(url, redis, keys)
         values = [value_of(key) for key in keys]
         for number in range(rounds):
             for name in figures if number % 2 else reversed(figures):
@@ -366,7 +366,7 @@ async def flood(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
     calls = {"store": Counter[str](), "Redis": Counter[str](), "argon2": Counter[str]()}
     alone: list[float] = []
     flooded: list[float] = []
-    with made("sqlite") as url:
+    with create_store("sqlite") as url:
         (key,) = await filled(url, 1, "sha256")
         async with started(
             url,
@@ -376,7 +376,7 @@ async def flood(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
         ) as engine:
             await allowed(engine, [value_of(key)])
             await asyncio.sleep(0.1)  # Redis is told
-            made_up = strangers(key, 2_000)
+            made_up = unknown_tokens(key, 2_000)
             for number in range(-1, rounds):
                 for each in calls.values():
                     each.clear()
@@ -401,9 +401,9 @@ async def flood(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
     ]
 
 
-def strangers(key: Created, count: int) -> list[bytes]:
+def unknown_tokens(key: Created, count: int) -> list[bytes]:
     """Made-up tokens: noise, another deployment's, and a good key's id with other secrets."""
-    others = CheckKeys([b"another deployment's key"])
+    others = MacKeys([b"another deployment's key"])
     start, _, _ = key.token.reveal().rpartition("_")
     kinds = [
         lambda: "nobody_" + random.randbytes(24).hex(),
@@ -429,14 +429,14 @@ async def hits_seconds(
     ]
     if made_up:
         due += [
-            (begin + number / STRANGERS_PER_SECOND, made_up[number % len(made_up)])
-            for number in range(int(STRANGERS_PER_SECOND * seconds))
+            (begin + number / UNKNOWN_TOKENS_PER_SECOND, made_up[number % len(made_up)])
+            for number in range(int(UNKNOWN_TOKENS_PER_SECOND * seconds))
         ]
     latencies = []
     for moment, value in sorted(due):
         while time.perf_counter() < moment:
             pass
-        verdict = await engine.check([value])
+        verdict = await engine.authenticate([value])
         if value is good:
             latencies.append(time.perf_counter() - moment)
             await asyncio.sleep(0)

@@ -18,10 +18,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from keylatch_sidecar.bench.connection import Connection, Place
+from keylatch_sidecar.bench.connection import Address, Connection
 from keylatch_sidecar.bench.figures import histogram
 from keylatch_sidecar.bench.load import Credential, drive
-from keylatch_sidecar.bench.session import punctual_loop
+from keylatch_sidecar.bench.session import selector_loop
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "p99.9": 99.9, "max": 100}
 
@@ -53,7 +53,9 @@ def percentiles_us(seconds: Iterable[float]) -> dict[str, float]:
     return {name: made.get_value_at_percentile(each) / 1e3 for name, each in PERCENTILES.items()}
 
 
-async def call(place: Place, field: str, rate: float, seconds: float, connections: int) -> Outcome:
+async def call(
+    place: Address, field: str, rate: float, seconds: float, connections: int
+) -> Outcome:
     """Ask `/verify` at a constant rate.
 
     Args:
@@ -72,7 +74,7 @@ async def call(place: Place, field: str, rate: float, seconds: float, connection
     credential = Credential(field.partition(": ")[2].encode(), 200)
     turn = await drive(lines, itertools.repeat(credential), rate, round(rate * seconds))
     for line in lines:
-        line.give_up()
+        line.cancel()
     if turn.unexpected:
         raise NotAnswered(f"not every answer was a 200: {turn.outcomes}")
     latency, lateness = (
@@ -113,9 +115,9 @@ def main() -> None:
     parser.add_argument("--field", default="")
     given = parser.parse_args()
     is_path = given.url.startswith("/")
-    place = Place(uds=Path(given.url)) if is_path else Place.at(given.url)
+    place = Address(uds=Path(given.url)) if is_path else Address.from_url(given.url)
     try:
-        with asyncio.Runner(loop_factory=punctual_loop) as runner:
+        with asyncio.Runner(loop_factory=selector_loop) as runner:
             outcome = runner.run(
                 call(place, given.field, given.rate, given.seconds, given.connections)
             )

@@ -35,7 +35,7 @@ from processes import (  # finds the tests' modules, below
     free_port,
     running,
 )
-from proxies import SEARCHED, Kind, SidecarProcess, bearing, proxy
+from proxies import SEARCHED, Kind, SidecarProcess, auth_header, running_proxy
 from wire import send as exchanged
 from wrk import Load, NotMeasured, load, require
 
@@ -134,12 +134,12 @@ def cost(
 ) -> dict[str, float]:
     """Start both of a proxy, and a sidecar; measure. `bare` is the other port to ask."""
     with tempfile.TemporaryDirectory(prefix="keylatch-sidecar-") as folder:
-        sidecar = kind.sidecar(Path(folder), VERIFY_FACTS="forwarded")
+        sidecar = kind.sidecar(Path(folder), VERIFY_REQUEST="forwarded")
         try:
-            field = bearing(sidecar.create(name="bench")).decode()
+            field = auth_header(sidecar.create(name="bench")).decode()
             with (
-                proxy(kind, app.url, sidecar.port, kind.unlimited) as asking_keylatch,
-                proxy(kind, app.url, bare, kind.unlimited) as asking_bare,
+                running_proxy(kind, app.url, sidecar.port, kind.unlimited) as asking_keylatch,
+                running_proxy(kind, app.url, bare, kind.unlimited) as asking_bare,
             ):
                 if exchanged(asking_keylatch.url, b"GET /v1/me").status != 401:
                     raise NotMeasured("without a key it should say 401")

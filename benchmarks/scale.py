@@ -29,7 +29,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rich.table import Table
 
 from keylatch.engine import Engine
-from keylatch.keyring import Draft
+from keylatch.keyring import NewKey
 from keylatch.model import Allow
 from keylatch.settings import Settings
 from keylatch.tokens import Token
@@ -63,13 +63,13 @@ async def filled(url: str, keys: int, progress: Progress) -> Filled:
     began = time.perf_counter()
     for start in range(0, keys, BATCH):
         numbers = range(start, min(start + BATCH, keys))
-        drafts = [Draft(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
+        drafts = [NewKey(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
         made = await keyring.create_many(drafts)
         tokens += [each.token for each in made if random.random() < REMEMBERED / keys]
         progress.advance(task, len(made))
     spent = time.perf_counter() - began
-    await keyring.made_many()
-    await engine.store.tidy(int(time.time() * 1000))
+    await keyring.analyze()
+    await engine.store.run_maintenance(int(time.time() * 1000))
     return Filled(engine, tokens, keys / spent)
 
 
@@ -78,7 +78,7 @@ async def cold(store: Filled, lookups: int) -> float:
     tokens = random.sample(store.tokens, min(lookups, len(store.tokens)))
     store.engine._l1.clear()
     began = time.perf_counter()
-    verdicts = [await store.engine.resolve(token) for token in tokens]
+    verdicts = [await store.engine.check(token) for token in tokens]
     spent = time.perf_counter() - began
     if not all(isinstance(verdict, Allow) for verdict in verdicts):
         raise SystemExit("error: not every key was accepted\nhint: see the lines above")

@@ -31,9 +31,9 @@ from rich.table import Table
 
 from open_loop import in_a_process
 from processes import AS_THE_SIDECAR, FOLDER, Program, free_port, running
-from stores import bearing, made
+from stores import auth_header_of, create_store
 from targets import Spread, shown
-from wire import exchange, read
+from wire import exchange, parse_response
 from wrk import load, require
 
 PIPELINE: Final = FOLDER / "pipeline.lua"
@@ -116,7 +116,7 @@ class Figures:
     memory_mib: float = 0.0
 
 
-class Contestant:
+class Candidate:
     """A server with an app, on a port and, in another process, on a Unix socket."""
 
     def __init__(self, tcp: Program, unix: Program, key: str) -> None:
@@ -146,7 +146,7 @@ class Contestant:
         outcome = in_a_process(url, self._key, QUIET_RATE, seconds, 16)
         return (server.processor_seconds() - before) / outcome.answers * 1e6
 
-    def note(self, turn: Figures) -> None:
+    def record(self, turn: Figures) -> None:
         """Keep a round."""
         ours = self.figures
         for kept, new in (
@@ -160,13 +160,15 @@ class Contestant:
         ours.memory_mib = turn.memory_mib
 
 
-def compete(app: str, rounds: int, seconds: int, done: Callable[[], None]) -> dict[str, Figures]:
+def compare_servers(
+    app: str, rounds: int, seconds: int, done: Callable[[], None]
+) -> dict[str, Figures]:
     """Let all kinds serve one app, in turn; the first round warms up."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        store = stack.enter_context(made("sqlite"))
-        key = bearing(store)
+        store = stack.enter_context(create_store("sqlite"))
+        key = auth_header_of(store)
         contestants = {
-            kind.name: Contestant(
+            kind.name: Candidate(
                 stack.enter_context(serving(kind, APPS[app], store)),
                 stack.enter_context(serving(kind, APPS[app], store, Path(folder, str(number)))),
                 key,
@@ -177,7 +179,7 @@ def compete(app: str, rounds: int, seconds: int, done: Callable[[], None]) -> di
             for contestant in contestants.values():
                 turn = contestant.turn(seconds)
                 if number >= 0:
-                    contestant.note(turn)
+                    contestant.record(turn)
                 done()
         return {name: contestant.figures for name, contestant in contestants.items()}
 
@@ -228,7 +230,7 @@ class Behaviour:
 
     def is_silent(self, server: Program) -> bool:
         """An answer has the app's header fields and no others."""
-        names = {name.lower() for name, _ in read(ask(server, b"GET / HTTP/1.1")).headers}
+        names = {name.lower() for name, _ in parse_response(ask(server, b"GET / HTTP/1.1")).headers}
         return not names & {b"server", b"date"}
 
     def ignores_upgrades(self, server: Program) -> bool:
@@ -320,14 +322,16 @@ def speeds_of(app: str, figures: dict[str, Figures]) -> Table:
     return table
 
 
-def behaviours_of(told: dict[str, dict[str, bool]]) -> Table:
+def behaviours_of(behaviours: dict[str, dict[str, bool]]) -> Table:
     """Yes and no, to read."""
     table = Table(title="What proxies need, as tried")
     table.add_column("")
-    for name in told:
+    for name in behaviours:
         table.add_column(name, justify="center")
-    for what in next(iter(told.values())):
-        cells = ("[green]yes[/]" if each[what] else "[bold red]no[/]" for each in told.values())
+    for what in next(iter(behaviours.values())):
+        cells = (
+            "[green]yes[/]" if each[what] else "[bold red]no[/]" for each in behaviours.values()
+        )
         table.add_row(what, *cells)
     return table
 
@@ -348,18 +352,20 @@ def main() -> None:
         task = progress.add_task("", total=steps)
         for app in APPS:
             progress.update(task, description=app)
-            figures = compete(app, given.rounds, given.seconds, lambda: progress.advance(task))
+            figures = compare_servers(
+                app, given.rounds, given.seconds, lambda: progress.advance(task)
+            )
             console.print(speeds_of(app, figures))
             result[app] = {name: vars(each) for name, each in figures.items()}
-        told = {}
+        behaviours = {}
         for kind in KINDS:
             progress.update(task, description=f"trying {kind.name}")
             with tempfile.TemporaryDirectory() as folder:
-                told[kind.name] = Behaviour(kind, Path(folder)).all()
+                behaviours[kind.name] = Behaviour(kind, Path(folder)).all()
             progress.advance(task)
-    console.print(behaviours_of(told))
+    console.print(behaviours_of(behaviours))
     if given.json:
-        file = {**result, "behaviour": told}
+        file = {**result, "behaviour": behaviours}
         given.json.write_text(json.dumps(file, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -16,13 +16,13 @@ from keylatch.keyring import Created
 from keylatch.settings import Settings
 from servers import PostgresServer, RedisServer
 
-__all__ = ["KINDS", "RedisServer", "bearing", "filled", "made"]
+__all__ = ["KINDS", "RedisServer", "auth_header_of", "create_store", "filled"]
 
 KINDS: Final = ("sqlite", "postgresql")
 
 
 @contextlib.contextmanager
-def made(kind: str) -> Iterator[str]:
+def create_store(kind: str) -> Iterator[str]:
     """The URL of an empty store, until the end of the block.
 
     Args:
@@ -51,7 +51,7 @@ async def filled(store: str, count: int = 1, hasher: str = "argon2id") -> list[C
     return keys
 
 
-def bearing(store: str) -> str:
+def auth_header_of(store: str) -> str:
     """The header field that presents a new key."""
     (key,) = asyncio.run(filled(store))
     return f"Authorization: Bearer {key.token.reveal()}"

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from processes import AS_THE_SIDECAR, running
-from stores import KINDS, bearing, made
+from stores import KINDS, auth_header_of, create_store
 from targets import Row, Spread, report
 from wrk import load, require
 
@@ -71,7 +71,7 @@ def measure(
     served: Served, store: str, rounds: int, seconds: int, done: Callable[[], None]
 ) -> tuple[Figures, Figures]:
     """(open, protected); who goes first takes turns."""
-    key = bearing(store)
+    key = auth_header_of(store)
     figures = {"no": Figures(), "on": Figures()}
     with running(served.command, {"KEYLATCH_STORE": store}, path="/v1/me") as server:
         for number in range(-1, rounds):
@@ -117,7 +117,7 @@ def main() -> None:
             served = APPS[app]
             name = f"{served.title}, {kind.partition(':')[0]}"
             progress.update(task, description=name)
-            with made(kind) as store:
+            with create_store(kind) as store:
                 free, guarded = measure(
                     served, store, given.rounds, given.seconds, lambda: progress.advance(task)
                 )

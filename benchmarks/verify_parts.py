@@ -26,7 +26,7 @@ from keylatch.engine import Engine
 from keylatch.model import ANY_KEY, Allow
 from keylatch.settings import Settings
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.proxies.answers import allowing
+from keylatch_sidecar.proxies.answers import allow_start
 from keylatch_sidecar.proxies.any_method import AnyMethod
 from keylatch_sidecar.settings import ProxySettings
 
@@ -42,7 +42,7 @@ START: Message = {
 END: Message = {"type": "http.response.body", "body": b""}
 
 
-class Nowhere(asyncio.Transport):
+class NullTransport(asyncio.Transport):
     """Takes what is written, and counts the answers."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ async def drive(app: ASGIApp, request: bytes, requests: int) -> float:
     """Microseconds of a processor for a request, one after the other on one connection."""
     config = uvicorn.Config(app, http=AnyMethod, server_header=False, access_log=False)
     config.load()
-    protocol, transport = AnyMethod(config, ServerState(), {}), Nowhere()
+    protocol, transport = AnyMethod(config, ServerState(), {}), NullTransport()
     protocol.connection_made(transport)
     began = time.thread_time()
     for _ in range(requests):
@@ -98,11 +98,11 @@ async def measure(rounds: int, requests: int) -> dict[str, list[float]]:
         engine = Engine(Settings.load(store=f"sqlite:///{folder}/keys.db", redis=""))
         created = await (await engine.keyring()).create("bench", "bench")
         value = b"Bearer " + created.token.reveal().encode()
-        allow = await engine.check([value], ANY_KEY)
+        allow = await engine.authenticate([value], ANY_KEY)
         assert isinstance(allow, Allow)
         apps = {
             BARE: answering(START),
-            HEADERS: answering(allowing(allow.principal, 0)),
+            HEADERS: answering(allow_start(allow.principal, 0)),
             VERIFY: create_app(engine, ProxySettings.load()),
         }
         request = b"GET /verify HTTP/1.1\r\nhost: keylatch\r\nauthorization: " + value + b"\r\n\r\n"

@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 from open_loop import Outcome, in_a_process
 from processes import Program, bare, sidecar
-from stores import KINDS, bearing, made
+from stores import KINDS, auth_header_of, create_store
 from targets import Row, Spread, report
 from wrk import load, require
 
@@ -151,7 +151,7 @@ def main() -> None:
     given = parser.parse_args()
     require()
     with (
-        made(given.store) as store,
+        create_store(given.store) as store,
         bare() as app,
         sidecar(store) as one,
         sidecar(store, workers=2) as two,
@@ -160,7 +160,11 @@ def main() -> None:
         task = progress.add_task("calling", total=(given.rounds + 1) * 5)
         servers = {BARE: app, ONE: one, TWO: two}
         figures, outcomes = measure(
-            servers, bearing(store), given.rounds, given.seconds, lambda: progress.advance(task)
+            servers,
+            auth_header_of(store),
+            given.rounds,
+            given.seconds,
+            lambda: progress.advance(task),
         )
     limit = limit_of(figures[TWO], os.cpu_count() or 1)
     title = f"/verify on {given.store.partition(':')[0]}, L1 hit"

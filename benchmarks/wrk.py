@@ -78,24 +78,24 @@ def load(
         text=True,
         timeout=seconds + 30,
     ).stdout
-    return read(said, _processor_seconds() - before)
+    return parse(said, _processor_seconds() - before)
 
 
-def read(said: str, processor_seconds: float = 0.0) -> Load:
+def parse(output: str, processor_seconds: float = 0.0) -> Load:
     """Take what wrk prints apart.
 
     Raises:
         NotMeasured: not every answer was a 200, or there was none.
     """
-    if "Non-2xx" in said or "Socket errors" in said:
-        raise NotMeasured(f"not every answer was a 200\n{said}")
-    rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    answers = re.search(r"(\d+) requests in ", said)
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise NotMeasured(f"not every answer was a 200\n{output}")
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    answers = re.search(r"(\d+) requests in ", output)
     if not rate or not answers or not int(answers[1]):
-        raise NotMeasured(f"there was no answer\n{said}")
+        raise NotMeasured(f"there was no answer\n{output}")
     return Load(
-        p50_us=_microseconds(said, "50%"),
-        p99_us=_microseconds(said, "99%"),
+        p50_us=_microseconds(output, "50%"),
+        p99_us=_microseconds(output, "99%"),
         per_second=float(rate[1]),
         answers=int(answers[1]),
         processor_seconds=processor_seconds,

@@ -17,7 +17,7 @@ class Channel:
         self._writer = writer
 
     @classmethod
-    async def to(cls, path: str, **hello: Any) -> "Channel":
+    async def connect(cls, path: str, **hello: Any) -> "Channel":
         """Connect to the run and say who this is."""
         reader, writer = await asyncio.open_unix_connection(path, limit=LONGEST_LINE)
         channel = cls(reader, writer)

@@ -37,13 +37,13 @@ class Subject(Protocol):
     async def stop(self) -> None:
         """Let it go."""
 
-    def at_once(self, token: str) -> int | None:
+    def check_cached(self, token: str) -> int | None:
         """The outcome of a check that need not wait; None: it has to."""
 
-    async def slowly(self, token: str) -> int:
+    async def check(self, token: str) -> int:
         """The outcome of a check that has to ask somebody."""
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """This is the child now."""
 
 
@@ -62,9 +62,9 @@ class Checker:
         self._path = path
         self._hello = {"role": "checker", "side": side, "name": name}
         self._tokens: dict[str, str] = {}
-        self._begin_anew()
+        self._reset()
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._facts: dict[str, Fact] = {}
         self._undecided: Counter[int] = Counter()
         self._waiting: dict[str, int] = {}
@@ -81,14 +81,14 @@ class Checker:
             gc.collect()
             if os.fork() == 0:
                 try:
-                    asyncio.new_event_loop().run_until_complete(self._live_as_child(seconds))
+                    asyncio.new_event_loop().run_until_complete(self._run_child(seconds))
                 finally:
                     os._exit(0)  # the parent's loop and sockets must not be tidied up here
         loop.run_until_complete(self._finish())
 
-    async def _live_as_child(self, seconds: float) -> None:
-        self._begin_anew()
-        self._subject.forked()
+    async def _run_child(self, seconds: float) -> None:
+        self._reset()
+        self._subject.after_fork_in_child()
         self._hello["name"] += f"/{os.getpid()}"
         async with asyncio.timeout(seconds + 20):
             await self._begin()
@@ -97,9 +97,9 @@ class Checker:
 
     async def _begin(self) -> None:
         self._forks: asyncio.Queue[float] = asyncio.Queue()
-        self._channel = await Channel.to(self._path, **self._hello)
+        self._channel = await Channel.connect(self._path, **self._hello)
         await self._subject.start()
-        work = [self._obey(), self._sweep(), self._report_again_and_again()]
+        work = [self._run_commands(), self._sweep(), self._report_loop()]
         self._loops = [asyncio.create_task(each) for each in work]
 
     async def _until_fork(self) -> float:
@@ -114,17 +114,17 @@ class Checker:
         await self._channel.close()
         await self._subject.stop()
 
-    async def _obey(self) -> None:
-        while (order := await self._channel.receive()) is not None:
-            match order["do"]:
+    async def _run_commands(self) -> None:
+        while (command := await self._channel.receive()) is not None:
+            match command["do"]:
                 case "add":
-                    self._tokens.update(order["keys"])
+                    self._tokens.update(command["keys"])
                 case "drop":
-                    self._tokens.pop(order["key"], None)
+                    self._tokens.pop(command["key"], None)
                 case "block":
-                    time.sleep(order["seconds"])  # noqa: ASYNC251 - this is the fault
+                    time.sleep(command["seconds"])  # noqa: ASYNC251 - this is the fault
                 case "fork":
-                    self._forks.put_nowait(order["seconds"])
+                    self._forks.put_nowait(command["seconds"])
                 case "end":
                     break
         self._forks.put_nowait(0)
@@ -132,13 +132,13 @@ class Checker:
     # Checking
 
     async def _sweep(self) -> None:
-        at_once, now = self._subject.at_once, time.monotonic_ns
+        check_cached, now = self._subject.check_cached, time.monotonic_ns
         while True:
             for key, token in list(self._tokens.items()):
                 start = now()
-                outcome = at_once(token)
+                outcome = check_cached(token)
                 if outcome is not None:
-                    self._note(key, start, now(), outcome)
+                    self._record(key, start, now(), outcome)
                 elif self._waiting.get(key, 0) < _WAITING_PER_KEY:
                     self._waiting[key] = self._waiting.get(key, 0) + 1
                     task = asyncio.create_task(self._check(key, token, start))
@@ -148,14 +148,14 @@ class Checker:
 
     async def _check(self, key: str, token: str, start: int) -> None:
         try:
-            outcome = await self._subject.slowly(token)
-            self._note(key, start, time.monotonic_ns(), outcome)
+            outcome = await self._subject.check(token)
+            self._record(key, start, time.monotonic_ns(), outcome)
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key]
 
-    def _note(self, key: str, start: int, end: int, outcome: int) -> None:
+    def _record(self, key: str, start: int, end: int, outcome: int) -> None:
         fact = self._facts.get(key)
         if fact is None:
             fact = self._facts[key] = [0, 0, 0, 0, 0]
@@ -171,7 +171,7 @@ class Checker:
             fact[2] += 1
             self._undecided[start // BUCKET_NS] += 1
 
-    async def _report_again_and_again(self) -> None:
+    async def _report_loop(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_SECONDS)
             self._report()

@@ -18,39 +18,39 @@ from redis.exceptions import RedisError
 
 from judge import Interval
 from schedule import Fault
-from stage import Place, Stage
+from stage import Deployment, Slot
 
-Deed = Callable[[Stage, Fault], Awaitable[None]]
+Apply = Callable[[Deployment, Fault], Awaitable[None]]
 
 _SLOWEST_SECONDS: Final = 0.2
 _SLOW_BLOCK_SECONDS: Final = 0.05
 
 
-async def redis_paused(stage: Stage, fault: Fault) -> None:
+async def redis_paused(deployment: Deployment, fault: Fault) -> None:
     """SIGSTOP, later SIGCONT."""
-    stage.redis.pause()
+    deployment.redis.pause()
     try:
         await asyncio.sleep(fault.seconds)
     finally:
-        stage.redis.resume()
+        deployment.redis.resume()
 
 
-async def redis_killed(stage: Stage, fault: Fault) -> None:
+async def redis_killed(deployment: Deployment, fault: Fault) -> None:
     """SIGKILL; it comes back empty."""
-    stage.redis.kill()
+    deployment.redis.kill()
     await asyncio.sleep(fault.seconds)
-    await stage.redis.start()
+    await deployment.redis.start()
 
 
-async def redis_flushed(stage: Stage, fault: Fault) -> None:
+async def redis_flushed(deployment: Deployment, fault: Fault) -> None:
     """FLUSHALL."""
-    async with stage.redis.client() as client:
+    async with deployment.redis.client() as client:
         await client.flushall()
 
 
-async def redis_restored(stage: Stage, fault: Fault) -> None:
+async def redis_restored(deployment: Deployment, fault: Fault) -> None:
     """All values are copied, and put back later, over what was revoked in the meantime."""
-    async with stage.redis.client() as client:
+    async with deployment.redis.client() as client:
         names = await client.keys("*")
         values = await client.mget(names) if names else []
         await asyncio.sleep(2 * fault.seconds)
@@ -62,74 +62,82 @@ async def redis_restored(stage: Stage, fault: Fault) -> None:
             await pipeline.execute()
 
 
-async def redis_connections_killed(stage: Stage, fault: Fault) -> None:
+async def redis_connections_killed(deployment: Deployment, fault: Fault) -> None:
     """CLIENT KILL of every subscriber and everybody else."""
-    async with stage.redis.client() as client:
+    async with deployment.redis.client() as client:
         for kind in "pubsub", "normal":
             await client.client_kill_filter(_type=kind)
 
 
-async def redis_slow(stage: Stage, fault: Fault) -> None:
+async def redis_slow(deployment: Deployment, fault: Fault) -> None:
     """Every answer comes up to 0.2 s late, for everybody."""
     delay = _SLOWEST_SECONDS * (fault.target % 100 + 1) / 100
     with ExitStack() as stack:
-        for place in stage.places:
+        for place in deployment.slots:
             stack.enter_context(place.redis.slow(delay))
         await asyncio.sleep(fault.seconds)
 
 
-async def worker_deaf(stage: Stage, fault: Fault) -> None:
+async def worker_cut_from_redis(deployment: Deployment, fault: Fault) -> None:
     """What a worker hears from Redis is swallowed: the bell is lost, and the line stays up."""
-    with _lines(place.redis.swallowing() for place in stage.of("worker", fault.target)):
+    with _apply_all(
+        place.redis.blackholing() for place in deployment.slots_of("worker", fault.target)
+    ):
         await asyncio.sleep(fault.seconds)
 
 
-async def revoker_mute(stage: Stage, fault: Fault) -> None:
+async def revoker_cut_from_redis(deployment: Deployment, fault: Fault) -> None:
     """A revoker's connections to Redis are reset, and so is every new one."""
-    with _lines(place.redis.refusing() for place in stage.of("revoker", fault.target)):
+    with _apply_all(
+        place.redis.resetting() for place in deployment.slots_of("revoker", fault.target)
+    ):
         await asyncio.sleep(fault.seconds)
 
 
-async def store_swallowed(stage: Stage, fault: Fault) -> None:
+async def store_blackholed(deployment: Deployment, fault: Fault) -> None:
     """Between a worker and the store bytes vanish; connections that lost some stay dead."""
-    with _lines(place.store.swallowing() for place in stage.of("worker", fault.target)):
+    with _apply_all(
+        place.store.blackholing() for place in deployment.slots_of("worker", fault.target)
+    ):
         await asyncio.sleep(fault.seconds)
 
 
-async def store_held(stage: Stage, fault: Fault) -> None:
+async def store_held(deployment: Deployment, fault: Fault) -> None:
     """Between a worker and the store bytes are held, and arrive late."""
-    with _lines(place.store.held() for place in stage.of("worker", fault.target)):
+    with _apply_all(place.store.held() for place in deployment.slots_of("worker", fault.target)):
         await asyncio.sleep(fault.seconds)
 
 
-async def store_cut(stage: Stage, fault: Fault) -> None:
+async def store_cut(deployment: Deployment, fault: Fault) -> None:
     """A worker's connections to the store are reset, and so is every new one."""
-    with _lines(place.store.refusing() for place in stage.of("worker", fault.target)):
+    with _apply_all(
+        place.store.resetting() for place in deployment.slots_of("worker", fault.target)
+    ):
         await asyncio.sleep(fault.seconds)
 
 
-async def store_sessions_terminated(stage: Stage, fault: Fault) -> None:
+async def store_sessions_terminated(deployment: Deployment, fault: Fault) -> None:
     """pg_terminate_backend of everybody."""
-    await stage.postgres.terminate_sessions()
+    await deployment.postgres.terminate_sessions()
 
 
-async def store_restarted(stage: Stage, fault: Fault) -> None:
+async def store_restarted(deployment: Deployment, fault: Fault) -> None:
     """SIGQUIT, as in a crash; then recovery."""
-    await stage.postgres.crash()
-    await stage.postgres.start()
+    await deployment.postgres.crash()
+    await deployment.postgres.start()
 
 
-async def revoker_cut(stage: Stage, fault: Fault) -> None:
+async def revoker_cut_from_store(deployment: Deployment, fault: Fault) -> None:
     """A revoker's line to the store swallows, or is reset."""
-    lines = [place.store for place in stage.of("revoker", fault.target)]
+    lines = [place.store for place in deployment.slots_of("revoker", fault.target)]
     swallows = fault.target // 2 % 2
-    with _lines(line.swallowing() if swallows else line.refusing() for line in lines):
+    with _apply_all(line.blackholing() if swallows else line.resetting() for line in lines):
         await asyncio.sleep(fault.seconds)
 
 
-async def worker_stopped(stage: Stage, fault: Fault) -> None:
+async def worker_stopped(deployment: Deployment, fault: Fault) -> None:
     """SIGSTOP, later SIGCONT."""
-    places = stage.of("worker", fault.target)
+    places = deployment.slots_of("worker", fault.target)
     for place in places:
         place.signal(signal.SIGSTOP)
     try:
@@ -139,56 +147,56 @@ async def worker_stopped(stage: Stage, fault: Fault) -> None:
             place.signal(signal.SIGCONT)
 
 
-async def worker_killed(stage: Stage, fault: Fault) -> None:
+async def worker_killed(deployment: Deployment, fault: Fault) -> None:
     """SIGKILL; another process takes the place."""
-    places = stage.of("worker", fault.target)
+    places = deployment.slots_of("worker", fault.target)
     for place in places:
-        stage.kill(place)
+        deployment.kill(place)
     for place in places:
-        stage.fill(place)
+        deployment.start_process(place)
     for place in places:
-        await stage.arrived(place)
+        await deployment.wait_until_connected(place)
 
 
-async def loop_blocked(stage: Stage, fault: Fault) -> None:
+async def loop_blocked(deployment: Deployment, fault: Fault) -> None:
     """A worker's event loop stands still."""
-    await _tell(stage, fault, "block")
+    await _send_command(deployment, fault, "block")
 
 
-async def worker_forked(stage: Stage, fault: Fault) -> None:
+async def worker_forked(deployment: Deployment, fault: Fault) -> None:
     """A worker forks in the middle of everything; the child checks too, and ends."""
-    await _tell(stage, fault, "fork")
+    await _send_command(deployment, fault, "fork")
 
 
-async def _tell(stage: Stage, fault: Fault, deed: str) -> None:
-    for place in stage.of("worker", fault.target):
-        stage.hub.tell(place.who, deed, seconds=fault.seconds)
+async def _send_command(deployment: Deployment, fault: Fault, command: str) -> None:
+    for place in deployment.slots_of("worker", fault.target):
+        deployment.hub.send_command(place.process_name, command, seconds=fault.seconds)
     await asyncio.sleep(fault.seconds + _SLOW_BLOCK_SECONDS)
 
 
 @contextlib.contextmanager
-def _lines(faults: "Iterator[contextlib.AbstractContextManager[None]]") -> Iterator[None]:
+def _apply_all(faults: "Iterator[contextlib.AbstractContextManager[None]]") -> Iterator[None]:
     with ExitStack() as stack:
         for fault in faults:
             stack.enter_context(fault)
         yield
 
 
-DEEDS: Final[dict[str, tuple[Deed, str, str]]] = {
+FAULTS: Final[dict[str, tuple[Apply, str, str]]] = {
     "redis paused": (redis_paused, "redis", ""),
     "redis killed, comes back empty": (redis_killed, "redis", ""),
     "redis flushed": (redis_flushed, "redis", ""),
     "redis restored from a backup": (redis_restored, "redis", ""),
     "redis connections killed": (redis_connections_killed, "redis", ""),
     "redis slow": (redis_slow, "", ""),
-    "worker cut from redis": (worker_deaf, "", ""),
-    "revoker cut from redis": (revoker_mute, "", ""),
-    "store line swallows": (store_swallowed, "", "worker"),
-    "store line held": (store_held, "", "worker"),
-    "store line cut": (store_cut, "", "worker"),
+    "worker cut from redis": (worker_cut_from_redis, "", ""),
+    "revoker cut from redis": (revoker_cut_from_redis, "", ""),
+    "store connections blackholed": (store_blackholed, "", "worker"),
+    "store connections held": (store_held, "", "worker"),
+    "store connections reset": (store_cut, "", "worker"),
     "store sessions terminated": (store_sessions_terminated, "store", "all"),
     "store restarted": (store_restarted, "store", "all"),
-    "revoker cut from the store": (revoker_cut, "", ""),
+    "revoker cut from the store": (revoker_cut_from_store, "", ""),
     "worker stopped": (worker_stopped, "worker", "worker"),
     "worker killed": (worker_killed, "worker", "worker"),
     "event loop blocked": (loop_blocked, "worker", "worker"),
@@ -201,12 +209,12 @@ class Faults:
     """Applies a schedule, and knows what was applied.
 
     Args:
-        stage: to apply it to.
+        deployment: to apply it to.
         schedule: what to apply.
     """
 
-    def __init__(self, stage: Stage, schedule: list[Fault]) -> None:
-        self._stage = stage
+    def __init__(self, deployment: Deployment, schedule: list[Fault]) -> None:
+        self._deployment = deployment
         self._schedule = schedule
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.applied: list[Interval] = []
@@ -223,17 +231,17 @@ class Faults:
             await asyncio.sleep(began + seconds - time.monotonic())
 
     async def _apply(self, fault: Fault) -> None:
-        deed, takes_turns_of, silences = DEEDS[fault.kind]
+        deed, takes_turns_of, silences = FAULTS[fault.kind]
         place = self._place(fault)
         turns = place.name if takes_turns_of == "worker" else takes_turns_of or str(id(fault))
         async with self._turns[turns]:
             start = time.monotonic_ns()
             try:
-                await deed(self._stage, fault)
+                await deed(self._deployment, fault)
             except (OSError, TimeoutError, RedisError, psycopg.Error) as error:
                 self.failed.append(f"{fault.kind}: {type(error).__name__}: {error}")
             silenced = place.name if silences == "worker" else silences
             self.applied.append(Interval(fault.kind, start, time.monotonic_ns(), silenced))
 
-    def _place(self, fault: Fault) -> Place:
-        return self._stage.of("worker", fault.target)[0]
+    def _place(self, fault: Fault) -> Slot:
+        return self._deployment.slots_of("worker", fault.target)[0]

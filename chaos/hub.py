@@ -40,9 +40,9 @@ class Hub:
         for ledger in self.ledgers.values():
             ledger.close()
 
-    def tell(self, who: str, do: str, **what: Any) -> None:
+    def send_command(self, process: str, do: str, **what: Any) -> None:
         """Give an order to a process, if it is there."""
-        channel = self._channels.get(who)
+        channel = self._channels.get(process)
         if channel is not None:
             channel.send(do=do, **what)
 
@@ -58,15 +58,15 @@ class Hub:
             waiting.append((answered_at, side, key))
             if answered_at + LINGER_SECONDS < now and key in self._checked[side]:
                 del self._checked[side][key]
-                self._tell_checkers(side, do="drop", key=key)
+                self._broadcast(side, do="drop", key=key)
         self._done = waiting
         for side, keys in closed.items():
             self.ledgers[side].close(keys)
 
-    def _tell_checkers(self, side: str, **order: Any) -> None:
+    def _broadcast(self, side: str, **command: Any) -> None:
         for who, channel in self._channels.items():
             if who.startswith(f"{side} worker"):
-                channel.send(**order)
+                channel.send(**command)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = Channel(reader, writer)
@@ -79,12 +79,12 @@ class Hub:
         if hello["role"] == "checker":
             channel.send(do="add", keys=self._checked[side])
         while (message := await channel.receive()) is not None:
-            self._take(side, name, message)
+            self._handle(side, name, message)
         if self._channels.get(who) is channel:
             del self._channels[who], self.pids[who]
         writer.close()
 
-    def _take(self, side: str, name: str, message: dict[str, Any]) -> None:
+    def _handle(self, side: str, name: str, message: dict[str, Any]) -> None:
         ledger = self.ledgers[side]
         match message:
             case {"facts": facts, "undecided": undecided}:
@@ -92,9 +92,9 @@ class Hub:
                 ledger.count_undecided(name, undecided)
             case {"created": key, "token": token}:
                 self._checked[side][key] = token
-                self._tell_checkers(side, do="add", keys={key: token})
-            case {"asked": key, "at": at}:
-                ledger.revokes[key] = Revoke(asked=at)
+                self._broadcast(side, do="add", keys={key: token})
+            case {"requested": key, "at": at}:
+                ledger.revokes[key] = Revoke(requested=at)
             case {"answered": key}:
                 revoke = ledger.revokes[key]
                 revoke.answered, revoke.committed = message["at"], message["committed"]

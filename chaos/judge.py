@@ -19,7 +19,7 @@ SECOND_NS: Final = 1_000_000_000
 class Revoke:
     """The life of one key's revoke, in nanoseconds of CLOCK_MONOTONIC; 0: not yet."""
 
-    asked: int = 0
+    requested: int = 0
     committed: int = 0
     answered: int = 0
     waited: bool = False
@@ -34,7 +34,7 @@ class Interval:
     kind: str
     start: int
     end: int
-    silences: str
+    affects: str
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Ledger:
     """(key, process) → by how many nanoseconds the latest such check was too late"""
     after_bound: dict[tuple[str, str], int] = field(default_factory=dict)
     refused_before: dict[tuple[str, str], int] = field(default_factory=dict)
-    witnessed: int = 0
+    observed_pairs: int = 0
     """Pairs in which the process accepted the key before, and refused it after, the revoke."""
     _open: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
@@ -84,37 +84,37 @@ class Ledger:
         by a later call."""
         chosen = [pair for pair in self._open if keys is None or pair[0] in keys]
         for pair in chosen:
-            self._judge(pair, *self._open.pop(pair))
+            self._evaluate(pair, *self._open.pop(pair))
 
-    def _judge(self, pair: tuple[str, str], latest_accepted: int, earliest_refused: int) -> None:
+    def _evaluate(self, pair: tuple[str, str], latest_accepted: int, earliest_refused: int) -> None:
         revoke = self.revokes.get(pair[0], Revoke())
         if revoke.answered:
             # Without waiting, the receipt says how much longer it may take; with it, nothing.
             late = latest_accepted - revoke.answered - revoke.bound_ns
-            _worst(self.after_answer, pair, late)
+            _keep_maximum(self.after_answer, pair, late)
         if revoke.committed:
             late = latest_accepted - revoke.committed - self.lease_ns
-            _worst(self.after_bound, pair, late)
-        if earliest_refused and (not revoke.asked or earliest_refused < revoke.asked):
+            _keep_maximum(self.after_bound, pair, late)
+        if earliest_refused and (not revoke.requested or earliest_refused < revoke.requested):
             self.refused_before[pair] = earliest_refused
-        if revoke.asked and latest_accepted and earliest_refused > revoke.asked:
-            self.witnessed += 1
+        if revoke.requested and latest_accepted and earliest_refused > revoke.requested:
+            self.observed_pairs += 1
 
-    def unexcused(
+    def unexplained(
         self, faults: Sequence[Interval], grace_ns: int
     ) -> dict[tuple[str, str, float], int]:
         """Checks without a decision that no fault of that process explains, up to `grace_ns` after
         its end: (process, last fault before, seconds since its end) → how many."""
         buckets = _buckets(faults, grace_ns)
-        everybody = buckets.get("all", set())
+        all_processes = buckets.get("all", set())
         found = {}
         for (process, bucket), checks in self.undecided.items():
-            place = process.split("/")[0].split("#")[0]
-            if bucket not in everybody and bucket not in buckets.get(place, set()):
+            slot = process.split("/")[0].split("#")[0]
+            if bucket not in all_processes and bucket not in buckets.get(slot, set()):
                 earlier = [
                     fault
                     for fault in faults
-                    if fault.silences in ("all", place) and fault.end < bucket * BUCKET_NS
+                    if fault.affects in ("all", slot) and fault.end < bucket * BUCKET_NS
                 ]
                 last = max(earlier, key=lambda fault: fault.end, default=Interval("none", 0, 0, ""))
                 since = round((bucket * BUCKET_NS - last.end) / SECOND_NS, 1)
@@ -128,8 +128,8 @@ class Ledger:
         troubled = set().union(*_buckets(faults, grace_ns).values())
         for revoke in self.revokes.values():
             if revoke.answered and revoke.waited:
-                during = range(revoke.asked // BUCKET_NS, revoke.answered // BUCKET_NS + 1)
-                duration = (revoke.answered - revoke.asked) / 1e6
+                during = range(revoke.requested // BUCKET_NS, revoke.answered // BUCKET_NS + 1)
+                duration = (revoke.answered - revoke.requested) / 1e6
                 is_near = not troubled.isdisjoint(during)
                 found["under faults" if is_near else "healthy"].append(duration)
         return found
@@ -143,7 +143,7 @@ def percentiles(durations: Sequence[float]) -> dict[str, float | None]:
     return {"p50": hundredths[49], "p99": hundredths[98], "max": max(durations)}
 
 
-def _worst(found: dict[tuple[str, str], int], pair: tuple[str, str], late: int) -> None:
+def _keep_maximum(found: dict[tuple[str, str], int], pair: tuple[str, str], late: int) -> None:
     if late > 0:
         found[pair] = max(found.get(pair, 0), late)
 
@@ -153,5 +153,5 @@ def _buckets(faults: Sequence[Interval], grace_ns: int) -> dict[str, set[int]]:
     buckets: dict[str, set[int]] = {}
     for fault in faults:
         first, last = fault.start // BUCKET_NS - 1, (fault.end + grace_ns) // BUCKET_NS
-        buckets.setdefault(fault.silences, set()).update(range(first, last + 1))
+        buckets.setdefault(fault.affects, set()).update(range(first, last + 1))
     return buckets

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 
 from channel import Channel
 from checker import ACCEPTED, REFUSED, UNDECIDED, Checker
-from revoker import Refused, Revoked, revoke_until_told
+from revoker import Refused, Revoked, revoke_until_ended
 
 _AT_A_TIME: Final = 2
 _TTL_SECONDS: Final = 60
@@ -41,14 +41,14 @@ class Table:
         self._turn = asyncio.Lock()
         self._connection: psycopg.AsyncConnection[Any] | None = None
 
-    async def ask(self, sql: str, key: str) -> list[tuple[Any, ...]]:
+    async def fetch(self, sql: str, key: str) -> list[tuple[Any, ...]]:
         """Run a statement and commit it.
 
         Raises:
             psycopg.OperationalError: it failed, or took too long.
         """
         async with self._turn:
-            task = asyncio.create_task(self._ask(sql, key))
+            task = asyncio.create_task(self._fetch(sql, key))
             done, _ = await asyncio.wait({task}, timeout=_PATIENCE_SECONDS)
             if done and task.exception() is None:
                 return task.result()
@@ -65,7 +65,7 @@ class Table:
                 line.shutdown(socket.SHUT_RDWR)
                 line.close()
 
-    async def _ask(self, sql: str, key: str) -> list[tuple[Any, ...]]:
+    async def _fetch(self, sql: str, key: str) -> list[tuple[Any, ...]]:
         if self._connection is None:
             self._connection = await psycopg.AsyncConnection.connect(
                 self._url, autocommit=True, connect_timeout=2
@@ -91,7 +91,7 @@ class NaiveKeys:
     async def stop(self) -> None:
         self._listening.cancel()
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         return None  # `start` opens connections of its own; the dictionary is inherited
 
     async def _listen(self) -> None:
@@ -106,13 +106,13 @@ class NaiveKeys:
 
     # Checking
 
-    def at_once(self, token: str) -> int | None:
+    def check_cached(self, token: str) -> int | None:
         active, until = self._local.get(token, (False, 0.0))
         if until < time.monotonic():
             return None
         return ACCEPTED if active else REFUSED
 
-    async def slowly(self, token: str) -> int:
+    async def check(self, token: str) -> int:
         try:
             active = await self._fetch(token)
         except psycopg.OperationalError:
@@ -130,7 +130,7 @@ class NaiveKeys:
                 return bool(cached == b"1")
         except (RedisError, OSError):
             pass  # the store knows
-        rows = await self._table.ask("SELECT active FROM naive_keys WHERE id = %s", token)
+        rows = await self._table.fetch("SELECT active FROM naive_keys WHERE id = %s", token)
         active = bool(rows and rows[0][0])
         with contextlib.suppress(RedisError, OSError):  # it is only a cache
             await self._redis.set(f"naive:{token}", int(active), ex=_TTL_SECONDS)
@@ -141,14 +141,14 @@ class NaiveKeys:
     async def create(self) -> tuple[str, str]:
         key = secrets.token_hex(8)
         try:
-            await self._table.ask("INSERT INTO naive_keys VALUES (%s, true)", key)
+            await self._table.fetch("INSERT INTO naive_keys VALUES (%s, true)", key)
         except psycopg.OperationalError:
             raise Refused from None
         return key, key
 
     async def revoke(self, key: str, wait: bool) -> Revoked:
         try:
-            await self._table.ask("UPDATE naive_keys SET active = false WHERE id = %s", key)
+            await self._table.fetch("UPDATE naive_keys SET active = false WHERE id = %s", key)
         except psycopg.OperationalError:
             raise Refused from None
         committed = time.monotonic_ns()
@@ -162,17 +162,17 @@ class NaiveKeys:
 
 async def revoke(keys: NaiveKeys, path: str, name: str, seed: int) -> None:
     """Revoke until told to end."""
-    channel = await Channel.to(path, role="revoker", side="naive", name=name)
+    channel = await Channel.connect(path, role="revoker", side="naive", name=name)
     await keys.start()
-    await revoke_until_told(keys, channel, random.Random(seed), _AT_A_TIME)
+    await revoke_until_ended(keys, channel, random.Random(seed), _AT_A_TIME)
     await keys.stop()
     await channel.close()
 
 
 if __name__ == "__main__":
-    deed, store, redis, path, name, *seed = sys.argv[1:]
+    role, store, redis, path, name, *seed = sys.argv[1:]
     keys = NaiveKeys(store, redis)
-    if deed == "check":
+    if role == "check":
         Checker(keys, path, "naive", name).run()
     else:
         asyncio.run(revoke(keys, path, name, int(seed[0])))

@@ -15,13 +15,13 @@ _CHUNK: Final = 65_536
 _HALF_OPEN_SECONDS: Final = 8.0  # how long a server keeps a dead line; real ones keep it for hours
 
 
-class _Line:
+class _Connection:
     """One connection: what the client sees of it and, once connected, what the server sees."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
         self.server: asyncio.StreamWriter | None = None
-        self.dead = False
+        self.has_lost_bytes = False
 
     def abort(self) -> None:
         self.client.transport.abort()
@@ -41,14 +41,14 @@ class Proxy:
 
     def __init__(self, port: int) -> None:
         self._server_port = port
-        self._lines: set[_Line] = set()
+        self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._flows = asyncio.Event()
-        self._flows.set()
-        self._swallowing = 0
-        self._left = 0
-        self.passed = 0
-        self._refusing = 0
+        self._is_flowing = asyncio.Event()
+        self._is_flowing.set()
+        self._blackholing = 0
+        self._bytes_before_blackhole = 0
+        self.forwarded_bytes = 0
+        self._resetting = 0
         self._held = 0
         self._delays: list[float] = []
 
@@ -60,7 +60,7 @@ class Proxy:
     async def stop(self) -> None:
         """Let everything go."""
         self._listener.close()
-        self.cut()
+        self.reset_connections()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -73,39 +73,39 @@ class Proxy:
     def held(self) -> Iterator[None]:
         """Bytes wait in both directions, and so does whoever connects."""
         self._held += 1
-        self._flows.clear()
+        self._is_flowing.clear()
         try:
             yield
         finally:
             self._held -= 1
             if not self._held:
-                self._flows.set()
+                self._is_flowing.set()
 
     @contextlib.contextmanager
-    def swallowing(self, after: int = 0) -> Iterator[None]:
+    def blackholing(self, after: int = 0) -> Iterator[None]:
         """Bytes vanish in both directions, once so many more have reached the server: then a client
         falls silent amid what it says. What lost bytes once never comes to life again."""
-        self._swallowing += 1
-        self._left = after
+        self._blackholing += 1
+        self._bytes_before_blackhole = after
         try:
             yield
         finally:
-            self._swallowing -= 1
+            self._blackholing -= 1
 
     @property
-    def is_silent(self) -> bool:
+    def is_blackholing(self) -> bool:
         """Whether bytes vanish already."""
-        return self._swallowing > 0 and not self._left
+        return self._blackholing > 0 and not self._bytes_before_blackhole
 
     @contextlib.contextmanager
-    def refusing(self) -> Iterator[None]:
+    def resetting(self) -> Iterator[None]:
         """Every connection is reset, and so is every new one."""
-        self._refusing += 1
-        self.cut()
+        self._resetting += 1
+        self.reset_connections()
         try:
             yield
         finally:
-            self._refusing -= 1
+            self._resetting -= 1
 
     @contextlib.contextmanager
     def slow(self, seconds: float) -> Iterator[None]:
@@ -116,74 +116,78 @@ class Proxy:
         finally:
             self._delays.remove(seconds)
 
-    def cut(self) -> None:
+    def reset_connections(self) -> None:
         """Reset every connection, on both sides."""
-        for line in list(self._lines):
+        for line in list(self._connections):
             line.abort()
 
     # Passing bytes
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = _Line(writer)
+        connection = _Connection(writer)
         task = asyncio.current_task()
         assert task is not None
-        self._lines.add(line)
+        self._connections.add(connection)
         self._tasks.add(task)
         try:
-            await self._serve(line, reader)
+            await self._serve(connection, reader)
         except (OSError, asyncio.CancelledError):
             pass  # the line broke or the run is over; both ends are let go below
         finally:
-            line.abort()
-            self._lines.discard(line)
+            connection.abort()
+            self._connections.discard(connection)
             self._tasks.discard(task)
 
-    async def _serve(self, line: _Line, questions: asyncio.StreamReader) -> None:
-        if self._refusing:
+    async def _serve(self, connection: _Connection, requests: asyncio.StreamReader) -> None:
+        if self._resetting:
             return
-        await self._flows.wait()
-        if self.is_silent:
-            line.dead = True
-            while await _read(questions):
+        await self._is_flowing.wait()
+        if self.is_blackholing:
+            connection.has_lost_bytes = True
+            while await _read(requests):
                 pass
             return
-        answers, line.server = await asyncio.open_connection("127.0.0.1", self._server_port)
+        responses, connection.server = await asyncio.open_connection("127.0.0.1", self._server_port)
         async with asyncio.TaskGroup() as both:
-            both.create_task(self._pass(line, questions, line.server, is_answer=False))
-            both.create_task(self._pass(line, answers, line.client, is_answer=True))
+            both.create_task(
+                self._forward(connection, requests, connection.server, is_response=False)
+            )
+            both.create_task(
+                self._forward(connection, responses, connection.client, is_response=True)
+            )
 
-    async def _pass(
+    async def _forward(
         self,
-        line: _Line,
+        connection: _Connection,
         source: asyncio.StreamReader,
         target: asyncio.StreamWriter,
         *,
-        is_answer: bool,
+        is_response: bool,
     ) -> None:
         while True:
             data = await _read(source)
-            if self._swallowing:
-                if not self._left:
-                    line.dead = True
-                elif not is_answer:
-                    data = data[: self._left]
-                    self._left -= len(data)
-            if not line.dead:
-                await self._flows.wait()
-                if is_answer and self._delays:
+            if self._blackholing:
+                if not self._bytes_before_blackhole:
+                    connection.has_lost_bytes = True
+                elif not is_response:
+                    data = data[: self._bytes_before_blackhole]
+                    self._bytes_before_blackhole -= len(data)
+            if not connection.has_lost_bytes:
+                await self._is_flowing.wait()
+                if is_response and self._delays:
                     await asyncio.sleep(max(self._delays))
             if not data:
                 break
-            if not line.dead and not target.transport.is_closing():
+            if not connection.has_lost_bytes and not target.transport.is_closing():
                 target.write(data)
-                self.passed += 0 if is_answer else len(data)
+                self.forwarded_bytes += 0 if is_response else len(data)
                 with contextlib.suppress(OSError):  # the next read tells
                     await target.drain()
-        if line.dead:
-            if is_answer:
+        if connection.has_lost_bytes:
+            if is_response:
                 return  # the client is not told; it gives up by itself
             await asyncio.sleep(_HALF_OPEN_SECONDS)
-        line.abort()
+        connection.abort()
 
 
 async def _read(source: asyncio.StreamReader) -> bytes:

@@ -62,25 +62,25 @@ PROMISES: Final = (
 def _side(ledger: Ledger, faults: list[Interval], grace_ns: int) -> dict[str, Any]:
     answered = [revoke for revoke in ledger.revokes.values() if revoke.answered]
     durations = ledger.durations(faults, grace_ns)
-    unexcused = ledger.unexcused(faults, grace_ns)
+    unexplained = ledger.unexplained(faults, grace_ns)
     return {
         "revokes": len(answered),
         "of these waited": sum(revoke.waited for revoke in answered),
         "DELETE answered 503, repeated": sum(revoke.refused for revoke in answered),
         "checks": ledger.checks,
-        "pairs of revoke and process seen before and after": ledger.witnessed,
+        "pairs of revoke and process seen before and after": ledger.observed_pairs,
         "accepted after the answer": len(ledger.after_answer),
         "accepted after commit + X": len(ledger.after_bound),
         "latest by, s": max(ledger.after_answer.values(), default=0) / SECOND_NS,
         "false 401": len(ledger.refused_before),
         "503": sum(ledger.undecided.values()),
-        "503 far from any fault that explains it": sum(unexcused.values()),
+        "503 far from any fault that explains it": sum(unexplained.values()),
         **{f"DELETE ms, {state}": percentiles(each) for state, each in durations.items()},
         "evidence": {
             "accepted after the answer": _first(ledger.after_answer),
             "accepted after commit + X": _first(ledger.after_bound),
             "false 401": _first(ledger.refused_before),
-            "503": _most(unexcused),
+            "503": _most(unexplained),
         },
     }
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 _LIVE_PER_LOOP: Final = 4
 _PAUSE_SECONDS: Final = 0.4  # on average
-_AGAIN_SECONDS: Final = 0.03
+_RETRY_SECONDS: Final = 0.03
 _WAITED: Final = 0.7  # of all revokes; the others are answered right after the commit
 
 
@@ -35,7 +35,7 @@ class Revoked:
     bound_ns: int
 
 
-class Revoking(Protocol):
+class RevokerSubject(Protocol):
     """What is under test."""
 
     async def create(self) -> tuple[str, str]:
@@ -45,8 +45,8 @@ class Revoking(Protocol):
         """Revoke a key. May raise `Refused`."""
 
 
-async def revoke_until_told(
-    revoking: Revoking, channel: Channel, chance: random.Random, at_a_time: int
+async def revoke_until_ended(
+    revoking: RevokerSubject, channel: Channel, chance: random.Random, at_a_time: int
 ) -> None:
     """Revoke until told to end or nobody is there any more.
 
@@ -58,7 +58,7 @@ async def revoke_until_told(
     """
     ending = asyncio.Event()
     loops = [
-        asyncio.create_task(_revoke_again_and_again(revoking, channel, chance, ending))
+        asyncio.create_task(_revoke_loop(revoking, channel, chance, ending))
         for _ in range(at_a_time)
     ]
     order = await channel.receive()
@@ -67,12 +67,12 @@ async def revoke_until_told(
     await asyncio.gather(*loops)
 
 
-async def _revoke_again_and_again(
-    revoking: Revoking, channel: Channel, chance: random.Random, ending: asyncio.Event
+async def _revoke_loop(
+    revoking: RevokerSubject, channel: Channel, chance: random.Random, ending: asyncio.Event
 ) -> None:
     live: deque[str] = deque()
     while not ending.is_set():
-        _, (key, token) = await _persist(revoking.create)
+        _, (key, token) = await _retry(revoking.create)
         channel.send(created=key, token=token)
         live.append(key)
         if len(live) < _LIVE_PER_LOOP:
@@ -81,10 +81,10 @@ async def _revoke_again_and_again(
         await _revoke(revoking, channel, live.popleft(), chance.random() < _WAITED)
 
 
-async def _revoke(revoking: Revoking, channel: Channel, key: str, wait: bool) -> None:
-    asked = time.monotonic_ns()
-    channel.send(asked=key, at=asked)
-    refused, revoked = await _persist(lambda: revoking.revoke(key, wait))
+async def _revoke(revoking: RevokerSubject, channel: Channel, key: str, wait: bool) -> None:
+    requested = time.monotonic_ns()
+    channel.send(requested=key, at=requested)
+    refused, revoked = await _retry(lambda: revoking.revoke(key, wait))
     channel.send(
         answered=key,
         at=revoked.answered,
@@ -95,12 +95,12 @@ async def _revoke(revoking: Revoking, channel: Channel, key: str, wait: bool) ->
     )
 
 
-async def _persist(deed: Callable[[], Awaitable[T]]) -> tuple[int, T]:
+async def _retry(operation: Callable[[], Awaitable[T]]) -> tuple[int, T]:
     """The answer, and how often it was refused before."""
     refused = 0
     while True:
         try:
-            return refused, await deed()
+            return refused, await operation()
         except Refused:
             refused += 1
-            await asyncio.sleep(_AGAIN_SECONDS)
+            await asyncio.sleep(_RETRY_SECONDS)

@@ -26,7 +26,7 @@ from faults import Faults
 from report import progress, results, tables
 from schedule import draw
 from services import ProgramMissing
-from stage import Stage
+from stage import Deployment
 
 _LONGEST_IN_LEASES: Final = 2.4  # most faults are over within a lease, and many are not
 
@@ -34,7 +34,7 @@ _LONGEST_IN_LEASES: Final = 2.4  # most faults are over within a lease, and many
 async def perform(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """One run, from the first process to the last."""
     folder = Path(tempfile.mkdtemp(prefix="keylatch-chaos-"))
-    stage = Stage(folder, options.workers, options.revokers, options.lease, options.seed)
+    deployment = Deployment(folder, options.workers, options.revokers, options.lease, options.seed)
     schedule = draw(
         options.seed,
         options.faults,
@@ -42,26 +42,29 @@ async def perform(options: argparse.Namespace, console: Console) -> dict[str, An
         _LONGEST_IN_LEASES * options.lease,
         options.only,
     )
-    faults = Faults(stage, schedule)
+    faults = Faults(deployment, schedule)
     try:
-        await stage.set_up()
+        await deployment.set_up()
         began = time.monotonic()
         storm = asyncio.create_task(faults.run(options.seconds))
         with Live(console=console, auto_refresh=False) as live:
             while not storm.done():
                 await asyncio.wait([storm], timeout=1)
-                stage.hub.sweep()
+                deployment.hub.sweep()
                 elapsed = time.monotonic() - began
                 live.update(
-                    progress(stage.hub, len(faults.applied), len(schedule), elapsed), refresh=True
+                    progress(deployment.hub, len(faults.applied), len(schedule), elapsed),
+                    refresh=True,
                 )
         storm.result()
-        await stage.end()
-        await stage.hub.stop()
+        await deployment.end()
+        await deployment.hub.stop()
         grace_ns = int((options.lease + 1) * 1e9)
-        return results(stage.hub, faults.applied, grace_ns, stage.crashes(), faults.failed)
+        return results(
+            deployment.hub, faults.applied, grace_ns, deployment.crashes(), faults.failed
+        )
     finally:
-        await stage.tear_down()
+        await deployment.tear_down()
         if options.keep:
             shutil.copytree(folder, options.keep, ignore=shutil.ignore_patterns("hub"))
         shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 ROUND_SECONDS: Final = 60.0
-CALM_SECONDS: Final = 6.0
+HEALTHY_SECONDS: Final = 6.0
 """Each round begins with so many seconds without faults, to see how healthy revokes fare."""
 
 SHORTEST_SECONDS: Final = 0.1
@@ -22,9 +22,9 @@ WEIGHTS: Final = {
     "redis slow": 8,
     "worker cut from redis": 8,
     "revoker cut from redis": 8,
-    "store line swallows": 8,
-    "store line held": 8,
-    "store line cut": 8,
+    "store connections blackholed": 8,
+    "store connections held": 8,
+    "store connections reset": 8,
     "store sessions terminated": 5,
     "store restarted": 2,
     "revoker cut from the store": 4,
@@ -71,7 +71,7 @@ def draw(
     kinds += chance.choices(list(weights), list(weights.values()), k=faults - len(kinds))
     chance.shuffle(kinds)
     round_seconds = min(ROUND_SECONDS, seconds)
-    calm = round_seconds * CALM_SECONDS / ROUND_SECONDS
+    calm = round_seconds * HEALTHY_SECONDS / ROUND_SECONDS
     times: list[float] = []
     while len(times) < faults:
         at = chance.uniform(0, seconds)

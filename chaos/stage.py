@@ -27,7 +27,7 @@ _UNEXPECTED: Final = (
 
 
 @dataclass
-class Place:
+class Slot:
     """Where a process of one side runs; its lines stay when the process is replaced."""
 
     side: str
@@ -38,7 +38,7 @@ class Place:
     generation: int = 0
 
     @property
-    def who(self) -> str:
+    def process_name(self) -> str:
         """The present process, as the hub calls it."""
         return f"{self.side} {self.name}#{self.generation}"
 
@@ -48,7 +48,7 @@ class Place:
             self.process.send_signal(number)
 
 
-class Stage:
+class Deployment:
     """The services, and the places of all processes.
 
     Args:
@@ -67,7 +67,7 @@ class Stage:
         self._lease = lease_seconds
         self._seed = seed
         self._counts = {"worker": workers, "revoker": revokers}
-        self.places: list[Place] = []
+        self.slots: list[Slot] = []
         self._forgotten: set[int] = set()
 
     async def set_up(self) -> None:
@@ -88,25 +88,25 @@ class Stage:
         for side in SIDES:
             for role, count in self._counts.items():
                 for number in range(count):
-                    place = Place(
+                    slot = Slot(
                         side, f"{role}-{number}", Proxy(self.postgres.port), Proxy(self.redis.port)
                     )
-                    await place.store.start()
-                    await place.redis.start()
-                    self.places.append(place)
-                    self.fill(place)
-        for place in self.places:
-            await self.arrived(place)
+                    await slot.store.start()
+                    await slot.redis.start()
+                    self.slots.append(slot)
+                    self.start_process(slot)
+        for slot in self.slots:
+            await self.wait_until_connected(slot)
 
     async def tear_down(self) -> None:
         """Stop everything that was started, by pid."""
-        for place in self.places:
-            if place.process is not None:
-                place.signal(signal.SIGKILL)
-                place.process.wait()
+        for slot in self.slots:
+            if slot.process is not None:
+                slot.signal(signal.SIGKILL)
+                slot.process.wait()
             with contextlib.suppress(AttributeError):  # it never started
-                await place.store.stop()
-                await place.redis.stop()
+                await slot.store.stop()
+                await slot.redis.stop()
         for pid in self.hub.pids.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # the children of those above
@@ -119,62 +119,62 @@ class Stage:
     async def end(self) -> None:
         """Tell everybody to end, revokers first, and wait until they have."""
         for role in "revoker", "worker":
-            leaving = self.of(role)
-            for place in leaving:
-                self.hub.tell(place.who, "end")
-            waiting = [asyncio.create_task(self._gone(place)) for place in leaving]
+            leaving = self.slots_of(role)
+            for slot in leaving:
+                self.hub.send_command(slot.process_name, "end")
+            waiting = [asyncio.create_task(self._wait_until_exited(place)) for place in leaving]
             await asyncio.wait(waiting, timeout=_PATIENCE_SECONDS)
             for task in waiting:
                 task.cancel()
             if role == "revoker":
                 await asyncio.sleep(self._lease + 1)  # what was revoked last is checked too
 
-    async def _gone(self, place: Place) -> None:
-        while place.process is not None and place.process.poll() is None:
+    async def _wait_until_exited(self, slot: Slot) -> None:
+        while slot.process is not None and slot.process.poll() is None:
             await asyncio.sleep(0.02)
 
     # Processes
 
-    def of(self, role: str, number: int | None = None) -> list[Place]:
+    def slots_of(self, role: str, number: int | None = None) -> list[Slot]:
         """The places of a role on both sides: all of them, or one on each side."""
         if number is None:
-            return [place for place in self.places if place.name.startswith(role)]
+            return [place for place in self.slots if place.name.startswith(role)]
         name = f"{role}-{number % self._counts[role]}"
-        return [place for place in self.places if place.name == name]
+        return [place for place in self.slots if place.name == name]
 
-    def fill(self, place: Place) -> None:
+    def start_process(self, slot: Slot) -> None:
         """Start a process in a place."""
-        place.generation += 1
-        role, number = place.name.split("-")
+        slot.generation += 1
+        role, number = slot.name.split("-")
         arguments = [
-            str(HERE / SIDES[place.side]),
+            str(HERE / SIDES[slot.side]),
             "check" if role == "worker" else "revoke",
-            f"postgresql://postgres@127.0.0.1:{place.store.port}/{place.side}",
-            f"redis://127.0.0.1:{place.redis.port}/0",
-            *([str(self._lease)] if place.side == "keylatch" else []),
+            f"postgresql://postgres@127.0.0.1:{slot.store.port}/{slot.side}",
+            f"redis://127.0.0.1:{slot.redis.port}/0",
+            *([str(self._lease)] if slot.side == "keylatch" else []),
             self.hub.path,
-            f"{place.name}#{place.generation}",
+            f"{slot.name}#{slot.generation}",
             *([str(self._seed + int(number))] if role == "revoker" else []),
         ]
-        with (self.folder / f"{place.side}-{place.name}.log").open("ab") as log:
-            place.process = subprocess.Popen(
+        with (self.folder / f"{slot.side}-{slot.name}.log").open("ab") as log:
+            slot.process = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", *arguments],
                 env=_without_settings(),
                 stderr=log,
                 start_new_session=True,
             )
 
-    async def arrived(self, place: Place) -> None:
+    async def wait_until_connected(self, slot: Slot) -> None:
         """Return once the process in this place has said hello."""
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            while place.who not in self.hub.pids:
+            while slot.process_name not in self.hub.pids:
                 await asyncio.sleep(0.02)
 
-    def kill(self, place: Place) -> None:
+    def kill(self, slot: Slot) -> None:
         """kill -9."""
-        if place.process is not None:
-            place.process.kill()
-            place.process.wait()
+        if slot.process is not None:
+            slot.process.kill()
+            slot.process.wait()
 
     def crashes(self) -> list[str]:
         """What processes of ours said that nobody expected, and who ended without being told."""
@@ -184,9 +184,9 @@ class Stage:
             for line in log.read_text(errors="replace").splitlines()
             if line.startswith(_UNEXPECTED)
         ]
-        for place in self.places:
-            if place.process is not None and place.process.poll() not in (None, 0):
-                found.append(f"{place.who}: exit {place.process.returncode}")
+        for slot in self.slots:
+            if slot.process is not None and slot.process.poll() not in (None, 0):
+                found.append(f"{slot.process_name}: exit {slot.process.returncode}")
         return found
 
 

@@ -20,17 +20,17 @@ from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Keyring
-from keylatch.model import Allow, KeyRecord, Reason, Verdict
+from keylatch.model import Allow, Decision, KeyRecord, Reason
 from keylatch.settings import Settings
 from keylatch.sql.authorization import OPERATOR, Actor
 from keylatch.store import Store
 from keylatch.tokens import Token
-from revoker import Refused, Revoked, revoke_until_told
+from revoker import Refused, Revoked, revoke_until_ended
 
 _AT_A_TIME: Final = 5
 
 
-class Product:
+class KeylatchSubject:
     """See `checker.Subject`."""
 
     def __init__(self, engine: Engine) -> None:
@@ -38,14 +38,14 @@ class Product:
         self.start = engine.start
         self.stop = engine.stop
 
-    def at_once(self, token: str) -> int | None:
-        verdict = self._engine.peek(_read(token))
+    def check_cached(self, token: str) -> int | None:
+        verdict = self._engine.check_token_cached(_read(token))
         return None if verdict is None else _outcome(verdict)
 
-    async def slowly(self, token: str) -> int:
-        return _outcome(await self._engine.resolve(_read(token)))
+    async def check(self, token: str) -> int:
+        return _outcome(await self._engine.check(_read(token)))
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         return None  # an engine notices by itself
 
 
@@ -56,13 +56,13 @@ def _read(token: str) -> Token:
     return read
 
 
-def _outcome(verdict: Verdict) -> int:
-    if isinstance(verdict, Allow):
+def _outcome(decision: Decision) -> int:
+    if isinstance(decision, Allow):
         return ACCEPTED
-    return UNDECIDED if verdict.reason in (Reason.UNAVAILABLE, Reason.BUSY) else REFUSED
+    return UNDECIDED if decision.reason in (Reason.UNAVAILABLE, Reason.BUSY) else REFUSED
 
 
-class WitnessedStore(Store):
+class CommitTimeStore(Store):
     """A store that notes when a change of a key was known to be committed."""
 
     def __init__(self, url: str) -> None:
@@ -86,7 +86,7 @@ class WitnessedStore(Store):
 class Revoker:
     """See `revoker.Revoking`."""
 
-    def __init__(self, keyring: Keyring, store: WitnessedStore) -> None:
+    def __init__(self, keyring: Keyring, store: CommitTimeStore) -> None:
         self._keyring = keyring
         self._committed = store.committed
 
@@ -108,22 +108,22 @@ class Revoker:
         return Revoked(self._committed.pop(key), answered, bound_ns)
 
 
-async def revoke(engine: Engine, store: WitnessedStore, path: str, name: str, seed: int) -> None:
+async def revoke(engine: Engine, store: CommitTimeStore, path: str, name: str, seed: int) -> None:
     """Revoke with the engine's keyring until told to end."""
-    channel = await Channel.to(path, role="revoker", side="keylatch", name=name)
+    channel = await Channel.connect(path, role="revoker", side="keylatch", name=name)
     revoker = Revoker(await engine.keyring(), store)
-    await revoke_until_told(revoker, channel, random.Random(seed), _AT_A_TIME)
+    await revoke_until_ended(revoker, channel, random.Random(seed), _AT_A_TIME)
     await engine.stop()
     await channel.close()
 
 
 if __name__ == "__main__":
-    deed, store_url, redis_url, lease, path, name, *seed = sys.argv[1:]
-    store = WitnessedStore(store_url)
+    role, store_url, redis_url, lease, path, name, *seed = sys.argv[1:]
+    store = CommitTimeStore(store_url)
     settings = Settings.load(store=store_url, redis=redis_url, lease=float(lease))
     # argon2id, or Redis would never be asked.
     engine = Engine(settings, store=store, hasher=Hasher("argon2id", CHEAPEST))
-    if deed == "check":
-        Checker(Product(engine), path, "keylatch", name).run()
+    if role == "check":
+        Checker(KeylatchSubject(engine), path, "keylatch", name).run()
     else:
         asyncio.run(revoke(engine, store, path, name, int(seed[0])))

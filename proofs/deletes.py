@@ -42,7 +42,7 @@ def world_steps(c: Configuration, world: World) -> Iterator[WorldStep]:
 def _beginning(c: Configuration, world: World, i: int) -> Iterator[WorldStep]:
     name = f"DELETE {i + 1}"
     if world.revokes[i].stage == IDLE and not c.rules.clock_read_after_commit:
-        yield _moved(world, i, Revoke(STARTED), f"{name} reads its clock: @+0")
+        yield _with_revoke(world, i, Revoke(STARTED), f"{name} reads its clock: @+0")
         return
     yield _commit(c, world, i, name)
     if c.revokes[i] == "w" and True in world.log:
@@ -55,7 +55,7 @@ def _waiting(c: Configuration, world: World, i: int, revoke: Revoke) -> Iterator
         if revoke.stage == COMMITTED:
             yield _answered(c, world, i, f"{name} is answered at @+0", NONE)
     elif revoke.stage == COMMITTED:
-        yield _moved(world, i, Revoke(COUNTING, number), f"{name} reads its clock: @+0")
+        yield _with_revoke(world, i, Revoke(COUNTING, number), f"{name} reads its clock: @+0")
     elif revoke.stage == COUNTING:
         after = Revoke(LOOKED, number)
         if not c.rules.look_clocked_after:
@@ -65,30 +65,30 @@ def _waiting(c: Configuration, world: World, i: int, revoke: Revoke) -> Iterator
         effect = Effect("look", i, number)
         if not c.rules.polls:
             text, effect = f"{name} rings the bell", Effect("ring", i)
-        yield _moved(world, i, after, text, effect)
+        yield _with_revoke(world, i, after, text, effect)
         if late:
             text = f"{name} could never look, and is answered at @+0, X after its clock reading"
             yield _answered(c, world, i, text, NONE)
     elif revoke.stage == LOOKED:
-        yield _moved(world, i, Revoke(WATCHING, number), f"{name} reads its clock: @+0")
+        yield _with_revoke(world, i, Revoke(WATCHING, number), f"{name} reads its clock: @+0")
     elif revoke.stage == WATCHING and late:
         text = f"{name}, X after its clock reading, removes who lags"
         minds = c.rules.removal_minds_grants
         text += " and was granted nothing since" if minds else ", whatever it was granted"
-        yield _moved(world, i, Revoke(REMOVED), text, Effect("remove", i, number))
+        yield _with_revoke(world, i, Revoke(REMOVED), text, Effect("remove", i, number))
         text = f"{name}, X after its clock reading, hears nothing of its removal and"
         answer = _answered(c, world, i, f"{text} is answered at @+0", Effect("leave", i))
-        yield _moved(answer.world, i, Revoke(LATE, number), answer.text, answer.effect)
+        yield _with_revoke(answer.world, i, Revoke(LATE, number), answer.text, answer.effect)
     elif revoke.stage == LATE:
         text = f"the removal by {name} is carried out late"
-        yield _moved(world, i, Revoke(ANSWERED), text, Effect("remove", i, number))
+        yield _with_revoke(world, i, Revoke(ANSWERED), text, Effect("remove", i, number))
     if revoke.stage in (LOOKED, WATCHING, REMOVED):
         yield _answered(c, world, i, f"{name} is answered at @+0", Effect("answer", i))
 
 
 def _answered(c: Configuration, world: World, i: int, text: str, effect: Effect) -> WorldStep:
     after = world._replace(answered=world.answered or c.revokes[i] == "w")
-    return _moved(after, i, Revoke(ANSWERED), text, effect)
+    return _with_revoke(after, i, Revoke(ANSWERED), text, effect)
 
 
 def _repeated(c: Configuration, world: World, i: int, name: str) -> WorldStep:
@@ -98,7 +98,7 @@ def _repeated(c: Configuration, world: World, i: int, name: str) -> WorldStep:
         return _answered(c, world, i, text, NONE)
     number = len(world.log)
     text = f"{name} finds the key revoked and will wait for seq = {number}"
-    return _moved(world, i, Revoke(COMMITTED, number), text)
+    return _with_revoke(world, i, Revoke(COMMITTED, number), text)
 
 
 def _commit(c: Configuration, world: World, i: int, name: str) -> WorldStep:
@@ -108,10 +108,12 @@ def _commit(c: Configuration, world: World, i: int, name: str) -> WorldStep:
     before = world.revokes[i]
     revoke = Revoke(COMMITTED if before.stage == IDLE else COUNTING, len(after.log), before.age)
     text = f"{name} commits at @+0: seq = {revoke.number}, revokes "
-    return _moved(after, i, revoke, text + ("the key" if watched else "another key"))
+    return _with_revoke(after, i, revoke, text + ("the key" if watched else "another key"))
 
 
-def _moved(world: World, i: int, revoke: Revoke, text: str, effect: Effect = NONE) -> WorldStep:
+def _with_revoke(
+    world: World, i: int, revoke: Revoke, text: str, effect: Effect = NONE
+) -> WorldStep:
     revokes = (*world.revokes[:i], revoke, *world.revokes[i + 1 :])
     return WorldStep(text, world._replace(revokes=revokes), effect)
 
@@ -126,12 +128,12 @@ def _tick(c: Configuration, world: World) -> WorldStep:
     return WorldStep("the clock ticks", later, Effect("tick"))
 
 
-def felt(c: Configuration, effect: Effect, m: Member) -> Member | None:
+def apply_effect(c: Configuration, effect: Effect, m: Member) -> Member | None:
     """The process after a step of the world; None where it stands in the way of that step."""
     i = effect.revoke
     match effect.kind:
         case "tick":
-            polls = in_order(_older(c, poll) for poll in m.polls)
+            polls = in_order(_aged(c, poll) for poll in m.polls)
             return m._replace(polls=polls, lease=max(m.lease - 1, 0))
         case "ring":
             return m._replace(awaited=in_order([*m.awaited, i]))
@@ -141,22 +143,22 @@ def felt(c: Configuration, effect: Effect, m: Member) -> Member | None:
             silent = in_order([*m.silent, i])
             return m._replace(awaited=in_order([*m.awaited, i]), silent=silent)
         case "answer":
-            return None if i in m.awaited else _left(m, i)
+            return None if i in m.awaited else _without_delete(m, i)
         case "leave":
-            return _left(m, i)._replace(silent=m.silent)
+            return _without_delete(m, i)._replace(silent=m.silent)
         case "remove":
             if i in m.silent and m.row is not None and m.row < effect.number:
                 m = m._replace(row=None, silent=())
-            return _left(m, i)
+            return _without_delete(m, i)
     return m
 
 
-def _left(m: Member, i: int) -> Member:
+def _without_delete(m: Member, i: int) -> Member:
     """That DELETE has no eye on the process any more."""
     awaited = tuple(r for r in m.awaited if r != i)
     return m._replace(awaited=awaited, silent=tuple(r for r in m.silent if r != i))
 
 
-def _older(c: Configuration, poll: Poll) -> Poll:
-    ages = c.rules.lease_from_question or poll.seq == ASKED
+def _aged(c: Configuration, poll: Poll) -> Poll:
+    ages = c.rules.lease_from_request or poll.seq == ASKED
     return poll._replace(age=min(poll.age + 1, c.lease)) if ages else poll

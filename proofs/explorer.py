@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from deletes import felt, world_steps
+from deletes import apply_effect, world_steps
 from protocol import member_steps
 from states import Configuration, Effect, Member, View, World, first_members, first_world, view
 
@@ -99,7 +99,7 @@ class Explorer:
             if member == previous:
                 continue
             previous = member
-            found = self._moves.get(above | member) or self._work_out(above, member)
+            found = self._moves.get(above | member) or self._expand_member(above, member)
             broken += found.broken
             moves = found.moves if full else found.moves + found.starts
             rest = members[:i] + members[i + 1 :]
@@ -111,14 +111,14 @@ class Explorer:
                 low = base | other
                 following += [high | m if other < m else low | m << BITS for m in moves]
             else:
-                following += [base | self._packed([*rest, m]) for m in moves]
-        for next_world, effect in self._world_moves[world] or self._work_out_world(world):
-            feeling = [self._felt_by(effect, m) for m in members]
+                following += [base | self._pack([*rest, m]) for m in moves]
+        for next_world, effect in self._world_moves[world] or self._expand_world(world):
+            feeling = [self._effect_on(effect, m) for m in members]
             if -1 not in feeling:
-                following.append(next_world << self._shift | self._packed(feeling))
+                following.append(next_world << self._shift | self._pack(feeling))
         return following, broken
 
-    def told(self) -> set[str]:
+    def broken_promises(self) -> set[str]:
         """The texts of all steps met so far, to see what an exploration has covered."""
         texts = {step.text for world in self._worlds for step in world_steps(self._c, world)}
         for known in self._moves:
@@ -130,10 +130,10 @@ class Explorer:
         """The state's int, whatever its processes are called."""
         world, members = named
         numbers = [self._number(m) for m in members]
-        return self._world_number(world) << self._shift | self._packed(numbers)
+        return self._world_number(world) << self._shift | self._pack(numbers)
 
     @staticmethod
-    def _packed(numbers: list[int]) -> int:
+    def _pack(numbers: list[int]) -> int:
         packed = 0
         for number in sorted(numbers):
             packed = packed << BITS | number
@@ -159,7 +159,7 @@ class Explorer:
             self._world_moves.append(None)
         return number
 
-    def _work_out(self, above: int, member: int) -> _Moves:
+    def _expand_member(self, above: int, member: int) -> _Moves:
         before = self._members[member]
         moves: dict[int, None] = {}
         starts: dict[int, None] = {}
@@ -171,7 +171,7 @@ class Explorer:
         found = self._moves[above | member] = _Moves(tuple(moves), tuple(starts), broken)
         return found
 
-    def _work_out_world(self, world: int) -> tuple[tuple[int, int], ...]:
+    def _expand_world(self, world: int) -> tuple[tuple[int, int], ...]:
         moves: list[tuple[int, int]] = []
         for step in world_steps(self._c, self._worlds[world]):
             if step.effect not in self._effects:
@@ -181,9 +181,9 @@ class Explorer:
         self._world_moves[world] = tuple(moves)
         return tuple(moves)
 
-    def _felt_by(self, effect: int, member: int) -> int:
+    def _effect_on(self, effect: int, member: int) -> int:
         number = self._felt.get(effect | member)
         if number is None:
-            after = felt(self._c, self._effects[effect >> BITS], self._members[member])
+            after = apply_effect(self._c, self._effects[effect >> BITS], self._members[member])
             number = self._felt[effect | member] = -1 if after is None else self._number(after)
         return number

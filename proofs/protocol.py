@@ -64,7 +64,7 @@ def _polling(c: Configuration, v: View, m: Member) -> Iterator[Step]:
             news = in_order([*m.polls, Poll(c.lease, seq=len(v.log))])
             text = f"the store tells {{p}}, who only reads: seq = {len(v.log)}"
             yield Step(text, m._replace(polls=news))
-    yield from _hearing(c, v, m)
+    yield from _receiving_notice(c, v, m)
     for poll in dict.fromkeys(m.polls):
         rest = m._replace(polls=without(m.polls, poll))
         if not c.warm:
@@ -78,7 +78,7 @@ def _polling(c: Configuration, v: View, m: Member) -> Iterator[Step]:
             yield from _applied(c, v, rest, poll)
 
 
-def _hearing(c: Configuration, v: View, m: Member) -> Iterator[Step]:
+def _receiving_notice(c: Configuration, v: View, m: Member) -> Iterator[Step]:
     """News under seal, of any part of the log that there ever was: late, again, out of order. They
     count only if they follow on what is known; else they make it look, which it may do anyway. The
     store compares what was heard with its log; this one never goes back, so that they agree."""
@@ -86,7 +86,7 @@ def _hearing(c: Configuration, v: View, m: Member) -> Iterator[Step]:
         return
     for last in range(m.seen + 1, len(v.log) + 1):
         for first in range(m.seen + 1, last + 1):
-            if first == m.seen + 1 or not c.rules.news_have_no_gap:
+            if first == m.seen + 1 or not c.rules.notices_have_no_gap:
                 told = [n for n in range(first, last + 1) if v.log[n - 1]]
                 bar = max([m.bar, *told])
                 text = f"{{p}} hears news of {first} to {last}: known = {last}, tombstone = {bar}"
@@ -95,7 +95,7 @@ def _hearing(c: Configuration, v: View, m: Member) -> Iterator[Step]:
 
 def _transaction(c: Configuration, v: View, m: Member, poll: Poll) -> Step:
     """The poll at the store: acknowledge, count a grant, read seq and log, all at once."""
-    age = poll.age if c.rules.lease_from_question else 0
+    age = poll.age if c.rules.lease_from_request else 0
     answer = Poll(age, seq=len(v.log))
     text = f"the store answers {{p}}: seq = {len(v.log)}, "
     if m.row is None:
@@ -116,7 +116,7 @@ def _applied(c: Configuration, v: View, m: Member, poll: Poll) -> Iterator[Step]
     news = [n for n in range(m.seen + 1, poll.seq + 1) if v.log[n - 1]]
     if news and c.rules.polls_bring_tombstones:
         bar = max(bar, news[-1])
-        entry = entry if c.rules.judges_as_of else None
+        entry = entry if c.rules.checks_as_of else None
     m = m._replace(entry=entry, bar=bar, lease=lease, seen=seen)
     yield Step(f"{{p}} applies the answer: seen = {seen}, tombstone = {bar}, {until}", m)
     if bar < seen and c.rules.polls_bring_tombstones and not c.warm:
@@ -146,17 +146,17 @@ def _checking(c: Configuration, v: View, m: Member) -> Iterator[Step]:
         rest = without(m.requests, request)
         yield Step("a request in {p} ends unaccepted", m._replace(requests=rest))
         if request.stage == HOLDING:
-            yield from _judged(c, v, m._replace(requests=rest), request.late, request.as_of)
+            yield from _checked(c, v, m._replace(requests=rest), request.late, request.as_of)
             again = m._replace(requests=in_order([*rest, Request(request.late)]))
             yield Step("a request in {p} asks again", again)
         elif request.stage == BEGUN:
             if m.entry is not None:
-                yield from _judged(c, v, m._replace(requests=rest), request.late, m.entry)
+                yield from _checked(c, v, m._replace(requests=rest), request.late, m.entry)
             waiting = in_order([*rest, Request(request.late, WAITING)])
-            yield from _flying(c, v, m._replace(requests=waiting))
+            yield from _reading(c, v, m._replace(requests=waiting))
 
 
-def _flying(c: Configuration, v: View, m: Member) -> Iterator[Step]:
+def _reading(c: Configuration, v: View, m: Member) -> Iterator[Step]:
     if m.flight is not None:
         yield Step("a request in {p} joins the flight under way", m)
         return
@@ -169,9 +169,9 @@ def _flying(c: Configuration, v: View, m: Member) -> Iterator[Step]:
         yield Step(text, m._replace(flight=as_of))
 
 
-def _judged(c: Configuration, v: View, m: Member, late: bool, as_of: int) -> Iterator[Step]:
+def _checked(c: Configuration, v: View, m: Member, late: bool, as_of: int) -> Iterator[Step]:
     """The moment of the check: one step, one clock reading, one rule wherever the value is from."""
-    if (m.lease or not c.rules.needs_lease) and (as_of >= m.bar or not c.rules.judges_as_of):
+    if (m.lease or not c.rules.needs_lease) and (as_of >= m.bar or not c.rules.checks_as_of):
         broken = "G3 is broken: accepted later than commit + X" if v.overdue else ""
         broken = "G2 is broken: accepted, though it started after the answer" if late else broken
         lease = f"lease until @{m.lease:+}" if m.lease else "no lease"

@@ -49,20 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(
         options.jobs, spawn, _share, (counts,), max_tasks_per_child=None if options.quick else 1
     ) as pool:
-        told = {name: pool.submit(trace, c) for name, c in mutants.items()}
+        traces = {name: pool.submit(trace, c) for name, c in mutants.items()}
         runs = {
             c: pool.submit(_explore, i, c, options.states) for i, c in enumerate(configurations)
         }
-        _watch(console, [*told.values(), *runs.values()], configurations, counts)
+        _watch(console, [*traces.values(), *runs.values()], configurations, counts)
         outcomes = {c: run.result() for c, run in runs.items()}
         console.print(_table(outcomes))
         flawed = [c for c, outcome in outcomes.items() if outcome.violations]
         for c in flawed:
-            _tell(console, f"the protocol, {described(c)}", pool.submit(trace, c).result())
+            _print_section(console, f"the protocol, {described(c)}", pool.submit(trace, c).result())
         for number, (name, c) in enumerate(mutants.items(), 1):
-            _tell(console, f"mutant {number}, {name} (X = {c.lease})", told[name].result())
-    survivors = [name for name, run in told.items() if not run.result()]
-    console.print(_verdict(outcomes, survivors))
+            _print_section(
+                console, f"mutant {number}, {name} (X = {c.lease})", traces[name].result()
+            )
+    survivors = [name for name, run in traces.items() if not run.result()]
+    console.print(_conclusion(outcomes, survivors))
     return 1 if flawed or survivors else 0
 
 
@@ -70,10 +72,10 @@ def mutant(name: str, lease: int) -> Configuration:
     """A small world in which this mutant goes wrong."""
     revokes = {
         "removed although granted meanwhile": "wo",
-        "silence counted from before the look": "wo",
+        "silence counted from before the poll": "wo",
         "lease without membership": "wo",
         "repeated DELETE without waiting": "ww",
-        "news believed over a gap": "wo",
+        "notice accepted over a gap": "wo",
     }
     two = name in revokes
     return Configuration(revokes=revokes.get(name, "w"), warm=two, lease=lease, rules=MUTANTS[name])
@@ -165,13 +167,13 @@ def _table(outcomes: dict[Configuration, Outcome]) -> Table:
     return table
 
 
-def _tell(console: Console, title: str, lines: list[str]) -> None:
+def _print_section(console: Console, title: str, lines: list[str]) -> None:
     console.print(f"\n[bold]{title}[/bold]")
     for line in lines or ["survives: no state breaks a promise"]:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def _verdict(outcomes: dict[Configuration, Outcome], survivors: list[str]) -> str:
+def _conclusion(outcomes: dict[Configuration, Outcome], survivors: list[str]) -> str:
     states = sum(outcome.states for outcome in outcomes.values())
     transitions = sum(outcome.transitions for outcome in outcomes.values())
     violations = sum(outcome.violations for outcome in outcomes.values())

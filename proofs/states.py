@@ -16,11 +16,11 @@ class Rules(NamedTuple):
     """The rules of the protocol; a mutant breaks one."""
 
     needs_lease: bool = True
-    judges_as_of: bool = True
+    checks_as_of: bool = True
     polls: bool = True
     polls_bring_tombstones: bool = True
     delete_waits: bool = True
-    lease_from_question: bool = True
+    lease_from_request: bool = True
     removal_waits: bool = True
     removal_minds_grants: bool = True
     look_clocked_after: bool = True
@@ -28,24 +28,24 @@ class Rules(NamedTuple):
     clock_read_after_commit: bool = True
     acks_after_applying: bool = True
     repeats_wait: bool = True
-    news_have_no_gap: bool = True
+    notices_have_no_gap: bool = True
 
 
 MUTANTS = {
-    "pub/sub only": Rules(needs_lease=False, judges_as_of=False, polls=False),
-    "lease without as_of": Rules(judges_as_of=False),
+    "pub/sub only": Rules(needs_lease=False, checks_as_of=False, polls=False),
+    "lease without as_of": Rules(checks_as_of=False),
     "as_of without lease": Rules(needs_lease=False),
     "poll without tombstones": Rules(polls_bring_tombstones=False),
     "DELETE without waiting": Rules(delete_waits=False),
-    "lease counted from the answer": Rules(lease_from_question=False),
-    "laggard removed at the first look": Rules(removal_waits=False),
+    "lease counted from the answer": Rules(lease_from_request=False),
+    "laggard removed at the first poll": Rules(removal_waits=False),
     "removed although granted meanwhile": Rules(removal_minds_grants=False),
-    "silence counted from before the look": Rules(look_clocked_after=False),
+    "silence counted from before the poll": Rules(look_clocked_after=False),
     "lease without membership": Rules(lease_needs_membership=False),
     "deadline counted from before the commit": Rules(clock_read_after_commit=False),
     "acknowledged before applied": Rules(acks_after_applying=False),
     "repeated DELETE without waiting": Rules(repeats_wait=False),
-    "news believed over a gap": Rules(news_have_no_gap=False),
+    "notice accepted over a gap": Rules(notices_have_no_gap=False),
 }
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from deletes import felt, world_steps
+from deletes import apply_effect, world_steps
 from explorer import Explorer, Named
 from protocol import member_steps
 from states import Configuration, first_members, first_world, view
@@ -19,7 +19,7 @@ def trace(c: Configuration) -> list[str]:
         for state in frontier:
             following, broken = explorer.after(state)
             if broken:
-                return _told(c, explorer, _path(parents, state))
+                return _describe(c, explorer, _path(parents, state))
             for next_state in following:
                 if next_state not in parents:
                     parents[next_state] = state
@@ -36,7 +36,7 @@ def _path(parents: dict[int, int], state: int) -> list[int]:
     return path[::-1]
 
 
-def _told(c: Configuration, explorer: Explorer, path: list[int]) -> list[str]:
+def _describe(c: Configuration, explorer: Explorer, path: list[int]) -> list[str]:
     """The path again with names: an int does not keep which process is which."""
     now = 0
     named = (first_world(c), first_members(c))
@@ -62,7 +62,7 @@ def _steps(c: Configuration, named: Named) -> Iterator[tuple[str, Named, str]]:
             text = step.text.replace("{p}", f"process {i + 1}")
             yield text, (world, (*members[:i], step.member, *members[i + 1 :])), step.broken
     for move in world_steps(c, world):
-        feeling = [felt(c, move.effect, member) for member in members]
+        feeling = [apply_effect(c, move.effect, member) for member in members]
         after = tuple(member for member in feeling if member is not None)
         if len(after) == len(members):
             yield move.text, (move.world, after), ""

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx
 import pytest
 
-from keylatch.caches.breaker import Breaker
+from keylatch.caches.breaker import CircuitBreaker
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.settings import Settings
 from keylatch.store import Store
-from keylatch.variables import variable
+from keylatch.variables import variable_name
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.settings import TestSettings
 from servers import PostgresServer, RedisServer, serving
 
 if TYPE_CHECKING:
-    from proxies import Proxy, Rig, Stand
+    from proxies import FaultInjector, Proxy, ProxyStack
     from shell import Operator
 
 pytest.register_assert_rewrite("proxies", "proxy_contract", "shell")  # imported only where needed
@@ -79,8 +79,8 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {variable(name) for name in TestSettings.model_fields}
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {variable_name(name) for name in TestSettings.model_fields}
     for name in os.environ:
         if name.upper().startswith("KEYLATCH_") and name not in known:
             monkeypatch.delenv(name)
@@ -97,7 +97,7 @@ def store_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/keys.db"
 
 
-class OnAStore:
+class StoreTests:
     """For what both databases promise: each class of tests names its own `url`."""
 
     @pytest.fixture
@@ -136,20 +136,22 @@ def make_engine(store_url: str, clock: Clock) -> MakeEngine:
 
 
 @pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def generous_redis_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `give_redis_time`."""
-    give_redis_time(monkeypatch)
+    extend_redis_timeouts(monkeypatch)
 
 
-def give_redis_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def extend_redis_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As much as a busy machine takes: the 50 ms of an attempt are other tests' affair."""
-    monkeypatch.setattr("keylatch.caches.breaker.BUDGET_SECONDS", 60)
-    monkeypatch.setattr("keylatch.engine.Breaker", partial(Breaker, budget_seconds=60))
+    monkeypatch.setattr("keylatch.caches.breaker.TIMEOUT_SECONDS", 60)
+    monkeypatch.setattr(
+        "keylatch.engine.CircuitBreaker", partial(CircuitBreaker, timeout_seconds=60)
+    )
 
 
-async def until_async(is_so: Callable[[], Awaitable[object]]) -> None:
+async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
     """Return once something is so that a background task of this loop brings about."""
-    while not await is_so():  # noqa: ASYNC110 - it has no event that a test could wait for
+    while not await condition():  # noqa: ASYNC110 - it has no event that a test could wait for
         await asyncio.sleep(0)
 
 
@@ -191,7 +193,7 @@ class Sidecar:
         self._runner = runner
         self._numbers = itertools.count(1)
 
-    def create(self, organization: str = "", name: str = "Boss", **fields: Any) -> Created:
+    def create(self, organization: str = "", name: str = "Admin key", **fields: Any) -> Created:
         """A key, of a new organisation where none is named."""
         organization = organization or f"organization-{next(self._numbers)}"
 
@@ -230,7 +232,7 @@ def sidecar_on(store_url: str, clock: Clock, **settings: Any) -> Iterator[Sideca
 
     probes = socket.create_server(("127.0.0.1", 0))
     port = probes.getsockname()[1]
-    app = create_app(engine(), metrics_at=port)
+    app = create_app(engine(), metrics_address=port)
     with serving(app, [probes]) as url, asyncio.Runner() as runner:
         operator = engine()
         yield Sidecar(url, f"http://127.0.0.1:{port}", clock, operator, runner)
@@ -246,15 +248,15 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
 
 
 @pytest.fixture
-def boss(sidecar: Sidecar) -> Created:
+def admin_key(sidecar: Sidecar) -> Created:
     """The first key of an organisation of the test's own: FULL, live."""
     return sidecar.create()
 
 
 @pytest.fixture
-def client(sidecar: Sidecar, boss: Created) -> Iterator[httpx.Client]:
-    """HTTP with the boss's key."""
-    with sidecar.client(boss) as client:
+def client(sidecar: Sidecar, admin_key: Created) -> Iterator[httpx.Client]:
+    """HTTP with the admin key's key."""
+    with sidecar.client(admin_key) as client:
         yield client
 
 
@@ -269,20 +271,20 @@ def operator(
 
 
 @pytest.fixture(scope="module")
-def rig(request: pytest.FixtureRequest) -> "Iterator[Rig]":
+def proxy(request: pytest.FixtureRequest) -> "Iterator[ProxyStack]":
     """The proxy that the module calls `KIND`, with a sidecar, an app, and keys."""
     import proxies
 
-    with proxies.rig(request.module.KIND) as made:
+    with proxies.running_stack(request.module.KIND) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def between(rig: "Rig") -> "Iterator[tuple[Stand, Proxy]]":
+def proxy_with_fault(proxy: "ProxyStack") -> "Iterator[tuple[FaultInjector, Proxy]]":
     """Another such proxy, with somebody between it and the sidecar."""
     import proxies
 
-    with proxies.stand_in(rig) as made:
+    with proxies.faulty_proxy(proxy) as made:
         yield made
 
 
@@ -292,10 +294,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(str(cast(Sequence[object], report.longrepr)[2]) for report in skipped)
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
-    _tell_of_proxies(terminalreporter)
+    _report_proxies(terminalreporter)
 
 
-def _tell_of_proxies(terminalreporter: pytest.TerminalReporter) -> None:
+def _report_proxies(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [
         (outcome, report.nodeid)
         for outcome in ("passed", "failed")

@@ -137,7 +137,7 @@ local function question_about(r, path, authorization)
     local lines = {
         "GET /verify?permission=" .. permission .. " HTTP/1.1",
         "Host: keylatch",
-        "X-Forwarded-Method: " .. r.method, -- for KEYLATCH_VERIFY_FACTS=forwarded
+        "X-Forwarded-Method: " .. r.method, -- for KEYLATCH_VERIFY_REQUEST=forwarded
         "X-Forwarded-Uri: " .. r.unparsed_uri,
     }
     if authorization then -- Apache joins two of them with a comma: the sidecar refuses that

@@ -18,9 +18,9 @@ HERE = Path(__file__).parent
 KEYLATCH = str(Path(sys.executable).with_name("keylatch"))
 
 
-def free_port(wanted: int) -> int:
+def free_port(preferred: int) -> int:
     """The wanted port if it is free, else any other."""
-    for port in (wanted, 0):
+    for port in (preferred, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -34,7 +34,7 @@ local function ask(txn)
     local given = txn.http:req_get_headers()
     local headers = {
         ["host"] = {"keylatch"},
-        ["x-forwarded-method"] = {txn.f:method()}, -- for KEYLATCH_VERIFY_FACTS=forwarded
+        ["x-forwarded-method"] = {txn.f:method()}, -- for KEYLATCH_VERIFY_REQUEST=forwarded
         ["x-forwarded-uri"] = {txn.f:pathq()},
     }
     if given["authorization"] then

@@ -26,7 +26,7 @@ from argon2.low_level import Type, hash_secret_raw
 PREIMAGE_BYTES: Final = 32
 _SALT_BYTES: Final = 16
 _VERSION: Final = 19
-_FORM: Final = re.compile(
+_FORMAT: Final = re.compile(
     rf"\$argon2id\$v={_VERSION}\$m=([0-9]{{1,8}}),t=([0-9]{{1,5}}),p=([0-9]{{1,3}})"
     r"\$([A-Za-z0-9+/]{22})\$([A-Za-z0-9+/]{43})\$sha256"
 )
@@ -41,15 +41,15 @@ class Cost:
     lanes: int = 1
 
 
-def is_digested(stored: str) -> bool:
+def has_digest_format(stored: str) -> bool:
     """Whether a stored hash is of the form above, and not argon2's own output."""
-    return _FORM.fullmatch(stored) is not None
+    return _FORMAT.fullmatch(stored) is not None
 
 
-def is_outdated(stored: str, cost: Cost) -> bool:
+def needs_rehash(stored: str, cost: Cost) -> bool:
     """Whether an argon2 hash is of another form or price. What is damaged is not: it is no hash."""
-    if (form := _FORM.fullmatch(stored)) is not None:
-        return _cost_of(form) != cost
+    if (match := _FORMAT.fullmatch(stored)) is not None:
+        return _cost_of(match) != cost
     try:
         argon2.extract_parameters(stored)
     except InvalidHashError:
@@ -57,40 +57,40 @@ def is_outdated(stored: str, cost: Cost) -> bool:
     return True
 
 
-def hashed(text: str, cost: Cost) -> str:
+def hash_secret(text: str, cost: Cost) -> str:
     """A new hash, of the form above."""
     salt = os.urandom(_SALT_BYTES)
-    digest = hashlib.sha256(_run(text, salt, cost)).digest()
-    price = f"m={cost.memory_kib},t={cost.passes},p={cost.lanes}"
-    return f"$argon2id$v={_VERSION}${price}${_encoded(salt)}${_encoded(digest)}$sha256"
+    digest = hashlib.sha256(_compute(text, salt, cost)).digest()
+    parameters = f"m={cost.memory_kib},t={cost.passes},p={cost.lanes}"
+    return f"$argon2id$v={_VERSION}${parameters}${_base64(salt)}${_base64(digest)}$sha256"
 
 
-def preimage(stored: str, text: str) -> bytes:
+def compute_preimage(stored: str, text: str) -> bytes:
     """What argon2id makes of the text with the salt and at the price of a stored hash.
 
     Raises:
         ValueError: the stored hash is of another form.
         argon2.exceptions.HashingError: argon2 could not compute, for want of memory as a rule.
     """
-    form = _FORM.fullmatch(stored)
-    if form is None:
+    match = _FORMAT.fullmatch(stored)
+    if match is None:
         raise ValueError("not such a hash")
-    return _run(text, base64.b64decode(form[4] + "=="), _cost_of(form))
+    return _compute(text, base64.b64decode(match[4] + "=="), _cost_of(match))
 
 
-def fits(stored: str, preimage: bytes) -> bool:
+def verify_preimage(stored: str, preimage: bytes) -> bool:
     """Whether a stored hash is that of the preimage: then its token is the right one."""
-    form = _FORM.fullmatch(stored)
-    if form is None:
+    match = _FORMAT.fullmatch(stored)
+    if match is None:
         return False
-    return hmac.compare_digest(form[5], _encoded(hashlib.sha256(preimage).digest()))
+    return hmac.compare_digest(match[5], _base64(hashlib.sha256(preimage).digest()))
 
 
-def _cost_of(form: re.Match[str]) -> Cost:
-    return Cost(int(form[1]), int(form[2]), int(form[3]))
+def _cost_of(match: re.Match[str]) -> Cost:
+    return Cost(int(match[1]), int(match[2]), int(match[3]))
 
 
-def _run(text: str, salt: bytes, cost: Cost) -> bytes:
+def _compute(text: str, salt: bytes, cost: Cost) -> bytes:
     return hash_secret_raw(
         text.encode(),
         salt,
@@ -103,5 +103,5 @@ def _run(text: str, salt: bytes, cost: Cost) -> bytes:
     )
 
 
-def _encoded(raw: bytes) -> str:
+def _base64(raw: bytes) -> str:
     return base64.b64encode(raw).decode().rstrip("=")  # as argon2 does

@@ -16,19 +16,23 @@ from keylatch import credentials
 from keylatch.credentials import is_identity_header
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
-from keylatch.gate import Gate
-from keylatch.identity import Peer, ProxyGate
-from keylatch.model import Deny, Unsettled
-from keylatch.policy import path_of
+from keylatch.gate import BaseMiddleware
+from keylatch.identity import Peer, ProxyIdentity
+from keylatch.model import DeferredDeny, Deny
+from keylatch.policy import route_path
 from keylatch.refusals import Refusal
 from keylatch.routing import ASGIRouter
 from keylatch.rules import WEBSOCKET
-from keylatch.telemetry.trail import Trail, following, timed
+from keylatch.telemetry.trail import RequestTrace, time_check, tracing_request
 from keylatch.tokens import Token
 from keylatch.websocket import run_until
 
-_FOLLOWED: Final = "keylatch.followed"
-_STARTS: Final = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+_TRACED: Final = "keylatch.traced"
+_RESPONSE_STARTS: Final = (
+    "http.response.start",
+    "websocket.accept",
+    "websocket.http.response.start",
+)
 
 
 class Refused(Exception):
@@ -43,69 +47,69 @@ class Refused(Exception):
         self.deny = deny
 
 
-class APIKeyMiddleware(Gate[ASGIApp]):
+class APIKeyMiddleware(BaseMiddleware[ASGIApp]):
     __doc__ = (
-        f"""The principal is `scope["user"]`, what it may do `scope["auth"]`. {Gate.__doc__}"""
+        f"""`scope["user"]`: principal, `scope["auth"]`: its scopes. {BaseMiddleware.__doc__}"""
     )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             if scope["type"] == "lifespan":
-                await _with_lifespan(self._app, self.engine, scope, receive, send)
+                await _run_lifespan(self._app, self.engine, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
             return
-        if self._is_followed and _FOLLOWED not in scope:  # one test is all that a hit pays
-            await self._leave_trail(scope, receive, send)
+        if self._traces_requests and _TRACED not in scope:  # one test is all that a hit pays
+            await self._call_traced(scope, receive, send)
             return
-        values, is_posing = credentials.among(scope["headers"])
-        method, path = scope.get("method", WEBSOCKET), path_of(scope)
-        wanted = self._policy.asked(method, path, scope, self._router)
-        scope = _copy(scope, is_posing)
-        if wanted is None:
+        values, has_identity_headers = credentials.scan_headers(scope["headers"])
+        method, path = scope.get("method", WEBSOCKET), route_path(scope)
+        requirement = self._policy.requirement_for(method, path, scope, self._router)
+        scope = _copy(scope, has_identity_headers)
+        if requirement is None:
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
-            verdict = self._checks.glance(values, wanted)
-            if isinstance(verdict, Token):
-                verdict = await self._checks.resolve(verdict, wanted)
-            if isinstance(verdict, Deny):
-                if isinstance(verdict, Unsettled):
-                    wanted = self._policy.settled(method, path, scope, self._router)
-                    verdict = timed(partial(verdict.settle, wanted))
-                if isinstance(verdict, Deny):
-                    refusal = self._refusals.refuse(verdict, partial(caller_of, scope))
+            decision = self._authenticator.check_cached(values, requirement)
+            if isinstance(decision, Token):
+                decision = await self._authenticator.check(decision, requirement)
+            if isinstance(decision, Deny):
+                if isinstance(decision, DeferredDeny):
+                    requirement = self._policy.routed_requirement(method, path, scope, self._router)
+                    decision = time_check(partial(decision.decide, requirement))
+                if isinstance(decision, Deny):
+                    refusal = self._refusals.refuse(decision, partial(client_info_of, scope))
                     await refuse(refusal, scope, receive, send)
                     return
-            scope["user"] = verdict.principal
-            scope["auth"] = verdict.credentials
-            if self.engine.sees_clients:
-                self.engine.see(verdict.principal.key_id, partial(caller_of, scope))
+            scope["user"] = decision.principal
+            scope["auth"] = decision.credentials
+            if self.engine.records_clients:
+                self.engine.record_client(decision.principal.key_id, partial(client_info_of, scope))
         try:
-            if wanted is not None and scope["type"] == "websocket":
-                if not wanted.is_final:  # a key with FULL may be given less meanwhile
-                    wanted = self._policy.settled(method, path, scope, self._router)
-                with self.engine.watching(values, wanted) as ended:
+            if requirement is not None and scope["type"] == "websocket":
+                if not requirement.is_final:  # a key with FULL may be given less meanwhile
+                    requirement = self._policy.routed_requirement(method, path, scope, self._router)
+                with self.engine.revocation_event(values, requirement) as ended:
                     await run_until(ended, self._app, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         except Refused as refused:
-            refusal = self._refusals.refuse(refused.deny, partial(caller_of, scope))
+            refusal = self._refusals.refuse(refused.deny, partial(client_info_of, scope))
             await refuse(refusal, scope, receive, send)
 
-    def _router_of(self, app: ASGIApp) -> ASGIRouter:
-        return ASGIRouter(app, _is_ours)
+    def _make_router(self, app: ASGIApp) -> ASGIRouter:
+        return ASGIRouter(app, _is_keylatch_middleware)
 
-    async def _leave_trail(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tells = self.engine.settings.timing == "on"
-        with following(scope["headers"]) as trail:
-            told = telling(trail, send) if tells else send
-            await self({**scope, _FOLLOWED: True}, receive, told)
+    async def _call_traced(self, scope: Scope, receive: Receive, send: Send) -> None:
+        adds_headers = self.engine.settings.timing == "on"
+        with tracing_request(scope["headers"]) as trace:
+            traced_send = with_headers(trace, send) if adds_headers else send
+            await self({**scope, _TRACED: True}, receive, traced_send)
 
 
-class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
+class ProxyIdentityMiddleware(ProxyIdentity[ASGIApp]):
     """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
 
-    The arguments are those of `keylatch.identity.ProxyGate`. Run uvicorn with `--no-proxy-headers`,
+    The arguments are those of `keylatch.identity.ProxyIdentity`. Give uvicorn `--no-proxy-headers`,
     or the peer is whom `X-Forwarded-For` names.
     """
 
@@ -114,30 +118,30 @@ class ProxyIdentityMiddleware(ProxyGate[ASGIApp]):
             await self._app(scope, receive, send)
             return
         method = scope.get("method", WEBSOCKET)
-        path = path_of(scope)
-        verdict = self.judge(peer_of(scope), scope["headers"], method, path, scope)
-        if isinstance(verdict, Deny):
-            await refuse(self._refusals.of(verdict), scope, receive, send)
+        path = route_path(scope)
+        decision = self.evaluate(peer_of(scope), scope["headers"], method, path, scope)
+        if isinstance(decision, Deny):
+            await refuse(self._refusals.refusal_for(decision), scope, receive, send)
             return
-        scope = _copy(scope, is_posing=True)
-        if verdict is None:
+        scope = _copy(scope, has_identity_headers=True)
+        if decision is None:
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
-            scope["user"] = verdict.principal
-            scope["auth"] = verdict.credentials
+            scope["user"] = decision.principal
+            scope["auth"] = decision.credentials
         try:
             await self._app(scope, receive, send)
         except Refused as refused:
-            await refuse(self._refusals.of(refused.deny), scope, receive, send)
+            await refuse(self._refusals.refusal_for(refused.deny), scope, receive, send)
 
-    def _router_of(self, app: ASGIApp) -> ASGIRouter:
-        return ASGIRouter(app, _is_ours)
+    def _make_router(self, app: ASGIApp) -> ASGIRouter:
+        return ASGIRouter(app, _is_keylatch_middleware)
 
 
-def _is_ours(listed: object) -> bool:
+def _is_keylatch_middleware(listed: object) -> bool:
     """Whether one of Starlette's list of middlewares is keylatch's."""
     cls = getattr(listed, "cls", None)
-    return isinstance(cls, type) and issubclass(cls, Gate | ProxyGate)
+    return isinstance(cls, type) and issubclass(cls, BaseMiddleware | ProxyIdentity)
 
 
 def peer_of(scope: Scope) -> str | Peer:
@@ -154,32 +158,32 @@ def peer_of(scope: Scope) -> str | Peer:
     return Peer.UNKNOWN
 
 
-def caller_of(scope: Scope) -> tuple[str | None, str | None]:
+def client_info_of(scope: Scope) -> tuple[str | None, str | None]:
     """Address and user agent."""
     client = scope.get("client")
     agents = [value for name, value in scope["headers"] if name == b"user-agent"]
     return client and client[0], agents[0].decode("latin-1") if agents else None
 
 
-def _copy(scope: Scope, is_posing: bool) -> dict[str, Any]:
+def _copy(scope: Scope, has_identity_headers: bool) -> dict[str, Any]:
     """A copy of the scope, without headers that pose as keylatch's."""
     copy = dict(scope)
     # A list of our own in any case: uvicorn on httptools appends trailers to the one it gave away.
     copy["headers"] = [*scope["headers"]]
-    if is_posing:
+    if has_identity_headers:
         copy["headers"] = [each for each in copy["headers"] if not is_identity_header(each[0])]
     return copy
 
 
-def telling(trail: Trail, send: Send) -> Send:
+def with_headers(trace: RequestTrace, send: Send) -> Send:
     """Send, with what the trail tells among the headers."""
 
-    async def told(message: Message) -> None:
-        if message["type"] in _STARTS:
-            message = {**message, "headers": [*message.get("headers", ()), *trail.headers()]}
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] in _RESPONSE_STARTS:
+            message = {**message, "headers": [*message.get("headers", ()), *trace.headers()]}
         await send(message)
 
-    return told
+    return send_with_headers
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
@@ -197,7 +201,7 @@ async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -
     await send({"type": f"{kind}.response.body", "body": body})
 
 
-async def _with_lifespan(
+async def _run_lifespan(
     app: ASGIApp, engine: Engine, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Start the engine before the app starts and stop it after the app has stopped.

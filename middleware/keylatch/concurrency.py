@@ -12,10 +12,10 @@ _RETRY_AFTER_SECONDS: Final = 1
 
 
 @dataclass(slots=True)
-class _Turns:
+class _Slots:
     """Of one organisation: who works or waits, and the places for those that work."""
 
-    places: asyncio.Semaphore
+    semaphore: asyncio.Semaphore
     count: int = 0
 
 
@@ -25,35 +25,35 @@ class OrganizationLimit:
     It belongs to one event loop.
 
     Args:
-        at_once: under way at the same time, for each organisation.
-        waiting: how many more may wait, for each organisation.
+        max_active: under way at the same time, for each organisation.
+        max_waiting: how many more may wait, for each organisation.
     """
 
-    def __init__(self, at_once: int, waiting: int) -> None:
-        self._at_once = at_once
-        self._most = at_once + waiting
-        self._turns: dict[str, _Turns] = {}
+    def __init__(self, max_active: int, max_waiting: int) -> None:
+        self._max_active = max_active
+        self._limit = max_active + max_waiting
+        self._slots: dict[str, _Slots] = {}
 
     @asynccontextmanager
-    async def turn(self, organization_id: str) -> AsyncIterator[None]:
-        """`async with limit.turn("acme"): …` waits until it is the organisation's turn.
+    async def slot(self, organization_id: str) -> AsyncIterator[None]:
+        """`async with limit.slot("acme"): …` waits until it is the organisation's turn.
 
         Raises:
             QuotaExceeded: too many of the organisation wait already.
         """
-        turns = self._turns.get(organization_id) or _Turns(asyncio.Semaphore(self._at_once))
-        if turns.count >= self._most:
+        slots = self._slots.get(organization_id) or _Slots(asyncio.Semaphore(self._max_active))
+        if slots.count >= self._limit:
             raise QuotaExceeded(
-                f"The organisation has {self._most} new secrets under way: wait for some of them",
+                f"The organisation has {self._limit} new secrets under way: wait for some of them",
                 _RETRY_AFTER_SECONDS,
                 limit="hashes",
             )
-        self._turns[organization_id] = turns
-        turns.count += 1
+        self._slots[organization_id] = slots
+        slots.count += 1
         try:
-            async with turns.places:
+            async with slots.semaphore:
                 yield
         finally:
-            turns.count -= 1
-            if not turns.count:
-                del self._turns[organization_id]
+            slots.count -= 1
+            if not slots.count:
+                del self._slots[organization_id]

@@ -23,23 +23,23 @@ _BEARER: Final = re.compile(rb"[ \t]*[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9\-._~+
 _SCHEME: Final = re.compile(rb"[ \t]*([\w!#$%&*+.^`|~-]+)(?:[ \t]|\Z)")
 _QUOTED: Final = re.compile(rb'"[^"]*"')
 # Behind a comma another credential, or nothing; the parameters of Digest are `name = value`.
-_SECOND: Final = re.compile(
+_NEXT_CREDENTIAL: Final = re.compile(
     rb",[ \t]*(?:[\w!#$%&*+.^`|~-]+(?:[ \t]+(?=[^=\s])|[ \t]*(?=,|\Z))|(?=,|\Z))"
 )
 
 
 # What Laravel Sanctum gives out: RFC 6750 has no bar.
-_BARRED: Final = re.compile(
+_BEARER_WITH_PIPE: Final = re.compile(
     rb"[ \t]*[Bb][Ee][Aa][Rr][Ee][Rr] +([0-9]{1,20}\|[A-Za-z0-9]{40,64})[ \t]*"
 )
 
 
-def read(values: Sequence[bytes], *, barred: bool = False) -> Token | Reason:
+def read(values: Sequence[bytes], *, allow_pipe: bool = False) -> Token | Reason:
     """The one token among the values of a request's `Authorization` fields.
 
     Args:
         values: one entry for each field, as it came over the wire.
-        barred: whether Laravel Sanctum's tokens are welcome too, `{number}|{40 to 64 characters}`.
+        allow_pipe: whether to accept Laravel Sanctum's tokens, `{number}|{40 to 64 characters}`.
 
     Returns:
         the token, `Reason.MISSING` where no bearer credential was sent, or `Reason.MALFORMED`
@@ -50,43 +50,47 @@ def read(values: Sequence[bytes], *, barred: bool = False) -> Token | Reason:
     value = values[0] if len(values) == 1 else b",".join(values)
     if len(value) > MAX_VALUE_BYTES:
         return Reason.MALFORMED
-    match = _BEARER.fullmatch(value) or (_BARRED.fullmatch(value) if barred else None)
+    match = _BEARER.fullmatch(value) or (_BEARER_WITH_PIPE.fullmatch(value) if allow_pipe else None)
     if match is not None:
         return Token(match[1].decode("ascii"))
     if not value.strip(b" \t"):
         return Reason.MISSING
     scheme = _SCHEME.match(value)
-    if scheme is None or scheme[1].lower() == b"bearer" or _SECOND.search(_QUOTED.sub(b"", value)):
+    if (
+        scheme is None
+        or scheme[1].lower() == b"bearer"
+        or _NEXT_CREDENTIAL.search(_QUOTED.sub(b"", value))
+    ):
         return Reason.MALFORMED
     return Reason.MISSING
 
 
-def among(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[bytes], bool]:
+def scan_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[bytes], bool]:
     """What `Authorization` says among a request's headers, and whether any of the others poses as
     one of keylatch's.
 
     ASGI promises lower-case names; a server or test client that does not keep it changes nothing.
     """
     values = []
-    is_posing = False
+    has_identity_header = False
     for name, value in headers:
-        if name in _PLAIN:
+        if name in _IGNORED_NAMES:
             continue
         if name == _AUTHORIZATION or name.lower() == _AUTHORIZATION:
             values.append(value)
         elif is_identity_header(name):
-            is_posing = True
-        elif len(_PLAIN) < _PLAIN_NAMES and len(name) <= _PLAIN_BYTES:
-            _PLAIN.add(name)
-    return values, is_posing
+            has_identity_header = True
+        elif len(_IGNORED_NAMES) < _MAX_IGNORED_NAMES and len(name) <= _MAX_IGNORED_NAME_BYTES:
+            _IGNORED_NAMES.add(name)
+    return values, has_identity_header
 
 
 _AUTHORIZATION: Final = b"authorization"
-_PLAIN: Final[set[bytes]] = set()
+_IGNORED_NAMES: Final[set[bytes]] = set()
 """Names that were looked at before and are neither. Strangers may fill it with names of their own;
 then the others are looked at each time."""
-_PLAIN_NAMES: Final = 1_000
-_PLAIN_BYTES: Final = 64
+_MAX_IGNORED_NAMES: Final = 1_000
+_MAX_IGNORED_NAME_BYTES: Final = 64
 
 
 def is_identity_header(name: bytes) -> bool:

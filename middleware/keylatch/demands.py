@@ -9,20 +9,20 @@ from typing import Any
 
 from starlette.authentication import UnauthenticatedUser
 
-from keylatch.model import Deny, Principal, Reason, Wanted, missing_scope
+from keylatch.model import Deny, Principal, Reason, Requirement, missing_scope
 from keylatch.policy import Policy
 from keylatch.refusals import Refusal, Refusals
-from keylatch.wsgi import PRINCIPAL, REFUSALS, caller_of
+from keylatch.wsgi import PRINCIPAL, REFUSALS, client_info_of
 
 
-def wanted_of(permissions: Sequence[str]) -> Wanted:
+def any_of(permissions: Sequence[str]) -> Requirement:
     """What a view asks that names these permissions: any one of them suffices, and FULL always.
 
     Raises:
         ConfigurationError: naming every word that is no permission.
     """
     route = ["GET /"]
-    return Policy(permissions=dict.fromkeys(permissions, route)).wanted("GET", "/")
+    return Policy(permissions=dict.fromkeys(permissions, route)).requirement_by_rules("GET", "/")
 
 
 def principal_of(environ: Mapping[str, Any]) -> Principal | UnauthenticatedUser:
@@ -41,14 +41,14 @@ def principal_of(environ: Mapping[str, Any]) -> Principal | UnauthenticatedUser:
     return principal
 
 
-def refusal_of(environ: dict[str, Any], wanted: Wanted) -> Refusal | None:
+def refusal_of(environ: dict[str, Any], requirement: Requirement) -> Refusal | None:
     """The refusal for a request that was let in and may not do this, or None if it may."""
     principal = principal_of(environ)
     if isinstance(principal, Principal):
-        denied = missing_scope(principal.permission, wanted)
+        deny = missing_scope(principal.permission, requirement)
     else:
-        denied = Deny(Reason.MISSING)
-    if denied is None:
+        deny = Deny(Reason.MISSING)
+    if deny is None:
         return None
     refusals: Refusals = environ[REFUSALS]
-    return refusals.refuse(denied, lambda: caller_of(environ))
+    return refusals.refuse(deny, lambda: client_info_of(environ))

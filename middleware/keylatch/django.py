@@ -32,28 +32,42 @@ except ModuleNotFoundError as error:
 from starlette.authentication import UnauthenticatedUser
 from starlette.types import Receive, Scope, Send
 
-from keylatch.demands import refusal_of, wanted_of
+from keylatch.demands import any_of, refusal_of
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import Route, of_django, of_django_match, templates_of_django
-from keylatch.gate import Gate
-from keylatch.languages import in_language_of, language_of
-from keylatch.model import FULL, Deny, Principal, Unsettled, Verdict, Wanted, missing_scope
+from keylatch.frameworks import (
+    Route,
+    django_path_templates,
+    find_django_route,
+    route_from_django_match,
+)
+from keylatch.gate import BaseMiddleware
+from keylatch.languages import language_of, override_language
+from keylatch.model import FULL, Decision, DeferredDeny, Deny, Principal, Requirement, missing_scope
 from keylatch.portal import Portal, close_all
 from keylatch.refusals import Refusal
-from keylatch.routing import has_encoded_slash, is_plain_environ
-from keylatch.rules import declare, declared
-from keylatch.telemetry.trail import Trail, timed, timed_awaiting
-from keylatch.wsgi import PRINCIPAL, REFUSALS, authorization, caller_of, strip_identity, trail_of
+from keylatch.routing import has_encoded_slash, is_unambiguous_environ
+from keylatch.rules import declare, required_by
+from keylatch.telemetry.trail import RequestTrace, time_awaited_check, time_check
+from keylatch.wsgi import (
+    PRINCIPAL,
+    REFUSALS,
+    authorization,
+    client_info_of,
+    request_trace_of,
+    strip_identity_headers,
+)
 
 View = TypeVar("View", bound=Callable[..., Any])
 
-_NAMES: Final = tuple(name for name in inspect.signature(Gate).parameters if name != "app")
+_SETTING_NAMES: Final = tuple(
+    name for name in inspect.signature(BaseMiddleware).parameters if name != "app"
+)
 
 
-class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
+class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
     """Lets a request pass if it carries a good key, as `request.api_key`.
 
-    The setting KEYLATCH is a dict of the arguments of `keylatch.gate.Gate`. A key without FULL may
+    KEYLATCH has the arguments of `keylatch.gate.BaseMiddleware`. A key without FULL may
     call what `permissions` names for it, and the views that say `requires`. Name this middleware
     first: what stands before it sees requests that nobody has checked. Only one that chooses
     `request.urlconf` belongs before it, because the view is looked up there. What one after it
@@ -70,8 +84,10 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         given = dict(getattr(settings, "KEYLATCH", {}))
-        unknown = [name for name in given if name not in _NAMES]
-        mistakes = [(f"KEYLATCH[{name!r}]", f"is none of {', '.join(_NAMES)}") for name in unknown]
+        unknown = [name for name in given if name not in _SETTING_NAMES]
+        mistakes = [
+            (f"KEYLATCH[{name!r}]", f"is none of {', '.join(_SETTING_NAMES)}") for name in unknown
+        ]
         for name in unknown:
             del given[name]
         try:
@@ -81,139 +97,152 @@ class APIKeyMiddleware(Gate[Callable[[HttpRequest], Any]]):
         else:
             methods = sorted({rule.method for rule in self._policy.public_patterns})
             if methods:  # else the URLconf is not imported before the first request
-                mistakes += self._policy.opened_unsaid(_undeclared(methods))
+                mistakes += self._policy.find_exposed(_undeclared_routes(methods))
         if mistakes:
             raise ConfigurationError(mistakes)
-        self._awaits = iscoroutinefunction(get_response)
-        self.process_view = self._chosen_async if self._awaits else self._chosen
-        if self._awaits:
+        self._is_async = iscoroutinefunction(get_response)
+        self.process_view = self._check_view_async if self._is_async else self._check_view
+        if self._is_async:
             markcoroutinefunction(self)
 
-    def _router_of(self, app: Any) -> "URLconf":
+    def _make_router(self, app: Any) -> "URLconf":
         return URLconf()
 
-    def _prepare(self) -> None:
-        portal = self._portal = Portal.of(self.engine)
-        self._check, self._check_from_loop = portal.check, portal.check_from_loop
-        if self._is_followed:
-            self._check = lambda *asked: timed(lambda: portal.check(*asked))
-            self._check_from_loop = lambda *asked: timed_awaiting(portal.check_from_loop(*asked))
+    def _on_engine_bound(self) -> None:
+        portal = self._portal = Portal.for_engine(self.engine)
+        self._authenticate, self._authenticate_from_loop = (
+            portal.authenticate,
+            portal.authenticate_from_loop,
+        )
+        if self._traces_requests:
+            self._authenticate = lambda *args: time_check(lambda: portal.authenticate(*args))
+            self._authenticate_from_loop = lambda *asked: time_awaited_check(
+                portal.authenticate_from_loop(*asked)
+            )
 
     def __call__(self, request: HttpRequest) -> Any:
-        if self._awaits:
-            return self._trailing_async(request) if self._is_followed else self._async(request)
-        return self._trailing(request) if self._is_followed else self._sync(request)
+        if self._is_async:
+            return (
+                self._call_async_traced(request)
+                if self._traces_requests
+                else self._call_async(request)
+            )
+        return (
+            self._call_sync_traced(request) if self._traces_requests else self._call_sync(request)
+        )
 
-    def _sync(self, request: HttpRequest) -> Any:
+    def _call_sync(self, request: HttpRequest) -> Any:
         refusal = None
-        wanted = self._asked(request)
-        if wanted is not None:
-            verdict = self._check(authorization(request.META), wanted)
-            refusal = self._refusal(request, verdict)
+        requirement = self._requirement_for(request)
+        if requirement is not None:
+            decision = self._authenticate(authorization(request.META), requirement)
+            refusal = self._admit_or_refuse(request, decision)
         return refusal or self._app(request)
 
-    async def _async(self, request: HttpRequest) -> Any:
+    async def _call_async(self, request: HttpRequest) -> Any:
         refusal = None
-        wanted = self._asked(request)
-        if wanted is not None:
-            verdict = await self._check_from_loop(authorization(request.META), wanted)
-            refusal = self._refusal(request, verdict)
+        requirement = self._requirement_for(request)
+        if requirement is not None:
+            decision = await self._authenticate_from_loop(authorization(request.META), requirement)
+            refusal = self._admit_or_refuse(request, decision)
         return refusal or await self._app(request)
 
-    def _chosen(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
+    def _check_view(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
         """Judge again, now that Django has resolved the path."""
         user = request.META[PRINCIPAL]
         permission = user.permission if isinstance(user, Principal) else ""
         if permission == FULL:
             return None
-        asked = (request.method, request.path_info, request, _CHOSEN)
-        wanted = self._policy.asked(*asked)
-        if wanted is not None and permission and missing_scope(permission, wanted):
-            wanted = self._policy.settled(*asked)
-        refusal = None if wanted is None else refusal_of(request.META, wanted)
+        request_args = (request.method, request.path_info, request, _RESOLVED_URLCONF)
+        requirement = self._policy.requirement_for(*request_args)
+        if requirement is not None and permission and missing_scope(permission, requirement):
+            requirement = self._policy.routed_requirement(*request_args)
+        refusal = None if requirement is None else refusal_of(request.META, requirement)
         return None if refusal is None else refuse(refusal, request)
 
-    async def _chosen_async(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
-        return self._chosen(request)  # Django would run the other one in a thread
+    async def _check_view_async(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
+        return self._check_view(request)  # Django would run the other one in a thread
 
-    def _trailing(self, request: HttpRequest) -> Any:
-        with trail_of(request.META) as trail:
-            return self._telling(trail, self._sync(request))
+    def _call_sync_traced(self, request: HttpRequest) -> Any:
+        with request_trace_of(request.META) as trace:
+            return self._with_headers(trace, self._call_sync(request))
 
-    async def _trailing_async(self, request: HttpRequest) -> Any:
-        with trail_of(request.META) as trail:
-            return self._telling(trail, await self._async(request))
+    async def _call_async_traced(self, request: HttpRequest) -> Any:
+        with request_trace_of(request.META) as trace:
+            return self._with_headers(trace, await self._call_async(request))
 
-    def _telling(self, trail: Trail, answer: Any) -> Any:
+    def _with_headers(self, trace: RequestTrace, response: Any) -> Any:
         if self.engine.settings.timing == "on":
-            for name, value in trail.headers():
-                _append(answer, name.decode(), value.decode())
-        return answer
+            for name, value in trace.headers():
+                _append_header(response, name.decode(), value.decode())
+        return response
 
     def close(self) -> None:
         """Store what was used and let go of everything, until the next request comes."""
         self._portal.close()
 
-    def _asked(self, request: HttpRequest) -> Wanted | None:
+    def _requirement_for(self, request: HttpRequest) -> Requirement | None:
         """What the rules ask of the key, so far; None where none is needed."""
-        strip_identity(request.META)
+        strip_identity_headers(request.META)
         request.__dict__.pop("headers", None)  # made of META once, if somebody has looked already
         request.META[REFUSALS] = self._refusals
         request.META[PRINCIPAL] = request.api_key = UnauthenticatedUser()
-        wanted = self._policy.asked(request.method, request.path_info, request, self._router)
-        return None if wanted is None else _so_far(wanted)
+        requirement = self._policy.requirement_for(
+            request.method, request.path_info, request, self._router
+        )
+        return None if requirement is None else _not_final(requirement)
 
-    def _refusal(self, request: HttpRequest, verdict: Verdict) -> HttpResponse | None:
-        if isinstance(verdict, Unsettled):
+    def _admit_or_refuse(self, request: HttpRequest, decision: Decision) -> HttpResponse | None:
+        if isinstance(decision, DeferredDeny):
             # Only for a good key that the rules do not let in, and only where the request is
             # handled: the URLconf may be imported here, and a path converter may ask a database.
             method, path = request.method, request.path_info
-            wanted = self._policy.settled(method, path, request, self._router)
-            verdict = timed(functools.partial(verdict.settle, wanted))
-        if isinstance(verdict, Deny):
-            caller = functools.partial(caller_of, request.META)
-            return refuse(self._refusals.refuse(verdict, caller), request)
-        request.META[PRINCIPAL] = request.api_key = verdict.principal
-        if self.engine.sees_clients:
-            caller = functools.partial(caller_of, request.META)
-            self.engine.see(verdict.principal.key_id, caller)
+            requirement = self._policy.routed_requirement(method, path, request, self._router)
+            decision = time_check(functools.partial(decision.decide, requirement))
+        if isinstance(decision, Deny):
+            caller = functools.partial(client_info_of, request.META)
+            return refuse(self._refusals.refuse(decision, caller), request)
+        request.META[PRINCIPAL] = request.api_key = decision.principal
+        if self.engine.records_clients:
+            caller = functools.partial(client_info_of, request.META)
+            self.engine.record_client(decision.principal.key_id, caller)
         return None
 
 
 class URLconf:
     """Which view a request gets to, by the URLconf that is in force for it."""
 
-    def is_plain(self, request: HttpRequest) -> bool:
+    def is_unambiguous(self, request: HttpRequest) -> bool:
         raw = getattr(request, "scope", {}).get("raw_path")
-        return not has_encoded_slash(raw) and is_plain_environ(request.META)
+        return not has_encoded_slash(raw) and is_unambiguous_environ(request.META)
 
     def find(self, request: HttpRequest) -> Route | None:
         return self.find_at(request, request.path_info)
 
     def find_at(self, request: HttpRequest, path: str) -> Route | None:
-        with in_language_of(request, path):
-            return of_django(path, str(request.method), getattr(request, "urlconf", None))
+        with override_language(request, path):
+            return find_django_route(path, str(request.method), getattr(request, "urlconf", None))
 
-    def place(self, request: HttpRequest) -> object:
+    def cache_key(self, request: HttpRequest) -> object:
         return getattr(request, "urlconf", None), language_of(request), request.method
 
 
-class Chosen(URLconf):
+class ResolvedURLconf(URLconf):
     """The same, once Django has resolved the request itself."""
 
     def find(self, request: HttpRequest) -> Route | None:
-        return of_django_match(request.resolver_match, str(request.method))
+        return route_from_django_match(request.resolver_match, str(request.method))
 
 
-_CHOSEN: Final = Chosen()
+_RESOLVED_URLCONF: Final = ResolvedURLconf()
 
 
-def _undeclared(methods: Sequence[str]) -> Iterator[str]:
+def _undeclared_routes(methods: Sequence[str]) -> Iterator[str]:
     """The routes of the project whose views declare nothing, spelled as rules are."""
     for route, view in _views(get_resolver().url_patterns):
         for method in methods:
-            if declared(view, method) is None:
-                yield from (f"{method} {each}" for each in templates_of_django(route))
+            if required_by(view, method) is None:
+                yield from (f"{method} {each}" for each in django_path_templates(route))
 
 
 def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -227,15 +256,15 @@ def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, obj
 
 
 @functools.cache  # of the few that a policy knows
-def _so_far(wanted: Wanted) -> Wanted:
+def _not_final(requirement: Requirement) -> Requirement:
     """The same, where the view may let in more."""
-    return replace(wanted, is_final=False)
+    return replace(requirement, is_final=False)
 
 
-def _append(answer: Any, name: str, value: str) -> None:
+def _append_header(response: Any, name: str, value: str) -> None:
     """Add a header whose value is a list. Django keeps one field of a name, so what the app said
     and this share it (RFC 9110 section 5.3)."""
-    answer[name] = f"{answer[name]}, {value}" if name in answer else value
+    response[name] = f"{response[name]}, {value}" if name in response else value
 
 
 def get_asgi_application() -> Callable[..., Awaitable[None]]:
@@ -264,12 +293,12 @@ def requires(*permissions: str) -> Callable[[View], View]:
     Raises:
         ConfigurationError: naming every word that is no permission.
     """
-    wanted = wanted_of(permissions)
+    requirement = any_of(permissions)
 
     def decorate(view: View) -> View:
         @functools.wraps(view)
         def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-            refusal = refusal_of(request.META, wanted)
+            refusal = refusal_of(request.META, requirement)
             return view(request, *args, **kwargs) if refusal is None else refuse(refusal, request)
 
         @functools.wraps(view)
@@ -278,7 +307,7 @@ def requires(*permissions: str) -> Callable[[View], View]:
             return await answer if inspect.isawaitable(answer) else answer
 
         guard = guarded_async if iscoroutinefunction(view) else guarded
-        declare(guard, wanted)
+        declare(guard, requirement)
         return cast(View, guard)
 
     return decorate

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         "keylatch.django_ninja needs the package django-ninja: pip install django-ninja"
     ) from error
 
-from keylatch.demands import principal_of, refusal_of, wanted_of
+from keylatch.demands import any_of, principal_of, refusal_of
 from keylatch.model import ANY_KEY
 
 
@@ -40,10 +40,10 @@ class APIKeyAuth(HttpAuthBase):
 
     def __init__(self, *permissions: str) -> None:
         super().__init__()
-        self._wanted = wanted_of(permissions) if permissions else ANY_KEY
+        self._requirement = any_of(permissions) if permissions else ANY_KEY
 
     def __call__(self, request: Any) -> Any:
-        refusal = refusal_of(request.META, self._wanted)
+        refusal = refusal_of(request.META, self._requirement)
         if refusal is not None:
             raise HttpError(refusal.status, json.loads(refusal.body)["error_description"])
         return principal_of(request.META)

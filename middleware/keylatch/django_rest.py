@@ -26,7 +26,7 @@ from keylatch.model import Deny, Principal, Reason
 from keylatch.wsgi import REFUSALS
 
 
-class Caller(Principal):
+class PrincipalUser(Principal):
     """The principal, with the name by which REST framework's throttles count their users."""
 
     @property
@@ -44,15 +44,15 @@ class APIKeyAuthentication(BaseAuthentication):
         RuntimeError: the middleware has not seen this request.
     """
 
-    def authenticate(self, request: Any) -> tuple[Caller, str] | None:
+    def authenticate(self, request: Any) -> tuple[PrincipalUser, str] | None:
         """The principal and its permission, or None on a public path."""
         principal = principal_of(request.META)
         if not isinstance(principal, Principal):
             return None
         fields = {field: getattr(principal, field) for field in Principal.__slots__}
-        return Caller(**fields), principal.permission
+        return PrincipalUser(**fields), principal.permission
 
     def authenticate_header(self, request: Any) -> str:
         """The challenge that makes an answer a 401 (RFC 6750 section 3)."""
-        refusal = request.META[REFUSALS].of(Deny(Reason.MISSING))
+        refusal = request.META[REFUSALS].refusal_for(Deny(Reason.MISSING))
         return str(dict(refusal.headers)[b"www-authenticate"].decode("latin-1"))

@@ -12,25 +12,25 @@ from typing import Final
 
 from keylatch.model import FULL, KeyRecord, Principal, Reason
 from keylatch.settings import Settings
-from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
+from keylatch.tokens import ENVIRONMENT_PATTERN, redact_tokens
 
 MAX_NAME_LENGTH: Final = 100
 MAX_REASON_LENGTH: Final = 200
 MAX_METADATA_BYTES: Final = 4_096
 ORGANIZATION_PATTERN: Final = r"[A-Za-z0-9_-]{1,64}"
 LIVE: Final = "live"
-LONGEST_GRACE_SECONDS: Final = 366 * 86_400
+MAX_GRACE_SECONDS: Final = 366 * 86_400
 
 Scalar = str | int | float | bool | None
 Metadata = Mapping[str, Scalar]
 
-_DURATION: Final = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
+_DURATION_PATTERN: Final = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
+_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 # The year 9999 is the last that ISO 8601 writes with four digits.
-_LATEST_MS: Final = 253_402_300_799_999
+_MAX_EXPIRY_MS: Final = 253_402_300_799_999
 
 # Categories of code points that have no place in a name: controls, surrogates, line separators.
-_NAMELESS: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
+_FORBIDDEN_CATEGORIES: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
 # Unicode TR 36: these make a name read as another one.
 _BIDI_CONTROLS: Final = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -67,7 +67,7 @@ class CallerRefused(Exception):
         self.reason = reason
 
 
-class NotPossible(Exception):
+class InvalidKeyState(Exception):
     """The key is not in a state in which this can be done: it was deleted, say."""
 
 
@@ -88,7 +88,7 @@ class QuotaExceeded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class NewKey:
     """A key to be made; see `Keyring.create`."""
 
     organization_id: str
@@ -99,7 +99,7 @@ class Draft:
     metadata: Metadata | None = None
 
 
-class Rules:
+class KeyValidator:
     """What the settings allow.
 
     Args:
@@ -108,93 +108,95 @@ class Rules:
 
     def __init__(self, settings: Settings) -> None:
         self._grantable = settings.grantable
-        self._environments = settings.known_environments
+        self._environments = settings.allowed_environments
 
-    def faults(self, draft: Draft, now_ms: int) -> list[InvalidValue]:
+    def validate(self, new_key: NewKey, now_ms: int) -> list[InvalidValue]:
         """Everything that is wrong with a key to be made."""
         checks: list[Callable[[], object]] = [
-            lambda: _check_form("organization", ORGANIZATION_PATTERN, draft.organization_id),
-            lambda: self.check_environment(draft.environment),
-            lambda: checked_name(draft.name),
-            lambda: self.check_permission(draft.permission),
-            lambda: check_expiry(draft.expires_at, now_ms),
-            lambda: written_metadata(draft.metadata),
+            lambda: _validate_pattern(
+                "organization", ORGANIZATION_PATTERN, new_key.organization_id
+            ),
+            lambda: self.validate_environment(new_key.environment),
+            lambda: validate_name(new_key.name),
+            lambda: self.validate_permission(new_key.permission),
+            lambda: validate_expiry(new_key.expires_at, now_ms),
+            lambda: serialize_metadata(new_key.metadata),
         ]
-        found = []
+        errors = []
         for check in checks:
             try:
                 check()
-            except InvalidValue as fault:
-                found.append(fault)
-        return found
+            except InvalidValue as error:
+                errors.append(error)
+        return errors
 
-    def check_permission(self, permission: str) -> None:
+    def validate_permission(self, permission: str) -> None:
         """Raises `InvalidValue` for a permission that may not be given."""
         if permission not in self._grantable:
             raise InvalidValue("permission", f"must be one of {', '.join(self._grantable)}")
 
-    def check_environment(self, environment: str) -> None:
+    def validate_environment(self, environment: str) -> None:
         """Raises `InvalidValue` for a word that names no environment."""
-        _check_form("environment", ENVIRONMENT_PATTERN, environment)
+        _validate_pattern("environment", ENVIRONMENT_PATTERN, environment)
         if self._environments and environment not in self._environments:
             raise InvalidValue("environment", f"must be one of {', '.join(self._environments)}")
 
 
-def check_expiry(expires_at: int | None, now_ms: int) -> None:
+def validate_expiry(expires_at: int | None, now_ms: int) -> None:
     """Raises `InvalidValue` for an end that has come already."""
     if expires_at is not None and expires_at <= now_ms:
         raise InvalidValue("expiresAt", "must lie in the future")
 
 
-def milliseconds_of(duration: str, field: str = "expiresIn") -> int:
+def parse_duration_ms(duration: str, field: str = "expiresIn") -> int:
     """Milliseconds of a duration such as `90d`, `12h`, `30m`, `2s` or `1w`.
 
     Raises:
         InvalidValue: it is none.
     """
-    match = _DURATION.fullmatch(duration)
+    match = _DURATION_PATTERN.fullmatch(duration)
     if match is None:
         raise InvalidValue(field, "must be a number and a unit (s, m, h, d, w), such as 90d")
-    return int(match[1]) * _SECONDS[match[2]] * 1000
+    return int(match[1]) * _UNIT_SECONDS[match[2]] * 1000
 
 
-def end_after(duration: str, now_ms: int, field: str = "expiresIn") -> int:
+def expiry_after(duration: str, now_ms: int, field: str = "expiresIn") -> int:
     """When such a duration from now ends, in milliseconds since the epoch.
 
     Raises:
         InvalidValue: it is none, or ends beyond the year 9999.
     """
-    end = now_ms + milliseconds_of(duration, field)
-    if end > _LATEST_MS:
+    expires_at = now_ms + parse_duration_ms(duration, field)
+    if expires_at > _MAX_EXPIRY_MS:
         raise InvalidValue(field, "must end before the year 10000")
-    return end
+    return expires_at
 
 
-def check_grace(seconds: int) -> None:
+def validate_grace(seconds: int) -> None:
     """Raises `InvalidValue` for a grace that no rotation may have."""
-    if not 0 <= seconds <= LONGEST_GRACE_SECONDS:
-        raise InvalidValue("graceSeconds", f"must be from 0 to {LONGEST_GRACE_SECONDS}")
+    if not 0 <= seconds <= MAX_GRACE_SECONDS:
+        raise InvalidValue("graceSeconds", f"must be from 0 to {MAX_GRACE_SECONDS}")
 
 
-def checked_name(name: str) -> str:
+def validate_name(name: str) -> str:
     """The name without blanks around it.
 
     Raises:
         InvalidValue: it is empty, too long, or holds control characters or a token.
     """
-    return _checked_text("name", name, MAX_NAME_LENGTH)
+    return _validate_text("name", name, MAX_NAME_LENGTH)
 
 
-def checked_reason(reason: str | None) -> str | None:
+def validate_reason(reason: str | None) -> str | None:
     """Why a key was revoked, without blanks around it.
 
     Raises:
         InvalidValue: it is empty, too long, or holds control characters or a token.
     """
-    return None if reason is None else _checked_text("reason", reason, MAX_REASON_LENGTH)
+    return None if reason is None else _validate_text("reason", reason, MAX_REASON_LENGTH)
 
 
-def written_metadata(metadata: Metadata | None) -> str | None:
+def serialize_metadata(metadata: Metadata | None) -> str | None:
     """Metadata as it is stored: a JSON object of scalars.
 
     Raises:
@@ -207,17 +209,17 @@ def written_metadata(metadata: Metadata | None) -> str | None:
     text = json.dumps(dict(metadata), separators=(",", ":"))
     if len(text) > MAX_METADATA_BYTES:
         raise InvalidValue("metadata", f"must have at most {MAX_METADATA_BYTES} bytes as JSON")
-    if without_tokens(text) != text:
+    if redact_tokens(text) != text:
         raise InvalidValue("metadata", "must not hold a token: it is stored and shown")
     return text
 
 
-def reaches(by: Principal | KeyRecord, environment: str) -> bool:
+def has_access_to_environment(by: Principal | KeyRecord, environment: str) -> bool:
     """Whether a key sees and changes keys of an environment: those for `live` do in all of them."""
     return by.environment in (LIVE, environment)
 
 
-def check_rights(by: Principal | KeyRecord, permission: str, environment: str) -> None:
+def check_may_grant(by: Principal | KeyRecord, permission: str, environment: str) -> None:
     """A key gives no more than it has: neither another permission, nor a way into `live`.
 
     Raises:
@@ -225,11 +227,11 @@ def check_rights(by: Principal | KeyRecord, permission: str, environment: str) -
     """
     if by.permission not in (FULL, permission):
         raise NotPermitted("a key cannot give more rights than its own")
-    if not reaches(by, environment):
-        raise NotPermitted(f"a key for {by.environment} cannot touch one for {environment}")
+    if not has_access_to_environment(by, environment):
+        raise NotPermitted(f"a key for {by.environment} cannot manage one for {environment}")
 
 
-def check_end(by: KeyRecord, expires_at: int | None) -> None:
+def check_may_grant_until(by: KeyRecord, expires_at: int | None) -> None:
     """A key that expires gives no rights that outlast it.
 
     Args:
@@ -247,24 +249,24 @@ def _is_scalar(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _checked_text(field: str, text: str, longest: int) -> str:
+def _validate_text(field: str, text: str, max_length: int) -> str:
     text = text.strip()
     if not text:
         raise InvalidValue(field, "must not be empty or blank")
-    if len(text) > longest:
-        raise InvalidValue(field, f"must have at most {longest} characters")
-    is_plain = text.isascii() and text.isprintable()  # as most are
-    if not is_plain and any(
-        unicodedata.category(c) in _NAMELESS or c in _BIDI_CONTROLS for c in text
+    if len(text) > max_length:
+        raise InvalidValue(field, f"must have at most {max_length} characters")
+    is_printable_ascii = text.isascii() and text.isprintable()  # as most are
+    if not is_printable_ascii and any(
+        unicodedata.category(c) in _FORBIDDEN_CATEGORIES or c in _BIDI_CONTROLS for c in text
     ):
         raise InvalidValue(field, "must not hold control characters")
-    if without_tokens(text) != text:
+    if redact_tokens(text) != text:
         raise InvalidValue(field, f"must not hold a token: {field}s are stored and shown")
     return text
 
 
-def _check_form(field: str, pattern: str, value: str) -> None:
+def _validate_pattern(field: str, pattern: str, value: str) -> None:
     if not re.fullmatch(pattern, value):
         raise InvalidValue(field, f"must match {pattern}")
-    if without_tokens(value) != value:
+    if redact_tokens(value) != value:
         raise InvalidValue(field, "must not hold a token: it is stored and shown")

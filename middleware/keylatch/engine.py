@@ -1,7 +1,7 @@
-"""An engine: what `Checks` use, opened and closed, and what goes on beside them.
+"""An engine: what `Authenticator` uses, opened and closed, and what goes on beside them.
 
 An engine belongs to one event loop and, after a fork, starts over as if it were new. Nothing is
-opened before `start` or the first `resolve`.
+opened before `start` or the first `check`.
 """
 
 import asyncio
@@ -12,52 +12,52 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from keylatch.caches.breaker import Breaker, connect
-from keylatch.caches.cache import Absence, Cache, Entry
-from keylatch.caches.flights import Flights
+from keylatch.caches.breaker import CircuitBreaker, connect
+from keylatch.caches.cache import Entry, LocalCache, NegativeEntry
+from keylatch.caches.flights import SingleFlight
 from keylatch.caches.shared_cache import SharedCache
-from keylatch.checks import Aside, Checks
+from keylatch.checks import Authenticator, Diagnostics
 from keylatch.errors import KeylatchError, StoreUnavailable
 from keylatch.hashing import Hasher
-from keylatch.jobs import Jobs
+from keylatch.jobs import EngineTasks
 from keylatch.keyring import Keyring
 from keylatch.lookup import Lookup
 from keylatch.model import KeyRecord
-from keylatch.revocation.bell import Bell, RedisBell, StoreBell
-from keylatch.revocation.counter import Counter
-from keylatch.revocation.feed import Feed, Receipt, Witness
+from keylatch.revocation.bell import Notifier, RedisNotifier, StoreNotifier
+from keylatch.revocation.counter import SequenceFreshness
+from keylatch.revocation.feed import Freshness, Invalidations, Receipt
 from keylatch.revocation.lease import Lease, boottime
-from keylatch.revocation.news import News, Seal
-from keylatch.revocation.second_look import SecondLook
-from keylatch.revocation.watch import Watch
+from keylatch.revocation.news import Notice, Signer
+from keylatch.revocation.second_look import RevocationMonitor
+from keylatch.revocation.watch import OpenConnections
 from keylatch.settings import Settings
 from keylatch.store import Found, Secrets, Store
-from keylatch.telemetry.condition import Condition, Part
+from keylatch.telemetry.condition import ComponentHealth, Health
 from keylatch.telemetry.failures import FailureLog
-from keylatch.telemetry.meter import TIMED, Meter
-from keylatch.tokens import CheckKeys
-from keylatch.usage.tally import Tally
-from keylatch.usage.uses import Usage
-from keylatch.vault import Vault
+from keylatch.telemetry.meter import TIMED_HITS, Counters
+from keylatch.tokens import MacKeys
+from keylatch.usage.tally import UsageBatch
+from keylatch.usage.uses import UsageRecorder
+from keylatch.vault import StoreSecrets
 
 if TYPE_CHECKING:
     from keylatch.telemetry.tracing import Tracing
 
 _RETRY_START_SECONDS: Final = 0.1
-_TIDY_SECONDS: Final = 30.0
-_CALM_SECONDS: Final = 5.0
+_MAINTENANCE_SECONDS: Final = 30.0
+_RECOVERY_SECONDS: Final = 5.0
 
 log = logging.getLogger("keylatch")
 
 
-def _its_waiters_have_it(task: asyncio.Task[None]) -> None:
+def _retrieve_exception(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         task.exception()  # nobody may be left to wait
 
 
-class Engine(Checks):
-    """Resolves tokens for one process: opens and closes what `Checks` use, and runs what goes on
-    beside them.
+class Engine(Authenticator):
+    """Resolves tokens for one process: opens and closes what `Authenticator` uses, and runs
+    the background tasks.
 
     Args:
         settings: see `Settings.load`.
@@ -79,67 +79,71 @@ class Engine(Checks):
         redis: Any = None,
     ) -> None:
         self.settings = settings
-        self.store = store or Store(settings.store, outside=settings.outside_peppers)
+        self.store = store or Store(settings.store, external_peppers=settings.file_peppers)
         self.hasher = hasher or Hasher(settings.hasher)
         self._clock = clock
         self._timer = timer
         self._redis = redis
         self._environment = settings.environment or None
-        self._l1 = Cache(timer=timer)
-        self._watch = Watch(lambda: self._witness.is_current(), self._is_good, settings.lease / 4)
-        self._feed = Feed(self._restored, self._watch.hear)
-        self._witness: Witness = Counter(self.store, self._feed, clock)
+        self._l1 = LocalCache(timer=timer)
+        self._open_connections = OpenConnections(
+            lambda: self._freshness.is_fresh(), self._is_still_allowed, settings.lease / 4
+        )
+        self._invalidations = Invalidations(self._on_restore, self._open_connections.on_change)
+        self._freshness: Freshness = SequenceFreshness(self.store, self._invalidations, clock)
         if self.store.is_shared:
-            self._witness = Lease(self.store, self._feed, settings.lease, self._ring, clock, timer)
-        self._flights: Flights[tuple[Entry | Absence, str]] = Flights()
-        self._usage = Usage(self._store_uses, now_ms=self.now_ms)
-        self.sees_clients = settings.clients == "on"
+            self._freshness = Lease(
+                self.store, self._invalidations, settings.lease, self._publish, clock, timer
+            )
+        self._single_flight: SingleFlight[tuple[Entry | NegativeEntry, str]] = SingleFlight()
+        self._usage = UsageRecorder(self._store_usage, now_ms=self.now_ms)
+        self.records_clients = settings.clients == "on"
         """Whether adapters say whence a key that was let in was used: see `see`."""
-        self._aside = Aside(
-            SecondLook(
+        self._diagnostics = Diagnostics(
+            RevocationMonitor(
                 self.store,
-                lambda secret: self._l1.entry(secret),
+                lambda secret: self._l1.by_secret_id(secret),
                 self.now_ms,
                 settings.lease * 1000 if self.store.is_shared else 0.0,
-                lambda: self.meter.late.add(),
+                lambda: self.counters.accepted_after_revocation.add(),
             ),
-            Condition(
+            Health(
                 "checks are refused with 503",
-                "checks are decided again",
-                calm_seconds=_CALM_SECONDS,
+                "checks are answered again",
+                recovery_seconds=_RECOVERY_SECONDS,
                 clock=clock,
             ),
             _tracing() if settings.tracing == "on" else None,
             FailureLog(timer) if settings.log_failures == "on" else None,
         )
         self._inherited: list[object] = []
-        self._count_anew()
-        self._begin_anew()
-        _survive_forks(self)
+        self._reset_counters()
+        self._reset_state()
+        _register_fork_hooks(self)
 
-    def _count_anew(self) -> None:
-        self.meter = Meter()
-        if self._aside.tracing is not None:
-            self.meter.span = self._aside.tracing.stage
-        self._time_some()
+    def _reset_counters(self) -> None:
+        self.counters = Counters()
+        if self._diagnostics.tracing is not None:
+            self.counters.span = self._diagnostics.tracing.stage
+        self._sample_timings()
 
-    def _time_some(self) -> None:
-        """Time the hits that come next. Until they have been, nothing has as many `_fields` as
+    def _sample_timings(self) -> None:
+        """Time the hits that come next. Until then no request has that many values, so none can
         pass without a clock: so that the others pay for one comparison that they make anyway."""
-        self.meter.to_time, self._fields = TIMED, -1
+        self.counters.hits_to_time, self._fast_field_count = TIMED_HITS, -1
 
-    def _begin_anew(self) -> None:
-        self._check_keys: CheckKeys | None = None
+    def _reset_state(self) -> None:
+        self._mac_keys: MacKeys | None = None
         self._secrets_as_of = 0
-        self._reading: Flights[None] = Flights()
+        self._secrets_single_flight: SingleFlight[None] = SingleFlight()
         self._keyring: Keyring | None = None
         self._lookup: Lookup | None = None
         self._l2: SharedCache | None = None
-        self._bell: Bell | None = None
-        self._starting: asyncio.Task[None] | None = None
-        self._start_again_at = 0.0
-        self._told_why = False
-        self._jobs = Jobs()
+        self._notifier: Notifier | None = None
+        self._start_task: asyncio.Task[None] | None = None
+        self._retry_start_at = 0.0
+        self._has_logged_failure = False
+        self._tasks = EngineTasks()
 
     # Lifecycle
 
@@ -153,98 +157,107 @@ class Engine(Checks):
         Raises:
             StoreIncompatible: the store was made by a newer keylatch.
         """
-        if self._check_keys is not None:
+        if self._mac_keys is not None:
             return
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start(), name="keylatch-start")
-            self._starting.add_done_callback(_its_waiters_have_it)
+        if self._start_task is None:
+            self._start_task = asyncio.create_task(self._start(), name="keylatch-start")
+            self._start_task.add_done_callback(_retrieve_exception)
         try:
-            await asyncio.shield(self._starting)
+            await asyncio.shield(self._start_task)
         except StoreUnavailable as error:
-            if not self._told_why:
+            if not self._has_logged_failure:
                 log.error("error: %s", error.message)
                 log.error("hint: %s", error.hint)
-            self._told_why = True
+            self._has_logged_failure = True
 
     async def _start(self) -> None:
         try:
             secrets = await self.store.open(self._now_ms())
-            await self._witness.begin()
+            await self._freshness.begin()
         except KeylatchError:
-            self._start_again_at = self._timer() + _RETRY_START_SECONDS
+            self._retry_start_at = self._timer() + _RETRY_START_SECONDS
             raise
         finally:
-            self._starting = None
+            self._start_task = None
         for warning in (*self.store.warnings, *self.settings.warnings):
             log.warning(warning)
         self._open_redis(secrets)
-        self._aside.second_look.begin(self._feed.seq, self._feed.epoch)
+        self._diagnostics.revocation_monitor.begin(
+            self._invalidations.seq, self._invalidations.epoch
+        )
         self._lookup = Lookup(
             self.store,
             self._l2,
             self.hasher,
-            self._feed,
-            self._witness,
+            self._invalidations,
+            self._freshness,
             self._environment,
-            self._jobs.later,
-            self.meter,
+            self._tasks.start_soon,
+            self.counters,
         )
-        check_keys = CheckKeys(secrets.check_keys)
+        mac_keys = MacKeys(secrets.mac_keys)
         self._keyring = Keyring(
-            self.store, self.hasher, check_keys, self.settings, self.now_ms, self._announce
+            self.store, self.hasher, mac_keys, self.settings, self.now_ms, self._propagate
         )
         self._secrets_as_of = secrets.as_of
-        self._check_keys = check_keys  # last: from here on the engine counts as started
-        for work in (self._usage.run(), self._tidy(), self._witness.run(), self._watch.run()):
-            self._jobs.loop(work)
-        if isinstance(self._witness, Lease):
-            self._bell = self._bell or StoreBell(self.store, Seal(secrets.peppers))
-            self._jobs.loop(self._bell.listen(self._witness.hear))
+        self._mac_keys = mac_keys  # last: from here on the engine counts as started
+        for coroutine in (
+            self._usage.run(),
+            self._run_maintenance(),
+            self._freshness.run(),
+            self._open_connections.run(),
+        ):
+            self._tasks.start_loop(coroutine)
+        if isinstance(self._freshness, Lease):
+            self._notifier = self._notifier or StoreNotifier(self.store, Signer(secrets.peppers))
+            self._tasks.start_loop(self._notifier.subscribe(self._freshness.on_notice))
 
     def _open_redis(self, secrets: Secrets) -> None:
         if self._redis is None and not self.settings.redis:
             return
-        breaker = Breaker(self._timer, self._clock)
+        breaker = CircuitBreaker(self._timer, self._clock)
         client = self._redis or connect(self.settings.redis)
         self._l2 = SharedCache(client, secrets.peppers, breaker)
         if self.store.is_shared:
             listener = self._redis or connect(self.settings.redis, socket_timeout=None)
-            channel = f"keylatch:{self._feed.epoch}:bell"
-            self._bell = RedisBell(client, listener, breaker, channel, Seal(secrets.peppers))
+            channel = f"keylatch:{self._invalidations.epoch}:invalidations"
+            self._notifier = RedisNotifier(
+                client, listener, breaker, channel, Signer(secrets.peppers)
+            )
 
     async def stop(self) -> None:
         """Flush what was used, stop the background tasks, close what was opened."""
-        await self._jobs.end()
+        await self._tasks.stop()
         self._flush_failures()
-        if self._check_keys is not None:
+        if self._mac_keys is not None:
             await self._usage.flush()
-            await self._witness.end()
-        if self._bell is not None:
-            await self._bell.close()
+            await self._freshness.end()
+        if self._notifier is not None:
+            await self._notifier.close()
         if self._l2 is not None:
             await self._l2.close()
         self.hasher.close()
         await self.store.close()
         self._l1.clear()
-        self._feed.forget()
-        self._witness.forget()
-        self._begin_anew()
+        self._invalidations.clear()
+        self._freshness.clear()
+        self._reset_state()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """After a fork: nothing of the parent's is used, and nothing of it is closed."""
-        self._inherited += [self._l2, self._bell, self._jobs]
-        self.store.forget()
-        self.hasher.forget()
-        self._l1.forget()
-        self._feed.forget()
-        self._witness.forget()
-        self._flights.forget()
-        self._usage.forget()
-        self._watch.forget()
-        if self._aside.failures is not None:
-            self._aside.failures.forget()
-        self._count_anew()
-        self._begin_anew()
+        self._inherited += [self._l2, self._notifier, self._tasks]
+        self.store.after_fork_in_child()
+        self.hasher.after_fork_in_child()
+        self._l1.after_fork_in_child()
+        self._invalidations.clear()
+        self._freshness.clear()
+        self._single_flight.after_fork_in_child()
+        self._usage.after_fork_in_child()
+        self._open_connections.after_fork_in_child()
+        if self._diagnostics.failures is not None:
+            self._diagnostics.failures.after_fork_in_child()
+        self._reset_counters()
+        self._reset_state()
 
     async def ready(self) -> None:
         """Return if a key could be checked now.
@@ -255,25 +268,31 @@ class Engine(Checks):
         await self.keyring()
         await self.store.ping()
 
-    def parts(self) -> list[Part]:
+    def components(self) -> list[ComponentHealth]:
         """How the parts are, as far as is known without asking any of them. Of these, only `store`
         and `lease` are needed to decide on keys."""
-        shared, lease = self._l2, self._witness.part()
-        if self._check_keys is None and self.store.condition.is_well:
-            lease = Part("lease", "off")  # not started, and nobody has asked for that
-        redis = Part("redis", "off")
-        if shared is not None:
-            redis = shared.breaker.condition.part("redis", "degraded", "Redis does not answer")
+        shared_cache, lease = self._l2, self._freshness.component_health()
+        if self._mac_keys is None and self.store.health.is_healthy:
+            lease = ComponentHealth("lease", "off")  # not started, and nobody has asked for that
+        redis = ComponentHealth("redis", "off")
+        if shared_cache is not None:
+            redis = shared_cache.breaker.health.component_health(
+                "redis", "degraded", "Redis does not answer"
+            )
         return [
-            self.store.condition.part("store", "unavailable", "the store does not answer"),
+            self.store.health.component_health("store", "unavailable", "the store does not answer"),
             lease,
             redis,
-            self.hasher.condition.part("hashing", "degraded", "too many hashes are waiting"),
-            self._usage.condition.part("usage", "degraded", "uses wait for the store"),
+            self.hasher.health.component_health(
+                "hashing", "degraded", "too many hashes are waiting"
+            ),
+            self._usage.health.component_health(
+                "usage", "degraded", "usage counts wait for the store"
+            ),
         ]
 
-    async def started(self) -> Lookup:
-        if self._lookup is None and self._timer() >= self._start_again_at:
+    async def ensure_started(self) -> Lookup:
+        if self._lookup is None and self._timer() >= self._retry_start_at:
             await self.start()
         if self._lookup is None:
             raise _not_opened()
@@ -288,65 +307,69 @@ class Engine(Checks):
         await self.start()
         if self._keyring is None:
             raise _not_opened()
-        await self._know_secrets()  # what is made now is made with the newest
+        await self._refresh_secrets()  # what is made now is made with the newest
         return self._keyring
 
-    async def vault(self) -> Vault:
+    async def store_secrets(self) -> StoreSecrets:
         """What rotates the store's own secrets.
 
         Raises:
             StoreUnavailable: the store could not be opened yet.
         """
         await self.keyring()
-        return Vault(self.store, self._witness.settle, self._clock)
+        return StoreSecrets(self.store, self._freshness.wait_until_acknowledged, self._clock)
 
     # Changes, and the background
 
-    async def _announce(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
+    async def _propagate(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
         """A change is committed: tell whom it concerns, and wait until all decide by it."""
         began = time.perf_counter()
         if self._l2 is not None and record is not None:
-            await self._l2.bury(record.id, self._feed.epoch)
-        receipt = await self._witness.settle(seq, wait=wait)
+            await self._l2.invalidate(record.id, self._invalidations.epoch)
+        receipt = await self._freshness.wait_until_acknowledged(seq, wait=wait)
         if wait:
-            self.meter.settled.observe(time.perf_counter() - began)
+            self.counters.propagation.observe(time.perf_counter() - began)
         return receipt
 
-    async def _store_uses(self, uses: Mapping[str, int], tally: Tally) -> None:
-        await self.store.touch(uses, tally)
-        await self._aside.second_look.look(uses)
-        self._time_some()
+    async def _store_usage(self, last_used: Mapping[str, int], batch: UsageBatch) -> None:
+        await self.store.record_last_used(last_used, batch)
+        await self._diagnostics.revocation_monitor.check(last_used)
+        self._sample_timings()
 
-    async def _ring(self, news: News | None) -> None:
-        if self._bell is not None:
-            await self._bell.ring(news)
+    async def _publish(self, notice: Notice | None) -> None:
+        if self._notifier is not None:
+            await self._notifier.publish(notice)
 
-    def _restored(self, touched: list[str]) -> None:
-        self.meter.restores.add()
+    def _on_restore(self, key_ids: list[str]) -> None:
+        self.counters.restores.add()
         self._l1.clear()
-        self._jobs.later(self._after_restore(touched, self._feed.epoch, self._feed.seq))
+        self._tasks.start_soon(
+            self._handle_restore(key_ids, self._invalidations.epoch, self._invalidations.seq)
+        )
 
-    async def _after_restore(self, touched: list[str], epoch: str, seq: int) -> None:
-        await self.store.renew(epoch, seq)
-        for key_id in touched:
+    async def _handle_restore(self, key_ids: list[str], epoch: str, seq: int) -> None:
+        await self.store.start_new_epoch(epoch, seq)
+        for key_id in key_ids:
             found = await self.store.find(key_id)
             if isinstance(found, Found) and found.record.deleted_at is None:
-                log.critical("%s had been changed since and is as it was before", key_id)
+                log.critical(
+                    "%s has the state of the restored backup: a later change to it was lost", key_id
+                )
 
-    async def _tidy(self) -> None:
+    async def _run_maintenance(self) -> None:
         while True:
-            await asyncio.sleep(_TIDY_SECONDS)
+            await asyncio.sleep(_MAINTENANCE_SECONDS)
             self._flush_failures()
             try:
-                await self._witness.catch_up()
-                await self._know_secrets()
-                await self.store.tidy(self._now_ms())
+                await self._freshness.revalidate()
+                await self._refresh_secrets()
+                await self.store.run_maintenance(self._now_ms())
             except KeylatchError as error:
-                log.warning("housekeeping failed: %s", error.message)
+                log.warning("maintenance failed: %s", error.message)
 
     def _flush_failures(self) -> None:
-        if self._aside.failures is not None:
-            self._aside.failures.flush()
+        if self._diagnostics.failures is not None:
+            self._diagnostics.failures.flush()
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
@@ -362,17 +385,17 @@ def _not_opened() -> StoreUnavailable:
     return StoreUnavailable("the store could not be opened yet", "see the log")
 
 
-def _survive_forks(engine: Engine) -> None:
+def _register_fork_hooks(engine: Engine) -> None:
     """Servers fork workers from a process that may have opened a store already."""
     reference = weakref.ref(engine)
 
-    def tell(what: Callable[[Engine], None]) -> None:
+    def call(hook: Callable[[Engine], None]) -> None:
         alive = reference()
         if alive is not None:
-            what(alive)
+            hook(alive)
 
     os.register_at_fork(
-        before=lambda: tell(lambda alive: alive.store.before_fork()),
-        after_in_parent=lambda: tell(lambda alive: alive.store.after_fork()),
-        after_in_child=lambda: tell(Engine.forget),
+        before=lambda: call(lambda alive: alive.store.before_fork()),
+        after_in_parent=lambda: call(lambda alive: alive.store.after_fork_in_parent()),
+        after_in_child=lambda: call(Engine.after_fork_in_child),
     )

@@ -19,9 +19,9 @@ from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
 from keylatch.asgi import APIKeyMiddleware, Refused
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import scopes_of
-from keylatch.model import FULL, Deny, Principal, Reason, Wanted
-from keylatch.paths import overlap
+from keylatch.frameworks import required_scopes
+from keylatch.model import FULL, Deny, Principal, Reason, Requirement
+from keylatch.paths import overlaps
 from keylatch.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
 
 try:
@@ -53,7 +53,7 @@ class APIKey(SecurityBase):
         RuntimeError: for a request that did not pass `APIKeyMiddleware`.
     """
 
-    keylatch_asks_for_keys = True  # what `frameworks.scopes_of` looks for
+    keylatch_requires_key = True  # what `frameworks.required_scopes` looks for
 
     def __init__(
         self,
@@ -65,7 +65,9 @@ class APIKey(SecurityBase):
         self.model = HTTPBearer(bearerFormat=bearer_format, description=description)
         self.scheme_name = scheme_name
 
-    async def __call__(self, wanted: SecurityScopes, connection: HTTPConnection) -> Principal:
+    async def __call__(
+        self, security_scopes: SecurityScopes, connection: HTTPConnection
+    ) -> Principal:
         user = connection.scope.get("user")
         if isinstance(user, UnauthenticatedUser):
             raise Refused(Deny(Reason.MISSING))
@@ -74,10 +76,12 @@ class APIKey(SecurityBase):
                 "keylatch.fastapi.APIKey needs the middleware: "
                 "app.add_middleware(keylatch.asgi.APIKeyMiddleware, …)"
             )
-        held = connection.auth.scopes
-        if all(scope in held for scope in wanted.scopes):
+        granted = connection.auth.scopes
+        if all(scope in granted for scope in security_scopes.scopes):
             return user
-        raise Refused(Deny(Reason.INSUFFICIENT_SCOPE, Wanted.all_of(wanted.scopes).scope))
+        raise Refused(
+            Deny(Reason.INSUFFICIENT_SCOPE, Requirement.all_of(security_scopes.scopes).scope)
+        )
 
 
 def permissions_of(app: FastAPI) -> Mapping[str, Sequence[str]]:
@@ -116,16 +120,16 @@ class _Permissions(Mapping[str, Sequence[str]]):
 
     def _rules(self) -> dict[str, list[str]]:
         rules: dict[str, list[str]] = {}
-        for declared in _declarations(self._app.routes):
-            if declared.permission:
-                rule = DeclaredRule(declared.rule)
-                rules.setdefault(declared.permission, []).append(rule)
+        for declaration in _declarations(self._app.routes):
+            if declaration.permission:
+                rule = DeclaredRule(declaration.rule)
+                rules.setdefault(declaration.permission, []).append(rule)
         return rules
 
     @property
     def undeclared(self) -> Sequence[str]:
         """The routes that no public path may open by the way."""
-        return [each.asked for each in _declarations(self._app.routes) if each.is_open]
+        return [each.public_rule for each in _declarations(self._app.routes) if each.needs_no_key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,7 @@ class _Declaration:
     scopes: frozenset[str]
     kind: tuple[object, str]
     """What the router tells apart and a rule does not: HEAD from GET, WebSockets, hosts."""
-    is_open: bool = False
+    needs_no_key: bool = False
     """Whether the route does not even ask for a key."""
 
     @property
@@ -152,15 +156,15 @@ class _Declaration:
         return f"{self.method} {self.path}"
 
     @property
-    def asked(self) -> str:
+    def public_rule(self) -> str:
         """As `public` names it."""
         is_websocket = self.kind[1] == WEBSOCKET
         return f"{WEBSOCKET} {self.path}" if is_websocket else self.rule
 
-    def is_opened_by(self, other: "_Declaration") -> bool:
+    def is_matched_by(self, other: "_Declaration") -> bool:
         """Whether the other's rule matches requests that are ours."""
         method = "GET" if self.method == "HEAD" else self.method
-        return method in (ANY_METHOD, other.method) and overlap(self.path, other.path)
+        return method in (ANY_METHOD, other.method) and overlaps(self.path, other.path)
 
 
 def _declarations(
@@ -177,10 +181,10 @@ def _declarations(
         elif isinstance(route, Mount):
             yield _Declaration(ANY_METHOD, path + "/{path:path}", frozenset(), (host, "http"), True)
         elif not _is_documentation(route):
-            scopes = scopes_of(getattr(context, "dependant", None))
+            scopes = required_scopes(getattr(context, "dependant", None))
             for method, kind in _methods_of(context):
-                is_open = scopes is None
-                yield _Declaration(method, path, scopes or frozenset(), (host, kind), is_open)
+                needs_no_key = scopes is None
+                yield _Declaration(method, path, scopes or frozenset(), (host, kind), needs_no_key)
 
 
 def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
@@ -211,7 +215,7 @@ def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]
             continue
         for at, closed in enumerate(declarations):
             reached = at < place or closed.kind != opener.kind
-            if not closed.scopes and reached and closed.is_opened_by(opener):
+            if not closed.scopes and reached and closed.is_matched_by(opener):
                 yield (
                     f"{closed.rule} is for FULL, but {opener.rule} of {opener.permission} opens it",
                     f'declare Security(api_key, scopes=["{FULL}"]) there, or change a path',

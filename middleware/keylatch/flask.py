@@ -25,11 +25,11 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("keylatch.flask needs the package flask: pip install flask") from error
 
-from keylatch.demands import principal_of, refusal_of, wanted_of
+from keylatch.demands import any_of, principal_of, refusal_of
 from keylatch.errors import ConfigurationError
-from keylatch.model import FULL, ONLY_FULL, Principal, Wanted
-from keylatch.paths import overlap, spelled
-from keylatch.rules import DeclaredRule, DeclaredRules, declare, declared
+from keylatch.model import FULL, ONLY_FULL, Principal, Requirement
+from keylatch.paths import overlaps, to_starlette_path
+from keylatch.rules import DeclaredRule, DeclaredRules, declare, required_by
 from keylatch.wsgi import refuse
 
 View = TypeVar("View", bound=Callable[..., Any])
@@ -57,18 +57,18 @@ def requires(*permissions: str) -> Callable[[View], View]:
     Raises:
         ConfigurationError: naming every word that is no permission.
     """
-    wanted = wanted_of(permissions)
+    requirement = any_of(permissions)
 
     def decorate(view: View) -> View:
         @functools.wraps(view)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            refusal = refusal_of(request.environ, wanted)
+            refusal = refusal_of(request.environ, requirement)
             if refusal is None:
                 return current_app.ensure_sync(view)(*args, **kwargs)
             answer = functools.partial(refuse, refusal)
             return current_app.response_class.from_app(answer, request.environ, buffered=True)
 
-        declare(guarded, wanted)
+        declare(guarded, requirement)
         return cast(View, guarded)
 
     return decorate
@@ -88,11 +88,11 @@ def permissions_of(app: Flask) -> DeclaredRules:
     opened: dict[str, list[str]] = {}
     closed: list[str] = []
     undeclared: list[str] = []
-    for route, wanted, is_own in _routes(app):
-        if wanted is None:
+    for route, requirement, is_builtin in _routes(app):
+        if requirement is None:
             closed.append(route)
-            undeclared += [] if is_own else [route]
-        for permission in sorted((wanted or ONLY_FULL).permissions or ()):
+            undeclared += [] if is_builtin else [route]
+        for permission in sorted((requirement or ONLY_FULL).permissions or ()):
             if permission != FULL:
                 opened.setdefault(permission, []).append(DeclaredRule(route))
     mistakes = [
@@ -107,7 +107,7 @@ def permissions_of(app: Flask) -> DeclaredRules:
     return DeclaredRules(opened, undeclared)
 
 
-def _routes(app: Flask) -> Iterator[tuple[str, Wanted | None, bool]]:
+def _routes(app: Flask) -> Iterator[tuple[str, Requirement | None, bool]]:
     """Each rule, spelled as `policy` reads it, what its view declares, and whether Flask added it
     by itself, where nothing could be declared."""
 
@@ -122,11 +122,13 @@ def _routes(app: Flask) -> Iterator[tuple[str, Wanted | None, bool]]:
         view = app.view_functions.get(rule.endpoint)
         methods = _METHODS if rule.methods is None else rule.methods - {"HEAD", "OPTIONS"}
         for method in sorted(methods if not rule.build_only else ()):
-            is_own = rule.endpoint.split(".")[-1] == "static"
-            yield f"{method} {path}", declared(view, method), is_own
+            is_builtin = rule.endpoint.split(".")[-1] == "static"
+            yield f"{method} {path}", required_by(view, method), is_builtin
 
 
 def _overlap(route: str, bare: str) -> bool:
     """Whether the rule for a route opens one that declares nothing; in doubt it does."""
     (method, path), (other, bare_path) = route.split(" ", 1), bare.split(" ", 1)
-    return method == other and overlap(spelled(path) or path, spelled(bare_path) or bare_path)
+    return method == other and overlaps(
+        to_starlette_path(path) or path, to_starlette_path(bare_path) or bare_path
+    )

@@ -27,12 +27,12 @@ from typing import Final
 
 from keylatch.tokens import Token
 
-MOST_LOCATORS: Final = 7
+MAX_LOCATORS: Final = 7
 """No token has more of them."""
-MAX_HEAD: Final = 64
+MAX_PUBLIC_PART_LENGTH: Final = 64
 """Characters of a public part, at most."""
-HEAD_PATTERN: Final = rf"[A-Za-z0-9._~+/=-]{{1,{MAX_HEAD}}}"
-HEAD_LENGTH: Final = 8
+PUBLIC_PART_PATTERN: Final = rf"[A-Za-z0-9._~+/=-]{{1,{MAX_PUBLIC_PART_LENGTH}}}"
+PUBLIC_PART_LENGTH: Final = 8
 """Of the public part of a token that has no separator: the common habit."""
 
 # What stored hashes begin with. SHA-256 of the whole token and argon2 are `hashing`'s own.
@@ -46,11 +46,11 @@ PBKDF2: Final = "pbkdf2_sha256$"
 _USESEND: Final = re.compile(r"(us_[0-9a-z]{10})_([0-9a-f]{32})")
 _SANCTUM: Final = re.compile(r"([0-9]{1,20})\|([A-Za-z0-9]{40,64})")
 _HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2})+")
-_HEAD: Final = re.compile(HEAD_PATTERN)
+_PUBLIC_PART: Final = re.compile(PUBLIC_PART_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class ImportedToken:
     """What is known of a key that was made elsewhere.
 
     Args:
@@ -81,91 +81,91 @@ def _locators(text: str) -> Iterator[str]:
         yield f"sanctum:{match[1]}"
     if match := _USESEND.fullmatch(text):
         yield f"usesend:{match[1]}"
-    yield from _headed("django", text.partition(".")[0], text)
+    yield from _public_part_locator("django", text.partition(".")[0], text)
     for separator in "_.":
-        head = text.rpartition(separator)[0]
+        public_part = text.rpartition(separator)[0]
         if separator == "_":
-            yield from _headed("seam", head, text)
-        yield from _headed("argon2", head, text)
-    yield from _headed("argon2", text[:HEAD_LENGTH], text)
+            yield from _public_part_locator("seam", public_part, text)
+        yield from _public_part_locator("argon2", public_part, text)
+    yield from _public_part_locator("argon2", text[:PUBLIC_PART_LENGTH], text)
 
 
-def _headed(scheme: str, head: str, text: str) -> Iterator[str]:
-    if head != text and _HEAD.fullmatch(head):
-        yield f"{scheme}:{head}"
+def _public_part_locator(scheme: str, public_part: str, text: str) -> Iterator[str]:
+    if public_part != text and _PUBLIC_PART.fullmatch(public_part):
+        yield f"{scheme}:{public_part}"
 
 
-def is_foreign(stored: str) -> bool:
+def is_imported_hash(stored: str) -> bool:
     """Whether a stored hash is another system's, and not one that keylatch makes."""
-    return stored.startswith(_ALL)
+    return stored.startswith(_SCHEMES)
 
 
-def is_quick(stored: str) -> bool:
+def is_fast(stored: str) -> bool:
     """Whether such a hash takes a microsecond, so that a thread hop would cost more."""
-    return stored.startswith(_QUICK)
+    return stored.startswith(_FAST_SCHEMES)
 
 
-def fits(stored: str, token: Token) -> bool:
-    """Whether another system's hash is that of the token; slow unless `is_quick`.
+def verify(stored: str, token: Token) -> bool:
+    """Whether another system's hash is that of the token; slow unless `is_fast`.
 
     Raises:
         ValueError: the stored hash is damaged.
         MemoryError: there is none to compute it in.
     """
-    scheme = next(scheme for scheme in _FITS if stored.startswith(scheme))
-    return _FITS[scheme](stored.removeprefix(scheme), token.reveal())
+    scheme = next(scheme for scheme in _VERIFIERS if stored.startswith(scheme))
+    return _VERIFIERS[scheme](stored.removeprefix(scheme), token.reveal())
 
 
-def _fits_usesend(stored: str, text: str) -> bool:
+def _verify_usesend(stored: str, text: str) -> bool:
     salt, _, hashed = stored.partition("$")
     match = _USESEND.fullmatch(text)
     if match is None:
         return False
     # The salt is its hexadecimal text, not the bytes that it stands for.
-    made = hashlib.scrypt(
+    computed = hashlib.scrypt(
         match[2].encode(), salt=salt.encode(), n=2**14, r=8, p=1, dklen=64, maxmem=2**26
     )
-    return hmac.compare_digest(made.hex(), hashed)
+    return hmac.compare_digest(computed.hex(), hashed)
 
 
-def _fits_sha512(stored: str, text: str) -> bool:
+def _verify_sha512(stored: str, text: str) -> bool:
     return hmac.compare_digest(hashlib.sha512(text.encode()).hexdigest(), stored)
 
 
-def _fits_knox(stored: str, text: str) -> bool:
+def _verify_knox(stored: str, text: str) -> bool:
     # Before its version 5 the bytes were hashed that the hexadecimal digits stand for.
-    if _fits_sha512(stored, text):
+    if _verify_sha512(stored, text):
         return True
     return _HEX.fullmatch(text) is not None and hmac.compare_digest(
         hashlib.sha512(bytes.fromhex(text)).hexdigest(), stored
     )
 
 
-def _fits_sanctum(stored: str, text: str) -> bool:
-    return _fits_tail(stored, text.partition("|")[2])
+def _verify_sanctum(stored: str, text: str) -> bool:
+    return _verify_secret_part(stored, text.partition("|")[2])
 
 
-def _fits_seam(stored: str, text: str) -> bool:
-    return _fits_tail(stored, text.rpartition("_")[2])
+def _verify_seam(stored: str, text: str) -> bool:
+    return _verify_secret_part(stored, text.rpartition("_")[2])
 
 
-def _fits_tail(stored: str, tail: str) -> bool:
-    return hmac.compare_digest(hashlib.sha256(tail.encode()).hexdigest(), stored)
+def _verify_secret_part(stored: str, secret_part: str) -> bool:
+    return hmac.compare_digest(hashlib.sha256(secret_part.encode()).hexdigest(), stored)
 
 
-def _fits_pbkdf2(stored: str, text: str) -> bool:
+def _verify_pbkdf2(stored: str, text: str) -> bool:
     iterations, salt, hashed = stored.split("$")
-    made = hashlib.pbkdf2_hmac("sha256", text.encode(), salt.encode(), int(iterations))
-    return hmac.compare_digest(base64.b64encode(made).decode(), hashed)
+    computed = hashlib.pbkdf2_hmac("sha256", text.encode(), salt.encode(), int(iterations))
+    return hmac.compare_digest(base64.b64encode(computed).decode(), hashed)
 
 
-_FITS: Final[dict[str, Callable[[str, str], bool]]] = {
-    USESEND: _fits_usesend,
-    SHA512: _fits_sha512,
-    KNOX: _fits_knox,
-    SANCTUM: _fits_sanctum,
-    SEAM: _fits_seam,
-    PBKDF2: _fits_pbkdf2,
+_VERIFIERS: Final[dict[str, Callable[[str, str], bool]]] = {
+    USESEND: _verify_usesend,
+    SHA512: _verify_sha512,
+    KNOX: _verify_knox,
+    SANCTUM: _verify_sanctum,
+    SEAM: _verify_seam,
+    PBKDF2: _verify_pbkdf2,
 }
-_ALL: Final = tuple(_FITS)
-_QUICK: Final = (SHA512, KNOX, SANCTUM, SEAM)
+_SCHEMES: Final = tuple(_VERIFIERS)
+_FAST_SCHEMES: Final = (SHA512, KNOX, SANCTUM, SEAM)

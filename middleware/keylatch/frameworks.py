@@ -17,10 +17,10 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Match, Mount, Router
 from starlette.types import Scope
 
-from keylatch.languages import in_language_of
-from keylatch.model import Wanted
+from keylatch.languages import override_language
+from keylatch.model import Requirement
 from keylatch.paths import shape
-from keylatch.rules import declared
+from keylatch.rules import required_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +31,22 @@ class Route:
         view: what will be called; two are the same if they are equal.
         arguments: what the path says, by the names of its parameters.
         shapes: the route's path as `paths.shape` has it, in each way a rule may spell it.
-        declared: what the view declares that it asks of a key; None: it declares nothing.
-        is_known: whether `view` is a view. If not, it is an app with paths of its own.
+        requirement: what the view declares; None: it declares nothing.
+        is_view: whether `view` is a view. If not, it is an app with paths of its own.
     """
 
     view: object
     arguments: Mapping[str, object]
     shapes: frozenset[str] = frozenset()
-    declared: Wanted | None = None
-    is_known: bool = True
+    requirement: Requirement | None = None
+    is_view: bool = True
 
 
-Below: TypeAlias = Callable[[Any, Any, str], Route | None]
+FindInApp: TypeAlias = Callable[[Any, Any, str], Route | None]
 """Asks the app that is mounted at a prefix."""
 
 
-def _is_one(app: object, module: str, name: str) -> bool:
+def _is_instance(app: object, module: str, name: str) -> bool:
     """Whether an object is of a class, if its module was imported already."""
     cls = getattr(sys.modules.get(module), name, None)
     return isinstance(cls, type) and issubclass(type(app), cls)
@@ -55,27 +55,29 @@ def _is_one(app: object, module: str, name: str) -> bool:
 # Starlette and FastAPI
 
 
-def of_starlette(app: Starlette | Router, scope: Scope, prefix: str, below: Below) -> Route | None:
+def find_starlette_route(
+    app: Starlette | Router, scope: Scope, prefix: str, find_in_app: FindInApp
+) -> Route | None:
     """The route that a Starlette or FastAPI app takes; None: none, or a redirect."""
     router: Any = app.router if isinstance(app, Starlette) else app
     scope = {**scope, "fastapi": dict(scope.get("fastapi", ()))}  # FastAPI writes on it
-    found = _first(router.routes, scope)
+    found = _first_match(router.routes, scope)
     if found is None:
-        return _leftover(router, scope, prefix, below)
-    route, child = _innermost(*found, scope)
+        return _find_without_route(router, scope, prefix, find_in_app)
+    route, child = _unwrap_included(*found, scope)
     scope = {**scope, **child}
     if isinstance(route, Mount):
-        return below(route.app, scope, prefix + route.path)
+        return find_in_app(route.app, scope, prefix + route.path)
     if isinstance(route, Host):
-        return below(route.app, scope, prefix)
+        return find_in_app(route.app, scope, prefix)
     path = prefix + getattr(route, "path", "")
     view = getattr(route, "endpoint", None) or route
-    scopes = scopes_of(getattr(route, "dependant", None))
-    asked = None if scopes is None else Wanted.all_of(sorted(scopes))
-    return Route(view, scope.get("path_params", {}), frozenset((shape(path),)), asked)
+    scopes = required_scopes(getattr(route, "dependant", None))
+    requirement = None if scopes is None else Requirement.all_of(sorted(scopes))
+    return Route(view, scope.get("path_params", {}), frozenset((shape(path),)), requirement)
 
 
-def _first(routes: Sequence[BaseRoute], scope: Scope) -> tuple[Any, Scope] | None:
+def _first_match(routes: Sequence[BaseRoute], scope: Scope) -> tuple[Any, Scope] | None:
     """The first route that matches, or else the first that does but for the method (405)."""
     partial = None
     for route in routes:
@@ -87,7 +89,7 @@ def _first(routes: Sequence[BaseRoute], scope: Scope) -> tuple[Any, Scope] | Non
     return partial
 
 
-def _innermost(route: Any, child: Scope, scope: Scope) -> tuple[Any, Scope]:
+def _unwrap_included(route: Any, child: Scope, scope: Scope) -> tuple[Any, Scope]:
     """The route within FastAPI's routers that are included in one another."""
     while hasattr(route, "effective_candidates"):
         _, child, route, context = route._match(scope)
@@ -96,33 +98,35 @@ def _innermost(route: Any, child: Scope, scope: Scope) -> tuple[Any, Scope]:
     return route, child
 
 
-def _leftover(router: Any, scope: Scope, prefix: str, below: Below) -> Route | None:
+def _find_without_route(
+    router: Any, scope: Scope, prefix: str, find_in_app: FindInApp
+) -> Route | None:
     """What a router does without a route: FastAPI's static front ends, and an app by default."""
     if hasattr(router, "_match_low_priority"):
         match, _, route, _ = router._match_low_priority(scope)
         if match is not Match.NONE:
-            return Route(route, {}, is_known=False)
+            return Route(route, {}, is_view=False)
     if getattr(router.default, "__self__", None) is router:
         return None
-    return below(router.default, scope, prefix)
+    return find_in_app(router.default, scope, prefix)
 
 
-def scopes_of(dependant: Any) -> frozenset[str] | None:
+def required_scopes(dependant: Any) -> frozenset[str] | None:
     """What FastAPI's dependencies ask of a key, all together; None: they ask for no key."""
     if dependant is None:
         return None
-    found = [scopes_of(each) for each in dependant.dependencies]
-    if getattr(dependant.call, "keylatch_asks_for_keys", False):  # a `keylatch.fastapi.APIKey`
+    found = [required_scopes(each) for each in dependant.dependencies]
+    if getattr(dependant.call, "keylatch_requires_key", False):  # a `keylatch.fastapi.APIKey`
         own = (*(dependant.parent_oauth_scopes or ()), *(dependant.own_oauth_scopes or ()))
         found.append(frozenset(own))
-    asked = [each for each in found if each is not None]
-    return frozenset[str]().union(*asked) if asked else None
+    required = [each for each in found if each is not None]
+    return frozenset[str]().union(*required) if required else None
 
 
 # Litestar
 
 
-def of_litestar(app: Any, scope: Scope, prefix: str) -> Route | None:
+def find_litestar_route(app: Any, scope: Scope, prefix: str) -> Route | None:
     """As `ASGIRouter.__call__` does it."""
     from litestar.exceptions import HTTPException
     from litestar.utils import normalize_path
@@ -134,44 +138,44 @@ def of_litestar(app: Any, scope: Scope, prefix: str) -> Route | None:
     except HTTPException:
         return None
     _, handler, _, arguments, template = found
-    return _of_handler(handler, arguments, prefix + template)
+    return _route_from_handler(handler, arguments, prefix + template)
 
 
-def chosen_by_litestar(scope: Scope) -> Route | None:
+def litestar_selected_route(scope: Scope) -> Route | None:
     """Inside of Litestar's own middleware the route is chosen already; not inside of an app that
     is mounted on it."""
     if "litestar_app" not in scope or "route_handler" not in scope:
         return None
     template = str(scope.get("path_template", ""))
-    route = _of_handler(scope["route_handler"], scope.get("path_params", {}), template)
-    return route if route.is_known else None
+    route = _route_from_handler(scope["route_handler"], scope.get("path_params", {}), template)
+    return route if route.is_view else None
 
 
-def _of_handler(handler: Any, arguments: Any, template: str) -> Route:
+def _route_from_handler(handler: Any, arguments: Any, template: str) -> Route:
     is_app = getattr(handler, "is_mount", False) or getattr(handler, "is_static", False)
     view = getattr(handler, "fn", handler)  # a handler is copied for each path
-    return Route(view, arguments, frozenset((shape(template),)), is_known=not is_app)
+    return Route(view, arguments, frozenset((shape(template),)), is_view=not is_app)
 
 
 # Flask and Quart
 
 
-def of_flask(app: Any, environ: WSGIEnvironment, prefix: str) -> Route | None:
+def find_flask_route(app: Any, environ: WSGIEnvironment, prefix: str) -> Route | None:
     """By the very adapter that Flask makes for a request."""
     request = app.request_class({**environ})
-    return _of_rule(app, app.create_url_adapter(request), request.method, prefix)
+    return _match_werkzeug(app, app.create_url_adapter(request), request.method, prefix)
 
 
-def of_quart(app: Any, scope: Scope, prefix: str) -> Route | None:
+def find_quart_route(app: Any, scope: Scope, prefix: str) -> Route | None:
     """By the very request that Quart makes of a scope."""
     if scope["type"] == "websocket":
         request = app.asgi_websocket_class(app, scope)._create_websocket_from_scope(None)
     else:
         request = app.asgi_http_class(app, scope)._create_request_from_scope(None)
-    return _of_rule(app, app.create_url_adapter(request), scope.get("method", "GET"), prefix)
+    return _match_werkzeug(app, app.create_url_adapter(request), scope.get("method", "GET"), prefix)
 
 
-def _of_rule(app: Any, adapter: Any, method: str, prefix: str) -> Route | None:
+def _match_werkzeug(app: Any, adapter: Any, method: str, prefix: str) -> Route | None:
     from werkzeug.exceptions import HTTPException
     from werkzeug.routing import RoutingException
 
@@ -180,13 +184,15 @@ def _of_rule(app: Any, adapter: Any, method: str, prefix: str) -> Route | None:
     except (HTTPException, RoutingException):  # not found, another method, a redirect
         return None
     view = app.view_functions[rule.endpoint]
-    return Route(view, arguments, frozenset((shape(prefix + rule.rule),)), declared(view, method))
+    return Route(
+        view, arguments, frozenset((shape(prefix + rule.rule),)), required_by(view, method)
+    )
 
 
 # Django
 
 
-def of_django(path: str, method: str, urlconf: Any, prefix: str = "") -> Route | None:
+def find_django_route(path: str, method: str, urlconf: Any, prefix: str = "") -> Route | None:
     """As its handler resolves `request.path_info`, with REST framework's and Ninja's views."""
     from django.urls import Resolver404, resolve
 
@@ -194,39 +200,41 @@ def of_django(path: str, method: str, urlconf: Any, prefix: str = "") -> Route |
         match = resolve(path, urlconf)
     except Resolver404:
         return None
-    return of_django_match(match, method, prefix)
+    return route_from_django_match(match, method, prefix)
 
 
-def of_django_match(match: Any, method: str, prefix: str = "") -> Route:
+def route_from_django_match(match: Any, method: str, prefix: str = "") -> Route:
     """What Django has resolved, as `request.resolver_match` has it."""
     arguments = {**match.kwargs, **{str(at): value for at, value in enumerate(match.args)}}
-    shapes = frozenset(shape(prefix + each) for each in templates_of_django(match.route))
-    return Route(match.func, arguments, shapes, declared(match.func, method))
+    shapes = frozenset(shape(prefix + each) for each in django_path_templates(match.route))
+    return Route(match.func, arguments, shapes, required_by(match.func, method))
 
 
 _CONVERTER: Final = re.compile(r"(?<!\?P)<(?:(\w+):)?(\w+)>")
 _DIGITS: Final = re.compile(r"\(\?P<(\w+)>(?:\\d|\[0-9\])\+\)")
 _GROUP: Final = re.compile(r"%\((\w+)\)s")
-_FIRST_MARK: Final = 0xE000  # no path has characters for private use
+_FIRST_PLACEHOLDER: Final = 0xE000  # no path has characters for private use
 
 
-def templates_of_django(route: str) -> Iterator[str]:
+def django_path_templates(route: str) -> Iterator[str]:
     """A route that is made of `path` and `re_path`, in each way a rule may spell it; none for an
     expression that Django could not reverse either."""
     parameters: list[str] = []
 
-    def mark(match: re.Match[str]) -> str:
+    def to_placeholder(match: re.Match[str]) -> str:
         kind = match[1] if match[1] in ("int", "uuid", "path") else "str"
         parameters.append(f"{{{match[2]}:{kind}}}".replace(":str", ""))
-        return chr(_FIRST_MARK + len(parameters) - 1)
+        return chr(_FIRST_PLACEHOLDER + len(parameters) - 1)
 
-    marked = _CONVERTER.sub(mark, _DIGITS.sub(r"<int:\1>", route))
-    marks = {_FIRST_MARK + at: parameter for at, parameter in enumerate(parameters)}
-    for text in _reversed(marked) if any(sign in marked for sign in "(^$\\[") else (marked,):
-        yield "/" + text.translate(marks)
+    template = _CONVERTER.sub(to_placeholder, _DIGITS.sub(r"<int:\1>", route))
+    table = {_FIRST_PLACEHOLDER + at: parameter for at, parameter in enumerate(parameters)}
+    for text in (
+        _expand_regex(template) if any(sign in template for sign in "(^$\\[") else (template,)
+    ):
+        yield "/" + text.translate(table)
 
 
-def _reversed(expression: str) -> list[str]:
+def _expand_regex(expression: str) -> list[str]:
     """What an expression matches, with its named groups as parameters."""
     from django.utils.regex_helper import normalize
 
@@ -236,12 +244,12 @@ def _reversed(expression: str) -> list[str]:
         return []
 
 
-def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:
+def find_django_handler_route(app: Any, request: Any, prefix: str) -> Route | None:
     """Of a scope or an environ, where a middleware wraps Django as a whole."""
     is_scope = "type" in request
-    made = app.request_class(*(({**request}, io.BytesIO()) if is_scope else ({**request},)))
-    with in_language_of(made, made.path_info):
-        return of_django(made.path_info, made.method, None, prefix)
+    wrapped = app.request_class(*(({**request}, io.BytesIO()) if is_scope else ({**request},)))
+    with override_language(wrapped, wrapped.path_info):
+        return find_django_route(wrapped.path_info, wrapped.method, None, prefix)
 
 
 # Which of them an app is
@@ -250,7 +258,7 @@ def of_django_handler(app: Any, request: Any, prefix: str) -> Route | None:
 def is_framework(app: object) -> bool:
     """Whether one of the readers above knows the app."""
     is_starlette = issubclass(type(app), Starlette | Router)
-    return is_starlette or any(_is_one(app, *each) for each in _FRAMEWORKS)
+    return is_starlette or any(_is_instance(app, *each) for each in _FRAMEWORKS)
 
 
 LITESTAR: Final = ("litestar.app", "Litestar")
@@ -261,35 +269,39 @@ DISPATCHER: Final = ("werkzeug.middleware.dispatcher", "DispatcherMiddleware")
 _FRAMEWORKS: Final = (LITESTAR, QUART, FLASK, DJANGO, DISPATCHER)
 
 
-def asgi_route(app: Any, scope: Scope, prefix: str, below: Below) -> Route | None:
+def find_asgi_route(app: Any, scope: Scope, prefix: str, find_in_app: FindInApp) -> Route | None:
     """What a framework's app will do with a scope."""
     if isinstance(app, Starlette | Router):
-        return of_starlette(app, scope, prefix, below)
-    if _is_one(app, *LITESTAR):
-        return of_litestar(app, scope, prefix)
-    if _is_one(app, *QUART):
-        return of_quart(app, scope, prefix)
-    if _is_one(app, *DJANGO):
-        return of_django_handler(app, scope, prefix)
-    return Route(app, {}, is_known=False)
+        return find_starlette_route(app, scope, prefix, find_in_app)
+    if _is_instance(app, *LITESTAR):
+        return find_litestar_route(app, scope, prefix)
+    if _is_instance(app, *QUART):
+        return find_quart_route(app, scope, prefix)
+    if _is_instance(app, *DJANGO):
+        return find_django_handler_route(app, scope, prefix)
+    return Route(app, {}, is_view=False)
 
 
-def wsgi_route(app: Any, environ: WSGIEnvironment, prefix: str, below: Below) -> Route | None:
+def find_wsgi_route(
+    app: Any, environ: WSGIEnvironment, prefix: str, find_in_app: FindInApp
+) -> Route | None:
     """What a framework's app will do with an environ."""
-    if _is_one(app, *FLASK):
-        return of_flask(app, environ, prefix)
-    if _is_one(app, *DJANGO):
-        return of_django_handler(app, environ, prefix)
-    if _is_one(app, *DISPATCHER):
-        return _dispatched(app, environ, prefix, below)
-    return Route(app, {}, is_known=False)
+    if _is_instance(app, *FLASK):
+        return find_flask_route(app, environ, prefix)
+    if _is_instance(app, *DJANGO):
+        return find_django_handler_route(app, environ, prefix)
+    if _is_instance(app, *DISPATCHER):
+        return _find_dispatched(app, environ, prefix, find_in_app)
+    return Route(app, {}, is_view=False)
 
 
-def _dispatched(app: Any, environ: WSGIEnvironment, prefix: str, below: Below) -> Route | None:
+def _find_dispatched(
+    app: Any, environ: WSGIEnvironment, prefix: str, find_in_app: FindInApp
+) -> Route | None:
     """As werkzeug's dispatcher chooses the app with the longest prefix."""
     path = environ.get("PATH_INFO", "")
-    places = [path[:at] for at in range(len(path), -1, -1) if path[at : at + 1] in ("/", "")]
-    place = next((each for each in places if each in app.mounts), "")
-    script = environ.get("SCRIPT_NAME", "") + place
-    rest = {**environ, "SCRIPT_NAME": script, "PATH_INFO": path[len(place) :]}
-    return below(app.mounts.get(place, app.app), rest, prefix + place)
+    prefixes = [path[:at] for at in range(len(path), -1, -1) if path[at : at + 1] in ("/", "")]
+    mount_path = next((each for each in prefixes if each in app.mounts), "")
+    script = environ.get("SCRIPT_NAME", "") + mount_path
+    rest = {**environ, "SCRIPT_NAME": script, "PATH_INFO": path[len(mount_path) :]}
+    return find_in_app(app.mounts.get(mount_path, app.app), rest, prefix + mount_path)

@@ -1,6 +1,6 @@
 """What all adapters share: the arguments, and what is decided by them once.
 
-An adapter is a `Gate` that spells requests and answers in its own protocol, and nothing else.
+An adapter is a `BaseMiddleware` that translates requests and answers of one protocol.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,12 +12,12 @@ from keylatch.policy import Policy
 from keylatch.refusals import Refusals
 from keylatch.routing import Router
 from keylatch.settings import Settings
-from keylatch.telemetry.trail import Checks, Followed
+from keylatch.telemetry.trail import Authenticator, TracedAuthenticator
 
 App = TypeVar("App")
 
 
-class Gate(Generic[App]):
+class BaseMiddleware(Generic[App]):
     """Lets a request pass to the app if it carries a good key.
 
     Args:
@@ -105,24 +105,26 @@ class Gate(Generic[App]):
         self._realm = engine.settings.realm
         self._app = app
         self._policy = policy
-        self._router = self._router_of(app)
-        self._follow()
-        self._prepare()
+        self._router = self._make_router(app)
+        self._bind_engine()
+        self._on_engine_bound()
 
-    def use(self, engine: Engine) -> None:
+    def use_engine(self, engine: Engine) -> None:
         """Decide by another engine from now on: in an app's tests."""
         self.engine = engine
-        self._follow()
-        self._prepare()
+        self._bind_engine()
+        self._on_engine_bound()
 
-    def _follow(self) -> None:
+    def _bind_engine(self) -> None:
         self._refusals = Refusals(self._realm, failures=self.engine.failures)
-        self._is_followed = self.engine.settings.is_followed
-        self._checks: Checks = Followed(self.engine) if self._is_followed else self.engine
+        self._traces_requests = self.engine.settings.traces_requests
+        self._authenticator: Authenticator = (
+            TracedAuthenticator(self.engine) if self._traces_requests else self.engine
+        )
 
-    def _router_of(self, app: App) -> Router[Any]:
+    def _make_router(self, app: App) -> Router[Any]:
         """What tells which view a request of this protocol will get to."""
         raise NotImplementedError
 
-    def _prepare(self) -> None:
+    def _on_engine_bound(self) -> None:
         """What an adapter needs besides."""

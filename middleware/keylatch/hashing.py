@@ -32,28 +32,28 @@ from argon2.exceptions import (
 from keylatch import argon2id, foreign
 from keylatch.argon2id import Cost
 from keylatch.errors import HashingBusy, HashingFailed
-from keylatch.telemetry.condition import Condition
-from keylatch.telemetry.meter import Count
+from keylatch.telemetry.condition import Health
+from keylatch.telemetry.meter import Counter
 from keylatch.tokens import Token, is_native
 
 T = TypeVar("T")
 
 Scheme = Literal["argon2id", "sha256"]
 _SHA256: Final = "$sha256$"
-_CALM_SECONDS: Final = 5.0
+_RECOVERY_SECONDS: Final = 5.0
 
 POOLS: Final = ("checks", "imported", "management", "upgrades")
 """What threads hash for: checks of keylatch's own tokens and of those that were made elsewhere, new
 tokens, and better hashes of old ones."""
 
 
-__all__ = ["CHEAPEST", "OWASP_MINIMUM", "Cost", "Fit", "Hasher"]
+__all__ = ["CHEAPEST", "OWASP_MINIMUM", "Cost", "Hasher", "VerifyResult"]
 
 OWASP_MINIMUM: Final = Cost()
 CHEAPEST: Final = Cost(memory_kib=8, passes=1)
 """For tests only."""
 
-Fit = bool | bytes
+VerifyResult = bool | bytes
 """Whether a hash is that of a token; where it has a preimage (see `argon2id`), that says yes."""
 
 
@@ -81,35 +81,35 @@ class Hasher:
         self._cost = cost
         workers = workers or os.cpu_count() or 1
         half = max(1, workers // 2)
-        self.condition = Condition(
-            "keys that nobody remembers are refused with 503",
-            "all keys are hashed again",
-            calm_seconds=_CALM_SECONDS,
-            passes=True,
+        self.health = Health(
+            "hash queue full: uncached keys get 503",
+            "hash queue has room: uncached keys are checked again",
+            recovery_seconds=_RECOVERY_SECONDS,
+            recovers_by_time=True,
         )
-        self._lane = _Lane("keylatch-hash", workers, queue, self.condition)
+        self._check_pool = _HashPool("keylatch-hash", workers, queue, self.health)
         # Whether others fill these says nothing of the checks of keylatch's own keys.
-        self._foreign_lane = _Lane("keylatch-foreign-hash", half, queue)
-        self._management_lane = _Lane("keylatch-hash-new", management_workers or half, queue)
-        self._upgrade_lane = _Lane("keylatch-hash-upgrade", 1, queue)
+        self._imported_pool = _HashPool("keylatch-hash-imported", half, queue)
+        self._management_pool = _HashPool("keylatch-hash-new", management_workers or half, queue)
+        self._upgrade_pool = _HashPool("keylatch-hash-upgrade", 1, queue)
 
     @property
-    def _lanes(self) -> tuple["_Lane", ...]:
-        return self._lane, self._foreign_lane, self._management_lane, self._upgrade_lane
+    def _pools(self) -> tuple["_HashPool", ...]:
+        return self._check_pool, self._imported_pool, self._management_pool, self._upgrade_pool
 
     @property
     def waiting(self) -> int:
         """Hashes in the queues."""
-        return sum(lane.waiting for lane in self._lanes)
+        return sum(pool.waiting for pool in self._pools)
 
     @property
-    def under_way(self) -> int:
+    def in_flight(self) -> int:
         """Hashes that are being computed, or wait for it."""
-        return sum(lane.under_way for lane in self._lanes)
+        return sum(pool.in_flight for pool in self._pools)
 
-    def pools(self) -> Mapping[str, int]:
+    def in_flight_by_pool(self) -> Mapping[str, int]:
         """The same by what they are for: see `POOLS`."""
-        return {name: lane.under_way for name, lane in zip(POOLS, self._lanes, strict=True)}
+        return {name: pool.in_flight for name, pool in zip(POOLS, self._pools, strict=True)}
 
     async def hash(self, token: Token) -> str:
         """A self-describing hash of a new token.
@@ -117,7 +117,7 @@ class Hasher:
         Raises:
             HashingBusy: the queue for new tokens is full; that for checks may be empty.
         """
-        return await self._hash(token, self._management_lane)
+        return await self._hash(token, self._management_pool)
 
     async def hash_all(self, tokens: Sequence[Token]) -> list[str]:
         """A hash of each new token: as many at a time as there are threads for them, so that who
@@ -125,30 +125,30 @@ class Hasher:
         if self._scheme == "sha256":
             return [_sha256(token) for token in tokens]
         hashes: list[str] = []
-        at_once = self._management_lane.workers
-        for start in range(0, len(tokens), at_once):
-            some = tokens[start : start + at_once]
-            hashes += await asyncio.gather(*(self.hash(token) for token in some))
+        batch_size = self._management_pool.workers
+        for start in range(0, len(tokens), batch_size):
+            batch = tokens[start : start + batch_size]
+            hashes += await asyncio.gather(*(self.hash(token) for token in batch))
         return hashes
 
-    async def hash_anew(self, token: Token) -> str:
-        """A better hash of a token whose stored one `is_outdated`. Many keys may be used for the
+    async def rehash(self, token: Token) -> str:
+        """A better hash of a token whose stored one `needs_rehash`. Many keys may be used for the
         first time at once: that fills neither the queue of checks nor that of new tokens.
 
         Raises:
             HashingBusy: the queue is full; nothing is lost, because the old hash stays good.
         """
-        return await self._hash(token, self._upgrade_lane)
+        return await self._hash(token, self._upgrade_pool)
 
-    async def _hash(self, token: Token, lane: "_Lane") -> str:
+    async def _hash(self, token: Token, pool: "_HashPool") -> str:
         if self._scheme == "sha256":  # half a microsecond: a thread hop would cost more
             return _sha256(token)
-        return await lane.run(lambda: self._hash_now(token))
+        return await pool.run(lambda: self._hash_sync(token))
 
-    def _hash_now(self, token: Token) -> str:
-        return argon2id.hashed(token.reveal(), self._cost)
+    def _hash_sync(self, token: Token) -> str:
+        return argon2id.hash_secret(token.reveal(), self._cost)
 
-    async def verify(self, stored: str, token: Token) -> Fit:
+    async def verify(self, stored: str, token: Token) -> VerifyResult:
         """Whether the stored hash is that of the token.
 
         Raises:
@@ -157,92 +157,90 @@ class Hasher:
         """
         if stored.startswith(_SHA256):
             return hmac.compare_digest(stored, _sha256(token))
-        if foreign.is_quick(stored):
-            return _fit(stored, token)
-        lane = self._lane if is_native(token) else self._foreign_lane
-        return await lane.run(lambda: _fit(stored, token))
+        if foreign.is_fast(stored):
+            return _verify(stored, token)
+        pool = self._check_pool if is_native(token) else self._imported_pool
+        return await pool.run(lambda: _verify(stored, token))
 
-    def is_outdated(self, stored: str) -> bool:
+    def needs_rehash(self, stored: str) -> bool:
         """Whether a hash should be made anew at its next use: weaker scheme or other cost.
 
         A change from argon2id to sha256 leaves old hashes alone: that would weaken them. Another
         system's are always made anew: its tokens are random and long, and its hashes are slow. So
         is argon2's own output, which has no preimage.
         """
-        if foreign.is_foreign(stored):
+        if foreign.is_imported_hash(stored):
             return True
         if self._scheme != "argon2id":
             return False
-        return stored.startswith(_SHA256) or argon2id.is_outdated(stored, self._cost)
+        return stored.startswith(_SHA256) or argon2id.needs_rehash(stored, self._cost)
 
     def close(self) -> None:
         """Let the threads go; those that still hash finish on their own."""
-        for lane in self._lanes:
-            lane.close()
+        for pool in self._pools:
+            pool.close()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """After a fork: the parent's threads are not here, so start over without touching them."""
-        for lane in self._lanes:
-            lane.forget()
-        self.condition.forget()
+        for pool in self._pools:
+            pool.reset()
+        self.health.clear()
 
 
-class _Lane:
+class _HashPool:
     """Threads, and a queue before them that is full at some point."""
 
-    def __init__(
-        self, name: str, workers: int, queue: int, condition: Condition | None = None
-    ) -> None:
+    def __init__(self, name: str, workers: int, queue: int, health: Health | None = None) -> None:
         self._name = name
         self.workers = workers
         self._capacity = workers + queue
-        self._condition = condition
-        self.forget()
+        self._health = health
+        self.reset()
 
-    def forget(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._places = threading.BoundedSemaphore(self._capacity)
-        self._begun, self._done = Count(), Count()
+    def reset(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._slots = threading.BoundedSemaphore(self._capacity)
+        self._submitted, self._completed = Counter(), Counter()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)
-            self._pool = None
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+            self._executor = None
 
     @property
     def waiting(self) -> int:
-        return max(0, self.under_way - self.workers)
+        return max(0, self.in_flight - self.workers)
 
     @property
-    def under_way(self) -> int:
-        ended = self._done.value  # before what has begun: never fewer than none
-        return self._begun.value - ended
+    def in_flight(self) -> int:
+        completed = self._completed.value  # before what has begun: never fewer than none
+        return self._submitted.value - completed
 
     async def run(self, work: Callable[[], T]) -> T:
-        places = self._places
-        if not places.acquire(blocking=False):
+        slots = self._slots
+        if not slots.acquire(blocking=False):
             busy = HashingBusy(
-                f"{self._capacity} hashes are under way or waiting",
+                f"{self._capacity} hashes are running or queued",
                 "more processors raise the limit, and so does KEYLATCH_HASHER=sha256 for new keys",
             )
-            if self._condition is not None:
-                self._condition.failed(busy.message, busy.hint)
+            if self._health is not None:
+                self._health.record_failure(busy.message, busy.hint)
             raise busy
-        if self._condition is not None:
-            self._condition.succeeded()
-        done = self._done
+        if self._health is not None:
+            self._health.record_success()
+        completed = self._completed
 
-        def end() -> None:
-            done.add()
-            places.release()
+        def release() -> None:
+            completed.add()
+            slots.release()
 
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix=self._name)
-        self._begun.add()
-        future = self._pool.submit(work)
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self.workers, thread_name_prefix=self._name)
+        self._submitted.add()
+        future = self._executor.submit(work)
         # Released when the thread is done, not when its waiter is: a cancelled request's hash
         # still occupies the pool.
-        future.add_done_callback(lambda _: end())
+        future.add_done_callback(lambda _: release())
         return await asyncio.wrap_future(future)
 
 
@@ -250,15 +248,15 @@ def _sha256(token: Token) -> str:
     return _SHA256 + token.digest.hex()
 
 
-def _fit(stored: str, token: Token) -> Fit:
+def _verify(stored: str, token: Token) -> VerifyResult:
     scheme = "argon2"
     try:
-        if foreign.is_foreign(stored):
-            scheme = "another system's scheme"
-            return foreign.fits(stored, token)
-        if argon2id.is_digested(stored):
-            preimage = argon2id.preimage(stored, token.reveal())
-            return preimage if argon2id.fits(stored, preimage) else False
+        if foreign.is_imported_hash(stored):
+            scheme = "an imported scheme"
+            return foreign.verify(stored, token)
+        if argon2id.has_digest_format(stored):
+            preimage = argon2id.compute_preimage(stored, token.reveal())
+            return preimage if argon2id.verify_preimage(stored, preimage) else False
         return argon2.PasswordHasher().verify(stored, token.reveal())
     except VerifyMismatchError:
         return False

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from keylatch.credentials import is_identity_header
 from keylatch.errors import ConfigurationError
-from keylatch.model import Allow, Deny, Principal, Reason, Verdict, Wanted, missing_scope
+from keylatch.model import Allow, Decision, Deny, Principal, Reason, Requirement, missing_scope
 from keylatch.policy import Policy
 from keylatch.refusals import Header, Refusals
 from keylatch.routing import Router
@@ -40,12 +40,18 @@ class Peer(Enum):
 
 
 _PREFIX: Final = b"x-keylatch-"
-_FIELDS: Final = (b"key-id", b"key-name", b"organization-id", b"permission", b"environment")
+_IDENTITY_FIELDS: Final = (
+    b"key-id",
+    b"key-name",
+    b"organization-id",
+    b"permission",
+    b"environment",
+)
 
 log = logging.getLogger("keylatch")
 
 
-class ProxyGate(Generic[App]):
+class ProxyIdentity(Generic[App]):
     """Lets a request pass if a proxy says whose it is; the app finds the same principal as behind
     `APIKeyMiddleware`.
 
@@ -72,7 +78,7 @@ class ProxyGate(Generic[App]):
         realm: str = "keylatch",
     ) -> None:
         mistakes: list[tuple[str, str]] = []
-        self._networks, self._trusts_unix = _peers(trusted, mistakes)
+        self._networks, self._trusts_unix_sockets = _parse_trusted(trusted, mistakes)
         try:
             self._policy = Policy(public, permissions)
         except ConfigurationError as error:
@@ -80,22 +86,22 @@ class ProxyGate(Generic[App]):
         if mistakes:
             raise ConfigurationError(mistakes)
         self._app = app
-        self._router = self._router_of(app)
-        self._asks = permissions is not None
+        self._router = self._make_router(app)
+        self._checks_permissions = permissions is not None
         self._refusals = Refusals(realm)
-        self._is_trusted = lru_cache(maxsize=1024)(self._trusts)
-        self._strangers = RepeatedWarning(
-            log, "%s is not among the trusted peers: nobody's request"
+        self._is_trusted = lru_cache(maxsize=1024)(self._is_trusted_uncached)
+        self._untrusted_peers = RepeatedWarning(
+            log, "%s is not a trusted peer: its identity headers are ignored"
         )
 
-    def judge(
+    def evaluate(
         self,
         peer: str | Peer,
         headers: Sequence[Header],
         method: str,
         path: str,
         request: Any,
-    ) -> Verdict | None:
+    ) -> Decision | None:
         """Whose request it is; None on a public path.
 
         Args:
@@ -105,28 +111,28 @@ class ProxyGate(Generic[App]):
             path: as the app's own router sees it.
             request: scope or environ, for the router.
         """
-        wanted = self._policy.asked(method, path, request, self._router)
-        if wanted is None:
+        requirement = self._policy.requirement_for(method, path, request, self._router)
+        if requirement is None:
             return None
         if not self._is_trusted(peer):
-            self._strangers.add(peer.value if isinstance(peer, Peer) else peer)
+            self._untrusted_peers.add(peer.value if isinstance(peer, Peer) else peer)
             return Deny(Reason.MISSING)
-        principal = principal_in(headers)
+        principal = principal_from_headers(headers)
         if isinstance(principal, Reason):
             return Deny(principal)
-        if not self._asks:
-            wanted = Wanted()
-        elif missing_scope(principal.permission, wanted) and not wanted.is_final:
-            wanted = self._policy.settled(method, path, request, self._router)
-        return missing_scope(principal.permission, wanted) or Allow(principal)
+        if not self._checks_permissions:
+            requirement = Requirement()
+        elif missing_scope(principal.permission, requirement) and not requirement.is_final:
+            requirement = self._policy.routed_requirement(method, path, request, self._router)
+        return missing_scope(principal.permission, requirement) or Allow(principal)
 
-    def _router_of(self, app: App) -> Router[Any]:
+    def _make_router(self, app: App) -> Router[Any]:
         """What tells which view a request of this protocol will get to."""
         raise NotImplementedError
 
-    def _trusts(self, peer: str | Peer) -> bool:
+    def _is_trusted_uncached(self, peer: str | Peer) -> bool:
         if isinstance(peer, Peer):
-            return peer is Peer.UNIX_SOCKET and self._trusts_unix
+            return peer is Peer.UNIX_SOCKET and self._trusts_unix_sockets
         try:
             address = ipaddress.ip_address(peer)
         except ValueError:
@@ -136,7 +142,7 @@ class ProxyGate(Generic[App]):
         return any(address in network for network in self._networks)
 
 
-def principal_in(headers: Sequence[Header]) -> Principal | Reason:
+def principal_from_headers(headers: Sequence[Header]) -> Principal | Reason:
     """The principal that identity headers speak of.
 
     Returns:
@@ -151,15 +157,15 @@ def principal_in(headers: Sequence[Header]) -> Principal | Reason:
             if field in found or b"_" in name or b"," in value:
                 return Reason.MALFORMED
             found[field] = value
-    if not all(found.get(field) for field in _FIELDS):
+    if not all(found.get(field) for field in _IDENTITY_FIELDS):
         return Reason.MISSING  # no key is without: an app could take "" for what it allows
     key_id, key_name, organization_id, permission, environment = (
-        found[field].decode("latin-1") for field in _FIELDS
+        found[field].decode("latin-1") for field in _IDENTITY_FIELDS
     )
     return Principal(key_id, unquote(key_name), organization_id, permission, environment)
 
 
-def _peers(
+def _parse_trusted(
     trusted: Iterable[str], mistakes: list[tuple[str, str]]
 ) -> tuple[tuple[Network, ...], bool]:
     if isinstance(trusted, str):
@@ -174,5 +180,5 @@ def _peers(
             hint = "an address, a network such as 10.0.0.0/24, or unix"
             mistakes.append((f"trusted peer {name!r}", hint))
     if not names:
-        mistakes.append(("trusted names nobody", "name the proxy's address, or unix"))
+        mistakes.append(("`trusted` is empty", "name the proxy's address, or unix"))
     return tuple(networks), UNIX in names

@@ -20,40 +20,40 @@ from keylatch.concurrency import OrganizationLimit
 from keylatch.drafts import (
     LIVE,
     CallerRefused,
-    Draft,
+    InvalidKeyState,
     InvalidValue,
+    KeyValidator,
     Metadata,
+    NewKey,
     NotPermitted,
-    NotPossible,
     QuotaExceeded,
-    Rules,
-    check_expiry,
-    check_grace,
-    check_rights,
-    checked_name,
-    checked_reason,
-    written_metadata,
+    check_may_grant,
+    serialize_metadata,
+    validate_expiry,
+    validate_grace,
+    validate_name,
+    validate_reason,
 )
-from keylatch.foreign import Foreign
+from keylatch.foreign import ImportedToken
 from keylatch.hashing import Hasher
-from keylatch.model import FULL, Deed, KeyRecord, Principal
+from keylatch.model import FULL, AuditEvent, KeyRecord, Principal
 from keylatch.revocation.feed import Receipt
 from keylatch.settings import Settings
 from keylatch.sql.authorization import OPERATOR, Actor
 from keylatch.sql.quotas import Quotas
 from keylatch.store import Page, Store
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import MacKeys, Token
 from keylatch.usage.tally import DAY_MS, KeyUsage
 
 __all__ = [
     "CallerRefused",
     "Changed",
     "Created",
-    "Draft",
+    "InvalidKeyState",
     "InvalidValue",
     "Keyring",
+    "NewKey",
     "NotPermitted",
-    "NotPossible",
     "QuotaExceeded",
     "Revoked",
     "Rotated",
@@ -63,7 +63,7 @@ _LONGEST_ACTOR: Final = 100
 _HASHES_AT_ONCE: Final = 4
 _HASHES_WAITING: Final = 16
 
-Announce = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
+Propagate = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Created:
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
+class Imported:
     """A key that was made elsewhere, and whether it was here already: then it is as it was."""
 
     key_id: str
@@ -115,34 +115,34 @@ class Keyring:
     Args:
         store: an opened store.
         hasher: hashes new tokens.
-        check_keys: mint new tokens.
+        mac_keys: mint new tokens.
         settings: prefix of new tokens and the permissions that may be given.
         now_ms: the store's time, which expiry is judged by; milliseconds since the Unix epoch.
-        announce: told of every changed key (None: a whole organisation) and the sequence number,
-            after the commit; waits until all processes decide by it, if it is told to.
+        propagate: called with each changed key (None: an organisation), its number and `wait`,
+            after the commit; waits until all processes decide by it, if its last argument says so.
     """
 
     def __init__(
         self,
         store: Store,
         hasher: Hasher,
-        check_keys: CheckKeys,
+        mac_keys: MacKeys,
         settings: Settings,
         now_ms: Callable[[], int],
-        announce: Announce,
+        propagate: Propagate,
     ) -> None:
         self._store = store
         self._hasher = hasher
-        self._check_keys = check_keys
+        self._mac_keys = mac_keys
         self._prefix = settings.prefix
-        self._rules = Rules(settings)
+        self._rules = KeyValidator(settings)
         self._now_ms = now_ms
-        self._announce = announce
+        self._propagate = propagate
         self._operator = OPERATOR.name
         self._quotas = Quotas(settings.max_keys, settings.max_changes)
         self._limit = OrganizationLimit(_HASHES_AT_ONCE, _HASHES_WAITING)
 
-    def used_by(self, operator: str) -> "Keyring":
+    def as_operator(self, operator: str) -> "Keyring":
         """The same, for somebody whom the audit log names where no key acts: `cli:alice`."""
         keyring = copy.copy(self)
         keyring._operator = operator[:_LONGEST_ACTOR]
@@ -177,19 +177,19 @@ class Keyring:
             QuotaExceeded: a limit on what the organisation's keys may do; nothing was made.
             HashingBusy, StoreUnavailable: nothing was made.
         """
-        draft = Draft(organization_id, name, permission, environment, expires_at, metadata)
-        for fault in self.faults(draft):
-            raise fault
+        new_key = NewKey(organization_id, name, permission, environment, expires_at, metadata)
+        for error in self.validate(new_key):
+            raise error
         if by is not None:
-            check_rights(by, permission, environment)
+            check_may_grant(by, permission, environment)
         actor = self._actor(by)
-        created = self._mint(draft, self.now_ms(), actor.name)
+        created = self._mint(new_key, self.now_ms(), actor.name)
         hashed = await self._hash(created.token, organization_id, by, new_keys=1)
         record, _ = await self._store.add(created.record, hashed, by=actor)
         return Created(record, created.token)
 
     async def create_many(
-        self, drafts: Sequence[Draft], *, by: Principal | None = None
+        self, new_keys: Sequence[NewKey], *, by: Principal | None = None
     ) -> Sequence[Created]:
         """Make keys in one transaction: all of them, or none.
 
@@ -201,23 +201,23 @@ class Keyring:
             HashingFailed: nothing was made.
             StoreUnavailable: as a rule nothing was made, and if it was, nobody has the tokens.
         """
-        if not drafts:
+        if not new_keys:
             return []
-        for draft in drafts:
-            for fault in self.faults(draft):
-                raise fault
+        for new_key in new_keys:
+            for error in self.validate(new_key):
+                raise error
         now_ms, actor = self.now_ms(), self._actor(by)
         created = await asyncio.to_thread(
-            lambda: [self._mint(draft, now_ms, actor.name) for draft in drafts]
+            lambda: [self._mint(new_key, now_ms, actor.name) for new_key in new_keys]
         )
         hashes = await self._hasher.hash_all([each.token for each in created])
         made = [(each.record, hashed) for each, hashed in zip(created, hashes, strict=True)]
         records, _ = await self._store.add_many(made, by=actor)
         return [Created(record, each.token) for record, each in zip(records, created, strict=True)]
 
-    async def bring_many(
-        self, asked: Sequence[tuple[Draft, Foreign]], *, by: Principal | None = None
-    ) -> Sequence[Brought]:
+    async def import_many(
+        self, imports: Sequence[tuple[NewKey, ImportedToken]], *, by: Principal | None = None
+    ) -> Sequence[Imported]:
         """Take keys in that were made elsewhere, in one transaction, and return when every process
         knows that there are such keys. Those that are here already stay as they are: a deleted one
         stays deleted.
@@ -227,65 +227,70 @@ class Keyring:
             HashingFailed: nothing was taken in.
             StoreUnavailable: as a rule nothing was taken in; it can be repeated.
         """
-        if not asked:
+        if not imports:
             return []
-        for draft, _ in asked:
-            for fault in self.faults(draft):
-                raise fault
+        for new_key, _ in imports:
+            for error in self.validate(new_key):
+                raise error
         now_ms, actor = self.now_ms(), self._actor(by)
-        raw = [foreign.token for _, foreign in asked if foreign.token is not None]
-        fresh = iter(await self._hasher.hash_all(raw))
+        tokens = [imported.token for _, imported in imports if imported.token is not None]
+        hashes = iter(await self._hasher.hash_all(tokens))
         made = await asyncio.to_thread(
             lambda: [
-                (self._brought(draft, foreign, now_ms, actor.name), foreign.hash or next(fresh))
-                for draft, foreign in asked
+                (
+                    self._imported_record(new_key, foreign, now_ms, actor.name),
+                    foreign.hash or next(hashes),
+                )
+                for new_key, foreign in imports
             ]
         )
-        seq, held = await self._store.bring_many(made, by=actor)
-        await self._announce(None, seq, True)
-        told = []
+        seq, existing = await self._store.import_many(made, by=actor)
+        await self._propagate(None, seq, True)
+        results = []
         for record, _ in made:
-            key_id, is_deleted = held.get(str(record.locator), (record.id, False))
-            told.append(Brought(key_id, key_id == record.id, is_deleted))
-        return told
+            key_id, is_deleted = existing.get(str(record.locator), (record.id, False))
+            results.append(Imported(key_id, key_id == record.id, is_deleted))
+        return results
 
-    async def held(self, asked: Sequence[Foreign]) -> Sequence[Brought]:
+    async def find_imported(self, tokens: Sequence[ImportedToken]) -> Sequence[Imported]:
         """Which of them are here already; `key_id` is empty for those that are not."""
-        held = await self._store.holders([foreign.locator for foreign in asked])
+        existing = await self._store.keys_by_locator([foreign.locator for foreign in tokens])
         return [
-            Brought(held[each.locator][0], False, held[each.locator][1])
-            if each.locator in held
-            else Brought("")
-            for each in asked
+            Imported(existing[each.locator][0], False, existing[each.locator][1])
+            if each.locator in existing
+            else Imported("")
+            for each in tokens
         ]
 
-    def _brought(self, draft: Draft, foreign: Foreign, now_ms: int, by: str) -> KeyRecord:
-        minted = self._mint(draft, now_ms, by).record  # for its id; its token is dropped
-        return replace(minted, partial_token=foreign.partial, locator=foreign.locator)
+    def _imported_record(
+        self, new_key: NewKey, imported: ImportedToken, now_ms: int, by: str
+    ) -> KeyRecord:
+        minted = self._mint(new_key, now_ms, by).record  # for its id; its token is dropped
+        return replace(minted, partial_token=imported.partial, locator=imported.locator)
 
-    async def made_many(self) -> None:
+    async def analyze(self) -> None:
         """To be called when many were made: lists stay quick on a database that knows of them."""
         await self._store.analyze()
 
-    def faults(self, draft: Draft) -> list[InvalidValue]:
+    def validate(self, new_key: NewKey) -> list[InvalidValue]:
         """Everything that is wrong with a key to be made."""
-        return self._rules.faults(draft, self.now_ms())
+        return self._rules.validate(new_key, self.now_ms())
 
-    def _mint(self, draft: Draft, now_ms: int, by: str) -> Created:
-        token = self._check_keys.mint(self._prefix, draft.environment)
+    def _mint(self, new_key: NewKey, now_ms: int, by: str) -> Created:
+        token = self._mac_keys.mint(self._prefix, new_key.environment)
         record = KeyRecord(
             id=token.key_id,
-            organization_id=draft.organization_id,
-            name=draft.name.strip(),
-            permission=draft.permission,
-            environment=draft.environment,
+            organization_id=new_key.organization_id,
+            name=new_key.name.strip(),
+            permission=new_key.permission,
+            environment=new_key.environment,
             partial_token=token.partial,
             active=True,
             organization_active=True,
             created_at=now_ms,
             updated_at=now_ms,
-            expires_at=draft.expires_at,
-            metadata=written_metadata(draft.metadata),
+            expires_at=new_key.expires_at,
+            metadata=serialize_metadata(new_key.metadata),
             created_by=by,
         )
         return Created(record, token)
@@ -317,7 +322,7 @@ class Keyring:
         idle_days: int | None = None,
         by: Principal | None = None,
     ) -> Page:
-        """At most `limit` keys of that list, from where another page `goes_on_after`; only those
+        """At most `limit` keys of that list, from where another page `next_cursor`; only those
         that nobody has used for so many days, if that is given."""
         return await self._store.page(
             organization_id,
@@ -393,13 +398,13 @@ class Keyring:
             StoreUnavailable: nothing was changed.
         """
         if "name" in values:
-            values["name"] = checked_name(values["name"])
+            values["name"] = validate_name(values["name"])
         if "permission" in values:
-            self._rules.check_permission(values["permission"])
+            self._rules.validate_permission(values["permission"])
         if "expires_at" in values:
-            check_expiry(values["expires_at"], self.now_ms())
+            validate_expiry(values["expires_at"], self.now_ms())
         if "metadata" in values:
-            values["metadata"] = written_metadata(values["metadata"])
+            values["metadata"] = serialize_metadata(values["metadata"])
         return await self._change(organization_id, key_id, values, by, wait)
 
     async def delete(
@@ -433,7 +438,7 @@ class Keyring:
             NotPermitted: `by` is the secret before a rotation.
             StoreUnavailable: it may not have been revoked; repeat it.
         """
-        reason, now_ms = checked_reason(reason), self.now_ms()
+        reason, now_ms = validate_reason(reason), self.now_ms()
         if not descendants:
             values = {"active": False, "revoked_reason": reason, "deleted_at": now_ms}
             return await self._change(organization_id, key_id, values, by, wait)
@@ -443,9 +448,9 @@ class Keyring:
         if deleted is None:
             return None
         record, count, seq = deleted
-        return Changed(record, await self._announce(record, seq, wait), count)
+        return Changed(record, await self._propagate(record, seq, wait), count)
 
-    async def end_secret(
+    async def revoke_secret(
         self,
         record: KeyRecord,
         secret: int,
@@ -458,18 +463,20 @@ class Keyring:
 
         Args:
             record: the key.
-            secret: which of its secrets, see `secret_of`.
+            secret: which of its secrets, see `secret_version_of`.
             reason: as in `delete`.
             wait: as in `delete`.
 
         Raises:
             InvalidValue: of the reason.
-            NotPossible: the key was rotated or deleted since the record was read.
+            InvalidKeyState: the key was rotated or deleted since the record was read.
             StoreUnavailable: as in `delete`.
         """
-        return await self._end_secret(record.organization_id, record.id, secret, reason, None, wait)
+        return await self._revoke_secret(
+            record.organization_id, record.id, secret, reason, None, wait
+        )
 
-    async def end_acting_secret(
+    async def revoke_own_secret(
         self, by: Principal, *, reason: str | None = None, wait: bool = True
     ) -> Changed | None:
         """Revoke the key that asks, whatever its permission; asked with the secret before a
@@ -481,10 +488,10 @@ class Keyring:
             StoreUnavailable: as in `delete`.
         """
         # Without a secret the store refuses the caller.
-        secret = by.secret or 0
-        return await self._end_secret(by.organization_id, by.key_id, secret, reason, by, wait)
+        secret = by.secret_version or 0
+        return await self._revoke_secret(by.organization_id, by.key_id, secret, reason, by, wait)
 
-    async def _end_secret(
+    async def _revoke_secret(
         self,
         organization_id: str,
         key_id: str,
@@ -493,11 +500,11 @@ class Keyring:
         by: Principal | None,
         wait: bool,
     ) -> Changed | None:
-        reason = checked_reason(reason)
-        changed = await self._store.end_secret(
+        reason = validate_reason(reason)
+        changed = await self._store.revoke_secret(
             organization_id, key_id, secret, self.now_ms(), reason, by=self._actor(by)
         )
-        return None if changed is None else await self._spread(changed, wait)
+        return None if changed is None else await self._propagated(changed, wait)
 
     async def rotate(
         self,
@@ -527,15 +534,15 @@ class Keyring:
             InvalidValue: of the grace.
             CallerRefused: as in `delete`.
             NotPermitted: the key has more rights than `by`, or has them for longer.
-            NotPossible: the key was deleted.
+            InvalidKeyState: the key was deleted.
             QuotaExceeded: as in `create`.
             HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
         """
-        check_grace(grace_seconds)
+        validate_grace(grace_seconds)
         record = await self._store.get(organization_id, key_id, _environment_of(by))
         if record is None:
             return None
-        token = self._check_keys.mint(self._prefix, record.environment, record.id)
+        token = self._mac_keys.mint(self._prefix, record.environment, record.id)
         hashed = await self._hash(token, organization_id, by)
         now_ms = self.now_ms()
         ends_at = now_ms + grace_seconds * 1000 if grace_seconds else None
@@ -544,7 +551,7 @@ class Keyring:
         )
         if rotated is None:
             return None
-        changed = await self._spread(rotated, wait)
+        changed = await self._propagated(rotated, wait)
         return Rotated(changed.record, token, changed.receipt)
 
     async def cancel_rotation(
@@ -563,10 +570,10 @@ class Keyring:
 
         Raises:
             NotPermitted: as in `rotate`.
-            NotPossible: no grace runs, or the key was deleted.
+            InvalidKeyState: no grace runs, or the key was deleted.
             StoreUnavailable: as in `delete`.
         """
-        return await self._end_grace(organization_id, key_id, by, wait, goes_back=True)
+        return await self._end_grace(organization_id, key_id, by, wait, restore_previous=True)
 
     async def finish_rotation(
         self,
@@ -577,7 +584,7 @@ class Keyring:
         wait: bool = True,
     ) -> Changed | None:
         """While the grace of a rotation runs: end it now. As `cancel_rotation`, the other way."""
-        return await self._end_grace(organization_id, key_id, by, wait, goes_back=False)
+        return await self._end_grace(organization_id, key_id, by, wait, restore_previous=False)
 
     async def revoke_all(
         self,
@@ -595,11 +602,11 @@ class Keyring:
             NotPermitted: `by` is not for live.
             StoreUnavailable: as in `delete`.
         """
-        reason = checked_reason(reason)
+        reason = validate_reason(reason)
         count, seq = await self._store.revoke_all(
             organization_id, self.now_ms(), reason, by=self._actor(by)
         )
-        return Revoked(count, await self._announce(None, seq, wait))
+        return Revoked(count, await self._propagate(None, seq, wait))
 
     async def set_organization_active(
         self,
@@ -617,9 +624,9 @@ class Keyring:
         seq = await self._store.change_organization(
             organization_id, self.now_ms(), active, by=self._actor(by)
         )
-        return None if seq is None else await self._announce(None, seq, wait)
+        return None if seq is None else await self._propagate(None, seq, wait)
 
-    async def deeds(
+    async def events(
         self,
         organization_id: str | None,
         limit: int,
@@ -627,7 +634,7 @@ class Keyring:
         key_id: str | None = None,
         before: int | None = None,
         by: Principal | None = None,
-    ) -> Sequence[Deed]:
+    ) -> Sequence[AuditEvent]:
         """The audit log: at most `limit` of what was done, the newest first.
 
         Args:
@@ -639,7 +646,7 @@ class Keyring:
                 to the keys of that environment.
         """
         environment = _environment_of(by)
-        return await self._store.deeds(organization_id, limit, key_id, before, environment)
+        return await self._store.events(organization_id, limit, key_id, before, environment)
 
     async def _end_grace(
         self,
@@ -648,12 +655,12 @@ class Keyring:
         by: Principal | None,
         wait: bool,
         *,
-        goes_back: bool,
+        restore_previous: bool,
     ) -> Changed | None:
         changed = await self._store.end_grace(
-            organization_id, key_id, self.now_ms(), goes_back, by=self._actor(by)
+            organization_id, key_id, self.now_ms(), restore_previous, by=self._actor(by)
         )
-        return None if changed is None else await self._spread(changed, wait)
+        return None if changed is None else await self._propagated(changed, wait)
 
     async def _change(
         self,
@@ -666,11 +673,11 @@ class Keyring:
         changed = await self._store.change(
             organization_id, key_id, self.now_ms(), values, by=self._actor(by)
         )
-        return None if changed is None else await self._spread(changed, wait)
+        return None if changed is None else await self._propagated(changed, wait)
 
-    async def _spread(self, changed: tuple[KeyRecord, int], wait: bool) -> Changed:
+    async def _propagated(self, changed: tuple[KeyRecord, int], wait: bool) -> Changed:
         record, seq = changed
-        return Changed(record, await self._announce(record, seq, wait))
+        return Changed(record, await self._propagate(record, seq, wait))
 
     async def _hash(
         self, token: Token, organization_id: str, by: Principal | None, new_keys: int = 0
@@ -679,7 +686,7 @@ class Keyring:
         that keys ask for an organisation has only some at a time."""
         if by is None:
             return await self._hasher.hash(token)
-        async with self._limit.turn(organization_id):
+        async with self._limit.slot(organization_id):
             await self._store.check_quota(
                 organization_id, self.now_ms(), self._quotas, new_keys=new_keys
             )

@@ -10,15 +10,15 @@ from functools import lru_cache
 from typing import Any
 
 
-def in_language_of(request: Any, path: str) -> AbstractContextManager[Any]:
+def override_language(request: Any, path: str) -> AbstractContextManager[Any]:
     """The language in which the request's `LocaleMiddleware` resolves a path."""
     from django.conf import settings
     from django.utils.translation import override
 
-    if not _changes_language(tuple(settings.MIDDLEWARE)):
+    if not _has_locale_middleware(tuple(settings.MIDDLEWARE)):
         return nullcontext()
     language: AbstractContextManager[Any] = override(
-        _by_path(request, path) or language_of(request)
+        _language_from_path(request, path) or language_of(request)
     )
     return language
 
@@ -28,12 +28,12 @@ def language_of(request: Any) -> str | None:
     from django.conf import settings
     from django.utils.translation import get_language, get_language_from_request
 
-    is_chosen = _changes_language(tuple(settings.MIDDLEWARE))
+    is_chosen = _has_locale_middleware(tuple(settings.MIDDLEWARE))
     language: str | None = get_language_from_request(request) if is_chosen else get_language()
     return language
 
 
-def _by_path(request: Any, path: str) -> str | None:
+def _language_from_path(request: Any, path: str) -> str | None:
     """As `LocaleMiddleware.process_request` has it."""
     from django.conf import settings
     from django.conf.urls.i18n import is_language_prefix_patterns_used
@@ -48,10 +48,10 @@ def _by_path(request: Any, path: str) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def _changes_language(middlewares: tuple[str, ...]) -> bool:
+def _has_locale_middleware(middlewares: tuple[str, ...]) -> bool:
     """Whether Django's middleware, or a class that is made of it, is among them."""
     from django.middleware.locale import LocaleMiddleware
     from django.utils.module_loading import import_string
 
-    found = (import_string(each) for each in middlewares)
-    return any(isinstance(each, type) and issubclass(each, LocaleMiddleware) for each in found)
+    classes = (import_string(each) for each in middlewares)
+    return any(isinstance(each, type) and issubclass(each, LocaleMiddleware) for each in classes)

@@ -12,33 +12,33 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from keylatch.telemetry.trail import TRAIL
-from keylatch.tokens import without_tokens
+from keylatch.telemetry.trail import REQUEST_TRACE
+from keylatch.tokens import redact_tokens
 
 
 class JSONLines(logging.Formatter):
     """One JSON object a line, in ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {
-            "time": moment.replace("+00:00", "Z"),
+            "time": time.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        trail = TRAIL.get()
-        if trail is not None:
-            line["requestId"] = trail.request_id
+        trace = REQUEST_TRACE.get()
+        if trace is not None:
+            line["requestId"] = trace.request_id
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             line["stack"] = self.formatStack(record.stack_info)
-        return self.scrubbed(json.dumps(line))
+        return self.redact(json.dumps(line))
 
-    def scrubbed(self, line: str) -> str:
+    def redact(self, line: str) -> str:
         """The line with every token in it made unusable."""
-        return without_tokens(line)
+        return redact_tokens(line)
 
 
 def configuration(level: str = "WARNING") -> dict[str, Any]:

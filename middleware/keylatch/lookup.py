@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keylatch import foreign
-from keylatch.argon2id import is_digested
-from keylatch.caches.cache import Absence, Entry, entry_of
+from keylatch.argon2id import has_digest_format
+from keylatch.caches.cache import Entry, NegativeEntry, entry_of
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.hashing import Hasher
-from keylatch.model import PREVIOUS, KeyRecord, Reason, flaw, secret_of
-from keylatch.revocation.feed import Feed, Witness
-from keylatch.sql.schema import NOBODY
-from keylatch.store import Absent, Found, Store
-from keylatch.telemetry.meter import L2, STORE, Meter
+from keylatch.model import PREVIOUS_SUFFIX, KeyRecord, Reason, secret_version_of, unusable_reason
+from keylatch.revocation.feed import Freshness, Invalidations
+from keylatch.sql.schema import NO_ID
+from keylatch.store import Found, NotFound, Store
+from keylatch.telemetry.meter import L2, STORE, Counters
 from keylatch.tokens import Token, is_native
 
-_MOST_FOREIGN: Final = 32
+_MAX_IMPORTED_LOOKUPS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +37,19 @@ class Owner:
 
     Args:
         record: of the key, whatever its state.
-        is_of_use: False: its secret opens nothing and never will, because the key was deleted, or
+        is_usable: False: its secret opens nothing and never will, because the key was deleted, or
             rotated and the grace is over.
         is_previous: whether it is the secret before the last rotation.
     """
 
     record: KeyRecord
-    is_of_use: bool
+    is_usable: bool
     is_previous: bool = False
 
     @property
     def secret(self) -> int:
         """Which of the key's secrets it is."""
-        return secret_of(self.record, self.is_previous)
+        return secret_version_of(self.record, self.is_previous)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class _Secret:
     """One that is good for a key, as the store holds it.
 
     Args:
-        name: the key's id, or that with `PREVIOUS` behind it.
+        name: the key's id, or that with `PREVIOUS_SUFFIX` behind it.
         hash: of it.
         is_previous: whether it is the one before the last rotation.
     """
@@ -72,57 +72,57 @@ class Lookup:
 
     Args:
         store: an opened store.
-        shared: the shared cache, if there is one.
+        shared_cache: the shared cache, if there is one.
         hasher: verifies, and makes outdated hashes anew.
-        feed: knows the store's epoch.
-        witness: tells the time.
+        invalidations: knows the store's epoch.
+        freshness: tells the time.
         environment: the only one whose keys are welcome; None: all of them.
-        later: runs work that no request waits for.
-        meter: counts how long that takes.
+        start_soon: runs work that no request waits for.
+        counters: counts how long that takes.
     """
 
     def __init__(
         self,
         store: Store,
-        shared: SharedCache | None,
+        shared_cache: SharedCache | None,
         hasher: Hasher,
-        feed: Feed,
-        witness: Witness,
+        invalidations: Invalidations,
+        freshness: Freshness,
         environment: str | None,
-        later: Callable[[Coroutine[Any, Any, None]], None],
-        meter: Meter,
+        start_soon: Callable[[Coroutine[Any, Any, None]], None],
+        counters: Counters,
     ) -> None:
         self._store = store
-        self._shared = shared
+        self._shared_cache = shared_cache
         self._hasher = hasher
-        self._feed = feed
-        self._witness = witness
+        self._invalidations = invalidations
+        self._freshness = freshness
         self._environment = environment
-        self._later = later
-        self._foreign = 0  # being looked up
-        self._meter = meter
+        self._start_soon = start_soon
+        self._imported_lookups = 0  # being looked up
+        self._counters = counters
 
-    async def fetch(self, token: Token) -> tuple[Entry | Absence, str]:
-        """What the token is, by the store, and what proved that: `meter.L2` or `meter.STORE`.
+    async def fetch(self, token: Token) -> tuple[Entry | NegativeEntry, str]:
+        """What the token is, by the store, and what proved that: `L2` or `STORE`.
 
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
-        with self._meter.stage(STORE):
-            found = await self._found(token)
-        if isinstance(found, Absent):
+        with self._counters.stage(STORE):
+            found = await self._find(token)
+        if isinstance(found, NotFound):
             # Of another shape, it names no key, whatever stands where an id would be.
-            key_id = token.key_id if is_native(token) else NOBODY
-            return Absence(Reason.UNKNOWN, key_id, NOBODY, found.as_of), STORE
-        flawed = self._flawed(found)
-        if flawed is not None:
-            return flawed, STORE
-        secret, tier = await self._secret_of(token, self._secrets(found))
+            key_id = token.key_id if is_native(token) else NO_ID
+            return NegativeEntry(Reason.UNKNOWN, key_id, NO_ID, found.as_of), STORE
+        unusable = self._unusable(found)
+        if unusable is not None:
+            return unusable, STORE
+        secret, source = await self._match_secret(token, self._valid_secrets(found))
         if secret is None:
-            return _absence(Reason.WRONG_SECRET, found), STORE
+            return _negative_entry(Reason.WRONG_SECRET, found), STORE
         # Once more: a hash takes its time, and the key may have expired meanwhile.
         entry = entry_of(token.fingerprint, found.record, found.as_of, secret.is_previous)
-        return self._flawed(found) or entry, tier
+        return self._unusable(found) or entry, source
 
     async def identify(self, token: Token) -> Owner | None:
         """The key whose secret this token is, whatever has become of it since; None: there is none.
@@ -130,8 +130,8 @@ class Lookup:
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
-        found = await self._found(token)
-        if isinstance(found, Absent):
+        found = await self._find(token)
+        if isinstance(found, NotFound):
             return None
         if await self._hasher.verify(found.hash, token):
             return Owner(found.record, found.record.deleted_at is None)
@@ -139,69 +139,77 @@ class Lookup:
             return None
         if not await self._hasher.verify(found.previous_hash, token):
             return None
-        grace = found.record.grace_ends_at(self._witness.now_ms())
+        grace = found.record.grace_ends_at(self._freshness.now_ms())
         return Owner(found.record, found.record.deleted_at is None and grace is not None, True)
 
-    def _secrets(self, found: Found) -> list[_Secret]:
+    def _valid_secrets(self, found: Found) -> list[_Secret]:
         """The present one, and while its grace runs the one before."""
         secrets = [_Secret(found.record.id, found.hash)]
-        is_in_grace = found.record.grace_ends_at(self._witness.now_ms()) is not None
+        is_in_grace = found.record.grace_ends_at(self._freshness.now_ms()) is not None
         if found.previous_hash is not None and is_in_grace:
-            name = found.record.id + PREVIOUS
+            name = found.record.id + PREVIOUS_SUFFIX
             secrets.append(_Secret(name, found.previous_hash, is_previous=True))
         return secrets
 
-    async def _secret_of(self, token: Token, secrets: list[_Secret]) -> tuple[_Secret | None, str]:
+    async def _match_secret(
+        self, token: Token, secrets: list[_Secret]
+    ) -> tuple[_Secret | None, str]:
         """Which of these a token is, and who proved it."""
-        if self._shared is not None and is_native(token):
+        if self._shared_cache is not None and is_native(token):
             for secret in secrets:
-                if is_digested(secret.hash) and await self._is_shared(self._shared, token, secret):
+                if has_digest_format(secret.hash) and await self._is_in_shared_cache(
+                    self._shared_cache, token, secret
+                ):
                     return secret, L2
         for secret in secrets:
-            if await self._fits(secret, token):
+            if await self._matches(secret, token):
                 return secret, STORE
         return None, STORE
 
-    async def _is_shared(self, shared: SharedCache, token: Token, secret: _Secret) -> bool:
-        with self._meter.stage(L2):
-            return await shared.proves(token, secret.name, secret.hash, self._feed.epoch)
+    async def _is_in_shared_cache(
+        self, shared_cache: SharedCache, token: Token, secret: _Secret
+    ) -> bool:
+        with self._counters.stage(L2):
+            return await shared_cache.proves(
+                token, secret.name, secret.hash, self._invalidations.epoch
+            )
 
-    async def _fits(self, secret: _Secret, token: Token) -> bool:
-        with self._meter.stage("hash"):
-            fit = await self._hasher.verify(secret.hash, token)
-        if not fit:
+    async def _matches(self, secret: _Secret, token: Token) -> bool:
+        with self._counters.stage("hash"):
+            verified = await self._hasher.verify(secret.hash, token)
+        if not verified:
             return False
-        if not secret.is_previous and self._hasher.is_outdated(secret.hash):
-            self._later(self._hash_anew(token, secret.name, secret.hash))
-        elif self._shared is not None and is_native(token) and isinstance(fit, bytes):
-            epoch = self._feed.epoch
-            put = self._shared.put(token, secret.name, secret.hash, fit, epoch)
-            self._later(put)
+        if not secret.is_previous and self._hasher.needs_rehash(secret.hash):
+            self._start_soon(self._rehash(token, secret.name, secret.hash))
+        elif self._shared_cache is not None and is_native(token) and isinstance(verified, bytes):
+            epoch = self._invalidations.epoch
+            put = self._shared_cache.put(token, secret.name, secret.hash, verified, epoch)
+            self._start_soon(put)
         return True
 
-    async def _found(self, token: Token) -> Found | Absent:
+    async def _find(self, token: Token) -> Found | NotFound:
         if is_native(token):
             return await self._store.find(token.key_id)
-        if self._foreign == _MOST_FOREIGN:
+        if self._imported_lookups == _MAX_IMPORTED_LOOKUPS:
             raise HashingBusy(
-                f"{_MOST_FOREIGN} tokens that were made elsewhere are being looked up",
-                "somebody may be sending made-up ones",
+                f"{_MAX_IMPORTED_LOOKUPS} lookups of imported tokens are under way: limit reached",
+                "a client may be sending invalid tokens",
             )
-        self._foreign += 1
+        self._imported_lookups += 1
         try:
-            return await self._store.find_foreign(foreign.locators(token))
+            return await self._store.find_by_locator(foreign.locators(token))
         finally:
-            self._foreign -= 1
+            self._imported_lookups -= 1
 
-    def _flawed(self, found: Found) -> Absence | None:
+    def _unusable(self, found: Found) -> NegativeEntry | None:
         """Why a key opens nothing, even with its secret."""
-        reason = flaw(found.record, self._witness.now_ms(), self._environment)
-        return None if reason is None else _absence(reason, found)
+        reason = unusable_reason(found.record, self._freshness.now_ms(), self._environment)
+        return None if reason is None else _negative_entry(reason, found)
 
-    async def _hash_anew(self, token: Token, key_id: str, old: str) -> None:
+    async def _rehash(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again
-            await self._store.replace_hash(key_id, old, await self._hasher.hash_anew(token))
+            await self._store.replace_hash(key_id, old, await self._hasher.rehash(token))
 
 
-def _absence(reason: Reason, found: Found) -> Absence:
-    return Absence(reason, found.record.id, found.record.organization_id, found.as_of)
+def _negative_entry(reason: Reason, found: Found) -> NegativeEntry:
+    return NegativeEntry(reason, found.record.id, found.record.organization_id, found.as_of)

@@ -1,9 +1,9 @@
-"""The numbers of engines for Prometheus, through the registry of whoever wants them.
+"""A Prometheus collector for the metrics of one or several engines.
 
     REGISTRY.register(Collector(engine))
 
-Nothing is registered here, and nothing is counted here either: the numbers are `meter`'s and the
-parts' own, read when somebody scrapes. Labels have few values, all of them named in the code.
+Nothing is registered here, and nothing is counted here: the numbers come from `Counters` and the
+components, read at each scrape. Labels have few values, all of them named in the code.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +31,7 @@ class Family:
 
     kind: type[CounterMetricFamily] | type[GaugeMetricFamily] | type[HistogramMetricFamily]
     name: str
-    says: str
+    help: str
     labels: tuple[str, ...]
     read: Callable[[Engine], Samples]
 
@@ -45,35 +45,37 @@ def _one(read: Callable[[Engine], float | None]) -> Callable[[Engine], Samples]:
 
 
 def _decisions(engine: Engine) -> Samples:
-    return [((said, tier), count) for said, tier, count in engine.meter.decisions()]
+    return [((decision, source), count) for decision, source, count in engine.counters.decisions()]
 
 
 def _stages(engine: Engine) -> Samples:
-    return [((name,), histogram) for name, histogram in engine.meter.stages.items()]
+    return [((name,), histogram) for name, histogram in engine.counters.stages.items()]
 
 
-def _cached(engine: Engine) -> Samples:
-    keys, absences = engine._l1.sizes()
+def _cache_entries(engine: Engine) -> Samples:
+    keys, negative_entries = engine._l1.sizes()
     return [
         (("keys",), keys),
-        (("absences",), absences),
-        (("tombstones",), engine._feed.tombstones),
+        (("negative_entries",), negative_entries),
+        (("tombstones",), engine._invalidations.tombstone_count),
     ]
 
 
-def _parts(engine: Engine) -> Samples:
+def _components(engine: Engine) -> Samples:
     return [
-        ((part.name,), float(part.state == "ok")) for part in engine.parts() if part.state != "off"
+        ((component.name,), float(component.state == "ok"))
+        for component in engine.components()
+        if component.state != "off"
     ]
 
 
 def _lease(read: Callable[[Lease], float]) -> Callable[[Engine], Samples]:
-    def of(engine: Engine) -> float | None:
-        is_started = engine._check_keys is not None
-        witness = engine._witness
-        return read(witness) if is_started and isinstance(witness, Lease) else None
+    def read_if_started(engine: Engine) -> float | None:
+        is_started = engine._mac_keys is not None
+        freshness = engine._freshness
+        return read(freshness) if is_started and isinstance(freshness, Lease) else None
 
-    return _one(of)
+    return _one(read_if_started)
 
 
 def _redis(read: Callable[..., float]) -> Callable[[Engine], Samples]:
@@ -81,13 +83,13 @@ def _redis(read: Callable[..., float]) -> Callable[[Engine], Samples]:
 
 
 def _pools(read: Callable[[Engine], Mapping[str, int]]) -> Callable[[Engine], Samples]:
-    return lambda engine: [((name,), under_way) for name, under_way in read(engine).items()]
+    return lambda engine: [((name,), in_progress) for name, in_progress in read(engine).items()]
 
 
 def _store_errors(engine: Engine) -> Samples:
     return [
-        (("read",), engine.store.condition.failures.value),
-        (("change",), engine.store.failed_changes.value),
+        (("read",), engine.store.health.failures.value),
+        (("write",), engine.store.failed_writes.value),
     ]
 
 
@@ -97,65 +99,65 @@ FAMILIES: Final = (
     Family(
         COUNTER,
         "keylatch_decisions_total",
-        "Requests judged: `allow` or the reason of the refusal, and by what was known where.",
-        ("verdict", "tier"),
+        "Decisions on requests: `allow` or the reason for refusal, and the source of the decision.",
+        ("decision", "source"),
         _decisions,
     ),
     Family(
         HISTOGRAM,
         "keylatch_stage_seconds",
-        "What the stages of a check took: of L1 hits 64 every few seconds, of headers one in 16.",
+        "Duration of each stage of a check; sampled: 64 L1 hits every few seconds, 1 header in 16.",
         ("stage",),
         _stages,
     ),
     Family(
         GAUGE,
-        "keylatch_cached",
-        "What this process remembers: keys, absences, tombstones.",
-        ("what",),
-        _cached,
+        "keylatch_cache_entries",
+        "Entries in this process's caches: keys, negative entries, tombstones.",
+        ("type",),
+        _cache_entries,
     ),
     Family(
         GAUGE,
-        "keylatch_part_ok",
-        "1 while a part is as it should be: store, lease, redis, hashing, usage.",
-        ("part",),
-        _parts,
+        "keylatch_component_healthy",
+        "1 while a component is healthy: store, lease, redis, hashing, usage.",
+        ("component",),
+        _components,
     ),
     Family(
         GAUGE,
         "keylatch_lease_age_seconds",
-        "Since the process asked for its lease (PostgreSQL).",
+        "Time since the process requested its latest lease (PostgreSQL).",
         (),
         _lease(lambda lease: lease.age_seconds),
     ),
     Family(
         GAUGE,
         "keylatch_lease_left_seconds",
-        "How long the process may still trust its caches; 0: not at all (PostgreSQL).",
+        "Time until the lease expires and its caches may not be used; 0: expired (PostgreSQL).",
         (),
         _lease(lambda lease: lease.seconds_left),
     ),
     Family(
         COUNTER,
-        "keylatch_lease_deaths_total",
-        "How often the process was taken for dead and had to join again (PostgreSQL).",
+        "keylatch_lease_membership_lost_total",
+        "Times another process removed this process's lease membership (PostgreSQL).",
         (),
-        _lease(lambda lease: lease.deaths.value),
+        _lease(lambda lease: lease.memberships_lost.value),
     ),
     Family(
         HISTOGRAM,
         "keylatch_propagation_seconds",
-        "From the commit of a change made here until no process decides against it any more.",
+        "Time from the commit of a change made in this process until every process applies it.",
         (),
-        lambda engine: [((), engine.meter.settled)],
+        lambda engine: [((), engine.counters.propagation)],
     ),
     Family(
         COUNTER,
         "keylatch_accepted_after_revocation_total",
-        "Keys found to have been let in after a change that the process could know: must stay 0.",
+        "Keys accepted after a revocation or change that this process could know of: must stay 0.",
         (),
-        _one(lambda engine: engine.meter.late.value),
+        _one(lambda engine: engine.counters.accepted_after_revocation.value),
     ),
     Family(
         GAUGE,
@@ -166,71 +168,71 @@ FAMILIES: Final = (
     ),
     Family(
         GAUGE,
-        "keylatch_hashes_under_way",
-        "Hashes that are being computed or wait for it.",
+        "keylatch_hashes_in_progress",
+        "Hashes being computed or queued.",
         (),
-        _one(lambda engine: engine.hasher.under_way),
+        _one(lambda engine: engine.hasher.in_flight),
     ),
     Family(
         GAUGE,
-        "keylatch_hash_pool",
-        "The same by what it is for: checks, imported (tokens), management, upgrades (of hashes).",
+        "keylatch_hash_pool_in_progress",
+        "Hashes computed or queued, by pool: checks, imported (tokens), management, upgrades.",
         ("pool",),
-        _pools(lambda engine: engine.hasher.pools()),
+        _pools(lambda engine: engine.hasher.in_flight_by_pool()),
     ),
     Family(
         COUNTER,
         "keylatch_hashes_rejected_total",
-        "Hashes of checks refused because the queue was full; each of them is a 503.",
+        "Checks rejected with 503 because the hash queue was full.",
         (),
-        _one(lambda engine: engine.hasher.condition.failures.value),
+        _one(lambda engine: engine.hasher.health.failures.value),
     ),
     Family(
         GAUGE,
         "keylatch_redis_breaker_open",
-        "1 while Redis is not asked because it did not answer.",
+        "1 while the circuit breaker for Redis is open.",
         (),
         _redis(lambda shared: float(shared.breaker.is_open)),
     ),
     Family(
         COUNTER,
         "keylatch_redis_errors_total",
-        "Calls to Redis that failed or took too long.",
+        "Calls to Redis that failed or timed out.",
         (),
-        _redis(lambda shared: shared.breaker.condition.failures.value),
+        _redis(lambda shared: shared.breaker.health.failures.value),
     ),
     Family(
         COUNTER,
         "keylatch_redis_forged_total",
-        "Values in Redis that keylatch did not write, or not with this store's pepper.",
+        "Values in Redis without a valid MAC of this store.",
         (),
         _redis(lambda shared: shared.forged.value),
     ),
     Family(
         GAUGE,
-        "keylatch_uses_waiting",
-        "Keys whose last use is not stored yet.",
+        "keylatch_usage_pending",
+        "Keys whose usage is not stored yet.",
         (),
-        _one(lambda engine: engine._usage.waiting),
+        _one(lambda engine: engine._usage.pending),
     ),
     Family(
         COUNTER,
-        "keylatch_uses_lost_total",
-        "Uses that were not noted because too many keys waited.",
+        "keylatch_usage_dropped_total",
+        "Uses that were not counted because too many keys were pending.",
         (),
-        _one(lambda engine: engine._usage.lost),
+        _one(lambda engine: engine._usage.dropped),
     ),
     Family(
         COUNTER,
         "keylatch_store_errors_total",
-        "Questions and changes that the store did not answer.",
-        ("kind",),
+        "Reads and writes that the store did not answer.",
+        ("operation",),
         _store_errors,
     ),
     Family(
         GAUGE,
-        "keylatch_store_pool",
-        "Work under way: checks, reads, writes (SQLite); checks, management (PostgreSQL).",
+        "keylatch_store_pool_in_progress",
+        "Operations in progress: checks, reads, writes (SQLite); checks, management (PostgreSQL).",
         ("pool",),
         _pools(lambda engine: engine.store.pools()),
     ),
@@ -239,21 +241,21 @@ FAMILIES: Final = (
         "keylatch_changes_limited_total",
         "Changes by keys refused with 429: too many hashes at once, changes an hour, or keys.",
         ("limit",),
-        lambda engine: [((name,), count.value) for name, count in engine.meter.limited.items()],
+        lambda engine: [((name,), count.value) for name, count in engine.counters.limited.items()],
     ),
     Family(
         COUNTER,
         "keylatch_store_restored_total",
-        "How often the store was found to be an older one: revoked keys may be alive again.",
+        "Times the store was found restored from a backup: revoked keys may be active again.",
         (),
-        _one(lambda engine: engine.meter.restores.value),
+        _one(lambda engine: engine.counters.restores.value),
     ),
     Family(
         GAUGE,
-        "keylatch_connections_watched",
-        "WebSockets that end with their key.",
+        "keylatch_open_websockets",
+        "Open WebSockets that are closed when their key is revoked.",
         (),
-        _one(lambda engine: engine._watch.watched),
+        _one(lambda engine: engine._open_connections.count),
     ),
 )
 
@@ -283,13 +285,13 @@ class Collector(_Collector):
     def describe(self) -> Iterator[Metric]:
         """The names alone: whoever registers two of them is told at once."""
         for family in FAMILIES:
-            yield family.kind(family.name, family.says)
+            yield family.kind(family.name, family.help)
 
     def collect(self) -> Iterator[Metric]:
         """The numbers now."""
         for family in FAMILIES:
             metric: Any = family.kind(
-                family.name, family.says, labels=(*self._label, *family.labels)
+                family.name, family.help, labels=(*self._label, *family.labels)
             )
             for name, engine in self._engines:
                 for labels, value in family.read(engine):

@@ -15,7 +15,7 @@ from starlette.authentication import AuthCredentials, BaseUser
 
 FULL: Final = "FULL"
 """The permission that may do everything."""
-PREVIOUS: Final = ":previous"
+PREVIOUS_SUFFIX: Final = ":previous"
 """Behind a key's id: the secret before its last rotation."""
 
 
@@ -49,7 +49,7 @@ class KeyRecord:
     previous_rotated_at: int | None = None
     """`rotated_at` of the secret before the last rotation."""
     created_by: str | None = None
-    """The id of the key that created it, or an operator, as `Deed.actor`; None: not recorded."""
+    """Id of the key that created it, or an operator (`AuditEvent.actor`); None: not recorded."""
 
     def grace_ends_at(self, now_ms: float) -> int | None:
         """When the secret before the last rotation ends; None: it has ended, or there is none."""
@@ -58,7 +58,7 @@ class KeyRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Deed:
+class AuditEvent:
     """What somebody did, as the audit log has it.
 
     Args:
@@ -92,7 +92,7 @@ class Principal(BaseUser):
         "organization_id",
         "permission",
         "environment",
-        "secret",
+        "secret_version",
     )
 
     key_id: str
@@ -100,9 +100,9 @@ class Principal(BaseUser):
     organization_id: str
     permission: str
     environment: str
-    secret: int | None
+    secret_version: int | None
     """By which of the key's secrets the caller was authenticated: when that was made, as
-    `secret_of`; None: by something else than a secret, such as a proxy's headers."""
+    `secret_version_of`; None: by something else than a secret, such as a proxy's headers."""
 
     def __init__(
         self,
@@ -111,15 +111,15 @@ class Principal(BaseUser):
         organization_id: str,
         permission: str,
         environment: str,
-        secret: int | None = None,
+        secret_version: int | None = None,
     ) -> None:
-        begin = object.__setattr__
-        begin(self, "key_id", key_id)
-        begin(self, "key_name", key_name)
-        begin(self, "organization_id", organization_id)
-        begin(self, "permission", permission)
-        begin(self, "environment", environment)
-        begin(self, "secret", secret)
+        set_attribute = object.__setattr__
+        set_attribute(self, "key_id", key_id)
+        set_attribute(self, "key_name", key_name)
+        set_attribute(self, "organization_id", organization_id)
+        set_attribute(self, "permission", permission)
+        set_attribute(self, "environment", environment)
+        set_attribute(self, "secret_version", secret_version)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError("a principal is shared by all requests with its key")
@@ -144,7 +144,7 @@ class Principal(BaseUser):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Principal) and all(
-            getattr(self, field) == getattr(other, field) for field in _SHOWN
+            getattr(self, field) == getattr(other, field) for field in _COMPARED_FIELDS
         )
 
     def __hash__(self) -> int:
@@ -183,14 +183,14 @@ def credentials_of(permission: str) -> AuthCredentials:
     return Credentials(permission)
 
 
-_SHOWN: Final = Principal.__slots__[:-1]
+_COMPARED_FIELDS: Final = Principal.__slots__[:-1]
 
 
-def secret_of(record: KeyRecord, is_previous: bool = False) -> int:
+def secret_version_of(record: KeyRecord, is_previous: bool = False) -> int:
     """Which of a key's secrets one is: when it was made by a rotation, in milliseconds since the
     epoch and never twice the same for a key; 0: the key was created with it."""
-    made_at = record.previous_rotated_at if is_previous else record.rotated_at
-    return made_at or 0
+    rotated_at = record.previous_rotated_at if is_previous else record.rotated_at
+    return rotated_at or 0
 
 
 def principal_of(record: KeyRecord, is_previous: bool = False) -> Principal:
@@ -203,7 +203,7 @@ def principal_of(record: KeyRecord, is_previous: bool = False) -> Principal:
         sys.intern(record.organization_id),
         sys.intern(record.permission),
         sys.intern(record.environment),
-        secret_of(record, is_previous),
+        secret_version_of(record, is_previous),
     )
 
 
@@ -226,7 +226,7 @@ class Reason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Requirement:
     """What a request asks of a key.
 
     Args:
@@ -235,7 +235,7 @@ class Wanted:
         environment: the only one whose keys are welcome; None: every one.
         is_use: whether somebody calls with the key, and it does not merely keep something open.
         is_final: whether this is all that suffices. Where more may, and finding out costs
-            something, a key that is good and not enough is `Unsettled`.
+            something, a key that is good and not enough is `DeferredDeny`.
     """
 
     permissions: frozenset[str] | None = None
@@ -245,20 +245,20 @@ class Wanted:
     is_final: bool = True
 
     @classmethod
-    def all_of(cls, permissions: Sequence[str]) -> "Wanted":
+    def all_of(cls, permissions: Sequence[str]) -> "Requirement":
         """Demands that add up: a key must satisfy each; FULL satisfies all."""
         if not permissions:
             return ANY_KEY
         distinct = set(permissions)
-        if len(distinct) > _NAMED_SCOPES:
+        if len(distinct) > _MAX_CHALLENGE_SCOPES:
             return ONLY_FULL
         sufficient = {FULL} | (distinct if len(distinct) == 1 else set())
         return cls(frozenset(sufficient), " ".join(sorted(distinct)))
 
 
-ANY_KEY: Final = Wanted()
-ONLY_FULL: Final = Wanted(frozenset((FULL,)), FULL)
-_NAMED_SCOPES: Final = 8  # more of them would make a header that proxies refuse
+ANY_KEY: Final = Requirement()
+ONLY_FULL: Final = Requirement(frozenset((FULL,)), FULL)
+_MAX_CHALLENGE_SCOPES: Final = 8  # more of them would make a header that proxies refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,25 +288,25 @@ class Deny:
 
 
 @dataclass(frozen=True, slots=True)
-class Unsettled(Deny):
+class DeferredDeny(Deny):
     """The key is good, and its permission does not suffice by what was wanted so far.
 
     Nothing is counted until it is settled; whoever does not know the word refuses.
 
     Args:
-        settle: judges and counts, by all that suffices; from any thread, and once.
+        decide: evaluates and counts, by all that suffices; from any thread, and once.
     """
 
-    settle: "Callable[[Wanted], Verdict]" = field(kw_only=True, compare=False, repr=False)
+    decide: "Callable[[Requirement], Decision]" = field(kw_only=True, compare=False, repr=False)
 
 
-Verdict: TypeAlias = Allow | Deny
+Decision: TypeAlias = Allow | Deny
 
-Caller: TypeAlias = "Callable[[], tuple[str | None, str | None]]"
+ClientGetter: TypeAlias = "Callable[[], tuple[str | None, str | None]]"
 """Says whence a request came: address and user agent, by the server's word."""
 
 
-def flaw(record: KeyRecord, now_ms: float, environment: str | None) -> Reason | None:
+def unusable_reason(record: KeyRecord, now_ms: float, environment: str | None) -> Reason | None:
     """What makes the key unusable for everything, if anything does.
 
     Args:
@@ -327,17 +327,17 @@ def flaw(record: KeyRecord, now_ms: float, environment: str | None) -> Reason | 
     return None
 
 
-def missing_scope(permission: str, wanted: Wanted) -> Deny | None:
+def missing_scope(permission: str, requirement: Requirement) -> Deny | None:
     """The refusal for a usable key whose permission does not suffice, or None if it does."""
-    if wanted.permissions is None or permission in wanted.permissions:
+    if requirement.permissions is None or permission in requirement.permissions:
         return None
-    return Deny(Reason.INSUFFICIENT_SCOPE, wanted.scope)
+    return Deny(Reason.INSUFFICIENT_SCOPE, requirement.scope)
 
 
-def judge(allow: Allow, now_ms: float, wanted: Wanted) -> Verdict:
+def evaluate(allow: Allow, now_ms: float, requirement: Requirement) -> Decision:
     """Decide on a key that was good when it was read: only time and the request are left."""
     if allow.expires_at is not None and allow.expires_at <= now_ms:
         return Deny(Reason.EXPIRED)
-    if wanted.environment not in (None, allow.principal.environment):
+    if requirement.environment not in (None, allow.principal.environment):
         return Deny(Reason.WRONG_ENVIRONMENT)
-    return missing_scope(allow.principal.permission, wanted) or allow
+    return missing_scope(allow.principal.permission, requirement) or allow

@@ -14,10 +14,10 @@ from starlette.convertors import CONVERTOR_TYPES
 from starlette.routing import compile_path
 
 # Flask and Django write <int:id> and <id>, Starlette, FastAPI and Litestar {id:int} and {id}.
-_ANGLED: Final = re.compile(r"<(?:([a-z]+):)?([A-Za-z_]\w*)>")
-_BRACED: Final = re.compile(r"{([A-Za-z_]\w*)(?::([a-z]+))?}")
-_FLASK_NAMES: Final = {"string": "str"}
-_UNFIT: Final = frozenset("*?# <>{}")
+_ANGLE_PARAMETER: Final = re.compile(r"<(?:([a-z]+):)?([A-Za-z_]\w*)>")
+_BRACE_PARAMETER: Final = re.compile(r"{([A-Za-z_]\w*)(?::([a-z]+))?}")
+_FLASK_CONVERTERS: Final = {"string": "str"}
+_FORBIDDEN_CHARACTERS: Final = frozenset("*?# <>{}")
 
 # What routers, servers and proxies read in different ways: control characters (`$` of a regular
 # expression also matches before a newline), backslashes, a percent sign that decoding has left
@@ -27,32 +27,34 @@ _SUFFIX: Final = re.compile(r"\.[^./]*\Z")
 _PARAMETER: Final = re.compile(
     r"<(?:([A-Za-z_]\w*)(?:\(.*?\))?:)?[A-Za-z_]\w*>|{[A-Za-z_]\w*(?::([A-Za-z_]\w*))?}"
 )
-_KINDS: Final = frozenset(("int", "float", "uuid"))  # of what rules can spell, those that narrow
-_WITHIN_A_SEGMENT: Final = re.compile(r"{\w+(:(str|int|float|uuid))?}")
+_NARROWING_CONVERTERS: Final = frozenset(
+    ("int", "float", "uuid")
+)  # of what rules can spell, those that narrow
+_SEGMENT_PARAMETER: Final = re.compile(r"{\w+(:(str|int|float|uuid))?}")
 
 
-def spelled(path: str) -> str | None:
+def to_starlette_path(path: str) -> str | None:
     """The path of a rule with parameters spelled Starlette's way; None where it is no path."""
-    braced = _ANGLED.sub(_braced, path)
-    parameters = _BRACED.findall(braced)
-    literal = _BRACED.sub("", braced)
+    braced = _ANGLE_PARAMETER.sub(_to_braces, path)
+    parameters = _BRACE_PARAMETER.findall(braced)
+    literal = _BRACE_PARAMETER.sub("", braced)
     names = Counter(name for name, _ in parameters)
-    is_right = (
-        is_canonical(_BRACED.sub("x", braced))
-        and not _UNFIT.intersection(literal)
+    is_valid = (
+        is_canonical(_BRACE_PARAMETER.sub("x", braced))
+        and not _FORBIDDEN_CHARACTERS.intersection(literal)
         and all(kind in CONVERTOR_TYPES for _, kind in parameters if kind)
         and all(count == 1 for count in names.values())
     )
-    return braced if is_right else None
+    return braced if is_valid else None
 
 
-def _braced(match: re.Match[str]) -> str:
-    kind = _FLASK_NAMES.get(match[1], match[1])
-    return f"{{{match[2]}:{kind}}}" if kind else f"{{{match[2]}}}"
+def _to_braces(match: re.Match[str]) -> str:
+    converter = _FLASK_CONVERTERS.get(match[1], match[1])
+    return f"{{{match[2]}:{converter}}}" if converter else f"{{{match[2]}}}"
 
 
-def pattern(path: str) -> re.Pattern[str]:
-    """An expression whose `fullmatch` says whether a path is one of a rule's; `path` as `spelled`
+def compile_pattern(path: str) -> re.Pattern[str]:
+    """An expression whose `fullmatch` tells whether a rule matches; `path` as `to_starlette_path`
     returns it."""
     return compile_path(path)[0]
 
@@ -62,7 +64,7 @@ def is_canonical(path: str) -> bool:
     return path[:1] == "/" and _AMBIGUOUS.search(path) is None
 
 
-def is_rooted(path: str, root: str) -> bool:
+def has_unambiguous_root(path: str, root: str) -> bool:
     """Whether all frameworks cut the same root path off: it begins the path, once, or does not
     occur in it. Litestar cuts at its first occurrence, wherever that is; Quart a prefix within a
     segment; a proxy and a server may each have added it."""
@@ -74,28 +76,28 @@ def is_rooted(path: str, root: str) -> bool:
     return root not in path
 
 
-def folded(path: str) -> str:
+def fold_path(path: str) -> str:
     """One text for paths that an app may take for the same one, although they differ in letter
     case, Unicode form, a slash at the end, or a suffix such as `.json`."""
-    plain = unicodedata.normalize("NFKC", path).casefold().rstrip("/")
-    return _SUFFIX.sub("", plain)
+    folded = unicodedata.normalize("NFKC", path).casefold().rstrip("/")
+    return _SUFFIX.sub("", folded)
 
 
 def shape(path: str) -> str:
     """The path of a rule or a route without the names of its parameters, in any spelling. Two of
     one shape match the same paths, for any kind that rules can spell."""
-    return _PARAMETER.sub(_kind, path)
+    return _PARAMETER.sub(_shape_parameter, path)
 
 
-def _kind(match: re.Match[str]) -> str:
-    kind = match[1] or match[2]
-    return f"{{{kind}}}" if kind in _KINDS else "{}"
+def _shape_parameter(match: re.Match[str]) -> str:
+    converter = match[1] or match[2]
+    return f"{{{converter}}}" if converter in _NARROWING_CONVERTERS else "{}"
 
 
-def overlap(one: str, other: str) -> bool:
+def overlaps(one: str, other: str) -> bool:
     """Whether some path matches both rules; where that is hard to tell, yes."""
     for pair in zip_longest(one.split("/"), other.split("/")):
-        if any("{" in _WITHIN_A_SEGMENT.sub("", segment or "") for segment in pair):
+        if any("{" in _SEGMENT_PARAMETER.sub("", segment or "") for segment in pair):
             return True  # `path`, or a kind of the app's own: it may go beyond the next slash
         if not _segments_overlap(*pair):
             return False

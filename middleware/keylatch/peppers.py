@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-_LEAST_BYTES: Final = 32
-_MOST_BYTES: Final = 64 * 1024
+_MIN_SECRET_BYTES: Final = 32
+_MAX_FILE_BYTES: Final = 64 * 1024
 
 
 def read(path: Path) -> tuple[bytes, ...]:
@@ -27,20 +27,20 @@ def read(path: Path) -> tuple[bytes, ...]:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    if len(content) > _MOST_BYTES:
+    if len(content) > _MAX_FILE_BYTES:
         raise ValueError("is larger than 64 KiB")
     secrets = tuple(line.strip() for line in content.splitlines() if line.strip())
     if not secrets:
         raise ValueError("is empty")
-    if any(len(secret) < _LEAST_BYTES for secret in secrets):
-        raise ValueError(f"has a line of fewer than {_LEAST_BYTES} bytes")
+    if any(len(secret) < _MIN_SECRET_BYTES for secret in secrets):
+        raise ValueError(f"has a line of fewer than {_MIN_SECRET_BYTES} bytes")
     return secrets
 
 
-def is_open_to_all(path: Path) -> bool:
+def is_world_readable(path: Path) -> bool:
     """Whether every account of the host may read a file."""
     try:
         return bool(path.stat().st_mode & stat.S_IROTH)
@@ -48,13 +48,13 @@ def is_open_to_all(path: Path) -> bool:
         return False
 
 
-def peppered(peppers: Sequence[bytes], outside: Sequence[bytes]) -> tuple[bytes, ...]:
+def combine(peppers: Sequence[bytes], file_peppers: Sequence[bytes]) -> tuple[bytes, ...]:
     """The store's peppers combined with each secret from outside, the newest first; without any,
     the store's own."""
-    if not outside:
+    if not file_peppers:
         return tuple(peppers)
     return tuple(
         hmac.digest(secret, b"keylatch: pepper\0" + pepper, "sha256")
-        for secret in outside
+        for secret in file_peppers
         for pepper in peppers
     )

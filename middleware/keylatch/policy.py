@@ -17,31 +17,31 @@ from typing import Any, Final
 
 from keylatch.errors import ConfigurationError
 from keylatch.frameworks import Route
-from keylatch.model import FULL, ONLY_FULL, Wanted
-from keylatch.paths import folded, is_canonical
+from keylatch.model import FULL, ONLY_FULL, Requirement
+from keylatch.paths import fold_path, is_canonical
 from keylatch.routing import NoRouter, Router
 from keylatch.rules import (
     WEBSOCKET,
     Mistakes,
     Rule,
-    heads_opened_by,
-    mounts_opened_by,
-    opened_by,
-    public_routes,
-    rules_in,
-    sufficient,
+    any_of,
+    find_exposed_heads,
+    find_exposed_mounts,
+    find_exposed_views,
+    parse_public,
+    parse_rules,
 )
 
-_UNDECIDED: Final = replace(ONLY_FULL, is_final=False)
-"""FULL suffices; whether less does, `Policy.settled` says."""
+_FULL_BEFORE_ROUTING: Final = replace(ONLY_FULL, is_final=False)
+"""FULL suffices; whether less does, `Policy.routed_requirement` says."""
 _NO_ROUTER: Final = NoRouter()
-_KEPT: Final = 4096  # routes of exact rules, by the host that a client names
+_MAX_CACHED_ROUTES: Final = 4096  # routes of exact rules, by the host that a client names
 
 log = logging.getLogger("keylatch")
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Target:
     """A request that the text of its path does not decide."""
 
     method: str
@@ -73,39 +73,39 @@ class Policy:
         views_decide: bool = False,
     ) -> None:
         mistakes: Mistakes = []
-        open_routes = public_routes(public, mistakes)
-        rules = rules_in(permissions or {}, grantable, mistakes)
+        public_routes = parse_public(public, mistakes)
+        rules = parse_rules(permissions or {}, grantable, mistakes)
         undeclared = getattr(permissions, "undeclared", None)
         self._views_decide = views_decide
-        repeats = any(rule.is_declared for rule in rules)
-        self._views_declare = views_decide or repeats or undeclared is not None
+        has_declared_rules = any(rule.is_declared for rule in rules)
+        self._views_declare = views_decide or has_declared_rules or undeclared is not None
         self._has_warned = False
-        self._known: dict[object, Route | None] = {}
-        self._exact: dict[str, dict[str, Wanted | None]] = {}
-        self._by_hand: dict[str, list[Rule]] = {}
-        self._rules: dict[str, list[Rule]] = {}
-        self._public: dict[str, list[Rule]] = {}
+        self._rule_routes: dict[object, Route | None] = {}
+        self._exact: dict[str, dict[str, Requirement | None]] = {}
+        self._configured_rules: dict[str, list[Rule]] = {}
+        self._rule_patterns: dict[str, list[Rule]] = {}
+        self._public_patterns: dict[str, list[Rule]] = {}
         for rule in rules:
             self._add(rule)
-        for method, path in open_routes:
+        for method, path in public_routes:
             if "{" in path:
-                self._public.setdefault(method, []).append(Rule(method, path))
+                self._public_patterns.setdefault(method, []).append(Rule(method, path))
             else:
-                self._open(method, path)
-        self._has_patterns = bool(self._rules or self._public)
-        mistakes += self.opened_unsaid(undeclared or ())
+                self._add_public(method, path)
+        self._has_patterns = bool(self._rule_patterns or self._public_patterns)
+        mistakes += self.find_exposed(undeclared or ())
         if mistakes:
             raise ConfigurationError(mistakes)
 
     def _add(self, rule: Rule) -> None:
         if "{" in rule.path:
-            self._rules.setdefault(rule.method, []).append(rule)
+            self._rule_patterns.setdefault(rule.method, []).append(rule)
             return
-        self._exact.setdefault(rule.path, {})[rule.method] = rule.wanted
+        self._exact.setdefault(rule.path, {})[rule.method] = rule.requirement
         if not rule.is_declared:
-            self._by_hand.setdefault(rule.method, []).append(rule)
+            self._configured_rules.setdefault(rule.method, []).append(rule)
 
-    def _open(self, method: str, path: str) -> None:
+    def _add_public(self, method: str, path: str) -> None:
         by_method = self._exact.setdefault(path, {})
         if method == "GET" and by_method.get("GET"):  # the rule stays that of the WebSocket
             by_method.setdefault(WEBSOCKET, by_method["GET"])
@@ -114,26 +114,31 @@ class Policy:
     @property
     def public_patterns(self) -> list[Rule]:
         """What is public and has parameters."""
-        return [rule for rules in self._public.values() for rule in rules]
+        return [rule for rules in self._public_patterns.values() for rule in rules]
 
-    def opened_unsaid(self, undeclared: Iterable[str]) -> Mistakes:
+    def find_exposed(self, undeclared: Iterable[str]) -> Mistakes:
         """The routes among these that only a public path with parameters speaks of, although it
         does not spell them."""
         named = {f"{on} {path}" for path, by_method in self._exact.items() for on in by_method}
         undeclared = list(undeclared)
         unnamed = [each for each in undeclared if each not in named]
-        exact = [Rule(on, path) for path, of in self._exact.items() for on in of if of[on] is None]
+        exact = [
+            Rule(on, path)
+            for path, by_method in self._exact.items()
+            for on in by_method
+            if by_method[on] is None
+        ]
         patterns = self.public_patterns
-        opened = opened_by(patterns, unnamed) + mounts_opened_by(patterns, undeclared)
-        return opened + heads_opened_by([*exact, *patterns], undeclared)
+        opened = find_exposed_views(patterns, unnamed) + find_exposed_mounts(patterns, undeclared)
+        return opened + find_exposed_heads([*exact, *patterns], undeclared)
 
-    def asked(
+    def requirement_for(
         self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER
-    ) -> Wanted | None:
+    ) -> Requirement | None:
         """What a request asks of a key; None where it needs none.
 
         It is not final where a rule with parameters matches: FULL suffices, and whether less does
-        is to be asked of `settled`. HEAD follows GET (RFC 9110 section 9.3.2); a WebSocket does so
+        `routed_requirement` decides. HEAD follows GET (RFC 9110 section 9.3.2); a WebSocket does so
         as well, but not where that is public.
         """
         exact = self._exact.get(path)
@@ -141,137 +146,160 @@ class Policy:
             return ONLY_FULL
         method = "GET" if method == "HEAD" else method
         if exact is not None and method in exact:
-            return exact[method] if router.is_plain(request) else ONLY_FULL
-        asked = _Asked(method, path, request, router)
-        return self._of_websocket(asked) if method == WEBSOCKET else self._by_patterns(asked)
+            return exact[method] if router.is_unambiguous(request) else ONLY_FULL
+        target = _Target(method, path, request, router)
+        return (
+            self._websocket_requirement(target)
+            if method == WEBSOCKET
+            else self._pattern_requirement(target)
+        )
 
-    def settled(self, method: str, path: str, request: Any, router: Router[Any]) -> Wanted:
-        """What a request asks of a key that is good and has not enough by what `asked` says."""
-        asked = _Asked(_ruled(method), path, request, router)
-        wanted = self._by_route(asked, []) if self._is_clear(asked) else ONLY_FULL
-        return wanted or ONLY_FULL
+    def routed_requirement(
+        self, method: str, path: str, request: Any, router: Router[Any]
+    ) -> Requirement:
+        """What a request requires of a good key that does not satisfy `requirement_for`."""
+        target = _Target(_rule_method(method), path, request, router)
+        requirement = (
+            self._route_requirement(target, []) if self._is_unambiguous(target) else ONLY_FULL
+        )
+        return requirement or ONLY_FULL
 
-    def _of_websocket(self, asked: _Asked) -> Wanted | None:
-        if self._matching(self._public, asked) and self._by_patterns(asked) is None:
+    def _websocket_requirement(self, target: _Target) -> Requirement | None:
+        if (
+            self._matching(self._public_patterns, target)
+            and self._pattern_requirement(target) is None
+        ):
             return None
-        wanted = self.asked("GET", asked.path, asked.request, asked.router)
-        return wanted or _UNDECIDED
+        requirement = self.requirement_for("GET", target.path, target.request, target.router)
+        return requirement or _FULL_BEFORE_ROUTING
 
-    def _by_patterns(self, asked: _Asked) -> Wanted | None:
-        public = self._matching(self._public, asked)
-        if not public and not self._matching(self._rules, asked):
+    def _pattern_requirement(self, target: _Target) -> Requirement | None:
+        public = self._matching(self._public_patterns, target)
+        if not public and not self._matching(self._rule_patterns, target):
             return ONLY_FULL
-        if not self._is_clear(asked):
+        if not self._is_unambiguous(target):
             return ONLY_FULL
-        return self._by_route(asked, public) if public else _UNDECIDED
+        return self._route_requirement(target, public) if public else _FULL_BEFORE_ROUTING
 
-    def _is_clear(self, asked: _Asked) -> bool:
-        return is_canonical(asked.path) and asked.router.is_plain(asked.request)
+    def _is_unambiguous(self, target: _Target) -> bool:
+        return is_canonical(target.path) and target.router.is_unambiguous(target.request)
 
-    def _by_route(self, asked: _Asked, public: Sequence[Rule]) -> Wanted | None:
+    def _route_requirement(self, target: _Target, public: Sequence[Rule]) -> Requirement | None:
         """By the view that the router chooses. Whatever goes wrong with that, FULL suffices."""
         try:
-            route = asked.router.find(asked.request)
+            route = target.router.find(target.request)
             if route is None:
-                return self._exactly(asked) or ONLY_FULL
-            others = self._others(asked, route)
+                return self._exact_requirement(target) or ONLY_FULL
+            others = self._same_view_requirements(target, route)
         except Exception as error:  # noqa: BLE001
-            self._warn(error)
+            self._warn_once(error)
             return ONLY_FULL
-        if public and not others and route.declared is None and self._may_open(public, route):
+        if (
+            public
+            and not others
+            and route.requirement is None
+            and self._is_public_view(public, route)
+        ):
             return None
-        return self._of_route(asked, route, others)
+        return self._view_requirement(target, route, others)
 
-    def _of_route(self, asked: _Asked, route: Route, others: Sequence[Wanted]) -> Wanted:
-        if self._views_decide and route.declared is not None:
-            return route.declared
-        exact = self._exactly(asked)
+    def _view_requirement(
+        self, target: _Target, route: Route, others: Sequence[Requirement]
+    ) -> Requirement:
+        if self._views_decide and route.requirement is not None:
+            return route.requirement
+        exact = self._exact_requirement(target)
         if exact is not None:
             return exact
-        declares = route.declared is not None and route.declared.permissions is not None
-        rules = self._matching(self._rules, asked)
-        named = [rule.named for rule in rules if declares or not rule.is_declared]
-        by_rules = sufficient(frozenset().union(*named))
-        return _all_of([by_rules, *others, *filter(None, [route.declared])])
+        declares = route.requirement is not None and route.requirement.permissions is not None
+        rules = self._matching(self._rule_patterns, target)
+        permissions = [rule.named for rule in rules if declares or not rule.is_declared]
+        by_rules = any_of(frozenset().union(*permissions))
+        return _all_of([by_rules, *others, *filter(None, [route.requirement])])
 
-    def _may_open(self, public: Sequence[Rule], route: Route) -> bool:
+    def _is_public_view(self, public: Sequence[Rule], route: Route) -> bool:
         """Whether a public path opens a view that declares nothing. Where views declare, it does
         so only if it spells the view's own path: else it was not meant."""
         is_spelled = any(each.shape in route.shapes for each in public)
-        return is_spelled or not self._views_declare or not route.is_known
+        return is_spelled or not self._views_declare or not route.is_view
 
-    def _others(self, asked: _Asked, route: Route) -> list[Wanted]:
+    def _same_view_requirements(self, target: _Target, route: Route) -> list[Requirement]:
         """What exact rules say of the same view, by whatever path they name it, and those whose
         text is nearly the same: a middleware before the router may make the path theirs."""
-        rules = self._by_hand.get(_ruled(asked.method))
+        rules = self._configured_rules.get(_rule_method(target.method))
         if not rules:
             return []
-        place = asked.router.place(asked.request) if route.is_known else None
-        text = folded(asked.path)
+        cache_key = target.router.cache_key(target.request) if route.is_view else None
+        text = fold_path(target.path)
         return [
-            rule.wanted
+            rule.requirement
             for rule in rules
-            if self._is_meant(self._route_of(rule, place, asked), route, rule.folded == text)
+            if self._is_same_view(
+                self._find_rule_route(rule, cache_key, target), route, rule.folded_path == text
+            )
         ]
 
-    def _is_meant(self, named: Route | None, route: Route, is_same_text: bool) -> bool:
+    def _is_same_view(self, rule_route: Route | None, route: Route, is_same_text: bool) -> bool:
         """Whether an exact rule speaks of what a request gets to. Its text does not count where
         the view is certain: Django's is judged again once it is chosen."""
-        if named is None or not named.is_known:
+        if rule_route is None or not rule_route.is_view:
             return is_same_text
         # What the path says besides, such as the format of a suffix, makes it no other view.
-        is_same = named.view == route.view and named.arguments.items() <= route.arguments.items()
+        is_same = (
+            rule_route.view == route.view
+            and rule_route.arguments.items() <= route.arguments.items()
+        )
         return is_same or (is_same_text and not self._views_decide)
 
-    def _route_of(self, rule: Rule, place: object, asked: _Asked) -> Route | None:
+    def _find_rule_route(self, rule: Rule, cache_key: object, target: _Target) -> Route | None:
         """Where the path of an exact rule leads; None: nowhere, or it is not known."""
-        if place is None:
+        if cache_key is None:
             return None
         with contextlib.suppress(KeyError):
-            return self._known[place, rule]
-        route = asked.router.find_at(asked.request, rule.path)
-        if len(self._known) >= _KEPT:
-            self._known.clear()
-        self._known[place, rule] = route
+            return self._rule_routes[cache_key, rule]
+        route = target.router.find_at(target.request, rule.path)
+        if len(self._rule_routes) >= _MAX_CACHED_ROUTES:
+            self._rule_routes.clear()
+        self._rule_routes[cache_key, rule] = route
         return route
 
-    def _exactly(self, asked: _Asked) -> Wanted | None:
-        return self._exact.get(asked.path, {}).get(asked.method)
+    def _exact_requirement(self, target: _Target) -> Requirement | None:
+        return self._exact.get(target.path, {}).get(target.method)
 
     @staticmethod
-    def _matching(rules: Mapping[str, Sequence[Rule]], asked: _Asked) -> list[Rule]:
-        return [rule for rule in rules.get(asked.method, ()) if rule.matches(asked.path)]
+    def _matching(rules: Mapping[str, Sequence[Rule]], target: _Target) -> list[Rule]:
+        return [rule for rule in rules.get(target.method, ()) if rule.matches(target.path)]
 
-    def _warn(self, error: Exception) -> None:
+    def _warn_once(self, error: Exception) -> None:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "the app's router cannot be asked (%s): FULL is needed", type(error).__name__
+                "the app's router failed (%s): the request requires FULL", type(error).__name__
             )
 
     def is_public(self, path: str, method: str = "GET") -> bool:
         """Whether a path needs no key, by itself."""
-        asked = _Asked(method, path, None, _NO_ROUTER)
+        target = _Target(method, path, None, _NO_ROUTER)
         if method in self._exact.get(path, {}):
             return self._exact[path][method] is None
-        return is_canonical(path) and bool(self._matching(self._public, asked))
+        return is_canonical(path) and bool(self._matching(self._public_patterns, target))
 
-    def wanted(self, method: str, path: str) -> Wanted:
+    def requirement_by_rules(self, method: str, path: str) -> Requirement:
         """What rules ask of a key, by themselves. HEAD follows GET (RFC 9110 section 9.3.2)."""
-        asked = _Asked("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
-        exact = self._exactly(asked)
+        target = _Target("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
+        exact = self._exact_requirement(target)
         if exact is not None:
             return exact
-        named = [rule.named for rule in self._matching(self._rules, asked)]
-        return sufficient(frozenset().union(*named)) if is_canonical(path) else ONLY_FULL
+        permissions = [rule.named for rule in self._matching(self._rule_patterns, target)]
+        return any_of(frozenset().union(*permissions)) if is_canonical(path) else ONLY_FULL
 
 
-def _ruled(method: str) -> str:
+def _rule_method(method: str) -> str:
     """The method by which rules speak of a request."""
     return "GET" if method in ("HEAD", WEBSOCKET) else method
 
 
-def path_of(scope: Mapping[str, Any]) -> str:
+def route_path(scope: Mapping[str, Any]) -> str:
     """The path as the app's own router sees it: below the place where the app is mounted."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
@@ -282,11 +310,11 @@ def path_of(scope: Mapping[str, Any]) -> str:
     return path[len(root) :] if path.startswith(root + "/") else path
 
 
-def _all_of(wanted: Sequence[Wanted]) -> Wanted:
+def _all_of(requirements: Sequence[Requirement]) -> Requirement:
     """Demands that must all be satisfied; where only FULL does, the last names what is missing."""
-    permissions = [each.permissions for each in wanted if each.permissions is not None]
+    permissions = [each.permissions for each in requirements if each.permissions is not None]
     common = frozenset.intersection(*permissions) - {FULL}
     if common:
-        return sufficient(common)
-    scopes = [each.scope for each in wanted if each.permissions is not None]
-    return Wanted(ONLY_FULL.permissions, scopes[-1])
+        return any_of(common)
+    scopes = [each.scope for each in requirements if each.permissions is not None]
+    return Requirement(ONLY_FULL.permissions, scopes[-1])

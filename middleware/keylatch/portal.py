@@ -18,12 +18,12 @@ from typing import Any, Final, TypeVar
 
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.model import ANY_KEY, Verdict, Wanted
+from keylatch.model import ANY_KEY, Decision, Requirement
 from keylatch.tokens import Token
 
 T = TypeVar("T")
 
-_FAREWELL_SECONDS: Final = 10.0
+_SHUTDOWN_SECONDS: Final = 10.0
 
 log = logging.getLogger("keylatch")
 
@@ -44,59 +44,61 @@ class Portal:
     def __init__(self, engine: Engine) -> None:
         _refuse_green_threads()
         self._engine = engine
-        self._forget()
+        self._reset_state()
         reference = weakref.ref(self)
 
-        def forget() -> None:
+        def after_fork_in_child() -> None:
             alive = reference()
             if alive is not None:
-                alive._forget()
+                alive._reset_state()
 
-        os.register_at_fork(after_in_child=forget)
+        os.register_at_fork(after_in_child=after_fork_in_child)
 
     @classmethod
-    def of(cls, engine: Engine) -> "Portal":
+    def for_engine(cls, engine: Engine) -> "Portal":
         """The one of this engine: several middlewares may share it, and so meet on one loop."""
         portal = _PORTALS.get(engine)
         if portal is None:
             portal = _PORTALS[engine] = cls(engine)
         return portal
 
-    def _forget(self) -> None:
+    def _reset_state(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._under_way: set[concurrent.futures.Future[Any]] = set()
+        self._pending: set[concurrent.futures.Future[Any]] = set()
 
-    def check(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
-        """`Engine.check` for a thread: a hit is answered in it, without any hop."""
-        known = self._engine.glance(values, wanted)
-        return self.resolve(known, wanted) if isinstance(known, Token) else known
+    def authenticate(self, values: Sequence[bytes], requirement: Requirement = ANY_KEY) -> Decision:
+        """`Engine.authenticate` for a thread: a hit is answered in it, without any hop."""
+        cached = self._engine.check_cached(values, requirement)
+        return self.check(cached, requirement) if isinstance(cached, Token) else cached
 
-    def resolve(self, token: Token, wanted: Wanted) -> Verdict:
-        """`Engine.resolve` for a thread, which waits."""
-        return self.run(self._engine.resolve(token, wanted))
+    def check(self, token: Token, requirement: Requirement) -> Decision:
+        """`Engine.check` for a thread, which waits."""
+        return self.run(self._engine.check(token, requirement))
 
-    async def check_from_loop(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
+    async def authenticate_from_loop(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision:
         """The same for an event loop that is not the engine's own; it never waits."""
-        known = self._engine.glance(values, wanted)
-        if not isinstance(known, Token):
-            return known
-        return await asyncio.wrap_future(self.submit(self._engine.resolve(known, wanted)))
+        cached = self._engine.check_cached(values, requirement)
+        if not isinstance(cached, Token):
+            return cached
+        return await asyncio.wrap_future(self.submit(self._engine.check(cached, requirement)))
 
-    def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
         """Run work on the loop; never waits."""
         with self._lock:  # or `close` could stop the loop before the work is on it
             if self._loop is None:
-                self._loop = self._open()
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-            self._under_way.add(future)
-        future.add_done_callback(self._under_way.discard)
+                self._loop = self._start_loop()
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
         return future
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run work on the loop, and wait for its result."""
-        return self.submit(work).result()
+        return self.submit(coroutine).result()
 
     def close(self) -> None:
         """Stop the engine, storing what was used, and end the thread; a later call begins anew."""
@@ -105,17 +107,17 @@ class Portal:
             self._loop = self._thread = None
         if loop is None or thread is None:
             return
-        concurrent.futures.wait(tuple(self._under_way), _FAREWELL_SECONDS)
+        concurrent.futures.wait(tuple(self._pending), _SHUTDOWN_SECONDS)
         try:
-            asyncio.run_coroutine_threadsafe(self._engine.stop(), loop).result(_FAREWELL_SECONDS)
+            asyncio.run_coroutine_threadsafe(self._engine.stop(), loop).result(_SHUTDOWN_SECONDS)
         except TimeoutError:
-            log.warning("the store did not take the last uses in time")
+            log.warning("the last usage counts were not stored before the shutdown timeout")
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         atexit.unregister(self.close)
-        self._at_exit.cancel()
+        self._exit_finalizer.cancel()
 
-    def _open(self) -> asyncio.AbstractEventLoop:
+    def _start_loop(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=_run, args=(loop,), name="keylatch-portal", daemon=True
@@ -123,7 +125,7 @@ class Portal:
         self._thread.start()
         atexit.register(self.close)
         # A child of multiprocessing leaves without atexit.
-        self._at_exit = Finalize(None, self.close, exitpriority=100)
+        self._exit_finalizer = Finalize(None, self.close, exitpriority=100)
         return loop
 
 

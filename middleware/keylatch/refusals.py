@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from keylatch.model import Caller, Deny, Reason
+from keylatch.model import ClientGetter, Deny, Reason
 from keylatch.telemetry.failures import FailureLog
 
 Header = tuple[bytes, bytes]
@@ -97,14 +97,14 @@ class Refusals:
         self._realm = realm
         self._malformed_status = malformed_status
         self._failures = failures
-        self.of = lru_cache(maxsize=256)(self._build)
+        self.refusal_for = lru_cache(maxsize=256)(self._build)
         """The refusal for a `Deny`."""
 
-    def refuse(self, deny: Deny, caller: Caller) -> Refusal:
+    def refuse(self, deny: Deny, client: ClientGetter) -> Refusal:
         """The refusal that a caller is answered; it is logged where that is switched on."""
         if self._failures is not None:
-            self._failures.add(deny.reason, caller)
-        return self.of(deny)
+            self._failures.add(deny.reason, client)
+        return self.refusal_for(deny)
 
     def _build(self, deny: Deny) -> Refusal:
         answer = ANSWERS[deny.reason]

@@ -16,23 +16,25 @@ from starlette.types import Scope
 
 from keylatch import frameworks
 from keylatch.frameworks import Route
-from keylatch.paths import is_rooted
+from keylatch.paths import has_unambiguous_root
 
 Request = TypeVar("Request", contravariant=True)
 
-_OTHER_METHODS: Final = ("x-http-method-override", "x-http-method", "x-method-override")
-_IN_SCOPES: Final = frozenset(
-    each.replace("-", sign).encode() for each in _OTHER_METHODS for sign in "-_"
+_METHOD_OVERRIDE_HEADERS: Final = ("x-http-method-override", "x-http-method", "x-method-override")
+_OVERRIDES_IN_SCOPE: Final = frozenset(
+    each.replace("-", sign).encode() for each in _METHOD_OVERRIDE_HEADERS for sign in "-_"
 )
-_IN_ENVIRONS: Final = frozenset("HTTP_" + each.upper().replace("-", "_") for each in _OTHER_METHODS)
+_OVERRIDES_IN_ENVIRON: Final = frozenset(
+    "HTTP_" + each.upper().replace("-", "_") for each in _METHOD_OVERRIDE_HEADERS
+)
 _NAME: Final = itemgetter(0)
-_DEPTH: Final = 24  # middlewares around an app; more are not looked through
+_MAX_DEPTH: Final = 24  # middlewares around an app; more are not looked through
 
 
 class Router(Protocol[Request]):
     """What `policy` asks about a request, whatever the protocol."""
 
-    def is_plain(self, request: Request) -> bool:
+    def is_unambiguous(self, request: Request) -> bool:
         """Whether path and method have one meaning, as far as they themselves cannot tell."""
 
     def find(self, request: Request) -> Route | None:
@@ -41,23 +43,23 @@ class Router(Protocol[Request]):
     def find_at(self, request: Request, path: str) -> Route | None:
         """The same for another path, on the same host; nothing else of the request counts."""
 
-    def place(self, request: Request) -> object:
+    def cache_key(self, request: Request) -> object:
         """By what `find_at` differs for one path and method."""
 
 
 class NoRouter:
     """For paths that come without a request: the app is unknown, and so is everything in it."""
 
-    def is_plain(self, request: object) -> bool:
+    def is_unambiguous(self, request: object) -> bool:
         return True
 
     def find(self, request: object) -> Route | None:
-        return Route(None, {}, is_known=False)
+        return Route(None, {}, is_view=False)
 
     def find_at(self, request: object, path: str) -> Route | None:
         return None
 
-    def place(self, request: object) -> object:
+    def cache_key(self, request: object) -> object:
         return None
 
 
@@ -66,51 +68,55 @@ class ASGIRouter:
 
     Args:
         app: what the middleware wraps: the app, or another middleware.
-        is_ours: tells the middleware's class. Starlette hands its app over in the scope, and that
+        is_own_middleware: tells the middleware's class. Starlette's app in the scope
             is the one in question only if it lists the middleware.
     """
 
-    def __init__(self, app: Any, is_ours: Callable[[object], bool]) -> None:
+    def __init__(self, app: Any, is_own_middleware: Callable[[object], bool]) -> None:
         self._app = app
-        self._is_ours = is_ours
+        self._is_own_middleware = is_own_middleware
 
-    def is_plain(self, scope: Scope) -> bool:
+    def is_unambiguous(self, scope: Scope) -> bool:
         if has_encoded_slash(scope.get("raw_path")):
             return False
-        if not _IN_SCOPES.isdisjoint(map(_NAME, scope.get("headers", ()))):
+        if not _OVERRIDES_IN_SCOPE.isdisjoint(map(_NAME, scope.get("headers", ()))):
             return False
         root = scope.get("root_path")
-        return not root or is_rooted(scope["path"], root)
+        return not root or has_unambiguous_root(scope["path"], root)
 
     def find(self, scope: Scope) -> Route | None:
-        return frameworks.chosen_by_litestar(scope) or self._below(self._outermost(scope), scope)
+        return frameworks.litestar_selected_route(scope) or self._find_in_app(
+            self._root_app(scope), scope
+        )
 
     def find_at(self, scope: Scope, path: str) -> Route | None:
         hosts = [(name, value) for name, value in scope["headers"] if name == b"host"]
         # Without a root path: a client of daphne chooses that, and it may begin the rule's path.
         other = {**scope, "path": path, "raw_path": quote(path).encode(), "root_path": ""}
         other |= {"headers": hosts, "query_string": b""}
-        app = scope["litestar_app"] if frameworks.chosen_by_litestar(scope) else None
-        return self._below(app or self._outermost(scope), other)
+        app = scope["litestar_app"] if frameworks.litestar_selected_route(scope) else None
+        return self._find_in_app(app or self._root_app(scope), other)
 
-    def place(self, scope: Scope) -> object:
+    def cache_key(self, scope: Scope) -> object:
         hosts = [value for name, value in scope["headers"] if name == b"host"]
-        count = len(getattr(self._outermost(scope), "routes", ()))  # more may be added
+        count = len(getattr(self._root_app(scope), "routes", ()))  # more may be added
         return count, scope.get("method"), *hosts
 
-    def _below(self, app: Any, scope: Scope, prefix: str = "") -> Route | None:
-        return frameworks.asgi_route(framework_in(app) or app, scope, prefix, self._below)
+    def _find_in_app(self, app: Any, scope: Scope, prefix: str = "") -> Route | None:
+        return frameworks.find_asgi_route(
+            find_framework(app) or app, scope, prefix, self._find_in_app
+        )
 
     @cached_property
     def _framework(self) -> Any:
-        return framework_in(self._app)
+        return find_framework(self._app)
 
-    def _outermost(self, scope: Scope) -> Any:
+    def _root_app(self, scope: Scope) -> Any:
         if self._framework is not None:
             return self._framework
         app = scope.get("app")
         listed = getattr(app, "user_middleware", ())
-        return app if any(map(self._is_ours, listed)) else self._app
+        return app if any(map(self._is_own_middleware, listed)) else self._app
 
 
 class WSGIRouter:
@@ -123,27 +129,29 @@ class WSGIRouter:
     def __init__(self, app: Any) -> None:
         self._app = app
 
-    def is_plain(self, environ: WSGIEnvironment) -> bool:
-        return is_plain_environ(environ)
+    def is_unambiguous(self, environ: WSGIEnvironment) -> bool:
+        return is_unambiguous_environ(environ)
 
     def find(self, environ: WSGIEnvironment) -> Route | None:
-        return self._below(self._framework, environ)
+        return self._find_in_app(self._framework, environ)
 
     def find_at(self, environ: WSGIEnvironment, path: str) -> Route | None:
         other = {name: value for name, value in environ.items() if not name.startswith("HTTP_")}
         other |= {name: environ[name] for name in ("HTTP_HOST",) if name in environ}
         other |= {"PATH_INFO": path.encode().decode("latin-1"), "QUERY_STRING": ""}
-        return self._below(self._framework, other)
+        return self._find_in_app(self._framework, other)
 
-    def place(self, environ: WSGIEnvironment) -> object:
+    def cache_key(self, environ: WSGIEnvironment) -> object:
         return (*map(environ.get, ("REQUEST_METHOD", "SCRIPT_NAME", "HTTP_HOST", "SERVER_NAME")),)
 
-    def _below(self, app: Any, environ: WSGIEnvironment, prefix: str = "") -> Route | None:
-        return frameworks.wsgi_route(framework_in(app) or app, environ, prefix, self._below)
+    def _find_in_app(self, app: Any, environ: WSGIEnvironment, prefix: str = "") -> Route | None:
+        return frameworks.find_wsgi_route(
+            find_framework(app) or app, environ, prefix, self._find_in_app
+        )
 
     @cached_property
     def _framework(self) -> Any:
-        return framework_in(self._app) or self._app
+        return find_framework(self._app) or self._app
 
 
 def has_encoded_slash(raw_path: bytes | None) -> bool:
@@ -153,33 +161,35 @@ def has_encoded_slash(raw_path: bytes | None) -> bool:
     return b"%2f" in raw_path.partition(b"?")[0].lower()
 
 
-def is_plain_environ(environ: Mapping[str, Any]) -> bool:
+def is_unambiguous_environ(environ: Mapping[str, Any]) -> bool:
     """Whether no slash was encoded, where the server says how the client spelled the path, and no
     header names another method, which a middleware in between may take for the request's."""
-    if not environ.keys().isdisjoint(_IN_ENVIRONS):
+    if not environ.keys().isdisjoint(_OVERRIDES_IN_ENVIRON):
         return False
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     return "%" not in raw or "%2f" not in raw.partition("?")[0].lower()
 
 
-def framework_in(app: Any) -> Any:
+def find_framework(app: Any) -> Any:
     """The app of a known framework that is wrapped by middlewares; None: there is none, or there
     are two, however far in, and which of them gets a request is not known."""
     seen: dict[int, Any] = {}
     found: dict[int, Any] = {}
     level = {id(app): app}
-    for _ in range(_DEPTH):
+    for _ in range(_MAX_DEPTH):
         apps = {at: each for at, each in level.items() if frameworks.is_framework(each)}
         found |= apps
         seen |= level
-        held = (each for at, each in level.items() if at not in apps for each in _held(each))
-        level = {id(each): each for each in held if id(each) not in seen}
+        wrapped = (
+            each for at, each in level.items() if at not in apps for each in _wrapped_objects(each)
+        )
+        level = {id(each): each for each in wrapped if id(each) not in seen}
     for each in list(found.values()):
         found.pop(id(getattr(each, "router", None)), None)  # an app and its own router are one
     return next(iter(found.values())) if len(found) == 1 else None
 
 
-def _held(app: Any) -> Iterator[Any]:
+def _wrapped_objects(app: Any) -> Iterator[Any]:
     """What a callable may hand requests on to. Only looks: no property, no `__getattr__`."""
     inner: Iterable[Any] = ()
     if isinstance(app, dict):
@@ -189,20 +199,20 @@ def _held(app: Any) -> Iterator[Any]:
     elif isinstance(app, partial):
         inner = (app.func, *app.args, *app.keywords.values())
     elif isinstance(app, FunctionType):
-        inner = (cell.cell_contents for cell in app.__closure__ or () if _is_filled(cell))
+        inner = (cell.cell_contents for cell in app.__closure__ or () if _has_contents(cell))
     elif isinstance(app, MethodType):
         inner = (app.__self__,)
     elif "__dict__" in dir(type(app)):
         inner = tuple(object.__getattribute__(app, "__dict__").values())
-    yield from (each for each in inner if _may_hand_on(each))
+    yield from (each for each in inner if _may_wrap_app(each))
 
 
-def _may_hand_on(held: Any) -> bool:
-    is_collection = isinstance(held, dict | list | tuple)
-    return is_collection or (callable(held) and not isinstance(held, type))
+def _may_wrap_app(wrapped: Any) -> bool:
+    is_collection = isinstance(wrapped, dict | list | tuple)
+    return is_collection or (callable(wrapped) and not isinstance(wrapped, type))
 
 
-def _is_filled(cell: Any) -> bool:
+def _has_contents(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
     except ValueError:

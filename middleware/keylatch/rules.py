@@ -9,14 +9,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from keylatch.model import FULL, ONLY_FULL, Wanted
-from keylatch.paths import folded, overlap, pattern, shape, spelled
+from keylatch.model import FULL, ONLY_FULL, Requirement
+from keylatch.paths import compile_pattern, fold_path, overlaps, shape, to_starlette_path
 from keylatch.settings import PERMISSION_PATTERN
 
 Mistakes = list[tuple[str, str]]
 
 
-class _Unsent(str):
+class _PseudoMethod(str):
     """A method that no request can name: it equals only itself, and no text."""
 
     __slots__ = ()
@@ -29,22 +29,22 @@ class _Unsent(str):
         return self is not other
 
 
-WEBSOCKET: Final = _Unsent("WEBSOCKET")
+WEBSOCKET: Final = _PseudoMethod("WEBSOCKET")
 """What `public` names where a WebSocket needs no key. Rules say GET, by which it is opened."""
 ANY_METHOD: Final = "*"
 """Of what is mounted, with methods and paths of its own."""
-_FOLLOWING: Final = {"HEAD": "HEAD follows it", str(WEBSOCKET): "a WebSocket is opened by it"}
-_DECLARED: Final = "keylatch_wanted"
+_IMPLIED_BY_GET: Final = {"HEAD": "HEAD follows it", str(WEBSOCKET): "a WebSocket is opened by it"}
+_REQUIREMENT_ATTRIBUTE: Final = "keylatch_requirement"
 _METHOD: Final = re.compile(r"[A-Z]+")
 _PATH_HINT: Final = "such as /healthz, /docs/{page} or POST /signup"
 
 
-def declare(view: Callable[..., Any], wanted: Wanted) -> None:
+def declare(view: Callable[..., Any], requirement: Requirement) -> None:
     """Mark a view with what it asks; `functools.wraps` carries the mark on."""
-    setattr(view, _DECLARED, wanted)
+    setattr(view, _REQUIREMENT_ATTRIBUTE, requirement)
 
 
-def declared(view: object, method: str) -> Wanted | None:
+def required_by(view: object, method: str) -> Requirement | None:
     """What a view asks of a request with this method, or None where it declares nothing.
 
     Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
@@ -53,10 +53,10 @@ def declared(view: object, method: str) -> Wanted | None:
     name = "get" if method == "HEAD" else method.lower()
     name = getattr(view, "actions", {}).get(name, name)
     of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
-    for place in (view, getattr(of_class, name, None)):
-        wanted = getattr(place, _DECLARED, None)
-        if isinstance(wanted, Wanted):
-            return wanted
+    for owner in (view, getattr(of_class, name, None)):
+        requirement = getattr(owner, _REQUIREMENT_ATTRIBUTE, None)
+        if isinstance(requirement, Requirement):
+            return requirement
     return None
 
 
@@ -85,34 +85,38 @@ class Rule:
     Args:
         method: of requests.
         path: with parameters spelled Starlette's way.
-        named: the permissions that it is named for; none: it is public.
+        permissions: any one suffices; none: it is public.
         is_declared: whether it only repeats what views declare.
     """
 
     def __init__(
-        self, method: str, path: str, named: Iterable[str] = (), is_declared: bool = False
+        self, method: str, path: str, permissions: Iterable[str] = (), is_declared: bool = False
     ) -> None:
         self.method = method
         self.path = path
-        self.named = frozenset(named)
+        self.named = frozenset(permissions)
         self.is_declared = is_declared
-        self.wanted = sufficient(self.named)
-        self.matches = pattern(path).fullmatch
+        self.requirement = any_of(self.named)
+        self.matches = compile_pattern(path).fullmatch
         self.shape = shape(path)
-        self.folded = folded(path)
+        self.folded_path = fold_path(path)
 
 
 @functools.lru_cache(maxsize=1024)
-def sufficient(named: frozenset[str]) -> Wanted:
+def any_of(permissions: frozenset[str]) -> Requirement:
     """What a route asks that is named for these permissions; for none: FULL."""
-    return Wanted(named | {FULL}, " ".join(sorted(named))) if named else ONLY_FULL
+    return (
+        Requirement(permissions | {FULL}, " ".join(sorted(permissions)))
+        if permissions
+        else ONLY_FULL
+    )
 
 
-def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
+def find_exposed_views(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
     """The views that declare nothing and that public paths with parameters open, if none of these
     spells the view's own path: that is the app's own choice."""
     public = list(public)
-    said = {(str(rule.method), rule.shape) for rule in public}
+    named_shapes = {(str(rule.method), rule.shape) for rule in public}
     routes = [each.partition(" ") for each in undeclared]
     return [
         (
@@ -122,11 +126,12 @@ def opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
         for rule in public
         for method, _, path in routes
         if str(rule.method) == ("GET" if method == "HEAD" else method)
-        if (str(rule.method), shape(path)) not in said and overlap(rule.path, spelled(path) or path)
+        if (str(rule.method), shape(path)) not in named_shapes
+        and overlaps(rule.path, to_starlette_path(path) or path)
     ]
 
 
-def heads_opened_by(public: Iterable[Rule], undeclared: Collection[str]) -> Mistakes:
+def find_exposed_heads(public: Iterable[Rule], undeclared: Collection[str]) -> Mistakes:
     """The views for HEAD that declare nothing and that public paths for GET open, although another
     view answers GET there and declares something."""
     heads = [each.partition(" ")[2] for each in undeclared if each.startswith("HEAD ")]
@@ -142,22 +147,23 @@ def heads_opened_by(public: Iterable[Rule], undeclared: Collection[str]) -> Mist
     ]
 
 
-def mounts_opened_by(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
+def find_exposed_mounts(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
     """The mounted apps that cannot be looked into and that public paths with parameters open, if
     these do not spell the place where the app is mounted."""
     mounts = [each.removeprefix(f"{ANY_METHOD} ") for each in undeclared if each[0] == ANY_METHOD]
     return [
         (
-            f"public path {rule.method} {rule.path} opens what is mounted at {place}",
-            "spell that place in it, or change it",
+            f"public path {rule.method} {rule.path} opens what is mounted at {mount_path}",
+            "name the mount's path in it, or change it",
         )
-        for place in (mount.removesuffix("/{path:path}") for mount in mounts)
+        for mount_path in (mount.removesuffix("/{path:path}") for mount in mounts)
         for rule in public
-        if not rule.path.startswith(f"{place}/") and overlap(rule.path, f"{place}/{{path:path}}")
+        if not rule.path.startswith(f"{mount_path}/")
+        and overlaps(rule.path, f"{mount_path}/{{path:path}}")
     ]
 
 
-def public_routes(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, str]]:
+def parse_public(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, str]]:
     """Methods and paths. One without a method is for reading: GET, which HEAD follows."""
     if isinstance(paths, str):
         mistakes.append((f"public={paths!r} is one string", f"write public=[{paths!r}]"))
@@ -165,48 +171,51 @@ def public_routes(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, s
     found = []
     for each in paths:
         method, path = each.split(" ", 1) if " " in each else ("GET", each)
-        path_spelled = spelled(path)
+        starlette_path = to_starlette_path(path)
         if method == "HEAD":
             mistakes.append((f"public path {each!r}", "name GET: HEAD follows it"))
-        elif not _METHOD.fullmatch(method) or path_spelled is None or ":path}" in path_spelled:
+        elif not _METHOD.fullmatch(method) or starlette_path is None or ":path}" in starlette_path:
             mistakes.append((f"public path {each!r}", _PATH_HINT))
         else:
-            found.append((WEBSOCKET if method == str(WEBSOCKET) else method, path_spelled))
+            found.append((WEBSOCKET if method == str(WEBSOCKET) else method, starlette_path))
     return found
 
 
-def rules_in(
+def parse_rules(
     permissions: Mapping[str, Iterable[str]], grantable: Collection[str] | None, mistakes: Mistakes
 ) -> list[Rule]:
-    named: dict[tuple[str, str], set[str]] = {}
-    by_hand: set[tuple[str, str]] = set()
+    permissions_by_route: dict[tuple[str, str], set[str]] = {}
+    configured: set[tuple[str, str]] = set()
     for permission, rules in permissions.items():
         if not re.fullmatch(PERMISSION_PATTERN, permission):
             mistakes.append((f"permission {permission!r}", f"a word matching {PERMISSION_PATTERN}"))
         elif grantable is not None and permission not in grantable:
-            known = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
-            mistakes.append((f"permission {permission!r} {known}", "add it there, or correct it"))
+            problem = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
+            mistakes.append((f"permission {permission!r} {problem}", "add it there, or correct it"))
         if isinstance(rules, str):
             mistakes.append((f"the rules of {permission} are one string", f"write [{rules!r}]"))
             continue
         for rule in rules:
-            route = _route(rule, permission, mistakes)
+            route = _parse_rule(rule, permission, mistakes)
             if route is not None:
-                named.setdefault(route, set()).add(permission)
+                permissions_by_route.setdefault(route, set()).add(permission)
                 if not isinstance(rule, DeclaredRule):
-                    by_hand.add(route)
-    return [Rule(*route, named[route], route not in by_hand) for route in named]
+                    configured.add(route)
+    return [
+        Rule(*route, permissions_by_route[route], route not in configured)
+        for route in permissions_by_route
+    ]
 
 
-def _route(rule: str, permission: str, mistakes: Mistakes) -> tuple[str, str] | None:
+def _parse_rule(rule: str, permission: str, mistakes: Mistakes) -> tuple[str, str] | None:
     method, _, path = rule.partition(" ")
-    path_spelled = spelled(path)
-    if method in _FOLLOWING:  # taken for GET, it would open more than it names
-        hint = f"name GET: {_FOLLOWING[method]}"
+    starlette_path = to_starlette_path(path)
+    if method in _IMPLIED_BY_GET:  # taken for GET, it would open more than it names
+        hint = f"name GET: {_IMPLIED_BY_GET[method]}"
         mistakes.append((f"rule {rule!r} of {permission}", hint))
-    elif not _METHOD.fullmatch(method) or path_spelled is None:
+    elif not _METHOD.fullmatch(method) or starlette_path is None:
         hint = 'such as "POST /v1/emails" or "GET /v1/emails/{id}"'
         mistakes.append((f"rule {rule!r} of {permission}", hint))
     else:
-        return method, path_spelled
+        return method, starlette_path
     return None

@@ -19,9 +19,9 @@ from sqlalchemy.exc import ArgumentError
 from keylatch import peppers
 from keylatch.errors import ConfigurationError
 from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
-from keylatch.variables import Mistake, Variables, from_files, unknown, variable
+from keylatch.variables import EnvironmentSettings, Mistake, find_unknown, read_files, variable_name
 
-S = TypeVar("S", bound=Variables)
+S = TypeVar("S", bound=EnvironmentSettings)
 
 PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
 
@@ -49,7 +49,7 @@ _HINTS: Final = {
 }
 
 
-class Settings(Variables):
+class Settings(EnvironmentSettings):
     """What an engine needs to know. Build it with `load`, which explains every mistake."""
 
     store: str = Field(default="sqlite:///keylatch.db", repr=False)
@@ -97,7 +97,7 @@ class Settings(Variables):
     """`on`: checks that ask somebody make spans of OpenTelemetry."""
 
     @property
-    def is_followed(self) -> bool:
+    def traces_requests(self) -> bool:
         """Whether requests leave a trail."""
         return self.log == "json" or self.timing == "on"
 
@@ -115,7 +115,7 @@ class Settings(Variables):
         if "@" in (parsed.host or ""):  # half of a password, which error messages would repeat
             raise ValueError("an @ in a password is written %40")
         if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
-            raise ValueError("a store in memory would forget every key")
+            raise ValueError("an in-memory store loses every key when the process ends")
         if backend == "sqlite" and "?" in url:
             raise ValueError("SQLite takes no options; a ? in a path is written %3F")
         return url
@@ -134,13 +134,13 @@ class Settings(Variables):
 
     @field_validator("pepper_file")
     @classmethod
-    def _pepper_file_is_of_use(cls, path: str) -> str:
+    def _pepper_file_is_readable(cls, path: str) -> str:
         if path:
             peppers.read(Path(path))
         return path
 
     @property
-    def outside_peppers(self) -> tuple[bytes, ...]:
+    def file_peppers(self) -> tuple[bytes, ...]:
         """What `pepper_file` holds.
 
         Raises:
@@ -155,8 +155,8 @@ class Settings(Variables):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
-        if self.pepper_file and peppers.is_open_to_all(Path(self.pepper_file)):
-            return ("every account of this host may read KEYLATCH_PEPPER_FILE: chmod o-r",)
+        if self.pepper_file and peppers.is_world_readable(Path(self.pepper_file)):
+            return ("KEYLATCH_PEPPER_FILE is world-readable: chmod o-r",)
         return ()
 
     @field_validator("tracing")
@@ -169,17 +169,19 @@ class Settings(Variables):
     @field_validator("prefix")
     @classmethod
     def _prefix_is_a_word(cls, prefix: str) -> str:
-        return _matching(PREFIX_PATTERN, prefix)
+        return _require_match(PREFIX_PATTERN, prefix)
 
     @field_validator("environment")
     @classmethod
     def _environment_is_a_word(cls, environment: str) -> str:
-        return environment and _matching(ENVIRONMENT_PATTERN, environment)
+        return environment and _require_match(ENVIRONMENT_PATTERN, environment)
 
     @field_validator("permissions")
     @classmethod
     def _permissions_are_words(cls, permissions: str) -> str:
-        words = [_matching(PERMISSION_PATTERN, word.strip()) for word in permissions.split(",")]
+        words = [
+            _require_match(PERMISSION_PATTERN, word.strip()) for word in permissions.split(",")
+        ]
         if "FULL" not in words:
             raise ValueError("FULL is missing")
         return ",".join(words)
@@ -188,12 +190,12 @@ class Settings(Variables):
     @classmethod
     def _environments_are_words(cls, environments: str) -> str:
         words = environments.split(",") if environments else []
-        return ",".join(_matching(ENVIRONMENT_PATTERN, word.strip()) for word in words)
+        return ",".join(_require_match(ENVIRONMENT_PATTERN, word.strip()) for word in words)
 
     @field_validator("realm")
     @classmethod
     def _realm_is_quotable(cls, realm: str) -> str:
-        return _matching(r"[ !#-\[\]-~]{1,64}", realm)
+        return _require_match(r"[ !#-\[\]-~]{1,64}", realm)
 
     @property
     def grantable(self) -> tuple[str, ...]:
@@ -201,46 +203,46 @@ class Settings(Variables):
         return tuple(self.permissions.split(","))
 
     @property
-    def known_environments(self) -> tuple[str, ...]:
+    def allowed_environments(self) -> tuple[str, ...]:
         """`environments` as words; none: any word will do."""
         return tuple(self.environments.split(",")) if self.environments else ()
 
     @classmethod
-    def load(cls, **given: Any) -> "Settings":
+    def load(cls, **arguments: Any) -> "Settings":
         """Settings from keyword arguments (None: not given) over the environment.
 
         Raises:
             ConfigurationError: naming every wrong setting, with a hint for each.
         """
-        return loaded(cls, given, _HINTS, unknown(os.environ))
+        return load_settings(cls, arguments, _HINTS, find_unknown(os.environ))
 
 
-def loaded(
-    kind: type[S],
-    given: Mapping[str, Any],
+def load_settings(
+    model: type[S],
+    arguments: Mapping[str, Any],
     hints: Mapping[str, str],
     also_wrong: Iterable[Mistake] = (),
 ) -> S:
     """Settings of this kind, from arguments (None: not given) over the environment.
 
     Args:
-        kind: of settings.
-        given: the arguments.
+        model: the settings class to build.
+        arguments: given by the caller.
         hints: what each field may be.
         also_wrong: mistakes that were found elsewhere, to be listed with those found here.
 
     Raises:
         ConfigurationError: naming every wrong setting, with a hint for each.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    in_files, mistakes = from_files(kind, given, hints)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    in_files, mistakes = read_files(model, arguments, hints)
     mistakes += also_wrong
     try:
-        settings = kind(**given | in_files)
+        settings = model(**arguments | in_files)
     except ValidationError as error:
         mistakes += [
             (
-                f"{variable(_where(name, in_files))}: "
+                f"{variable_name(_field_at_fault(name, in_files))}: "
                 + problem["msg"].removeprefix("Value error, "),
                 hints.get(name, "no such setting"),
             )
@@ -252,12 +254,12 @@ def loaded(
     raise ConfigurationError(mistakes)
 
 
-def _where(name: str, in_files: Mapping[str, str]) -> str:
+def _field_at_fault(name: str, in_files: Mapping[str, str]) -> str:
     """The setting that a person has to look at for this field."""
     return f"{name}_file" if in_files.get(name) else name
 
 
-def _matching(pattern: str, text: str) -> str:
+def _require_match(pattern: str, text: str) -> str:
     if not re.fullmatch(pattern, text):
-        raise ValueError("not of the form it must have")
+        raise ValueError("does not match the required pattern")
     return text

@@ -16,32 +16,32 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.model import Deed, KeyRecord
-from keylatch.peppers import peppered
+from keylatch.model import AuditEvent, KeyRecord
+from keylatch.peppers import combine
 from keylatch.sql import authorization, changes, leases, lists, questions, rotations, vault
 from keylatch.sql.authorization import Actor
-from keylatch.sql.database import Database, Question, Rows
-from keylatch.sql.deeds import OPERATOR, page_of_deeds, prune_deeds
-from keylatch.sql.leases import BELL, Poll
+from keylatch.sql.database import Database, Query, Rows
+from keylatch.sql.deeds import OPERATOR, page_of_events, prune_events
+from keylatch.sql.leases import NOTIFY_CHANNEL, Poll
 from keylatch.sql.lists import Page
 from keylatch.sql.memory import Memory
-from keylatch.sql.migrations import bring_up_to_date, is_up_to_date, version_of
-from keylatch.sql.questions import Absent, Changes, Found, Secrets, Touched
+from keylatch.sql.migrations import is_up_to_date, upgrade, version_of
+from keylatch.sql.questions import Found, Invalidation, InvalidationBatch, NotFound, Secrets
 from keylatch.sql.quotas import Quotas, check_quota
 from keylatch.sql.sqlite import SQLite
 from keylatch.sql.store_file import StoreFile
-from keylatch.sql.vault import Kept
-from keylatch.telemetry.condition import Condition
-from keylatch.telemetry.meter import Count
-from keylatch.usage.tally import DAY_MS, KeyUsage, Tally, add_tally, prune_tallies, usage_of
+from keylatch.sql.vault import SecretInfo
+from keylatch.telemetry.condition import Health
+from keylatch.telemetry.meter import Counter
+from keylatch.usage.tally import DAY_MS, KeyUsage, UsageBatch, add_batch, prune_usage, usage_of
 
 # A silent server is given up soon and asked anew: checks are 503 until it has answered.
 _OPEN_SECONDS: Final = 1.0
 # An index of a million keys takes two seconds.
 _UPGRADE_SECONDS: Final = 60.0
-_AT: Final = "."
+_EPOCH_SEPARATOR: Final = "."
 """Between an epoch and the database that it is told of."""
-PAGE: Final = 500
+PAGE_SIZE: Final = 500
 """Keys that are read at once: they keep an event loop for a few milliseconds."""
 
 T = TypeVar("T")
@@ -49,14 +49,14 @@ P = ParamSpec("P")
 Statement = Callable[Concatenate[Connection, P], T]
 
 __all__ = [
-    "Absent",
-    "Changes",
     "Found",
+    "Invalidation",
+    "InvalidationBatch",
+    "NotFound",
     "Page",
     "Poll",
     "Secrets",
     "Store",
-    "Touched",
     "database_of",
 ]
 
@@ -95,7 +95,7 @@ class Store:
     Args:
         url: `sqlite:///path.db`, `postgresql://…`, or `sqlite://` for one in memory (tests).
         upgrade_seconds: how long a server may take to bring old tables up to date.
-        outside: secrets that the store does not hold, newest first; see `keylatch.peppers`.
+        external_peppers: peppers from outside the store, newest first; see `peppers`.
     """
 
     def __init__(
@@ -103,20 +103,20 @@ class Store:
         url: str,
         *,
         upgrade_seconds: float = _UPGRADE_SECONDS,
-        outside: Sequence[bytes] = (),
+        external_peppers: Sequence[bytes] = (),
     ) -> None:
         self._database = database_of(url)
-        self._outside = tuple(outside)
-        self._identity = ""
+        self._external_peppers = tuple(external_peppers)
+        self._database_hash = ""
         self._upgrade_seconds = upgrade_seconds
-        self.condition = Condition("the store does not answer", "the store answers again")
+        self.health = Health("the store does not answer", "the store answers again")
         """Of what is read: changes may fail while that goes on."""
-        self.failed_changes = Count()
+        self.failed_writes = Counter()
         self.audit_days = 0
-        """How long `tidy` keeps the audit log; 0: for ever. The sidecar sets it: a middleware on
+        """How long `run_maintenance` keeps the audit log; 0: for ever. Set by the sidecar: apps on
         the same database may have other settings, and must not delete what the sidecar keeps."""
-        self.mark_now = self._database.mark_now
-        """Bytes that differ after every commit; None where `sequence_now` has to be asked."""
+        self.data_version = self._database.data_version
+        """Bytes that differ after every commit; None where `sequence_nowait` has to be asked."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -136,26 +136,28 @@ class Store:
             StoreIncompatible: the store was made by a newer keylatch.
         """
 
-        def secrets_of(connection: Connection) -> Secrets | None:
-            return questions.secrets_of(connection) if is_up_to_date(connection) else None
+        def load_if_up_to_date(connection: Connection) -> Secrets | None:
+            return questions.load_secrets(connection) if is_up_to_date(connection) else None
 
-        secrets = await self._answered(self._database.read(secrets_of, seconds=_OPEN_SECONDS))
+        secrets = await self._track_health(
+            self._database.read(load_if_up_to_date, seconds=_OPEN_SECONDS)
+        )
         if secrets is None:
             await self._database.write(
-                lambda connection: bring_up_to_date(connection, now_ms),
+                lambda connection: upgrade(connection, now_ms),
                 seconds=self._upgrade_seconds,
             )
-            secrets = await self._read(questions.secrets_of)
-        identity = await self._answered(self._database.identity())
-        self._identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        return self._completed(secrets)
+            secrets = await self._read(questions.load_secrets)
+        identity = await self._track_health(self._database.identity())
+        self._database_hash = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return self._with_external_peppers(secrets)
 
-    def _completed(self, secrets: Secrets) -> Secrets:
-        peppers = peppered(secrets.peppers, self._outside)
+    def _with_external_peppers(self, secrets: Secrets) -> Secrets:
+        peppers = combine(secrets.peppers, self._external_peppers)
         return replace(secrets, peppers=peppers)
 
-    def _located(self, changes: Changes) -> Changes:
-        return replace(changes, epoch=f"{changes.epoch}{_AT}{self._identity}")
+    def _with_database_hash(self, batch: InvalidationBatch) -> InvalidationBatch:
+        return replace(batch, epoch=f"{batch.epoch}{_EPOCH_SEPARATOR}{self._database_hash}")
 
     def pools(self) -> Mapping[str, int]:
         """Work under way by kind: see `Database.pools`."""
@@ -169,50 +171,56 @@ class Store:
         """Close whatever must not be open while the process forks."""
         self._database.before_fork()
 
-    def after_fork(self) -> None:
+    def after_fork_in_parent(self) -> None:
         """In the parent: go on."""
-        self._database.after_fork()
+        self._database.after_fork_in_parent()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In the child: drop what the parent has open."""
-        self._database.forget()
-        self.condition.forget()
-        self.failed_changes = Count()
+        self._database.after_fork_in_child()
+        self.health.clear()
+        self.failed_writes = Counter()
 
     async def ping(self) -> None:
         """Return if the store answers."""
-        await self._asked(questions.SEQUENCE)
+        await self._fetch(questions.SEQUENCE)
 
     # What the engine asks
 
-    async def find(self, key_id: str) -> Found | Absent:
+    async def find(self, key_id: str) -> Found | NotFound:
         """The key with this id, deleted ones included."""
-        return questions.read_found(await self._asked(questions.FIND, key_id=key_id))
+        return questions.read_found(await self._fetch(questions.FIND, key_id=key_id))
 
-    async def find_foreign(self, locators: Sequence[str]) -> Found | Absent:
+    async def find_by_locator(self, locators: Sequence[str]) -> Found | NotFound:
         """The key that a token from elsewhere finds by one of these, deleted ones included."""
-        named: dict[str, Any] = dict.fromkeys(questions.LOCATORS, locators[0])
-        named |= zip(questions.LOCATORS, locators, strict=False)
-        return questions.read_foreign(await self._asked(questions.FIND_FOREIGN, **named), locators)
+        parameters: dict[str, Any] = dict.fromkeys(questions.LOCATOR_PARAMETERS, locators[0])
+        parameters |= zip(questions.LOCATOR_PARAMETERS, locators, strict=False)
+        return questions.read_found_by_locator(
+            await self._fetch(questions.FIND_BY_LOCATOR, **parameters), locators
+        )
 
-    async def changes(self, since: int, seconds: float | None = None) -> Changes:
-        """What happened after the sequence number `since`; `seconds`: see `Database.ask`."""
-        rows = await self._asked(questions.CHANGES, seconds=seconds, since=since)
-        return self._located(questions.read_changes(rows, since))
+    async def invalidations_since(
+        self, since: int, seconds: float | None = None
+    ) -> InvalidationBatch:
+        """What happened after the sequence number `since`; `seconds`: see `Database.fetch`."""
+        rows = await self._fetch(questions.INVALIDATIONS_SINCE, seconds=seconds, since=since)
+        return self._with_database_hash(questions.read_invalidations(rows, since))
 
     async def secrets(self) -> Secrets:
         """The store's own secrets, as they are now."""
-        return self._completed(questions.read_secrets(await self._asked(questions.SECRETS)))
+        return self._with_external_peppers(
+            questions.read_secrets(await self._fetch(questions.SECRETS))
+        )
 
-    def sequence_now(self) -> int | None:
+    def sequence_nowait(self) -> int | None:
         """`meta.seq` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.ask_now(questions.SEQUENCE)
+        rows = self._database.fetch_nowait(questions.SEQUENCE)
         return rows[0][0] if rows else None
 
-    def changes_now(self, since: int) -> Changes | None:
-        """`changes` without waiting (SQLite), or None where it cannot be had that way."""
-        rows = self._database.ask_now(questions.CHANGES, since=since)
-        return self._located(questions.read_changes(rows, since)) if rows else None
+    def invalidations_since_nowait(self, since: int) -> InvalidationBatch | None:
+        """`invalidations_since` without waiting (SQLite); None where that is impossible."""
+        rows = self._database.fetch_nowait(questions.INVALIDATIONS_SINCE, since=since)
+        return self._with_database_hash(questions.read_invalidations(rows, since)) if rows else None
 
     # What witnesses ask
 
@@ -230,7 +238,7 @@ class Store:
         )
 
     async def poll(
-        self, member: str, seq: int, seconds: float, heard: tuple[Touched, ...] = ()
+        self, member: str, seq: int, seconds: float, pending: tuple[Invalidation, ...] = ()
     ) -> Poll:
         """Acknowledge `seq`, count a grant, and tell what happened since, in one statement
         (PostgreSQL).
@@ -238,20 +246,20 @@ class Store:
         Args:
             member: who asks.
             seq: up to where it knows the log.
-            seconds: see `Database.ask`.
-            heard: what it has heard of the log after that; acknowledged too if that is all there
+            seconds: see `Database.fetch`.
+            pending: what it has received of the log after that; acknowledged too if it is all there
                 is in the log, up to the last of them.
         """
-        rows = await self._database.ask(
+        rows = await self._database.fetch(
             leases.POLL,
             seconds=seconds,
             member=member,
             since=seq,
-            heard_seq=heard[-1][0] if heard else seq,
-            heard=json.dumps(heard),
+            pending_seq=pending[-1][0] if pending else seq,
+            pending=json.dumps(pending),
         )
         poll = leases.read_poll(rows, seq)
-        return replace(poll, changes=self._located(poll.changes))
+        return replace(poll, batch=self._with_database_hash(poll.batch))
 
     async def leave(self, member: str) -> None:
         """A process holds no lease any more and will ask for none."""
@@ -260,37 +268,39 @@ class Store:
     async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
         """Members that have not acknowledged `seq` (name → grants so far), and how many there
         are in all."""
-        rows = await self._database.ask(leases.LAGGARDS, seconds=seconds, seq=seq)
-        late = {member: grants for _, member, grants in rows if member is not None}
-        return late, rows[0][0]
+        rows = await self._database.fetch(leases.LAGGARDS, seconds=seconds, seq=seq)
+        laggards = {member: grants for _, member, grants in rows if member is not None}
+        return laggards, rows[0][0]
 
-    async def remove_members(self, silent: Mapping[str, int], seq: int, seconds: float) -> int:
+    async def remove_members(self, laggards: Mapping[str, int], seq: int, seconds: float) -> int:
         """Remove those that still have not acknowledged `seq` and were granted nothing since;
         return how many."""
         return await self._database.write(
-            lambda connection: leases.remove_members(connection, silent, seq),
+            lambda connection: leases.remove_members(connection, laggards, seq),
             seconds=seconds,
             is_urgent=True,
         )
 
-    async def ring(self, said: str) -> None:
+    async def notify(self, payload: str) -> None:
         """Ring the store's own bell (PostgreSQL), with less than 8,000 bytes."""
-        await self._database.ask(leases.RING, said=said)
+        await self._database.fetch(leases.NOTIFY, payload=payload)
 
-    async def listen(self, heard: Callable[[str], None]) -> None:
+    async def listen(self, on_notification: Callable[[str], None]) -> None:
         """Hear the store's own bell (PostgreSQL) and what it says, until the line breaks."""
-        await self._database.listen(BELL, heard)
+        await self._database.listen(NOTIFY_CHANNEL, on_notification)
 
-    async def renew(self, epoch: str, seq: int) -> None:
+    async def start_new_epoch(self, epoch: str, seq: int) -> None:
         """After a restore from a backup: a new epoch, and sequence numbers beyond all that were
         given out, so that nothing that anybody remembers is believed."""
-        await self._write(changes.renew, epoch.partition(_AT)[0], seq)
+        await self._write(changes.start_new_epoch, epoch.partition(_EPOCH_SEPARATOR)[0], seq)
 
     async def replace_hash(self, key_id: str, old: str, new: str) -> None:
         """Exchange a hash for another one of the same token. No answer about the key changes."""
         await self._write(changes.replace_hash, key_id, old, new)
 
-    async def touch(self, uses: Mapping[str, int], tally: Tally | None = None) -> None:
+    async def record_last_used(
+        self, last_used: Mapping[str, int], batch: UsageBatch | None = None
+    ) -> None:
         """Record when keys were last used (id → milliseconds), never backwards; and what was
         counted, once: see `tally`.
 
@@ -299,22 +309,22 @@ class Store:
         """
 
         def work(connection: Connection) -> None:
-            if tally is not None:
-                add_tally(connection, uses, tally)
+            if batch is not None:
+                add_batch(connection, last_used, batch)
             else:
-                changes.touch(connection, uses)
+                changes.record_last_used(connection, last_used)
 
-        if uses or tally is not None:
+        if last_used or batch is not None:
             await self._database.write(work, durable=False)
 
-    async def tidy(self, now_ms: int) -> None:
+    async def run_maintenance(self, now_ms: int) -> None:
         """Prune the invalidation log beyond 100,000 rows, counts of uses after 400 days and the
         audit log after `audit_days`, and let the database tidy up."""
-        await self._write(changes.prune)
-        await self._write(prune_tallies, now_ms // DAY_MS)
+        await self._write(changes.prune_invalidations)
+        await self._write(prune_usage, now_ms // DAY_MS)
         if self.audit_days:
-            await self._write(prune_deeds, now_ms - self.audit_days * DAY_MS)
-        await self._database.tidy()
+            await self._write(prune_events, now_ms - self.audit_days * DAY_MS)
+        await self._database.run_maintenance()
 
     # What management asks
 
@@ -342,7 +352,7 @@ class Store:
         return await self._write(changes.add_key, record, hashed, by)
 
     async def add_many(
-        self, made: Sequence[tuple[KeyRecord, str]], *, by: Actor = authorization.OPERATOR
+        self, new_keys: Sequence[tuple[KeyRecord, str]], *, by: Actor = authorization.OPERATOR
     ) -> tuple[list[KeyRecord], int]:
         """Insert keys with their hashes, all or none, in this order; return them and the sequence
         number.
@@ -350,10 +360,10 @@ class Store:
         Every other change waits meanwhile, and PostgreSQL is given up after five seconds: a
         thousand keys take about a tenth of a second.
         """
-        return await self._write(changes.add_keys, made, by)
+        return await self._write(changes.add_keys, new_keys, by)
 
-    async def bring_many(
-        self, made: Sequence[tuple[KeyRecord, str]], *, by: Actor = authorization.OPERATOR
+    async def import_many(
+        self, new_keys: Sequence[tuple[KeyRecord, str]], *, by: Actor = authorization.OPERATOR
     ) -> tuple[int, dict[str, tuple[str, bool]]]:
         """Insert keys that were made elsewhere, all or none, but for those that are here already.
 
@@ -362,11 +372,11 @@ class Store:
             that is deleted). The caller's own ids among them were inserted by an earlier attempt
             whose answer was lost.
         """
-        return await self._write(changes.bring_keys, made, by)
+        return await self._write(changes.import_keys, new_keys, by)
 
-    async def holders(self, locators: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    async def keys_by_locator(self, locators: Sequence[str]) -> dict[str, tuple[str, bool]]:
         """Which locators are here: locator → (id of its key, whether that is deleted)."""
-        return await self._read(lists.holders, locators)
+        return await self._read(lists.keys_by_locator, locators)
 
     async def analyze(self) -> None:
         """After many were added: let the database learn how many there are."""
@@ -382,7 +392,7 @@ class Store:
     async def page(
         self,
         organization_id: str,
-        limit: int = PAGE,
+        limit: int = PAGE_SIZE,
         *,
         newest_first: bool = True,
         deleted: bool = False,
@@ -391,7 +401,7 @@ class Store:
         environment: str | None = None,
     ) -> Page:
         """At most `limit` of the organisation's keys in the order of their creation, deleted ones
-        if asked for, from the page on that `goes_on_after` this number; and only those that were
+        if asked for, from the page that follows this `next_cursor`; and only those that were
         neither used nor made since a time in milliseconds, and those of an environment, if one is
         given."""
         return await self._read(
@@ -427,9 +437,9 @@ class Store:
                 environment=environment,
             )
             yield page
-            if page.goes_on_after is None:
+            if page.next_cursor is None:
                 return
-            after = page.goes_on_after
+            after = page.next_cursor
 
     async def list(
         self,
@@ -490,7 +500,7 @@ class Store:
         since the epoch) or its own expiry; None: it ends now.
 
         Raises:
-            NotPossible: the key was deleted.
+            InvalidKeyState: the key was deleted.
         """
         named = organization_id, key_id, now_ms
         return await self._change(
@@ -504,22 +514,22 @@ class Store:
         organization_id: str,
         key_id: str,
         now_ms: int,
-        goes_back: bool,
+        restore_previous: bool,
         *,
         by: Actor = authorization.OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
         """While two secrets of a key are good: keep the previous one only, or the present one.
 
         Raises:
-            NotPossible: the key was deleted, or has one secret.
+            InvalidKeyState: the key was deleted, or has one secret.
         """
         return await self._change(
             key_id,
             now_ms,
-            lambda c: rotations.end_grace(c, organization_id, key_id, now_ms, goes_back, by),
+            lambda c: rotations.end_grace(c, organization_id, key_id, now_ms, restore_previous, by),
         )
 
-    async def end_secret(
+    async def revoke_secret(
         self,
         organization_id: str,
         key_id: str,
@@ -533,11 +543,11 @@ class Store:
         last rotation ends alone.
 
         Raises:
-            NotPossible: it is not one of its secrets any more, or the key was deleted.
+            InvalidKeyState: it is not one of its secrets any more, or the key was deleted.
         """
         named = organization_id, key_id, secret, now_ms
         return await self._change(
-            key_id, now_ms, lambda c: rotations.end_secret(c, *named, reason, by)
+            key_id, now_ms, lambda c: rotations.revoke_secret(c, *named, reason, by)
         )
 
     async def delete_with_descendants(
@@ -593,47 +603,51 @@ class Store:
             lambda c: changes.set_organization_active(c, organization_id, now_ms, active, by),
         )
 
-    async def deeds(
+    async def events(
         self,
         organization_id: str | None,
         limit: int,
         key_id: str | None = None,
         before: int | None = None,
         environment: str | None = None,
-    ) -> Sequence[Deed]:
-        """The audit log, the newest first; see `Keyring.deeds`."""
-        return await self._read(page_of_deeds, organization_id, limit, key_id, before, environment)
+    ) -> Sequence[AuditEvent]:
+        """The audit log, the newest first; see `Keyring.events`."""
+        return await self._read(page_of_events, organization_id, limit, key_id, before, environment)
 
-    async def ended(self) -> Sequence[lists.Ended]:
+    async def inactive_keys(self) -> Sequence[lists.InactiveKey]:
         """All keys that were revoked or disabled: what must not live again after a restore."""
-        return await self._database.read(lists.ended_keys, seconds=_UPGRADE_SECONDS)
+        return await self._database.read(lists.inactive_keys, seconds=_UPGRADE_SECONDS)
 
     # What the vault asks
 
-    async def kept(self) -> Sequence[Kept]:
+    async def list_secrets(self) -> Sequence[SecretInfo]:
         """What there is to know of the store's own secrets, without them."""
-        return await self._read(vault.kept)
+        return await self._read(vault.list_secrets)
 
-    async def introduce(self, kinds: Sequence[str], now_ms: int, *, by: str = OPERATOR) -> int:
+    async def add_pending_secrets(
+        self, kinds: Sequence[str], now_ms: int, *, by: str = OPERATOR
+    ) -> int:
         """Add a secret of each kind that nothing is made with yet; the sequence number of it."""
-        return await self._write(vault.introduce, kinds, now_ms, by)
+        return await self._write(vault.add_pending, kinds, now_ms, by)
 
-    async def promote(self, kinds: Sequence[str], now_ms: int, *, by: str = OPERATOR) -> int:
+    async def promote_secrets(
+        self, kinds: Sequence[str], now_ms: int, *, by: str = OPERATOR
+    ) -> int:
         """From now on, everything is made with what was introduced."""
         return await self._write(vault.promote, kinds, now_ms, by)
 
-    async def retire(
+    async def retire_secret(
         self, secret_id: int, before_ms: int, now_ms: int, *, by: str = OPERATOR
     ) -> int | None:
         """Delete a secret that another one replaced before that time; None: there is none."""
         return await self._write(vault.retire, secret_id, before_ms, now_ms, by)
 
-    async def made_before(self, time_ms: int, now_ms: int) -> int:
+    async def count_issued_before(self, time_ms: int, now_ms: int) -> int:
         """How many keys are live whose tokens were made here and before that time."""
-        return await self._read(vault.made_before, time_ms, now_ms)
+        return await self._read(vault.count_issued_before, time_ms, now_ms)
 
     async def _read(self, statement: "Statement[P, T]", *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._answered(
+        return await self._track_health(
             self._database.read(lambda connection: statement(connection, *args, **kwargs))
         )
 
@@ -643,12 +657,12 @@ class Store:
                 lambda connection: statement(connection, *args, **kwargs)
             )
         except StoreUnavailable:
-            self.failed_changes.add()
+            self.failed_writes.add()
             raise
 
     async def _change(
         self,
-        concerns: str | None,
+        invalidated_id: str | None,
         now_ms: int,
         change: Callable[[Connection], T],
         *,
@@ -656,37 +670,39 @@ class Store:
     ) -> T:
         """Run a change. Where it is repeated because the answer to its commit was lost, it may have
         been made: then the acting key may be gone, and must not be judged by its own work."""
-        made: list[T] = []
+        result: list[T] = []
 
         def work(connection: Connection) -> T:
-            if made and changes.is_done(connection, _seq_of(made[0]), now_ms, concerns):
-                return made[0]
-            made[:] = [change(connection)]
-            return made[0]
+            if result and changes.is_committed(
+                connection, _sequence_of(result[0]), now_ms, invalidated_id
+            ):
+                return result[0]
+            result[:] = [change(connection)]
+            return result[0]
 
         try:
             return await self._database.write(work, seconds=seconds)
         except StoreUnavailable:
-            self.failed_changes.add()
+            self.failed_writes.add()
             raise
 
-    async def _asked(
-        self, question: Question, *, seconds: float | None = None, **parameters: Any
+    async def _fetch(
+        self, query: Query, *, seconds: float | None = None, **parameters: Any
     ) -> Rows:
-        return await self._answered(self._database.ask(question, seconds=seconds, **parameters))
+        return await self._track_health(self._database.fetch(query, seconds=seconds, **parameters))
 
-    async def _answered(self, answer: Awaitable[T]) -> T:
+    async def _track_health(self, reading: Awaitable[T]) -> T:
         """What was read; whether it could be is the store's condition."""
         try:
-            known = await answer
+            value = await reading
         except StoreUnavailable as error:
-            self.condition.failed(error.message, error.hint)
+            self.health.record_failure(error.message, error.hint)
             raise
-        self.condition.succeeded()
-        return known
+        self.health.record_success()
+        return value
 
 
-def _seq_of(result: object) -> int:
+def _sequence_of(result: object) -> int:
     """The sequence number of a change; 0: it changed nothing."""
     number = result[-1] if isinstance(result, tuple) else result
     return number if isinstance(number, int) else 0

@@ -22,10 +22,19 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from keylatch.engine import Engine
-from keylatch.gate import Gate
+from keylatch.gate import BaseMiddleware
 from keylatch.hashing import Hasher
 from keylatch.keyring import Keyring
-from keylatch.model import ANY_KEY, FULL, Allow, KeyRecord, Principal, Unsettled, Verdict, Wanted
+from keylatch.model import (
+    ANY_KEY,
+    FULL,
+    Allow,
+    Decision,
+    DeferredDeny,
+    KeyRecord,
+    Principal,
+    Requirement,
+)
 from keylatch.model import missing_scope as _missing_scope
 from keylatch.model import principal_of as _principal
 from keylatch.settings import Settings
@@ -89,8 +98,8 @@ class Keys:
         self._settings = Settings.load(**{"store": None, "redis": "", **settings})
         self._store = Store("sqlite://")
         self._everyone: Principal | None = None
-        self._manager = self.engine()
-        self._managing = threading.Lock()
+        self._management_engine = self.engine()
+        self._management_lock = threading.Lock()
 
     def engine(self) -> Engine:
         """An engine that accepts these keys: `APIKeyMiddleware(app, engine=keys.engine())`."""
@@ -108,7 +117,12 @@ class Keys:
             LookupError: there is no keylatch middleware in it.
         """
         with contextlib.ExitStack() as stack:
-            if not any([_replaced(stack, app, self.engine), *_gates(stack, app, self.engine)]):
+            if not any(
+                [
+                    _replace_in_middleware_list(stack, app, self.engine),
+                    *_replace_in_wrappers(stack, app, self.engine),
+                ]
+            ):
                 raise LookupError(f"no keylatch middleware was found in {type(app).__name__}")
             yield self
 
@@ -184,14 +198,14 @@ class Keys:
 
     def _manage(self, work: Any) -> Any:
         async def managed() -> Any:
-            keyring: Keyring = await self._manager.keyring()
+            keyring: Keyring = await self._management_engine.keyring()
             try:
                 return await work(keyring)
             finally:
-                await self._manager.stop()
+                await self._management_engine.stop()
 
-        with self._managing:
-            return _finished(managed())
+        with self._management_lock:
+            return _run_in_thread(managed())
 
 
 class _Engine(Engine):
@@ -207,42 +221,48 @@ class _Engine(Engine):
         )
         self._keys = keys
 
-    def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
+    def check_cached(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision | Token:
         principal = self._keys._everyone
         if principal is None:
-            return super().glance(values, wanted)
-        return _judged(principal, wanted)
+            return super().check_cached(values, requirement)
+        return _evaluate(principal, requirement)
 
 
-def _judged(principal: Principal, wanted: Wanted) -> Verdict:
-    denied = _missing_scope(principal.permission, wanted)
-    if denied is None:
+def _evaluate(principal: Principal, requirement: Requirement) -> Decision:
+    deny = _missing_scope(principal.permission, requirement)
+    if deny is None:
         return Allow(principal)
-    settle = functools.partial(_judged, principal)
-    return denied if wanted.is_final else Unsettled(denied.reason, denied.scope, settle=settle)
+    decide = functools.partial(_evaluate, principal)
+    return deny if requirement.is_final else DeferredDeny(deny.reason, deny.scope, decide=decide)
 
 
-def _gates(stack: contextlib.ExitStack, app: Any, engine: Any) -> list[bool]:
+def _replace_in_wrappers(stack: contextlib.ExitStack, app: Any, engine: Any) -> list[bool]:
     """Replace the engine of every middleware that wraps the app or hangs on it."""
     found = []
-    for gate in (app, *(getattr(app, name, None) for name in ("wsgi_app", "asgi_app"))):
-        while isinstance(gate, Gate):
-            stack.callback(gate.use, gate.engine)
-            gate.use(engine())
-            if hasattr(gate, "close"):  # a portal's thread ends with the test
-                stack.callback(gate.close)
+    for middleware in (app, *(getattr(app, name, None) for name in ("wsgi_app", "asgi_app"))):
+        while isinstance(middleware, BaseMiddleware):
+            stack.callback(middleware.use_engine, middleware.engine)
+            middleware.use_engine(engine())
+            if hasattr(middleware, "close"):  # a portal's thread ends with the test
+                stack.callback(middleware.close)
             found.append(True)
-            gate = gate._app
+            middleware = middleware._app
     return found
 
 
-def _replaced(stack: contextlib.ExitStack, app: Any, engine: Any) -> bool:
+def _replace_in_middleware_list(stack: contextlib.ExitStack, app: Any, engine: Any) -> bool:
     """Replace the engine in Starlette's list of middlewares to build."""
     listed = getattr(app, "user_middleware", None)
     if not isinstance(listed, list):
         return False
     before = list(listed)
-    ours = [each for each in before if isinstance(each.cls, type) and issubclass(each.cls, Gate)]
+    ours = [
+        each
+        for each in before
+        if isinstance(each.cls, type) and issubclass(each.cls, BaseMiddleware)
+    ]
 
     def rebuild(middlewares: list[Any]) -> None:
         app.user_middleware[:] = middlewares
@@ -260,10 +280,10 @@ def _replaced(stack: contextlib.ExitStack, app: Any, engine: Any) -> bool:
     return bool(ours)
 
 
-def _finished(work: Coroutine[Any, Any, T]) -> T:
+def _run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
     """The result of work, from any test: on a thread of its own, because a loop may run in this."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 if pytest is not None:

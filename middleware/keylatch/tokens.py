@@ -21,32 +21,32 @@ from typing import Final, NoReturn
 ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 ID_LENGTH: Final = 12  # 71.4 bits
 SECRET_LENGTH: Final = 27  # 160.7 bits
-CHECK_LENGTH: Final = 8  # 47.6 bits
+MAC_LENGTH: Final = 8  # 47.6 bits
 CRC_LENGTH: Final = 6  # 62**6 > 2**32
 MAX_LENGTH: Final = 96
 
-_KEY: Final = "key_"
-_PAIRS: Final = [first + second for first in ALPHABET for second in ALPHABET]
+_KEY_ID_PREFIX: Final = "key_"
+_DIGIT_PAIRS: Final = [first + second for first in ALPHABET for second in ALPHABET]
 _blake2b: Final = hashlib.blake2b
-_TAIL: Final = SECRET_LENGTH + CHECK_LENGTH + CRC_LENGTH
-_ID: Final = slice(-_TAIL - 1 - ID_LENGTH, -_TAIL - 1)
-_SHAPE: Final = re.compile(
-    rf"[a-z][a-z0-9]{{1,15}}_[a-z][a-z0-9]{{0,15}}_[A-Za-z0-9]{{{ID_LENGTH}}}_[A-Za-z0-9]{{{_TAIL}}}"
+_TAIL_LENGTH: Final = SECRET_LENGTH + MAC_LENGTH + CRC_LENGTH
+_ID_SLICE: Final = slice(-_TAIL_LENGTH - 1 - ID_LENGTH, -_TAIL_LENGTH - 1)
+_TOKEN_PATTERN: Final = re.compile(
+    rf"[a-z][a-z0-9]{{1,15}}_[a-z][a-z0-9]{{0,15}}_[A-Za-z0-9]{{{ID_LENGTH}}}_[A-Za-z0-9]{{{_TAIL_LENGTH}}}"
 )
 
 PREFIX_PATTERN: Final = r"[a-z][a-z0-9]{1,15}"
 ENVIRONMENT_PATTERN: Final = r"[a-z][a-z0-9]{0,15}"
 
 SCAN_PATTERN: Final = r"\b[a-z][a-z0-9]{1,15}_[a-z][a-z0-9]{0,15}_[A-Za-z0-9]{12}_[A-Za-z0-9]{41}\b"
-"""Finds keylatch tokens in text; `looks_minted` then tells them from noise by their CRC-32."""
+"""Finds keylatch tokens in text; `has_valid_checksum` tells them from noise by their CRC-32."""
 
 
-_IN_TEXT: Final = re.compile(rf"_[A-Za-z0-9]{{{ID_LENGTH}}}_[A-Za-z0-9]{{{_TAIL}}}")
+_TOKEN_IN_TEXT: Final = re.compile(rf"_[A-Za-z0-9]{{{ID_LENGTH}}}_[A-Za-z0-9]{{{_TAIL_LENGTH}}}")
 
 
-def without_tokens(text: str) -> str:
+def redact_tokens(text: str) -> str:
     """The text with every token in it made unusable, also where several are glued together."""
-    return _IN_TEXT.sub("_...", text)
+    return _TOKEN_IN_TEXT.sub("_...", text)
 
 
 class Token:
@@ -79,7 +79,7 @@ class Token:
     @property
     def key_id(self) -> str:
         """The public id of the key that this token claims to be."""
-        return _KEY + self._text[_ID]
+        return _KEY_ID_PREFIX + self._text[_ID_SLICE]
 
     @property
     def partial(self) -> str:
@@ -119,7 +119,7 @@ def is_well_formed(token: Token) -> bool:
     text = token._text
     return (
         len(text) <= MAX_LENGTH
-        and _SHAPE.fullmatch(text) is not None
+        and _TOKEN_PATTERN.fullmatch(text) is not None
         and text[-CRC_LENGTH:] == _crc(text[:-CRC_LENGTH])
     )
 
@@ -127,15 +127,15 @@ def is_well_formed(token: Token) -> bool:
 def is_native(token: Token) -> bool:
     """Whether a token has the shape of keylatch's own, whatever its checks say: then it is judged
     as one of them, and never as one that was made elsewhere."""
-    return len(token._text) <= MAX_LENGTH and _SHAPE.fullmatch(token._text) is not None
+    return len(token._text) <= MAX_LENGTH and _TOKEN_PATTERN.fullmatch(token._text) is not None
 
 
-def looks_minted(text: str) -> bool:
+def has_valid_checksum(text: str) -> bool:
     """Whether a match of `SCAN_PATTERN` is a keylatch token (its CRC-32 fits) and not noise."""
     return is_well_formed(Token(text))
 
 
-class CheckKeys:
+class MacKeys:
     """The keys of the keyed check: the first one mints, all of them vouch.
 
     Args:
@@ -145,12 +145,12 @@ class CheckKeys:
     __slots__ = ("_keys",)
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        self.learn(keys)
+        self.set_keys(keys)
 
-    def learn(self, keys: Sequence[bytes]) -> None:
+    def set_keys(self, keys: Sequence[bytes]) -> None:
         """Use these from now on: they were rotated."""
         if not keys or any(len(key) < 16 for key in keys):
-            raise ValueError("at least one check key of 16 bytes or more is needed")
+            raise ValueError("at least one MAC key of 16 bytes or more is needed")
         self._keys = tuple(keys)
 
     def mint(self, prefix: str, environment: str, key_id: str | None = None) -> Token:
@@ -168,27 +168,29 @@ class CheckKeys:
             raise ValueError(f"a token prefix matches {PREFIX_PATTERN}")
         if not re.fullmatch(ENVIRONMENT_PATTERN, environment):
             raise ValueError(f"an environment matches {ENVIRONMENT_PATTERN}")
-        name = _random(ID_LENGTH) if key_id is None else key_id.removeprefix(_KEY)
-        body = f"{prefix}_{environment}_{name}_{_random(SECRET_LENGTH)}"
-        body += _check(self._keys[0], body)
+        public_id = (
+            _random_base62(ID_LENGTH) if key_id is None else key_id.removeprefix(_KEY_ID_PREFIX)
+        )
+        body = f"{prefix}_{environment}_{public_id}_{_random_base62(SECRET_LENGTH)}"
+        body += _mac(self._keys[0], body)
         return Token(body + _crc(body))
 
-    def vouch(self, token: Token) -> bool:
+    def verify_mac(self, token: Token) -> bool:
         """Whether this store minted the token; a stranger is refused in about a microsecond."""
         if not is_well_formed(token):
             return False
-        body = token._text[: -CHECK_LENGTH - CRC_LENGTH]
-        check = token._text[-CHECK_LENGTH - CRC_LENGTH : -CRC_LENGTH]
-        return any(hmac.compare_digest(check, _check(key, body)) for key in self._keys)
+        body = token._text[: -MAC_LENGTH - CRC_LENGTH]
+        mac = token._text[-MAC_LENGTH - CRC_LENGTH : -CRC_LENGTH]
+        return any(hmac.compare_digest(mac, _mac(key, body)) for key in self._keys)
 
 
-def _random(length: int) -> str:
+def _random_base62(length: int) -> str:
     return _base62(secrets.randbelow(62**length), length)
 
 
-def _check(key: bytes, body: str) -> str:
+def _mac(key: bytes, body: str) -> str:
     digest = hashlib.blake2s(body.encode(), key=key, digest_size=16).digest()
-    return _base62(int.from_bytes(digest) % 62**CHECK_LENGTH, CHECK_LENGTH)
+    return _base62(int.from_bytes(digest) % 62**MAC_LENGTH, MAC_LENGTH)
 
 
 def _crc(body: str) -> str:
@@ -199,7 +201,7 @@ def _base62(number: int, length: int) -> str:
     digits = []
     for _ in range(length // 2):
         number, pair = divmod(number, 62 * 62)
-        digits.append(_PAIRS[pair])
+        digits.append(_DIGIT_PAIRS[pair])
     if length % 2:
         digits.append(ALPHABET[number % 62])
     return "".join(reversed(digits))

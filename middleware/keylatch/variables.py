@@ -16,102 +16,106 @@ from typing import Any, ClassVar, Final
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX: Final = "KEYLATCH_"
-_FILE: Final = "_file"
+_FILE_SUFFIX: Final = "_file"
 _MAX_FILE_BYTES: Final = 65_536
-_NEARLY_EQUAL: Final = 0.85
-_ALIKE: Final = 0.6
+_STRICT_CUTOFF: Final = 0.85
+_LOOSE_CUTOFF: Final = 0.6
 
 # Imported only to learn its names, and only when a variable is found that is not known yet: one
 # file of variables is often given to the app and to the sidecar.
-_SIDECAR: Final = "keylatch_sidecar"
+_SIDECAR_PACKAGE: Final = "keylatch_sidecar"
 
 # What Kubernetes sets in every pod for a Service `keylatch` or `keylatch-…`
 # (kubernetes.io/docs/concepts/services-networking/service, "Environment variables").
-_OF_A_SERVICE: Final = re.compile(
+_KUBERNETES_VARIABLE: Final = re.compile(
     r"KEYLATCH(_\w+)?(_SERVICE_HOST|_SERVICE_PORT(_\w+)?"
     r"|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
-_ADDRESS_OF_A_SERVICE: Final = re.compile(r"(tcp|udp|sctp)://")
+_KUBERNETES_ADDRESS: Final = re.compile(r"(tcp|udp|sctp)://")
 
 Mistake = tuple[str, str]
 """What is wrong, and a hint."""
 
 
-class Variables(BaseSettings):
+class EnvironmentSettings(BaseSettings):
     """The base of all settings classes: the field `lease` is the variable `KEYLATCH_LEASE`."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True
     )
 
-    kinds: ClassVar[list[type["Variables"]]] = []
+    settings_classes: ClassVar[list[type["EnvironmentSettings"]]] = []
     """Every settings class that was imported so far."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        Variables.kinds.append(cls)
+        EnvironmentSettings.settings_classes.append(cls)
 
 
-def variable(name: str) -> str:
+def variable_name(name: str) -> str:
     """The variable of a field."""
     return PREFIX + name.upper()
 
 
-def unknown(environment: Mapping[str, str]) -> list[Mistake]:
+def find_unknown(environment: Mapping[str, str]) -> list[Mistake]:
     """The variables that look like keylatch's and that nothing reads, each with the name that was
     probably meant. Those that Kubernetes makes of a Service are left out."""
-    strays = [
+    candidates = [
         name
         for name in sorted(environment)
         if name.upper().startswith(PREFIX)
-        if not _is_of_a_service(name, environment[name])
+        if not _is_from_kubernetes(name, environment[name])
     ]
-    if all(name.upper() in _known() for name in strays):
+    if all(name.upper() in _known_names() for name in candidates):
         return []
-    if find_spec(_SIDECAR) is not None:
-        import_module(f"{_SIDECAR}.settings")
-    known = _known()
+    if find_spec(_SIDECAR_PACKAGE) is not None:
+        import_module(f"{_SIDECAR_PACKAGE}.settings")
+    names = _known_names()
     return [
-        (f"{name}: no such setting", _meant(name, known))
-        for name in strays
-        if name.upper() not in known
+        (f"{name}: no such setting", _hint_for(name, names))
+        for name in candidates
+        if name.upper() not in names
     ]
 
 
-def _known() -> set[str]:
-    return {variable(name) for kind in Variables.kinds for name in kind.model_fields}
+def _known_names() -> set[str]:
+    return {
+        variable_name(name)
+        for model in EnvironmentSettings.settings_classes
+        for name in model.model_fields
+    }
 
 
-def _is_of_a_service(name: str, value: str) -> bool:
-    if name.endswith("_PORT") and _ADDRESS_OF_A_SERVICE.match(value):
+def _is_from_kubernetes(name: str, value: str) -> bool:
+    if name.endswith("_PORT") and _KUBERNETES_ADDRESS.match(value):
         return True
-    return _OF_A_SERVICE.fullmatch(name) is not None
+    return _KUBERNETES_VARIABLE.fullmatch(name) is not None
 
 
-def _meant(name: str, known: Collection[str]) -> str:
+def _hint_for(name: str, names: Collection[str]) -> str:
     word = name.upper().removeprefix(PREFIX)
-    words = {each.removeprefix(PREFIX) for each in known}
-    alike = (
-        difflib.get_close_matches(word, words, 1, _NEARLY_EQUAL)
+    words = {each.removeprefix(PREFIX) for each in names}
+    matches = (
+        difflib.get_close_matches(word, words, 1, _STRICT_CUTOFF)
         or sorted((each for each in words if word.startswith(f"{each}_")), key=len)[-1:]
-        or difflib.get_close_matches(word, words, 1, _ALIKE)
+        or difflib.get_close_matches(word, words, 1, _LOOSE_CUTOFF)
     )  # KEYLATCH_REDIS_URL is rather KEYLATCH_REDIS than KEYLATCH_REDIS_FILE
-    if alike:
-        return f"is {PREFIX}{alike[0]} meant?"
+    if matches:
+        return f"is {PREFIX}{matches[0]} meant?"
     return "unset it, or correct it: the README lists all settings"
 
 
-def from_files(
-    kind: type[Variables], given: Mapping[str, Any], hints: Mapping[str, str]
+def read_files(
+    model: type[EnvironmentSettings], arguments: Mapping[str, Any], hints: Mapping[str, str]
 ) -> tuple[dict[str, str], list[Mistake]]:
     """The settings that are in files: `KEYLATCH_STORE_FILE` names one that holds the store's URL.
 
     An argument, in either form, comes before a variable in either form.
 
     Args:
-        kind: whose fields; `x_file` is such a file if there is a field `x` as well.
-        given: the arguments.
+        model: whose fields; `x_file` is such a file if there is a field `x` as well.
+        arguments: given by the caller.
         hints: of each field.
 
     Returns:
@@ -119,19 +123,21 @@ def from_files(
     """
     found: dict[str, str] = {}
     mistakes: list[Mistake] = []
-    for name in (each for each in kind.model_fields if each + _FILE in kind.model_fields):
-        file = name + _FILE
-        by_argument = {each for each in (name, file) if each in given}
-        values = given if by_argument else _from_environment()
+    for name in (each for each in model.model_fields if each + _FILE_SUFFIX in model.model_fields):
+        file_name = name + _FILE_SUFFIX
+        by_argument = {each for each in (name, file_name) if each in arguments}
+        values = arguments if by_argument else _from_environment()
         if by_argument == {name}:
-            found[file] = ""  # whatever the environment says
-        elif values.get(name) and values.get(file):
-            mistakes.append(_wrong(file, f"{variable(name)} is set as well", "set one of the two"))
-        elif values.get(file):
+            found[file_name] = ""  # whatever the environment says
+        elif values.get(name) and values.get(file_name):
+            mistakes.append(
+                _mistake(file_name, f"{variable_name(name)} is set as well", "set one of the two")
+            )
+        elif values.get(file_name):
             try:
-                found[name] = _content(Path(values[file]))
+                found[name] = _read_file(Path(values[file_name]))
             except ValueError as error:
-                mistakes.append(_wrong(file, str(error), hints[file]))
+                mistakes.append(_mistake(file_name, str(error), hints[file_name]))
     return found, mistakes
 
 
@@ -145,11 +151,11 @@ def _from_environment() -> dict[str, str]:
     }
 
 
-def _wrong(name: str, what: str, hint: str) -> Mistake:
-    return f"{variable(name)}: {what}", hint
+def _mistake(name: str, what: str, hint: str) -> Mistake:
+    return f"{variable_name(name)}: {what}", hint
 
 
-def _content(path: Path) -> str:
+def _read_file(path: Path) -> str:
     """What a file holds, without the end of its line.
 
     Raises:
@@ -170,13 +176,13 @@ def _content(path: Path) -> str:
     return text
 
 
-def hand_down(given: Mapping[str, str | None]) -> None:
+def export_variables(settings: Mapping[str, str | None]) -> None:
     """Set the variables of what was given, for processes that are started from here on. The other
     form of the same setting is unset: it would be a mistake beside it, or come before it."""
-    for name, value in given.items():
+    for name, value in settings.items():
         if value is None:
             continue
-        for other in (name + _FILE, name.removesuffix(_FILE)):
-            for each in [each for each in os.environ if each.upper() == variable(other)]:
+        for other in (name + _FILE_SUFFIX, name.removesuffix(_FILE_SUFFIX)):
+            for each in [each for each in os.environ if each.upper() == variable_name(other)]:
                 del os.environ[each]
-        os.environ[variable(name)] = value
+        os.environ[variable_name(name)] = value

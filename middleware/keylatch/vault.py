@@ -16,7 +16,7 @@ from typing import Final
 from keylatch.caches.shared_cache import TTL_SECONDS
 from keylatch.revocation.feed import Receipt
 from keylatch.sql.deeds import OPERATOR
-from keylatch.sql.vault import KINDS, Kept
+from keylatch.sql.vault import KINDS, SecretInfo
 from keylatch.store import Store
 
 SHARED_CACHE_SECONDS: Final = TTL_SECONDS
@@ -24,7 +24,7 @@ SHARED_CACHE_SECONDS: Final = TTL_SECONDS
 something with what it knew before: so long a secret that was replaced has to stay."""
 
 
-class MustStay(Exception):
+class SecretInUse(Exception):
     """A secret that is needed cannot be retired.
 
     Args:
@@ -38,28 +38,28 @@ class MustStay(Exception):
         self.hint = hint
 
 
-class Vault:
+class StoreSecrets:
     """The secrets of an opened store; it never shows one.
 
     Args:
         store: whose secrets.
-        settle: returns when no process decides against a change any more; see `feed.Witness`.
+        wait_until_acknowledged: see `feed.Freshness`.
         clock: seconds since the Unix epoch.
     """
 
     def __init__(
         self,
         store: Store,
-        settle: Callable[[int], Awaitable[Receipt]],
+        wait_until_acknowledged: Callable[[int], Awaitable[Receipt]],
         clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._settle = settle
+        self._wait_until_acknowledged = wait_until_acknowledged
         self._clock = clock
 
-    async def list(self) -> Sequence[Kept]:
+    async def list(self) -> Sequence[SecretInfo]:
         """What there is to know of them, newest first."""
-        return await self._store.kept()
+        return await self._store.list_secrets()
 
     async def rotate(self, kinds: Sequence[str] = KINDS, *, by: str = OPERATOR) -> Receipt:
         """Make everything of these kinds with new secrets from now on.
@@ -70,58 +70,70 @@ class Vault:
         Raises:
             StoreUnavailable: repeat it; it goes on where it was.
         """
-        await self._settle(await self._store.introduce(kinds, self._now_ms(), by=by))
-        return await self._settle(await self._store.promote(kinds, self._now_ms(), by=by))
+        await self._wait_until_acknowledged(
+            await self._store.add_pending_secrets(kinds, self._now_ms(), by=by)
+        )
+        return await self._wait_until_acknowledged(
+            await self._store.promote_secrets(kinds, self._now_ms(), by=by)
+        )
 
-    async def dependants(self, secret_id: int) -> int:
+    async def count_dependent_keys(self, secret_id: int) -> int:
         """How many live keys have a token that was probably made with it, or with an older one:
         those from before its successor. 0 for a pepper, which no key depends on.
 
         Raises:
-            MustStay: see `retire`.
+            SecretInUse: see `retire`.
         """
-        _, successor = await self._replaced(secret_id)
+        _, successor = await self._find_retirable(secret_id)
         if successor.kind != "check":
             return 0
-        return await self._store.made_before(successor.created_at, self._now_ms())
+        return await self._store.count_issued_before(successor.created_at, self._now_ms())
 
     async def retire(self, secret_id: int, *, by: str = OPERATOR) -> Receipt:
         """Delete a secret that was replaced. Tokens whose check was made with it are strangers'
         from then on; a process that remembers such a key may let it in until it forgets it.
 
         Raises:
-            MustStay: there is none, it is still of use, or it was until a moment ago.
+            SecretInUse: there is none, it is still of use, or it was until a moment ago.
             StoreUnavailable: repeat it.
         """
-        await self._replaced(secret_id)
-        seq = await self._store.retire(secret_id, self._replaced_by_ms(), self._now_ms(), by=by)
+        await self._find_retirable(secret_id)
+        seq = await self._store.retire_secret(
+            secret_id, self._replaced_before_ms(), self._now_ms(), by=by
+        )
         if seq is None:
-            raise MustStay("there is no such secret any more", "keylatch secrets list")
-        return await self._settle(seq)
+            raise SecretInUse("there is no such secret any more", "keylatch secrets list")
+        return await self._wait_until_acknowledged(seq)
 
-    async def _replaced(self, secret_id: int) -> tuple[Kept, Kept]:
+    async def _find_retirable(self, secret_id: int) -> tuple[SecretInfo, SecretInfo]:
         """A secret that may go, and the one that came after it."""
-        everything = {secret.id: secret for secret in await self._store.kept()}
-        secret = everything.get(secret_id)
+        by_id = {secret.id: secret for secret in await self._store.list_secrets()}
+        secret = by_id.get(secret_id)
         if secret is None:
-            raise MustStay("there is no such secret", "keylatch secrets list")
+            raise SecretInUse("there is no such secret", "keylatch secrets list")
         newer = [
             other
-            for other in everything.values()
-            if other.kind == secret.kind and other.id > secret.id and other.role != "waits"
+            for other in by_id.values()
+            if other.kind == secret.kind and other.id > secret.id and other.status != "pending"
         ]
-        if secret.role == "waits":
-            raise MustStay("it waits for its first use", "keylatch secrets rotate finishes that")
+        if secret.status == "pending":
+            raise SecretInUse(
+                "it is pending: nothing is made with it yet",
+                "keylatch secrets rotate finishes that",
+            )
         if not newer:
-            raise MustStay("everything new is made with it", "keylatch secrets rotate, then wait")
-        if all(other.created_at > self._replaced_by_ms() for other in newer):
-            raise MustStay(
+            raise SecretInUse(
+                "it is the primary secret: everything new is made with it",
+                "keylatch secrets rotate, then wait",
+            )
+        if all(other.created_at > self._replaced_before_ms() for other in newer):
+            raise SecretInUse(
                 f"it was replaced less than {SHARED_CACHE_SECONDS} seconds ago",
-                "some of what was made with it still goes around: wait",
+                "values made with it may still be in the shared cache: wait",
             )
         return secret, min(newer, key=lambda other: other.id)
 
-    def _replaced_by_ms(self) -> int:
+    def _replaced_before_ms(self) -> int:
         return self._now_ms() - SHARED_CACHE_SECONDS * 1000
 
     def _now_ms(self) -> int:

@@ -15,13 +15,13 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from starlette.authentication import UnauthenticatedUser
 
-from keylatch.gate import Gate
-from keylatch.identity import Peer, ProxyGate
-from keylatch.model import ANY_KEY, Deny, Unsettled, Verdict, Wanted
+from keylatch.gate import BaseMiddleware
+from keylatch.identity import Peer, ProxyIdentity
+from keylatch.model import ANY_KEY, Decision, DeferredDeny, Deny, Requirement
 from keylatch.portal import Portal
 from keylatch.refusals import Refusal
 from keylatch.routing import WSGIRouter
-from keylatch.telemetry.trail import Trail, following, timed
+from keylatch.telemetry.trail import RequestTrace, time_check, tracing_request
 from keylatch.tokens import Token
 
 PRINCIPAL: Final = "keylatch.principal"
@@ -29,59 +29,63 @@ PRINCIPAL: Final = "keylatch.principal"
 REFUSALS: Final = "keylatch.refusals"
 """Where in `environ` a view that asks for more finds the answers to refuse with."""
 
-_FOLLOWED: Final = "keylatch.followed"
+_TRACED: Final = "keylatch.traced"
 _IDENTITY: Final = "HTTP_X_KEYLATCH_"
 _STATUS: Final = {int(status): f"{int(status)} {status.phrase}" for status in HTTPStatus}
 
 
-class APIKeyMiddleware(Gate[WSGIApplication]):
+class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
     """Lets a request pass if it carries a good key, as `environ["keylatch.principal"]`.
 
-    The arguments are those of `keylatch.gate.Gate`, as for ASGI.
+    The arguments are those of `keylatch.gate.BaseMiddleware`, as for ASGI.
     """
 
-    def _prepare(self) -> None:
-        self._portal = Portal.of(self.engine)
+    def _on_engine_bound(self) -> None:
+        self._portal = Portal.for_engine(self.engine)
         # Not through the portal: amid real requests each call in between costs.
-        self._glance = self._check_timed if self._is_followed else self.engine.glance
+        self._check_cached = (
+            self._authenticate_timed if self._traces_requests else self.engine.check_cached
+        )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if self._is_followed and _FOLLOWED not in environ:
-            return self._leave_trail(environ, start_response)
-        strip_identity(environ)
+        if self._traces_requests and _TRACED not in environ:
+            return self._call_traced(environ, start_response)
+        strip_identity_headers(environ)
         environ[REFUSALS] = self._refusals
         method, path = environ["REQUEST_METHOD"], path_of(environ)
-        wanted = self._policy.asked(method, path, environ, self._router)
-        if wanted is None:
+        requirement = self._policy.requirement_for(method, path, environ, self._router)
+        if requirement is None:
             environ[PRINCIPAL] = UnauthenticatedUser()
             return self._app(environ, start_response)
-        verdict = self._glance(authorization(environ), wanted)
-        if isinstance(verdict, Token):
-            verdict = self._portal.resolve(verdict, wanted)
-        if isinstance(verdict, Unsettled):
-            wanted = self._policy.settled(method, path, environ, self._router)
-            verdict = timed(partial(verdict.settle, wanted))
-        if isinstance(verdict, Deny):
-            refusal = self._refusals.refuse(verdict, partial(caller_of, environ))
+        decision = self._check_cached(authorization(environ), requirement)
+        if isinstance(decision, Token):
+            decision = self._portal.check(decision, requirement)
+        if isinstance(decision, DeferredDeny):
+            requirement = self._policy.routed_requirement(method, path, environ, self._router)
+            decision = time_check(partial(decision.decide, requirement))
+        if isinstance(decision, Deny):
+            refusal = self._refusals.refuse(decision, partial(client_info_of, environ))
             return refuse(refusal, environ, start_response)
-        environ[PRINCIPAL] = verdict.principal
-        if self.engine.sees_clients:
-            self.engine.see(verdict.principal.key_id, partial(caller_of, environ))
+        environ[PRINCIPAL] = decision.principal
+        if self.engine.records_clients:
+            self.engine.record_client(decision.principal.key_id, partial(client_info_of, environ))
         return self._app(environ, start_response)
 
-    def _router_of(self, app: WSGIApplication) -> WSGIRouter:
+    def _make_router(self, app: WSGIApplication) -> WSGIRouter:
         return WSGIRouter(app)
 
-    def _check_timed(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict:
-        return timed(lambda: self._portal.check(values, wanted))
+    def _authenticate_timed(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision:
+        return time_check(lambda: self._portal.authenticate(values, requirement))
 
-    def _leave_trail(
+    def _call_traced(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        environ[_FOLLOWED] = True
-        with trail_of(environ) as trail:
+        environ[_TRACED] = True
+        with request_trace_of(environ) as trace:
             if self.engine.settings.timing == "on":
-                start_response = _telling(trail, start_response)
+                start_response = _with_headers(trace, start_response)
             return self(environ, start_response)
 
     def close(self) -> None:
@@ -89,10 +93,10 @@ class APIKeyMiddleware(Gate[WSGIApplication]):
         self._portal.close()
 
 
-class ProxyIdentityMiddleware(ProxyGate[WSGIApplication]):
+class ProxyIdentityMiddleware(ProxyIdentity[WSGIApplication]):
     """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
 
-    The arguments are those of `keylatch.identity.ProxyGate`. Servers fold look-alike spellings
+    The arguments are those of `keylatch.identity.ProxyIdentity`. Servers fold look-alike spellings
     into one name and join their values with commas, which no identity holds: both are refused.
     """
 
@@ -103,19 +107,19 @@ class ProxyIdentityMiddleware(ProxyGate[WSGIApplication]):
             if name.startswith(_IDENTITY)
         ]
         method, path = environ["REQUEST_METHOD"], path_of(environ)
-        verdict = self.judge(peer_of(environ), headers, method, path, environ)
-        strip_identity(environ)
+        decision = self.evaluate(peer_of(environ), headers, method, path, environ)
+        strip_identity_headers(environ)
         environ[REFUSALS] = self._refusals
-        if isinstance(verdict, Deny):
-            return refuse(self._refusals.of(verdict), environ, start_response)
-        environ[PRINCIPAL] = UnauthenticatedUser() if verdict is None else verdict.principal
+        if isinstance(decision, Deny):
+            return refuse(self._refusals.refusal_for(decision), environ, start_response)
+        environ[PRINCIPAL] = UnauthenticatedUser() if decision is None else decision.principal
         return self._app(environ, start_response)
 
-    def _router_of(self, app: WSGIApplication) -> WSGIRouter:
+    def _make_router(self, app: WSGIApplication) -> WSGIRouter:
         return WSGIRouter(app)
 
 
-def strip_identity(environ: WSGIEnvironment) -> None:
+def strip_identity_headers(environ: WSGIEnvironment) -> None:
     """Drop headers that pose as keylatch's; servers have folded their names already (RFC 3875
     section 4.1.18)."""
     if _IDENTITY in "\0".join(environ):  # one search and no loop: nearly nobody sends them
@@ -132,12 +136,12 @@ def authorization(environ: WSGIEnvironment) -> tuple[bytes, ...]:
 def peer_of(environ: WSGIEnvironment) -> str | Peer:
     """The address at the other end; without one, a Unix socket if the server says that it is."""
     address: str = environ.get("REMOTE_ADDR") or ""
-    if _came_over_unix(environ, address):
+    if _is_unix_socket(environ, address):
         return Peer.UNIX_SOCKET
     return address or Peer.UNKNOWN
 
 
-def _came_over_unix(environ: WSGIEnvironment, address: str) -> bool:
+def _is_unix_socket(environ: WSGIEnvironment, address: str) -> bool:
     # PEP 3333 has no word for it, so each server has its own. gunicorn's SERVER_NAME and
     # SERVER_PORT are what the client says in `Host`.
     if "gunicorn.socket" in environ:
@@ -150,15 +154,15 @@ def _came_over_unix(environ: WSGIEnvironment, address: str) -> bool:
     return False
 
 
-def caller_of(environ: WSGIEnvironment) -> tuple[str | None, str | None]:
+def client_info_of(environ: WSGIEnvironment) -> tuple[str | None, str | None]:
     """Address and user agent."""
     return environ.get("REMOTE_ADDR"), environ.get("HTTP_USER_AGENT")
 
 
-def trail_of(environ: WSGIEnvironment) -> AbstractContextManager[Trail]:
+def request_trace_of(environ: WSGIEnvironment) -> AbstractContextManager[RequestTrace]:
     """The trail of the request, until the end of the block."""
     given = environ.get("HTTP_X_REQUEST_ID", "").encode("latin-1", "replace")
-    return following([(b"x-request-id", given)])
+    return tracing_request([(b"x-request-id", given)])
 
 
 def path_of(environ: WSGIEnvironment) -> str:
@@ -167,14 +171,14 @@ def path_of(environ: WSGIEnvironment) -> str:
     return path if path.isascii() else path.encode("latin-1").decode("utf-8", "replace")
 
 
-def _telling(trail: Trail, start_response: StartResponse) -> StartResponse:
+def _with_headers(trace: RequestTrace, start_response: StartResponse) -> StartResponse:
     """The callable, with what the trail tells among the headers."""
 
-    def told(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
-        more = [(name.decode(), value.decode()) for name, value in trail.headers()]
+    def start_with_headers(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+        more = [(name.decode(), value.decode()) for name, value in trace.headers()]
         return start_response(status, [*headers, *more], *error)
 
-    return told
+    return start_with_headers
 
 
 def refuse(

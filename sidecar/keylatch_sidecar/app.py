@@ -16,23 +16,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch_sidecar import health, leaked, metrics, openapi
-from keylatch_sidecar.audience import METRICS_PATHS, Place, came_to
-from keylatch_sidecar.followed import followed
+from keylatch_sidecar.audience import METRICS_PATHS, ListenerAddress, listener_of
+from keylatch_sidecar.followed import trace_requests
 from keylatch_sidecar.management import audit, key_usage, rotation, sendook, unsent
 from keylatch_sidecar.management.problems import Problem, no_such_key
 from keylatch_sidecar.proxies import ext_authz, verify
-from keylatch_sidecar.proxies.answers import Proxies
-from keylatch_sidecar.proxies.facts import PROFILES
+from keylatch_sidecar.proxies.answers import ForwardAuth
+from keylatch_sidecar.proxies.facts import SOURCES
 from keylatch_sidecar.settings import ProxySettings
 
 ROUTES = [
     Route("/v1/api-keys", unsent.Keys),
-    Route("/v1/api-keys/self", rotation.Self),
-    Route("/v1/api-keys/revoke-all", rotation.Everything),
+    Route("/v1/api-keys/self", rotation.OwnKey),
+    Route("/v1/api-keys/revoke-all", rotation.AllKeys),
     Route("/v1/api-keys/{id}/rotate", rotation.Rotation),
     Route("/v1/api-keys/{id}/rotate/cancel", rotation.CancelledRotation),
     Route("/v1/api-keys/{id}/rotate/finish", rotation.FinishedRotation),
-    Route("/v1/api-keys/{id}/usage", key_usage.OneKeysUsage),
+    Route("/v1/api-keys/{id}/usage", key_usage.OneKeyUsage),
     Route("/v1/api-keys/{id:path}", unsent.OneKey),
     Route("/v1/audit", audit.Audit),
     Route("/v1/api_keys", sendook.Keys),
@@ -43,9 +43,9 @@ ROUTES = [
     Route("/metrics", metrics.metrics),
     Route("/openapi.json", openapi.document),
 ]
-_OF_KEYS: Final = ("/v1/api-keys/", "/v1/api_keys/")
-_FOR_PROXIES: Final = ("/healthz", "/readyz")
-_NOTHING: Final = unsent.spell(Problem(404, "Not Found"))
+_KEY_PATHS: Final = ("/v1/api-keys/", "/v1/api_keys/")
+_PROBE_PATHS: Final = ("/healthz", "/readyz")
+_NOT_FOUND: Final = unsent.render_error(Problem(404, "Not Found"))
 _GRPC_GRACE_SECONDS: Final = 2.0
 
 
@@ -66,40 +66,40 @@ def create_app(
     engine: Engine,
     settings: ProxySettings | None = None,
     *,
-    admin: Place = None,
-    metrics_at: Place = None,
+    admin_address: ListenerAddress = None,
+    metrics_address: ListenerAddress = None,
     grpc: GRPCListener | None = None,
-    siblings: Path | None = None,
+    worker_directory: Path | None = None,
 ) -> ASGIApp:
     """The sidecar around an engine, which it starts and stops.
 
     Args:
         engine: judges tokens and manages keys.
         settings: how proxies ask; None: from the environment.
-        admin: the port, or the Unix socket's path, where alone keys are managed; None: everywhere.
-        metrics_at: where metrics and readiness are told without a key, and nothing else; None:
+        admin_address: port or path of the only listener that manages keys; None: all listeners.
+        metrics_address: where metrics and readiness are told without a key, and nothing else; None:
             nowhere.
         grpc: where proxies ask over gRPC; None: nowhere.
-        siblings: where workers that share a port find each other; None: there is one.
+        worker_directory: where workers that share a port find each other; None: there is one.
     """
     settings = settings or ProxySettings.load()
     engine.store.audit_days = engine.settings.audit_days
-    proxies = Proxies(engine, settings.proxy_cache_ttl)
-    reports = leaked.Reports(engine)
-    page = metrics.Page(engine, siblings)
+    forward_auth = ForwardAuth(engine, settings.proxy_cache_ttl)
+    leak_reports = leaked.ReportQueue(engine)
+    metrics_page = metrics.Page(engine, worker_directory)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(engine.stop)
             await engine.start()
-            stack.push_async_callback(reports.end)
-            await stack.enter_async_context(page.shared())
+            stack.push_async_callback(leak_reports.close)
+            await stack.enter_async_context(metrics_page.shared())
             if grpc is not None:
                 from keylatch_sidecar.proxies import grpc_authz  # an extra
 
                 server = await grpc_authz.serve(
-                    proxies, engine, grpc.address, is_shared=grpc.is_shared
+                    forward_auth, engine, grpc.address, is_shared=grpc.is_shared
                 )
                 stack.push_async_callback(server.stop, _GRPC_GRACE_SECONDS)
             yield
@@ -110,60 +110,64 @@ def create_app(
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     management.state.engine = engine
-    management.state.private = {admin, metrics_at} - {None}
-    management.state.reports = reports
-    management.state.metrics = page
+    management.state.private_addresses = {admin_address, metrics_address} - {None}
+    management.state.reports = leak_reports
+    management.state.metrics = metrics_page
     management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
-    verifying = verify.Verify(proxies, PROFILES[settings.verify_facts])
-    authorizing = ext_authz.ExtAuthz(proxies, PROFILES[settings.ext_authz_facts])
+    verify_endpoint = verify.Verify(forward_auth, SOURCES[settings.verify_request])
+    ext_authz_endpoint = ext_authz.ExtAuthz(forward_auth, SOURCES[settings.ext_authz_request])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if metrics_at is not None and came_to(scope) == metrics_at:
+        if metrics_address is not None and listener_of(scope) == metrics_address:
             is_served = scope["type"] == "http" and scope["path"] in METRICS_PATHS
-            await (management if is_served else _NOTHING)(scope, receive, send)
+            await (management if is_served else _NOT_FOUND)(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] == verify.PATH:
-            await verifying(scope, receive, send)
-        elif scope["type"] == "http" and ext_authz.is_asked(scope["path"]):
-            await authorizing(scope, receive, send)
-        elif scope["type"] != "http" or _is_served(scope, admin):
+            await verify_endpoint(scope, receive, send)
+        elif scope["type"] == "http" and ext_authz.matches(scope["path"]):
+            await ext_authz_endpoint(scope, receive, send)
+        elif scope["type"] != "http" or _is_served_here(scope, admin_address):
             await management(scope, receive, send)
         else:
-            await _NOTHING(scope, receive, send)
+            await _NOT_FOUND(scope, receive, send)
 
-    if not engine.settings.is_followed:
+    if not engine.settings.traces_requests:
         return app
-    return followed(app, tells=engine.settings.timing == "on")
+    return trace_requests(app, timing_headers=engine.settings.timing == "on")
 
 
-def _is_served(scope: Scope, admin: Place) -> bool:
+def _is_served_here(scope: Scope, admin_address: ListenerAddress) -> bool:
     """Whether what is not for proxies may be asked where this request came to."""
-    return admin in (None, came_to(scope)) or scope["path"] in _FOR_PROXIES
+    return admin_address in (None, listener_of(scope)) or scope["path"] in _PROBE_PATHS
 
 
 def from_environment(
-    admin: Place = None,
-    metrics_at: Place = None,
+    admin_address: ListenerAddress = None,
+    metrics_address: ListenerAddress = None,
     grpc: GRPCListener | None = None,
-    siblings: Path | None = None,
+    worker_directory: Path | None = None,
 ) -> ASGIApp:
     """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
     return create_app(
-        Engine(Settings.load()), admin=admin, metrics_at=metrics_at, grpc=grpc, siblings=siblings
+        Engine(Settings.load()),
+        admin_address=admin_address,
+        metrics_address=metrics_address,
+        grpc=grpc,
+        worker_directory=worker_directory,
     )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     http = cast(HTTPException, error)
-    if http.status_code == 404 and request.scope["path"].startswith(_OF_KEYS):
-        return _spelled(request, no_such_key())  # an id that even the router takes for none
-    return _spelled(request, Problem(http.status_code, http.detail, headers=http.headers))
+    if http.status_code == 404 and request.scope["path"].startswith(_KEY_PATHS):
+        return _render_error(request, no_such_key())  # an id that even the router takes for none
+    return _render_error(request, Problem(http.status_code, http.detail, headers=http.headers))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    return _spelled(request, Problem(500, "Something went wrong here; it was logged"))
+    return _render_error(request, Problem(500, "Something went wrong here; it was logged"))
 
 
-def _spelled(request: Request, problem: Problem) -> Response:
+def _render_error(request: Request, problem: Problem) -> Response:
     if request.url.path.startswith("/v1/api_keys"):
-        return sendook.spell(problem)
-    return unsent.spell(problem)
+        return sendook.render_error(problem)
+    return unsent.render_error(problem)

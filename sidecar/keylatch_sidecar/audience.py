@@ -20,46 +20,46 @@ METRICS_PATHS: Final = ("/metrics", "/healthz", "/readyz")
 """What the listener for metrics serves."""
 
 Handler = Callable[[Request], Awaitable[Response]]
-Place = int | str | None
+ListenerAddress = int | str | None
 """A listener as a request's scope names it: its port, or its Unix socket's path. None: none."""
 
 
-def came_to(scope: Scope) -> Place:
+def listener_of(scope: Scope) -> ListenerAddress:
     """The listener that a request came to."""
     host, port = scope.get("server") or (None, None)
     return host if port is None else port
 
 
-def for_operators(handler: Handler) -> Handler:
+def operators_only(handler: Handler) -> Handler:
     """Decorates an endpoint that is for operators alone: others are refused."""
 
     @functools.wraps(handler)
-    async def answer(request: Request) -> Response:
+    async def wrapper(request: Request) -> Response:
         try:
-            if not _is_private(request):
-                await access.manager(request)
+            if not _is_private_listener(request):
+                await access.authenticate_manager(request)
         except Problem as problem:
-            return unsent.spell(problem)
+            return unsent.render_error(problem)
         except KeylatchError:
-            return unsent.spell(unavailable())
+            return unsent.render_error(unavailable())
         return await handler(request)
 
-    return answer
+    return wrapper
 
 
-async def is_admitted(request: Request) -> bool:
+async def is_operator(request: Request) -> bool:
     """Whether an endpoint that is for all may tell what is for operators; what cannot be found out
     now is a no."""
-    if _is_private(request):
+    if _is_private_listener(request):
         return True
     if "authorization" not in request.headers:  # a probe: no check that failed
         return False
     try:
-        await access.manager(request)
+        await access.authenticate_manager(request)
     except (Problem, KeylatchError):
         return False
     return True
 
 
-def _is_private(request: Request) -> bool:
-    return came_to(request.scope) in request.app.state.private
+def _is_private_listener(request: Request) -> bool:
+    return listener_of(request.scope) in request.app.state.private_addresses

@@ -26,11 +26,16 @@ from keylatch.model import FULL, Allow, Reason
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
 from keylatch.tokens import SCAN_PATTERN
-from keylatch.variables import hand_down
+from keylatch.variables import export_variables
 from keylatch_sidecar.commands import life as life_commands
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.audit import audit
-from keylatch_sidecar.commands.backup import backup, ended, restore, restored
+from keylatch_sidecar.commands.backup import (
+    apply_revocations,
+    backup,
+    export_revocations,
+    restore,
+)
 from keylatch_sidecar.commands.bench import bench
 from keylatch_sidecar.commands.command import find, with_engine, with_keyring
 from keylatch_sidecar.commands.doctor import doctor
@@ -38,7 +43,7 @@ from keylatch_sidecar.commands.migrate import migrate
 from keylatch_sidecar.commands.options import (
     AuditDaysOption,
     ClientsOption,
-    ExtAuthzFactsOption,
+    ExtAuthzRequestOption,
     HasherOption,
     IdleOption,
     JSONOption,
@@ -58,14 +63,14 @@ from keylatch_sidecar.commands.options import (
     StoreOption,
     TimingOption,
     TracingOption,
-    VerifyFactsOption,
+    VerifyRequestOption,
 )
 from keylatch_sidecar.commands.scan import scan
 from keylatch_sidecar.commands.secrets import secrets
 from keylatch_sidecar.commands.usage import usage
 from keylatch_sidecar.intake import batches as intake
 from keylatch_sidecar.intake import key_file
-from keylatch_sidecar.proxies.answers import wanted_of
+from keylatch_sidecar.proxies.answers import all_of
 from keylatch_sidecar.settings import ProxySettings
 
 T = TypeVar("T")
@@ -88,6 +93,10 @@ keys = typer.Typer(help="Manage the keys of an organisation.", no_args_is_help=T
 cli.add_typer(keys, name="keys")
 organizations = typer.Typer(help="Disable or enable an organisation.", no_args_is_help=True)
 cli.add_typer(organizations, name="organizations")
+revocations = typer.Typer(
+    help="Export what is revoked or disabled, and apply it after a restore.", no_args_is_help=True
+)
+cli.add_typer(revocations, name="revocations")
 
 
 life_commands.register(keys, organizations)
@@ -97,11 +106,11 @@ cli.command()(doctor)
 cli.command()(migrate)
 cli.command()(backup)
 cli.command()(restore)
-cli.command()(restored)
-keys.command()(ended)
 keys.command()(usage)
 cli.command()(scan)
 cli.add_typer(secrets, name="secrets")
+revocations.command("export")(export_revocations)
+revocations.command("apply")(apply_revocations)
 
 
 def main() -> None:
@@ -114,9 +123,9 @@ def main() -> None:
     try:
         cli()
     except ConfigurationError as error:
-        for wrong, hint in error.mistakes:
-            terminal.say(wrong, hint)
-        sys.exit(terminal.UNUSABLE)
+        for message, hint in error.mistakes:
+            terminal.print_error(message, hint)
+        sys.exit(terminal.ERROR)
 
 
 @cli.command()
@@ -152,8 +161,8 @@ def serve(
     log_failures: LogFailuresOption = None,
     timing: TimingOption = None,
     tracing: TracingOption = None,
-    verify_facts: VerifyFactsOption = None,
-    ext_authz_facts: ExtAuthzFactsOption = None,
+    verify_request: VerifyRequestOption = None,
+    ext_authz_request: ExtAuthzRequestOption = None,
     proxy_cache_ttl: ProxyCacheOption = None,
 ) -> None:
     """Serve the management endpoints and answer proxies' verify calls."""
@@ -162,63 +171,70 @@ def serve(
     from keylatch_sidecar.serving import Listener
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
-    given = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
-    given |= {"max_keys": max_keys, "max_changes": max_changes, "audit_days": audit_days}
-    given |= {"clients": clients, "log": log, "timing": timing, "tracing": tracing}
-    given |= {"log_failures": log_failures}
-    given |= {"pepper_file": pepper_file}
-    proxies = {
-        "verify_facts": verify_facts,
-        "ext_authz_facts": ext_authz_facts,
+    options = {"store": store, "redis": redis, "prefix": prefix, "hasher": hasher, "lease": lease}
+    options |= {"max_keys": max_keys, "max_changes": max_changes, "audit_days": audit_days}
+    options |= {"clients": clients, "log": log, "timing": timing, "tracing": tracing}
+    options |= {"log_failures": log_failures}
+    options |= {"pepper_file": pepper_file}
+    proxy_options = {
+        "verify_request": verify_request,
+        "ext_authz_request": ext_authz_request,
         "proxy_cache_ttl": proxy_cache_ttl,
     }
-    settings = _all_or_every_mistake(
-        lambda: Settings.load(**given), lambda: ProxySettings.load(**proxies)
+    settings = _load_all(
+        lambda: Settings.load(**options), lambda: ProxySettings.load(**proxy_options)
     )
     _prepare_store(settings)
-    hand_down(given | proxies)  # to the workers
+    export_variables(options | proxy_options)  # to the workers
     listener = Listener(host, port, uds)
     admin = Listener.optional(admin_host, admin_port, admin_uds)
     grpc = Listener.optional(host, grpc_port, grpc_uds)
     metrics = Listener.optional(metrics_host, metrics_port, None)
-    taken = [other.key for other in (listener, admin, grpc, metrics) if other is not None]
-    if len(set(taken)) < len(taken):
-        terminal.fail("two want to listen in the same place", "another port", terminal.UNUSABLE)
+    addresses = [
+        other.scope_address for other in (listener, admin, grpc, metrics) if other is not None
+    ]
+    if len(set(addresses)) < len(addresses):
+        terminal.fail("two listeners have the same address", "another port", terminal.ERROR)
     if grpc is not None:
         if workers > 1 and grpc.uds is not None:
-            wrong = "several workers cannot share a Unix socket for gRPC"
-            terminal.fail(wrong, "--grpc-port, or one worker", terminal.UNUSABLE)
+            message = "several workers cannot share a Unix socket for gRPC"
+            terminal.fail(message, "--grpc-port, or one worker", terminal.ERROR)
         try:
             import keylatch_sidecar.proxies.grpc_authz  # noqa: F401 - here, and not in every worker
         except ImportError as error:
-            wrong, _, hint = str(error).partition(": ")
-            terminal.fail(wrong, hint, terminal.UNUSABLE)
+            message, _, hint = str(error).partition(": ")
+            terminal.fail(message, hint, terminal.ERROR)
     try:
         started = serving.run(
-            listener, admin, grpc, workers, metrics=metrics, logs_json=settings.log == "json"
+            listener,
+            admin,
+            grpc,
+            workers,
+            metrics_listener=metrics,
+            logs_json=settings.log == "json",
         )
     except serving.TooFewDescriptors as error:
         hint = f"ulimit -n, or LimitNOFILE= of systemd: {MIN_DESCRIPTORS} at least"
-        terminal.fail(str(error), hint, terminal.UNUSABLE)
+        terminal.fail(str(error), hint, terminal.ERROR)
     except serving.CannotListen as error:
-        terminal.fail(str(error), "another address, port or path", terminal.UNUSABLE)
+        terminal.fail(str(error), "another address, port or path", terminal.ERROR)
     if not started:
         terminal.fail(
-            f"nothing is served on {listener}", "the lines above say why", terminal.UNUSABLE
+            f"the server did not start on {listener}", "see the lines above", terminal.ERROR
         )
 
 
-def _all_or_every_mistake(first: Callable[[], T], *others: Callable[[], object]) -> T:
+def _load_all(first: Callable[[], T], *others: Callable[[], object]) -> T:
     """The first one's result, or what any of them found wrong."""
     results: list[T] = []
-    mistakes: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     for load in (lambda: results.append(first()), *others):
         try:
             load()
         except ConfigurationError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise ConfigurationError(mistakes)
+            errors += error.mistakes
+    if errors:
+        raise ConfigurationError(errors)
     return results[0]
 
 
@@ -245,7 +261,7 @@ def create(
             name,
             permission=permission,
             environment=environment,
-            expires_at=life_commands.end_of(keyring.now_ms(), expires_in, expires_at),
+            expires_at=life_commands.expiry_of(keyring.now_ms(), expires_in, expires_at),
             metadata=life_commands.metadata_of(metadata),
         )
 
@@ -255,7 +271,7 @@ def create(
         terminal.print_json(terminal.as_json(created.record) | {"token": created.token.reveal()})
         return
     terminal.print_token(created.token)
-    terminal.words.print(
+    terminal.stderr.print(
         f"Created {created.record.id} ({created.record.permission}) for {organization}. "
         "The token above is shown this once."
     )
@@ -266,7 +282,7 @@ def import_keys(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="JSON lines or CSV; - reads standard input.")
     ],
-    form: Annotated[
+    file_format: Annotated[
         str | None,
         typer.Option(
             "--format", help="jsonl or csv.", show_default="by the file's name, else jsonl"
@@ -291,25 +307,25 @@ def import_keys(
     itself as "raw"; such keys are reported and never printed.
     """
     settings = Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher)
-    form = intake.form_of(file, form)
+    file_format = intake.file_format(file, file_format)
     defaults = key_file.Defaults(organization, permission, environment)
 
     async def run(keyring: Keyring, stream: TextIO) -> str:
-        asked = await asyncio.to_thread(
-            key_file.read, stream, form, defaults, keyring.faults, from_line
+        rows = await asyncio.to_thread(
+            key_file.read, stream, file_format, defaults, keyring.validate, from_line
         )
         if dry_run:
-            await intake.foresee(keyring, asked, batch)
-            return f"The file asks for {len(asked):,} keys; nothing was created."
-        intake.forewarn(intake.hashed_here(asked), settings.hasher)
-        return (await intake.make(keyring, asked, batch)).told()
+            await intake.preview(keyring, rows, batch)
+            return f"The file asks for {len(rows):,} keys; nothing was created."
+        intake.warn_of_hashing_cost(intake.count_to_hash(rows), settings.hasher)
+        return (await intake.import_rows(keyring, rows, batch)).summary()
 
     try:
-        with intake.opened(file) as stream:
-            told = with_keyring(settings, lambda keyring: run(keyring, stream))
-    except key_file.Mistakes as mistakes:
-        intake.refuse(mistakes)
-    terminal.words.print(told)
+        with intake.open_input(file) as stream:
+            summary = with_keyring(settings, lambda keyring: run(keyring, stream))
+    except key_file.FileErrors as mistakes:
+        intake.exit_with_errors(mistakes)
+    terminal.stderr.print(summary)
 
 
 @keys.command("list")
@@ -326,16 +342,16 @@ def list_keys(
         terminal.fail(
             "no organisation has such a name",
             f"it matches {ORGANIZATION_PATTERN}",
-            terminal.UNUSABLE,
+            terminal.ERROR,
         )
     show = terminal.print_json_of if as_json else terminal.print_table_of
 
     async def run(keyring: Keyring) -> None:
-        is_first, left = True, limit or sys.maxsize
+        is_first, remaining = True, limit or sys.maxsize
         async for page in keyring.pages(organization, idle_days=idle):
-            records = page.records[:left]
-            left -= len(records)
-            is_last = left == 0 or page.goes_on_after is None
+            records = page.records[:remaining]
+            remaining -= len(records)
+            is_last = remaining == 0 or page.next_cursor is None
             # In a thread, because writing may take long: see `intake`.
             await asyncio.to_thread(show, records, is_first, is_last)
             if is_last:
@@ -356,7 +372,7 @@ def show(
     """Show one key."""
     settings = Settings.load(store=store, redis=redis)
     record = with_engine(settings, lambda engine: find(engine, key_id, organization))
-    record = terminal.known(record)
+    record = terminal.require_found(record)
     if as_json:
         terminal.print_json(terminal.as_json(record))
     else:
@@ -380,14 +396,14 @@ def enable(
 
 
 def _set_active(organization: str, active: bool, settings: Settings) -> None:
-    known = re.fullmatch(ORGANIZATION_PATTERN, organization)
-    receipt = known and with_keyring(
+    is_valid_name = re.fullmatch(ORGANIZATION_PATTERN, organization)
+    receipt = is_valid_name and with_keyring(
         settings, lambda keyring: keyring.set_organization_active(organization, active)
     )
     if not receipt:
         terminal.fail("there is no such organisation", "its first key makes it", terminal.REFUSED)
-    terminal.words.print(
-        f"{'Enabled' if active else 'Disabled'} {organization}: {terminal.spread(receipt)}."
+    terminal.stderr.print(
+        f"{'Enabled' if active else 'Disabled'} {organization}: {terminal.propagation(receipt)}."
     )
 
 
@@ -400,26 +416,26 @@ def verify(
     store: StoreOption = None,
     redis: RedisOption = None,
 ) -> None:
-    """Judge a token read from standard input: exit 0 allowed, 1 refused, 2 cannot decide."""
+    """Check a token read from standard input: exit 0 allowed, 1 refused, 2 cannot decide."""
     if context.args:
         terminal.refuse_token_in_argument()
-    typed = sys.stdin.buffer.readline(1024).strip()
-    token = credentials.read([b"Bearer " + typed], barred=True)
+    line = sys.stdin.buffer.readline(1024).strip()
+    token = credentials.read([b"Bearer " + line], allow_pipe=True)
     if isinstance(token, Reason):
         terminal.fail(
             "there is no token on standard input", "keylatch verify < token.txt", terminal.REFUSED
         )
-    wanted = wanted_of(permission or ())
+    requirement = all_of(permission or ())
     settings = Settings.load(store=store, redis=redis)
-    verdict = with_engine(settings, lambda engine: engine.resolve(token, wanted))
-    if isinstance(verdict, Allow):
-        terminal.words.print(
-            f"Allowed: {verdict.principal.key_id} ({verdict.principal.permission})"
+    decision = with_engine(settings, lambda engine: engine.check(token, requirement))
+    if isinstance(decision, Allow):
+        terminal.stderr.print(
+            f"Allowed: {decision.principal.key_id} ({decision.principal.permission})"
         )
         return
-    answer = ANSWERS[verdict.reason]
-    code = terminal.UNUSABLE if answer.status == 503 else terminal.REFUSED
-    terminal.words.print(f"Refused: {answer.error}")
+    answer = ANSWERS[decision.reason]
+    code = terminal.ERROR if answer.status == 503 else terminal.REFUSED
+    terminal.stderr.print(f"Refused: {answer.error}")
     raise typer.Exit(code)
 
 
@@ -440,4 +456,4 @@ def _prepare_store(settings: Settings) -> None:
     try:
         asyncio.run(run())
     except KeylatchError as error:
-        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
+        terminal.fail(error.message, error.hint, terminal.ERROR)

@@ -2,23 +2,23 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from keylatch.asgi import telling
-from keylatch.telemetry.trail import following
+from keylatch.asgi import with_headers
+from keylatch.telemetry.trail import tracing_request
 
 
-def followed(app: ASGIApp, *, tells: bool) -> ASGIApp:
+def trace_requests(app: ASGIApp, *, timing_headers: bool) -> ASGIApp:
     """The app, whose requests leave a trail.
 
     Args:
         app: answers.
-        tells: whether the answers say how long the check took, and who knew.
+        timing_headers: whether the answers say how long the check took, and who knew.
     """
 
-    async def follow(scope: Scope, receive: Receive, send: Send) -> None:
+    async def traced_app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        with following(scope["headers"]) as trail:
-            await app(scope, receive, telling(trail, send) if tells else send)
+        with tracing_request(scope["headers"]) as trace:
+            await app(scope, receive, with_headers(trace, send) if timing_headers else send)
 
-    return follow
+    return traced_app

@@ -1,4 +1,4 @@
-"""Is it up, could it check a key now, and which part of it is not as it should be?"""
+"""Is it up, could it check a key now, and which component of it is not as it should be?"""
 
 from typing import Literal
 
@@ -8,18 +8,18 @@ from starlette.responses import Response
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.telemetry import condition
-from keylatch_sidecar.audience import is_admitted
-from keylatch_sidecar.management.bodies import JSON, Shape, iso
+from keylatch_sidecar.audience import is_operator
+from keylatch_sidecar.management.bodies import JSON, ResponseBody, iso
 
 
-class Health(Shape):
+class Liveness(ResponseBody):
     """`ok`."""
 
     status: str
 
 
-class Part(Shape):
-    """How a part is: `ok`, `degraded` (keys are still decided on), `unavailable`, or `off` (there
+class Component(ResponseBody):
+    """`ok`, `degraded` (keys are still decided on), `unavailable`, or `off` (there
     is none); since when; and what is the matter, if anything is."""
 
     state: Literal["ok", "degraded", "unavailable", "off"]
@@ -27,27 +27,27 @@ class Part(Shape):
     reason: str
 
 
-class Parts(Shape):
+class Components(ResponseBody):
     """What a check may need."""
 
-    store: Part
-    lease: Part
-    redis: Part
-    hashing: Part
-    usage: Part
+    store: Component
+    lease: Component
+    redis: Component
+    hashing: Component
+    usage: Component
 
 
-class Readiness(Shape):
-    """`ok`, or `unavailable` while keys could not be checked; and each part, where the caller may
+class Readiness(ResponseBody):
+    """`ok`, or `unavailable` while no key can be checked; and each component, where the caller may
     know that."""
 
     status: str
-    parts: Parts | None = None
+    components: Components | None = None
 
 
 async def healthz(request: Request) -> Response:
     """Live: the process answers."""
-    return JSON(Health(status="ok"))
+    return JSON(Liveness(status="ok"))
 
 
 async def readyz(request: Request) -> Response:
@@ -56,18 +56,18 @@ async def readyz(request: Request) -> Response:
     try:
         await engine.ready()
     except KeylatchError:  # the store's condition is in the log
-        return JSON(await _told(request, "unavailable"), 503, {"Retry-After": "1"})
-    return JSON(await _told(request, "ok"))
+        return JSON(await _body(request, "unavailable"), 503, {"Retry-After": "1"})
+    return JSON(await _body(request, "ok"))
 
 
-async def _told(request: Request, status: str) -> Shape:
-    if not await is_admitted(request):
-        return Health(status=status)
+async def _body(request: Request, status: str) -> ResponseBody:
+    if not await is_operator(request):
+        return Liveness(status=status)
     engine: Engine = request.app.state.engine
-    parts = {part.name: _shape(part) for part in engine.parts()}
-    return Readiness(status=status, parts=Parts(**parts))
+    components = {component.name: _component(component) for component in engine.components()}
+    return Readiness(status=status, components=Components(**components))
 
 
-def _shape(part: condition.Part) -> Part:
-    since = None if part.since is None else iso(int(part.since * 1000))
-    return Part(state=part.state, since=since, reason=part.words)
+def _component(component: condition.ComponentHealth) -> Component:
+    since = None if component.since is None else iso(int(component.since * 1000))
+    return Component(state=component.state, since=since, reason=component.reason)

@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch import credentials
-from keylatch.drafts import NotPossible
+from keylatch.drafts import InvalidKeyState
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, KeylatchError, StoreUnavailable
 from keylatch.keyring import Keyring
@@ -32,16 +32,16 @@ from keylatch.lookup import Owner
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch.tokens import Token, is_native
 from keylatch_sidecar.management import bodies, unsent
-from keylatch_sidecar.management.bodies import JSON, Body, Shape
+from keylatch_sidecar.management.bodies import JSON, Body, ResponseBody
 from keylatch_sidecar.management.problems import Problem
-from keylatch_sidecar.management.profile import speaking
+from keylatch_sidecar.management.profile import errors_in
 
 REASON: Final = "leaked"
 _ACTOR: Final = "leak report"  # in the audit log
-_ROOM: Final = 10_000  # more than 16 KiB can report at once; 3 MB
-_FOREIGN_ROOM: Final = 1_000
+_MAX_PENDING: Final = 10_000  # more than 16 KiB can report at once; 3 MB
+_MAX_PENDING_IMPORTED: Final = 1_000
 _RETRY_SECONDS: Final = 0.5
-_LAST_SECONDS: Final = 1.0
+_SHUTDOWN_SECONDS: Final = 1.0
 
 log = logging.getLogger("keylatch")
 
@@ -65,7 +65,7 @@ class Reported(RootModel[Report | list[Alert]]):
     """A token, or a list of alerts."""
 
 
-class Accepted(Shape):
+class Accepted(ResponseBody):
     """`accepted`, whatever the tokens are."""
 
     status: str
@@ -74,134 +74,133 @@ class Accepted(Shape):
 class Leaked(HTTPEndpoint):
     """`/leaked`"""
 
-    @speaking(unsent.spell)
+    @errors_in(unsent.render_error)
     async def post(self, request: Request) -> Response:
         """Report leaked tokens. The answer is always the same; keys that are real are revoked."""
-        reports: Reports = request.app.state.reports
-        await reports.expect()
-        tokens = _tokens(await bodies.read_json(request))
+        reports: ReportQueue = request.app.state.reports
+        await reports.check_capacity()
+        tokens = _reported_tokens(await bodies.read_json(request))
         answer = JSON(Accepted(status="accepted"), 202)
-        answer.background = BackgroundTask(reports.take, tokens)  # begins when all is sent
+        answer.background = BackgroundTask(reports.enqueue, tokens)  # begins when all is sent
         return answer
 
 
-def _tokens(content: Any) -> list[Token]:
+def _reported_tokens(content: Any) -> list[Token]:
     if isinstance(content, dict):
-        return [Token(bodies.checked(content, Report).token)]
+        return [Token(bodies.validated(content, Report).token)]
     try:
         return [Token(alert.token) for alert in _Alerts.model_validate(content).root]
     except ValidationError:
-        wanted = 'The body must be {"token": "…"}, or a list of such objects'
-        raise Problem(400, wanted) from None
+        message = 'The body must be {"token": "…"}, or a list of such objects'
+        raise Problem(400, message) from None
 
 
 class _Alerts(RootModel[list[Alert]]):
     pass
 
 
-class Reports:
+class ReportQueue:
     """What was reported to this process and is not looked into yet.
 
     Args:
         engine: tells whose tokens they are.
         retry_seconds: how long to wait for a store that does not answer.
-        room: how many may wait.
+        max_pending: how many may wait.
     """
 
     def __init__(
-        self, engine: Engine, retry_seconds: float = _RETRY_SECONDS, room: int = _ROOM
+        self, engine: Engine, retry_seconds: float = _RETRY_SECONDS, max_pending: int = _MAX_PENDING
     ) -> None:
         self._engine = engine
         self._retry_seconds = retry_seconds
-        self._room = room
+        self._max_pending = max_pending
         # By fingerprint: repeating a report costs nothing.
-        self._line: dict[bytes, Token] = {}
-        self._foreign_line: dict[bytes, Token] = {}
-        self._at_work: asyncio.Task[None] | None = None
-        self._left_out = RepeatedWarning(
-            log, "a report of a leaked key, made elsewhere if it is one, is left out"
+        self._pending: dict[bytes, Token] = {}
+        self._pending_imported: dict[bytes, Token] = {}
+        self._worker: asyncio.Task[None] | None = None
+        self._dropped = RepeatedWarning(
+            log, "the queue of possibly imported keys is full: a leak report was dropped"
         )
         self._not_revoked = RepeatedWarning(
             log,
-            "a key that was made elsewhere, if it is one, was reported as leaked and may not be"
-            " revoked: %s",
+            "a possibly imported key was reported as leaked and may not be revoked: %s",
             logging.ERROR,
         )
 
-    async def expect(self) -> None:
+    async def check_capacity(self) -> None:
         """Return if reports can be taken.
 
         Raises:
             StoreUnavailable: the store does not answer, or too many reports wait for it.
         """
-        await self._engine.reach()
-        if len(self._line) >= self._room:
-            raise StoreUnavailable("too many reports of leaked keys are waiting", "")
+        await self._engine.ensure_available()
+        if len(self._pending) >= self._max_pending:
+            raise StoreUnavailable("too many leak reports are pending", "")
 
-    async def take(self, tokens: Sequence[Token]) -> None:
+    async def enqueue(self, tokens: Sequence[Token]) -> None:
         """Put those whose key the store could have into the line."""
-        for token in filter(_could_be_sent, tokens):
-            if not self._engine.may_know(token):
+        for token in filter(_is_valid_credential, tokens):
+            if not self._engine.may_exist(token):
                 continue
             if is_native(token):
-                self._line.setdefault(token.fingerprint, token)
-            elif len(self._foreign_line) < _FOREIGN_ROOM:
-                self._foreign_line.setdefault(token.fingerprint, token)
+                self._pending.setdefault(token.fingerprint, token)
+            elif len(self._pending_imported) < _MAX_PENDING_IMPORTED:
+                self._pending_imported.setdefault(token.fingerprint, token)
             else:
-                self._left_out.add()
-        is_idle = self._at_work is None or self._at_work.done()
-        if is_idle and (self._line or self._foreign_line):
-            self._at_work = asyncio.create_task(self._work(), name="keylatch-leaks")
+                self._dropped.add()
+        is_idle = self._worker is None or self._worker.done()
+        if is_idle and (self._pending or self._pending_imported):
+            self._worker = asyncio.create_task(self._process(), name="keylatch-leaks")
 
-    async def end(self) -> None:
+    async def close(self) -> None:
         """Give the line a second, and name those whose turn did not come."""
-        if self._at_work is not None:
-            await asyncio.wait([self._at_work], timeout=_LAST_SECONDS)
-            self._at_work.cancel()
-            await asyncio.wait([self._at_work])
+        if self._worker is not None:
+            await asyncio.wait([self._worker], timeout=_SHUTDOWN_SECONDS)
+            self._worker.cancel()
+            await asyncio.wait([self._worker])
         # Many tokens can be made from one that look like the same key: each key is named once.
-        keys = {token.key_id: token for token in self._line.values()}
-        for token in (*keys.values(), *self._foreign_line.values()):
-            self._tell(token, "this process ends")
-        self._line, self._foreign_line = {}, {}
+        keys = {token.key_id: token for token in self._pending.values()}
+        for token in (*keys.values(), *self._pending_imported.values()):
+            self._log_not_revoked(token, "this process is stopping")
+        self._pending, self._pending_imported = {}, {}
 
-    async def _work(self) -> None:
-        while line := self._line or self._foreign_line:
-            fingerprint, token = next(iter(line.items()))
+    async def _process(self) -> None:
+        while pending := self._pending or self._pending_imported:
+            fingerprint, token = next(iter(pending.items()))
             try:
-                await _look_into(self._engine, token)
-            except NotPossible:  # the key was rotated or deleted in between
+                await _revoke_reported(self._engine, token)
+            except InvalidKeyState:  # the key was rotated or deleted in between
                 continue
             except HashingFailed as error:  # asking again would not help
-                self._tell(token, error.message)
+                self._log_not_revoked(token, error.message)
             except KeylatchError as error:
-                log.warning("reports of leaked keys are waiting: %s", error.message)
+                log.warning("leak reports are pending: %s", error.message)
                 await asyncio.sleep(self._retry_seconds)
                 continue
             except Exception as error:  # a report that breaks us must not hold up the others
-                log.exception("a report of a leaked key failed")
-                self._tell(token, type(error).__name__)
-            del line[fingerprint]
+                log.exception("a leak report failed")
+                self._log_not_revoked(token, type(error).__name__)
+            del pending[fingerprint]
 
-    def _tell(self, token: Token, why: str) -> None:
+    def _log_not_revoked(self, token: Token, reason: str) -> None:
         """Say whose key may not be revoked; a token from elsewhere has no id that may be told."""
         if is_native(token):
-            log.error("%s was reported as leaked and may not be revoked: %s", token.key_id, why)
+            log.error("%s was reported as leaked and may not be revoked: %s", token.key_id, reason)
             log.error("hint: keylatch keys revoke ID")
         else:
-            self._not_revoked.add(why)
+            self._not_revoked.add(reason)
 
 
-def _could_be_sent(token: Token) -> bool:
+def _is_valid_credential(token: Token) -> bool:
     """Whether it could stand in a header: a report may hold any text."""
     value = b"Bearer " + token.reveal().encode("ascii", "replace")
-    return isinstance(credentials.read([value], barred=True), Token)
+    return isinstance(credentials.read([value], allow_pipe=True), Token)
 
 
-async def _look_into(engine: Engine, token: Token) -> None:
+async def _revoke_reported(engine: Engine, token: Token) -> None:
     owner = await engine.identify(token)
-    if owner is not None and owner.is_of_use:
-        await revoke((await engine.keyring()).used_by(_ACTOR), owner)
+    if owner is not None and owner.is_usable:
+        await revoke((await engine.keyring()).as_operator(_ACTOR), owner)
         log.warning("%s was reported as leaked and is revoked", owner.record.id)
 
 
@@ -210,7 +209,7 @@ async def revoke(keyring: Keyring, owner: Owner) -> None:
     either could be taken back. A secret that was rotated away ends alone, and its key goes on.
 
     Raises:
-        NotPossible: the key was rotated or deleted meanwhile; look again.
+        InvalidKeyState: the key was rotated or deleted meanwhile; look again.
         StoreUnavailable: it may not have been revoked; repeat it.
     """
-    await keyring.end_secret(owner.record, owner.secret, reason=REASON)
+    await keyring.revoke_secret(owner.record, owner.secret, reason=REASON)

@@ -5,17 +5,17 @@ import ipaddress
 import socket
 from typing import Final
 
-PLAIN_HTTP: Final = "plain HTTP: tokens travel readable"
+PLAIN_HTTP: Final = "plain HTTP: tokens are sent in cleartext"
 HINT: Final = "put TLS in front of it, or listen on 127.0.0.1 or a Unix socket"
 
 
 def is_host(host: str) -> bool:
     """Whether a name or an address is loopback: all that it stands for has to be."""
     try:
-        found = socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)
     except OSError:  # nothing can listen there
         return True
-    return all(is_address(str(address[0])) for *_, address in found)
+    return all(is_address(str(address[0])) for *_, address in addresses)
 
 
 def is_address(text: str) -> bool:

@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from keylatch.engine import Engine
 from keylatch.metrics import Collector
-from keylatch_sidecar.audience import for_operators
+from keylatch_sidecar.audience import operators_only
 
 _PATIENCE_SECONDS: Final = 0.5
 _MAX_WORKERS: Final = 4_096
@@ -78,7 +78,7 @@ class Page:
                 await writer.drain()
 
 
-@for_operators
+@operators_only
 async def metrics(request: Request) -> Response:
     """What it has decided, how long that took, and how its parts are."""
     page: Page = request.app.state.metrics

@@ -15,32 +15,32 @@ from starlette.responses import Response
 
 import keylatch
 from keylatch_sidecar import health, leaked, metrics
-from keylatch_sidecar.audience import for_operators
+from keylatch_sidecar.audience import operators_only
 from keylatch_sidecar.management import audit, days, key_usage, listing, rotation, sendook, unsent
 from keylatch_sidecar.management.access import engine_of
 from keylatch_sidecar.management.bodies import JSON, REASON_PATTERN, Body
 from keylatch_sidecar.proxies import ext_authz, verify
 
-_OF_A_CALLER: Final = (401, 403, 503)
-_OF_A_BODY: Final = (400, 413, 415)
-_OF_AN_OPERATOR: Final = (400, *_OF_A_CALLER)
-_OF_A_LIMIT: Final = (429,)
+_CALLER_ERRORS: Final = (401, 403, 503)
+_BODY_ERRORS: Final = (400, 413, 415)
+_OPERATOR_ERRORS: Final = (400, *_CALLER_ERRORS)
+_QUOTA_ERRORS: Final = (429,)
 
 
 @dataclass(frozen=True)
 class Operation:
     """One method of one path."""
 
-    does: Any
-    answer: type[BaseModel] | None
-    takes: type[BaseModel] | None = None
-    many: bool = False
-    errors: tuple[int, ...] = _OF_A_CALLER
+    endpoint: Any
+    response: type[BaseModel] | None
+    body: type[BaseModel] | None = None
+    is_array: bool = False
+    errors: tuple[int, ...] = _CALLER_ERRORS
     error: type[BaseModel] | None = None
     query: tuple[tuple[str, str], ...] = ()
     header: tuple[tuple[str, str], ...] = ()
-    done: int = 200
-    spreads: bool = False
+    status: int = 200
+    has_receipt: bool = False
     """Whether it answers with a receipt, and right after the commit if that is preferred."""
     schemas: Mapping[str, Any] = field(default_factory=dict)
     """Of parameters that are not just any text, or not what `_SCHEMAS` says."""
@@ -63,8 +63,8 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "reason": {"type": "string", "pattern": REASON_PATTERN},
     "key": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
     "before": {"type": "integer", "minimum": 1, "maximum": 2**53},
-    "days": {"type": "integer", "minimum": 1, "maximum": days.MAX_KEPT},
-    "idle": {"type": "integer", "minimum": 1, "maximum": days.MAX_IDLE},
+    "days": {"type": "integer", "minimum": 1, "maximum": days.MAX_USAGE_DAYS},
+    "idle": {"type": "integer", "minimum": 1, "maximum": days.MAX_IDLE_DAYS},
     "descendants": {"type": "string", "enum": ["true", "false"]},
 }
 _OLDEST_FIRST: Final = {"cursor": listing.CURSOR_SCHEMAS[False]}
@@ -74,7 +74,7 @@ _DESCENDANTS: Final = (
     "`true`: revoke what the key created as well, directly and indirectly; unsent's dialect tells"
     " in `revoked` how many keys that was",
 )
-_OF_VERIFY: Final = (
+_VERIFY_PARAMETERS: Final = (
     ("permission", "what the key must be allowed to do; repeated ones add up"),
     ("environment", "which environment the key must be for"),
 )
@@ -87,7 +87,7 @@ class Refused(BaseModel):
     error_description: str
 
 
-@for_operators
+@operators_only
 async def document(request: Request) -> Response:
     """This document."""
     return JSON(build(engine_of(request).settings.grantable))
@@ -98,40 +98,40 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
         "get": Operation(
             unsent.Keys.get,
             unsent.Key,
-            many=True,
-            errors=(400, *_OF_A_CALLER),
+            is_array=True,
+            errors=(400, *_CALLER_ERRORS),
             error=unsent.Error,
             query=(
                 ("include", "`deleted`: show deleted keys as well"),
-                ("idle", f"only keys not used for so many days, from 1 to {days.MAX_IDLE}"),
+                ("idle", f"only keys not used for so many days, from 1 to {days.MAX_IDLE_DAYS}"),
                 *PAGED,
             ),
         ),
         "post": Operation(
             unsent.Keys.post,
             unsent.CreatedKey,
-            takes=unsent.CreateKey,
-            errors=(*_OF_A_BODY, *_OF_A_CALLER, *_OF_A_LIMIT),
+            body=unsent.CreateKey,
+            errors=(*_BODY_ERRORS, *_CALLER_ERRORS, *_QUOTA_ERRORS),
             error=unsent.Error,
         ),
     },
     "/v1/api-keys/{id}": {
         "get": Operation(
-            unsent.OneKey.get, unsent.Key, errors=(400, 404, *_OF_A_CALLER), error=unsent.Error
+            unsent.OneKey.get, unsent.Key, errors=(400, 404, *_CALLER_ERRORS), error=unsent.Error
         ),
         "patch": Operation(
             unsent.OneKey.patch,
             unsent.Key,
-            takes=unsent.ChangeKey,
-            errors=(404, *_OF_A_BODY, *_OF_A_CALLER, *_OF_A_LIMIT),
+            body=unsent.ChangeKey,
+            errors=(404, *_BODY_ERRORS, *_CALLER_ERRORS, *_QUOTA_ERRORS),
             error=unsent.Error,
         ),
         "delete": Operation(
             unsent.OneKey.delete,
             unsent.Success,
-            errors=(400, 404, *_OF_A_CALLER),
+            errors=(400, 404, *_CALLER_ERRORS),
             error=unsent.Error,
-            spreads=True,
+            has_receipt=True,
             query=(
                 ("reason", "why, in up to 200 characters; it is kept with the key"),
                 _DESCENDANTS,
@@ -140,19 +140,19 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     },
     "/v1/api-keys/{id}/usage": {
         "get": Operation(
-            key_usage.OneKeysUsage.get,
-            key_usage.UsageOfKey,
-            errors=(400, 404, *_OF_A_CALLER),
+            key_usage.OneKeyUsage.get,
+            key_usage.KeyUsageReport,
+            errors=(400, 404, *_CALLER_ERRORS),
             error=unsent.Error,
-            query=(("days", f"how far back, from 1 to {days.MAX_KEPT}; without it 30"),),
+            query=(("days", f"how far back, from 1 to {days.MAX_USAGE_DAYS}; without it 30"),),
         ),
     },
     "/v1/api-keys/{id}/rotate": {
         "post": Operation(
             rotation.Rotation.post,
             unsent.CreatedKey,
-            takes=rotation.Rotate,
-            errors=(404, *_OF_A_BODY, *_OF_A_CALLER, *_OF_A_LIMIT),
+            body=rotation.Rotate,
+            errors=(404, *_BODY_ERRORS, *_CALLER_ERRORS, *_QUOTA_ERRORS),
             error=unsent.Error,
         )
     },
@@ -161,7 +161,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             "post": Operation(
                 endpoint.post,
                 unsent.Key,
-                errors=(404, *_OF_A_BODY, *_OF_A_CALLER),
+                errors=(404, *_BODY_ERRORS, *_CALLER_ERRORS),
                 error=unsent.Error,
             )
         }
@@ -172,30 +172,30 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     },
     "/v1/api-keys/revoke-all": {
         "post": Operation(
-            rotation.Everything.post,
+            rotation.AllKeys.post,
             unsent.ManyRevoked,
-            takes=rotation.RevokeAll,
-            errors=(*_OF_A_BODY, *_OF_A_CALLER),
+            body=rotation.RevokeAll,
+            errors=(*_BODY_ERRORS, *_CALLER_ERRORS),
             error=unsent.Error,
-            spreads=True,
+            has_receipt=True,
         )
     },
     "/v1/api-keys/self": {
         "delete": Operation(
-            rotation.Self.delete,
+            rotation.OwnKey.delete,
             unsent.Success,
             errors=(400, 401, 503),
             error=unsent.Error,
-            spreads=True,
+            has_receipt=True,
             query=(("reason", "why, in up to 200 characters; it is kept with the key"),),
         )
     },
     "/v1/audit": {
         "get": Operation(
             audit.Audit.get,
-            audit.Line,
-            many=True,
-            errors=(400, 404, *_OF_A_CALLER),
+            audit.AuditEntry,
+            is_array=True,
+            errors=(400, 404, *_CALLER_ERRORS),
             error=unsent.Error,
             query=(
                 ("key", "only what was done to this key"),
@@ -208,7 +208,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
         "get": Operation(
             sendook.Keys.get,
             sendook.Key,
-            many=True,
+            is_array=True,
             errors=(400, 401, 503),
             error=sendook.Error,
             query=PAGED,
@@ -217,8 +217,8 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
         "post": Operation(
             sendook.Keys.post,
             sendook.CreatedKey,
-            takes=sendook.CreateKey,
-            errors=(*_OF_A_BODY, 401, 503, *_OF_A_LIMIT),
+            body=sendook.CreateKey,
+            errors=(*_BODY_ERRORS, 401, 503, *_QUOTA_ERRORS),
             error=sendook.Error,
         ),
     },
@@ -231,7 +231,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             sendook.Key,
             errors=(400, 401, 404, 503),
             error=sendook.Error,
-            spreads=True,
+            has_receipt=True,
             query=(_DESCENDANTS,),
         ),
     },
@@ -239,10 +239,10 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
         "post": Operation(
             leaked.Leaked.post,
             leaked.Accepted,
-            takes=leaked.Reported,
-            errors=(*_OF_A_BODY, 503),
+            body=leaked.Reported,
+            errors=(*_BODY_ERRORS, 503),
             error=unsent.Error,
-            done=202,
+            status=202,
         ),
     },
     verify.PATH: {
@@ -250,12 +250,12 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             verify.Verify,
             None,
             error=Refused,
-            query=_OF_VERIFY,
+            query=_VERIFY_PARAMETERS,
         ),
         "head": Operation(
             verify.Verify,
             None,
-            query=_OF_VERIFY,
+            query=_VERIFY_PARAMETERS,
         ),
     },
     f"{ext_authz.PATH}/{{path}}": {
@@ -270,14 +270,16 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
         )
         for method in ("get", "head", "post", "put", "patch", "delete", "options", "trace")
     },
-    "/healthz": {"get": Operation(health.healthz, health.Health, errors=())},
+    "/healthz": {"get": Operation(health.healthz, health.Liveness, errors=())},
     "/readyz": {
         "get": Operation(health.readyz, health.Readiness, errors=(503,), error=health.Readiness)
     },
     "/metrics": {
-        "get": Operation(metrics.metrics, None, errors=_OF_AN_OPERATOR, error=unsent.Error)
+        "get": Operation(metrics.metrics, None, errors=_OPERATOR_ERRORS, error=unsent.Error)
     },
-    "/openapi.json": {"get": Operation(document, None, errors=_OF_AN_OPERATOR, error=unsent.Error)},
+    "/openapi.json": {
+        "get": Operation(document, None, errors=_OPERATOR_ERRORS, error=unsent.Error)
+    },
 }
 
 
@@ -321,7 +323,7 @@ def build(grantable: tuple[str, ...]) -> dict[str, Any]:
 def _models() -> Iterator[type[BaseModel]]:
     for operations in OPERATIONS.values():
         for operation in operations.values():
-            for model in (operation.answer, operation.takes, operation.error):
+            for model in (operation.response, operation.body, operation.error):
                 if model is not None:
                     yield model
     yield sendook.FieldErrors
@@ -333,18 +335,18 @@ def _reference(model: type[BaseModel]) -> dict[str, Any]:
 
 def _name(model: type[BaseModel]) -> str:
     dialect = model.__module__.rpartition(".")[2]
-    twins = [other for other in _models() if other.__name__ == model.__name__]
-    ambiguous = any(other is not model for other in twins)
+    namesakes = [other for other in _models() if other.__name__ == model.__name__]
+    ambiguous = any(other is not model for other in namesakes)
     return f"{dialect}.{model.__name__}" if ambiguous else model.__name__
 
 
 def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
-    summary = inspect.getdoc(operation.does) or ""
-    headers = (*operation.header, *([_PREFER] if operation.spreads else []))
+    summary = inspect.getdoc(operation.endpoint) or ""
+    headers = (*operation.header, *([_PREFER] if operation.has_receipt else []))
     described: dict[str, Any] = {
         "operationId": f"{method} {path}",
         "summary": summary.splitlines()[0],
-        "responses": {str(operation.done): _success(operation)}
+        "responses": {str(operation.status): _success(operation)}
         | {str(status): _failure(operation, status) for status in operation.errors},
         "parameters": [
             {"name": name, "in": place, "description": text, "schema": _schema(operation, name)}
@@ -352,7 +354,7 @@ def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
             for name, text in parameters
         ],
     }
-    if operation.spreads:
+    if operation.has_receipt:
         described["responses"]["202"] = _success(operation)
     if 401 in operation.errors:
         described["security"] = [{"key": []}]
@@ -360,15 +362,15 @@ def _operation(path: str, method: str, operation: Operation) -> dict[str, Any]:
         described["parameters"].append(
             {"name": name, "in": "path", "required": True, "schema": _schema(operation, name)}
         )
-    if operation.takes is not None:
+    if operation.body is not None:
         described["requestBody"] = {
-            "required": _is_needed(operation.takes),
-            "content": {"application/json": {"schema": _reference(operation.takes)}},
+            "required": _is_body_required(operation.body),
+            "content": {"application/json": {"schema": _reference(operation.body)}},
         }
     return described
 
 
-def _is_needed(body: type[BaseModel]) -> bool:
+def _is_body_required(body: type[BaseModel]) -> bool:
     """Whether a call says too little without one: an empty body counts as an empty object."""
     return not {"required", "minProperties", "anyOf"}.isdisjoint(body.model_json_schema())
 
@@ -379,21 +381,21 @@ def _schema(operation: Operation, parameter: str) -> Any:
 
 
 def _success(operation: Operation) -> dict[str, Any]:
-    if operation.answer is None:
+    if operation.response is None:
         return {"description": "Yes"}
-    schema = _reference(operation.answer)
-    if operation.many:
+    schema = _reference(operation.response)
+    if operation.is_array:
         schema = {"type": "array", "items": schema}
-    done: dict[str, Any] = {
+    success: dict[str, Any] = {
         "description": "Done",
         "content": {"application/json": {"schema": schema}},
     }
     if operation.is_paged:
-        done["headers"] = {"Link": {"description": _LINK, "schema": {"type": "string"}}}
-    if operation.spreads:
+        success["headers"] = {"Link": {"description": _LINK, "schema": {"type": "string"}}}
+    if operation.has_receipt:
         described = {"description": _REVOCATION, "schema": {"type": "string"}, "required": True}
-        done["headers"] = {"X-Keylatch-Revocation": described}
-    return done
+        success["headers"] = {"X-Keylatch-Revocation": described}
+    return success
 
 
 def _failure(operation: Operation, status: int) -> dict[str, Any]:
@@ -403,9 +405,9 @@ def _failure(operation: Operation, status: int) -> dict[str, Any]:
         if operation.error is sendook.Error and status == 400:
             schema = {"anyOf": [_reference(sendook.FieldErrors), schema]}
         described["content"] = {"application/json": {"schema": schema}}
-    if status in _OF_A_LIMIT:
+    if status in _QUOTA_ERRORS:
         described["headers"] = {
-            "Retry-After": {"description": _ROOM, "schema": {"type": "integer"}}
+            "Retry-After": {"description": _RETRY_AFTER, "schema": {"type": "integer"}}
         }
     return described
 
@@ -414,7 +416,7 @@ _LINK: Final = (
     'Of a page after which there is more: `<?limit=…&cursor=…>; rel="next"` (RFC 8288), relative to'
     " the URL that was asked"
 )
-_ROOM: Final = "Seconds until there is room again; without it, waiting does not help"
+_RETRY_AFTER: Final = "Seconds until there is room again; without it, waiting does not help"
 _REVOCATION: Final = "How far the change has spread: a dictionary (RFC 9651)"
 _DESCRIPTIONS: Final = {
     400: "The request is malformed",

@@ -25,7 +25,7 @@ from keylatch_sidecar import loopback
 from keylatch_sidecar.app import GRPCListener, from_environment
 from keylatch_sidecar.limits import IDLE_SECONDS, MIN_DESCRIPTORS
 from keylatch_sidecar.proxies.any_method import AnyMethod
-from keylatch_sidecar.proxies.connections import descriptors, raise_descriptors
+from keylatch_sidecar.proxies.connections import descriptor_limit, raise_descriptor_limit
 
 log = logging.getLogger("keylatch.serving")
 
@@ -55,12 +55,12 @@ class Listener:
         return f"{self.host}:{self.port}" if self.uds is None else str(self.uds)
 
     @property
-    def key(self) -> int | str:
+    def scope_address(self) -> int | str:
         """What a request's scope says of where it came to: the port, or the socket's path."""
         return self.port if self.uds is None else str(self.uds)
 
     @property
-    def target(self) -> str:
+    def grpc_address(self) -> str:
         """The listener in gRPC's spelling."""
         if self.uds is not None:
             return f"unix:{self.uds.absolute()}"
@@ -81,7 +81,7 @@ class Listener:
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 bound.bind((self.host, self.port))
             else:
-                _remove_abandoned(self.uds)
+                _remove_stale_socket(self.uds)
                 bound.bind(str(self.uds))
                 self.uds.chmod(mode)
         except OSError as error:
@@ -90,33 +90,33 @@ class Listener:
         return bound
 
 
-def _remove_abandoned(path: Path) -> None:
+def _remove_stale_socket(path: Path) -> None:
     if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
         return
-    with socket.socket(socket.AF_UNIX) as knock:
+    with socket.socket(socket.AF_UNIX) as probe:
         try:
-            knock.connect(str(path))
+            probe.connect(str(path))
         except ConnectionRefusedError:  # its server was killed
             path.unlink()
 
 
 def run(
-    main: Listener,
-    admin: Listener | None,
-    grpc: Listener | None,
+    main_listener: Listener,
+    admin_listener: Listener | None,
+    grpc_listener: Listener | None,
     workers: int,
     *,
-    metrics: Listener | None = None,
+    metrics_listener: Listener | None = None,
     logs_json: bool = False,
 ) -> bool:
     """Serve until told to stop.
 
     Args:
-        main: for proxies, and for everything where `admin` is None.
-        admin: for management, which is then nowhere else.
-        grpc: for proxies that speak gRPC.
+        main_listener: for proxies, and for everything where `admin_listener` is None.
+        admin_listener: for management, which is then nowhere else.
+        grpc_listener: for proxies that speak gRPC.
         workers: processes that share the listeners.
-        metrics: for Prometheus, which needs no key there.
+        metrics_listener: for Prometheus, which needs no key there.
         logs_json: whether the log is JSON, a line each.
 
     Returns:
@@ -125,28 +125,36 @@ def run(
     Raises:
         CannotListen, TooFewDescriptors: nothing was started.
     """
-    raise_descriptors()
-    if descriptors() < MIN_DESCRIPTORS:
-        raise TooFewDescriptors(f"{descriptors()} file descriptors are too few")
-    listeners = [each for each in (main, admin, grpc, metrics) if each is not None]
+    raise_descriptor_limit()
+    if descriptor_limit() < MIN_DESCRIPTORS:
+        raise TooFewDescriptors(f"{descriptor_limit()} file descriptors are too few")
+    listeners = [
+        each
+        for each in (main_listener, admin_listener, grpc_listener, metrics_listener)
+        if each is not None
+    ]
     with contextlib.ExitStack() as stack:
         # Whoever may enter the folder may ask; management is for the account that it runs as.
-        sockets = [stack.enter_context(main.bind(0o666))]
-        if admin is not None:
-            sockets.append(stack.enter_context(admin.bind(0o600)))
-        if grpc is not None:
-            grpc.bind(0o666).close()  # gRPC makes its own, and some failures it would not tell
-        if metrics is not None:
-            sockets.append(stack.enter_context(metrics.bind(0o666)))
+        sockets = [stack.enter_context(main_listener.bind(0o666))]
+        if admin_listener is not None:
+            sockets.append(stack.enter_context(admin_listener.bind(0o600)))
+        if grpc_listener is not None:
+            grpc_listener.bind(
+                0o666
+            ).close()  # gRPC makes its own, and some failures it would not tell
+        if metrics_listener is not None:
+            sockets.append(stack.enter_context(metrics_listener.bind(0o666)))
         stack.pop_all()  # from here on they are the server's
-    siblings = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
+    worker_directory = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
     config = uvicorn.Config(
         functools.partial(
             from_environment,
-            admin=None if admin is None else admin.key,
-            metrics_at=None if metrics is None else metrics.key,
-            grpc=None if grpc is None else GRPCListener(grpc.target, is_shared=workers > 1),
-            siblings=None if siblings is None else Path(siblings.name),
+            admin_address=None if admin_listener is None else admin_listener.scope_address,
+            metrics_address=None if metrics_listener is None else metrics_listener.scope_address,
+            grpc=None
+            if grpc_listener is None
+            else GRPCListener(grpc_listener.grpc_address, is_shared=workers > 1),
+            worker_directory=None if worker_directory is None else Path(worker_directory.name),
         ),
         factory=True,
         workers=workers,
@@ -162,10 +170,14 @@ def run(
     )
     log.setLevel(logging.INFO)  # uvicorn says it only of sockets that it made itself
     log.info("listening on %s", " and ".join(str(listener) for listener in listeners))
-    takers = [each for each in (main, admin, grpc) if each is not None and each.uds is None]
-    readable = [str(each) for each in takers if not loopback.is_host(each.host)]
-    if readable:
-        log.warning("%s on %s; %s", loopback.PLAIN_HTTP, " and ".join(readable), loopback.HINT)
+    token_listeners = [
+        each
+        for each in (main_listener, admin_listener, grpc_listener)
+        if each is not None and each.uds is None
+    ]
+    plaintext = [str(each) for each in token_listeners if not loopback.is_host(each.host)]
+    if plaintext:
+        log.warning("%s on %s; %s", loopback.PLAIN_HTTP, " and ".join(plaintext), loopback.HINT)
     # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
     # us before the sockets are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -182,8 +194,8 @@ def run(
             raise
         return False
     finally:
-        if siblings is not None:
-            siblings.cleanup()
+        if worker_directory is not None:
+            worker_directory.cleanup()
         for listener in listeners:
             if listener.uds is not None and os.path.lexists(listener.uds):
                 listener.uds.unlink()

@@ -7,22 +7,22 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from keylatch.settings import loaded
-from keylatch.variables import Variables
+from keylatch.settings import load_settings
+from keylatch.variables import EnvironmentSettings
 
 _HINTS: Final = {
-    "verify_facts": "none, forwarded (X-Forwarded-Method, -Uri), original (X-Original-…)",
-    "ext_authz_facts": "envoy (the request line), none, forwarded or original",
+    "verify_request": "none, forwarded (X-Forwarded-Method, -Uri), original (X-Original-…)",
+    "ext_authz_request": "envoy (the request line), none, forwarded or original",
     "proxy_cache_ttl": "whole seconds, 0 to 3600",
 }
 
 
-class ProxySettings(Variables):
+class ProxySettings(EnvironmentSettings):
     """Build it with `load`, which explains every mistake."""
 
-    verify_facts: Literal["none", "forwarded", "original"] = "none"
+    verify_request: Literal["none", "forwarded", "original"] = "none"
     """Where proxies that call `/verify` say what they were asked."""
-    ext_authz_facts: Literal["envoy", "none", "forwarded", "original"] = "envoy"
+    ext_authz_request: Literal["envoy", "none", "forwarded", "original"] = "envoy"
     """Where proxies that call `/ext_authz` say it."""
     proxy_cache_ttl: int = Field(default=0, ge=0, le=3600)
     """Seconds a proxy may remember an allow; a revoke does not reach it there."""
@@ -34,17 +34,17 @@ class ProxySettings(Variables):
         Raises:
             ConfigurationError: naming every wrong setting, with a hint for each.
         """
-        return loaded(cls, given, _HINTS)
+        return load_settings(cls, given, _HINTS)
 
 
-class BenchSettings(Variables):
+class BenchSettings(EnvironmentSettings):
     """What `keylatch bench` takes from the environment: a key is never an argument."""
 
     bench_key: str = Field(default="", repr=False)
     """A FULL key, to make the keys of the load with."""
 
 
-class TestSettings(Variables):
+class TestSettings(EnvironmentSettings):
     """What this project's own tests take from the environment."""
 
     __test__ = False  # pytest: it is no test

@@ -1,4 +1,4 @@
-"""Bad inputs at the door, over raw sockets on both of uvicorn's parsers: the exact answers."""
+"""Bad inputs, over raw sockets on both of uvicorn's parsers: the exact answers."""
 
 import asyncio
 import contextlib
@@ -17,21 +17,21 @@ from conftest import Clock, MakeEngine
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
-from keylatch.hashing import CHEAPEST, Fit, Hasher
+from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.settings import Settings
 from keylatch.store import Store
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import MacKeys, Token
 from servers import serving
-from wire import Answer, answer, exchange, knock, read, send
+from wire import RawResponse, asgi_request, exchange, expected_response, parse_response, send
 
 JSON = (b"content-type", b"application/json")
 NO_STORE = (b"cache-control", b"no-store")
 
 
-def refusal(status: int, error: bytes, words: bytes, *more: tuple[bytes, bytes]) -> Answer:
+def refusal(status: int, error: bytes, words: bytes, *more: tuple[bytes, bytes]) -> RawResponse:
     """A refusal as the table in the design has it."""
     body = b'{"error":"' + error + b'","error_description":"' + words + b'"}'
-    return answer(status, [JSON, NO_STORE, (b"x-keylatch-error", error), *more], body)
+    return expected_response(status, [JSON, NO_STORE, (b"x-keylatch-error", error), *more], body)
 
 
 def challenged(value: bytes) -> tuple[bytes, bytes]:
@@ -75,16 +75,16 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @dataclass(frozen=True)
-class Door:
+class Servers:
     """A protected app on two real servers, and tokens of every kind."""
 
-    places: dict[str, str]
+    urls: dict[str, str]
     tokens: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    path = tmp_path_factory.mktemp("door") / "keys.db"
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    path = tmp_path_factory.mktemp("servers") / "keys.db"
     clock = Clock()
     settings = Settings.load(store=f"sqlite:///{path}", redis="", environment="live")
 
@@ -104,7 +104,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
         serving(APIKeyMiddleware(echo, engine=engine()), http="h11") as h11,
         serving(APIKeyMiddleware(echo, engine=engine()), http="httptools") as httptools,
     ):
-        yield Door({"h11": h11, "httptools": httptools}, tokens)
+        yield Servers({"h11": h11, "httptools": httptools}, tokens)
 
 
 async def mint(engine: Engine, clock: Clock) -> dict[str, str]:
@@ -125,7 +125,7 @@ async def mint(engine: Engine, clock: Clock) -> dict[str, str]:
     await create("for another environment", environment="test")
     await keyring.delete("default", await create("revoked"))
     await keyring.change("default", await create("disabled"), active=False)
-    own = CheckKeys((await engine.store.open(0)).check_keys)
+    own = MacKeys((await engine.store.open(0)).mac_keys)
     await engine.stop()
     return tokens | {"of an unknown id": own.mint("kl", "live").reveal()} | made_up(tokens["good"])
 
@@ -138,16 +138,16 @@ def made_up(good: str) -> dict[str, str]:
         "too short": good[:-1],
         "too long": good + "0",
         "with a wrong CRC": good[:-1] + ("x" if good[-1] != "x" else "y"),
-        "of another store": CheckKeys([b"s" * 32]).mint("kl", "live").reveal(),
+        "of another store": MacKeys([b"s" * 32]).mint("kl", "live").reveal(),
         "of no shape": "letmein",
         "of the greatest length": "a" * (512 - len("Bearer ")),
     }
 
 
 @pytest.fixture(params=["h11", "httptools"])
-def place(request: pytest.FixtureRequest, door: Door) -> str:
+def place(request: pytest.FixtureRequest, servers: Servers) -> str:
     """Each of uvicorn's two parsers."""
-    return door.places[request.param]
+    return servers.urls[request.param]
 
 
 STORED = (
@@ -159,10 +159,10 @@ MADE_UP = tuple(made_up("kl_live_0_0"))
 
 @pytest.mark.parametrize("cause", STORED + MADE_UP)
 def test_a_token_that_is_not_good_is_refused_byte_for_byte_alike(
-    place: str, door: Door, cause: str
+    place: str, servers: Servers, cause: str
 ) -> None:
     """Whatever is wrong with a token, the answer tells nothing about it."""
-    credential = b"Authorization: Bearer " + door.tokens[cause].encode()
+    credential = b"Authorization: Bearer " + servers.tokens[cause].encode()
     assert send(place, b"GET /", credential) == A2
     assert send(place, b"GET /", credential) == A2, "and nor does the answer from the cache"
 
@@ -184,24 +184,26 @@ MISSING = (
 
 @pytest.mark.parametrize("fields", MISSING)
 def test_a_request_without_a_credential_is_told_how_to_send_one(
-    place: str, door: Door, fields: tuple[bytes, ...]
+    place: str, servers: Servers, fields: tuple[bytes, ...]
 ) -> None:
     """No credential in the one place that counts: 401 with a bare challenge (RFC 6750, 3.1)."""
-    assert send(place, b"GET /", *filled(fields, door)) == A0
+    assert send(place, b"GET /", *filled(fields, servers)) == A0
 
 
 @pytest.mark.parametrize("start", [b"GET /?access_token={good}", b"OPTIONS /", b"OPTIONS *"])
-def test_neither_query_nor_method_opens_the_door(place: str, door: Door, start: bytes) -> None:
+def test_neither_query_nor_method_opens_the_door(
+    place: str, servers: Servers, start: bytes
+) -> None:
     """A key in the query is none, and a preflight without a key is a request without a key."""
-    assert send(place, *filled((start,), door)) == A0
+    assert send(place, *filled((start,), servers)) == A0
 
 
-def test_a_key_in_the_body_is_none(place: str, door: Door) -> None:
+def test_a_key_in_the_body_is_none(place: str, servers: Servers) -> None:
     """Nobody reads the body to find out who is calling."""
-    form = b"access_token=" + door.tokens["good"].encode()
+    form = b"access_token=" + servers.tokens["good"].encode()
     fields = (b"Content-Type: application/x-www-form-urlencoded", b"Content-Length: %d" % len(form))
     head = b"\r\n".join((b"POST / HTTP/1.1", b"Host: test", b"Connection: close", *fields))
-    assert read(exchange(place, head + b"\r\n\r\n" + form)) == A0
+    assert parse_response(exchange(place, head + b"\r\n\r\n" + form)) == A0
 
 
 MALFORMED = (
@@ -233,10 +235,10 @@ MALFORMED = (
 
 @pytest.mark.parametrize("fields", MALFORMED)
 def test_an_ambiguous_or_malformed_credential_is_not_guessed_at(
-    place: str, door: Door, fields: tuple[bytes, ...]
+    place: str, servers: Servers, fields: tuple[bytes, ...]
 ) -> None:
     """400, even if a good key is somewhere in it: no two parties shall read it differently."""
-    assert send(place, b"GET /", *filled(fields, door)) == A1
+    assert send(place, b"GET /", *filled(fields, servers)) == A1
 
 
 ACCEPTED = (
@@ -251,16 +253,18 @@ ACCEPTED = (
 
 
 @pytest.mark.parametrize("field", ACCEPTED)
-def test_what_the_rfcs_allow_is_accepted(place: str, door: Door, field: bytes) -> None:
+def test_what_the_rfcs_allow_is_accepted(place: str, servers: Servers, field: bytes) -> None:
     """Letter case of the scheme and blanks around the value do not matter (RFC 9110)."""
-    accepted = send(place, b"GET /", *filled((field,), door))
+    accepted = send(place, b"GET /", *filled((field,), servers))
     assert accepted.status == 200
-    assert json.loads(accepted.body)["caller"] == "key_" + door.tokens["good"].split("_")[2]
+    assert json.loads(accepted.body)["caller"] == "key_" + servers.tokens["good"].split("_")[2]
 
 
-def test_a_key_with_too_little_permission_is_told_what_would_do(place: str, door: Door) -> None:
+def test_a_key_with_too_little_permission_is_told_what_would_do(
+    place: str, servers: Servers
+) -> None:
     """403, naming the scope (RFC 6750, 3.1)."""
-    credential = b"Authorization: Bearer " + door.tokens["sending"].encode()
+    credential = b"Authorization: Bearer " + servers.tokens["sending"].encode()
     assert send(place, b"GET /", credential) == A3
 
 
@@ -268,11 +272,13 @@ HEADLESS = {"": A0, "Bearer": A1, "Bearer letmein": A2, "Bearer {sending}": A3}
 
 
 @pytest.mark.parametrize("credential", HEADLESS)
-def test_head_has_the_headers_of_get_and_no_body(place: str, door: Door, credential: str) -> None:
+def test_head_has_the_headers_of_get_and_no_body(
+    place: str, servers: Servers, credential: str
+) -> None:
     """Also `Content-Length` is that of GET (RFC 9110, 9.3.2)."""
-    field = b"Authorization: " + credential.format_map(door.tokens).encode()
+    field = b"Authorization: " + credential.format_map(servers.tokens).encode()
     expected = HEADLESS[credential]
-    assert send(place, b"HEAD /", field) == Answer(expected.status, expected.headers, b"")
+    assert send(place, b"HEAD /", field) == RawResponse(expected.status, expected.headers, b"")
 
 
 @pytest.mark.parametrize(
@@ -284,10 +290,10 @@ def test_head_has_the_headers_of_get_and_no_body(place: str, door: Door, credent
     ],
 )
 def test_what_is_no_http_never_reaches_the_app(
-    place: str, door: Door, fields: tuple[bytes, ...]
+    place: str, servers: Servers, fields: tuple[bytes, ...]
 ) -> None:
     """NUL, a bare CR, a blank before the colon: the server refuses them itself."""
-    refused = send(place, b"GET /", *filled(fields, door))
+    refused = send(place, b"GET /", *filled(fields, servers))
     assert refused.status == 400
     assert b"caller" not in refused.body
 
@@ -299,19 +305,19 @@ POSING = (
 
 
 @pytest.mark.parametrize("name", POSING)
-def test_nobody_names_themselves_in_headers(place: str, door: Door, name: bytes) -> None:
+def test_nobody_names_themselves_in_headers(place: str, servers: Servers, name: bytes) -> None:
     """Headers that pose as keylatch's are dropped; all others arrive, in their order."""
     fields = (b"X-First: 1", name + b": evil", b"X-Keylatchy: 2", name + b": evil", b"X-First: 3")
-    credential = b"Authorization: Bearer " + door.tokens["good"].encode()
+    credential = b"Authorization: Bearer " + servers.tokens["good"].encode()
     arrived = json.loads(send(place, b"GET /", credential, *fields).body)["headers"]
     assert "evil" not in json.dumps(arrived)
     kept = [header for header in arrived if header[0].startswith("x-")]
     assert kept == [["x-first", "1"], ["x-keylatchy", "2"], ["x-first", "3"]]
 
 
-def filled(fields: tuple[bytes, ...], door: Door) -> tuple[bytes, ...]:
+def filled(fields: tuple[bytes, ...], servers: Servers) -> tuple[bytes, ...]:
     """Header fields with a good key in its place."""
-    return tuple(field.replace(b"{good}", door.tokens["good"].encode()) for field in fields)
+    return tuple(field.replace(b"{good}", servers.tokens["good"].encode()) for field in fields)
 
 
 # What a refusal costs, and what it says when it cannot be decided
@@ -337,7 +343,7 @@ class Counted:
         return counted
 
     def _fail(self, name: str) -> Any:
-        if name.endswith("_now"):  # it never waits: it cannot say
+        if name.endswith(("_nowait", "data_version")):  # it never waits: it cannot say
             return None
         raise StoreUnavailable("the store is down, says the test")
 
@@ -370,21 +376,21 @@ async def test_a_stranger_costs_no_call_to_redis_the_store_or_argon2(
     caplog.set_level("DEBUG", "keylatch")
     good = (await (await costs.engine.keyring()).create("default", "good")).token
     app = APIKeyMiddleware(echo, engine=costs.engine)
-    assert costs.engine._witness.is_current()  # it knows of the key that was just made
+    assert costs.engine._freshness.is_fresh()  # it knows of the key that was just made
     costs.calls.clear()
     caplog.clear()
     # What lacks keylatch's shape could have been imported a moment ago, and what has it made with
     # a new check key: 48 bytes of mapped memory tell whether anything was committed at all.
-    assert (await knock(app, headers=[bearer("letmein")])) == A2
-    assert set(costs.calls) <= {"mark_now", "sequence_now", "changes_now"}
+    assert (await asgi_request(app, headers=[bearer("letmein")])) == A2
+    assert set(costs.calls) <= {"data_version", "sequence_nowait", "invalidations_since_nowait"}
     costs.calls.clear()
     for token in made_up(good.reveal()).values():
-        assert await knock(app, headers=[bearer(token)]) == A2
+        assert await asgi_request(app, headers=[bearer(token)]) == A2
     for value in (b"", b"Basic abc", b"Bearer", b"Bearer \xff", b"Bearer " + b"a" * 2_000_000):
-        assert (await knock(app, headers=[(b"authorization", value)])) in (A0, A1)
-    assert set(costs.calls) <= {"mark_now"}
+        assert (await asgi_request(app, headers=[(b"authorization", value)])) in (A0, A1)
+    assert set(costs.calls) <= {"data_version"}
     assert caplog.records == []
-    assert (await knock(app, headers=[bearer(good.reveal())])).status == 200
+    assert (await asgi_request(app, headers=[bearer(good.reveal())])).status == 200
     assert {"find", "get", "verify"} <= set(costs.calls), "store, Redis and argon2 were counted"
 
 
@@ -395,27 +401,29 @@ async def test_a_store_that_is_down_is_never_the_keys_fault(costs: Costs) -> Non
     keyring = await costs.engine.keyring()
     warm, cold = [(await keyring.create("default", name)).token for name in ("warm", "cold")]
     app = APIKeyMiddleware(echo, engine=costs.engine)
-    assert (await knock(app, headers=[bearer(warm.reveal())])).status == 200
+    assert (await asgi_request(app, headers=[bearer(warm.reveal())])).status == 200
     costs.store.down = True
     for token in (warm, cold):
-        assert await knock(app, headers=[bearer(token.reveal())]) == A4
-        head = await knock(app, headers=[bearer(token.reveal())], method="HEAD")
-        assert head == Answer(503, A4.headers, b"")
-    stranger = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
+        assert await asgi_request(app, headers=[bearer(token.reveal())]) == A4
+        head = await asgi_request(app, headers=[bearer(token.reveal())], method="HEAD")
+        assert head == RawResponse(503, A4.headers, b"")
+    stranger = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
     for unknown in ("letmein", stranger):
-        assert await knock(app, headers=[bearer(unknown)]) == A4
-    assert await knock(app, headers=[bearer(stranger[:-6] + "000000")]) == A2
-    assert await knock(app) == A0
+        assert await asgi_request(app, headers=[bearer(unknown)]) == A4
+    assert await asgi_request(app, headers=[bearer(stranger[:-6] + "000000")]) == A2
+    assert await asgi_request(app) == A0
     costs.store.down = False
     for token in (warm, cold):
-        assert (await knock(app, headers=[bearer(token.reveal())])).status == 200, "not remembered"
+        assert (await asgi_request(app, headers=[bearer(token.reveal())])).status == 200, (
+            "not remembered"
+        )
 
 
 def test_a_store_that_was_never_there_is_never_the_keys_fault(tmp_path: Path) -> None:
     """An app whose store cannot be opened starts, and answers 503 to whoever brings a token."""
     app = APIKeyMiddleware(echo, store=f"sqlite:///{tmp_path}/missing/keys.db", redis="")
     with serving(app) as place:
-        stranger = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
+        stranger = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
         assert send(place, b"GET /", b"Authorization: Bearer " + stranger.encode()) == A4
         assert send(place, b"GET /") == A0
 
@@ -425,7 +433,7 @@ class Crowded(Hasher):
 
     crowded = False
 
-    async def verify(self, stored: str, token: Token) -> Fit:
+    async def verify(self, stored: str, token: Token) -> VerifyResult:
         if self.crowded:
             raise HashingBusy("the queue is full, says the test")
         return await super().verify(stored, token)
@@ -439,9 +447,9 @@ async def test_a_full_hash_queue_asks_to_come_again(make_engine: MakeEngine) -> 
     token = (await (await engine.keyring()).create("default", "good")).token.reveal()
     app = APIKeyMiddleware(echo, engine=engine)
     hasher.crowded = True
-    assert await knock(app, headers=[bearer(token)]) == A4
+    assert await asgi_request(app, headers=[bearer(token)]) == A4
     hasher.crowded = False
-    assert (await knock(app, headers=[bearer(token)])).status == 200
+    assert (await asgi_request(app, headers=[bearer(token)])).status == 200
     await engine.stop()
 
 
@@ -460,7 +468,9 @@ async def test_bytes_that_a_lenient_server_lets_through_are_refused(
     """The grammar is ours, so a server with another idea of a header value changes nothing."""
     good = (await (await engine.keyring()).create("default", "good")).token.reveal().encode()
     app = APIKeyMiddleware(echo, engine=engine)
-    assert await knock(app, headers=[(b"authorization", value.replace(b"{good}", good))]) == A1
+    assert (
+        await asgi_request(app, headers=[(b"authorization", value.replace(b"{good}", good))]) == A1
+    )
 
 
 def bearer(token: str) -> tuple[bytes, bytes]:

@@ -17,18 +17,18 @@ from hypothesis.stateful import (
 from redis.exceptions import ResponseError
 
 from conftest import Clock, Times
-from keylatch.caches.breaker import Breaker
-from keylatch.caches.cache import Absence, Cache, Entry
-from keylatch.caches.flights import Flights
+from keylatch.caches.breaker import CircuitBreaker
+from keylatch.caches.cache import Entry, LocalCache, NegativeEntry
+from keylatch.caches.flights import SingleFlight
 from keylatch.engine import Engine
 from keylatch.model import Allow, Deny, KeyRecord, Reason
-from keylatch.revocation.counter import Counter
-from keylatch.revocation.feed import Feed
-from keylatch.store import Changes
+from keylatch.revocation.counter import SequenceFreshness
+from keylatch.revocation.feed import Invalidations
+from keylatch.store import InvalidationBatch
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
 ENTRY = Entry(b"key_a", RECORD, 1)
-ABSENCE = Absence(Reason.UNKNOWN, "key_a", "", 1)
+ABSENCE = NegativeEntry(Reason.UNKNOWN, "key_a", "", 1)
 
 
 def entry(key_id: str) -> Entry:
@@ -37,67 +37,69 @@ def entry(key_id: str) -> Entry:
 
 def test_a_spray_of_bad_tokens_evicts_no_good_key() -> None:
     """Absences have a bounded map of their own."""
-    cache = Cache(size=10)
-    cache.remember(ENTRY)
+    cache = LocalCache(size=10)
+    cache.add(ENTRY)
     for number in range(10_000):
-        cache.remember_absence(b"%d" % number, Absence(Reason.UNKNOWN, f"bad {number}", "", 1))
-    assert cache.entry("key_a") is ENTRY
-    assert sum(cache.absence(b"%d" % number) is not None for number in range(10_000)) == 4_096
+        cache.add_negative(b"%d" % number, NegativeEntry(Reason.UNKNOWN, f"bad {number}", "", 1))
+    assert cache.by_secret_id("key_a") is ENTRY
+    assert (
+        sum(cache.negative_entry(b"%d" % number) is not None for number in range(10_000)) == 4_096
+    )
 
 
 def test_an_absence_is_forgotten_after_ten_seconds() -> None:
     """Whatever else goes wrong, nobody is kept out for longer."""
     clock = Clock()
-    cache = Cache(timer=clock)
-    cache.remember_absence(b"token", ABSENCE)
+    cache = LocalCache(timer=clock)
+    cache.add_negative(b"token", ABSENCE)
     clock.tick(9.9)
-    assert cache.absence(b"token") is ABSENCE
+    assert cache.negative_entry(b"token") is ABSENCE
     clock.tick(0.2)
-    assert cache.absence(b"token") is None
+    assert cache.negative_entry(b"token") is None
 
 
 def test_the_least_recently_used_key_goes_first() -> None:
     """The bound holds, and a key in use stays."""
-    cache = Cache(size=2)
-    cache.remember(used := entry("a"))
-    cache.remember(entry("b"))
+    cache = LocalCache(size=2)
+    cache.add(used := entry("a"))
+    cache.add(entry("b"))
     used.used_at = 1.0
-    cache.remember(entry("c"))
-    assert [cache.entry(name) is not None for name in "abc"] == [True, False, True]
+    cache.add(entry("c"))
+    assert [cache.by_secret_id(name) is not None for name in "abc"] == [True, False, True]
 
 
 def test_a_full_cache_of_keys_in_use_still_takes_new_ones() -> None:
     """It lets one go after a few looks, and not after looking at all of them."""
-    cache = Cache(size=100)
+    cache = LocalCache(size=100)
     for number in range(100):
-        cache.remember(used := entry(str(number)))
+        cache.add(used := entry(str(number)))
         used.used_at = 1.0
-    cache.remember(ENTRY)
-    left = [known for number in range(100) if (known := cache.entry(str(number)))]
-    assert (len(left), cache.entry("key_a")) == (99, ENTRY)
+    cache.add(ENTRY)
+    left = [known for number in range(100) if (known := cache.by_secret_id(str(number)))]
+    assert (len(left), cache.by_secret_id("key_a")) == (99, ENTRY)
     assert 0 < sum(known.considered_at for known in left) < 20
 
 
 def test_a_key_is_found_by_its_fingerprint_as_long_as_it_is_kept() -> None:
     """Whatever drops an entry drops it from both indexes: else one would grow without bound."""
-    cache = Cache(size=3)
+    cache = LocalCache(size=3)
     for number in range(10):
-        cache.remember(entry(str(number)))
-    kept = [number for number in range(10) if cache.proven(b"%d" % number)]
+        cache.add(entry(str(number)))
+    kept = [number for number in range(10) if cache.by_fingerprint(b"%d" % number)]
     assert kept == [7, 8, 9]
-    cache.remember_absence(b"8", Absence(Reason.REVOKED, "8", "acme", 2))
-    assert cache.proven(b"8") is cache.entry("8") is None
+    cache.add_negative(b"8", NegativeEntry(Reason.REVOKED, "8", "acme", 2))
+    assert cache.by_fingerprint(b"8") is cache.by_secret_id("8") is None
     cache.clear()
-    assert cache.proven(b"9") is cache.entry("9") is None
+    assert cache.by_fingerprint(b"9") is cache.by_secret_id("9") is None
 
 
 def test_a_key_that_changes_again_and_again_takes_one_place() -> None:
     """Its earlier entries are gone, from memory as well, and evict nobody."""
-    cache = Cache(size=10)
-    cache.remember(ENTRY)
+    cache = LocalCache(size=10)
+    cache.add(ENTRY)
     for _ in range(1_000):
-        cache.remember(changing := entry("changing"))
-    assert (cache.entry("key_a"), cache.entry("changing")) == (ENTRY, changing)
+        cache.add(changing := entry("changing"))
+    assert (cache.by_secret_id("key_a"), cache.by_secret_id("changing")) == (ENTRY, changing)
     assert len(cache._entries._queue) <= 20
 
 
@@ -120,47 +122,49 @@ class Log:
         self.rows.append((self.seq, key_id, organization_id))
         return self.seq
 
-    def mark_now(self) -> bytes | None:
+    def data_version(self) -> bytes | None:
         return None if self.mark is None else self.mark()
 
-    def sequence_now(self) -> int | None:
+    def sequence_nowait(self) -> int | None:
         self.asked += 1
         return None if self.blind else self.seq
 
-    def changes_now(self, since: int) -> Changes:
+    def invalidations_since_nowait(self, since: int) -> InvalidationBatch:
         told = tuple(row for row in self.rows if row[0] > since)
-        complete = since >= self.pruned and len(told) <= 1_000
-        return Changes(self.seq, self.epoch, complete, told if complete else ())
+        is_complete = since >= self.pruned and len(told) <= 1_000
+        return InvalidationBatch(self.seq, self.epoch, is_complete, told if is_complete else ())
 
-    async def changes(self, since: int) -> Changes:
+    async def invalidations_since(self, since: int) -> InvalidationBatch:
         self.questions += 1
-        changes = self.changes_now(since)
+        batch = self.invalidations_since_nowait(since)
         if self.gate is not None:
             await self.gate.wait()
-        return changes
+        return batch
 
 
-def watch(log: Log, restores: list[list[str]] | None = None) -> tuple[Feed, Counter]:
+def watch(
+    log: Log, restores: list[list[str]] | None = None
+) -> tuple[Invalidations, SequenceFreshness]:
     """A feed and the witness that keeps it current."""
-    feed = Feed((restores if restores is not None else []).append)
-    return feed, Counter(log, feed, Clock())  # type: ignore[arg-type]
+    feed = Invalidations((restores if restores is not None else []).append)
+    return feed, SequenceFreshness(log, feed, Clock())  # type: ignore[arg-type]
 
 
 def test_an_entry_is_believed_until_its_key_is_touched() -> None:
     """A change to the key or its organisation refuses it; changes to others do not."""
     feed, witness = watch(log := Log())
-    assert witness.is_current()
+    assert witness.is_fresh()
     read_at = log.seq
     log.commit("key_b")
     log.commit(None, "rival")
-    assert witness.is_current()
+    assert witness.is_fresh()
     assert feed.accepts("key_a", "acme", read_at)
     touched = log.commit("key_a")
-    assert witness.is_current()
+    assert witness.is_fresh()
     assert not feed.accepts("key_a", "acme", read_at)
     assert feed.accepts("key_a", "acme", touched)
     log.commit(None, "acme")
-    assert witness.is_current()
+    assert witness.is_fresh()
     assert not feed.accepts("key_a", "acme", touched)
 
 
@@ -169,7 +173,7 @@ def test_an_in_flight_read_cannot_bring_a_revoked_key_back() -> None:
     feed, witness = watch(log := Log())
     read_at = log.seq
     log.commit("key_a")
-    assert witness.is_current()
+    assert witness.is_fresh()
     assert not feed.accepts("key_a", "acme", read_at)
 
 
@@ -178,7 +182,7 @@ def test_a_change_that_touches_everything_refuses_everything() -> None:
     feed, witness = watch(log := Log())
     read_at = log.seq
     everything = log.commit()
-    assert witness.is_current()
+    assert witness.is_fresh()
     assert not feed.accepts("key_a", "acme", read_at)
     assert feed.accepts("key_a", "acme", everything)
 
@@ -187,34 +191,34 @@ def test_a_change_that_touches_everything_refuses_everything() -> None:
 def test_what_was_not_told_is_not_believed(cause: str) -> None:
     """A log that was pruned or is too long raises the floor: cold caches, right answers."""
     feed, witness = watch(log := Log())
-    assert witness.is_current()
+    assert witness.is_fresh()
     read_at = log.seq
     for number in range(5 if cause == "pruned" else 1_001):
         log.commit(f"key_{number}")
     log.pruned = log.seq if cause == "pruned" else 0
-    assert witness.is_current()
+    assert witness.is_fresh()
     assert not feed.accepts("key_z", "acme", read_at)
     assert feed.accepts("key_z", "acme", log.seq)
 
 
 def test_an_unchanged_mark_spares_the_question() -> None:
     """Equal bytes, no commit: the counter is read only when they differ."""
-    store, feed = Log(), Feed(lambda touched: None)
-    counter = Counter(store, feed, Clock())  # type: ignore[arg-type]
+    store, feed = Log(), Invalidations(lambda touched: None)
+    counter = SequenceFreshness(store, feed, Clock())  # type: ignore[arg-type]
     store.mark = lambda: b"%d" % store.seq
-    assert counter.is_current()
+    assert counter.is_fresh()
     asked = store.asked
-    assert counter.is_current()
+    assert counter.is_fresh()
     assert store.asked == asked
     store.commit("key_a")
-    assert counter.is_current()
+    assert counter.is_fresh()
     assert (store.asked, feed.seq) == (asked + 1, store.seq)
 
 
 def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
     """The mark is read first: what is committed meanwhile shows as another mark, later."""
-    store, feed = Log(), Feed(lambda touched: None)
-    counter = Counter(store, feed, Clock())  # type: ignore[arg-type]
+    store, feed = Log(), Invalidations(lambda touched: None)
+    counter = SequenceFreshness(store, feed, Clock())  # type: ignore[arg-type]
 
     def mark_and_commit() -> bytes:
         mark = b"%d" % store.seq
@@ -223,9 +227,9 @@ def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
         return mark
 
     store.mark = mark_and_commit
-    assert counter.is_current()
+    assert counter.is_fresh()
     store.commit("key_b")
-    assert counter.is_current()
+    assert counter.is_fresh()
     assert feed.seq == store.seq
 
 
@@ -236,7 +240,7 @@ def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) ->
     read_at = log.seq
     for number in range(6):
         log.commit(f"key_{number}")
-        assert witness.is_current()
+        assert witness.is_fresh()
     assert not feed.accepts("key_0", "acme", read_at)
     assert not feed.accepts("key_other", "acme", read_at)
 
@@ -245,7 +249,7 @@ def test_an_unreadable_store_is_not_current() -> None:
     """Who cannot read the counter does not know, and says so."""
     feed, witness = watch(log := Log())
     log.blind = True
-    assert not witness.is_current()
+    assert not witness.is_fresh()
     assert not feed.seq
 
 
@@ -256,14 +260,14 @@ def test_a_restored_store_resets_everything(sign: str, caplog: pytest.LogCapture
     _, witness = watch(log := Log(), restores)
     for _ in range(5):
         log.commit("key_a")
-    assert witness.is_current()
+    assert witness.is_fresh()
     if sign == "seq":
         log.seq, log.rows = 3, []
     else:
         log.epoch = "second"
         log.commit("key_b")
     with caplog.at_level(logging.CRITICAL):
-        assert witness.is_current()
+        assert witness.is_fresh()
     assert restores == [["key_a"] if sign == "seq" else []]
     assert "backup" in caplog.text
 
@@ -303,11 +307,11 @@ class FeedAgainstTruth(RuleBasedStateMachine):
 
     @rule()
     def look(self) -> None:
-        self.witness.is_current()
+        self.witness.is_fresh()
 
     @invariant()
     def nothing_stale_is_accepted(self) -> None:
-        if self.witness.is_current():
+        if self.witness.is_fresh():
             for name, as_of in self.entries:
                 if self.feed.accepts(name, "acme", as_of):
                     assert as_of >= self.touched.get(name, 0)
@@ -320,7 +324,7 @@ TestFeedAgainstTruth = FeedAgainstTruth.TestCase
 @pytest.mark.anyio
 async def test_many_who_want_the_same_share_one_flight() -> None:
     """A hundred callers, one fetch."""
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[int] = SingleFlight()
     gate = asyncio.Event()
     fetched = []
 
@@ -329,7 +333,7 @@ async def test_many_who_want_the_same_share_one_flight() -> None:
         await gate.wait()
         return 7
 
-    callers = [asyncio.create_task(flights.join("token", fetch)) for _ in range(100)]
+    callers = [asyncio.create_task(flights.do("token", fetch)) for _ in range(100)]
     await asyncio.sleep(0)
     gate.set()
     assert await asyncio.gather(*callers) == [7] * 100
@@ -339,15 +343,15 @@ async def test_many_who_want_the_same_share_one_flight() -> None:
 @pytest.mark.anyio
 async def test_a_cancelled_leader_takes_nobody_down() -> None:
     """The first caller hangs up; the others still get the result."""
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[int] = SingleFlight()
     gate = asyncio.Event()
 
     async def fetch() -> int:
         await gate.wait()
         return 7
 
-    leader = asyncio.create_task(flights.join("token", fetch))
-    follower = asyncio.create_task(flights.join("token", fetch))
+    leader = asyncio.create_task(flights.do("token", fetch))
+    follower = asyncio.create_task(flights.do("token", fetch))
     await asyncio.sleep(0)
     leader.cancel()
     await asyncio.sleep(0)
@@ -370,8 +374,8 @@ async def test_cancelled_leaders_cost_nobody_an_answer(engine: Engine, times: Ti
 
     async def one_round(number: int) -> None:
         engine._l1.clear()
-        leaders = [asyncio.create_task(engine.check(values)) for values in headers]
-        followers = [asyncio.create_task(engine.check(values)) for values in headers]
+        leaders = [asyncio.create_task(engine.authenticate(values)) for values in headers]
+        followers = [asyncio.create_task(engine.authenticate(values)) for values in headers]
         for _ in range(number % 8):
             await asyncio.sleep(0)
         for leader in leaders:
@@ -388,7 +392,7 @@ async def test_cancelled_leaders_cost_nobody_an_answer(engine: Engine, times: Ti
 async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
     """Whoever comes in the same turn of the loop would get what was true before, and get it again
     and again, because nothing makes them wait for the landing to be noted."""
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[int] = SingleFlight()
     fetched: list[int] = []
 
     async def fetch() -> int:
@@ -398,10 +402,10 @@ async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
     async def come_when_it_lands() -> tuple[int, int]:
         while not fetched:  # noqa: ASYNC110 - to come in the very turn in which it lands
             await asyncio.sleep(0)
-        return await flights.join("token", fetch), await flights.join("token", fetch)
+        return await flights.do("token", fetch), await flights.do("token", fetch)
 
     late = [asyncio.create_task(come_when_it_lands()) for _ in range(3)]
-    assert await flights.join("token", fetch) == 0
+    assert await flights.do("token", fetch) == 0
     for first, second in await asyncio.gather(*late):
         assert second > first > 0
 
@@ -409,7 +413,7 @@ async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
 @pytest.mark.anyio
 async def test_a_failed_flight_is_not_remembered() -> None:
     """Everybody on it hears of the error; the next caller tries anew."""
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[int] = SingleFlight()
 
     async def fail() -> int:
         raise OSError("down")
@@ -418,30 +422,30 @@ async def test_a_failed_flight_is_not_remembered() -> None:
         return 7
 
     results = await asyncio.gather(
-        flights.join("token", fail), flights.join("token", fail), return_exceptions=True
+        flights.do("token", fail), flights.do("token", fail), return_exceptions=True
     )
     assert [type(result) for result in results] == [OSError, OSError]
-    assert await flights.join("token", succeed) == 7
+    assert await flights.do("token", succeed) == 7
 
 
 def test_the_breaker_lets_one_try_each_second() -> None:
     """One wait a second while Redis is down, and all go on as soon as it is back."""
     clock = Clock()
-    breaker = Breaker(clock)
-    assert breaker.lets_pass()
-    breaker.failed()
-    assert not breaker.lets_pass()
+    breaker = CircuitBreaker(clock)
+    assert breaker.try_acquire()
+    breaker.record_failure()
+    assert not breaker.try_acquire()
     clock.tick(1.1)
-    assert [breaker.lets_pass() for _ in range(3)] == [True, False, False]
-    breaker.failed()
+    assert [breaker.try_acquire() for _ in range(3)] == [True, False, False]
+    breaker.record_failure()
     clock.tick(1.1)
-    assert breaker.lets_pass()
-    breaker.succeeded()
-    assert breaker.lets_pass()
-    assert breaker.lets_pass()
+    assert breaker.try_acquire()
+    breaker.record_success()
+    assert breaker.try_acquire()
+    assert breaker.try_acquire()
 
 
-class Trusting(Feed):
+class IgnoresInvalidations(Invalidations):
     """The broken twin: it believes whatever it once read."""
 
     def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
@@ -451,23 +455,23 @@ class Trusting(Feed):
 def test_the_twin_that_believes_everything_is_caught() -> None:
     """The machine above finds a stale entry where the rule is missing."""
 
-    class AgainstTrusting(FeedAgainstTruth):
+    class AgainstIgnoresInvalidations(FeedAgainstTruth):
         def __init__(self) -> None:
             super().__init__()
-            self.feed = Trusting(lambda _: None)
-            self.witness = Counter(self.log, self.feed, Clock())  # type: ignore[arg-type]
+            self.feed = IgnoresInvalidations(lambda _: None)
+            self.witness = SequenceFreshness(self.log, self.feed, Clock())  # type: ignore[arg-type]
 
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(AgainstTrusting)
+        run_state_machine_as_test(AgainstIgnoresInvalidations)
 
 
 @pytest.mark.anyio
 async def test_a_value_of_another_type_is_a_miss_and_no_outage() -> None:
     """Whoever can write Redis cannot switch the shared cache off for everybody."""
-    breaker = Breaker(Clock())
+    breaker = CircuitBreaker(Clock())
 
     async def wrong_type() -> bytes:
         raise ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
 
     assert await breaker.attempt(wrong_type) is None
-    assert breaker.lets_pass()
+    assert breaker.try_acquire()

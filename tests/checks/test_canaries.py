@@ -50,7 +50,7 @@ _PACKAGES = tuple(
 )
 
 
-def secret_of(token: str) -> bytes:
+def secret_version_of(token: str) -> bytes:
     """What nobody may see: the random part, without the checks, of which a partial shows some."""
     return token[-_TAIL:][:SECRET_LENGTH].encode()
 
@@ -206,7 +206,7 @@ CHANGES = [
 PROFILES = ["/v1/api-keys", "/v1/api_keys"]
 
 
-Door = tuple[ASGIApp, str]
+Endpoint = tuple[ASGIApp, str]
 
 
 class World:
@@ -220,7 +220,7 @@ class World:
         self.engine, self._own = self._new_engine(redis), self._new_engine(redis)
         self.sidecar = create_app(self.engine)
         protected = APIKeyMiddleware(hello, engine=self._own)
-        checks: list[Door] = [(self.sidecar, "/verify"), (protected, "/")]
+        checks: list[Endpoint] = [(self.sidecar, "/verify"), (protected, "/")]
         self._checks = itertools.cycle(checks)
         self._doors = itertools.cycle([*checks, (self.sidecar, "/v1/api-keys")])
         self._mangled, self._bodies = itertools.cycle(MANGLED), itertools.cycle(BAD_BODIES)
@@ -235,8 +235,8 @@ class World:
 
     async def begin(self) -> None:
         await self.engine.start()
-        self.boss = await (await self.engine.keyring()).create("org", "boss")
-        self._manager = f"Bearer {self.boss.token.reveal()}"
+        self.admin_key = await (await self.engine.keyring()).create("org", "admin_key")
+        self._manager = f"Bearer {self.admin_key.token.reveal()}"
 
     async def end(self) -> None:
         await self.engine.stop()
@@ -415,7 +415,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         "answers": b"\n".join(answers),
         "database": b"".join(files.values()),
     }
-    return Found(list(world.tokens), {secret_of(token) for token in tokens}, haystacks)
+    return Found(list(world.tokens), {secret_version_of(token) for token in tokens}, haystacks)
 
 
 # And then

@@ -19,7 +19,7 @@ class Work:
         self.begun: list[str] = []
 
     async def one(self, organization_id: str) -> None:
-        async with self.limit.turn(organization_id):
+        async with self.limit.slot(organization_id):
             self.begun.append(organization_id)
             await self.gate.wait()
 
@@ -64,8 +64,8 @@ async def test_there_is_room_again_and_nothing_is_kept() -> None:
         await asyncio.sleep(0)
     await asyncio.sleep(0)
     with pytest.raises(OSError, match="full"):
-        async with work.limit.turn("acme"):
+        async with work.limit.slot("acme"):
             raise OSError("full")
-    assert work.limit._turns == {}
+    assert work.limit._slots == {}
     work.gate.set()
     await work.one("acme")

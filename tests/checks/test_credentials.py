@@ -139,7 +139,7 @@ BARRED = b"17|" + b"Ab0" * 16
 def test_a_bar_is_read_where_it_is_welcome(value: bytes) -> None:
     """Laravel Sanctum's tokens have one, and RFC 6750 has none."""
     assert read([value]) is Reason.MALFORMED
-    token = read([value], barred=True)
+    token = read([value], allow_pipe=True)
     assert isinstance(token, Token)
     assert token.reveal() == BARRED.decode()
 
@@ -154,14 +154,14 @@ def test_a_bar_is_read_where_it_is_welcome(value: bytes) -> None:
 )
 def test_a_bar_elsewhere_is_malformed_also_where_it_is_welcome(token: bytes) -> None:
     """In that one shape and in no other."""
-    assert read([b"Bearer " + token], barred=True) is Reason.MALFORMED
+    assert read([b"Bearer " + token], allow_pipe=True) is Reason.MALFORMED
 
 
 @given(st.lists(st.binary(max_size=80), max_size=2))
 def test_welcoming_a_bar_changes_nothing_else(values: list[bytes]) -> None:
     """Whatever is no such token is read as ever."""
     if not any(b"|" in value for value in values):
-        told, also = read(values), read(values, barred=True)
+        told, also = read(values), read(values, allow_pipe=True)
         texts = [each.reveal() if isinstance(each, Token) else each for each in (told, also)]
         assert texts[0] == texts[1]
 

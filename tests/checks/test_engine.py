@@ -17,15 +17,15 @@ from keylatch import tokens
 from keylatch.drafts import QuotaExceeded
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
-from keylatch.hashing import CHEAPEST, Cost, Fit, Hasher
+from keylatch.hashing import CHEAPEST, Cost, Hasher, VerifyResult
 from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, Reason, Wanted, principal_of
-from keylatch.revocation.feed import Feed
+from keylatch.model import Allow, Deny, Reason, Requirement, principal_of
+from keylatch.revocation.feed import Invalidations
 from keylatch.settings import Settings
 from keylatch.sql.changes import advance
-from keylatch.store import Absent, Found, Poll, Store
+from keylatch.store import Found, NotFound, Poll, Store
 from keylatch.tokens import Token
-from keylatch.usage.tally import Tally
+from keylatch.usage.tally import UsageBatch
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
@@ -41,7 +41,7 @@ class WatchedStore(Store):
         self.holding: asyncio.Event | None = None
         self.has_read = asyncio.Event()
 
-    async def find(self, key_id: str) -> Found | Absent:
+    async def find(self, key_id: str) -> Found | NotFound:
         self.finds += 1
         if self.broken:
             raise StoreUnavailable("broken by the test")
@@ -51,10 +51,12 @@ class WatchedStore(Store):
             await self.holding.wait()
         return answer
 
-    async def touch(self, uses: Mapping[str, int], tally: Tally | None = None) -> None:
+    async def record_last_used(
+        self, last_used: Mapping[str, int], batch: UsageBatch | None = None
+    ) -> None:
         if self.broken:
             raise StoreUnavailable("broken by the test")
-        await super().touch(uses, tally)
+        await super().record_last_used(last_used, batch)
 
 
 class WatchedHasher(Hasher):
@@ -65,7 +67,7 @@ class WatchedHasher(Hasher):
         self.verified = 0
         self.full = False
 
-    async def verify(self, stored: str, token: Token) -> Fit:
+    async def verify(self, stored: str, token: Token) -> VerifyResult:
         self.verified += 1
         if self.full:
             raise HashingBusy("filled by the test")
@@ -125,11 +127,11 @@ async def with_other_secret(store: Store, token: Token) -> Token:
     secrets = await store.open(0)
     head = token.reveal().rpartition("_")[0]
     body = f"{head}_{'A' * tokens.SECRET_LENGTH}"
-    body += tokens._check(secrets.check_keys[0], body)
+    body += tokens._mac(secrets.mac_keys[0], body)
     return Token(body + tokens._crc(body))
 
 
-class TestWhoIsAsked:
+class TestLookupOrder:
     """Costs: what a check may and may not do."""
 
     async def test_a_cold_key_costs_one_look_up_and_one_hash_and_then_nothing(
@@ -137,18 +139,18 @@ class TestWhoIsAsked:
     ) -> None:
         """The first check asks the store and argon2; all further ones neither."""
         created = await create(engine)
-        assert engine.peek(created.token) is None
+        assert engine.check_token_cached(created.token) is None
         for _ in range(5):
-            assert isinstance(await engine.check(bearer(created.token)), Allow)
-        assert isinstance(engine.peek(created.token), Allow)
+            assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
+        assert isinstance(engine.check_token_cached(created.token), Allow)
         assert (store.finds, hasher.verified) == (1, 1)
 
     async def test_a_hit_never_suspends(self, engine: Engine) -> None:
         """The first step of the coroutine is its last: no hop, no await that yields."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
         with pytest.raises(StopIteration) as done:
-            engine.check(bearer(created.token)).send(None)
+            engine.authenticate(bearer(created.token)).send(None)
         assert isinstance(done.value.value, Allow)
 
     async def test_a_hundred_cold_requests_cost_one_hash(
@@ -156,17 +158,19 @@ class TestWhoIsAsked:
     ) -> None:
         """A herd on one cold key is one flight."""
         created = await create(engine)
-        verdicts = await asyncio.gather(*(engine.check(bearer(created.token)) for _ in range(100)))
+        verdicts = await asyncio.gather(
+            *(engine.authenticate(bearer(created.token)) for _ in range(100))
+        )
         assert all(isinstance(verdict, Allow) for verdict in verdicts)
         assert (store.finds, hasher.verified) == (1, 1)
 
     async def test_strangers_cost_nothing(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """Tokens that this store never minted are refused by peek alone."""
-        stranger = tokens.CheckKeys([b"s" * 32]).mint("kl", "live")
+        """Tokens that this store never minted are refused by check_token_cached alone."""
+        stranger = tokens.MacKeys([b"s" * 32]).mint("kl", "live")
         for token in (stranger, Token("rubbish"), Token("kl_live_a_b"), Token("x" * 500)):
-            assert engine.peek(token) == Deny(Reason.FORGED)
+            assert engine.check_token_cached(token) == Deny(Reason.FORGED)
         assert (store.finds, hasher.verified) == (0, 0)
 
     async def test_a_known_id_with_a_wrong_secret_costs_no_hash(
@@ -174,10 +178,10 @@ class TestWhoIsAsked:
     ) -> None:
         """The cached digest refuses it, and the good token stays good."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
         wrong = await with_other_secret(store, created.token)
-        assert engine.peek(wrong) == Deny(Reason.WRONG_SECRET)
-        assert isinstance(engine.peek(created.token), Allow)
+        assert engine.check_token_cached(wrong) == Deny(Reason.WRONG_SECRET)
+        assert isinstance(engine.check_token_cached(created.token), Allow)
         assert hasher.verified == 1
 
     async def test_a_wrong_secret_for_a_cold_id_is_hashed_once(
@@ -187,27 +191,27 @@ class TestWhoIsAsked:
         created = await create(engine)
         wrong = await with_other_secret(store, created.token)
         for _ in range(5):
-            assert await engine.check(bearer(wrong)) == Deny(Reason.WRONG_SECRET)
+            assert await engine.authenticate(bearer(wrong)) == Deny(Reason.WRONG_SECRET)
         assert hasher.verified == 1
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
     async def test_a_revoked_key_that_was_cached_costs_one_look_up(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
         """What was remembered of it goes, so that the refusal is found in its place."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
         await revoke(engine, created)
         for _ in range(5):
-            assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+            assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
         assert (store.finds, hasher.verified) == (2, 1)
 
 
-class Unmoved(Feed):
+class Unmoved(Invalidations):
     """A broken twin: it learns, and does not show it."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name != "state":
+        if name != "version":
             super().__setattr__(name, value)
 
 
@@ -219,30 +223,30 @@ class TestRevocation:
     ) -> None:
         """G1: the answer of the delete is the last moment of the key, in every process."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
         await revoke(other, created)
-        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
 
     async def test_the_twin_that_does_not_read_seq_is_caught(
         self, engine: Engine, other: Engine
     ) -> None:
         """Without the counter the same story accepts a revoked key."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
-        engine._witness.moment = lambda: 0.0  # type: ignore[method-assign]
+        await engine.authenticate(bearer(created.token))
+        engine._freshness.now_if_fresh = lambda: 0.0  # type: ignore[method-assign]
         await revoke(other, created)
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
     async def test_the_twin_whose_feed_never_says_that_it_learned_is_caught(
         self, engine: Engine, other: Engine
     ) -> None:
         """What was found true once would be believed for ever, whatever tombstones there are."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
-        engine._feed.__class__ = Unmoved
+        await engine.authenticate(bearer(created.token))
+        engine._invalidations.__class__ = Unmoved
         await revoke(other, created)
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
-        assert not engine._feed.accepts(created.record.id, "acme", as_of=0)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
+        assert not engine._invalidations.accepts(created.record.id, "acme", as_of=0)
 
     async def test_a_read_in_flight_cannot_revive_a_revoked_key(
         self, engine: Engine, other: Engine, store: WatchedStore
@@ -251,12 +255,12 @@ class TestRevocation:
         accepts it."""
         created = await create(engine)
         store.holding = asyncio.Event()
-        late = asyncio.create_task(engine.check(bearer(created.token)))
+        late = asyncio.create_task(engine.authenticate(bearer(created.token)))
         await store.has_read.wait()
         await revoke(other, created)
         store.holding.set()
         assert await late == Deny(Reason.REVOKED)
-        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
 
     async def test_whoever_joins_a_flight_late_judges_its_result_anew(
         self, engine: Engine, other: Engine, store: WatchedStore
@@ -264,10 +268,10 @@ class TestRevocation:
         """A request that starts after the delete is refused, though its flight left before."""
         created = await create(engine)
         store.holding = asyncio.Event()
-        early = asyncio.create_task(engine.check(bearer(created.token)))
+        early = asyncio.create_task(engine.authenticate(bearer(created.token)))
         await store.has_read.wait()
         await revoke(other, created)
-        joined = asyncio.create_task(engine.check(bearer(created.token)))
+        joined = asyncio.create_task(engine.authenticate(bearer(created.token)))
         await asyncio.sleep(0)
         store.holding.set()
         assert await joined == Deny(Reason.REVOKED)
@@ -277,20 +281,20 @@ class TestRevocation:
         """Disabled, enabled, permission, expiry: the next check knows."""
         created = await create(engine)
         keyring = await other.keyring()
-        sends = Wanted.all_of(["SENDING"])
-        steps: list[tuple[dict[str, Any], Wanted, object]] = [
+        sends = Requirement.all_of(["SENDING"])
+        steps: list[tuple[dict[str, Any], Requirement, object]] = [
             ({"active": False}, sends, Deny(Reason.DISABLED)),
             ({"active": True}, sends, Allow),
             ({"permission": "SENDING"}, sends, Allow),
             (
                 {"permission": "SENDING"},
-                Wanted(frozenset({"FULL"})),
+                Requirement(frozenset({"FULL"})),
                 Deny(Reason.INSUFFICIENT_SCOPE, "FULL"),
             ),
         ]
         for change, wanted, expected in steps:
             await keyring.change("acme", created.record.id, **change)
-            verdict = await engine.check(bearer(created.token), wanted)
+            verdict = await engine.authenticate(bearer(created.token), wanted)
             assert verdict == expected or type(verdict) is expected
 
     async def test_an_organisation_that_is_disabled_takes_its_keys_along(
@@ -299,7 +303,7 @@ class TestRevocation:
         """One row of the log refuses all keys of the organisation, cached or not."""
         created, foreign = await create(engine), await create(engine, "rival")
         for each in (created, foreign):
-            await engine.check(bearer(each.token))
+            await engine.authenticate(bearer(each.token))
 
         def disable(connection: Connection) -> None:
             connection.exec_driver_sql(
@@ -308,8 +312,10 @@ class TestRevocation:
             advance(connection, 0, organization_id="acme")
 
         await other.store._database.write(disable)
-        assert await engine.check(bearer(created.token)) == Deny(Reason.ORGANIZATION_DISABLED)
-        assert isinstance(await engine.check(bearer(foreign.token)), Allow)
+        assert await engine.authenticate(bearer(created.token)) == Deny(
+            Reason.ORGANIZATION_DISABLED
+        )
+        assert isinstance(await engine.authenticate(bearer(foreign.token)), Allow)
 
     async def test_expiry_is_judged_at_each_use(
         self, engine: Engine, clock: Clock, store: WatchedStore
@@ -317,11 +323,11 @@ class TestRevocation:
         """A cached key ends with its last millisecond, without anybody telling."""
         expires_at = int(clock() * 1000) + 60_000
         created = await create(engine, expires_at=expires_at)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
         clock.tick(59.999)
-        assert isinstance(engine.peek(created.token), Allow)
+        assert isinstance(engine.check_token_cached(created.token), Allow)
         clock.tick(0.001)
-        assert engine.peek(created.token) == Deny(Reason.EXPIRED)
+        assert engine.check_token_cached(created.token) == Deny(Reason.EXPIRED)
         assert store.finds == 1
 
     async def test_a_key_that_was_just_created_is_not_hidden(
@@ -329,12 +335,12 @@ class TestRevocation:
     ) -> None:
         """Somebody may have asked for it a moment too early."""
         keyring = await other.keyring()
-        token = keyring._check_keys.mint("kl", "live")
-        assert await engine.check(bearer(token)) == Deny(Reason.UNKNOWN)
+        token = keyring._mac_keys.mint("kl", "live")
+        assert await engine.authenticate(bearer(token)) == Deny(Reason.UNKNOWN)
         created = await create(other)
         record = replace(created.record, id=token.key_id)
         await other.store.add(record, await other.hasher.hash(token))
-        assert isinstance(await engine.check(bearer(token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(token)), Allow)
 
     async def test_keys_of_another_environment_are_not_welcome(
         self, make_engine: MakeEngine
@@ -342,8 +348,8 @@ class TestRevocation:
         """An engine for live refuses a test key as if it did not exist."""
         engine = make_engine(environment="live")
         live, test = await create(engine), await create(engine, environment="test")
-        assert isinstance(await engine.check(bearer(live.token)), Allow)
-        assert await engine.check(bearer(test.token)) == Deny(Reason.WRONG_ENVIRONMENT)
+        assert isinstance(await engine.authenticate(bearer(live.token)), Allow)
+        assert await engine.authenticate(bearer(test.token)) == Deny(Reason.WRONG_ENVIRONMENT)
         await engine.stop()
 
 
@@ -356,21 +362,21 @@ class TestFailure:
         """An error writes to no cache: when the store is back, so are the keys."""
         created = await create(engine)
         store.broken = True
-        assert await engine.check(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
         store.broken = False
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
     async def test_a_full_hash_queue_is_busy_and_cached_keys_are_unaffected(
         self, engine: Engine, hasher: WatchedHasher
     ) -> None:
         """Cold keys get 503; warm ones do not need a hash."""
         warm, cold = await create(engine), await create(engine)
-        await engine.check(bearer(warm.token))
+        await engine.authenticate(bearer(warm.token))
         hasher.full = True
-        assert await engine.check(bearer(cold.token)) == Deny(Reason.BUSY)
-        assert isinstance(await engine.check(bearer(warm.token)), Allow)
+        assert await engine.authenticate(bearer(cold.token)) == Deny(Reason.BUSY)
+        assert isinstance(await engine.authenticate(bearer(warm.token)), Allow)
         hasher.full = False
-        assert isinstance(await engine.check(bearer(cold.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(cold.token)), Allow)
 
     async def test_a_damaged_hash_is_unavailable(self, engine: Engine, store: WatchedStore) -> None:
         """A row that cannot be read says nothing about the key."""
@@ -378,7 +384,7 @@ class TestFailure:
         found = await store.find(created.record.id)
         assert isinstance(found, Found)
         await store.replace_hash(created.record.id, found.hash, "$argon2id$damaged")
-        assert await engine.check(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
 
     async def test_a_store_that_is_late_is_waited_for(
         self,
@@ -391,15 +397,15 @@ class TestFailure:
         folder = tmp_path / "late"
         engine = make_engine(store=Store(f"sqlite:///{folder}/keys.db"))
         await engine.start()
-        token = tokens.CheckKeys([b"k" * 32]).mint("kl", "live")
-        assert await engine.check(bearer(token)) == Deny(Reason.UNAVAILABLE)
+        token = tokens.MacKeys([b"k" * 32]).mint("kl", "live")
+        assert await engine.authenticate(bearer(token)) == Deny(Reason.UNAVAILABLE)
         clock.tick(0.11)
-        assert await engine.check(bearer(token)) == Deny(Reason.UNAVAILABLE)
+        assert await engine.authenticate(bearer(token)) == Deny(Reason.UNAVAILABLE)
         assert caplog.text.count("error: the store failed") == 1
         folder.mkdir()
-        assert await engine.check(bearer(token)) == Deny(Reason.UNAVAILABLE)
+        assert await engine.authenticate(bearer(token)) == Deny(Reason.UNAVAILABLE)
         clock.tick(0.11)
-        assert await engine.check(bearer(token)) == Deny(Reason.FORGED)
+        assert await engine.authenticate(bearer(token)) == Deny(Reason.FORGED)
         await engine.stop()
 
 
@@ -411,7 +417,7 @@ class TestLifecycle:
     ) -> None:
         """What was used a moment before the stop is in the store after it."""
         used, unused = await create(engine), await create(engine)
-        await engine.check(bearer(used.token))
+        await engine.authenticate(bearer(used.token))
         now_ms = int(clock() * 1000)
         await engine.stop()
         keyring = await other.keyring()
@@ -422,8 +428,8 @@ class TestLifecycle:
         """A key whose permission does not suffice was used; a disabled one was not."""
         sending, disabled = await create(engine, permission="SENDING"), await create(engine)
         await (await other.keyring()).change("acme", disabled.record.id, active=False)
-        await engine.check(bearer(sending.token), Wanted(frozenset({"FULL"})))
-        await engine.check(bearer(disabled.token))
+        await engine.authenticate(bearer(sending.token), Requirement(frozenset({"FULL"})))
+        await engine.authenticate(bearer(disabled.token))
         await engine.stop()
         keyring = await other.keyring()
         used = {record.id for record in await keyring.list("acme") if record.last_used}
@@ -433,7 +439,7 @@ class TestLifecycle:
         """Stopping closes everything; the next check opens it again."""
         created = await create(engine)
         await engine.stop()
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
     async def test_two_engines_in_one_process_do_not_meet(
         self, engine: Engine, tmp_path: Path
@@ -441,8 +447,8 @@ class TestLifecycle:
         """No global state: another store's keys are strangers."""
         second = Engine(Settings.load(store=f"sqlite:///{tmp_path}/second.db", hasher="sha256"))
         created = await create(second)
-        assert isinstance(await second.check(bearer(created.token)), Allow)
-        assert await engine.check(bearer(created.token)) == Deny(Reason.FORGED)
+        assert isinstance(await second.authenticate(bearer(created.token)), Allow)
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.FORGED)
         await second.stop()
 
     async def test_hashes_are_upgraded_on_use(
@@ -451,12 +457,12 @@ class TestLifecycle:
         """A key that was hashed at another cost is hashed anew when it is used, once."""
         created = await create(engine)
         dearer = make_engine(hasher=WatchedHasher(Cost(memory_kib=16, passes=2)))
-        assert isinstance(await dearer.check(bearer(created.token)), Allow)
+        assert isinstance(await dearer.authenticate(bearer(created.token)), Allow)
         await dearer.stop()
         found = await store.find(created.record.id)
         assert isinstance(found, Found)
         assert "m=16,t=2" in found.hash
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
 
 class TestSharedCache:
@@ -474,9 +480,9 @@ class TestSharedCache:
         hasher = WatchedHasher()
         second = make_engine(redis=FakeAsyncRedis(server=redis), hasher=hasher)
         created = await create(first)
-        await first.check(bearer(created.token))
+        await first.authenticate(bearer(created.token))
         await first.stop()
-        assert isinstance(await second.check(bearer(created.token)), Allow)
+        assert isinstance(await second.authenticate(bearer(created.token)), Allow)
         assert hasher.verified == 0
         await second.stop()
 
@@ -487,7 +493,7 @@ class TestSharedCache:
         first = make_engine(redis=FakeAsyncRedis(server=redis))
         client = FakeAsyncRedis(server=redis)
         created = await create(first)
-        await first.check(bearer(created.token))
+        await first.authenticate(bearer(created.token))
         await first.stop()
         (name,) = await client.keys("*")
         old: Any = await client.get(name)
@@ -495,7 +501,7 @@ class TestSharedCache:
         await revoke(second, created)
         assert await client.get(name) != old
         await client.set(name, old)
-        assert await second.check(bearer(created.token)) == Deny(Reason.REVOKED)
+        assert await second.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
         await second.stop()
         await client.aclose()
 
@@ -512,9 +518,9 @@ class TestPostgreSQL:
     ) -> None:
         """While the lease lasts, a hit asks nobody and never suspends."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
         with pytest.raises(StopIteration) as done:
-            engine.check(bearer(created.token)).send(None)
+            engine.authenticate(bearer(created.token)).send(None)
         assert isinstance(done.value.value, Allow)
         assert (store.finds, hasher.verified) == (1, 1)
 
@@ -523,13 +529,13 @@ class TestPostgreSQL:
     ) -> None:
         """G2: the delete returns when every process knows."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
         changed = await (await other.keyring()).delete("acme", created.record.id)
         assert changed is not None
         receipt = changed.receipt
         assert (receipt.acknowledged, receipt.members, receipt.bound_seconds) == (2, 2, 0.0)
-        assert engine.peek(created.token) is None
-        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+        assert engine.check_token_cached(created.token) is None
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
 
     async def test_a_read_in_flight_cannot_revive_a_revoked_key(
         self, engine: Engine, other: Engine, store: WatchedStore
@@ -537,7 +543,7 @@ class TestPostgreSQL:
         """Read as active, revoked, then delivered: refused."""
         created = await create(engine)
         store.holding = asyncio.Event()
-        late = asyncio.create_task(engine.check(bearer(created.token)))
+        late = asyncio.create_task(engine.authenticate(bearer(created.token)))
         await store.has_read.wait()
         await revoke(other, created)
         store.holding.set()
@@ -548,30 +554,30 @@ class TestPostgreSQL:
     ) -> None:
         """A cached key is good for X without the store, then 503; never 401, never 200."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
+        await engine.authenticate(bearer(created.token))
 
         async def fail(*question: object) -> Poll:
             raise StoreUnavailable("broken by the test")
 
         monkeypatch.setattr(store, "poll", fail)
         clock.tick(0.5)
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
         clock.tick(0.5)
-        assert await engine.check(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.UNAVAILABLE)
         monkeypatch.undo()
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
     async def test_a_suspended_process_asks_before_it_answers(
         self, engine: Engine, other: Engine, clock: Clock
     ) -> None:
         """Stopped, revoked meanwhile, continued: the first check finds the lease over."""
         created = await create(engine)
-        await engine.check(bearer(created.token))
-        await engine._jobs.end()
+        await engine.authenticate(bearer(created.token))
+        await engine._tasks.stop()
         keyring = await other.keyring()
         await keyring.delete("acme", created.record.id, wait=False)
         clock.tick(3600)
-        assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+        assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
 
     async def test_expiry_is_judged_on_the_stores_time(self, engine: Engine, clock: Clock) -> None:
         """A wall clock that is far ahead does not end a key that has an hour left."""
@@ -580,7 +586,7 @@ class TestPostgreSQL:
         assert clock() > time.time() + 3_600
         changed = await engine.store.change("acme", created.record.id, 0, {"expires_at": soon})
         assert changed is not None
-        assert isinstance(await engine.check(bearer(created.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
 
 class GatedHasher(Hasher):
@@ -590,37 +596,37 @@ class GatedHasher(Hasher):
         super().__init__("argon2id", CHEAPEST, workers=2)
         self.gate = threading.Event()
 
-    def _hash_now(self, token: Token) -> str:
+    def _hash_sync(self, token: Token) -> str:
         self.gate.wait(30)
-        return super()._hash_now(token)
+        return super()._hash_sync(token)
 
 
-class OneLane(GatedHasher):
+class OneHashPool(GatedHasher):
     """A broken twin: new tokens take the threads and the queue of checks."""
 
     async def hash(self, token: Token) -> str:
-        return await self._hash(token, self._lane)
+        return await self._hash(token, self._check_pool)
 
 
 class TestSharedWithManagement:
     """What one tenant's management does to another tenant's checks."""
 
-    @pytest.mark.parametrize("kind", [GatedHasher, OneLane])
+    @pytest.mark.parametrize("kind", [GatedHasher, OneHashPool])
     async def test_creates_of_one_make_no_cold_key_of_another_busy(
         self, make_engine: MakeEngine, kind: type[GatedHasher]
     ) -> None:
         """80 creates by an operator, who has no limit, while 40 cold keys are checked: 0 of these
         are refused for it. With the twin all are."""
-        full = 66 if kind is OneLane else 65  # threads, and the queue
+        full = 66 if kind is OneHashPool else 65  # threads, and the queue
         engine = make_engine(hasher=(hasher := kind()))
         hasher.gate.set()
         cold = [await create(engine, "rival") for _ in range(40)]
         hasher.gate.clear()
         creating = [asyncio.create_task(create(engine, "acme")) for _ in range(80)]
         await until(lambda: sum(map(asyncio.Task.done, creating)) == 80 - full)
-        verdicts = await asyncio.gather(*(engine.check(bearer(key.token)) for key in cold))
+        verdicts = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for key in cold))
         busy = verdicts.count(Deny(Reason.BUSY))
-        assert busy == (40 if kind is OneLane else 0)
+        assert busy == (40 if kind is OneHashPool else 0)
         hasher.gate.set()
         made = await asyncio.gather(*creating, return_exceptions=True)
         assert sum(isinstance(each, Created) for each in made) == full
@@ -636,9 +642,9 @@ class TestSharedWithManagement:
         caller = principal_of((await create(engine, "acme")).record)
         hasher.gate.clear()
         creating = [asyncio.create_task(create(engine, "acme", by=caller)) for _ in range(80)]
-        await until(lambda: hasher.under_way == 4 and sum(map(asyncio.Task.done, creating)) == 60)
+        await until(lambda: hasher.in_flight == 4 and sum(map(asyncio.Task.done, creating)) == 60)
         other = asyncio.create_task(create(engine, "rival"))
-        await until(lambda: hasher.under_way == 5)
+        await until(lambda: hasher.in_flight == 5)
         hasher.gate.set()
         made = await asyncio.gather(*creating, return_exceptions=True)
         refused = [each for each in made if isinstance(each, QuotaExceeded)]

@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import elsewhere
-from conftest import Clock, MakeEngine, OnAStore, Sidecar, sidecar_on
-from elsewhere import MAKERS, Elsewhere
+from conftest import Clock, MakeEngine, Sidecar, StoreTests, sidecar_on
+from elsewhere import MAKERS, ExternalKey
 from keylatch import foreign
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, HashingFailed, StoreUnavailable
-from keylatch.foreign import Foreign
-from keylatch.hashing import CHEAPEST, Cost, Fit, Hasher
-from keylatch.keyring import Brought, Draft
-from keylatch.model import Allow, Deny, Reason, Verdict
-from keylatch.revocation.feed import Feed
-from keylatch.store import Absent, Found, Store
-from keylatch.tokens import CheckKeys, Token, is_native
+from keylatch.foreign import ImportedToken
+from keylatch.hashing import CHEAPEST, Cost, Hasher, VerifyResult
+from keylatch.keyring import Imported, NewKey
+from keylatch.model import Allow, Decision, Deny, Reason
+from keylatch.revocation.feed import Invalidations
+from keylatch.store import Found, NotFound, Store
+from keylatch.tokens import MacKeys, Token, is_native
 from keylatch_sidecar.intake import foreign_lines
 from servers import PostgresServer, eventually
 from shell import Operator
@@ -35,16 +35,16 @@ from shell import Operator
 pytestmark = pytest.mark.anyio
 
 
-def origin_of(key: Elsewhere) -> Foreign:
+def origin_of(key: ExternalKey) -> ImportedToken:
     """What an import learns from the key's line."""
-    return foreign_lines.taken(key.line, frozenset())[1]
+    return foreign_lines.parse(key.import_fields, frozenset())[1]
 
 
-async def bring(engine: Engine, *keys: Elsewhere, **values: Any) -> list[Brought]:
+async def bring(engine: Engine, *keys: ExternalKey, **values: Any) -> list[Imported]:
     keyring = await engine.keyring()
-    drafts = [Draft("acme", "old", **values) for _ in keys]
+    drafts = [NewKey("acme", "old", **values) for _ in keys]
     origins = [origin_of(key) for key in keys]
-    return list(await keyring.bring_many(list(zip(drafts, origins, strict=True))))
+    return list(await keyring.import_many(list(zip(drafts, origins, strict=True))))
 
 
 def bearer(token: str) -> list[bytes]:
@@ -125,7 +125,7 @@ async def test_every_schemes_token_finds_its_key_and_fits_its_hash(name: str) ->
     lengths = len(stored), len(origin.locator), len(origin.partial)
     assert all(length <= most for length, most in zip(lengths, (255, 160, 32), strict=True))
     assert await hasher.verify(stored, token)
-    assert not await hasher.verify(stored, Token(key.wrong))
+    assert not await hasher.verify(stored, Token(key.with_wrong_secret))
     assert key.secret not in f"{origin!r} {origin.locator} {origin.partial} {stored}"
     hasher.close()
 
@@ -145,7 +145,7 @@ TEXTS = (
 def test_whatever_a_stranger_sends_has_locators(text: str) -> None:
     """Few, distinct where they matter, of few characters, each of a scheme; and nothing raises."""
     found = foreign.locators(Token(text))
-    assert 2 <= len(found) <= foreign.MOST_LOCATORS
+    assert 2 <= len(found) <= foreign.MAX_LOCATORS
     schemes = {"sha256", "sha512", "sanctum", "usesend", "django", "seam", "argon2"}
     for locator in found:
         assert locator.partition(":")[0] in schemes
@@ -158,8 +158,8 @@ def test_whatever_a_stranger_sends_has_locators(text: str) -> None:
 def test_whatever_a_stranger_sends_fits_or_does_not(text: str, name: str) -> None:
     """The quick schemes; the others are the same functions behind more work."""
     stored, _ = VECTORS[name]
-    if foreign.is_foreign(stored) and foreign.is_quick(stored):
-        assert foreign.fits(stored, Token(text)) in (True, False)
+    if foreign.is_imported_hash(stored) and foreign.is_fast(stored):
+        assert foreign.verify(stored, Token(text)) in (True, False)
 
 
 async def test_a_damaged_hash_refuses_nobody() -> None:
@@ -174,7 +174,7 @@ async def test_a_damaged_hash_refuses_nobody() -> None:
 async def test_tokens_from_elsewhere_wait_in_a_queue_of_their_own() -> None:
     """Who floods it with the public part of one delays no token of keylatch's own."""
     hasher = Hasher("argon2id", CHEAPEST, workers=1, queue=0)
-    own = CheckKeys([b"k" * 32]).mint("kl", "live")
+    own = MacKeys([b"k" * 32]).mint("kl", "live")
     stored = await hasher.hash(own)
     slow = Hasher("argon2id", Cost(64 * 1024, 3))
     dear = await slow.hash(Token("a.b"))
@@ -198,13 +198,13 @@ class CountingStore(Store):
         super().__init__(url)
         self.asked = 0
 
-    async def find(self, key_id: str) -> Found | Absent:
+    async def find(self, key_id: str) -> Found | NotFound:
         self.asked += 1
         return await super().find(key_id)
 
-    async def find_foreign(self, locators: Any) -> Found | Absent:
+    async def find_by_locator(self, locators: Any) -> Found | NotFound:
         self.asked += 1
-        return await super().find_foreign(locators)
+        return await super().find_by_locator(locators)
 
 
 class CountingHasher(Hasher):
@@ -214,12 +214,12 @@ class CountingHasher(Hasher):
         super().__init__("sha256")
         self.verified = 0
 
-    async def verify(self, stored: str, token: Token) -> Fit:
+    async def verify(self, stored: str, token: Token) -> VerifyResult:
         self.verified += 1
         return await super().verify(stored, token)
 
 
-class ForeignContract(OnAStore):
+class ForeignContract(StoreTests):
     """What both databases promise of keys that were made elsewhere."""
 
     @pytest.fixture
@@ -256,7 +256,7 @@ class ForeignContract(OnAStore):
         for maker in MAKERS.values():
             key = maker()
             expected = Reason.MALFORMED if "|" in key.token else Reason.FORGED
-            assert await engine.check(bearer(key.token)) == Deny(expected)
+            assert await engine.authenticate(bearer(key.token)) == Deny(expected)
         assert (store.asked, hasher.verified) == (0, 0)
 
     async def test_an_import_is_known_at_once_where_nothing_was_imported_before(
@@ -269,21 +269,21 @@ class ForeignContract(OnAStore):
         self, engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: what is learned at the start is all that it ever knows."""
-        apply = Feed.apply
+        apply = Invalidations.apply
         monkeypatch.setattr(
-            Feed,
+            Invalidations,
             "apply",
             lambda feed, changes, *reached: apply(
-                feed, replace(changes, has_foreign=False), *reached
+                feed, replace(changes, has_imported_keys=False), *reached
             ),
         )
         assert not await self._is_known_at_once(engine, other)
 
     async def _is_known_at_once(self, engine: Engine, other: Engine) -> bool:
         key = elsewhere.sanctum()
-        assert await engine.check(bearer(key.token)) == Deny(Reason.MALFORMED)
+        assert await engine.authenticate(bearer(key.token)) == Deny(Reason.MALFORMED)
         await bring(other, key)
-        return isinstance(await engine.check(bearer(key.token)), Allow)
+        return isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_later_import_is_known_by_who_remembers_that_there_was_no_such_key(
         self, engine: Engine, other: Engine
@@ -291,9 +291,9 @@ class ForeignContract(OnAStore):
         """The negative cache is no reason to refuse it."""
         await bring(other, elsewhere.sha256())
         key = elsewhere.usesend()
-        assert await engine.check(bearer(key.token)) == Deny(Reason.UNKNOWN)
+        assert await engine.authenticate(bearer(key.token)) == Deny(Reason.UNKNOWN)
         await bring(other, key)
-        assert isinstance(await engine.check(bearer(key.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_cold_token_costs_one_look_up_and_one_hash_and_then_nothing(
         self, engine: Engine, other: Engine, store: CountingStore, hasher: CountingHasher
@@ -301,11 +301,13 @@ class ForeignContract(OnAStore):
         """As keylatch's own do; a hundred cold requests at once are one flight."""
         key = elsewhere.usesend()
         await bring(other, key)
-        verdicts = await asyncio.gather(*(engine.check(bearer(key.token)) for _ in range(100)))
+        verdicts = await asyncio.gather(
+            *(engine.authenticate(bearer(key.token)) for _ in range(100))
+        )
         assert all(isinstance(verdict, Allow) for verdict in verdicts)
         assert (store.asked, hasher.verified) == (1, 1)
-        assert isinstance(engine.glance(bearer(key.token)), Allow)
-        assert isinstance(engine.peek(Token(key.token)), Allow)
+        assert isinstance(engine.check_cached(bearer(key.token)), Allow)
+        assert isinstance(engine.check_token_cached(Token(key.token)), Allow)
 
     async def test_made_up_tokens_cost_no_hash(
         self, engine: Engine, other: Engine, store: CountingStore, hasher: CountingHasher
@@ -314,7 +316,7 @@ class ForeignContract(OnAStore):
         await bring(other, elsewhere.usesend(), elsewhere.django_pbkdf2())
         for _ in range(2):
             for made_up in ("us_0123456789_" + "0" * 32, "abcdefgh.0123", "x" * 500):
-                assert await engine.check(bearer(made_up)) == Deny(Reason.UNKNOWN)
+                assert await engine.authenticate(bearer(made_up)) == Deny(Reason.UNKNOWN)
         assert (store.asked, hasher.verified) == (3, 0)
 
     async def test_a_forged_token_of_our_own_shape_costs_nothing(
@@ -322,9 +324,9 @@ class ForeignContract(OnAStore):
     ) -> None:
         """Imported keys change nothing for what has keylatch's shape, be its checks wrong."""
         await bring(other, elsewhere.usesend())
-        forged = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
+        forged = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
         for token in (forged, forged[:-1] + ("b" if forged[-1] == "a" else "a")):
-            assert await engine.check(bearer(token)) == Deny(Reason.FORGED)
+            assert await engine.authenticate(bearer(token)) == Deny(Reason.FORGED)
         assert store.asked == 0
 
     async def test_a_flood_of_made_up_tokens_is_bounded(
@@ -343,16 +345,18 @@ class ForeignContract(OnAStore):
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """The broken twin: every one of them is a question."""
-        monkeypatch.setattr("keylatch.lookup._MOST_FOREIGN", 10_000)
+        monkeypatch.setattr("keylatch.lookup._MAX_IMPORTED_LOOKUPS", 10_000)
         assert set(await self._flooded(engine, other, store)) == {Deny(Reason.UNKNOWN)}
         assert store.asked == 201
 
-    async def _flooded(self, engine: Engine, other: Engine, store: CountingStore) -> list[Verdict]:
+    async def _flooded(self, engine: Engine, other: Engine, store: CountingStore) -> list[Decision]:
         await bring(other, elsewhere.usesend())
         own = await (await engine.keyring()).create("acme", "own")
         store.asked = 0
-        made_up = [engine.check(bearer(f"made-up-{number}")) for number in range(200)]
-        mine, *told = await asyncio.gather(engine.check(bearer(own.token.reveal())), *made_up)
+        made_up = [engine.authenticate(bearer(f"made-up-{number}")) for number in range(200)]
+        mine, *told = await asyncio.gather(
+            engine.authenticate(bearer(own.token.reveal())), *made_up
+        )
         assert isinstance(mine, Allow)
         return told
 
@@ -363,16 +367,16 @@ class ForeignContract(OnAStore):
         revoked, disabled, last = elsewhere.usesend(), elsewhere.seam(), elsewhere.sanctum()
         ids = [each.key_id for each in await bring(other, revoked, disabled, last)]
         for key in (revoked, disabled, last):
-            assert isinstance(await engine.check(bearer(key.token)), Allow)
+            assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         keyring = await other.keyring()
         assert await keyring.delete("acme", ids[0])
-        assert await engine.check(bearer(revoked.token)) == Deny(Reason.REVOKED)
+        assert await engine.authenticate(bearer(revoked.token)) == Deny(Reason.REVOKED)
         await keyring.change("acme", ids[1], active=False)
-        assert await engine.check(bearer(disabled.token)) == Deny(Reason.DISABLED)
+        assert await engine.authenticate(bearer(disabled.token)) == Deny(Reason.DISABLED)
         await keyring.change("acme", ids[1], active=True)
-        assert isinstance(await engine.check(bearer(disabled.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(disabled.token)), Allow)
         await keyring.set_organization_active("acme", False)
-        assert await engine.check(bearer(last.token)) == Deny(Reason.ORGANIZATION_DISABLED)
+        assert await engine.authenticate(bearer(last.token)) == Deny(Reason.ORGANIZATION_DISABLED)
 
     async def test_a_feed_without_tombstones_would_accept_a_revoked_key(
         self, engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
@@ -380,10 +384,10 @@ class ForeignContract(OnAStore):
         """The broken twin: entries are used for as long as they are there."""
         key = elsewhere.usesend()
         [brought] = await bring(other, key)
-        await engine.check(bearer(key.token))
-        monkeypatch.setattr(Feed, "accepts", lambda *asked: True)
+        await engine.authenticate(bearer(key.token))
+        monkeypatch.setattr(Invalidations, "accepts", lambda *asked: True)
         assert await (await other.keyring()).delete("acme", brought.key_id)
-        assert isinstance(await engine.check(bearer(key.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_wrong_secret_is_refused_and_the_right_one_stays_good(
         self, engine: Engine, other: Engine
@@ -392,9 +396,13 @@ class ForeignContract(OnAStore):
         for maker in (elsewhere.usesend, elsewhere.django_sha512, elsewhere.seam):
             key = maker()
             await bring(other, key)
-            assert await engine.check(bearer(key.wrong)) == Deny(Reason.WRONG_SECRET)
-            assert isinstance(await engine.check(bearer(key.token)), Allow)
-            assert await engine.check(bearer(key.wrong)) == Deny(Reason.WRONG_SECRET)
+            assert await engine.authenticate(bearer(key.with_wrong_secret)) == Deny(
+                Reason.WRONG_SECRET
+            )
+            assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
+            assert await engine.authenticate(bearer(key.with_wrong_secret)) == Deny(
+                Reason.WRONG_SECRET
+            )
 
     async def test_what_is_imported_twice_is_there_once(
         self, engine: Engine, other: Engine
@@ -403,21 +411,21 @@ class ForeignContract(OnAStore):
         first, second = elsewhere.usesend(), elsewhere.knox()
         [before] = await bring(other, first)
         again, fresh = await bring(other, first, second)
-        assert again == Brought(before.key_id, is_new=False)
+        assert again == Imported(before.key_id, is_new=False)
         assert fresh.is_new
         await (await other.keyring()).delete("acme", before.key_id)
         [revoked] = await bring(other, first)
-        assert revoked == Brought(before.key_id, is_new=False, is_deleted=True)
-        assert await engine.check(bearer(first.token)) == Deny(Reason.REVOKED)
+        assert revoked == Imported(before.key_id, is_new=False, is_deleted=True)
+        assert await engine.authenticate(bearer(first.token)) == Deny(Reason.REVOKED)
         assert len(await other.store.list("acme", deleted=True)) == 2
 
     async def test_an_import_whose_answer_was_lost_may_be_repeated(self, other: Engine) -> None:
         """It finds its own work done, and makes no second change."""
         record = (await (await other.keyring()).create("acme", "own")).record
         made = [(replace(record, id="key_brought", locator="seam:a_b"), foreign.SEAM)]
-        seq, held = await other.store.bring_many(made)
+        seq, held = await other.store.import_many(made)
         assert held == {}
-        assert await other.store.bring_many(made) == (seq, {"seam:a_b": ("key_brought", False)})
+        assert await other.store.import_many(made) == (seq, {"seam:a_b": ("key_brought", False)})
 
     async def test_environments_count(
         self, engine: Engine, other: Engine, url: str, make_engine: MakeEngine
@@ -425,9 +433,9 @@ class ForeignContract(OnAStore):
         """As for every key."""
         key = elsewhere.better_auth()
         await bring(other, key, environment="test")
-        assert isinstance(await engine.check(bearer(key.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         live = make_engine(store=Store(url), environment="live")
-        assert await live.check(bearer(key.token)) == Deny(Reason.WRONG_ENVIRONMENT)
+        assert await live.authenticate(bearer(key.token)) == Deny(Reason.WRONG_ENVIRONMENT)
         await live.stop()
 
     async def test_an_end_counts(self, engine: Engine, other: Engine) -> None:
@@ -435,7 +443,7 @@ class ForeignContract(OnAStore):
         key = elsewhere.better_auth()
         [brought] = await bring(other, key)
         await other.store.change("acme", brought.key_id, 0, {"expires_at": 1})
-        assert await engine.check(bearer(key.token)) == Deny(Reason.EXPIRED)
+        assert await engine.authenticate(bearer(key.token)) == Deny(Reason.EXPIRED)
 
     async def test_the_old_token_outlives_a_rotation_by_its_grace(
         self, engine: Engine, other: Engine
@@ -443,18 +451,18 @@ class ForeignContract(OnAStore):
         """So its holder moves to a token of keylatch's own, of the same key."""
         key = elsewhere.usesend()
         [brought] = await bring(other, key)
-        assert isinstance(await engine.check(bearer(key.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         keyring = await other.keyring()
         rotated = await keyring.rotate("acme", brought.key_id, grace_seconds=3_600)
         assert rotated
         for token in (key.token, rotated.token.reveal(), key.token):
-            verdict = await engine.check(bearer(token))
+            verdict = await engine.authenticate(bearer(token))
             assert isinstance(verdict, Allow)
             assert verdict.principal.key_id == brought.key_id
-        assert await engine.check(bearer(key.wrong)) == Deny(Reason.WRONG_SECRET)
+        assert await engine.authenticate(bearer(key.with_wrong_secret)) == Deny(Reason.WRONG_SECRET)
         await keyring.rotate("acme", brought.key_id, grace_seconds=0)
         for token in (key.token, rotated.token.reveal()):
-            assert await engine.check(bearer(token)) == Deny(Reason.WRONG_SECRET)
+            assert await engine.authenticate(bearer(token)) == Deny(Reason.WRONG_SECRET)
 
     async def test_a_token_that_fits_several_keys_is_the_one_of_its_digest(
         self, engine: Engine, other: Engine
@@ -463,9 +471,9 @@ class ForeignContract(OnAStore):
         exact = elsewhere.sha256()
         head = exact.token[:8]
         posing = elsewhere.argon2()
-        posing.line["prefix"] = head
+        posing.import_fields["prefix"] = head
         _, brought = await bring(other, posing, exact)
-        verdict = await engine.check(bearer(exact.token))
+        verdict = await engine.authenticate(bearer(exact.token))
         assert isinstance(verdict, Allow)
         assert verdict.principal.key_id == brought.key_id
 
@@ -479,10 +487,10 @@ class ForeignContract(OnAStore):
         async def broken(locators: Any) -> Found:
             raise StoreUnavailable("broken by the test")
 
-        store.find_foreign = broken  # type: ignore[method-assign]
-        assert await engine.check(bearer(key.token)) == Deny(Reason.UNAVAILABLE)
-        del store.find_foreign
-        assert isinstance(await engine.check(bearer(key.token)), Allow)
+        store.find_by_locator = broken  # type: ignore[method-assign]
+        assert await engine.authenticate(bearer(key.token)) == Deny(Reason.UNAVAILABLE)
+        del store.find_by_locator
+        assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_an_open_connection_ends_with_its_key(
         self, engine: Engine, other: Engine
@@ -490,10 +498,10 @@ class ForeignContract(OnAStore):
         """One that was let in by a token from elsewhere, too."""
         key = elsewhere.sanctum()
         [brought] = await bring(other, key)
-        assert isinstance(await engine.check(bearer(key.token)), Allow)
-        with engine.watching(bearer(key.token)) as ended:
+        assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
+        with engine.revocation_event(bearer(key.token)) as ended:
             await (await other.keyring()).delete("acme", brought.key_id)
-            assert await engine.check(bearer(key.token)) == Deny(Reason.REVOKED)
+            assert await engine.authenticate(bearer(key.token)) == Deny(Reason.REVOKED)
             await asyncio.wait_for(ended.wait(), 5)
 
 
@@ -521,13 +529,13 @@ async def test_redis_is_told_nothing_of_tokens_from_elsewhere(make_engine: MakeE
     key, own = elsewhere.seam(), await (await engine.keyring()).create("acme", "own")
     [brought] = await bring(engine, key)
     for token in (key.token, own.token.reveal()):
-        assert isinstance(await engine.check(bearer(token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(token)), Allow)
     await engine.stop()
     told = str(await FakeAsyncRedis(server=redis).keys("*"))
     assert own.record.id in told
     assert brought.key_id not in told
     for token in (key.token, own.token.reveal()):
-        assert isinstance(await new.check(bearer(token)), Allow)
+        assert isinstance(await new.authenticate(bearer(token)), Allow)
     assert hasher.verified == 1
     await new.stop()
 
@@ -568,22 +576,22 @@ def test_a_key_from_elsewhere_from_its_file_to_its_end(
         headers = {"Authorization": f"Bearer {token}"}
         return httpx.get(url, headers=headers, trust_env=False).status_code
 
-    line = {"name": name, "organization": name.replace("_", "-")} | key.line
-    outcome = operator.run("keys", "import", "-", typed=json.dumps(line))
-    assert (outcome.code, outcome.err) == (0, "Imported 1 keys that were made elsewhere.\n")
-    [told] = [json.loads(line) for line in outcome.out.splitlines()]
+    line = {"name": name, "organization": name.replace("_", "-")} | key.import_fields
+    outcome = operator.run("keys", "import", "-", stdin=json.dumps(line))
+    assert (outcome.exit_code, outcome.stderr) == (0, "Imported 1 keys.\n")
+    [told] = [json.loads(line) for line in outcome.stdout.splitlines()]
     assert told["outcome"] == "imported"
     assert "token" not in told
-    assert key.secret not in outcome.out
+    assert key.secret not in outcome.stdout
     before = stored_hash(database, told["id"])
-    assert status(key.wrong) == 401
+    assert status(key.with_wrong_secret) == 401
     assert status(key.token) == 200
-    if key.line["scheme"] != "raw":
+    if key.import_fields["scheme"] != "raw":
         eventually(lambda: stored_hash(database, told["id"]) != before)
     if not before.startswith("$sha256$"):
         assert stored_hash(database, told["id"]).startswith("$argon2id$")
     assert status(key.token) == 200
-    assert status(key.wrong) == 401
+    assert status(key.with_wrong_secret) == 401
     revoked = operator.run("keys", "revoke", told["id"])
-    assert revoked.code == 0
+    assert revoked.exit_code == 0
     assert status(key.token) == 401

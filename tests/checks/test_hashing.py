@@ -12,11 +12,11 @@ from argon2.exceptions import VerifyMismatchError
 from keylatch import argon2id
 from keylatch.errors import HashingBusy, HashingFailed
 from keylatch.hashing import CHEAPEST, OWASP_MINIMUM, Cost, Hasher
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import MacKeys, Token
 
 pytestmark = pytest.mark.anyio
-TOKEN = CheckKeys([b"k" * 32]).mint("kl", "live")
-OTHER = CheckKeys([b"k" * 32]).mint("kl", "live")
+TOKEN = MacKeys([b"k" * 32]).mint("kl", "live")
+OTHER = MacKeys([b"k" * 32]).mint("kl", "live")
 
 
 @pytest.mark.parametrize("hasher", [Hasher("argon2id", CHEAPEST), Hasher("sha256")])
@@ -55,11 +55,11 @@ async def test_hashes_are_upgraded_and_never_weakened() -> None:
         Hasher("sha256"),
     )
     argon_hash, sha_hash = await cheap.hash(TOKEN), await sha.hash(TOKEN)
-    assert dear.is_outdated(argon_hash)
-    assert dear.is_outdated(sha_hash)
-    assert not cheap.is_outdated(argon_hash)
-    assert not sha.is_outdated(argon_hash)
-    assert not sha.is_outdated(sha_hash)
+    assert dear.needs_rehash(argon_hash)
+    assert dear.needs_rehash(sha_hash)
+    assert not cheap.needs_rehash(argon_hash)
+    assert not sha.needs_rehash(argon_hash)
+    assert not sha.needs_rehash(sha_hash)
     for hasher in (cheap, dear, sha):
         hasher.close()
 
@@ -71,19 +71,23 @@ async def test_what_is_stored_is_the_digest_of_what_proves_it() -> None:
     stored, again, other = [await hasher.hash(token) for token in (TOKEN, TOKEN, OTHER)]
     fit = await hasher.verify(stored, TOKEN)
     assert isinstance(fit, bytes)
-    assert [argon2id.fits(each, fit) for each in (stored, again, other)] == [True, False, False]
-    assert argon2id._encoded(fit) not in stored
-    assert argon2id.preimage(stored, OTHER.reveal()) != fit
+    assert [argon2id.verify_preimage(each, fit) for each in (stored, again, other)] == [
+        True,
+        False,
+        False,
+    ]
+    assert argon2id._base64(fit) not in stored
+    assert argon2id.compute_preimage(stored, OTHER.reveal()) != fit
     for wrong in (b"", fit[:-1], fit + b"x", bytes(32), hashlib.sha256(fit).digest()):
-        assert not argon2id.fits(stored, wrong)
+        assert not argon2id.verify_preimage(stored, wrong)
     hasher.close()
 
 
 async def test_argon2_itself_says_the_same() -> None:
     """The stored digest is that of what the reference implementation makes of the same salt."""
-    stored = argon2id.hashed(TOKEN.reveal(), CHEAPEST)
+    stored = argon2id.hash_secret(TOKEN.reveal(), CHEAPEST)
     head, digest, kind = stored.rsplit("$", 2)
-    raw = argon2id._encoded(argon2id.preimage(stored, TOKEN.reveal()))
+    raw = argon2id._base64(argon2id.compute_preimage(stored, TOKEN.reveal()))
     assert kind == "sha256"
     assert argon2.PasswordHasher().verify(f"{head}${raw}", TOKEN.reveal())
     with pytest.raises(VerifyMismatchError):
@@ -97,8 +101,8 @@ async def test_argon2s_own_output_is_verified_and_made_anew() -> None:
     before = argon2.PasswordHasher(1, 8, 1).hash(TOKEN.reveal())
     assert await hasher.verify(before, TOKEN) is True
     assert await hasher.verify(before, OTHER) is False
-    assert hasher.is_outdated(before)
-    assert not argon2id.fits(before, base64.b64decode(before.rpartition("$")[2] + "="))
+    assert hasher.needs_rehash(before)
+    assert not argon2id.verify_preimage(before, base64.b64decode(before.rpartition("$")[2] + "="))
     hasher.close()
 
 
@@ -157,21 +161,21 @@ async def test_argon2_runs_on_its_own_threads() -> None:
     hasher.close()
 
 
-class OneLane(Hasher):
+class OneHashPool(Hasher):
     """A broken twin: new tokens are hashed by the threads of checks, and wait in their queue."""
 
     async def hash(self, token: Token) -> str:
-        return await self._hash(token, self._lane)
+        return await self._hash(token, self._check_pool)
 
 
-@pytest.mark.parametrize("kind", [Hasher, OneLane])
+@pytest.mark.parametrize("kind", [Hasher, OneHashPool])
 async def test_new_tokens_take_no_place_from_checks(kind: type[Hasher]) -> None:
     """80 new tokens and as many better hashes fill their own queues: 40 checks find their places.
     The twin refuses checks."""
     hasher = kind("argon2id", CHEAPEST, workers=2)
     stored, token = await hasher.hash(TOKEN), Gated()
     held = [asyncio.create_task(hasher.hash(token)) for _ in range(80)]
-    held += [asyncio.create_task(hasher.hash_anew(token)) for _ in range(80)]
+    held += [asyncio.create_task(hasher.rehash(token)) for _ in range(80)]
     await asyncio.sleep(0)
     checks = [asyncio.create_task(hasher.verify(stored, TOKEN)) for _ in range(40)]
     await asyncio.sleep(0)
@@ -179,7 +183,7 @@ async def test_new_tokens_take_no_place_from_checks(kind: type[Hasher]) -> None:
     token.gate.set()
     answers = await asyncio.gather(*checks, return_exceptions=True)
     fits = sum(isinstance(answer, bytes) for answer in answers)
-    assert (busy, fits) == ((40, 0) if kind is OneLane else (0, 40))
+    assert (busy, fits) == ((40, 0) if kind is OneHashPool else (0, 40))
     await asyncio.gather(*held, return_exceptions=True)
     hasher.close()
 
@@ -191,9 +195,9 @@ async def test_the_queue_of_new_tokens_is_bounded_and_checks_stay_well() -> None
     held = [asyncio.create_task(hasher.hash(token)) for _ in range(9)]
     await asyncio.sleep(0)
     refused = [each for each in held if each.done()]
-    assert (len(refused), hasher.pools()["management"]) == (4, 5)
+    assert (len(refused), hasher.in_flight_by_pool()["management"]) == (4, 5)
     assert {type(each.exception()) for each in refused} == {HashingBusy}
-    assert hasher.condition.failures.value == 0
+    assert hasher.health.failures.value == 0
     token.gate.set()
     await asyncio.wait(held)
     hasher.close()
@@ -203,7 +207,7 @@ async def test_management_has_fewer_threads_than_checks() -> None:
     """So that checks have most of the processors; a command, which checks nothing, has all."""
     one, four = Hasher(workers=1), Hasher(workers=4)
     command = Hasher(workers=4, management_workers=4)
-    found = [[lane.workers for lane in hasher._lanes] for hasher in (one, four, command)]
+    found = [[lane.workers for lane in hasher._pools] for hasher in (one, four, command)]
     assert found == [[1, 1, 1, 1], [4, 2, 2, 1], [4, 2, 4, 1]]
 
 
@@ -236,7 +240,7 @@ async def test_an_unreadable_hash_is_a_failure_and_no_refusal(stored: str) -> No
     with pytest.raises(HashingFailed) as caught:
         await hasher.verify(stored, TOKEN)
     assert TOKEN.reveal() not in str(caught.value)
-    assert not hasher.is_outdated(stored)
+    assert not hasher.needs_rehash(stored)
     hasher.close()
 
 

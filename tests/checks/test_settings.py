@@ -157,9 +157,9 @@ def test_a_pepper_file_has_a_secret_on_each_line(tmp_path: Path) -> None:
     file = tmp_path / "pepper"
     file.write_text(f"{SECRET}\n\n  {SECRET[::-1]} \r\n")
     settings = Settings.load(pepper_file=str(file))
-    assert settings.outside_peppers == (SECRET.encode(), SECRET[::-1].encode())
+    assert settings.file_peppers == (SECRET.encode(), SECRET[::-1].encode())
     assert SECRET not in repr(settings)
-    assert Settings.load().outside_peppers == ()
+    assert Settings.load().file_peppers == ()
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 import elsewhere
 from conftest import Clock
-from keylatch.caches.cache import Absence, Cache, Entry
+from keylatch.caches.cache import Entry, LocalCache, NegativeEntry
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Draft
+from keylatch.keyring import NewKey
 from keylatch.lookup import Lookup
 from keylatch.model import Allow, Deny, Reason
 from keylatch.settings import Settings
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import MacKeys, Token
 from keylatch_sidecar.intake import foreign_lines
 from test_caches import RECORD
 
@@ -45,10 +45,10 @@ class Scene:
 
     @property
     def known(self) -> dict[str, Entry]:
-        return dict(self.engine._l1._entries._by_id)
+        return dict(self.engine._l1._entries._entries)
 
     def check(self, token: str) -> Allow | Deny:
-        return self.runner.run(self.engine.check([b"Bearer " + token.encode()]))
+        return self.runner.run(self.engine.authenticate([b"Bearer " + token.encode()]))
 
     def warm(self) -> None:
         assert all(isinstance(self.check(token), Allow) for token in self.tokens)
@@ -60,8 +60,10 @@ async def _filled(engine: Engine) -> list[str]:
     created = [await keyring.create("acme", "ci") for _ in range(2)]
     rotated = await keyring.rotate("acme", created[0].record.id, grace_seconds=3_600)
     assert rotated is not None
-    taken = [foreign_lines.taken(each.line, frozenset())[1] for each in (LOCATED, DIGESTED)]
-    await keyring.bring_many([(Draft("acme", "old"), each) for each in taken])
+    taken = [
+        foreign_lines.parse(each.import_fields, frozenset())[1] for each in (LOCATED, DIGESTED)
+    ]
+    await keyring.import_many([(NewKey("acme", "old"), each) for each in taken])
     native = [*(each.token for each in created), rotated.token]
     return [*(token.reveal() for token in native), LOCATED.token, DIGESTED.token]
 
@@ -123,16 +125,18 @@ def test_no_token_of_a_stranger_changes_what_is_known(
         if token not in scene.tokens:
             assert isinstance(scene.check(token), Deny)
     assert scene.known == known
-    assert all(isinstance(scene.engine.peek(Token(token)), Allow) for token in scene.tokens)
+    assert all(
+        isinstance(scene.engine.check_token_cached(Token(token)), Allow) for token in scene.tokens
+    )
 
 
 class Naming(Lookup):
     """A broken twin: an absence carries whatever stands at the place of an id."""
 
-    async def fetch(self, token: Token) -> tuple[Entry | Absence, str]:
+    async def fetch(self, token: Token) -> tuple[Entry | NegativeEntry, str]:
         known, tier = await super().fetch(token)
-        if isinstance(known, Absence) and known.reason is Reason.UNKNOWN:
-            known = Absence(known.reason, token.key_id, "", known.as_of)
+        if isinstance(known, NegativeEntry) and known.reason is Reason.UNKNOWN:
+            known = NegativeEntry(known.reason, token.key_id, "", known.as_of)
         return known, tier
 
 
@@ -158,11 +162,11 @@ def test_a_twin_whose_absences_name_keys_forgets_them(
 def test_a_wrong_secret_under_a_known_id_evicts_nothing_and_asks_nobody(scene: Scene) -> None:
     """Without the keyed check it is refused in the process, which asks nobody for that."""
     known = scene.known
-    stranger = CheckKeys([b"another store's k"])
+    stranger = MacKeys([b"another store's k"])
     for token in scene.tokens[:3]:
         for _ in range(3):
             made_up = stranger.mint("kl", "live", "key_" + token.split("_")[2])
-            assert scene.engine.peek(made_up) in (
+            assert scene.engine.check_token_cached(made_up) in (
                 Deny(Reason.WRONG_SECRET),
                 Deny(Reason.FORGED),  # while the key has two secrets
             )
@@ -171,17 +175,17 @@ def test_a_wrong_secret_under_a_known_id_evicts_nothing_and_asks_nobody(scene: S
 
 def test_an_absence_that_was_long_on_its_way_removes_nothing_newer() -> None:
     """Of a key that was disabled when it was read, and enabled and read again since."""
-    cache = Cache()
+    cache = LocalCache()
     for as_of, stays in ((4, True), (5, False), (6, False)):
         entry = Entry(b"key_a", replace(RECORD), 5)
-        cache.remember(entry)
-        cache.remember_absence(b"other", Absence(Reason.DISABLED, "key_a", "acme", as_of))
-        assert (cache.entry("key_a") is entry) is stays, as_of
+        cache.add(entry)
+        cache.add_negative(b"other", NegativeEntry(Reason.DISABLED, "key_a", "acme", as_of))
+        assert (cache.by_secret_id("key_a") is entry) is stays, as_of
 
 
 def test_an_absence_without_a_key_removes_nothing() -> None:
     """The empty id is that of no key."""
-    cache = Cache()
-    cache.remember(entry := Entry(b"key_a", RECORD, 5))
-    cache.remember_absence(b"other", Absence(Reason.UNKNOWN, "", "", 9))
-    assert cache.entry("key_a") is entry
+    cache = LocalCache()
+    cache.add(entry := Entry(b"key_a", RECORD, 5))
+    cache.add_negative(b"other", NegativeEntry(Reason.UNKNOWN, "", "", 9))
+    assert cache.by_secret_id("key_a") is entry

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keylatch.tokens import MAX_LENGTH, SCAN_PATTERN, CheckKeys, Token, looks_minted
+from keylatch.tokens import MAX_LENGTH, SCAN_PATTERN, MacKeys, Token, has_valid_checksum
 
-KEYS = CheckKeys([b"n" * 32, b"o" * 32])
+KEYS = MacKeys([b"n" * 32, b"o" * 32])
 prefixes = st.from_regex(r"[a-z][a-z0-9]{1,15}", fullmatch=True)
 environments = st.from_regex(r"[a-z][a-z0-9]{0,15}", fullmatch=True)
 minted = st.builds(KEYS.mint, prefixes, environments)
@@ -22,10 +22,10 @@ token_characters = st.sampled_from(string.ascii_letters + string.digits + "_-.~+
 def test_every_minted_token_is_vouched_for_and_found_by_scanners(token: Token) -> None:
     """A minted token is vouched for, at most 96 characters, and found in any text around it."""
     text = token.reveal()
-    assert KEYS.vouch(Token(text))
+    assert KEYS.verify_mac(Token(text))
     assert len(text) <= MAX_LENGTH
     assert re.findall(SCAN_PATTERN, f"KEY={text};") == [text]
-    assert looks_minted(text)
+    assert has_valid_checksum(text)
     assert token.key_id == "key_" + text.split("_")[2]
     assert token.partial == f"{text.split('_')[0]}_...{text[-4:]}"
 
@@ -36,7 +36,7 @@ def test_one_changed_character_is_refused(token: Token, data: st.DataObject) -> 
     text = token.reveal()
     at = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(token_characters.filter(lambda c: c != text[at]))
-    assert not KEYS.vouch(Token(text[:at] + other + text[at + 1 :]))
+    assert not KEYS.verify_mac(Token(text[:at] + other + text[at + 1 :]))
 
 
 @given(minted, st.data())
@@ -44,7 +44,7 @@ def test_one_dropped_character_is_refused(token: Token, data: st.DataObject) -> 
     """Any one character left out is refused."""
     text = token.reveal()
     at = data.draw(st.integers(0, len(text) - 1))
-    assert not KEYS.vouch(Token(text[:at] + text[at + 1 :]))
+    assert not KEYS.verify_mac(Token(text[:at] + text[at + 1 :]))
 
 
 @given(minted, st.data())
@@ -52,7 +52,7 @@ def test_one_added_character_is_refused(token: Token, data: st.DataObject) -> No
     """Any one character put in anywhere is refused."""
     text = token.reveal()
     at = data.draw(st.integers(0, len(text)))
-    assert not KEYS.vouch(Token(text[:at] + data.draw(token_characters) + text[at:]))
+    assert not KEYS.verify_mac(Token(text[:at] + data.draw(token_characters) + text[at:]))
 
 
 @given(minted, st.data())
@@ -63,28 +63,28 @@ def test_two_swapped_characters_are_refused(token: Token, data: st.DataObject) -
     other = data.draw(st.integers(0, len(text) - 1).filter(lambda at: text[at] != text[one]))
     swapped = list(text)
     swapped[one], swapped[other] = swapped[other], swapped[one]
-    assert not KEYS.vouch(Token("".join(swapped)))
+    assert not KEYS.verify_mac(Token("".join(swapped)))
 
 
 @given(st.text(max_size=120))
 def test_any_text_is_refused_without_an_exception(text: str) -> None:
     """Whatever is presented, the answer is no and nothing is raised."""
-    assert not KEYS.vouch(Token(text))
+    assert not KEYS.verify_mac(Token(text))
     assert Token(text).partial == "..."
 
 
 def test_a_stranger_who_computes_the_crc_is_refused() -> None:
     """A token with a good CRC from another store's check key is still a stranger's."""
-    stranger = CheckKeys([b"s" * 32]).mint("kl", "live")
-    assert looks_minted(stranger.reveal())
-    assert not KEYS.vouch(stranger)
+    stranger = MacKeys([b"s" * 32]).mint("kl", "live")
+    assert has_valid_checksum(stranger.reveal())
+    assert not KEYS.verify_mac(stranger)
 
 
 def test_check_keys_rotate() -> None:
     """Tokens of an older check key are vouched for; new ones are minted with the newest."""
-    old = CheckKeys([b"o" * 32])
-    assert KEYS.vouch(old.mint("kl", "live"))
-    assert not old.vouch(KEYS.mint("kl", "live"))
+    old = MacKeys([b"o" * 32])
+    assert KEYS.verify_mac(old.mint("kl", "live"))
+    assert not old.verify_mac(KEYS.mint("kl", "live"))
 
 
 def test_a_token_shows_its_partial_form_only() -> None:
@@ -110,5 +110,5 @@ def test_a_prefix_of_another_form_is_not_minted(prefix: str) -> None:
 @pytest.mark.parametrize("keys", [[], [b"short"]])
 def test_weak_check_keys_are_not_taken(keys: list[bytes]) -> None:
     """Without a real key the check would vouch for everybody's tokens."""
-    with pytest.raises(ValueError, match="check key"):
-        CheckKeys(keys)
+    with pytest.raises(ValueError, match="MAC key"):
+        MacKeys(keys)

@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 
 from keylatch.errors import StoreUnavailable
 from keylatch.settings import Settings
-from keylatch.tokens import SCAN_PATTERN, CheckKeys
+from keylatch.tokens import SCAN_PATTERN, MacKeys
 from keylatch_sidecar.bench import comparison, figures, page, plan, plots, report
 from keylatch_sidecar.bench.comparison import FASTER, NOISE, SLOWER, UNKNOWN
 from keylatch_sidecar.bench.load import UNANSWERED, Credential, OpenLoop, Outcome, drive
-from keylatch_sidecar.bench.makers import ORGANIZATION, StoreMaker
+from keylatch_sidecar.bench.makers import ORGANIZATION, StoreKeyFactory
 from keylatch_sidecar.bench.plan import OutOfBounds, Plan
 from keylatch_sidecar.bench.probe import revoke_in_use
-from keylatch_sidecar.bench.supply import Key, Scheme, Supply
+from keylatch_sidecar.bench.supply import Key, Scheme, TemporaryKeys
 from keylatch_sidecar.bench.tiers import NEEDS
 from keylatch_sidecar.commands.bench import bench
 from proxies import SidecarProcess
 from servers import RedisServer, eventually, free_port
-from shell import Operator, ended
-from shell import Outcome as Ending
+from shell import Operator, wait_for_exit
+from shell import Result as Ending
 
 pytestmark = pytest.mark.long
 
@@ -59,10 +59,10 @@ def open_loop(count: int, interval: int) -> list[int]:
     books = OpenLoop(0, interval, count)
     free_at = 0
     while (due := books.next_due) is not None:
-        books.arrive(max(due, free_at))
-        while (taken := books.take()) is not None:
+        books.enqueue_due(max(due, free_at))
+        while (taken := books.pop()) is not None:
             free_at = answered_at(max(taken, free_at))
-            books.note(taken, free_at, 200, 200)
+            books.record(taken, free_at, 200, 200)
     assert books.is_over
     return books.latencies
 
@@ -90,17 +90,17 @@ def test_a_stall_of_the_server_shows_in_p99() -> None:
 class Echo:
     """A line that answers with what was expected, at once or never."""
 
-    def __init__(self, *, is_deaf: bool = False) -> None:
-        self._is_deaf = is_deaf
+    def __init__(self, *, is_unresponsive: bool = False) -> None:
+        self._is_unresponsive = is_unresponsive
         self.asked = 0
         self.given_up = 0
 
-    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
+    def check(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
         self.asked += 1
-        if not self._is_deaf:
+        if not self._is_unresponsive:
             answered(credential.expected)
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         self.given_up += 1
 
 
@@ -114,7 +114,7 @@ def test_every_check_is_sent_once_and_counted() -> None:
 
 def test_what_is_not_answered_is_counted_with_the_time_that_it_took_at_least() -> None:
     """Whatever waits behind it as well: silence must not make the figures better."""
-    deaf = Echo(is_deaf=True)
+    deaf = Echo(is_unresponsive=True)
     turn = asyncio.run(drive([deaf], itertools.repeat(GOOD), 1_000, 20, grace=0.05))
     assert (turn.outcomes, turn.unexpected) == ({UNANSWERED: 20}, 20)
     assert deaf.asked == deaf.given_up == 1
@@ -141,7 +141,7 @@ def test_a_plan_never_needs_more_keys_than_it_may_make(
         made = Plan(seconds=seconds, rate=rate, keys=keys, revocations=revocations)
     except OutOfBounds:
         return
-    first_sights = made.rounds * sum(made.checks(tier) for tier in plan.FIRST_SIGHTS)
+    first_sights = made.rounds * sum(made.checks(tier) for tier in plan.UNCACHED)
     others = 1 + plan.REDIS_TRIES + plan.WARM_KEYS + made.rounds + made.revocations
     assert first_sights + others <= keys
     assert all(made.checks(tier) <= max(1, rate * seconds) for tier in plan.TIERS)
@@ -180,26 +180,26 @@ def test_a_figure_moved_if_no_round_of_one_run_is_among_those_of_the_other(
     before: list[float], after: list[float], said: str
 ) -> None:
     """One noisy round explains a difference of medians; three rounds explain nothing."""
-    assert comparison.verdict(before, after) == said
+    assert comparison.classify(before, after) == said
     turned = {SLOWER: FASTER, FASTER: SLOWER}.get(said, said)
-    assert comparison.verdict(before, after, less_is_better=False) == turned
+    assert comparison.classify(before, after, less_is_better=False) == turned
 
 
 # The probe
 
 
-class Door:
+class Sidecar:
     """A line to a keyring that may go on accepting after it said that a key is revoked."""
 
     def __init__(self) -> None:
         self.is_revoked = False
         self.late = 0
 
-    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
+    def check(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
         self.late -= self.is_revoked
         answered(401 if self.is_revoked and self.late < 0 else 200)
 
-    def give_up(self) -> None: ...
+    def cancel(self) -> None: ...
 
     async def revoke(self) -> None:
         self.is_revoked = True
@@ -208,7 +208,7 @@ class Door:
 def probed(late: int) -> figures.Revocation:
     """A revocation while a moved clock lets a millisecond go by at each look."""
     time = itertools.count(0, MS)
-    doors = [Door(), Door()]
+    doors = [Sidecar(), Sidecar()]
     doors[1].late = late
 
     async def delete() -> None:
@@ -232,7 +232,7 @@ def test_a_check_that_is_accepted_after_the_answer_is_caught() -> None:
     assert (kept.accepted_after, kept.last_accepted_ns < 0) == (0, True)
     assert (broken.accepted_after, broken.last_accepted_ns > 0) == (3, True)
     results = figures.Results("a test", {}, revocations=[kept, broken])
-    assert "3 checks that began after the answer of a DELETE were ACCEPTED" in report.finding(
+    assert "3 checks that began after the answer of a DELETE were ACCEPTED" in report.summary(
         results
     )
 
@@ -244,15 +244,15 @@ class Maker:
     """Makes keys in a dictionary, and fails as it is told to."""
 
     def __init__(self) -> None:
-        self._check_keys = CheckKeys([b"k" * 32])
+        self._mac_keys = MacKeys([b"k" * 32])
         self.living: dict[str, str] = {}
         self.go_on = asyncio.Event()
         self.is_broken = False
         self.loses_answers = False
 
-    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
+    async def create(self, name: str, scheme: Scheme, ends_at: float) -> Key:
         await self.go_on.wait()
-        token = self._check_keys.mint("kl", "live")
+        token = self._mac_keys.mint("kl", "live")
         self.living[token.key_id] = name
         if self.loses_answers:
             raise StoreUnavailable("the answer was lost")
@@ -263,17 +263,17 @@ class Maker:
             raise StoreUnavailable("gone")
         del self.living[key_id]
 
-    async def named(self, name: str) -> list[tuple[str, str]]:
+    async def find_by_name(self, name: str) -> list[tuple[str, str]]:
         return [(key_id, "org") for key_id, its in self.living.items() if its == name]
 
 
-def supplied(story: Callable[[Maker, Supply], Awaitable[None]]) -> None:
+def supplied(story: Callable[[Maker, TemporaryKeys], Awaitable[None]]) -> None:
     """What happens to the keys of a run."""
 
     async def run() -> None:
         maker = Maker()
         maker.living["key_of_somebody"] = "in production"
-        await story(maker, Supply(maker, most=50, ends_at=time.time() + 60))
+        await story(maker, TemporaryKeys(maker, max_keys=50, expires_at=time.time() + 60))
         assert maker.living.pop("key_of_somebody") == "in production"
 
     asyncio.run(run())
@@ -282,16 +282,16 @@ def supplied(story: Callable[[Maker, Supply], Awaitable[None]]) -> None:
 def test_keys_whose_making_was_interrupted_are_taken_back() -> None:
     """Ctrl-C comes while they are made: what was under way is waited for, and revoked."""
 
-    async def story(maker: Maker, supply: Supply) -> None:
-        making = asyncio.create_task(supply.make(3))
+    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+        making = asyncio.create_task(supply.create(3))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         making.cancel()
         await asyncio.wait([making])
         maker.go_on.set()
-        await supply.take_back()
+        await supply.revoke_all()
         assert list(maker.living) == ["key_of_somebody"]
-        assert (making.cancelled(), supply.living) == (True, [])
+        assert (making.cancelled(), supply.active) == (True, [])
 
     supplied(story)
 
@@ -299,13 +299,13 @@ def test_keys_whose_making_was_interrupted_are_taken_back() -> None:
 def test_keys_whose_making_was_not_answered_are_found_by_their_name() -> None:
     """They exist, and nobody has told their ids."""
 
-    async def story(maker: Maker, supply: Supply) -> None:
+    async def story(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         maker.loses_answers = True
         with pytest.raises(StoreUnavailable):
-            await supply.make(2)
+            await supply.create(2)
         assert len(maker.living) == 3
-        await supply.take_back()
+        await supply.revoke_all()
         assert list(maker.living) == ["key_of_somebody"]
 
     supplied(story)
@@ -314,13 +314,13 @@ def test_keys_whose_making_was_not_answered_are_found_by_their_name() -> None:
 def test_keys_that_cannot_be_taken_back_are_named() -> None:
     """The operator has to know which."""
 
-    async def story(maker: Maker, supply: Supply) -> None:
+    async def story(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
-        keys = await supply.make(2)
+        keys = await supply.create(2)
         maker.is_broken = True
-        await supply.take_back()
-        assert sorted(supply.living) == sorted(key.id for key in keys)
-        results = figures.Results("a test", {}, keys_left=supply.living)
+        await supply.revoke_all()
+        assert sorted(supply.active) == sorted(key.id for key in keys)
+        results = figures.Results("a test", {}, keys_left=supply.active)
         [told] = report.warnings(results)
         assert "could not be taken back" in told
         assert all(key.id in told for key in keys)
@@ -331,12 +331,12 @@ def test_keys_that_cannot_be_taken_back_are_named() -> None:
 def test_a_supply_makes_no_more_keys_than_it_was_told() -> None:
     """Whatever is wrong with the rest of the program."""
 
-    async def story(maker: Maker, supply: Supply) -> None:
+    async def story(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         with pytest.raises(AssertionError):
-            await supply.make(51)
+            await supply.create(51)
         assert len(maker.living) == 51  # 50, and the one of somebody else
-        await supply.take_back()
+        await supply.revoke_all()
 
     supplied(story)
 
@@ -348,7 +348,7 @@ def test_a_supply_makes_no_more_keys_than_it_was_told() -> None:
 def sidecar(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SidecarProcess]:
     """`keylatch serve` on SQLite; that on a Unix socket expects what a proxy would tell it."""
     if request.param == "uds":
-        process = SidecarProcess(tmp_path, tmp_path / "keylatch.sock", VERIFY_FACTS="forwarded")
+        process = SidecarProcess(tmp_path, tmp_path / "keylatch.sock", VERIFY_REQUEST="forwarded")
     else:
         process = SidecarProcess(tmp_path)
     yield process
@@ -371,8 +371,8 @@ def written(out: Path, ending: Ending) -> dict[str, Any]:
     """The results, after looking at everything that was written for tokens."""
     assert {path.name for path in out.iterdir()} == FILES
     said = [
-        ending.out.encode(),
-        ending.err.encode(),
+        ending.stdout.encode(),
+        ending.stderr.encode(),
         *(path.read_bytes() for path in out.iterdir()),
     ]
     assert not any(re.search(SCAN_PATTERN.encode(), text) for text in said)
@@ -386,12 +386,12 @@ def written(out: Path, ending: Ending) -> dict[str, Any]:
 def test_a_sidecar_is_measured_from_outside(operator: Operator, sidecar: SidecarProcess) -> None:
     """With one FULL key: what can be prepared is measured, the rest says what to add, nothing is
     refused that should not be, and afterwards there is no key but the operator's own."""
-    operator.set(BENCH_KEY=sidecar.create(name="boss").token.reveal())
+    operator.set(BENCH_KEY=sidecar.create(name="admin_key").token.reveal())
     out = operator.folder / "out"
     ending = operator.run("bench", *words_for(sidecar), *SHORT, "--out", str(out), "--json")
-    assert ending.code == 0, ending.err
+    assert ending.exit_code == 0, ending.stderr
     results = written(out, ending)
-    assert json.loads(ending.out) == results
+    assert json.loads(ending.stdout) == results
     assert results["skipped"] == NEEDS
     assert set(results["tiers"]) == {"L1", "cold", "refused", "flood"}
     for tier in results["tiers"].values():
@@ -401,10 +401,10 @@ def test_a_sidecar_is_measured_from_outside(operator: Operator, sidecar: Sidecar
     assert [each["accepted_after"] for each in results["revocations"]] == [0, 0]
     assert all(each["everywhere_ns"] is not None for each in results["revocations"])
     assert results["keys"]["left"] == []
-    assert living_keys(operator.folder / "keys.db") == ["boss"]
-    assert "makes at most 60 keys" in ending.err
+    assert living_keys(operator.folder / "keys.db") == ["admin_key"]
+    assert "makes at most 60 keys" in ending.stderr
     moves = comparison.compare(results, results)
-    assert {move.verdict for move in moves} <= {NOISE, UNKNOWN}
+    assert {move.direction for move in moves} <= {NOISE, UNKNOWN}
     assert {move.ratio for move in moves} == {1.0}
 
 
@@ -413,16 +413,16 @@ def test_a_store_is_measured_in_process_and_compared(operator: Operator) -> None
     out = operator.folder / "out"
     words = ["bench", "--store", f"sqlite:///{operator.database}", *SHORT, "--out", str(out)]
     first = operator.run(*words)
-    assert first.code == 0, first.err
+    assert first.exit_code == 0, first.stderr
     results = written(out, first)
     assert results["skipped"] == {"L2": "give --redis"}
     assert set(results["tiers"]) == {"L1", "store", "cold", "refused", "flood"}
     assert all(tier["unexpected"] == 0 for tier in results["tiers"].values())
-    assert "L2 was not measured: give --redis." in first.out
+    assert "L2 was not measured: give --redis." in first.stdout
     second = operator.run(*words, "--compare", str(out / "results.json"))
-    assert second.code == 0, second.err
+    assert second.exit_code == 0, second.stderr
     written(out, second)
-    assert re.search(r"Of \d+ figures", second.out)
+    assert re.search(r"Of \d+ figures", second.stdout)
     assert "after ÷ before" in (out / "report.html").read_text()
     assert living_keys(operator.database) == []
 
@@ -438,7 +438,7 @@ def test_all_tiers_of_a_sidecar_are_prepared_through_its_store_and_redis(
     words = ["bench", *words_for(sidecar), "--store", store, "--redis", redis_server.url]
     try:
         ending = operator.run(*words, *SHORT, "--out", str(out))
-        assert ending.code == 0, ending.err
+        assert ending.exit_code == 0, ending.stderr
         results = written(out, ending)
         assert results["skipped"] == {}
         assert set(results["tiers"]) == set(plan.TIERS)
@@ -447,7 +447,7 @@ def test_all_tiers_of_a_sidecar_are_prepared_through_its_store_and_redis(
         ending = operator.run(
             *words[:-1], "redis://127.0.0.1:1", *SHORT, "--revocations", "0", "--out", str(out)
         )
-        assert "L2 was not measured: that --redis does not answer, or is not the" in ending.out
+        assert "L2 was not measured: that --redis does not answer, or is not the" in ending.stdout
     finally:
         sidecar.close()
 
@@ -458,18 +458,18 @@ def test_a_sidecar_that_dies_is_told_with_the_keys_that_are_left(
     """Nobody is there to take them back: their ids are named, and they expire by themselves."""
     sidecar = SidecarProcess(tmp_path)
     try:
-        operator.set(BENCH_KEY=sidecar.create(name="boss").token.reveal())
+        operator.set(BENCH_KEY=sidecar.create(name="admin_key").token.reveal())
         words = ["bench", *words_for(sidecar), "--seconds", "60", "--keys", "60", "--out", "out"]
         process = operator.start(*words)
         eventually(lambda: len(living_keys(operator.database)) > 12 or process.poll() is not None)
         sidecar.kill()
-        ending = ended(process)
+        ending = wait_for_exit(process)
     finally:
         sidecar.close()
-    assert (ending.code, ending.out) == (2, "")
-    assert "Traceback" not in ending.err
-    assert "error: it was" not in ending.err
-    left = re.findall(r"key_\w+", ending.err.partition("could not be taken back:")[2])
+    assert (ending.exit_code, ending.stdout) == (2, "")
+    assert "Traceback" not in ending.stderr
+    assert "error: it was" not in ending.stderr
+    left = re.findall(r"key_\w+", ending.stderr.partition("could not be taken back:")[2])
     assert len(left) > 10
     with closing(sqlite3.connect(operator.database)) as raw:
         query = "SELECT id, expires_at FROM keylatch_keys WHERE name LIKE 'keylatch bench %'"
@@ -486,36 +486,40 @@ def test_an_interrupted_run_takes_its_keys_back(operator: Operator, how: signal.
     process = operator.start(*words, "--keys", "60", "--out", "out")
     eventually(lambda: len(living_keys(operator.database)) > 20 or process.poll() is not None)
     process.send_signal(how)
-    ending = ended(process)
-    assert (ending.code, ending.out) == (2, ""), ending.err
-    assert "error: it was interrupted\nhint: " in ending.err
-    assert "Traceback" not in ending.err
+    ending = wait_for_exit(process)
+    assert (ending.exit_code, ending.stdout) == (2, ""), ending.stderr
+    assert "error: it was interrupted\nhint: " in ending.stderr
+    assert "Traceback" not in ending.stderr
     assert living_keys(operator.database) == ["a key"]
 
 
-STRANGER = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
+UNKNOWN_TOKEN = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
 NOBODY = f"http://127.0.0.1:{free_port()}"
 
 MISTAKES = {
-    "nothing to measure": ([], STRANGER, "nothing to measure"),
-    "no URL": (["127.0.0.1:8700"], STRANGER, "no URL of HTTP"),
-    "a port that is none": (["http://127.0.0.1:99999"], STRANGER, "no URL"),
-    "a password in the URL": (["http://u:hunter2@127.0.0.1"], STRANGER, "more than a place"),
-    "a URL and a socket": ([NOBODY, "--uds", "/x"], STRANGER, "two places"),
-    "nobody there": ([NOBODY], STRANGER, "cannot connect to http://127.0.0.1"),
-    "no socket": (["--uds", "/missing/keylatch.sock"], STRANGER, "cannot connect to unix:/missing"),
+    "nothing to measure": ([], UNKNOWN_TOKEN, "nothing to measure"),
+    "no URL": (["127.0.0.1:8700"], UNKNOWN_TOKEN, "no URL of HTTP"),
+    "a port that is none": (["http://127.0.0.1:99999"], UNKNOWN_TOKEN, "no URL"),
+    "a password in the URL": (["http://u:hunter2@127.0.0.1"], UNKNOWN_TOKEN, "more than a place"),
+    "a URL and a socket": ([NOBODY, "--uds", "/x"], UNKNOWN_TOKEN, "two places"),
+    "nobody there": ([NOBODY], UNKNOWN_TOKEN, "cannot connect to http://127.0.0.1"),
+    "no socket": (
+        ["--uds", "/missing/keylatch.sock"],
+        UNKNOWN_TOKEN,
+        "cannot connect to unix:/missing",
+    ),
     "no key": ([NOBODY], "", "no key to make keys with"),
     "two lines for a key": ([NOBODY], "x y", "no key to make keys with"),
-    "a key as an argument": ([NOBODY, "--key", STRANGER], "", "never an argument"),
-    "too long": ([NOBODY, "--seconds", "9999"], STRANGER, "--seconds is 0.2 to 600"),
-    "Redis alone": ([NOBODY, "--redis", "redis://x"], STRANGER, "of no use"),
+    "a key as an argument": ([NOBODY, "--key", UNKNOWN_TOKEN], "", "never an argument"),
+    "too long": ([NOBODY, "--seconds", "9999"], UNKNOWN_TOKEN, "--seconds is 0.2 to 600"),
+    "Redis alone": ([NOBODY, "--redis", "redis://x"], UNKNOWN_TOKEN, "of no use"),
     "no store": (["--store", "mysql://u:hunter2@db"], "", "neither sqlite nor postgresql"),
     "a password of the store": (
         *(["--store", "postgresql://u:hunter2@127.0.0.1:1/keys"], "", "never an argument"),
     ),
     "an unreachable store": (["--store-file", "store.url"], "", "the store failed"),
     "no file": (["--store-file", "missing.url"], "", "KEYLATCH_STORE_FILE: the file cannot be"),
-    "nothing to compare with": ([NOBODY, "--compare", "/missing"], STRANGER, "cannot be read"),
+    "nothing to compare with": ([NOBODY, "--compare", "/missing"], UNKNOWN_TOKEN, "cannot be read"),
 }
 
 
@@ -527,29 +531,29 @@ def test_a_mistake_is_told_with_a_hint(
     words, typed, told = MISTAKES[mistake]
     monkeypatch.chdir(operator.folder)
     Path("store.url").write_text("postgresql://u:hunter2@127.0.0.1:1/keys\n")
-    ending = operator.run("bench", *words, "--out", str(operator.folder / "out"), typed=typed)
-    assert (ending.code, ending.out) == (2, "")
-    assert told in ending.err
-    assert ending.err.count("error: ") == ending.err.count("hint: ") == 1
-    assert STRANGER[:-1] not in ending.err
-    assert "hunter2" not in ending.err
+    ending = operator.run("bench", *words, "--out", str(operator.folder / "out"), stdin=typed)
+    assert (ending.exit_code, ending.stdout) == (2, "")
+    assert told in ending.stderr
+    assert ending.stderr.count("error: ") == ending.stderr.count("hint: ") == 1
+    assert UNKNOWN_TOKEN[:-1] not in ending.stderr
+    assert "hunter2" not in ending.stderr
 
 
 @pytest.mark.parametrize(
-    ("permission", "told"),
+    ("permission", "message"),
     [(None, "the sidecar refuses the key"), ("SENDING", "may not manage keys")],
 )
 def test_a_key_that_cannot_manage_is_told(
-    operator: Operator, tmp_path: Path, permission: str | None, told: str
+    operator: Operator, tmp_path: Path, permission: str | None, message: str
 ) -> None:
     """A stranger's, or a small one."""
     sidecar = SidecarProcess(tmp_path)
     try:
-        token = sidecar.create(permission).token.reveal() if permission else STRANGER
-        ending = operator.run("bench", *words_for(sidecar), *SHORT, typed=token)
-        assert (ending.code, ending.out) == (2, "")
-        assert told in ending.err
-        assert "hint: " in ending.err
+        token = sidecar.create(permission).token.reveal() if permission else UNKNOWN_TOKEN
+        ending = operator.run("bench", *words_for(sidecar), *SHORT, stdin=token)
+        assert (ending.exit_code, ending.stdout) == (2, "")
+        assert message in ending.stderr
+        assert "hint: " in ending.stderr
     finally:
         sidecar.close()
 
@@ -593,10 +597,10 @@ def test_keys_made_in_a_store_show_no_token(tmp_path: Path) -> None:
     """Neither a key, nor what is sent, nor whoever makes it."""
 
     async def made() -> Key:
-        maker = StoreMaker(Settings.load(store=f"sqlite:///{tmp_path}/keys.db", redis=""))
+        maker = StoreKeyFactory(Settings.load(store=f"sqlite:///{tmp_path}/keys.db", redis=""))
         try:
-            key = await maker.make("a name", "sha256", time.time() + 60)
-            assert await maker.named("a name") == [(key.id, ORGANIZATION)]
+            key = await maker.create("a name", "sha256", time.time() + 60)
+            assert await maker.find_by_name("a name") == [(key.id, ORGANIZATION)]
             return key
         finally:
             await maker.close()

@@ -9,10 +9,10 @@ from contextlib import closing
 
 import pytest
 
-from keylatch.tokens import CheckKeys, looks_minted
-from shell import SCRIPT, Operator, Outcome, ended
+from keylatch.tokens import MacKeys, has_valid_checksum
+from shell import SCRIPT, Operator, Result, wait_for_exit
 
-STRANGER = CheckKeys([b"s" * 32]).mint("kl", "live").reveal()
+UNKNOWN_TOKEN = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
 
 
 @pytest.mark.long
@@ -23,7 +23,7 @@ def test_the_token_is_caught_by_a_shell_and_piped_to_verify(operator: Operator) 
         ["sh", "-c", line, SCRIPT], cwd=operator.folder, capture_output=True, text=True, check=True
     )
     token = shell.stdout.removesuffix("\n")
-    assert looks_minted(token)
+    assert has_valid_checksum(token)
     key_id = "key_" + token.split("_")[2]
     created, allowed = shell.stderr.splitlines()
     assert created == f"Created {key_id} (FULL) for default. The token above is shown this once."
@@ -34,24 +34,24 @@ def test_the_token_is_caught_by_a_shell_and_piped_to_verify(operator: Operator) 
 def test_a_key_is_created_listed_shown_and_revoked(operator: Operator) -> None:
     """The whole life of a key; for scripts, each step also speaks JSON."""
     created = operator.run("keys", "create", "--name", "ci", "--permission", "SENDING")
-    token = created.out.removesuffix("\n")
+    token = created.stdout.removesuffix("\n")
     key_id = "key_" + token.split("_")[2]
     shown = operator.run("keys", "show", key_id, "--json")
-    key = json.loads(shown.out)
+    key = json.loads(shown.stdout)
     assert (key["id"], key["name"], key["permission"]) == (key_id, "ci", "SENDING")
-    assert json.loads(operator.run("keys", "list", "--json").out) == [key]
-    assert json.loads(operator.run("keys", "list", "--organization", "acme", "--json").out) == []
+    assert json.loads(operator.run("keys", "list", "--json").stdout) == [key]
+    assert json.loads(operator.run("keys", "list", "--organization", "acme", "--json").stdout) == []
     for words in (["list"], ["show", key_id]):
         told = operator.run("keys", *words)
-        assert told.code == 0
-        assert key_id in told.out
-        assert token not in told.out
+        assert told.exit_code == 0
+        assert key_id in told.stdout
+        assert token not in told.stdout
     revoked = operator.run("keys", "revoke", key_id, "--json")
-    assert revoked.code == 0
-    assert json.loads(revoked.out)["active"] is False
-    assert operator.run("keys", "revoke", key_id).code == 0, "repeating it is no mistake"
-    assert json.loads(operator.run("keys", "list", "--json").out) == []
-    assert operator.run("verify", typed=token) == Outcome(1, "", "Refused: invalid_token\n")
+    assert revoked.exit_code == 0
+    assert json.loads(revoked.stdout)["active"] is False
+    assert operator.run("keys", "revoke", key_id).exit_code == 0, "repeating it is no mistake"
+    assert json.loads(operator.run("keys", "list", "--json").stdout) == []
+    assert operator.run("verify", stdin=token) == Result(1, "", "Refused: invalid_token\n")
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_verify_asks_for_permissions(operator: Operator, permissions: list[str],
     """They add up, and a malformed one leaves only FULL, as with `/verify`."""
     token = operator.create("--permission", "SENDING")["token"]
     words = [word for permission in permissions for word in ("--permission", permission)]
-    verified = operator.run("verify", *words, typed=token + "\n")
-    assert (verified.code, verified.out) == (code, "")
-    assert token not in verified.err
+    verified = operator.run("verify", *words, stdin=token + "\n")
+    assert (verified.exit_code, verified.stdout) == (code, "")
+    assert token not in verified.stderr
 
 
 def test_verify_that_cannot_decide_refuses_nobody(operator: Operator) -> None:
@@ -84,7 +84,7 @@ def test_verify_that_cannot_decide_refuses_nobody(operator: Operator) -> None:
     token = operator.create()["token"]
     with closing(sqlite3.connect(operator.database, isolation_level=None)) as raw:
         raw.execute("UPDATE keylatch_keys SET hash = '$argon2id$damaged'")
-    assert operator.run("verify", typed=token) == Outcome(2, "", "Refused: unavailable\n")
+    assert operator.run("verify", stdin=token) == Result(2, "", "Refused: unavailable\n")
 
 
 def test_json_of_a_new_key_is_one_object(operator: Operator) -> None:
@@ -93,9 +93,9 @@ def test_json_of_a_new_key_is_one_object(operator: Operator) -> None:
         *("keys", "create", "--name", "Schlüssel 🔑", "--organization", "acme", "--json"),
         *("--environment", "test", "--prefix", "acme", "--hasher", "sha256"),
     )
-    assert created.out.isascii()
-    assert created.err == ""
-    key = json.loads(created.out)
+    assert created.stdout.isascii()
+    assert created.stderr == ""
+    key = json.loads(created.stdout)
     token = key.pop("token")
     assert token.startswith("acme_test_")
     assert key["id"] == "key_" + token.split("_")[2]
@@ -106,9 +106,9 @@ def test_json_of_a_new_key_is_one_object(operator: Operator) -> None:
 def test_an_operator_finds_a_key_of_any_organisation(operator: Operator) -> None:
     """In an emergency the id suffices; an organisation can be named to be sure."""
     key_id = operator.create("--organization", "acme")["id"]
-    assert operator.run("keys", "show", key_id, "--organization", "default").code == 1
-    assert operator.run("keys", "revoke", key_id, "--organization", "default").code == 1
-    assert operator.run("keys", "revoke", key_id).code == 0
+    assert operator.run("keys", "show", key_id, "--organization", "default").exit_code == 1
+    assert operator.run("keys", "revoke", key_id, "--organization", "default").exit_code == 1
+    assert operator.run("keys", "revoke", key_id).exit_code == 0
 
 
 MISTAKES = {
@@ -122,21 +122,45 @@ MISTAKES = {
         *("", {}, 2, "permission: must be one of FULL, SENDING"),
     ),
     "a bad organisation": (["keys", "list", "--organization", "\udcff"], "", {}, 2, "organisation"),
-    "a made-up token": (["verify"], STRANGER, {}, 1, "Refused: invalid_token"),
+    "a made-up token": (["verify"], UNKNOWN_TOKEN, {}, 1, "Refused: invalid_token"),
     "no token": (["verify"], "", {}, 1, "no token on standard input"),
-    "more than a token": (["verify"], "Bearer " + STRANGER, {}, 1, "no token on standard input"),
-    "a token to verify as an argument": (["verify", STRANGER[:-1]], "", {}, 2, "never an argument"),
-    "a token for an id": (["keys", "revoke", STRANGER], "", {}, 2, "never an argument"),
-    "a token in an option": (["verify", f"--token={STRANGER}"], "", {}, 2, "never an argument"),
+    "more than a token": (
+        ["verify"],
+        "Bearer " + UNKNOWN_TOKEN,
+        {},
+        1,
+        "no token on standard input",
+    ),
+    "a token to verify as an argument": (
+        ["verify", UNKNOWN_TOKEN[:-1]],
+        "",
+        {},
+        2,
+        "never an argument",
+    ),
+    "a token for an id": (["keys", "revoke", UNKNOWN_TOKEN], "", {}, 2, "never an argument"),
+    "a token in an option": (
+        ["verify", f"--token={UNKNOWN_TOKEN}"],
+        "",
+        {},
+        2,
+        "never an argument",
+    ),
     "a missing folder": (
         *(["keys", "list"], "", {"STORE": "sqlite:////missing/folder/keys.db"}),
         *(2, "unable to open database file"),
     ),
     "a missing folder to verify in": (
-        *(["verify"], STRANGER, {"STORE": "sqlite:////missing/folder/keys.db"}),
+        *(["verify"], UNKNOWN_TOKEN, {"STORE": "sqlite:////missing/folder/keys.db"}),
         *(2, "unable to open database file"),
     ),
-    "a folder for a file": (["keys", "list"], "", {"STORE": "sqlite:////"}, 2, "is no file"),
+    "a folder for a file": (
+        ["keys", "list"],
+        "",
+        {"STORE": "sqlite:////"},
+        2,
+        "is not a regular file",
+    ),
     "unreachable PostgreSQL": (
         *(["keys", "list"], "", {"STORE": "postgresql://u:hunter2secret@127.0.0.1:1/keys"}),
         *(2, "the store failed"),
@@ -149,7 +173,7 @@ MISTAKES = {
         *(2, "cannot share a Unix socket for gRPC"),
     ),
     "one listener for two": (
-        *(["serve", "--admin-port", "8700"], "", {}, 2, "want to listen in the same place"),
+        *(["serve", "--admin-port", "8700"], "", {}, 2, "listeners have the same address"),
     ),
 }
 
@@ -159,13 +183,13 @@ def test_a_mistake_is_told_with_a_hint(operator: Operator, mistake: str) -> None
     """What is wrong and what to do about it; the exit code tells scripts the same."""
     words, typed, settings, code, told = MISTAKES[mistake]
     operator.set(**settings)
-    outcome = operator.run(*words, typed=typed)
-    assert (outcome.code, outcome.out) == (code, "")
-    assert told in outcome.err
-    assert STRANGER[:-1] not in outcome.err
-    assert "hunter2secret" not in outcome.err
+    outcome = operator.run(*words, stdin=typed)
+    assert (outcome.exit_code, outcome.stdout) == (code, "")
+    assert told in outcome.stderr
+    assert UNKNOWN_TOKEN[:-1] not in outcome.stderr
+    assert "hunter2secret" not in outcome.stderr
     if not told.startswith("Refused"):
-        assert outcome.err.count("error: ") == outcome.err.count("hint: ") == 1
+        assert outcome.stderr.count("error: ") == outcome.stderr.count("hint: ") == 1
 
 
 @pytest.mark.long
@@ -175,11 +199,11 @@ def test_all_wrong_settings_are_told_at_once(operator: Operator) -> None:
     operator.set(**wrong)
     outcomes = [
         operator.run("keys", "create", "--name", "x", "--store", "mysql://db"),
-        ended(operator.start("serve", "--store", "mysql://db")),
+        wait_for_exit(operator.start("serve", "--store", "mysql://db")),
     ]
     for outcome in outcomes:
-        assert (outcome.code, outcome.out) == (2, "")
-        mistakes, hints = outcome.err.splitlines()[::2], outcome.err.splitlines()[1::2]
+        assert (outcome.exit_code, outcome.stdout) == (2, "")
+        mistakes, hints = outcome.stderr.splitlines()[::2], outcome.stderr.splitlines()[1::2]
         named = {mistake.removeprefix("error: ").partition(":")[0] for mistake in mistakes}
         assert named == {f"KEYLATCH_{name}" for name in ("STORE", *wrong)}
         assert all(hint.startswith("hint: ") for hint in hints)
@@ -190,8 +214,8 @@ def test_a_file_that_is_no_database_is_left_as_it_is(operator: Operator) -> None
     operator.database.write_text("my only copy of something else\n" * 100)
     operator.database.chmod(0o644)
     outcome = operator.run("keys", "create", "--name", "x")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("error: the store failed: file is not a database\nhint: is ")
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("error: the store failed: file is not a database\nhint: is ")
     assert operator.database.read_text() == "my only copy of something else\n" * 100
     assert operator.database.stat().st_mode & 0o777 == 0o644
 
@@ -209,11 +233,11 @@ def test_a_read_only_store_is_named(operator: Operator) -> None:
             pytest.skip("setpriv is missing: apt-get install util-linux")
         wrapper = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     operator.set(STORE=f"sqlite:///{read_only}")
-    outcome = ended(operator.start("keys", "create", "--name", "x", wrapper=wrapper))
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "error: the store failed: attempt to write a readonly database\n" in outcome.err
-    assert f"hint: is {read_only} writable" in outcome.err
-    assert "Traceback" not in outcome.err
+    outcome = wait_for_exit(operator.start("keys", "create", "--name", "x", wrapper=wrapper))
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert "error: the store failed: attempt to write a readonly database\n" in outcome.stderr
+    assert f"hint: is {read_only} writable" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
 
 
 @pytest.mark.parametrize("words", [["keys", "list"], ["serve"]])
@@ -223,16 +247,16 @@ def test_a_newer_store_stops_everything(operator: Operator, words: list[str]) ->
     with closing(sqlite3.connect(operator.database, isolation_level=None)) as raw:
         raw.execute("UPDATE keylatch_version SET version_num = '9999'")
     outcome = operator.run(*words)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.endswith("hint: upgrade keylatch on this host\n")
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert outcome.stderr.endswith("hint: upgrade keylatch on this host\n")
 
 
 @pytest.mark.long
 def test_two_first_keys_at_once_do_no_harm(operator: Operator) -> None:
     """Both processes find an empty store; one sets it up and both keys work."""
     runs = [operator.start("keys", "create", "--name", f"key {n}", "--json") for n in (1, 2)]
-    keys = [json.loads(ended(run).out) for run in runs]
-    listed = json.loads(operator.run("keys", "list", "--json").out)
+    keys = [json.loads(wait_for_exit(run).stdout) for run in runs]
+    listed = json.loads(operator.run("keys", "list", "--json").stdout)
     assert {key["id"] for key in listed} == {key["id"] for key in keys}
     assert {key["name"] for key in listed} == {"key 1", "key 2"}
-    assert [operator.run("verify", typed=key["token"]).code for key in keys] == [0, 0]
+    assert [operator.run("verify", stdin=key["token"]).exit_code for key in keys] == [0, 0]

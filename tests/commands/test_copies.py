@@ -32,7 +32,7 @@ class Running:
     def check(self, key: dict[str, Any]) -> str:
         """`ALLOWED`, or why not."""
         token = Token(key["token"])
-        verdict = self._runner.run(self.engine.check([b"Bearer " + token.reveal().encode()]))
+        verdict = self._runner.run(self.engine.authenticate([b"Bearer " + token.reveal().encode()]))
         return "ALLOWED" if isinstance(verdict, Allow) else verdict.reason.name
 
     def change(self, key: dict[str, Any], **values: Any) -> None:
@@ -78,16 +78,16 @@ def test_a_backup_is_whole_and_a_copied_file_is_not(operator: Operator) -> None:
         reader.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM keylatch_meta").fetchall()
-        assert operator.run("keys", "revoke", key["id"]).code == 0
+        assert operator.run("keys", "revoke", key["id"]).exit_code == 0
         made = operator.run("backup", str(backup))
-        assert (made.code, made.out) == (0, "")
+        assert (made.exit_code, made.stdout) == (0, "")
         shutil.copy(operator.database, copy)
     assert backup.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in operator.folder.glob("backup*")) == ["backup.db"]
     operator.set(STORE=f"sqlite:///{backup}")
-    assert operator.run("verify", typed=key["token"]).code == 1
+    assert operator.run("verify", stdin=key["token"]).exit_code == 1
     operator.set(STORE=f"sqlite:///{copy}")
-    assert operator.run("verify", typed=key["token"]).code == 0, "the twin"
+    assert operator.run("verify", stdin=key["token"]).exit_code == 0, "the twin"
 
 
 def test_a_backup_is_written_into_a_file_of_its_own(operator: Operator) -> None:
@@ -98,11 +98,11 @@ def test_a_backup_is_written_into_a_file_of_its_own(operator: Operator) -> None:
     theirs.touch(mode=0o666)
     unfinished = operator.folder / "backup.db.unfinished"
     unfinished.symlink_to(theirs)
-    assert operator.run("backup", str(operator.folder / "backup.db")).code == 0
+    assert operator.run("backup", str(operator.folder / "backup.db")).exit_code == 0
     unfinished = operator.folder / "another.db.unfinished"
     unfinished.touch(mode=0o666)
     with unfinished.open("rb") as held:
-        assert operator.run("backup", str(operator.folder / "another.db")).code == 0
+        assert operator.run("backup", str(operator.folder / "another.db")).exit_code == 0
         assert held.read() == b""
     assert theirs.read_bytes() == b""
     for name in ("backup.db", "another.db"):
@@ -114,13 +114,13 @@ def test_a_backup_overwrites_nothing(operator: Operator) -> None:
     operator.create()
     precious = operator.folder / "precious"
     precious.write_text("mine")
-    assert operator.run("backup", str(precious)).code == 1
+    assert operator.run("backup", str(precious)).exit_code == 1
     assert precious.read_text() == "mine"
-    assert operator.run("backup", str(operator.folder / "missing" / "backup.db")).code == 1
+    assert operator.run("backup", str(operator.folder / "missing" / "backup.db")).exit_code == 1
     operator.set(STORE=f"sqlite:///{precious}")
-    assert operator.run("backup", str(operator.folder / "backup.db")).code == 1
+    assert operator.run("backup", str(operator.folder / "backup.db")).exit_code == 1
     operator.set(STORE=f"sqlite:///{operator.folder}/nothing.db")
-    assert operator.run("backup", str(operator.folder / "backup.db")).code == 2
+    assert operator.run("backup", str(operator.folder / "backup.db")).exit_code == 2
     assert sorted(path.name for path in operator.folder.glob("*backup*")) == []
 
 
@@ -136,7 +136,7 @@ def test_what_was_revoked_since_stays_revoked(
     kept, revoked, disabled, changed = (operator.create() for _ in range(4))
     operator.create("--organization", "acme")
     backup = operator.folder / "backup.db"
-    assert operator.run("backup", str(backup)).code == 0
+    assert operator.run("backup", str(backup)).exit_code == 0
     assert {process.check(key) for key in (kept, revoked, disabled)} == {"ALLOWED"}
     operator.run("keys", "revoke", revoked["id"])
     process.change(disabled, active=False)
@@ -145,43 +145,46 @@ def test_what_was_revoked_since_stays_revoked(
     newer = operator.create()
     with caplog.at_level(logging.CRITICAL, "keylatch"):
         told = operator.run("restore", str(backup))
-        assert told.code == 0
+        assert told.exit_code == 0
         assert process.check(kept) == "ALLOWED"
     assert "was it restored from a backup?" in caplog.text
     assert process.check(revoked) == "REVOKED"
     assert process.check(disabled) == "DISABLED"
     assert process.check(newer) == "UNKNOWN"
-    [ended, organizations, older, lost] = told.err.splitlines()[1:]
+    [ended, organizations, older, lost] = told.stderr.splitlines()[1:]
     assert set(ended.partition(": ")[2].split()) == {revoked["id"], disabled["id"]}
     assert organizations.endswith(": acme")
     assert older.endswith(f": {changed['id']}")
     assert lost.endswith(f": {newer['id']}")
     assert [path.name for path in operator.folder.glob("keylatch-*")] == []
-    assert "store.restore" in operator.run("audit").out
+    assert "store.restore" in operator.run("audit").stdout
 
 
 @pytest.mark.long
 def test_a_store_that_is_lost_is_restored(operator: Operator) -> None:
     """Nothing to compare with: it says so, and what was listed elsewhere is ended again."""
-    backup, listed = operator.folder / "backup.db", operator.folder / "ended.jsonl"
+    backup, listed = operator.folder / "backup.db", operator.folder / "revocations.jsonl"
     kept, revoked = operator.create(), operator.create()
     operator.run("backup", str(backup))
     operator.run("keys", "revoke", revoked["id"])
-    listed.write_text(operator.run("keys", "ended").out)
+    listed.write_text(operator.run("revocations", "export").stdout)
     operator.database.write_bytes(b"rubbish" * 1000)
     for suffix in ("-wal", "-shm"):
         operator.database.with_name(f"keys.db{suffix}").unlink(missing_ok=True)
-    assert operator.run("restore", str(backup)).code == 1, "not over what is no store"
+    assert operator.run("restore", str(backup)).exit_code == 1, "not over what is no store"
     operator.database.unlink()
     told = operator.run("restore", str(backup))
-    assert (told.code, "could not be read" in told.err) == (0, True)
-    assert operator.run("verify", typed=revoked["token"]).code == 0, "it lives again"
-    assert operator.run("restored", str(listed), "--dry-run").out == revoked["id"] + "\n"
-    assert operator.run("verify", typed=revoked["token"]).code == 0
-    assert operator.run("restored", str(listed)).out == revoked["id"] + "\n"
-    assert operator.run("verify", typed=revoked["token"]).code == 1
-    assert operator.run("verify", typed=kept["token"]).code == 0
-    assert operator.run("restored", str(listed)).out == ""
+    assert (told.exit_code, "could not be read" in told.stderr) == (0, True)
+    assert operator.run("verify", stdin=revoked["token"]).exit_code == 0, "it lives again"
+    assert (
+        operator.run("revocations", "apply", str(listed), "--dry-run").stdout
+        == revoked["id"] + "\n"
+    )
+    assert operator.run("verify", stdin=revoked["token"]).exit_code == 0
+    assert operator.run("revocations", "apply", str(listed)).stdout == revoked["id"] + "\n"
+    assert operator.run("verify", stdin=revoked["token"]).exit_code == 1
+    assert operator.run("verify", stdin=kept["token"]).exit_code == 0
+    assert operator.run("revocations", "apply", str(listed)).stdout == ""
 
 
 def test_a_store_that_is_held_is_left_as_it_is(
@@ -195,21 +198,21 @@ def test_a_store_that_is_held_is_left_as_it_is(
     with closing(sqlite3.connect(operator.database, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         told = operator.run("restore", str(backup))
-        assert (told.code, "database is locked" in told.err) == (1, True)
-    assert operator.run("verify", typed=key["token"]).code == 0
+        assert (told.exit_code, "database is locked" in told.stderr) == (1, True)
+    assert operator.run("verify", stdin=key["token"]).exit_code == 0
 
 
 def test_a_list_that_is_none_changes_nothing(operator: Operator) -> None:
     """Every line must be one of ours."""
     key = operator.create()
-    listed = operator.folder / "ended.jsonl"
+    listed = operator.folder / "revocations.jsonl"
     for line in ("rubbish", '{"id": 1}', "[]", '{"id": "x"}', '{"id": "a b", "revokedAt": null}'):
         mine = json.dumps({"id": key["id"], "revokedAt": "2026-01-01T00:00:00.000Z"})
         listed.write_text(f"{mine}\n{line}\n")
-        told = operator.run("restored", str(listed))
-        assert (told.code, "line 2" in told.err) == (2, True)
-    assert operator.run("restored", str(operator.folder / "missing")).code == 2
-    assert operator.run("verify", typed=key["token"]).code == 0
+        told = operator.run("revocations", "apply", str(listed))
+        assert (told.exit_code, "line 2" in told.stderr) == (2, True)
+    assert operator.run("revocations", "apply", str(operator.folder / "missing")).exit_code == 2
+    assert operator.run("verify", stdin=key["token"]).exit_code == 0
 
 
 @pytest.mark.parametrize("damage", ["newer", "rubbish", "foreign", "damaged"])
@@ -229,9 +232,9 @@ def test_what_is_no_backup_is_not_put_back(operator: Operator, damage: str) -> N
             change = "UPDATE keylatch_version SET version_num = '9999'"
             raw.execute(change if damage == "newer" else "DROP TABLE keylatch_version")
     told = operator.run("restore", str(backup))
-    assert (told.code, told.err.count("error: "), told.err.count("hint: ")) == (1, 1, 1)
-    assert operator.run("verify", typed=key["token"]).code == 0
-    assert operator.run("restore", str(operator.folder / "missing")).code == 2
+    assert (told.exit_code, told.stderr.count("error: "), told.stderr.count("hint: ")) == (1, 1, 1)
+    assert operator.run("verify", stdin=key["token"]).exit_code == 0
+    assert operator.run("restore", str(operator.folder / "missing")).exit_code == 2
 
 
 def test_postgresql_is_backed_up_by_its_own_means(
@@ -240,11 +243,13 @@ def test_postgresql_is_backed_up_by_its_own_means(
     running: Callable[..., Running],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """pg_dump and psql, then `keylatch restored`: a process that knew more raises the alarm and
-    names what lives again, and the list ends it."""
+    """pg_dump and psql, then `keylatch revocations apply`: a process that knew more raises the
+    alarm and names what lives again, and the list ends it."""
     url = postgres.new_database()
     operator.set(STORE=url)
-    assert operator.run("backup", "x.db").code == operator.run("restore", "x.db").code == 2
+    assert (
+        operator.run("backup", "x.db").exit_code == operator.run("restore", "x.db").exit_code == 2
+    )
     kept, revoked = operator.create(), operator.create()
     programs = Path(postgres._postgres).parent
     dump = subprocess.run(
@@ -254,16 +259,19 @@ def test_postgresql_is_backed_up_by_its_own_means(
     assert {process.check(key) for key in (kept, revoked)} == {"ALLOWED"}
     process.meanwhile(lambda: operator.run("keys", "revoke", revoked["id"]))
     assert process.check(revoked) == "REVOKED"
-    listed = operator.folder / "ended.jsonl"
-    listed.write_text(operator.run("keys", "ended").out)
+    listed = operator.folder / "revocations.jsonl"
+    listed.write_text(operator.run("revocations", "export").stdout)
     with caplog.at_level(logging.CRITICAL, "keylatch"):
         psql = [str(programs / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-1", url]
         process.meanwhile(
             lambda: subprocess.run(psql, input=dump, stdout=subprocess.DEVNULL, check=True)
         )
-        eventually(lambda: process.has_said("as it was before", caplog))
+        eventually(lambda: process.has_said("a later change to it was lost", caplog))
     assert "was it restored from a backup?" in caplog.text
-    assert f"{revoked['id']} had been changed since and is as it was before" in caplog.text
-    assert operator.run("restored", str(listed)).out == revoked["id"] + "\n"
+    assert (
+        f"{revoked['id']} has the state of the restored backup: a later change to it was lost"
+        in caplog.text
+    )
+    assert operator.run("revocations", "apply", str(listed)).stdout == revoked["id"] + "\n"
     assert process.check(revoked) == "REVOKED"
     assert process.check(kept) == "ALLOWED"

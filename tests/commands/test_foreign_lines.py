@@ -13,14 +13,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import elsewhere
-from elsewhere import MAKERS, Elsewhere
-from keylatch.tokens import CheckKeys
+from elsewhere import MAKERS, ExternalKey
+from keylatch.tokens import MacKeys
 from keylatch_sidecar.intake import foreign_lines
 from keylatch_sidecar.management.problems import Problem
 from shell import SCRIPT, Operator
 from test_canaries import every_log_line
 
-NATIVE = CheckKeys([b"k" * 32]).mint("kl", "live").reveal()
+NATIVE = MacKeys([b"k" * 32]).mint("kl", "live").reveal()
 HEX64, HEX128 = "0a" * 32, "0a" * 64
 PHC = "$argon2id$v=19$m={m},t={t},p={p}$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc"
 PBKDF2 = "pbkdf2_sha256${}$seasalt$oBSd886ysm3AqYun62DOdin8YcfbU1z9cksZSuLP9r0="
@@ -115,10 +115,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_all_mistakes_are_told_at_once_and_no_value_is_repeated(operator: Operator) -> None:
     """Each with its line; nothing of the good line among them is taken in."""
     lines = [json.dumps({"name": "x"} | line) for line, _ in WRONG]
-    good = json.dumps({"name": "good"} | elsewhere.usesend().line)
-    outcome = operator.run("keys", "import", "-", typed="\n".join([*lines, good]))
-    assert (outcome.code, outcome.out) == (2, "")
-    *mistakes, nothing, _ = outcome.err.splitlines()
+    good = json.dumps({"name": "good"} | elsewhere.usesend().import_fields)
+    outcome = operator.run("keys", "import", "-", stdin="\n".join([*lines, good]))
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    *mistakes, nothing, _ = outcome.stderr.splitlines()
     assert nothing == "error: nothing was created"
     for number, (mistake, (_, told)) in enumerate(zip(mistakes, WRONG, strict=True), start=1):
         assert mistake.startswith(f"error: line {number}: {told}")
@@ -128,17 +128,17 @@ def test_all_mistakes_are_told_at_once_and_no_value_is_repeated(operator: Operat
         for name in line
         if name not in ("scheme", "name", "permission") and len(str(line[name])) > 4
     }
-    assert not [value for value in values if value in outcome.err]
-    assert json.loads(operator.run("keys", "list", "--json").out) == []
+    assert not [value for value in values if value in outcome.stderr]
+    assert json.loads(operator.run("keys", "list", "--json").stdout) == []
 
 
 def test_a_key_that_was_taken_for_a_field_is_not_repeated(operator: Operator) -> None:
     """Nor is a field of another scheme named."""
     key = elsewhere.sha256()
-    line = {"name": "x", key.token: "x"} | key.line
-    outcome = operator.run("keys", "import", "-", typed=json.dumps(line))
-    assert outcome.code == 2
-    assert key.token not in outcome.err
+    line = {"name": "x", key.token: "x"} | key.import_fields
+    outcome = operator.run("keys", "import", "-", stdin=json.dumps(line))
+    assert outcome.exit_code == 2
+    assert key.token not in outcome.stderr
 
 
 JSON = st.recursive(
@@ -157,9 +157,11 @@ JSON = st.recursive(
 )
 def test_whatever_a_line_says_is_taken_or_refused(name: str, fields: dict[str, Any]) -> None:
     """With bounds that the store's columns have, and a locator that its token could have."""
-    line = {"scheme": name, **fields} if name == "none" else {**SAMPLES[name].line, **fields}
+    line = (
+        {"scheme": name, **fields} if name == "none" else {**SAMPLES[name].import_fields, **fields}
+    )
     try:
-        _, origin = foreign_lines.taken(line, frozenset(("name",)))
+        _, origin = foreign_lines.parse(line, frozenset(("name",)))
     except Problem:
         return
     lengths = len(origin.hash), len(origin.locator), len(origin.partial)
@@ -170,21 +172,22 @@ def test_whatever_a_line_says_is_taken_or_refused(name: str, fields: dict[str, A
 SAMPLES = {name: maker() for name, maker in MAKERS.items()}
 
 
-def lines_of(*keys: Elsewhere) -> str:
-    return "".join(json.dumps({"name": f"old {n}"} | key.line) + "\n" for n, key in enumerate(keys))
+def lines_of(*keys: ExternalKey) -> str:
+    return "".join(
+        json.dumps({"name": f"old {n}"} | key.import_fields) + "\n" for n, key in enumerate(keys)
+    )
 
 
 def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
-    """In its order: tokens for the new ones, and for the others what became of them."""
+    """In its order: tokens for the new ones, and for the others the results of them."""
     keys = [maker() for maker in MAKERS.values()]
     typed = lines_of(*keys[:7]) + '{"name": "new"}\n' + lines_of(*keys[7:])
-    outcome = operator.run("keys", "import", "-", "--batch", "3", typed=typed)
-    assert (outcome.code, outcome.err) == (
+    outcome = operator.run("keys", "import", "-", "--batch", "3", stdin=typed)
+    assert (outcome.exit_code, outcome.stderr) == (
         0,
-        "Created 1 keys. The tokens above are shown this once. "
-        "Imported 15 keys that were made elsewhere.\n",
+        "Created 1 keys. The tokens above are shown this once. Imported 15 keys.\n",
     )
-    told = [json.loads(line) for line in outcome.out.splitlines()]
+    told = [json.loads(line) for line in outcome.stdout.splitlines()]
     assert [each["line"] for each in told] == list(range(1, 17))
     assert [each["line"] for each in told if "token" in each] == [8]
     assert told[0] == {
@@ -200,12 +203,12 @@ def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
         "outcome": "imported",
     }
     partials = {each["id"]: each.get("partialToken") for each in told if "scheme" in each}
-    listed = json.loads(operator.run("keys", "list", "--json").out)
+    listed = json.loads(operator.run("keys", "list", "--json").stdout)
     assert {
         each["id"]: each["partialToken"] for each in listed if each["id"] in partials
     } == partials
-    verified = operator.run("verify", typed=keys[5].token)
-    assert verified.err == f"Allowed: {told[5]['id']} (FULL)\n"
+    verified = operator.run("verify", stdin=keys[5].token)
+    assert verified.stderr == f"Allowed: {told[5]['id']} (FULL)\n"
 
 
 def test_csv_brings_keys_too(operator: Operator) -> None:
@@ -215,52 +218,55 @@ def test_csv_brings_keys_too(operator: Operator) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    writer.writerows({"name": "old"} | key.line for key in keys)
-    outcome = operator.run("keys", "import", "-", "--format", "csv", typed=text.getvalue())
-    assert outcome.code == 0
-    assert [json.loads(line)["line"] for line in outcome.out.splitlines()] == [2, 3, 4]
+    writer.writerows({"name": "old"} | key.import_fields for key in keys)
+    outcome = operator.run("keys", "import", "-", "--format", "csv", stdin=text.getvalue())
+    assert outcome.exit_code == 0
+    assert [json.loads(line)["line"] for line in outcome.stdout.splitlines()] == [2, 3, 4]
     for key in keys:
-        assert operator.run("verify", typed=key.token).code == 0
+        assert operator.run("verify", stdin=key.token).exit_code == 0
 
 
 def test_an_import_may_be_repeated(operator: Operator) -> None:
     """What is here already is said to be, and the rest of the file is taken in."""
     first, second, third = elsewhere.usesend(), elsewhere.raw(), elsewhere.knox()
-    once = operator.run("keys", "import", "-", typed=lines_of(first, second))
-    ids = [json.loads(line)["id"] for line in once.out.splitlines()]
+    once = operator.run("keys", "import", "-", stdin=lines_of(first, second))
+    ids = [json.loads(line)["id"] for line in once.stdout.splitlines()]
     operator.run("keys", "revoke", ids[1])
-    again = operator.run("keys", "import", "-", typed=lines_of(first, second, third))
-    assert (again.code, again.err) == (
+    again = operator.run("keys", "import", "-", stdin=lines_of(first, second, third))
+    assert (again.exit_code, again.stderr) == (
         0,
-        "Imported 1 keys that were made elsewhere. 2 were here already and stay as they are.\n",
+        "Imported 1 keys. 2 existed already and are unchanged.\n",
     )
-    told = [json.loads(line) for line in again.out.splitlines()]
+    told = [json.loads(line) for line in again.stdout.splitlines()]
     assert [each["id"] for each in told[:2]] == ids
     outcomes = [each["outcome"] for each in told]
-    assert outcomes == ["here already", "here already, revoked", "imported"]
-    assert operator.run("verify", typed=second.token).code == 1
+    assert outcomes == ["exists", "exists, revoked", "imported"]
+    assert operator.run("verify", stdin=second.token).exit_code == 1
 
 
 def test_a_dry_run_says_what_would_become_of_each_line(operator: Operator) -> None:
     """And takes nothing in."""
     known, new = elsewhere.usesend(), elsewhere.seam()
-    operator.run("keys", "import", "-", typed=lines_of(known))
+    operator.run("keys", "import", "-", stdin=lines_of(known))
     typed = lines_of(known) + '{"name": "new"}\n' + lines_of(new)
-    outcome = operator.run("keys", "import", "-", "--dry-run", typed=typed)
-    assert (outcome.code, outcome.err) == (0, "The file asks for 3 keys; nothing was created.\n")
-    told = [json.loads(line) for line in outcome.out.splitlines()]
-    assert [(each["line"], each["outcome"]) for each in told] == [(1, "here already"), (3, "new")]
-    assert len(json.loads(operator.run("keys", "list", "--json").out)) == 1
+    outcome = operator.run("keys", "import", "-", "--dry-run", stdin=typed)
+    assert (outcome.exit_code, outcome.stderr) == (
+        0,
+        "The file asks for 3 keys; nothing was created.\n",
+    )
+    told = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [(each["line"], each["outcome"]) for each in told] == [(1, "exists"), (3, "new")]
+    assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 1
 
 
 def test_a_key_that_is_in_the_file_twice_is_a_mistake(operator: Operator) -> None:
     """In two spellings too: a raw key and its own SHA-256."""
     key, other = elsewhere.raw(), elsewhere.usesend()
-    digest = foreign_lines.taken(key.line, frozenset())[1].locator.removeprefix("sha256:")
-    twin = Elsewhere(key.token, {"scheme": "sha256", "hash": digest}, key.secret)
-    outcome = operator.run("keys", "import", "-", typed=lines_of(key, other, twin, other))
-    assert outcome.code == 2
-    assert outcome.err.startswith(
+    digest = foreign_lines.parse(key.import_fields, frozenset())[1].locator.removeprefix("sha256:")
+    twin = ExternalKey(key.token, {"scheme": "sha256", "hash": digest}, key.secret)
+    outcome = operator.run("keys", "import", "-", stdin=lines_of(key, other, twin, other))
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith(
         "error: line 3: is the same key as line 1\nerror: line 4: is the same key as line 2\n"
     )
 
@@ -270,8 +276,8 @@ def test_the_lines_in_the_readme_bring_their_keys(operator: Operator) -> None:
     lines, commands = re.findall(r"```\n(.*?)```", SECTION, re.DOTALL)
     (operator.folder / "old.jsonl").write_text(lines)
     outcome = operator.run("keys", "import", str(operator.folder / "old.jsonl"))
-    assert outcome.code == 0
-    assert outcome.err in commands
+    assert outcome.exit_code == 0
+    assert outcome.stderr in commands
     typed = re.search(r"echo (\S+) \| keylatch verify", commands)
     assert typed
     for token in (
@@ -280,7 +286,7 @@ def test_the_lines_in_the_readme_bring_their_keys(operator: Operator) -> None:
         "5d41402abc4b2a76b9719d911017c592a1b2c3d4",
         typed[1],
     ):
-        assert operator.run("verify", typed=token).code == 0
+        assert operator.run("verify", stdin=token).exit_code == 0
 
 
 def test_the_schemes_in_the_readme_are_the_schemes() -> None:
@@ -300,9 +306,9 @@ def test_a_report_that_cannot_be_written_is_told_of(operator: Operator) -> None:
         command = [str(SCRIPT), "keys", "import", str(file), "--batch", "4"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert "error: what became of lines 1 to 4 could not be written: No space left" in done.stderr
+    assert "error: the results of lines 1 to 4 could not be written: No space left" in done.stderr
     assert "they are imported; go on with --from-line 5\n" in done.stderr
-    assert len(json.loads(operator.run("keys", "list", "--json").out)) == 4
+    assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 4
 
 
 @pytest.mark.long
@@ -317,18 +323,18 @@ def test_raw_keys_leave_no_trace(operator: Operator, hasher: str) -> None:
             lines_of(*keys),
             lines_of(*keys),
             lines_of(keys[0], keys[0]),
-            json.dumps({"name": keys[0].token} | keys[0].line),
-            json.dumps({"name": "x", "permission": "ROOT"} | keys[1].line),
+            json.dumps({"name": keys[0].token} | keys[0].import_fields),
+            json.dumps({"name": "x", "permission": "ROOT"} | keys[1].import_fields),
             json.dumps({"name": "x", "scheme": "sha256", "hash": keys[2].token[1:]}),
             json.dumps({"name": "x", "key": keys[3].token}),
         ):
-            outcome = operator.run("keys", "import", "-", typed=typed)
-            heard += [outcome.out, outcome.err]
+            outcome = operator.run("keys", "import", "-", stdin=typed)
+            heard += [outcome.stdout, outcome.stderr]
         for key in keys:
-            outcome = operator.run("verify", typed=key.token)
-            assert outcome.code == 0
-            heard += [outcome.out, outcome.err]
-        heard.append(operator.run("keys", "list", "--json").out)
+            outcome = operator.run("verify", stdin=key.token)
+            assert outcome.exit_code == 0
+            heard += [outcome.stdout, outcome.stderr]
+        heard.append(operator.run("keys", "list", "--json").stdout)
     heard.append(log.getvalue())
     files = [path.read_bytes() for path in operator.folder.rglob("*") if path.is_file()]
     assert any(b"keylatch_keys" in content for content in files)

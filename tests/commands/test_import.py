@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Clock, MakeEngine, OnAStore
+from conftest import Clock, MakeEngine, StoreTests
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Draft, InvalidValue, Keyring
+from keylatch.keyring import InvalidValue, Keyring, NewKey
 from keylatch.model import Allow, Deny, Reason, principal_of
 from keylatch.store import Found, Store
-from keylatch.tokens import CheckKeys, Token, looks_minted
+from keylatch.tokens import MacKeys, Token, has_valid_checksum
 from keylatch_sidecar.intake import batches as intake
 from servers import PostgresServer
-from shell import SCRIPT, Operator, Outcome
+from shell import SCRIPT, Operator, Result
 from test_store import NOW, record
 
 pytestmark = pytest.mark.anyio
 
 
-class Foreseen(CheckKeys):
+class Foreseen(MacKeys):
     """Mints the token that somebody has already seen."""
 
     def __init__(self, token: Token) -> None:
@@ -46,7 +46,7 @@ def forbidden_store(engine: Engine) -> None:
     engine.store.find = find  # type: ignore[method-assign]
 
 
-class ImportContract(OnAStore):
+class ImportContract(StoreTests):
     """What both databases promise of a batch."""
 
     @pytest.fixture
@@ -71,30 +71,30 @@ class ImportContract(OnAStore):
 
     async def test_a_batch_is_one_line_of_the_log(self, store: Store) -> None:
         """A million keys leave no million tombstones, and every key has a number of its own."""
-        before = (await store.changes(0)).seq
+        before = (await store.invalidations_since(0)).seq
         _, seq = await store.add_many([(record(f"key_{n}"), "hashed") for n in range(2_500)])
         assert seq == before + 2_500
-        changes = await store.changes(before)
-        assert changes.complete
-        assert changes.touched == ((seq, None, ""),)
+        changes = await store.invalidations_since(before)
+        assert changes.is_complete
+        assert changes.invalidations == ((seq, None, ""),)
         _, later = await store.add(record("key_later"), "hashed")
-        assert (await store.changes(seq)).touched == ((later, "key_later", None),)
+        assert (await store.invalidations_since(seq)).invalidations == ((later, "key_later", None),)
 
     async def test_a_batch_may_be_repeated(self, store: Store) -> None:
         """Whoever lost the answer of the commit tries again, and makes no second change."""
         made = [(record(f"key_{n}"), f"hash {n}") for n in range(3)]
         _, seq = await store.add_many(made)
         assert (await store.add_many(made))[1] == seq
-        assert (await store.changes(0)).seq == seq
+        assert (await store.invalidations_since(0)).seq == seq
 
     async def test_all_or_none(self, store: Store) -> None:
         """One key that cannot be made takes its batch along, and nothing is told of it."""
         await store.add(record("key_taken"), "hashed")
-        before = await store.changes(0)
+        before = await store.invalidations_since(0)
         made = [(record("key_1", "new"), "hashed"), (record("key_taken"), "other")]
         with pytest.raises(StoreUnavailable):
             await store.add_many([*made, (record("key_2"), "hashed")])
-        assert await store.changes(0) == before
+        assert await store.invalidations_since(0) == before
         assert await store.list("new") == []
 
     async def test_an_import_is_believed_by_whoever_remembers_that_there_is_no_such_key(
@@ -108,14 +108,14 @@ class ImportContract(OnAStore):
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: it advances the counter, and its line of the log concerns others."""
-        monkeypatch.setattr("keylatch.sql.changes.NOBODY", "somebody-else")
+        monkeypatch.setattr("keylatch.sql.changes.NO_ID", "somebody-else")
         assert await self._remembered(engines, clock) == (False, True)
 
     async def test_a_batch_that_told_everybody_would_empty_the_caches(
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The other twin: every process would ask the store, and argon2, for every key anew."""
-        monkeypatch.setattr("keylatch.sql.changes.NOBODY", None)
+        monkeypatch.setattr("keylatch.sql.changes.NO_ID", None)
         assert await self._remembered(engines, clock) == (True, False)
 
     async def _remembered(self, engines: list[Engine], clock: Clock) -> tuple[bool, bool]:
@@ -124,19 +124,19 @@ class ImportContract(OnAStore):
         importer, process = engines
         keyring = await importer.keyring()
         known = (await keyring.create("acme", "known")).token
-        assert isinstance(await process.resolve(known), Allow)
-        token = keyring._check_keys.mint("kl", "live")
-        assert await process.resolve(token) == Deny(Reason.UNKNOWN)
+        assert isinstance(await process.check(known), Allow)
+        token = keyring._mac_keys.mint("kl", "live")
+        assert await process.check(token) == Deny(Reason.UNKNOWN)
         settings = importer.settings
         foreseeing = Keyring(
             *(importer.store, importer.hasher, Foreseen(token), settings),
-            *(importer.now_ms, importer._announce),
+            *(importer.now_ms, importer._propagate),
         )
-        await foreseeing.create_many([Draft("acme", "foreseen")])
+        await foreseeing.create_many([NewKey("acme", "foreseen")])
         clock.tick(2)  # on PostgreSQL: no lease is older than the import
-        believed = isinstance(await process.resolve(token), Allow)
+        believed = isinstance(await process.check(token), Allow)
         forbidden_store(process)
-        return believed, isinstance(process.peek(known), Allow)
+        return believed, isinstance(process.check_token_cached(known), Allow)
 
     async def test_the_command_imports_into_this_store(self, url: str, operator: Operator) -> None:
         """Its tokens, and no others, open what its lines say; each batch is printed."""
@@ -147,18 +147,21 @@ class ImportContract(OnAStore):
         ]
         text = "\n".join(json.dumps(line) for line in lines)
         # In threads: the command has an event loop of its own.
-        outcome = await _in_thread(operator, "keys", "import", "-", "--batch", "10", typed=text)
-        assert (outcome.code, outcome.err) == (
+        outcome = await _in_thread(operator, "keys", "import", "-", "--batch", "10", stdin=text)
+        assert (outcome.exit_code, outcome.stderr) == (
             0,
             "Created 25 keys. The tokens above are shown this once.\n",
         )
-        made = [json.loads(line) for line in outcome.out.splitlines()]
+        made = [json.loads(line) for line in outcome.stdout.splitlines()]
         assert [each["line"] for each in made] == list(range(1, 26))
         assert [each["name"] for each in made] == [line["name"] for line in lines]
         verified = await _in_thread(
-            operator, "verify", "--permission", "SENDING", typed=made[17]["token"]
+            operator, "verify", "--permission", "SENDING", stdin=made[17]["token"]
         )
-        assert (verified.code, verified.err) == (0, f"Allowed: {made[17]['id']} (SENDING)\n")
+        assert (verified.exit_code, verified.stderr) == (
+            0,
+            f"Allowed: {made[17]['id']} (SENDING)\n",
+        )
         store = Store(url)
         await store.open(NOW)
         listed = await store.list("org1", newest_first=False)
@@ -182,8 +185,8 @@ class TestPostgreSQL(ImportContract):
         return postgres.new_database()
 
 
-async def _in_thread(operator: Operator, *words: str, typed: str) -> Outcome:
-    return await asyncio.to_thread(operator.run, *words, typed=typed)
+async def _in_thread(operator: Operator, *words: str, stdin: str) -> Result:
+    return await asyncio.to_thread(operator.run, *words, stdin=stdin)
 
 
 # What a file may say
@@ -213,11 +216,11 @@ def test_a_file_says_what_keys_to_make(
     file = operator.folder / name
     file.write_text(text, newline="")
     made = operator.run("keys", "import", str(file), "--organization", "rest")
-    assert made.code == 0
-    assert made.out.isascii()
-    lines = [json.loads(line) for line in made.out.splitlines()]
-    assert all(looks_minted(line.pop("token")) for line in lines)
-    assert all(line.pop("id") in made.out for line in lines)
+    assert made.exit_code == 0
+    assert made.stdout.isascii()
+    lines = [json.loads(line) for line in made.stdout.splitlines()]
+    assert all(has_valid_checksum(line.pop("token")) for line in lines)
+    assert all(line.pop("id") in made.stdout for line in lines)
     plain = {"permission": "FULL", "environment": "live", "expiresAt": None}
     asked = [
         {"name": "ci, main", "organizationId": "acme", "permission": "SENDING"}
@@ -250,83 +253,83 @@ WRONG = {
     '{"name": "x", "expiresAt": "2001-01-01T00:00:00Z"}': "expiresAt: must lie in the future",
     '{"name": "x", "expiresAt": "tomorrow"}': "expiresAt: must be an ISO 8601 time",
     '{"name": "x", "expiresAt": 4102444800}': "expiresAt: must be an ISO 8601 time",
-    '{"name": "x", "token": "us_0123456789_0"}': "token: a key that was made elsewhere needs a",
-    '{"name": "x", "hash": "$argon2id$v=19$"}': "hash: a key that was made elsewhere needs a",
+    '{"name": "x", "token": "us_0123456789_0"}': "token: an imported key needs a",
+    '{"name": "x", "hash": "$argon2id$v=19$"}': "hash: an imported key needs a",
 }
 
 
 def test_all_mistakes_are_told_at_once_and_nothing_is_made(operator: Operator) -> None:
     """Each with its line; good lines among them are not made either, and no value is repeated."""
     text = "\n".join(['{"name": "good"}', *WRONG, '{"name": "good"}'])
-    outcome = operator.run("keys", "import", "-", typed=text)
-    assert (outcome.code, outcome.out) == (2, "")
-    *mistakes, nothing, hint = outcome.err.splitlines()
+    outcome = operator.run("keys", "import", "-", stdin=text)
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    *mistakes, nothing, hint = outcome.stderr.splitlines()
     assert nothing == "error: nothing was created"
     assert hint.startswith("hint: ")
     for line, (mistake, told) in enumerate(zip(mistakes, WRONG.values(), strict=True), start=2):
         assert mistake.startswith(f"error: line {line}: {told}")
-    assert "us_0123456789" not in outcome.err
-    assert json.loads(operator.run("keys", "list", "--json").out) == []
+    assert "us_0123456789" not in outcome.stderr
+    assert json.loads(operator.run("keys", "list", "--json").stdout) == []
 
 
 def test_a_line_may_have_several_mistakes(operator: Operator) -> None:
     """One run tells all of them."""
     text = '{"name": " ", "permission": "ROOT", "environment": "L", "organization": "/"}'
-    outcome = operator.run("keys", "import", "-", typed=text)
-    told = [line.split(": ")[2] for line in outcome.err.splitlines()[:-2]]
+    outcome = operator.run("keys", "import", "-", stdin=text)
+    told = [line.split(": ")[2] for line in outcome.stderr.splitlines()[:-2]]
     assert sorted(told) == ["environment", "name", "organization", "permission"]
 
 
 def test_a_screenful_of_mistakes_is_enough(operator: Operator) -> None:
     """Whoever gives the wrong file is not told of each of its million lines."""
-    outcome = operator.run("keys", "import", "-", typed="x\n" * 1_234)
-    assert len(outcome.err.splitlines()) == 53
-    assert "error: and 1,184 more mistakes\n" in outcome.err
+    outcome = operator.run("keys", "import", "-", stdin="x\n" * 1_234)
+    assert len(outcome.stderr.splitlines()) == 53
+    assert "error: and 1,184 more mistakes\n" in outcome.stderr
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("acme,ci\nacme,laptop\n", "line 1: is no header"),
         ("", "line 1: is no header"),
         ("name,organization\nci\n", "line 2: has 1 cells for 2 columns"),
-        ("name,hash\nci,x\n", "line 2: hash: a key that was made elsewhere needs"),
+        ("name,hash\nci,x\n", "line 2: hash: an imported key needs"),
         ("name,name\nci,ci\n", "line 2: name: is there twice"),
         ("name,colour\nci,red\n", "line 2: colour: is no field"),
         ('name\n"ci\nlaptop\n', "is not CSV"),
     ],
 )
-def test_csv_that_is_none(operator: Operator, text: str, told: str) -> None:
+def test_csv_that_is_none(operator: Operator, text: str, message: str) -> None:
     """The line is named here too."""
-    outcome = operator.run("keys", "import", "-", "--format", "csv", typed=text)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("error: ")
-    assert told in outcome.err
+    outcome = operator.run("keys", "import", "-", "--format", "csv", stdin=text)
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("error: ")
+    assert message in outcome.stderr
 
 
 def test_a_token_in_a_file_gets_nowhere(operator: Operator) -> None:
     """Not as a name, not as a field, and into no message."""
     token = operator.create()["token"]
     for line in ({"name": token}, {"name": "x", token: 1}, {"name": "x", "organization": token}):
-        outcome = operator.run("keys", "import", "-", typed=json.dumps(line))
-        assert (outcome.code, outcome.out) == (2, "")
-        assert token not in outcome.err
+        outcome = operator.run("keys", "import", "-", stdin=json.dumps(line))
+        assert (outcome.exit_code, outcome.stdout) == (2, "")
+        assert token not in outcome.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["missing.jsonl"], "the file cannot be read: No such file"),
         (["."], "the file cannot be read: Is a directory"),
         (["-", "--format", "xml"], "there is no such format"),
     ],
 )
-def test_no_such_file(operator: Operator, words: list[str], told: str) -> None:
+def test_no_such_file(operator: Operator, words: list[str], message: str) -> None:
     """With a hint."""
     outcome = operator.run("keys", "import", *words)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert told in outcome.err
-    assert "hint: " in outcome.err
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert message in outcome.stderr
+    assert "hint: " in outcome.stderr
 
 
 def test_bytes_that_are_no_text_are_no_name(operator: Operator) -> None:
@@ -334,21 +337,21 @@ def test_bytes_that_are_no_text_are_no_name(operator: Operator) -> None:
     file = operator.folder / "latin.csv"
     file.write_bytes(b"name\nSchl\xfcssel\n")
     outcome = operator.run("keys", "import", str(file))
-    assert outcome.err.startswith("error: line 2: name: must not hold control characters\n")
+    assert outcome.stderr.startswith("error: line 2: name: must not hold control characters\n")
 
 
 def test_a_dry_run_makes_nothing(operator: Operator) -> None:
     """It checks the file, and says how many keys it asks for."""
-    outcome = operator.run("keys", "import", "-", "--dry-run", typed='{"name": "x"}\n' * 3)
-    assert outcome == Outcome(0, "", "The file asks for 3 keys; nothing was created.\n")
-    assert json.loads(operator.run("keys", "list", "--json").out) == []
+    outcome = operator.run("keys", "import", "-", "--dry-run", stdin='{"name": "x"}\n' * 3)
+    assert outcome == Result(0, "", "The file asks for 3 keys; nothing was created.\n")
+    assert json.loads(operator.run("keys", "list", "--json").stdout) == []
 
 
 def test_an_import_goes_on_from_a_line(operator: Operator) -> None:
     """Whatever ended the last one."""
     text = "".join(f'{{"name": "key {n}"}}\n' for n in range(1, 8))
-    outcome = operator.run("keys", "import", "-", "--from-line", "6", typed=text)
-    names = [json.loads(line)["name"] for line in outcome.out.splitlines()]
+    outcome = operator.run("keys", "import", "-", "--from-line", "6", stdin=text)
+    names = [json.loads(line)["name"] for line in outcome.stdout.splitlines()]
     assert names == ["key 6", "key 7"]
 
 
@@ -365,7 +368,7 @@ def test_tokens_that_cannot_be_written_are_told_of(operator: Operator) -> None:
     assert "error: the tokens of lines 1 to 10 could not be written: No space left" in done.stderr
     assert "--from-line 1\n" in done.stderr
     assert "Traceback" not in done.stderr
-    assert len(json.loads(operator.run("keys", "list", "--json").out)) == 10
+    assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 10
 
 
 def test_a_store_that_fails_halfway_is_told_with_the_line_to_go_on_from(
@@ -379,28 +382,28 @@ def test_a_store_that_fails_halfway_is_told_with_the_line_to_go_on_from(
             " BEGIN SELECT raise(ABORT, 'no more'); END"
         )
     text = "".join(f'{{"name": "key {n}"}}\n' for n in range(1, 8))
-    outcome = operator.run("keys", "import", "-", "--batch", "2", typed=text)
-    assert outcome.code == 2
-    assert len(outcome.out.splitlines()) == 4
-    assert "error: lines 5 to 6 were not created: the store failed: no more\n" in outcome.err
-    assert "go on with --from-line 5\n" in outcome.err
-    assert len(json.loads(operator.run("keys", "list", "--json").out)) == 5
+    outcome = operator.run("keys", "import", "-", "--batch", "2", stdin=text)
+    assert outcome.exit_code == 2
+    assert len(outcome.stdout.splitlines()) == 4
+    assert "error: lines 5 to 6 were not created: the store failed: no more\n" in outcome.stderr
+    assert "go on with --from-line 5\n" in outcome.stderr
+    assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 5
 
 
 def test_the_cost_of_argon2id_is_told_before_it_is_paid(
     operator: Operator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A million keys take seven hours; a few are not worth a word."""
-    intake.forewarn(1_000_000, "argon2id")
+    intake.warn_of_hashing_cost(1_000_000, "argon2id")
     assert "417 processor minutes" in capsys.readouterr().err
-    intake.forewarn(100, "argon2id")
-    intake.forewarn(1_000_000, "sha256")
+    intake.warn_of_hashing_cost(100, "argon2id")
+    intake.warn_of_hashing_cost(1_000_000, "sha256")
     assert capsys.readouterr().err == ""
 
 
 async def test_keys_share_the_words_that_they_have_in_common(engine: Engine) -> None:
     """A cache of many keys holds each organisation, permission and environment once."""
-    await (await engine.keyring()).create_many([Draft("acme", f"key {n}") for n in range(3)])
+    await (await engine.keyring()).create_many([NewKey("acme", f"key {n}") for n in range(3)])
     principals = [principal_of(record) for record in await engine.store.list("acme")]
     for field in ("organization_id", "permission", "environment"):
         assert len({id(getattr(principal, field)) for principal in principals}) == 1
@@ -412,11 +415,11 @@ async def test_argon2id_hashes_a_batch_without_filling_the_queue(
     """More keys than the queue has places; whoever is checked meanwhile finds one."""
     engine = make_engine(hasher=Hasher("argon2id", CHEAPEST, workers=2, queue=1))
     keyring = await engine.keyring()
-    made = await keyring.create_many([Draft("acme", f"key {n}") for n in range(12)])
+    made = await keyring.create_many([NewKey("acme", f"key {n}") for n in range(12)])
     for each in made:
-        assert isinstance(await engine.resolve(each.token), Allow)
+        assert isinstance(await engine.check(each.token), Allow)
     assert await keyring.create_many([]) == []
     with pytest.raises(InvalidValue, match="permission"):
-        await keyring.create_many([Draft("acme", "good"), Draft("acme", "bad", "ROOT")])
+        await keyring.create_many([NewKey("acme", "good"), NewKey("acme", "bad", "ROOT")])
     assert len(await keyring.list("acme")) == 12
     await engine.stop()

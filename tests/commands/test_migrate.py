@@ -14,7 +14,7 @@ from sqlalchemy import create_engine
 from keylatch.sql.migrations import steps_after
 from keylatch.sql.schema import VERSION
 from servers import PostgresServer
-from shell import Operator, Outcome
+from shell import Operator, Result
 
 
 def old_store(url: str, version: str) -> None:
@@ -52,19 +52,19 @@ def test_an_old_store_is_brought_up_to_date(operator: Operator, url: str, versio
     """First it is told, step by step, then done; the keys are as they were."""
     old_store(url, version)
     checked = operator.run("migrate", "--check")
-    assert (checked.code, checked.out) == (1, "")
-    told = checked.err.splitlines()
-    assert told[0] == f"The store is at version {version}, this keylatch wants {VERSION}:"
+    assert (checked.exit_code, checked.stdout) == (1, "")
+    told = checked.stderr.splitlines()
+    assert told[0] == f"The store is at version {version}, this keylatch needs {VERSION}:"
     assert [line.split()[0] for line in told[1:]] == [step.version for step in steps_after(version)]
     assert all("Meanwhile wait: " in line for line in told[1:])
     done = operator.run("migrate")
-    assert (done.code, f"is at version {VERSION} now" in done.err) == (0, True)
+    assert (done.exit_code, f"is at version {VERSION} now" in done.stderr) == (0, True)
     for words in (["migrate"], ["migrate", "--check"]):
-        assert operator.run(*words) == Outcome(
+        assert operator.run(*words) == Result(
             0, "", f"The store is at version {VERSION}: there is nothing to do.\n"
         )
-    assert "key_a" in operator.run("keys", "list").out
-    assert operator.run("secrets", "list").out.count("all that is new") == 2
+    assert "key_a" in operator.run("keys", "list").stdout
+    assert operator.run("secrets", "list").stdout.count("makes everything new") == 2
 
 
 def test_a_migration_gives_way_to_a_long_transaction(
@@ -78,20 +78,20 @@ def test_a_migration_gives_way_to_a_long_transaction(
     with psycopg.connect(url) as backup:
         backup.execute("SELECT * FROM keylatch_keys").fetchall()
         told = operator.run("migrate")
-        assert (told.code, "lock timeout" in told.err) == (2, True)
-        assert operator.run("migrate", "--check").code == 1
-    assert operator.run("migrate").code == 0
+        assert (told.exit_code, "lock timeout" in told.stderr) == (2, True)
+        assert operator.run("migrate", "--check").exit_code == 1
+    assert operator.run("migrate").exit_code == 0
 
 
 def test_looking_sets_nothing_up(operator: Operator, url: str) -> None:
     """An empty store is set up by `migrate`, and by any start, but not by `--check`."""
     for _ in range(2):
         checked = operator.run("migrate", "--check")
-        assert (checked.code, checked.err.startswith("The store is empty")) == (1, True)
+        assert (checked.exit_code, checked.stderr.startswith("The store is empty")) == (1, True)
     assert not operator.database.exists()
-    assert operator.run("migrate").code == 0
-    assert operator.run("migrate", "--check").code == 0
-    assert operator.run("keys", "create", "--name", "x").code == 0
+    assert operator.run("migrate").exit_code == 0
+    assert operator.run("migrate", "--check").exit_code == 0
+    assert operator.run("keys", "create", "--name", "x").exit_code == 0
 
 
 def test_a_newer_store_is_refused(operator: Operator, url: str) -> None:
@@ -106,8 +106,8 @@ def test_a_newer_store_is_refused(operator: Operator, url: str) -> None:
             connection.execute(change)
     for words in (["migrate"], ["migrate", "--check"], ["secrets", "list"]):
         told = operator.run(*words)
-        assert (told.code, told.out) == (2, "")
-        assert told.err == (
+        assert (told.exit_code, told.stdout) == (2, "")
+        assert told.stderr == (
             f"error: the store is at version 9999, this keylatch knows up to {VERSION}\n"
             "hint: upgrade keylatch on this host\n"
         )
@@ -117,10 +117,10 @@ def test_a_store_that_is_gone_is_told(operator: Operator) -> None:
     """In a moment, and without its password."""
     operator.set(STORE="postgresql://u:hunter2secret@127.0.0.1:1/keys")
     told = operator.run("migrate")
-    assert (told.code, "hunter2secret" in told.err) == (2, False)
+    assert (told.exit_code, "hunter2secret" in told.stderr) == (2, False)
 
 
 def test_every_migration_says_who_waits() -> None:
     """Whoever writes one looks at what it locks."""
     assert [step.version for step in steps_after(None)][-1] == VERSION
-    assert all(step.waiting and step.purpose for step in steps_after(None))
+    assert all(step.blocks and step.purpose for step in steps_after(None))

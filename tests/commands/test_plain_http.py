@@ -10,10 +10,10 @@ import pytest
 from keylatch_sidecar import loopback
 from keylatch_sidecar.doctor import listeners
 from servers import eventually, free_port
-from shell import Operator, ended
+from shell import Operator, wait_for_exit
 from test_serving import answers, served
 
-WARNING = "plain HTTP: tokens travel readable"
+WARNING = "plain HTTP: tokens are sent in cleartext"
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def words_for(operator: Operator) -> list[str]:
 
 def found(operator: Operator) -> list[tuple[str, str]]:
     """What the doctor says of listeners."""
-    told = json.loads(operator.run("doctor", "--json").out)["findings"]
-    return [(each["grade"], each["says"]) for each in told if each["check"] == "listeners"]
+    told = json.loads(operator.run("doctor", "--json").stdout)["findings"]
+    return [(each["status"], each["message"]) for each in told if each["check"] == "listeners"]
 
 
 @pytest.mark.long
@@ -51,14 +51,14 @@ def test_all_addresses_are_said_once(operator: Operator, workers: str, log: str)
     words += ["--metrics-host", "0.0.0.0", "--metrics-port", str(metrics)]
     with served(operator, *words, "--workers", workers) as process:
         eventually(lambda: answers(f"http://127.0.0.1:{main}"))
-        [(grade, says)] = found(operator)
+        [(status, says)] = found(operator)
         process.send_signal(signal.SIGTERM)
-        said = ended(process).err
+        said = wait_for_exit(process).stderr
     [line] = [line for line in said.splitlines() if WARNING in line]
     for port in (main, admin, grpc):
         assert f"0.0.0.0:{port}" in line
     assert f":{metrics}" not in line, "no token goes there"
-    assert grade == "warning"
+    assert status == "warning"
     assert WARNING in says
     assert f"{process.pid} on 0.0.0.0:{main}" in says
     assert f":{metrics}" not in says
@@ -75,7 +75,7 @@ def test_loopback_is_nothing_to_speak_of(operator: Operator, way: str) -> None:
         eventually(lambda: answers(place))
         assert found(operator) == [("ok", "loopback and Unix sockets only")]
         process.send_signal(signal.SIGTERM)
-        said = ended(process).err
+        said = wait_for_exit(process).stderr
     assert "listening on" in said
     assert WARNING not in said
 
@@ -102,7 +102,7 @@ def test_the_doctor_speaks_of_its_own_store_only(
         eventually(lambda: answers(f"http://127.0.0.1:{port}"))
         monkeypatch.delenv("KEYLATCH_STORE_FILE", raising=False)
         operator.set(STORE=f"sqlite:///{database}")
-        assert [grade for grade, _ in found(operator)] == ["warning"]
+        assert [status for status, _ in found(operator)] == ["warning"]
         operator.set(STORE=f"sqlite:///{operator.folder}/another.db")
         assert found(operator) == []
 

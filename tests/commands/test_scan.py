@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from conftest import Sidecar
 from keylatch.keyring import Created
-from keylatch.tokens import SCAN_PATTERN, CheckKeys, Token
-from keylatch_sidecar.scan import MAX_BYTES, Search, _in_chunks, tokens_in
-from servers import eventually, needs
-from shell import SCRIPT, Operator, Outcome
+from keylatch.tokens import SCAN_PATTERN, MacKeys, Token
+from keylatch_sidecar.scan import MAX_BYTES, Scanner, _tokens_in_chunks, tokens_in
+from servers import eventually, require_program
+from shell import SCRIPT, Operator, Result
 
 ROOT = Path(__file__).parents[2]
-KEYS = CheckKeys([b"n" * 32])
+KEYS = MacKeys([b"n" * 32])
 minted = st.builds(
     KEYS.mint,
     st.from_regex(r"[a-z][a-z0-9]{1,15}", fullmatch=True),
@@ -84,7 +84,7 @@ def test_where_a_file_is_cut_does_not_matter(
     data = b"".join(b"\n" * lines + b"x=" + token.reveal().encode() for token in tokens)
     places = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     chunks = [data[start:end] for start, end in itertools.pairwise(places)]
-    found = [(line, token.reveal()) for line, token in _in_chunks(iter(chunks))]
+    found = [(line, token.reveal()) for line, token in _tokens_in_chunks(iter(chunks))]
     expected = [(1 + lines * (at + 1), token.reveal()) for at, token in enumerate(tokens)]
     assert found == expected
 
@@ -93,16 +93,16 @@ def test_a_twin_without_overlap_would_miss_some() -> None:
     """So the test above holds something: chunk by chunk, the token that is cut is lost."""
     text = KEYS.mint("kl", "live").reveal().encode()
     assert [token for chunk in (text[:30], text[30:]) for token in tokens_in(chunk)] == []
-    assert len(list(_in_chunks(iter((text[:30], text[30:]))))) == 1
+    assert len(list(_tokens_in_chunks(iter((text[:30], text[30:]))))) == 1
 
 
 # In files
 
 
-def found_in(path: Path, **options: Any) -> Search:
-    search = Search(**options)
+def found_in(path: Path, **options: Any) -> Scanner:
+    search = Scanner(**options)
     for file in search.files_of(path):
-        search.look_into(file)
+        search.scan_file(file)
     return search
 
 
@@ -111,7 +111,7 @@ def test_encodings_that_shells_write_are_read(tmp_path: Path, encoding: str) -> 
     """PowerShell's `>` writes UTF-16, which is half NULs."""
     token = KEYS.mint("kl", "live").reveal()
     (tmp_path / "log").write_bytes(f"clé\nKEY={token}\n".encode(encoding))
-    [sighting] = found_in(tmp_path).sightings
+    [sighting] = found_in(tmp_path).found
     assert (sighting.line, sighting.token.reveal()) == (2, token)
 
 
@@ -126,11 +126,11 @@ def test_binary_and_huge_files_are_counted_and_read_on_demand(tmp_path: Path) ->
     objects.mkdir(parents=True)
     (objects / "pack").write_bytes(token)
     (tmp_path / ".git" / "config").write_bytes(token)
-    usual, all_of_it = found_in(tmp_path), found_in(tmp_path, everything=True)
-    assert [Path(each.place).name for each in usual.sightings] == ["config"]
-    assert usual.left_out == {"binary": 1, "larger than 50 MB": 1, "git history": 1}
-    assert len(all_of_it.sightings) == 4
-    assert not all_of_it.left_out
+    usual, all_of_it = found_in(tmp_path), found_in(tmp_path, include_all=True)
+    assert [Path(each.path).name for each in usual.found] == ["config"]
+    assert usual.skipped == {"binary": 1, "larger than 50 MB": 1, "git history": 1}
+    assert len(all_of_it.found) == 4
+    assert not all_of_it.skipped
 
 
 def test_links_below_a_folder_lead_nowhere(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_links_below_a_folder_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "again").symlink_to("file")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "endless").symlink_to("/dev/zero")
-    assert len(found_in(tmp_path).sightings) == 1
-    assert len(found_in(tmp_path / "again").sightings) == 1
+    assert len(found_in(tmp_path).found) == 1
+    assert len(found_in(tmp_path / "again").found) == 1
 
 
 # At the shell
@@ -175,17 +175,17 @@ def test_a_live_key_is_told_from_a_dead_one(operator: Operator, folder: Path) ->
         ),
         f"{folder}/notes.md:5: {Token(stranger).key_id} acme_...{stranger[-4:]} unknown",
     ]
-    assert (found.code, found.out.splitlines()) == (1, expected)
-    summary = "Looked into 1 files: 1 disabled, 1 expired, 1 live, 1 revoked, 1 unknown.\n"
-    assert found.err == summary
-    assert not any(token in found.out + found.err for token in tokens)
+    assert (found.exit_code, found.stdout.splitlines()) == (1, expected)
+    summary = "Scanned 1 files: 1 disabled, 1 expired, 1 live, 1 revoked, 1 unknown.\n"
+    assert found.stderr == summary
+    assert not any(token in found.stdout + found.stderr for token in tokens)
 
 
 def test_a_secret_that_was_rotated_away_is_told(operator: Operator, folder: Path) -> None:
     """Live while the grace runs, and then of no use; it is ended without its key."""
     lapsed, leaked = operator.create(), operator.create()
     new = [
-        operator.run("keys", "rotate", key["id"], "--grace", "1h").out.strip()
+        operator.run("keys", "rotate", key["id"], "--grace", "1h").stdout.strip()
         for key in (lapsed, leaked)
     ]
     with closing(sqlite3.connect(operator.database)) as raw, raw:
@@ -193,23 +193,23 @@ def test_a_secret_that_was_rotated_away_is_told(operator: Operator, folder: Path
         raw.execute(change, (lapsed["id"],))
     (folder / "old").write_text(f"{lapsed['token']}\n{leaked['token']}")
     found = operator.run("scan", str(folder), "--revoke")
-    first, second = found.out.splitlines()
-    assert found.code == 1
+    first, second = found.stdout.splitlines()
+    assert found.exit_code == 1
     assert " rotated (a key" in first
     assert " live, revoked now (a key" in second
-    assert operator.run("scan", str(folder), "--revoke").code == 0
+    assert operator.run("scan", str(folder), "--revoke").exit_code == 0
     for token in new:
-        assert operator.run("verify", typed=token).code == 0
+        assert operator.run("verify", stdin=token).exit_code == 0
 
 
 def test_scripts_get_json_and_an_exit_code(operator: Operator, folder: Path) -> None:
     """0 for none, 1 for a live one; the same fields for each."""
-    assert operator.run("scan", str(folder), "--json").out == "[]\n"
+    assert operator.run("scan", str(folder), "--json").stdout == "[]\n"
     key = operator.create()
     (folder / ".env").write_text(f"A=1\nKEY={key['token']}\n")
     found = operator.run("scan", str(folder), "--json")
-    assert found.code == 1
-    assert json.loads(found.out) == [
+    assert found.exit_code == 1
+    assert json.loads(found.stdout) == [
         {
             "file": f"{folder}/.env",
             "line": 2,
@@ -222,15 +222,15 @@ def test_scripts_get_json_and_an_exit_code(operator: Operator, folder: Path) -> 
         }
     ]
     operator.run("keys", "revoke", key["id"])
-    assert operator.run("scan", str(folder)).code == 0
+    assert operator.run("scan", str(folder)).exit_code == 0
 
 
 def test_standard_input_is_scanned(operator: Operator) -> None:
     """`git log --all -p | keylatch scan -`: the history that git has compressed."""
     key = operator.create()
-    found = operator.run("scan", "-", typed=f"+KEY\n+{key['token']}\n")
-    assert found.code == 1
-    assert found.out.startswith(f"-:2: {key['id']} ")
+    found = operator.run("scan", "-", stdin=f"+KEY\n+{key['token']}\n")
+    assert found.exit_code == 1
+    assert found.stdout.startswith(f"-:2: {key['id']} ")
 
 
 def test_what_is_found_can_be_revoked_at_once(operator: Operator, folder: Path) -> None:
@@ -239,10 +239,10 @@ def test_what_is_found_can_be_revoked_at_once(operator: Operator, folder: Path) 
     for name in ("a", "b"):
         (folder / name).write_text(key["token"])
     found = operator.run("scan", str(folder), "--revoke")
-    assert found.code == 1
-    assert found.out.count("live, revoked now") == 2
-    assert operator.run("verify", typed=key["token"]).code == 1
-    assert operator.run("scan", str(folder), "--revoke").code == 0
+    assert found.exit_code == 1
+    assert found.stdout.count("live, revoked now") == 2
+    assert operator.run("verify", stdin=key["token"]).exit_code == 1
+    assert operator.run("scan", str(folder), "--revoke").exit_code == 0
 
 
 def test_a_scan_is_no_use_of_a_key(operator: Operator, folder: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_scan_is_no_use_of_a_key(operator: Operator, folder: Path) -> None:
     key = operator.create()
     (folder / "a").write_text(key["token"])
     operator.run("scan", str(folder))
-    shown = json.loads(operator.run("keys", "show", key["id"], "--json").out)
+    shown = json.loads(operator.run("keys", "show", key["id"], "--json").stdout)
     assert shown["lastUsed"] is None
 
 
@@ -259,28 +259,28 @@ def test_without_a_store_nothing_is_called_dead(operator: Operator, folder: Path
     a store is not made by looking for one."""
     key = operator.create()
     (folder / "a").write_text(key["token"])
-    line = f"{folder}/a:1: {key['id']} {key['partialToken']} cannot tell\n"
-    summary = "Looked into 1 files: 1 cannot tell.\n"
-    assert operator.run("scan", str(folder), "--offline") == Outcome(2, line, summary)
+    line = f"{folder}/a:1: {key['id']} {key['partialToken']} undetermined\n"
+    summary = "Scanned 1 files: 1 undetermined.\n"
+    assert operator.run("scan", str(folder), "--offline") == Result(2, line, summary)
     operator.set(STORE="postgresql://nobody@127.0.0.1:1/none")
     away = operator.run("scan", str(folder))
-    assert (away.code, away.out) == (2, line)
-    assert away.err.startswith("error: ")
+    assert (away.exit_code, away.stdout) == (2, line)
+    assert away.stderr.startswith("error: ")
     operator.set(STORE=f"sqlite:///{operator.folder}/typo.db")
     missing = operator.run("scan", str(folder))
-    assert (missing.code, missing.out) == (2, line)
-    assert "error: there is no such store" in missing.err
+    assert (missing.exit_code, missing.stdout) == (2, line)
+    assert "error: there is no such store" in missing.stderr
     assert not (operator.folder / "typo.db").exists()
-    assert operator.run("scan", str(folder), "--offline", "--revoke").code == 2
+    assert operator.run("scan", str(folder), "--offline", "--revoke").exit_code == 2
 
 
 def test_what_cannot_be_read_is_named(operator: Operator, folder: Path) -> None:
     """And the scan goes on; it just cannot say that all is well."""
     (folder / "a").write_text("nothing")
     told = operator.run("scan", f"{folder}/missing", str(folder))
-    assert told.code == 2
-    assert f"error: {folder}/missing cannot be read: No such file or directory\n" in told.err
-    assert "Looked into 1 files: no token." in told.err
+    assert told.exit_code == 2
+    assert f"error: {folder}/missing cannot be read: No such file or directory\n" in told.stderr
+    assert "Scanned 1 files: no token." in told.stderr
 
 
 def test_a_files_name_cannot_steer_the_terminal_or_be_a_token(
@@ -291,14 +291,14 @@ def test_a_files_name_cannot_steer_the_terminal_or_be_a_token(
     (folder / f"\x1b[2J{token}").write_text(token)
     for words in ([], ["--json"]):
         found = operator.run("scan", str(folder), *words)
-        assert found.code == 1
-        assert "\x1b" not in found.out
-        assert token not in found.out
+        assert found.exit_code == 1
+        assert "\x1b" not in found.stdout
+        assert token not in found.stdout
 
 
 @pytest.mark.long
 def test_the_example_in_the_readme_runs(
-    operator: Operator, folder: Path, sidecar: Sidecar, boss: Created
+    operator: Operator, folder: Path, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """A live key is found in files and in git's history, and reported; then it is live no more."""
     section = (ROOT / "README.md").read_text().partition("## Leaked keys")[2]
@@ -307,7 +307,7 @@ def test_the_example_in_the_readme_runs(
     )
     scanned, history, report = lines.splitlines()
     key = operator.create()
-    leaky = sidecar.create(boss.record.organization_id)
+    leaky = sidecar.create(admin_key.record.organization_id)
     (folder / "settings.py").write_text(f'KEY = "{key["token"]}"\n')
     commit = "git init -q && git add . && git -c user.name=n -c user.email=e commit -qm m"
     environment = os.environ | {
@@ -322,8 +322,8 @@ def test_the_example_in_the_readme_runs(
             ["sh", "-c", line], cwd=folder, env=environment, capture_output=True, text=True
         )
 
-    needs(shutil.which("git"), "git")
-    needs(shutil.which("curl"), "curl")
+    require_program(shutil.which("git"), "git")
+    require_program(shutil.which("curl"), "curl")
     assert run(scanned).stdout.startswith(f"settings.py:1: {key['id']} ")
     assert run(commit).returncode == 0
     assert run(history).stdout.startswith("-:")

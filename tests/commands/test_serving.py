@@ -17,8 +17,8 @@ import pytest
 from keylatch.engine import Engine
 from keylatch_sidecar.app import create_app
 from servers import eventually, free_port
-from shell import Operator, ended
-from wire import answer, exchange, knock, send
+from shell import Operator, wait_for_exit
+from wire import asgi_request, exchange, expected_response, send
 
 pytestmark = pytest.mark.long
 
@@ -53,7 +53,7 @@ def test_serve_answers_until_it_is_told_to_stop(operator: Operator, way: str) ->
     with served(operator, *where) as process:
         eventually(lambda: answers(place) or process.poll() is not None)
         credential = f"Authorization: Bearer {key['token']}".encode()
-        assert send(place, b"GET /verify", credential) == answer(
+        assert send(place, b"GET /verify", credential) == expected_response(
             200,
             {
                 b"cache-control": b"no-store",
@@ -66,11 +66,11 @@ def test_serve_answers_until_it_is_told_to_stop(operator: Operator, way: str) ->
             b"",
         )
         process.send_signal(signal.SIGTERM)
-        stopped = ended(process)
-    assert stopped.code == 0
-    assert f"listening on {str(place).removeprefix('http://')}\n" in stopped.err
-    assert "Traceback" not in stopped.err
-    assert key["token"] not in stopped.err
+        stopped = wait_for_exit(process)
+    assert stopped.exit_code == 0
+    assert f"listening on {str(place).removeprefix('http://')}\n" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert key["token"] not in stopped.stderr
     with closing(sqlite3.connect(operator.database)) as raw:
         query = "SELECT last_used FROM keylatch_keys WHERE id = ?"
         (last_used,) = raw.execute(query, (key["id"],)).fetchone()
@@ -112,7 +112,7 @@ def test_management_may_have_a_listener_of_its_own(
             modes = [place.stat().st_mode & 0o777 for place in sockets]
             assert modes == [0o666, 0o600]
         process.send_signal(signal.SIGTERM)
-        assert ended(process).code == 0
+        assert wait_for_exit(process).exit_code == 0
     assert not any(place.exists() for place in sockets)
 
 
@@ -122,13 +122,13 @@ def test_a_socket_that_a_killed_server_left_is_replaced(operator: Operator) -> N
     for _ in range(2):
         with served(operator, "--uds", str(place)) as process:
             eventually(lambda: answers(place) or process.poll() is not None)
-            second = ended(operator.start("serve", "--uds", str(place)))
-            assert second.code == 2
-            assert f"error: cannot listen on {place}: Address already in use" in second.err
+            second = wait_for_exit(operator.start("serve", "--uds", str(place)))
+            assert second.exit_code == 2
+            assert f"error: cannot listen on {place}: Address already in use" in second.stderr
             assert answers(place)
     file = operator.folder / "letter.txt"
     file.write_text("not a socket")
-    assert ended(operator.start("serve", "--uds", str(file))).code == 2
+    assert wait_for_exit(operator.start("serve", "--uds", str(file))).exit_code == 2
     assert file.read_text() == "not a socket"
 
 
@@ -145,12 +145,12 @@ def test_proxies_may_ask_over_grpc(operator: Operator, way: str, workers: str) -
             ask: Any = channel.unary_unary("/envoy.service.auth.v3.Authorization/Check")
             assert b"misconfigured" in ask(b"", timeout=20, wait_for_ready=True)
         if way == "port":
-            second = ended(operator.start("serve", "--port", str(free_port()), *words))
-            assert second.code == 2
-            assert f"error: cannot listen on {target}: Address already in use" in second.err
+            second = wait_for_exit(operator.start("serve", "--port", str(free_port()), *words))
+            assert second.exit_code == 2
+            assert f"error: cannot listen on {target}: Address already in use" in second.stderr
         process.send_signal(signal.SIGTERM)
-        stopped = ended(process)
-        assert (stopped.code, "Traceback" in stopped.err) == (0, False)
+        stopped = wait_for_exit(process)
+        assert (stopped.exit_code, "Traceback" in stopped.stderr) == (0, False)
     assert not path.exists()
 
 
@@ -189,18 +189,18 @@ def test_any_method_may_be_asked_about(operator: Operator) -> None:
 
 def test_a_server_that_cannot_listen_says_so(operator: Operator) -> None:
     """It names the address that it cannot have."""
-    outcome = ended(operator.start("serve", "--host", "192.0.2.1"))
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "error: cannot listen on 192.0.2.1:8700: " in outcome.err
-    assert "Traceback" not in outcome.err
+    outcome = wait_for_exit(operator.start("serve", "--host", "192.0.2.1"))
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert "error: cannot listen on 192.0.2.1:8700: " in outcome.stderr
+    assert "Traceback" not in outcome.stderr
 
 
 @pytest.mark.parametrize("most", [24, 63])
 def test_a_server_with_too_few_descriptors_does_not_start(operator: Operator, most: int) -> None:
     """Instead of resetting every connection."""
     words = ["serve", "--port", str(free_port())]
-    outcome = ended(operator.start(*words, wrapper=descriptors(most)))
-    assert (outcome.code, outcome.out, outcome.err.splitlines()) == (
+    outcome = wait_for_exit(operator.start(*words, wrapper=descriptors(most)))
+    assert (outcome.exit_code, outcome.stdout, outcome.stderr.splitlines()) == (
         2,
         "",
         [
@@ -231,7 +231,7 @@ async def test_keys_are_managed_where_the_server_says_that_a_request_came_to(
     engine: Engine, admin: int | str, came_to: tuple[str, int | None]
 ) -> None:
     """A server that does not say where opens management nowhere, and hides it everywhere."""
-    app = create_app(engine, admin=admin)
-    assert (await knock(app, "/v1/api-keys", server=came_to)).status == 401
+    app = create_app(engine, admin_address=admin)
+    assert (await asgi_request(app, "/v1/api-keys", server=came_to)).status == 401
     for server in (None, (), ("", None), (None, None), ("127.0.0.1", 8700), ("8701", None)):
-        assert (await knock(app, "/v1/api-keys", server=server)).status == 404, server
+        assert (await asgi_request(app, "/v1/api-keys", server=server)).status == 404, server

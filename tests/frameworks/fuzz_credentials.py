@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from keylatch.credentials import is_identity_header, read
 from keylatch.model import Reason
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import MacKeys, Token
 
-CHECK_KEYS: Final = CheckKeys([b"fuzz" * 8])
+CHECK_KEYS: Final = MacKeys([b"fuzz" * 8])
 # Minted by these check keys once: minting is random. Spelled in halves, for secret scanners.
 MINTED: Final = (
     "kl_live_" + "xd095rz2QukG_Dv74ah4OPitcV09niAVgwhcg2OfHO85uQ7H3IppYT",
@@ -166,7 +166,7 @@ def kind_of(values: Values, reader: Reader = read) -> str:
         raise Broken("the token is not the one that the grammar finds")
     if isinstance(token, Reason):
         return token.name
-    if CHECK_KEYS.vouch(token):
+    if CHECK_KEYS.verify_mac(token):
         if token.reveal() not in MINTED:
             raise Broken("a token that nobody minted is vouched for")
         return "accepted, minted here"

@@ -30,12 +30,12 @@ from rich.table import Column, Table
 
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch.tokens import CheckKeys
+from keylatch.tokens import MacKeys
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))  # where this runs as a program
 
 from servers import eventually, free_port
-from wire import Answer, Header, answer, exchange
+from wire import Header, RawResponse, exchange, expected_response
 
 # What may come back
 
@@ -56,12 +56,12 @@ class Own:
     status: int
 
 
-Expected: TypeAlias = Answer | Passed | Own
+Expected: TypeAlias = RawResponse | Passed | Own
 
-NO_ANSWER: Final = Answer(0, (), b"")
+NO_ANSWER: Final = RawResponse(0, (), b"")
 
 
-def refusal(status: int, error: bytes, words: bytes, challenge: bytes) -> Answer:
+def refusal(status: int, error: bytes, words: bytes, challenge: bytes) -> RawResponse:
     """A refusal as `bad-inputs.md` has it."""
     body = b'{"error":"' + error + b'","error_description":"' + words + b'"}'
     headers = {
@@ -70,10 +70,10 @@ def refusal(status: int, error: bytes, words: bytes, challenge: bytes) -> Answer
         b"x-keylatch-error": error,
         b"www-authenticate": b'Bearer realm="keylatch"' + challenge,
     }
-    return answer(status, headers, body)
+    return expected_response(status, headers, body)
 
 
-def refused(status: int, error: bytes, words: bytes, scope: bytes = b"") -> Answer:
+def refused(status: int, error: bytes, words: bytes, scope: bytes = b"") -> RawResponse:
     """A refusal whose challenge names its error."""
     return refusal(status, error, words, b', error="' + error + b'"' + scope)
 
@@ -645,17 +645,19 @@ class Keys:
             request = request.replace(b"{" + name.encode() + b"}", token.encode())
         return request
 
-    def wanted(self, expected: Expected, method: bytes) -> Answer | Own:
+    def expected(self, expected: Expected, method: bytes) -> RawResponse | Own:
         """The answer as it comes over the wire: without its body for HEAD."""
         if isinstance(expected, Own):
             return expected
         whole = self._said(expected) if isinstance(expected, Passed) else expected
         return replace(whole, body=b"") if method == b"HEAD" else whole
 
-    def _said(self, passed: Passed) -> Answer:
+    def _said(self, passed: Passed) -> RawResponse:
         key_id = passed.key and "key_" + self.tokens[passed.key].split("_")[2]
         said = {"key_id": key_id, "body_bytes": passed.body_bytes, "x": passed.x}
-        return answer(200, {b"content-type": b"application/json"}, json.dumps(said).encode())
+        return expected_response(
+            200, {b"content-type": b"application/json"}, json.dumps(said).encode()
+        )
 
 
 def _store_in(folder: Path) -> str:
@@ -672,7 +674,7 @@ async def _mint(store_url: str) -> dict[str, str]:
         "revoked": await keyring.create("default", "revoked"),
     }
     await keyring.delete("default", created["revoked"].record.id)
-    own_keys = CheckKeys((await engine.store.open(0)).check_keys)
+    own_keys = MacKeys((await engine.store.open(0)).mac_keys)
     await engine.stop()
     tokens = {name: each.token.reveal() for name, each in created.items()}
     tokens["of an unknown id"] = own_keys.mint("kl", "live").reveal()
@@ -686,8 +688,8 @@ class Cell:
 
     case: Case
     server: Server
-    wanted: tuple[Answer | Own, ...]
-    got: tuple[Answer, ...]
+    expected: tuple[RawResponse | Own, ...]
+    got: tuple[RawResponse, ...]
     calls: int
 
     @property
@@ -696,29 +698,29 @@ class Cell:
         allowed = sum(isinstance(each, Passed) for each in self.case.on(self.server))
         if self.calls != allowed:
             return f"{self.case.name}: the app was called {self.calls} times, not {allowed}"
-        if len(self.got) == len(self.wanted) and all(map(_is_as_wanted, self.got, self.wanted)):
+        if len(self.got) == len(self.expected) and all(map(_matches, self.got, self.expected)):
             return ""
-        expected, got = (", then ".join(map(_in_full, each)) for each in (self.wanted, self.got))
+        expected, got = (", then ".join(map(_in_full, each)) for each in (self.expected, self.got))
         return f"{self.case.name}: expected {expected}; got {got}"
 
     def __str__(self) -> str:
         return " + ".join(map(_in_short, self.got))
 
 
-def _is_as_wanted(got: Answer, wanted: Answer | Own) -> bool:
-    if isinstance(wanted, Own):
-        return got.status == wanted.status and b"x-keylatch-error" not in dict(got.headers)
-    return got == wanted
+def _matches(got: RawResponse, expected: RawResponse | Own) -> bool:
+    if isinstance(expected, Own):
+        return got.status == expected.status and b"x-keylatch-error" not in dict(got.headers)
+    return got == expected
 
 
-def _in_full(got: Answer | Own) -> str:
+def _in_full(got: RawResponse | Own) -> str:
     if isinstance(got, Own):
         return f"the server's own {got.status}"
     headers = b", ".join(map(b": ".join, got.headers))
     return f"{got.status} [{headers.decode('latin-1')}] {got.body.decode('latin-1')!r}"
 
 
-def _in_short(got: Answer) -> str:
+def _in_short(got: RawResponse) -> str:
     error = dict(got.headers).get(b"x-keylatch-error")
     if error is not None:
         return f"{got.status} {error.decode()}"
@@ -727,20 +729,20 @@ def _in_short(got: Answer) -> str:
     return "200" if got.status == 200 else f"own {got.status}"
 
 
-def answers_in(received: bytes, methods: Sequence[bytes]) -> tuple[Answer, ...]:
+def answers_in(received: bytes, methods: Sequence[bytes]) -> tuple[RawResponse, ...]:
     """Take apart what came on one connection; what is left over counts as one more answer."""
-    found: list[Answer] = []
+    found: list[RawResponse] = []
     while received:
         start = _START.match(received)
         if start is None:
-            return (*found, Answer(0, (), received))
+            return (*found, RawResponse(0, (), received))
         headers = _headers(start[2])
         received = received[start.end() :]
         if start[1].startswith(b"1"):
             continue
         is_head = methods[len(found) : len(found) + 1] == [b"HEAD"]
         length = 0 if is_head else int(dict(headers).get(b"content-length", len(received)))
-        found.append(Answer(int(start[1]), headers, received[:length]))
+        found.append(RawResponse(int(start[1]), headers, received[:length]))
         received = received[length:]
     return tuple(found) or (NO_ANSWER,)
 
@@ -772,7 +774,7 @@ class Served:
         return Cell(
             case,
             self._server,
-            tuple(map(self._keys.wanted, case.on(self._server), methods)),
+            tuple(map(self._keys.expected, case.on(self._server), methods)),
             answers_in(received, methods),
             self._calls.stat().st_size - before,
         )

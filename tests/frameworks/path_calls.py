@@ -15,7 +15,7 @@ import test_django  # which sets Django up
 from keylatch.asgi import ProxyIdentityMiddleware
 from keylatch.django import APIKeyMiddleware as DjangoMiddleware
 from keylatch.testing import Keys
-from path_sites import FULL, NOBODY, RULES, SENDING, SITES, VIEW
+from path_sites import ANONYMOUS, FULL, RULES, SENDING, SITES, VIEW
 from path_space import Target, TextPolicy, environ_of, scope_of
 
 assert test_django
@@ -58,7 +58,7 @@ class Site:
         }
         if name == "proxied":
             self._headers = {each: IDENTITY | {PERMISSION: each} for each in (SENDING, FULL)}
-        self._headers[NOBODY] = {}
+        self._headers[ANONYMOUS] = {}
         self._stack = contextlib.ExitStack()
         self._runner = self._stack.enter_context(asyncio.Runner())
         self._app = self._django() if name in HANDLERS else self._made()
@@ -68,7 +68,9 @@ class Site:
             if self._name == "proxied":
                 made: Any = ProxyIdentityMiddleware(app, trusted=["127.0.0.1"], **rules)
             else:
-                made = path_sites.gate_of(self._name)(app, engine=self._keys.engine(), **rules)
+                made = path_sites.middleware_of(self._name)(
+                    app, engine=self._keys.engine(), **rules
+                )
             if self._is_twin:
                 made._policy = TextPolicy(**rules)
             return made

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import grammar
 import path_sites
-from path_sites import NOBODY, SENDING, VIEW
+from path_sites import ANONYMOUS, SENDING, VIEW
 from path_space import Target
 from servers import eventually, free_port
 from wire import exchange
@@ -84,7 +84,7 @@ class Served:
     def view(self, target: Target, caller: str) -> str | None:
         """Which view was called, if one was."""
         fields = []
-        if caller != NOBODY:
+        if caller != ANONYMOUS:
             fields.append(f"Authorization: Bearer {self._tokens[caller]}")
         if self._server.root and target.root:
             fields.append(f"{self._server.root}: {quote(target.root)}")

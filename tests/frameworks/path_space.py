@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-from keylatch.model import FULL, ONLY_FULL, Wanted
-from keylatch.rules import public_routes, rules_in
+from keylatch.model import FULL, ONLY_FULL, Requirement
+from keylatch.rules import parse_public, parse_rules
 
 PATHS: Final = (
     *("/healthz", "/secret", "/users/me", "/users/ada", "/docs/page", "/v1/batch"),
@@ -177,12 +177,12 @@ class TextPolicy:
     public_patterns: tuple[()] = ()
 
     def __init__(self, public: Any = (), permissions: Any = None) -> None:
-        rules = rules_in(permissions or {}, None, [])
-        self._exact = {(r.method, r.path): r.wanted for r in rules if "{" not in r.path}
+        rules = parse_rules(permissions or {}, None, [])
+        self._exact = {(r.method, r.path): r.requirement for r in rules if "{" not in r.path}
         self._patterns = [(r.method, _regex(r.path), r.named) for r in rules if "{" in r.path]
-        self._public = [_regex(path) for _, path in public_routes(public, [])]
+        self._public = [_regex(path) for _, path in parse_public(public, [])]
 
-    def asked(self, method: str, path: str, *_: object) -> Wanted | None:
+    def requirement_for(self, method: str, path: str, *_: object) -> Requirement | None:
         if any(each.fullmatch(path) for each in self._public):
             return None
         method = "GET" if method == "HEAD" else method
@@ -193,10 +193,10 @@ class TextPolicy:
             named for on, regex, named in self._patterns if on == method and regex.fullmatch(path)
         ]
         permissions = frozenset({FULL}).union(*matching)
-        return Wanted(permissions, "SENDING") if matching else ONLY_FULL
+        return Requirement(permissions, "SENDING") if matching else ONLY_FULL
 
-    def settled(self, method: str, path: str, *_: object) -> Wanted:
-        wanted = self.asked(method, path)
+    def routed_requirement(self, method: str, path: str, *_: object) -> Requirement:
+        wanted = self.requirement_for(method, path)
         return wanted or ONLY_FULL
 
 

@@ -29,7 +29,7 @@ from keylatch.keyring import Created
 from keylatch.model import Principal
 from keylatch.store import Secrets, Store
 from servers import serving
-from wire import Header, http_scope, knock, lifespan
+from wire import Header, asgi_request, http_scope, lifespan
 
 RULES = {"SENDING": ["POST /v1/emails", "GET /v1/emails"]}
 
@@ -76,7 +76,7 @@ async def create(engine: Engine, permission: str = "FULL") -> Created:
     return created
 
 
-def bearing(key: Created) -> list[Header]:
+def auth_header(key: Created) -> list[Header]:
     return [(b"authorization", b"Bearer " + key.token.reveal().encode())]
 
 
@@ -92,7 +92,7 @@ async def test_the_app_learns_who_is_calling(engine: Engine, build: Build) -> No
 
     key = await create(engine, "SENDING")
     app = APIKeyMiddleware(inner, engine=engine, permissions=RULES)
-    assert (await knock(app, "/v1/emails", bearing(key))).status == 200
+    assert (await asgi_request(app, "/v1/emails", auth_header(key))).status == 200
     user, scopes = seen
     expected = Principal(key.record.id, "my SENDING", "default", "SENDING", "live")
     assert user == expected
@@ -101,7 +101,7 @@ async def test_the_app_learns_who_is_calling(engine: Engine, build: Build) -> No
         key.record.id,
     )
     assert list(scopes) == ["authenticated", "SENDING"]
-    answer = await knock(build(engine), "/anything", bearing(await create(engine)))
+    answer = await asgi_request(build(engine), "/anything", auth_header(await create(engine)))
     assert json.loads(answer.body) == {"name": "my FULL", "in": True}
 
 
@@ -127,7 +127,9 @@ async def test_a_permission_opens_what_is_named_for_it(
 ) -> None:
     """FULL may do everything, also what `@requires("SENDING")` guards; the others fail closed."""
     key = await create(engine, permission)
-    assert (await knock(build(engine), path, bearing(key), method=method)).status == status
+    assert (
+        await asgi_request(build(engine), path, auth_header(key), method=method)
+    ).status == status
 
 
 @pytest.mark.anyio
@@ -138,9 +140,9 @@ async def test_requires_guards_what_the_rules_forgot(make_engine: MakeEngine) ->
     rules = {"SENDING": ["GET /v1/emails"], "READING": ["GET /v1/emails"]}
     app.add_middleware(APIKeyMiddleware, engine=engine, permissions=rules)
     reader = await create(engine, "READING")
-    assert (await knock(app, "/v1/emails", bearing(reader))).status == 403
+    assert (await asgi_request(app, "/v1/emails", auth_header(reader))).status == 403
     sender = await create(engine, "SENDING")
-    assert (await knock(app, "/v1/emails", bearing(sender))).body == b"sent"
+    assert (await asgi_request(app, "/v1/emails", auth_header(sender))).body == b"sent"
     await engine.stop()
 
 
@@ -151,10 +153,10 @@ async def test_a_public_path_needs_no_key_and_gives_no_rights(
     engine: Engine, build: Build, method: str
 ) -> None:
     """Nobody is asked, and nobody is recognised, whatever they bring along."""
-    assert (await knock(build(engine), "/healthz", method=method)).status == 200
+    assert (await asgi_request(build(engine), "/healthz", method=method)).status == 200
     key = await create(engine)
-    for headers in (bearing(key), [(b"authorization", b"Bearer made up")]):
-        answer = await knock(build(engine), "/healthz", headers)
+    for headers in (auth_header(key), [(b"authorization", b"Bearer made up")]):
+        answer = await asgi_request(build(engine), "/healthz", headers)
         assert json.loads(answer.body) == {"name": "", "in": False}
 
 
@@ -167,19 +169,19 @@ async def test_the_neighbours_of_a_public_path_are_guarded(
     engine: Engine, build: Build, path: str
 ) -> None:
     """Exactly that path, because routers differ in what else they take for it."""
-    assert (await knock(build(engine), path)).status == 401
+    assert (await asgi_request(build(engine), path)).status == 401
 
 
 @pytest.mark.anyio
 async def test_a_mounted_app_names_its_own_paths(engine: Engine) -> None:
     """Below a mount, rules and public paths are those that the mounted app's router sees."""
     outer = Starlette(routes=[Mount("/api", starlette_app(engine)), Route("/healthz", whoami)])
-    assert (await knock(outer, "/api/healthz")).status == 200
-    assert (await knock(outer, "/api/api/healthz")).status == 401
-    assert (await knock(outer, "/api/v1/emails")).status == 401
+    assert (await asgi_request(outer, "/api/healthz")).status == 200
+    assert (await asgi_request(outer, "/api/api/healthz")).status == 401
+    assert (await asgi_request(outer, "/api/v1/emails")).status == 401
     key = await create(engine, "SENDING")
-    assert (await knock(outer, "/api/v1/emails", bearing(key))).body == b"sent"
-    assert (await knock(outer, "/api/api/v1/emails", bearing(key))).status == 403
+    assert (await asgi_request(outer, "/api/v1/emails", auth_header(key))).body == b"sent"
+    assert (await asgi_request(outer, "/api/api/v1/emails", auth_header(key))).status == 403
 
 
 @pytest.mark.anyio
@@ -201,7 +203,7 @@ async def test_scopes_of_another_kind_pass_through_untouched(engine: Engine, kin
 async def test_the_callers_scope_is_not_written_on(engine: Engine) -> None:
     """Whoever calls the middleware finds its scope as it was, headers and all."""
     key = await create(engine)
-    headers = [*bearing(key), (b"x-keylatch-key-id", b"evil")]
+    headers = [*auth_header(key), (b"x-keylatch-key-id", b"evil")]
     for path in ("/healthz", "/v1/domains"):
         scope = http_scope(path, headers)
         before = {**scope, "headers": list(headers)}
@@ -233,7 +235,9 @@ async def test_two_middlewares_with_different_stores_keep_to_themselves(
     one, other = make_engine(), make_engine(store=Store(f"sqlite:///{tmp_path}/other.db"))
     keys = [await create(one), await create(other)]
     apps = [APIKeyMiddleware(starlette_app(engine), engine=engine) for engine in (one, other)]
-    statuses = [[(await knock(app, "/", bearing(key))).status for key in keys] for app in apps]
+    statuses = [
+        [(await asgi_request(app, "/", auth_header(key))).status for key in keys] for app in apps
+    ]
     assert statuses == [[200, 401], [401, 200]]
     for engine in (one, other):
         await engine.stop()
@@ -269,27 +273,27 @@ def test_the_realm_is_ones_own(tmp_path: Path) -> None:
 # Its life
 
 
-class Diary(Store):
+class CallLogStore(Store):
     """A store that notes when it is opened and closed."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.events: list[str] = []
+        self.recorded: list[str] = []
 
     async def open(self, now_ms: int) -> Secrets:
-        self.events.append("opened")
+        self.recorded.append("opened")
         return await super().open(now_ms)
 
     async def close(self) -> None:
-        self.events.append("closed")
+        self.recorded.append("closed")
         await super().close()
 
 
 class Life:
     """What happens to an app; it may fail at either end."""
 
-    def __init__(self, diary: Diary, *, fails: str = "") -> None:
-        self._diary = diary
+    def __init__(self, call_log: CallLogStore, *, fails: str = "") -> None:
+        self._call_log = call_log
         self._fails = fails
 
     @asynccontextmanager
@@ -299,25 +303,27 @@ class Life:
         self._note("stopped")
 
     def _note(self, event: str) -> None:
-        self._diary.events.append(event)
+        self._call_log.recorded.append(event)
         if event == self._fails:
             raise RuntimeError(f"the app's own {event}")
 
 
 @pytest.fixture
-def diary(store_url: str) -> Diary:
-    return Diary(store_url)
+def call_log(store_url: str) -> CallLogStore:
+    return CallLogStore(store_url)
 
 
 @pytest.mark.anyio
-async def test_the_engine_lives_as_long_as_the_app(make_engine: MakeEngine, diary: Diary) -> None:
+async def test_the_engine_lives_as_long_as_the_app(
+    make_engine: MakeEngine, call_log: CallLogStore
+) -> None:
     """It starts before the app and stops after it, and the server hears both."""
-    inner = Starlette(lifespan=Life(diary))
-    async with lifespan(APIKeyMiddleware(inner, engine=make_engine(store=diary))) as said:
+    inner = Starlette(lifespan=Life(call_log))
+    async with lifespan(APIKeyMiddleware(inner, engine=make_engine(store=call_log))) as said:
         assert said == [{"type": "lifespan.startup.complete"}]
-        assert diary.events == ["opened", "started"]
+        assert call_log.recorded == ["opened", "started"]
     assert said[1:] == [{"type": "lifespan.shutdown.complete"}]
-    assert diary.events == ["opened", "started", "stopped", "closed"]
+    assert call_log.recorded == ["opened", "started", "stopped", "closed"]
 
 
 async def knows_only_http(scope: Scope, receive: Receive, send: Send) -> None:
@@ -343,14 +349,14 @@ async def starts_and_leaves(scope: Scope, receive: Receive, send: Send) -> None:
     "app", [knows_only_http, ignores_lifespan, listens_and_leaves, starts_and_leaves]
 )
 async def test_an_app_that_knows_no_lifespan_has_one_anyway(
-    make_engine: MakeEngine, diary: Diary, app: ASGIApp
+    make_engine: MakeEngine, call_log: CallLogStore, app: ASGIApp
 ) -> None:
     """Whatever events the app leaves, the engine gets its start and its stop."""
-    async with lifespan(APIKeyMiddleware(app, engine=make_engine(store=diary))) as said:
+    async with lifespan(APIKeyMiddleware(app, engine=make_engine(store=call_log))) as said:
         assert said == [{"type": "lifespan.startup.complete"}]
-        assert diary.events == ["opened"]
+        assert call_log.recorded == ["opened"]
     assert said[1:] == [{"type": "lifespan.shutdown.complete"}]
-    assert diary.events == ["opened", "closed"]
+    assert call_log.recorded == ["opened", "closed"]
 
 
 @pytest.mark.anyio
@@ -362,16 +368,16 @@ async def test_an_app_that_knows_no_lifespan_has_one_anyway(
     ],
 )
 async def test_an_app_that_fails_is_not_covered_up(
-    make_engine: MakeEngine, diary: Diary, event: str, answers: list[str]
+    make_engine: MakeEngine, call_log: CallLogStore, event: str, answers: list[str]
 ) -> None:
     """Its failure reaches the server, and the engine is not left running."""
-    inner = Starlette(lifespan=Life(diary, fails=event))
-    app = APIKeyMiddleware(inner, engine=make_engine(store=diary))
+    inner = Starlette(lifespan=Life(call_log, fails=event))
+    app = APIKeyMiddleware(inner, engine=make_engine(store=call_log))
     with pytest.raises(RuntimeError, match="the app's own"):
         async with lifespan(app) as said:
             pass
     assert [message["type"] for message in said] == answers
-    assert diary.events[-1] == "closed"
+    assert call_log.recorded[-1] == "closed"
 
 
 @pytest.mark.anyio
@@ -397,7 +403,9 @@ async def test_without_lifespan_the_first_request_starts_the_engine(
     key = await create(engine)
     mounted = make_engine()
     outer = Starlette(routes=[Mount("/api", APIKeyMiddleware(Response("in"), engine=mounted))])
-    answers = await asyncio.gather(*(knock(outer, "/api/x", bearing(key)) for _ in range(5)))
+    answers = await asyncio.gather(
+        *(asgi_request(outer, "/api/x", auth_header(key)) for _ in range(5))
+    )
     assert [answer.body for answer in answers] == [b"in"] * 5
     await mounted.stop()
 

@@ -17,13 +17,13 @@ from conftest import MakeEngine
 from keylatch.django import APIKeyMiddleware, requires
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.hashing import CHEAPEST, Fit, Hasher
+from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.keyring import Created
 from keylatch.model import FULL, Principal
 from keylatch.portal import Portal
 from keylatch.testing import Keys
 from keylatch.tokens import Token
-from servers import said_without
+from servers import error_without_package
 from test_metrics import decided
 
 RULES = {
@@ -54,8 +54,8 @@ class Remembered(APIKeyMiddleware):
 
     opened: ClassVar[list[APIKeyMiddleware]] = []
 
-    def _prepare(self) -> None:
-        super()._prepare()
+    def _on_engine_bound(self) -> None:
+        super()._on_engine_bound()
         self.opened.append(self)
 
 
@@ -158,7 +158,7 @@ class HeldHasher(Hasher):
         self.go = threading.Event()
         self.go.set()
 
-    async def verify(self, hashed: str, token: Token) -> Fit:
+    async def verify(self, hashed: str, token: Token) -> VerifyResult:
         self.held.set()
         await asyncio.to_thread(self.go.wait, 20)
         return await super().verify(hashed, token)
@@ -235,7 +235,7 @@ def test_a_request_counts_once_as_what_it_was(over: str, make_engine: MakeEngine
     """Let in or refused, by the view or by the rules, at first sight or later: metrics and the
     key's own usage say what the answer said."""
     engine = make_engine(permissions="FULL,SENDING,READING")
-    portal = Portal.of(engine)
+    portal = Portal.for_engine(engine)
 
     async def create(permission: str) -> Created:
         return await (await engine.keyring()).create("acme", "ci", permission=permission)
@@ -457,4 +457,4 @@ def test_without_the_middleware_nobody_is_let_in(keys: Keys) -> None:
 )
 def test_without_a_package_it_says_what_to_install(package: str, module: str, name: str) -> None:
     """The import fails with the name of the package."""
-    assert said_without(package, f"import {module}").endswith(f"pip install {name}")
+    assert error_without_package(package, f"import {module}").endswith(f"pip install {name}")

@@ -38,7 +38,7 @@ NAMES = ["app", "starlette_app", "litestar_app", "quart_app", "flask_app", "djan
 NAMES += ["django_app over ASGI"]
 
 
-def told(name: str) -> tuple[list[str], list[str]]:
+def readme_commands(name: str) -> tuple[list[str], list[str]]:
     """The two commands in an example's docstring: to create a key, and to serve."""
     name, _, second = name.partition(" over ")
     source = (ROOT / f"deploy/example/{name}.py").read_text()
@@ -88,14 +88,14 @@ class Example:
         except OSError:
             return False
 
-    def ask(self, line: bytes, key: Created | None = None, *fields: bytes) -> wire.Answer:
+    def ask(self, line: bytes, key: Created | None = None, *fields: bytes) -> wire.RawResponse:
         """An answer, without what servers add of their own."""
         if key is not None:
             fields += (b"Authorization: Bearer " + key.token.reveal().encode(),)
         answer = wire.send(self.url, line, *fields)
         own = (b"date", b"server")
         kept = tuple(field for field in answer.headers if field[0].lower() not in own)
-        return wire.Answer(answer.status, kept, answer.body)
+        return wire.RawResponse(answer.status, kept, answer.body)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def examples(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     keys.create()  # so that the store is made by one, and not by four at once
     try:
         for name in NAMES:
-            _, (server, *arguments) = told(name)
+            _, (server, *arguments) = readme_commands(name)
             port, log = free_port(), folder / f"{name}.log"
             bind = ["-b", f"127.0.0.1:{port}"]
             place = {"uvicorn": ["--port", str(port)], "hypercorn": bind, "gunicorn": bind}
@@ -142,14 +142,14 @@ def examples(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 def test_an_example_does_what_it_shows(keys: Keys, examples: dict[str, Example], name: str) -> None:
     """The same statuses, answers and refusals from each framework on each server."""
     example = examples[name]
-    boss, sender, gone = keys.create(), keys.create("SENDING"), keys.create()
+    admin_key, sender, gone = keys.create(), keys.create("SENDING"), keys.create()
 
-    answer = example.ask(b"GET /v1/me", boss)
+    answer = example.ask(b"GET /v1/me", admin_key)
     assert (answer.status, json.loads(answer.body)) == (
         200,
-        {"key": boss.record.id, "name": "FULL"},
+        {"key": admin_key.record.id, "name": "FULL"},
     )
-    for key in (boss, sender):
+    for key in (admin_key, sender):
         answer = example.ask(b"POST /v1/emails", key)
         assert (answer.status, json.loads(answer.body)) == (200, {"sent by": key.record.name})
 
@@ -173,7 +173,7 @@ def test_an_example_does_what_it_shows(keys: Keys, examples: dict[str, Example],
         assert example.ask(b"GET /v1/emails", sender).status == 405
     else:
         assert example.ask(b"GET /v1/emails", sender) == too_small
-    assert example.ask(b"GET /v1/elsewhere", boss).status == 404
+    assert example.ask(b"GET /v1/elsewhere", admin_key).status == 404
 
     assert example.ask(b"GET /v1/me", gone).status == 200
     keys.revoke(gone)
@@ -185,7 +185,7 @@ def test_an_example_does_what_it_shows(keys: Keys, examples: dict[str, Example],
     )
 
 
-def refusal(status: int, error: str, description: str, challenge: str) -> wire.Answer:
+def refusal(status: int, error: str, description: str, challenge: str) -> wire.RawResponse:
     """A refusal as it goes over the wire, byte by byte."""
     body = {"error": error, "error_description": description}
     headers = {
@@ -194,7 +194,7 @@ def refusal(status: int, error: str, description: str, challenge: str) -> wire.A
         b"www-authenticate": challenge.encode(),
         b"x-keylatch-error": error.encode(),
     }
-    return wire.answer(status, headers, json.dumps(body, separators=(",", ":")).encode())
+    return wire.expected_response(status, headers, json.dumps(body, separators=(",", ":")).encode())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -202,13 +202,13 @@ def test_an_example_takes_identity_from_no_header(
     keys: Keys, examples: dict[str, Example], name: str
 ) -> None:
     """Headers that look like keylatch's own change nothing, however they are spelled."""
-    boss, sender = keys.create(), keys.create("SENDING")
+    admin_key, sender = keys.create(), keys.create("SENDING")
     posing = (
         b"X-Keylatch-Key-Id: key_boss",
         b"X_Keylatch_Permission: FULL",
         b"x-keylatch-Organization-Id: default",
     )
-    for line, key in ((b"GET /v1/me", boss), (b"GET /v1/me", sender), (b"GET /v1/me", None)):
+    for line, key in ((b"GET /v1/me", admin_key), (b"GET /v1/me", sender), (b"GET /v1/me", None)):
         assert examples[name].ask(line, key, *posing) == examples[name].ask(line, key)
 
 
@@ -218,7 +218,7 @@ def test_an_example_answers_head(keys: Keys, examples: dict[str, Example], name:
     example = examples[name]
     for key in (None, keys.create("SENDING")):
         got, head = (example.ask(method + b" /v1/me", key) for method in (b"GET", b"HEAD"))
-        assert head == wire.Answer(got.status, got.headers, b"")
+        assert head == wire.RawResponse(got.status, got.headers, b"")
     allowed = example.ask(b"HEAD /v1/me", keys.create())
     assert (allowed.status in (200, 405), allowed.body) == (True, b"")
 
@@ -233,7 +233,7 @@ def test_the_fastapi_example_shows_its_documentation(examples: dict[str, Example
 
 def test_the_key_that_the_examples_tell_to_create(keys: Keys, examples: dict[str, Example]) -> None:
     """They all tell the same command; its output is a key for each."""
-    (command,) = {tuple(told(name)[0]) for name in NAMES}
+    (command,) = {tuple(readme_commands(name)[0]) for name in NAMES}
     program = Path(sys.executable).with_name(command[0])
     done = subprocess.run(
         [program, *command[1:]], env=keys.environment, capture_output=True, check=True

@@ -28,8 +28,8 @@ from keylatch.fastapi import APIKey, APIKeyMiddleware, permissions_of
 from keylatch.keyring import Created
 from keylatch.model import Deny, Reason
 from keylatch.policy import Policy
-from servers import said_without, serving
-from wire import Answer, Header, http_scope, knock
+from servers import error_without_package, serving
+from wire import Header, RawResponse, asgi_request, http_scope
 
 api_key = APIKey()
 Key = Annotated[Principal, Security(api_key)]
@@ -87,7 +87,7 @@ async def create(engine: Engine, permission: str = "FULL") -> Created:
     )
 
 
-def bearing(key: Created) -> list[Header]:
+def auth_header(key: Created) -> list[Header]:
     return [(b"authorization", b"Bearer " + key.token.reveal().encode())]
 
 
@@ -105,7 +105,7 @@ async def test_the_route_is_handed_the_principal(engine: Engine) -> None:
     app = FastAPI()
     app.add_api_route("/", route)
     key = await create(engine)
-    assert (await knock(protected(app, engine), "/", bearing(key))).status == 200
+    assert (await asgi_request(protected(app, engine), "/", auth_header(key))).status == 200
     assert seen == [Principal(key.record.id, "my FULL", "default", "FULL", "live")]
 
 
@@ -129,7 +129,7 @@ async def test_scopes_are_enforced_at_the_route(
     paths = ["GET /v1/me", "GET /v1/emails/{id}", "GET /v1/both"]
     app = protected(sample(), engine, permissions={"SENDING": paths, "READING": paths})
     key = await create(engine, permission)
-    assert (await knock(app, path, bearing(key))).status == status
+    assert (await asgi_request(app, path, auth_header(key))).status == status
 
 
 @pytest.mark.anyio
@@ -137,13 +137,13 @@ async def test_scopes_are_enforced_at_the_route(
 async def test_a_refusal_is_the_middlewares(engine: Engine, method: str) -> None:
     """Status, headers and body are those that the same rule in the middleware gives, A3."""
     open_to_all = {"READING": ["GET /v1/emails/{id}"]}
-    headers = bearing(await create(engine, "READING"))
-    answers: list[Answer] = []
+    headers = auth_header(await create(engine, "READING"))
+    answers: list[RawResponse] = []
     for rules in (RULES, open_to_all):
         app = sample()
         app.add_api_route("/v1/emails/{id}", send, methods=["HEAD"])
         protected(app, engine, permissions=rules)
-        answers.append(await knock(app, "/v1/emails/7", headers, method=method))
+        answers.append(await asgi_request(app, "/v1/emails/7", headers, method=method))
     by_middleware, by_dependency = answers
     assert by_dependency == by_middleware
     assert by_dependency.status == 403
@@ -155,8 +155,8 @@ async def test_a_refusal_is_the_middlewares(engine: Engine, method: str) -> None
 async def test_a_public_path_has_no_principal_to_hand_over(engine: Engine) -> None:
     """A route that wants a key, on a path that needs none, is refused as without a key, A0."""
     app = protected(sample(), engine, public=["/v1/me"])
-    good = await knock(app, "/v1/me", bearing(await create(engine)))
-    assert good == await knock(app, "/v1/me") == await knock(app, "/v1/both")
+    good = await asgi_request(app, "/v1/me", auth_header(await create(engine)))
+    assert good == await asgi_request(app, "/v1/me") == await asgi_request(app, "/v1/both")
     assert (good.status, json.loads(good.body)["error"]) == (401, "unauthorized")
 
 
@@ -165,7 +165,7 @@ async def test_a_public_path_has_no_principal_to_hand_over(engine: Engine) -> No
 async def test_without_the_middleware_it_says_what_to_add(user: dict[str, Any]) -> None:
     """A mistake of the developer's, no answer to the client."""
     with pytest.raises(RuntimeError, match=r"add_middleware\(keylatch\.asgi\.APIKeyMiddleware"):
-        await knock(sample(), "/v1/me", **user)
+        await asgi_request(sample(), "/v1/me", **user)
 
 
 @pytest.mark.anyio
@@ -174,7 +174,7 @@ async def test_it_can_be_overridden_in_an_apps_own_tests() -> None:
     app = sample()
     tester = Principal("key_1", "tester", "default", "FULL", "live")
     app.dependency_overrides[api_key] = lambda: tester
-    assert json.loads((await knock(app, "/v1/me")).body) == "tester"
+    assert json.loads((await asgi_request(app, "/v1/me")).body) == "tester"
 
 
 @pytest.mark.anyio
@@ -197,7 +197,7 @@ async def test_sub_dependencies_inherit_scopes(engine: Engine) -> None:
     protected(app, engine, permissions=both)
     for permission, status in (("SENDING", 200), ("READING", 403)):
         key = await create(engine, permission)
-        assert (await knock(app, "/deep", bearing(key))).status == status
+        assert (await asgi_request(app, "/deep", auth_header(key))).status == status
     assert asked == [["SENDING"]]
 
 
@@ -217,7 +217,7 @@ async def test_dependencies_that_began_are_ended_by_a_refusal(engine: Engine) ->
     app.add_api_route("/v1/emails", send)
     protected(app, engine, permissions={"READING": ["GET /v1/emails"]})
     key = await create(engine, "READING")
-    assert (await knock(app, "/v1/emails", bearing(key))).status == 403
+    assert (await asgi_request(app, "/v1/emails", auth_header(key))).status == 403
     assert events == ["opened", "closed"]
 
 
@@ -234,7 +234,7 @@ async def test_a_refusal_behind_a_function_middleware(engine: Engine) -> None:
         return response
 
     protected(app, engine, permissions={"READING": ["GET /v1/both"]})
-    answer = await knock(app, "/v1/both", bearing(await create(engine, "READING")))
+    answer = await asgi_request(app, "/v1/both", auth_header(await create(engine, "READING")))
     assert (answer.status, json.loads(answer.body)["error"]) == (403, "insufficient_scope")
 
 
@@ -301,7 +301,7 @@ def test_websockets(make_engine: MakeEngine) -> None:
 async def test_openapi_shows_scheme_and_permissions(engine: Engine) -> None:
     """A valid OpenAPI 3.1 document: HTTP bearer, and for each route the permission it needs."""
     app = protected(sample(), engine, public=["/openapi.json"])
-    document = json.loads((await knock(app, "/openapi.json")).body)
+    document = json.loads((await asgi_request(app, "/openapi.json")).body)
     OpenAPIV31SpecValidator(document).validate()
     assert document["components"]["securitySchemes"] == {
         "APIKey": {
@@ -340,10 +340,10 @@ def test_the_scheme_can_be_described_in_ones_own_words() -> None:
 async def test_swagger_ui_is_served_where_it_is_public(engine: Engine) -> None:
     """With the document, whose scheme makes its Authorize button; otherwise it needs FULL."""
     app = protected(sample(), engine, public=["/docs", "/openapi.json"])
-    page = await knock(app, "/docs")
+    page = await asgi_request(app, "/docs")
     assert page.status == 200
     assert b"url: '/openapi.json'" in page.body
-    assert (await knock(app, "/redoc")).status == 401
+    assert (await asgi_request(app, "/redoc")).status == 401
 
 
 # The rules
@@ -370,10 +370,10 @@ async def test_the_middleware_takes_them(engine: Engine) -> None:
     protected(app, engine, permissions=permissions_of(app))
     app.add_api_route("/v1/emails/{id}", send)
     app.add_api_route("/v1/me", name_of)
-    headers = bearing(await create(engine, "SENDING"))
+    headers = auth_header(await create(engine, "SENDING"))
     for path, status in (("/v1/emails/7", 200), ("/v1/emails/7/8", 403), ("/v1/me", 403)):
-        assert (await knock(app, path, headers)).status == status
-    assert (await knock(app, "/v1/me", bearing(await create(engine)))).status == 200
+        assert (await asgi_request(app, path, headers)).status == status
+    assert (await asgi_request(app, "/v1/me", auth_header(await create(engine)))).status == 200
 
 
 def test_routers_and_mounted_apps() -> None:
@@ -494,12 +494,14 @@ async def test_scopes_full_closes_such_a_route(engine: Engine) -> None:
     app.add_api_route("/v1/emails/stats", anyone, dependencies=full)
     app.add_api_route("/v1/emails/{id}", send)
     protected(app, engine, permissions=permissions_of(app))
-    sender = bearing(await create(engine, "SENDING"))
-    assert (await knock(app, "/v1/emails/7", sender)).status == 200
-    refused = await knock(app, "/v1/emails/stats", sender)
-    assert refused == await knock(app, "/v1/elsewhere", sender)
+    sender = auth_header(await create(engine, "SENDING"))
+    assert (await asgi_request(app, "/v1/emails/7", sender)).status == 200
+    refused = await asgi_request(app, "/v1/emails/stats", sender)
+    assert refused == await asgi_request(app, "/v1/elsewhere", sender)
     assert refused.status == 403
-    assert (await knock(app, "/v1/emails/stats", bearing(await create(engine)))).status == 200
+    assert (
+        await asgi_request(app, "/v1/emails/stats", auth_header(await create(engine)))
+    ).status == 200
 
 
 @pytest.mark.parametrize(
@@ -566,5 +568,5 @@ def test_a_mounted_app_without_routes_is_for_full() -> None:
 def test_without_fastapi_the_import_says_what_is_missing() -> None:
     """keylatch itself does not need it."""
     expected = "ImportError: keylatch.fastapi needs the package fastapi: pip install"
-    said = said_without("fastapi", "import keylatch.asgi, keylatch.fastapi")
+    said = error_without_package("fastapi", "import keylatch.asgi, keylatch.fastapi")
     assert said.startswith(expected)

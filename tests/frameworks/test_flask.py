@@ -10,7 +10,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.flask import api_key, permissions_of, requires
 from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware
-from servers import said_without
+from servers import error_without_package
 
 
 def who() -> str:
@@ -214,4 +214,4 @@ def test_headers_that_pose_as_identity_are_gone() -> None:
 @pytest.mark.long
 def test_without_flask_it_says_what_to_install() -> None:
     """The import fails with the name of the package."""
-    assert said_without("flask", "import keylatch.flask").endswith("pip install flask")
+    assert error_without_package("flask", "import keylatch.flask").endswith("pip install flask")

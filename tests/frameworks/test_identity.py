@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from keylatch.asgi import ProxyIdentityMiddleware
 from keylatch.errors import ConfigurationError
-from keylatch.identity import UNIX, principal_in
+from keylatch.identity import UNIX, principal_from_headers
 from keylatch.model import Principal, Reason
 from keylatch.wsgi import ProxyIdentityMiddleware as WSGIProxyIdentityMiddleware
 from keylatch_sidecar.proxies.answers import identity_headers
-from wire import Header, knock
+from wire import Header, asgi_request
 
 SOMEBODY = Principal("key_a", "Grüße, 日本 %0d", "acme", "SENDING", "live")
 TOLD = [*identity_headers(SOMEBODY)]
@@ -43,7 +43,7 @@ class Apps:
         start_response("200 OK", [])
         return []
 
-    async def ask(
+    async def get(
         self,
         headers: list[Header],
         peer: str | None = "127.0.0.1",
@@ -60,7 +60,7 @@ class Apps:
         """
         came_to = {"TCP": ("127.0.0.1", 80), UNIX: ("/run/app.sock", None)}
         addresses = {"client": peer and (peer, 1), "server": came_to.get(over)}
-        over_asgi = await knock(self.over_asgi, path, headers, method="POST", **addresses)
+        over_asgi = await asgi_request(self.over_asgi, path, headers, method="POST", **addresses)
         environ: dict[str, Any] = {"PATH_INFO": path, "REQUEST_METHOD": "POST"}
         for name, value in headers:
             folded = "HTTP_" + name.decode().upper().replace("-", "_")
@@ -82,7 +82,7 @@ class Apps:
 async def test_a_trusted_peer_says_who_calls(peer: str | None) -> None:
     """What the sidecar answers arrives as the very principal that the direct middleware gives."""
     apps = Apps()
-    assert await apps.ask(TOLD, peer, over="TCP" if peer else UNIX) == 200
+    assert await apps.get(TOLD, peer, over="TCP" if peer else UNIX) == 200
     assert apps.seen == [SOMEBODY, SOMEBODY]
 
 
@@ -91,7 +91,7 @@ async def test_a_trusted_peer_says_who_calls(peer: str | None) -> None:
 async def test_nobody_else_does(peer: str) -> None:
     """Whoever reaches the app without the proxy is nobody, whatever he writes."""
     apps = Apps()
-    assert await apps.ask(TOLD, peer) == 401
+    assert await apps.get(TOLD, peer) == 401
     assert apps.seen == []
 
 
@@ -100,9 +100,9 @@ async def test_strangers_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
     """500 requests from as many addresses: nine lines for each of the two, with the count."""
     apps = Apps()
     for number in range(500):
-        await apps.ask(TOLD, f"192.0.2.{number % 250}")
-    first = "192.0.2.0 is not among the trusted peers: nobody's request"
-    last = "192.0.2.5 is not among the trusted peers: nobody's request; 256 times so far"
+        await apps.get(TOLD, f"192.0.2.{number % 250}")
+    first = "192.0.2.0 is not a trusted peer: its identity headers are ignored"
+    last = "192.0.2.5 is not a trusted peer: its identity headers are ignored; 256 times so far"
     assert [caplog.messages.count(each) for each in (first, last)] == [2, 2]
     assert len(caplog.messages) == 18
 
@@ -110,7 +110,7 @@ async def test_strangers_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.anyio
 async def test_a_unix_socket_is_trusted_only_by_name() -> None:
     """It is not an address, and no default."""
-    assert await Apps(trusted=["127.0.0.1"]).ask(TOLD, None, over=UNIX) == 401
+    assert await Apps(trusted=["127.0.0.1"]).get(TOLD, None, over=UNIX) == 401
 
 
 @pytest.mark.anyio
@@ -121,7 +121,7 @@ async def test_a_peer_without_an_address_is_not_a_unix_socket_for_that(
 ) -> None:
     """A connection that was reset has no address any more; only the server can say what it was."""
     apps = Apps()
-    assert await apps.ask(TOLD, peer, over=over) == 401
+    assert await apps.get(TOLD, peer, over=over) == 401
     assert apps.seen == []
 
 
@@ -137,14 +137,14 @@ async def test_only_a_path_without_a_port_is_a_unix_socket(server: Any) -> None:
     """The last is what gunicorn's own ASGI worker makes of any path: it is taken for none."""
     apps = Apps()
     app = apps.over_asgi
-    assert (await knock(app, "/x", TOLD, client=None, server=server)).status == 401
+    assert (await asgi_request(app, "/x", TOLD, client=None, server=server)).status == 401
     assert apps.seen == []
 
 
 @pytest.mark.anyio
 async def test_an_address_counts_before_a_unix_socket() -> None:
     """Where a proxy names the client (PROXY protocol, X-Forwarded-For), the client is the peer."""
-    assert await Apps().ask(TOLD, "192.0.2.1", over=UNIX) == 401
+    assert await Apps().get(TOLD, "192.0.2.1", over=UNIX) == 401
 
 
 @pytest.mark.anyio
@@ -169,36 +169,36 @@ async def test_identity_is_complete_and_said_once_or_nobodys(
 ) -> None:
     """What is missing or empty is 401 and never anonymous, and grants nothing: an app may take an
     environment of "" for one that is not `test`. Two of a kind are 400."""
-    assert await Apps().ask(headers) == status
+    assert await Apps().get(headers) == status
 
 
 @pytest.mark.parametrize("name", [b"x_keylatch_key_id", b"X-Keylatch_Key-Id", b"x-keylatch-key_id"])
 def test_look_alikes_are_refused(name: bytes) -> None:
     """Only a client spells them so."""
-    assert principal_in([*TOLD, (name, b"key_b")]) is Reason.MALFORMED
+    assert principal_from_headers([*TOLD, (name, b"key_b")]) is Reason.MALFORMED
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1))
 def test_what_the_sidecar_says_is_what_the_app_hears(name: str) -> None:
     """For every name that a key may have, and more."""
     principal = Principal("key_a", name, "acme", "FULL", "live")
-    assert principal_in(identity_headers(principal)) == principal
+    assert principal_from_headers(identity_headers(principal)) == principal
 
 
 @pytest.mark.anyio
 async def test_rules_hold_here_too_if_they_are_given() -> None:
     """Without them, the proxy asks for permissions, route by route."""
     rules = {"SENDING": ["POST /v1/emails"]}
-    assert await Apps(permissions=rules).ask(TOLD) == 200
-    assert await Apps(permissions=rules).ask(TOLD, path="/v1/domains") == 403
-    assert await Apps().ask(TOLD, path="/v1/domains") == 200
+    assert await Apps(permissions=rules).get(TOLD) == 200
+    assert await Apps(permissions=rules).get(TOLD, path="/v1/domains") == 403
+    assert await Apps().get(TOLD, path="/v1/domains") == 200
 
 
 @pytest.mark.anyio
 async def test_a_public_path_is_nobodys_and_open() -> None:
     """Whoever asks, and whatever he says of himself."""
     apps = Apps()
-    assert await apps.ask(TOLD, "192.0.2.1", "/healthz") == 200
+    assert await apps.get(TOLD, "192.0.2.1", "/healthz") == 200
     assert [user.is_authenticated for user in apps.seen] == [False, False]
 
 

@@ -15,10 +15,10 @@ import path_servers
 from conftest import Times
 from path_calls import IN_PROCESS, Site
 from path_servers import SERVERS, Server
-from path_sites import ALLOWED, FULL, NOBODY, SENDING
+from path_sites import ALLOWED, ANONYMOUS, FULL, SENDING
 from path_space import Target, targets
 
-CALLERS: Final = (NOBODY, SENDING)
+CALLERS: Final = (ANONYMOUS, SENDING)
 
 
 def wrong_calls(site: Any, tried: Iterator[Target]) -> tuple[list[str], Counter[tuple[str, str]]]:
@@ -49,7 +49,7 @@ def test_no_path_leads_to_a_view_that_the_key_may_not_call(name: str, times: Tim
     with Site(name) as site:
         wrong, called = wrong_calls(site, targets(seed=1, count=times(400, 12_000)))
     assert wrong == []
-    assert called["docs", NOBODY] > 0, "what is public is served"
+    assert called["docs", ANONYMOUS] > 0, "what is public is served"
     assert called["email", SENDING] > 0, "and what the rules open"
 
 

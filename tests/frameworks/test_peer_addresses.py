@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from servers import eventually, free_port, needs
+from servers import eventually, free_port, require_program
 
 pytestmark = pytest.mark.long
 
@@ -115,7 +115,7 @@ def claiming(key_id: str) -> bytes:
 def running(server: Server, over: str, trusted: str, app: str = "") -> Iterator[Running]:
     """The server until the end of the block, and then until it has answered everything."""
     module = server.command.split()[0]
-    needs(module if importlib.util.find_spec(module) else None, f"pip install {module}")
+    require_program(module if importlib.util.find_spec(module) else None, f"pip install {module}")
     folder = Path(tempfile.mkdtemp(prefix="keylatch-"))  # a Unix socket's path must be short
     port, path, acts = free_port(), str(folder / "s"), folder / "acts"
     place = (server.tcp if over == "TCP" else server.uds).format(port=port, path=path)

@@ -12,10 +12,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from keylatch.errors import ConfigurationError
-from keylatch.model import ANY_KEY, FULL, ONLY_FULL, Wanted
-from keylatch.paths import folded
-from keylatch.policy import Policy, path_of
-from wire import knock
+from keylatch.model import ANY_KEY, FULL, ONLY_FULL, Requirement
+from keylatch.paths import fold_path
+from keylatch.policy import Policy, route_path
+from wire import asgi_request
 
 EMAILS = Policy(
     public=["/healthz"],
@@ -49,13 +49,13 @@ def test_a_permission_opens_the_routes_named_for_it(
     method: str, path: str, sufficient: set[str], scope: str
 ) -> None:
     """Method and path match exactly; everything else is for FULL."""
-    assert EMAILS.wanted(method, path) == Wanted(frozenset(sufficient), scope)
+    assert EMAILS.requirement_by_rules(method, path) == Requirement(frozenset(sufficient), scope)
 
 
 @given(st.sampled_from(["GET", "POST", "PUT", "BREW", ""]), st.text(max_size=20))
 def test_without_rules_every_route_is_for_full(method: str, path: str) -> None:
     """Fail closed: nothing named, nothing opened."""
-    assert Policy().wanted(method, path).permissions == frozenset((FULL,))
+    assert Policy().requirement_by_rules(method, path).permissions == frozenset((FULL,))
     assert not Policy().is_public(path)
 
 
@@ -96,9 +96,9 @@ async def test_a_path_is_what_the_router_takes_it_for(path: str, root: str) -> N
 
     app = Starlette(routes=[Route("/{path:path}", inner)])
     app.router.redirect_slashes = False
-    answer = await knock(app, path, root_path=root)
+    answer = await asgi_request(app, path, root_path=root)
     seen = "/" + answer.body.decode() if answer.status == 200 else ""
-    assert path_of({"path": path, "root_path": root}) == seen
+    assert route_path({"path": path, "root_path": root}) == seen
 
 
 PARAMETERS = Policy(
@@ -134,7 +134,7 @@ PARAMETERS = Policy(
 def test_parameters_open_what_they_match(method: str, path: str, named: set[str]) -> None:
     """A parameter is one segment, whole, in the spelling of any framework; a path that is named as
     it is counts before those with parameters."""
-    assert PARAMETERS.wanted(method, path).permissions == frozenset(named | {FULL})
+    assert PARAMETERS.requirement_by_rules(method, path).permissions == frozenset(named | {FULL})
 
 
 @pytest.mark.parametrize(
@@ -243,12 +243,12 @@ OPEN = Policy(public=["/docs/{page}"], permissions={"SENDING": ["GET /v1/{p:path
 )
 def test_a_path_that_can_be_read_in_two_ways_is_for_full(segment: str) -> None:
     """Whatever a rule or a public path with parameters would say of it."""
-    assert OPEN.asked("GET", f"/docs/{segment}") is ONLY_FULL
-    assert OPEN.asked("GET", f"/v1/{segment}") is ONLY_FULL
-    assert OPEN.asked("GET", f"/v1/a/{segment}/b") is ONLY_FULL
-    assert OPEN.asked("GET", "/v1/a//b") is ONLY_FULL
+    assert OPEN.requirement_for("GET", f"/docs/{segment}") is ONLY_FULL
+    assert OPEN.requirement_for("GET", f"/v1/{segment}") is ONLY_FULL
+    assert OPEN.requirement_for("GET", f"/v1/a/{segment}/b") is ONLY_FULL
+    assert OPEN.requirement_for("GET", "/v1/a//b") is ONLY_FULL
     assert not OPEN.is_public(f"/docs/{segment}")
-    assert OPEN.wanted("GET", f"/v1/{segment}") == ONLY_FULL
+    assert OPEN.requirement_by_rules("GET", f"/v1/{segment}") == ONLY_FULL
 
 
 @pytest.mark.parametrize(
@@ -256,16 +256,18 @@ def test_a_path_that_can_be_read_in_two_ways_is_for_full(segment: str) -> None:
 )
 def test_other_paths_are_not(segment: str) -> None:
     """Names of files, words of any language, punctuation."""
-    assert OPEN.asked("GET", f"/docs/{segment}") is None
-    assert OPEN.wanted("GET", f"/v1/{segment}").permissions == frozenset({"FULL", "SENDING"})
+    assert OPEN.requirement_for("GET", f"/docs/{segment}") is None
+    assert OPEN.requirement_by_rules("GET", f"/v1/{segment}").permissions == frozenset(
+        {"FULL", "SENDING"}
+    )
 
 
 @given(st.text(st.characters(codec="ascii"), min_size=1, max_size=8))
 def test_a_path_is_folded_once(segment: str) -> None:
     """Letter case and a slash at the end tell no two paths apart."""
-    plain = folded(f"/{segment}")
-    assert folded(f"/{segment}/") == plain
-    assert folded(f"/{segment.upper()}") == plain
+    plain = fold_path(f"/{segment}")
+    assert fold_path(f"/{segment}/") == plain
+    assert fold_path(f"/{segment.upper()}") == plain
 
 
 @pytest.mark.parametrize(
@@ -273,13 +275,13 @@ def test_a_path_is_folded_once(segment: str) -> None:
 )
 def test_forms_of_one_name_are_one_text(same: str) -> None:
     """Letter case, Unicode form, a slash at the end, a suffix."""
-    assert folded(same) == "/v1/export"
+    assert fold_path(same) == "/v1/export"
 
 
 @pytest.mark.parametrize("other", ["/v1/exports", "/v1/export/x", "/v1", "/v2/export"])
 def test_other_names_are_not(other: str) -> None:
     """Nothing but those."""
-    assert folded(other) != "/v1/export"
+    assert fold_path(other) != "/v1/export"
 
 
 def test_one_string_of_public_paths_is_a_mistake() -> None:
@@ -290,20 +292,20 @@ def test_one_string_of_public_paths_is_a_mistake() -> None:
 
 def test_demands_add_up() -> None:
     """Whoever appends a demand can only make it harder; FULL satisfies all."""
-    assert Wanted.all_of([]) is ANY_KEY
-    assert Wanted.all_of(["SENDING"]) == Wanted(frozenset({"FULL", "SENDING"}), "SENDING")
-    assert Wanted.all_of(["SENDING", "SENDING"]) == Wanted.all_of(["SENDING"])
-    assert Wanted.all_of(["SENDING", "A"]) == Wanted(frozenset({"FULL"}), "A SENDING")
+    assert Requirement.all_of([]) is ANY_KEY
+    assert Requirement.all_of(["SENDING"]) == Requirement(frozenset({"FULL", "SENDING"}), "SENDING")
+    assert Requirement.all_of(["SENDING", "SENDING"]) == Requirement.all_of(["SENDING"])
+    assert Requirement.all_of(["SENDING", "A"]) == Requirement(frozenset({"FULL"}), "A SENDING")
 
 
 @pytest.mark.long
 @given(st.lists(st.from_regex(r"[A-Z][A-Z0-9_]{0,31}", fullmatch=True), max_size=40))
 def test_more_demands_never_open_more(demands: list[str]) -> None:
     """What satisfies all demands satisfies each of them, and the scope stays short."""
-    wanted = Wanted.all_of(demands)
+    wanted = Requirement.all_of(demands)
     assert len(wanted.scope) < 300
     for demand in demands:
-        alone = Wanted.all_of([demand]).permissions
+        alone = Requirement.all_of([demand]).permissions
         assert wanted.permissions is not None
         assert alone is not None
         assert wanted.permissions <= alone

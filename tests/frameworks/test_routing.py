@@ -37,28 +37,28 @@ from keylatch.errors import ConfigurationError
 from keylatch.fastapi import APIKey, permissions_of
 from keylatch.flask import permissions_of as flask_permissions_of
 from keylatch.flask import requires
-from keylatch.routing import framework_in
+from keylatch.routing import find_framework
 from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
-from wire import knock
+from wire import asgi_request
 
 assert test_django
 
 RULES = {"FULL": ["GET /v1/export"], "SENDING": ["GET /v1/{name}", "GET /alias/{a}"]}
 
 
-def say(name: str) -> Any:
+def named_view(name: str) -> Any:
     async def view(request: Request) -> PlainTextResponse:
         return PlainTextResponse(name)
 
     return view
 
 
-export, one = say("export, for FULL"), say("one")
+export, one = named_view("export, for FULL"), named_view("one")
 ROUTES = [Route("/v1/export", export), Route("/v1/{name}", one), Route("/alias/{x}", export)]
 
 
-class Asked:
+class AppClient:
     """An app behind the middleware, and what it answers to keys of each kind."""
 
     def __init__(self, app: Any, **rules: Any) -> None:
@@ -74,7 +74,7 @@ class Asked:
             headers = [(b"authorization", f"Bearer {key.token}".encode())]
         host = [(b"host", scope.pop("host", b"test"))]
         more = [*scope.pop("headers", ()), *host, *headers]
-        answer = asyncio.run(knock(self.app, where, more, **scope))
+        answer = asyncio.run(asgi_request(self.app, where, more, **scope))
         return answer.status, answer.body
 
 
@@ -121,8 +121,8 @@ async def passed_on(request: Request, call_next: Any) -> Any:
 def test_a_router_is_found_behind_middlewares(wrapped: Callable[[Any], Any]) -> None:
     """Whatever form they have: the alias of a view that is named for FULL stays closed."""
     app = Starlette(routes=ROUTES)
-    assert framework_in(wrapped(app)) in (app, app.router)
-    asked = Asked(wrapped(app))
+    assert find_framework(wrapped(app)) in (app, app.router)
+    asked = AppClient(wrapped(app))
     assert asked.get("/alias/x") == (403, asked.get("/nowhere")[1])
     if not isinstance(wrapped(app), APIKeyMiddleware):
         assert asked.get("/v1/7") == (200, b"one")
@@ -131,7 +131,7 @@ def test_a_router_is_found_behind_middlewares(wrapped: Callable[[Any], Any]) -> 
 
 def test_an_app_that_cannot_be_seen_is_compared_by_text() -> None:
     """Letter case, a slash at the end and a suffix do not tell a path from an exact rule's."""
-    asked = Asked(Slotted(Starlette(routes=ROUTES)))
+    asked = AppClient(Slotted(Starlette(routes=ROUTES)))
     assert asked.get("/v1/7")[0] == 200
     for where in ("/v1/export", "/v1/EXPORT", "/v1/export.json", "/v1/exp\uff4frt"):
         assert asked.get(where)[0] == 403
@@ -144,8 +144,8 @@ def test_of_two_apps_in_a_middleware_neither_is_taken_for_the_one() -> None:
     async def chooses(scope: Any, receive: Any, send: Any) -> None:
         await (one_app if scope["path"] else other)(scope, receive, send)
 
-    assert framework_in(chooses) is None
-    assert Asked(chooses).get("/v1/EXPORT")[0] == 403
+    assert find_framework(chooses) is None
+    assert AppClient(chooses).get("/v1/EXPORT")[0] == 403
 
 
 class Changing:
@@ -166,7 +166,7 @@ def test_a_path_that_a_middleware_changes_opens_nothing(change: Any, where: str)
     """Although the router would lead the path that the client sent to another view."""
     rules = {"FULL": ["GET /v1/export"], "SENDING": ["GET /v1/{name:path}"]}
     routes = [Route("/v1/export", export), Route("/v1/{name:path}", one)]
-    asked = Asked(Changing(Starlette(routes=routes), change), permissions=rules)
+    asked = AppClient(Changing(Starlette(routes=routes), change), permissions=rules)
     assert [asked.get(where, each)[0] for each in ("SENDING", "FULL")] == [403, 200]
     assert asked.get("/v1/7") == (200, b"one")
 
@@ -193,9 +193,9 @@ class Dispatching:
 def test_another_app_is_seen_wherever_a_middleware_holds_it(held: Callable[[Any], Any]) -> None:
     """In a collection, and further in than the first: which of the two is meant, is not known."""
     first = Starlette(routes=ROUTES)
-    assert framework_in(Dispatching(first, held(Starlette()))) is None
-    assert framework_in(Dispatching(first, held(first))) is first
-    assert framework_in(Dispatching(PlainTextResponse("x"), held(first))) is first
+    assert find_framework(Dispatching(first, held(Starlette()))) is None
+    assert find_framework(Dispatching(first, held(first))) is first
+    assert find_framework(Dispatching(PlainTextResponse("x"), held(first))) is first
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ def test_starlette_hands_its_router_over(added: Callable[[Any], None]) -> None:
     added(app)
     app.add_middleware(APIKeyMiddleware, engine=keys.engine(), permissions=RULES)
     headers = [(b"authorization", f"Bearer {keys.create(permission='SENDING').token}".encode())]
-    assert asyncio.run(knock(app, "/alias/x", headers)).status == 403
-    assert asyncio.run(knock(app, "/v1/7", headers)).body == b"one"
+    assert asyncio.run(asgi_request(app, "/alias/x", headers)).status == 403
+    assert asyncio.run(asgi_request(app, "/v1/7", headers)).body == b"one"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_starlette_hands_its_router_over(added: Callable[[Any], None]) -> None:
 def test_mounted_apps_count(app: Any) -> None:
     """Rules name paths of the whole app, and views are found wherever they are."""
     rules = {"FULL": ["GET /api/v1/export"], "SENDING": ["GET /api/v1/{a}", "GET /api/alias/{a}"]}
-    asked = Asked(app, permissions=rules)
+    asked = AppClient(app, permissions=rules)
     assert asked.get("/api/v1/7") == (200, b"one")
     assert asked.get("/api/v1/export")[0] == asked.get("/api/alias/x")[0] == 403
 
@@ -243,7 +243,7 @@ def test_an_app_of_another_framework_below_a_mount() -> None:
 
     app = Starlette(routes=[Mount("/api", litestar.Litestar([lite_export, lite_one]))])  # type: ignore[arg-type]
     rules = {"FULL": ["GET /api/v1/export"], "SENDING": ["GET /api/v1/{name}/", "GET /api/v1/{n}"]}
-    asked = Asked(app, permissions=rules)
+    asked = AppClient(app, permissions=rules)
     assert asked.get("/api/v1/7/")[0] == asked.get("/api/v1/7")[0] == 200
     assert asked.get("/api/v1/export/")[0] == 403
 
@@ -265,7 +265,7 @@ def test_inside_of_litestar_the_route_is_chosen_already() -> None:
     app = litestar.Litestar([lite_export, lite_one], middleware=[middleware])
     headers = [(b"authorization", f"Bearer {keys.create(permission='SENDING').token}".encode())]
     statuses = [
-        asyncio.run(knock(app, where, headers, state={})).status  # type: ignore[arg-type]
+        asyncio.run(asgi_request(app, where, headers, state={})).status  # type: ignore[arg-type]
         for where in ("/v1/7", "/v1/export", "/v1/export/")
     ]
     assert statuses == [200, 403, 403]
@@ -287,7 +287,7 @@ class Counted(Route):
 def test_the_router_is_asked_only_where_that_decides() -> None:
     """Not for keys with FULL, nor for those that are no good, nor where a rule is exact; the app
     itself asks once."""
-    asked = Asked(Starlette(routes=[Counted("/v1/export", export), Counted("/v1/{name}", one)]))
+    asked = AppClient(Starlette(routes=[Counted("/v1/export", export), Counted("/v1/{name}", one)]))
     for where, permission, times in (
         ("/v1/7", "FULL", 2),
         ("/v1/7", "", 0),
@@ -305,7 +305,7 @@ def test_a_router_that_fails_when_asked_opens_nothing(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The answer is 403, never 500, and the log says so once."""
-    asked = Asked(Starlette(routes=[Counted("/v1/{name}", one)]))
+    asked = AppClient(Starlette(routes=[Counted("/v1/{name}", one)]))
     Counted.error = error
     try:
         with caplog.at_level(logging.WARNING, "keylatch"):
@@ -313,7 +313,7 @@ def test_a_router_that_fails_when_asked_opens_nothing(
     finally:
         Counted.error = None
     assert [each for each in caplog.messages if "router" in each] == [
-        f"the app's router cannot be asked ({type(error).__name__}): FULL is needed"
+        f"the app's router failed ({type(error).__name__}): the request requires FULL"
     ]
 
 
@@ -329,7 +329,7 @@ class ForVersion(Route):
 def test_what_a_client_sent_first_does_not_decide_what_a_rule_means() -> None:
     """The route of an exact rule's path is remembered, but not by any header of a client."""
     routes = [ForVersion("/v1/export", one), *ROUTES]
-    asked = Asked(Starlette(routes=routes))
+    asked = AppClient(Starlette(routes=routes))
     asked.get("/v1/7", headers=[(b"x-version", b"2")])
     assert asked.get("/alias/x")[0] == 403
 
@@ -337,7 +337,7 @@ def test_what_a_client_sent_first_does_not_decide_what_a_rule_means() -> None:
 def test_routes_that_are_added_later_count() -> None:
     """The route of an exact rule that was not there at first."""
     app = Starlette(routes=[Route("/v1/{name}", one)])
-    asked = Asked(app)
+    asked = AppClient(app)
     assert asked.get("/v1/7")[0] == 200
     app.router.routes[:0] = [Route("/v1/export", export), Route("/alias/{x}", export)]
     assert asked.get("/alias/x")[0] == 403
@@ -351,7 +351,7 @@ def test_an_exact_rule_speaks_of_a_view_by_each_of_its_paths() -> None:
         "FULL": ["GET /users", "GET /files/keys"],
         "SENDING": ["GET /users/{name}", "GET /files/{a}"],
     }
-    asked = Asked(Starlette(routes=routes), permissions=rules)
+    asked = AppClient(Starlette(routes=routes), permissions=rules)
     assert asked.get("/users")[0] == asked.get("/users/7")[0] == 403
     assert [asked.get(where)[0] for where in ("/files/keys", "/files/key")] == [403, 200]
 
@@ -363,7 +363,7 @@ def test_an_exact_rule_speaks_of_a_view_by_each_of_its_paths() -> None:
 )
 def test_below_a_root_path_rules_stay_the_same(root: str, where: str, status: int) -> None:
     """Whether the server puts it before the path or not."""
-    asked = Asked(Starlette(routes=ROUTES))
+    asked = AppClient(Starlette(routes=ROUTES))
     full = (root if root != "/" else "") + where
     assert asked.get(where, root_path=root)[0] == status
     assert asked.get(full, root_path=root)[0] == status
@@ -372,7 +372,7 @@ def test_below_a_root_path_rules_stay_the_same(root: str, where: str, status: in
 @pytest.mark.parametrize("where", ["/apiv1/7", "/api/api/v1/7", "/v1/api/7", "/v1/api"])
 def test_a_root_path_that_can_be_cut_off_in_two_ways_is_for_full(where: str) -> None:
     """Within a segment, twice, or in the middle of the path."""
-    asked = Asked(Slotted(Starlette()), permissions={"SENDING": ["GET /{p:path}"]})
+    asked = AppClient(Slotted(Starlette()), permissions={"SENDING": ["GET /{p:path}"]})
     assert asked.get(where, root_path="/api")[0] == 403
     assert asked.get(where, "FULL", root_path="/api")[0] == 404
 
@@ -381,7 +381,7 @@ def test_a_root_path_that_can_be_cut_off_in_two_ways_is_for_full(where: str) -> 
 def test_an_encoded_slash_is_for_full(raw: bytes) -> None:
     """A proxy in front has not read it as one; in a query it is nothing special."""
     public = ["/v1/{name}", "/v1/7"]
-    asked = Asked(Starlette(routes=ROUTES), public=public, permissions=RULES)
+    asked = AppClient(Starlette(routes=ROUTES), public=public, permissions=RULES)
     assert asked.get("/v1/7", "", raw_path=raw)[0] == 401
     assert asked.get("/v1/7", raw_path=raw)[0] == 403
     assert asked.get("/v1/7", "", raw_path=b"/v1/7?next=%2f")[0] == 200
@@ -390,7 +390,7 @@ def test_an_encoded_slash_is_for_full(raw: bytes) -> None:
 @pytest.mark.parametrize("root", ["/v1", "/v1/export", "/alias", "/"])
 def test_a_root_path_does_not_change_what_an_exact_rule_means(root: str) -> None:
     """Clients of daphne choose it: one that begins the rule's own path takes nothing away."""
-    asked = Asked(Starlette(routes=ROUTES))
+    asked = AppClient(Starlette(routes=ROUTES))
     assert asked.get("/alias/x", root_path=root)[0] == 403
     assert asked.get("/alias/x", "FULL", root_path="/v1")[0] == 200
 
@@ -409,7 +409,7 @@ def test_below_a_mount_of_litestar_the_inner_app_is_asked() -> None:
     app: Any = litestar.Litestar([mounted])
     headers = [(b"authorization", f"Bearer {keys.create(permission='SENDING').token}".encode())]
     statuses = [
-        asyncio.run(knock(app, where, headers, state={})).status
+        asyncio.run(asgi_request(app, where, headers, state={})).status
         for where in ("/api/v1/7", "/api/alias/x", "/api/v1/export")
     ]
     assert statuses == [200, 403, 403]
@@ -443,11 +443,11 @@ def test_a_header_that_asks_for_another_method_needs_full(header: str, rule: str
     ]
     other = [(header.lower().encode(), b"DELETE")]
     app = Following(Starlette(routes=routes))
-    ruled = Asked(app, permissions={"SENDING": [rule]})
+    ruled = AppClient(app, permissions={"SENDING": [rule]})
     assert ruled.get("/items/7", method="POST") == (200, b"one")
     assert ruled.get("/items/7", method="POST", headers=other)[0] == 403
     assert ruled.get("/items/7", "FULL", method="POST", headers=other) == (200, b"export, for FULL")
-    public = Asked(app, public=[rule])
+    public = AppClient(app, public=[rule])
     assert public.get("/items/7", "", method="POST") == (200, b"one")
     assert public.get("/items/7", "", method="POST", headers=other)[0] == 401
 
@@ -483,7 +483,7 @@ def test_over_wsgi_and_in_django_it_is_the_same(header: str) -> None:
 def test_public_paths_name_a_method() -> None:
     """Without one they are for reading: whoever shows a profile does not let it be deleted."""
     routes = [Route("/users/{id}", one, methods=["GET", "DELETE", "POST", "OPTIONS"])]
-    asked = Asked(Starlette(routes=routes), public=["/users/{id}", "POST /users/{id}", "/x"])
+    asked = AppClient(Starlette(routes=routes), public=["/users/{id}", "POST /users/{id}", "/x"])
     statuses = {
         method: asked.get("/users/7", "", method=method)[0]
         for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT")
@@ -504,7 +504,7 @@ async def greet(websocket: WebSocket) -> None:
     await websocket.close()
 
 
-def knocked(asked: Asked, where: str, permission: str = "") -> bool:
+def websocket_status(asked: AppClient, where: str, permission: str = "") -> bool:
     """Whether a WebSocket is opened."""
     key = asked.keys.create(permission=permission).headers if permission else {}
     try:
@@ -520,26 +520,38 @@ def test_a_public_page_opens_no_websocket(public: str) -> None:
     rules say of GET counts."""
     routes = [Route("/chat/{room}", one), WebSocketRoute("/chat/{room}", greet)]
     rules = {"FULL": ["GET /chat/admin"], "SENDING": ["GET /chat/{x}"]}
-    page = Asked(Starlette(routes=routes), public=[public], permissions=rules)
+    page = AppClient(Starlette(routes=routes), public=[public], permissions=rules)
     assert page.get("/chat/7", "") == (200, b"one")
-    assert [knocked(page, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
-    socket = Asked(Starlette(routes=routes), public=[f"WEBSOCKET {public}"], permissions=rules)
+    assert [websocket_status(page, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [
+        0,
+        1,
+        1,
+    ]
+    socket = AppClient(Starlette(routes=routes), public=[f"WEBSOCKET {public}"], permissions=rules)
     assert socket.get("/chat/7", "")[0] == socket.get("/chat/7", "", method="WEBSOCKET")[0] == 401
     assert page.get("/chat/7", method="WEBSOCKET")[0] == 403
-    assert knocked(socket, "/chat/7")
-    assert [knocked(socket, "/chat/admin", each) for each in ("", "SENDING", "FULL")] == [0, 0, 1]
-    bare = Asked(Starlette(routes=routes), public=[public])
-    assert [knocked(bare, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [0, 0, 1]
+    assert websocket_status(socket, "/chat/7")
+    assert [websocket_status(socket, "/chat/admin", each) for each in ("", "SENDING", "FULL")] == [
+        0,
+        0,
+        1,
+    ]
+    bare = AppClient(Starlette(routes=routes), public=[public])
+    assert [websocket_status(bare, "/chat/7", each) for each in ("", "SENDING", "FULL")] == [
+        0,
+        0,
+        1,
+    ]
 
 
 def test_a_rule_for_a_public_page_is_that_of_the_websocket() -> None:
     """What the path declares for GET is not lost where the page is public."""
     routes = [Route("/chat", one), WebSocketRoute("/chat", greet)]
-    asked = Asked(
+    asked = AppClient(
         Starlette(routes=routes), public=["/chat"], permissions={"SENDING": ["GET /chat"]}
     )
     assert asked.get("/chat", "")[0] == 200
-    assert [knocked(asked, "/chat", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
+    assert [websocket_status(asked, "/chat", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("public", ["/x", "/x/{a}"])
@@ -551,27 +563,27 @@ def test_a_public_path_opens_no_other_view_for_head(public: str) -> None:
     app.add_api_route(path_of_both, lambda: "head", methods=["HEAD"])
     app.add_api_route(path_of_both, lambda: "page", dependencies=sending)
     with pytest.raises(ConfigurationError, match=f"opens HEAD {path_of_both}"):
-        Asked(app, public=[public], permissions=permissions_of(app))
-    assert Asked(app, public=["/y"], permissions=permissions_of(app)) is not None
+        AppClient(app, public=[public], permissions=permissions_of(app))
+    assert AppClient(app, public=["/y"], permissions=permissions_of(app)) is not None
 
 
 def test_a_public_path_with_parameters_opens_no_websocket_unsaid() -> None:
     """FastAPI starts beside one for pages, and not with one for WebSockets."""
     app = FastAPI(openapi_url=None)
     app.add_api_websocket_route("/chat/{room}", greet)
-    assert Asked(app, public=["/{a}/{b}"], permissions=permissions_of(app)) is not None
+    assert AppClient(app, public=["/{a}/{b}"], permissions=permissions_of(app)) is not None
     with pytest.raises(ConfigurationError, match="opens WEBSOCKET /chat/"):
-        Asked(app, public=["WEBSOCKET /{a}/{b}"], permissions=permissions_of(app))
+        AppClient(app, public=["WEBSOCKET /{a}/{b}"], permissions=permissions_of(app))
     rule = {"SENDING": ["WEBSOCKET /chat"]}
     with pytest.raises(ConfigurationError, match="a WebSocket is opened by it"):
-        Asked(app, permissions=rule)
+        AppClient(app, permissions=rule)
 
 
 def test_an_exact_rule_wins_over_a_public_pattern() -> None:
     """By its path, and by another path of the same view."""
     routes = [Route("/users/me", export), Route("/users/{id}", one), Route("/u/{x}", export)]
     rules = {"FULL": ["GET /users/me"]}
-    asked = Asked(Starlette(routes=routes), public=["/users/{id}", "/u/{x}"], permissions=rules)
+    asked = AppClient(Starlette(routes=routes), public=["/users/{id}", "/u/{x}"], permissions=rules)
     assert asked.get("/users/7", "") == (200, b"one")
     for where in ("/users/me", "/u/7"):
         assert [asked.get(where, each)[0] for each in ("", "SENDING", "FULL")] == [401, 403, 200]
@@ -603,10 +615,10 @@ def test_fastapi_does_not_start_where_a_public_path_opens_a_route_unsaid(
     """One that asks for no key, and that `public` does not spell as the route does."""
     app = fastapi_app()
     if not opened:
-        assert Asked(app, public=public, permissions=permissions_of(app)) is not None
+        assert AppClient(app, public=public, permissions=permissions_of(app)) is not None
         return
     with pytest.raises(ConfigurationError, match=f'name "GET {opened}" in public as well'):
-        Asked(app, public=public, permissions=permissions_of(app))
+        AppClient(app, public=public, permissions=permissions_of(app))
 
 
 def test_a_route_that_asks_for_a_key_is_not_public_by_the_way() -> None:
@@ -615,7 +627,7 @@ def test_a_route_that_asks_for_a_key_is_not_public_by_the_way() -> None:
     sending = [Security(api_key, scopes=["SENDING"])]
     app.add_api_route("/users/me", lambda: "me", dependencies=sending)
     app.add_api_route("/users/{id}", lambda id: id)  # noqa: A006
-    asked = Asked(app, public=["/users/{id}"], permissions=permissions_of(app))
+    asked = AppClient(app, public=["/users/{id}"], permissions=permissions_of(app))
     assert asked.get("/users/7", "")[0] == 200
     assert [asked.get("/users/me", each)[0] for each in ("", "SENDING")] == [401, 200]
 
@@ -624,7 +636,7 @@ def test_what_is_mounted_can_be_public() -> None:
     """An app that is no framework's, such as static files, can declare nothing."""
     app = FastAPI(openapi_url=None)
     app.mount("/static", Slotted(PlainTextResponse("a file")))
-    asked = Asked(app, public=["/static/{file}"], permissions=permissions_of(app))
+    asked = AppClient(app, public=["/static/{file}"], permissions=permissions_of(app))
     assert asked.get("/static/a.css", "") == (200, b"a file")
 
 
@@ -633,9 +645,9 @@ def test_fastapi_does_not_start_where_a_public_path_opens_a_mount_unsaid() -> No
     app = FastAPI(openapi_url=None)
     app.mount("/admin", Slotted(PlainTextResponse("users")))
     for public in ("/admin/{page}", "/users/{id}"):
-        assert Asked(app, public=[public], permissions=permissions_of(app)) is not None
+        assert AppClient(app, public=[public], permissions=permissions_of(app)) is not None
     with pytest.raises(ConfigurationError, match="opens what is mounted at /admin"):
-        Asked(app, public=["/{section}/{page}"], permissions=permissions_of(app))
+        AppClient(app, public=["/{section}/{page}"], permissions=permissions_of(app))
 
 
 def flask_app() -> flask.Flask:

@@ -18,7 +18,7 @@ from keylatch.asgi import APIKeyMiddleware
 from keylatch.model import Principal
 from keylatch.testing import Clock, Keys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
-from wire import knock
+from wire import asgi_request
 
 RULES = {"SENDING": ["POST /v1/emails"]}
 
@@ -57,7 +57,7 @@ class Caller:
         if isinstance(self._app, Flask):
             return self._app.test_client().open(path, method=method, headers=headers).status_code
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        return asyncio.run(knock(self._app, path, raw, method=method)).status
+        return asyncio.run(asgi_request(self._app, path, raw, method=method)).status
 
 
 @pytest.fixture(params=[starlette_app, flask_app])
@@ -87,13 +87,13 @@ def test_the_apps_own_middleware_accepts_minted_keys(app: Any, keys: Keys) -> No
     caller = Caller(app)
     assert caller.status(Authorization="Bearer kl_x") == 503  # its own store is nowhere
     with keys.behind(app):
-        boss, sender = keys.create(), keys.create(permission="SENDING")
+        admin_key, sender = keys.create(), keys.create(permission="SENDING")
         assert caller.status() == 401
-        assert caller.status(**boss.headers) == 200
+        assert caller.status(**admin_key.headers) == 200
         assert caller.status(**sender.headers) == 403
         assert caller.status("/v1/emails", "POST", **sender.headers) == 200
-        keys.revoke(boss)
-        assert caller.status(**boss.headers) == 401
+        keys.revoke(admin_key)
+        assert caller.status(**admin_key.headers) == 401
         keys.change(sender, active=False)
         assert caller.status("/v1/emails", "POST", **sender.headers) == 401
     assert caller.status(Authorization="Bearer kl_x") == 503

@@ -17,8 +17,8 @@ from conftest import Clock, MakeEngine
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.engine import Engine
 from keylatch.keyring import Created
-from keylatch.model import Wanted
-from keylatch.revocation.watch import Watch
+from keylatch.model import Requirement
+from keylatch.revocation.watch import OpenConnections
 from keylatch.store import Store
 from servers import PostgresServer, eventually, serving
 
@@ -172,12 +172,12 @@ async def test_a_token_that_went_bad_before_it_was_watched_ends_at_once() -> Non
     """Between the check and the watch there is a gap; what falls into it is found."""
     answers = iter([False])
 
-    async def is_good(token: Any, wanted: Wanted) -> bool:
+    async def is_good(token: Any, wanted: Requirement) -> bool:
         return next(answers)
 
-    watch = Watch(lambda: None, is_good, 60)
+    watch = OpenConnections(lambda: None, is_good, 60)
     looking = asyncio.create_task(watch.run())
-    with watch.over("token", Wanted()) as event:  # type: ignore[arg-type]
+    with watch.track("token", Requirement()) as event:  # type: ignore[arg-type]
         await asyncio.wait_for(event.wait(), 10)
     looking.cancel()
 
@@ -188,13 +188,13 @@ async def test_an_outage_ends_nothing(make_engine: MakeEngine, store_url: str) -
     engine = make_engine()
     key = await (await engine.keyring()).create("default", "chat")
     values = [b"Bearer " + key.token.reveal().encode()]
-    await engine.check(values)
+    await engine.authenticate(values)
     token = key.token
-    assert await engine._is_good(token, Wanted())
+    assert await engine._is_still_allowed(token, Requirement())
     await engine.store.close()
     engine._l1.clear()
     engine.store = make_engine().store
     engine._lookup = None
-    engine._start_again_at = float("inf")
-    assert await engine._is_good(token, Wanted())
+    engine._retry_start_at = float("inf")
+    assert await engine._is_still_allowed(token, Requirement())
     await engine.stop()

@@ -24,14 +24,14 @@ from conftest import Clock, MakeEngine, Times
 from keylatch.asgi import APIKeyMiddleware as ASGIMiddleware
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.hashing import CHEAPEST, Fit, Hasher
+from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.keyring import Created
 from keylatch.model import Principal
 from keylatch.portal import Portal
 from keylatch.tokens import Token
 from keylatch.wsgi import APIKeyMiddleware
 from servers import eventually, free_port
-from wire import Header, knock
+from wire import Header, asgi_request
 
 RULES = {"SENDING": ["POST /v1/emails", "GET /v1/emails/{id}"]}
 
@@ -207,7 +207,7 @@ class CountingHasher(Hasher):
         self.verified = 0
         self.go = threading.Event()
 
-    async def verify(self, hashed: str, token: Token) -> Fit:
+    async def verify(self, hashed: str, token: Token) -> VerifyResult:
         self.verified += 1
         await asyncio.to_thread(self.go.wait)
         return await super().verify(hashed, token)
@@ -231,7 +231,7 @@ def test_many_threads_that_miss_on_one_key_cost_one_hash(make_engine: MakeEngine
     with ThreadPoolExecutor(32) as threads:
         asked = [threads.submit(ask) for _ in range(32)]
         waiting.wait()
-        eventually(lambda: len(app._portal._under_way) == 32)
+        eventually(lambda: len(app._portal._pending) == 32)
         hasher.go.set()
         assert {each.result() for each in asked} == {200}
     assert hasher.verified == 1
@@ -318,7 +318,7 @@ def test_both_adapters_give_the_same_answer(
 
     app = ASGIMiddleware(inner, engine=protected._manager, public=["/healthz"], permissions=RULES)
     raw: list[Header] = [(name.encode(), value.encode("latin-1")) for name, value in sent]
-    over_asgi = protected._runner.run(knock(app, path, raw, method=method))
+    over_asgi = protected._runner.run(asgi_request(app, path, raw, method=method))
     status, said, body = call(protected.app, path, method, **variables)
     asgi_headers = {name.decode(): value.decode() for name, value in over_asgi.headers}
     assert (status, said, body) == (over_asgi.status, asgi_headers, over_asgi.body)

@@ -29,7 +29,7 @@ BEYOND_SCHEMAS = [  # rules about the time, about two fields, and about the key'
 
 
 @schemathesis.auth()
-class Boss:
+class AdminKeyAuth:
     """A FULL key; the next one when a case has revoked this one."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Boss:
     def get(self, case: Case, context: AuthContext) -> str:
         async def create() -> str:
             keyring = await self._engine.keyring()
-            return (await keyring.create(ORGANIZATION, "boss")).token.reveal()
+            return (await keyring.create(ORGANIZATION, "admin_key")).token.reveal()
 
         return self._runner.run(create())
 

@@ -72,7 +72,7 @@ BODIES: dict[str, Any] = {
 ROTATED = ("/rotate/cancel", "/rotate/finish")
 """Where a rotation has to be under way."""
 
-SUICIDAL = ("/self", "/revoke-all")
+SELF_REVOKING = ("/self", "/revoke-all")
 """What may end the caller's own key."""
 
 MALFORMED = ["", "%2e", "%2e%2e%2f", "key_%00", "key_1%20", "a/b", "k%C3%A9y", "x" * 5_000]
@@ -110,7 +110,7 @@ def expected(statuses: list[int], target: str) -> int:
 
 
 @dataclass(frozen=True)
-class House:
+class Organization:
     """An organisation with somebody in every role."""
 
     name: str
@@ -123,7 +123,7 @@ class World:
 
     sidecar: Sidecar
     database: Path
-    houses: tuple[House, House]
+    organizations: tuple[Organization, Organization]
 
     def snapshot(self) -> list[Any]:
         """All that a refused call must not change; when a key was used is no part of it."""
@@ -170,10 +170,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A sidecar of this file's own."""
     database = tmp_path_factory.mktemp("authorisation") / "keys.db"
     with sidecar_on(f"sqlite:///{database}", Clock()) as sidecar:
-        yield World(sidecar, database, (house(sidecar, "ours"), house(sidecar, "theirs")))
+        yield World(
+            sidecar,
+            database,
+            (make_organization(sidecar, "ours"), make_organization(sidecar, "theirs")),
+        )
 
 
-def house(sidecar: Sidecar, name: str) -> House:
+def make_organization(sidecar: Sidecar, name: str) -> Organization:
     soon = int(sidecar.clock.seconds * 1000) + 1_000
     full, revoked, disabled = (sidecar.create(name) for _ in range(3))
     expired = sidecar.create(name, expires_at=soon)
@@ -182,7 +186,7 @@ def house(sidecar: Sidecar, name: str) -> House:
         path = f"/v1/api-keys/{disabled.record.id}"
         assert client.patch(path, json={"active": False}).status_code == 200
     sidecar.clock.tick(2)
-    return House(
+    return Organization(
         name,
         {
             "nobody": [None],
@@ -214,7 +218,7 @@ def test_every_operation_has_a_row_and_every_row_an_operation() -> None:
         f"{method.upper()} {path}"
         for path, methods in OPERATIONS.items()
         for method, operation in methods.items()
-        if operation.takes is not None
+        if operation.body is not None
     }
     assert BODIES.keys() == takers
 
@@ -223,11 +227,14 @@ def test_every_operation_has_a_row_and_every_row_an_operation() -> None:
 @pytest.mark.parametrize("operation", operations())
 def test_the_table_is_true(world: World, operation: str) -> None:
     """Every cell; what is refused changes nothing, and tells nothing of whether a key is there."""
-    houses = world.houses
-    if operation.endswith(SUICIDAL):
+    organizations = world.organizations
+    if operation.endswith(SELF_REVOKING):
         names = f"{uuid4().hex}-ours", f"{uuid4().hex}-theirs"
-        houses = house(world.sidecar, names[0]), house(world.sidecar, names[1])
-    for ours, theirs in (houses, houses[::-1]):
+        organizations = (
+            make_organization(world.sidecar, names[0]),
+            make_organization(world.sidecar, names[1]),
+        )
+    for ours, theirs in (organizations, organizations[::-1]):
         cells = [
             (role, caller, kind, expected(rows()[operation][role], kind))
             for role, callers in ours.callers.items()
@@ -273,7 +280,7 @@ def differences(answers: list[tuple[str, str, int, httpx.Response]]) -> list[tup
 
 def test_one_answer_for_whatever_is_not_the_callers(world: World) -> None:
     """Byte for byte, over all operations of a dialect: foreign, unknown, malformed are alike."""
-    ours, theirs = world.houses
+    ours, theirs = world.organizations
     [full] = ours.callers["FULL"]
     for prefix in ("/v1/api-keys/", "/v1/api_keys/"):
         answers = set()
@@ -289,7 +296,7 @@ def test_one_answer_for_whatever_is_not_the_callers(world: World) -> None:
 
 def test_a_call_that_changes_something_would_be_noticed(world: World) -> None:
     """The twin: the snapshot sees what an allowed call changes."""
-    ours, theirs = world.houses
+    ours, theirs = world.organizations
     [full] = ours.callers["FULL"]
     for operation, statuses in rows().items():
         if "{id}" in operation and not operation.startswith("GET"):

@@ -35,13 +35,13 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
 
 
 @pytest.fixture
-def boss(limited: Sidecar) -> Created:
+def admin_key(limited: Sidecar) -> Created:
     return limited.create()
 
 
 @pytest.fixture
-def client(limited: Sidecar, boss: Created) -> Iterator[httpx.Client]:
-    with limited.client(boss) as client:
+def client(limited: Sidecar, admin_key: Created) -> Iterator[httpx.Client]:
+    with limited.client(admin_key) as client:
         yield client
 
 
@@ -94,7 +94,7 @@ def test_sendooks_dialect_says_it_in_its_shape(client: httpx.Client) -> None:
 
 def test_too_many_keys_are_429_without_a_time(client: httpx.Client) -> None:
     """Waiting does not help; deleting one does."""
-    made = [created(client) for _ in range(LIVE - 1)]  # and the boss
+    made = [created(client) for _ in range(LIVE - 1)]  # and the admin key
     for path in (KEYS, THEIRS):
         answer = client.post(path, json={"name": "more"})
         assert (answer.status_code, answer.json()["code"]) == (429, "RATE_LIMITED")
@@ -159,12 +159,12 @@ def test_disabling_again_and_again_leaves_one_line(client: httpx.Client) -> None
 
 def test_others_and_operators_are_not_concerned(client: httpx.Client, limited: Sidecar) -> None:
     """Another organisation has limits of its own, and the command line has none."""
-    boss = limited.create()
-    with limited.client(boss) as other:
+    admin_key = limited.create()
+    with limited.client(admin_key) as other:
         exhaust(client, created(client)["id"])
         assert other.post(KEYS, json={"name": "new"}).status_code == 200
     for _ in range(LIVE + HOURLY):
-        limited.create(boss.record.organization_id)
+        limited.create(admin_key.record.organization_id)
 
 
 def test_refusals_are_counted_by_their_limit(client: httpx.Client, limited: Sidecar) -> None:
@@ -205,9 +205,9 @@ class GatedHasher(Hasher):
         super().__init__("argon2id", CHEAPEST, workers=2)
         self.gate = threading.Event()
 
-    def _hash_now(self, token: Token) -> str:
+    def _hash_sync(self, token: Token) -> str:
         self.gate.wait(60)
-        return super()._hash_now(token)
+        return super()._hash_sync(token)
 
 
 @pytest.mark.long

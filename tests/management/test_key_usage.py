@@ -21,7 +21,7 @@ from servers import eventually
 from shell import Operator
 from test_docs import README
 from test_wsgi import bearer, call, echo
-from wire import knock
+from wire import asgi_request
 
 KEYS = "/v1/api-keys"
 
@@ -55,9 +55,9 @@ def test_uses_are_told_day_by_day(sidecar: Sidecar, client: httpx.Client) -> Non
 
 
 @pytest.mark.parametrize("days", ["", "0", "-1", "401", "1e1", "ten", " 1", "١", "1&days=2"])
-def test_days_that_are_none(client: httpx.Client, boss: Created, days: str) -> None:
+def test_days_that_are_none(client: httpx.Client, admin_key: Created, days: str) -> None:
     """400, and the parameter is named."""
-    answer = client.get(f"{KEYS}/{boss.record.id}/usage?days={days}")
+    answer = client.get(f"{KEYS}/{admin_key.record.id}/usage?days={days}")
     assert answer.status_code == 400
     assert answer.json()["message"] == "days: must be a number of days from 1 to 400"
 
@@ -82,12 +82,12 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
 def test_idle_keys_are_a_list_like_any_other(clock: Clock, store_url: str) -> None:
     """A bare array, in pages for those who ask, and the link keeps what was asked."""
     with sidecar_on(store_url, clock) as sidecar:
-        boss = sidecar.create("acme", "boss")
+        admin_key = sidecar.create("acme", "admin_key")
         idle = [sidecar.create("acme", f"idle {n}").record.name for n in range(3)]
         clock.tick(31 * 86_400)
         new = sidecar.create("acme", "new")
-        with sidecar.client(boss) as client:
-            # The boss's own calls are uses; the store knows of them within a second.
+        with sidecar.client(admin_key) as client:
+            # The admin key's own calls are uses; the store knows of them within a second.
             eventually(
                 lambda: [k["name"] for k in client.get(f"{KEYS}?idle=30").json()] == idle[::-1]
             )
@@ -113,18 +113,18 @@ def section() -> str:
 def test_the_example_in_the_readme(operator: Operator) -> None:
     """The commands that it names, and the answer that it shows, but for ids and times."""
     key = operator.create()
-    operator.run("verify", typed=key["token"])
-    operator.run("verify", typed=key["token"])
+    operator.run("verify", stdin=key["token"])
+    operator.run("verify", stdin=key["token"])
     operator.run("keys", "revoke", key["id"])
-    operator.run("verify", typed=key["token"])
+    operator.run("verify", stdin=key["token"])
     [shown] = re.findall(r"```json\n(.*?)```", section(), re.DOTALL)
-    told = json.loads(operator.run("keys", "usage", key["id"], "--json").out)
+    told = json.loads(operator.run("keys", "usage", key["id"], "--json").stdout)
     assert without_times(told) == without_times(json.loads(shown))
-    table = operator.run("keys", "usage", key["id"]).out
+    table = operator.run("keys", "usage", key["id"]).stdout
     assert re.search(r"\d{4}-\d\d-\d\d +2 +REVOKED 1", table)
     assert "keylatch keys usage" in section()
     assert "keylatch keys list --idle 90" in section()
-    assert operator.run("keys", "list", "--idle", "90", "--json").out == "[]\n"
+    assert operator.run("keys", "list", "--idle", "90", "--json").stdout == "[]\n"
 
 
 def without_times(content: Any) -> Any:
@@ -135,11 +135,11 @@ def without_times(content: Any) -> Any:
 def test_the_command_says_what_is_wrong(operator: Operator) -> None:
     """An unknown key is 1, a number of days that is none 2."""
     key = operator.create()
-    assert operator.run("keys", "usage", "key_unknown").code == 1
-    assert operator.run("keys", "usage", key["id"], "--organization", "rival").code == 1
-    assert operator.run("keys", "usage", key["id"], "--days", "401").code == 2
-    assert operator.run("keys", "list", "--idle", "0").code == 2
-    assert "last used: never" in operator.run("keys", "usage", key["id"]).out
+    assert operator.run("keys", "usage", "key_unknown").exit_code == 1
+    assert operator.run("keys", "usage", key["id"], "--organization", "rival").exit_code == 1
+    assert operator.run("keys", "usage", key["id"], "--days", "401").exit_code == 2
+    assert operator.run("keys", "list", "--idle", "0").exit_code == 2
+    assert "last used: never" in operator.run("keys", "usage", key["id"]).stdout
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ async def test_clients_are_kept_only_if_one_says_so(
         (b"user-agent", b"curl/8.5.0 (jane)"),
     ]
     for _ in range(5):
-        assert (await knock(protected, "/", sent)).status == 200
+        assert (await asgi_request(protected, "/", sent)).status == 200
     await engine.stop()
     kept = clients_in(store_url)
     assert kept == ([("127.0.0.0/24", "curl")] if clients == "on" else [])
@@ -238,10 +238,10 @@ def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: str
 def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
     """Of the sidecar's own callers; a proxy that asks says nothing of whom it asks for."""
     with sidecar_on(store_url, clock, clients="on") as sidecar:
-        boss, asked = sidecar.create("acme", "boss"), sidecar.create("acme", "asked for")
-        with sidecar.client(boss) as client, sidecar.client(asked) as proxy:
+        admin_key, asked = sidecar.create("acme", "admin_key"), sidecar.create("acme", "asked for")
+        with sidecar.client(admin_key) as client, sidecar.client(asked) as proxy:
             assert proxy.get("/verify").status_code == 200
-            path = f"{KEYS}/{boss.record.id}/usage"
+            path = f"{KEYS}/{admin_key.record.id}/usage"
             client.get(path, headers={"User-Agent": "python-httpx/0.28.1"})
             eventually(lambda: client.get(path).json()["client"] is not None)
             assert client.get(path).json()["client"] == {

@@ -151,11 +151,11 @@ async def test_a_test_key_does_not_touch_live_keys(keyring: Keyring) -> None:
 async def test_an_organisation_is_disabled_and_enabled(keyring: Keyring, engine: Engine) -> None:
     """All of its keys go with it and come back with it; an unknown one is not made."""
     created = await keyring.create("acme", "ci")
-    assert isinstance(await engine.resolve(created.token), Allow)
+    assert isinstance(await engine.check(created.token), Allow)
     assert await keyring.set_organization_active("acme", False)
-    assert await engine.resolve(created.token) == Deny(Reason.ORGANIZATION_DISABLED)
+    assert await engine.check(created.token) == Deny(Reason.ORGANIZATION_DISABLED)
     assert await keyring.set_organization_active("acme", True)
-    assert isinstance(await engine.resolve(created.token), Allow)
+    assert isinstance(await engine.check(created.token), Allow)
     assert await keyring.set_organization_active("nobody", False) is None
 
 
@@ -173,7 +173,7 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
     plain = await engine.keyring()
     created = await plain.create("acme", "ci")
     keyring = Keyring(
-        engine.store, engine.hasher, plain._check_keys, engine.settings, engine.now_ms, announce
+        engine.store, engine.hasher, plain._mac_keys, engine.settings, engine.now_ms, announce
     )
     await keyring.change("acme", created.record.id, name="renamed")
     await keyring.change("acme", created.record.id, active=False)

@@ -13,37 +13,37 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conftest import Clock, MakeEngine, Sidecar, sidecar_on
 from keylatch import tokens
-from keylatch.drafts import Draft, NotPossible
+from keylatch.drafts import InvalidKeyState, NewKey
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, StoreUnavailable
-from keylatch.foreign import Foreign
+from keylatch.foreign import ImportedToken
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.lookup import Owner
 from keylatch.settings import Settings
 from keylatch.store import Found
-from keylatch.tokens import CheckKeys, Token, looks_minted
+from keylatch.tokens import MacKeys, Token, has_valid_checksum
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.leaked import Reports
+from keylatch_sidecar.leaked import ReportQueue
 from servers import eventually
-from wire import Answer, exchange, http_scope, read
+from wire import RawResponse, exchange, http_scope, parse_response
 
 PATH = "/leaked"
-STRANGERS = CheckKeys([b"s" * 32])
+UNKNOWN_TOKENS = MacKeys([b"s" * 32])
 ACCEPTED = b'{"status":"accepted"}'
 
 
-def report(sidecar: Sidecar, content: Any) -> Answer:
+def report(sidecar: Sidecar, content: Any) -> RawResponse:
     """The answer to a report, byte by byte."""
     body = json.dumps(content).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return read(exchange(sidecar.url, head.encode() + body))
+    return parse_response(exchange(sidecar.url, head.encode() + body))
 
 
-def shown(sidecar: Sidecar, boss: Created, key: Created) -> dict[str, Any]:
-    """A key, as its organisation's boss sees it."""
-    with sidecar.client(boss) as client:
+def shown(sidecar: Sidecar, admin_key: Created, key: Created) -> dict[str, Any]:
+    """A key, as its organisation's admin key sees it."""
+    with sidecar.client(admin_key) as client:
         answer = client.get(f"/v1/api-keys/{key.record.id}")
         assert answer.status_code == 200
         content: dict[str, Any] = answer.json()
@@ -57,29 +57,29 @@ def works(sidecar: Sidecar, key: Created) -> bool:
     return status == 200
 
 
-def a_key_of(sidecar: Sidecar, boss: Created, **fields: Any) -> Created:
-    return sidecar.create(boss.record.organization_id, "Leaky", **fields)
+def a_key_of(sidecar: Sidecar, admin_key: Created, **fields: Any) -> Created:
+    return sidecar.create(admin_key.record.organization_id, "Leaky", **fields)
 
 
 # Over a real socket
 
 
-def test_a_leaked_key_is_revoked(sidecar: Sidecar, boss: Created) -> None:
+def test_a_leaked_key_is_revoked(sidecar: Sidecar, admin_key: Created) -> None:
     """Whoever has the token ends it, without a key of his own; no other key is touched."""
-    leaky, other = a_key_of(sidecar, boss), a_key_of(sidecar, boss)
+    leaky, other = a_key_of(sidecar, admin_key), a_key_of(sidecar, admin_key)
     assert report(sidecar, {"token": leaky.token.reveal()}).body == ACCEPTED
     eventually(lambda: not works(sidecar, leaky))
     assert works(sidecar, other)
-    key = shown(sidecar, boss, leaky)
+    key = shown(sidecar, admin_key, leaky)
     assert (key["active"], key["revokedReason"]) == (False, "leaked")
-    with sidecar.client(boss) as client:
+    with sidecar.client(admin_key) as client:
         lines = client.get("/v1/audit", params={"key": leaky.record.id, "limit": 1}).json()
     assert lines[0]["actor"] == "leak report"
 
 
-def test_githubs_alerts_are_understood(sidecar: Sidecar, boss: Created) -> None:
+def test_githubs_alerts_are_understood(sidecar: Sidecar, admin_key: Created) -> None:
     """A bare list, as its partner programme sends it, with whatever else it may say one day."""
-    leaky = [a_key_of(sidecar, boss) for _ in range(3)]
+    leaky = [a_key_of(sidecar, admin_key) for _ in range(3)]
     alerts = [
         {
             "token": key.token.reveal(),
@@ -96,13 +96,13 @@ def test_githubs_alerts_are_understood(sidecar: Sidecar, boss: Created) -> None:
 
 def test_the_answer_does_not_depend_on_the_token(sidecar: Sidecar, clock: Clock) -> None:
     """Status, headers and body are the same bytes, whatever is reported, alone or with others."""
-    boss = sidecar.create()
-    key = a_key_of(sidecar, boss)
+    admin_key = sidecar.create()
+    key = a_key_of(sidecar, admin_key)
     text = key.token.reveal()
-    revoked, disabled = a_key_of(sidecar, boss), a_key_of(sidecar, boss)
+    revoked, disabled = a_key_of(sidecar, admin_key), a_key_of(sidecar, admin_key)
     soon = int(sidecar.clock.seconds * 1000) + 1_000
-    expired = a_key_of(sidecar, boss, expires_at=soon)
-    with sidecar.client(boss) as client:
+    expired = a_key_of(sidecar, admin_key, expires_at=soon)
+    with sidecar.client(admin_key) as client:
         assert client.delete(f"/v1/api-keys/{revoked.record.id}").status_code == 200
         change = {"active": False}
         path = f"/v1/api-keys/{disabled.record.id}"
@@ -111,7 +111,7 @@ def test_the_answer_does_not_depend_on_the_token(sidecar: Sidecar, clock: Clock)
     reported = [
         *(revoked.token.reveal(), disabled.token.reveal(), expired.token.reveal()),
         *("", " ", "nonsense", "\0", "\ud800", "x" * 10_000, f"Bearer {text}"),
-        *(STRANGERS.mint("kl", "live").reveal(), text[:-1], text + "0", text.swapcase()),
+        *(UNKNOWN_TOKENS.mint("kl", "live").reveal(), text[:-1], text + "0", text.swapcase()),
         text,  # the last one: now it is revoked
         text,
     ]
@@ -126,10 +126,10 @@ def test_the_answer_does_not_depend_on_the_token(sidecar: Sidecar, clock: Clock)
 
 def test_a_disabled_and_an_expired_key_are_revoked_as_well(sidecar: Sidecar) -> None:
     """Both could be taken back by somebody who does not know that the token leaked."""
-    boss = sidecar.create()
+    admin_key = sidecar.create()
     soon = int(sidecar.clock.seconds * 1000) + 1_000
-    disabled, expired = a_key_of(sidecar, boss), a_key_of(sidecar, boss, expires_at=soon)
-    with sidecar.client(boss) as client:
+    disabled, expired = a_key_of(sidecar, admin_key), a_key_of(sidecar, admin_key, expires_at=soon)
+    with sidecar.client(admin_key) as client:
         client.patch(f"/v1/api-keys/{disabled.record.id}", json={"active": False})
         sidecar.clock.tick(2)
         report(sidecar, [{"token": key.token.reveal()} for key in (disabled, expired)])
@@ -139,30 +139,34 @@ def test_a_disabled_and_an_expired_key_are_revoked_as_well(sidecar: Sidecar) -> 
             eventually(lambda p=path, a=again: client.patch(p, json=a).status_code == 400)  # type: ignore[misc]
 
 
-def test_a_report_is_no_use_of_the_key(sidecar: Sidecar, boss: Created) -> None:
+def test_a_report_is_no_use_of_the_key(sidecar: Sidecar, admin_key: Created) -> None:
     """`lastUsed` goes on to tell who asks when it was stolen from when it was reported."""
-    leaky = a_key_of(sidecar, boss)
+    leaky = a_key_of(sidecar, admin_key)
     report(sidecar, {"token": leaky.token.reveal()})
-    eventually(lambda: shown(sidecar, boss, leaky)["active"] is False)
-    assert shown(sidecar, boss, leaky)["lastUsed"] is None
+    eventually(lambda: shown(sidecar, admin_key, leaky)["active"] is False)
+    assert shown(sidecar, admin_key, leaky)["lastUsed"] is None
 
 
 def test_a_key_of_another_environment_is_revoked_as_well(tmp_path: Path, clock: Clock) -> None:
     """A sidecar that welcomes keys for live only is told of those for test all the same."""
     url = f"sqlite:///{tmp_path}/keys.db"
     with sidecar_on(url, clock, environment="live") as sidecar:
-        boss = sidecar.create()
-        leaky = a_key_of(sidecar, boss, environment="test")
+        admin_key = sidecar.create()
+        leaky = a_key_of(sidecar, admin_key, environment="test")
         report(sidecar, {"token": leaky.token.reveal()})
-        eventually(lambda: shown(sidecar, boss, leaky)["active"] is False)
+        eventually(lambda: shown(sidecar, admin_key, leaky)["active"] is False)
 
 
 def test_a_store_that_is_down_is_said_to_everybody(
-    sidecar: Sidecar, boss: Created, tmp_path: Path, clock: Clock
+    sidecar: Sidecar, admin_key: Created, tmp_path: Path, clock: Clock
 ) -> None:
     """503, before the token is looked at: nobody believes that a report was taken."""
     with sidecar_on(f"sqlite:///{tmp_path}/missing/keys.db", clock) as down:
-        reported = [boss.token.reveal(), "nonsense", STRANGERS.mint("kl", "live").reveal()]
+        reported = [
+            admin_key.token.reveal(),
+            "nonsense",
+            UNKNOWN_TOKENS.mint("kl", "live").reveal(),
+        ]
         answers = [report(down, {"token": token}) for token in reported]
     assert answers == [answers[0]] * len(answers)
     assert (answers[0].status, dict(answers[0].headers)[b"retry-after"]) == (503, b"1")
@@ -189,34 +193,36 @@ def test_a_body_of_another_shape_is_refused(sidecar: Sidecar, content: Any, wron
     assert json.loads(answer.body)["message"] == wrong
 
 
-def rotated(sidecar: Sidecar, boss: Created, key: Created, grace_seconds: int) -> dict[str, str]:
+def rotated(
+    sidecar: Sidecar, admin_key: Created, key: Created, grace_seconds: int
+) -> dict[str, str]:
     """The header that sends the key's new secret."""
-    with sidecar.client(boss) as client:
+    with sidecar.client(admin_key) as client:
         path = f"/v1/api-keys/{key.record.id}/rotate"
         answer = client.post(path, json={"graceSeconds": grace_seconds})
     return {"Authorization": f"Bearer {answer.json()['token']}"}
 
 
-def test_a_secret_that_was_rotated_away_ends_alone(sidecar: Sidecar, boss: Created) -> None:
+def test_a_secret_that_was_rotated_away_ends_alone(sidecar: Sidecar, admin_key: Created) -> None:
     """Whoever rotates because of a leak does not lose the new secret to the report of the old."""
-    leaky = a_key_of(sidecar, boss)
-    new = rotated(sidecar, boss, leaky, 3_600)
+    leaky = a_key_of(sidecar, admin_key)
+    new = rotated(sidecar, admin_key, leaky, 3_600)
     assert works(sidecar, leaky)
     report(sidecar, {"token": leaky.token.reveal()})
     eventually(lambda: not works(sidecar, leaky))
     report(sidecar, {"token": leaky.token.reveal()})
     with sidecar.client() as client:
         assert client.get("/verify", headers=new).status_code == 200
-    assert shown(sidecar, boss, leaky)["active"] is True
+    assert shown(sidecar, admin_key, leaky)["active"] is True
 
 
-def test_the_new_secret_ends_the_key(sidecar: Sidecar, boss: Created) -> None:
+def test_the_new_secret_ends_the_key(sidecar: Sidecar, admin_key: Created) -> None:
     """And with it the old one, whatever is left of its grace."""
-    leaky = a_key_of(sidecar, boss)
-    new = rotated(sidecar, boss, leaky, 3_600)
+    leaky = a_key_of(sidecar, admin_key)
+    new = rotated(sidecar, admin_key, leaky, 3_600)
     report(sidecar, {"token": new["Authorization"].removeprefix("Bearer ")})
     eventually(lambda: not works(sidecar, leaky))
-    assert shown(sidecar, boss, leaky)["active"] is False
+    assert shown(sidecar, admin_key, leaky)["active"] is False
 
 
 # What is done about it, in this process
@@ -231,9 +237,9 @@ class Counting(Engine):
         self.vouched = 0
         self.troubles: list[Exception] = []
 
-    def may_know(self, token: Token) -> bool:
+    def may_exist(self, token: Token) -> bool:
         self.vouched += 1
-        return super().may_know(token)
+        return super().may_exist(token)
 
     async def identify(self, token: Token) -> Owner | None:
         self.asked.append(token.key_id)
@@ -262,21 +268,21 @@ async def is_revoked(engine: Engine, key: Created) -> bool:
     return record.deleted_at is not None
 
 
-async def done(reports: Reports) -> None:
+async def done(reports: ReportQueue) -> None:
     """All that was taken is looked into."""
-    if reports._at_work is not None:
-        await asyncio.wait_for(reports._at_work, 20)
+    if reports._worker is not None:
+        await asyncio.wait_for(reports._worker, 20)
 
 
 async def with_another_secret(engine: Engine, key: Created) -> Token:
     """What somebody could make who knew the store's check key and the id, but not the secret."""
-    check_keys = (await engine.store.open(0)).check_keys
-    forger = CheckKeys(check_keys)
+    check_keys = (await engine.store.open(0)).mac_keys
+    forger = MacKeys(check_keys)
     text = key.token.reveal()
     body = text[:-41] + forger.mint("kl", "live").reveal()[-41:-14]
-    body += tokens._check(check_keys[0], body)
+    body += tokens._mac(check_keys[0], body)
     forged = Token(body + tokens._crc(body))
-    assert engine.may_know(forged)
+    assert engine.may_exist(forged)
     assert forged.key_id == key.record.id
     return forged
 
@@ -285,19 +291,19 @@ async def with_another_secret(engine: Engine, key: Created) -> Token:
 async def test_an_id_is_not_enough(counting: Counting) -> None:
     """Ids are in lists, logs and headers: a token with the right id and another secret does
     nothing, even one that passes the keyed check."""
-    key, reports = await created(counting), Reports(counting)
-    await reports.take([await with_another_secret(counting, key)])
+    key, reports = await created(counting), ReportQueue(counting)
+    await reports.enqueue([await with_another_secret(counting, key)])
     await done(reports)
     assert counting.asked == [key.record.id]
     assert not await is_revoked(counting, key)
 
 
-class Gullible(Counting):
+class AcceptsAnyScheme(Counting):
     """The broken twin: it takes the keyed check for a proof."""
 
     async def identify(self, token: Token) -> Owner | None:
         found = await self.store.find(token.key_id)
-        return Owner(found.record, is_of_use=True) if isinstance(found, Found) else None
+        return Owner(found.record, is_usable=True) if isinstance(found, Found) else None
 
 
 @pytest.mark.anyio
@@ -305,10 +311,10 @@ async def test_a_twin_that_believes_the_keyed_check_kills_keys(
     store_url: str, clock: Clock
 ) -> None:
     """So the test above holds something."""
-    engine = Gullible(Settings.load(store=store_url, redis=""), clock=clock, timer=clock)
+    engine = AcceptsAnyScheme(Settings.load(store=store_url, redis=""), clock=clock, timer=clock)
     await engine.start()
-    key, reports = await created(engine), Reports(engine)
-    await reports.take([await with_another_secret(engine, key)])
+    key, reports = await created(engine), ReportQueue(engine)
+    await reports.enqueue([await with_another_secret(engine, key)])
     await done(reports)
     assert await is_revoked(engine, key)
     await engine.stop()
@@ -317,9 +323,9 @@ async def test_a_twin_that_believes_the_keyed_check_kills_keys(
 @pytest.mark.anyio
 async def test_a_flood_of_strangers_costs_no_store_and_no_hash(counting: Counting) -> None:
     """Made-up tokens end at the keyed check; one that is real is looked into once."""
-    key, reports = await created(counting), Reports(counting)
-    flood = [STRANGERS.mint("kl", "live") for _ in range(1_000)]
-    await reports.take(flood + [key.token] * 1_000)
+    key, reports = await created(counting), ReportQueue(counting)
+    flood = [UNKNOWN_TOKENS.mint("kl", "live") for _ in range(1_000)]
+    await reports.enqueue(flood + [key.token] * 1_000)
     await done(reports)
     assert counting.asked == [key.record.id]
     assert await is_revoked(counting, key)
@@ -330,13 +336,13 @@ async def test_a_report_outlasts_an_outage(
     counting: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is tried again until the store has answered."""
-    key, reports = await created(counting), Reports(counting, retry_seconds=0)
+    key, reports = await created(counting), ReportQueue(counting, retry_seconds=0)
     counting.troubles = [StoreUnavailable("the store is away")] * 3
-    await reports.take([key.token])
+    await reports.enqueue([key.token])
     await done(reports)
     assert await is_revoked(counting, key)
     assert caplog.messages == [
-        *["reports of leaked keys are waiting: the store is away"] * 3,
+        *["leak reports are pending: the store is away"] * 3,
         f"{key.record.id} was reported as leaked and is revoked",
     ]
 
@@ -344,9 +350,9 @@ async def test_a_report_outlasts_an_outage(
 @pytest.mark.anyio
 async def test_a_rotation_that_is_taken_back_in_between_saves_nothing(counting: Counting) -> None:
     """The secret is the key's again, so the key ends."""
-    key, reports = await created(counting), Reports(counting)
-    counting.troubles = [NotPossible("No rotation of the API key is under way")]
-    await reports.take([key.token])
+    key, reports = await created(counting), ReportQueue(counting)
+    counting.troubles = [InvalidKeyState("No rotation of the API key is under way")]
+    await reports.enqueue([key.token])
     await done(reports)
     assert await is_revoked(counting, key)
 
@@ -357,9 +363,9 @@ async def test_a_report_that_cannot_be_looked_into_is_named(
     counting: Counting, trouble: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It holds up no other, and an operator finds the id and what to do."""
-    first, second, reports = await created(counting), await created(counting), Reports(counting)
+    first, second, reports = await created(counting), await created(counting), ReportQueue(counting)
     counting.troubles = [trouble]
-    await reports.take([first.token, second.token])
+    await reports.enqueue([first.token, second.token])
     await done(reports)
     assert await is_revoked(counting, second)
     wrong = f"{first.record.id} was reported as leaked and may not be revoked"
@@ -373,11 +379,11 @@ async def test_a_report_that_is_left_at_the_end_is_named(
     counting: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A process that ends during an outage says which keys somebody has to revoke."""
-    key, reports = await created(counting), Reports(counting, retry_seconds=60)
+    key, reports = await created(counting), ReportQueue(counting, retry_seconds=60)
     counting.troubles = [StoreUnavailable("the store is away")]
-    await reports.take([key.token])
-    await reports.end()
-    wrong = "was reported as leaked and may not be revoked: this process ends"
+    await reports.enqueue([key.token])
+    await reports.close()
+    wrong = "was reported as leaked and may not be revoked: this process is stopping"
     assert f"{key.record.id} {wrong}" in caplog.messages
     assert key.token.reveal() not in caplog.text
 
@@ -386,35 +392,35 @@ async def test_a_report_that_is_left_at_the_end_is_named(
 @pytest.mark.anyio
 async def test_more_reports_than_there_is_room_for_are_refused(counting: Counting) -> None:
     """503 to everybody: a report that is answered has a place."""
-    key, reports = await created(counting), Reports(counting, retry_seconds=60, room=1)
+    key, reports = await created(counting), ReportQueue(counting, retry_seconds=60, max_pending=1)
     counting.troubles = [StoreUnavailable("the store is away")]
-    await reports.expect()
-    await reports.take([key.token])
+    await reports.check_capacity()
+    await reports.enqueue([key.token])
     with pytest.raises(StoreUnavailable):
-        await reports.expect()
-    await reports.end()
+        await reports.check_capacity()
+    await reports.close()
 
 
 # Keys that were made elsewhere
 
 
-def elsewhere(number: int) -> Token:
+def external_token(number: int) -> Token:
     return Token(f"elsewhere-{number:040}")
 
 
-async def brought(engine: Engine, token: Token) -> str:
+async def import_token(engine: Engine, token: Token) -> str:
     """The id of a key that was made elsewhere, and is found by its token's digest."""
     sha256 = hashlib.sha256(token.reveal().encode()).hexdigest()
-    made = Foreign(f"sha256:{sha256}", "...", f"$sha256${sha256}")
-    [told] = await (await engine.keyring()).bring_many([(Draft("acme", "old"), made)])
+    made = ImportedToken(f"sha256:{sha256}", "...", f"$sha256${sha256}")
+    [told] = await (await engine.keyring()).import_many([(NewKey("acme", "old"), made)])
     return told.key_id
 
 
 @pytest.mark.anyio
 async def test_keys_that_were_made_elsewhere_are_revoked_as_well(counting: Counting) -> None:
     """They have no keyed check, so the store is asked."""
-    key_id, reports = await brought(counting, elsewhere(1)), Reports(counting)
-    await reports.take([elsewhere(1), elsewhere(2), Token("\ud800"), Token("a b")])
+    key_id, reports = await import_token(counting, external_token(1)), ReportQueue(counting)
+    await reports.enqueue([external_token(1), external_token(2), Token("\ud800"), Token("a b")])
     await done(reports)
     record = await (await counting.keyring()).get("acme", key_id)
     assert record is not None
@@ -428,15 +434,17 @@ async def test_a_flood_of_what_could_be_from_elsewhere_holds_up_no_other(
     counting: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has a line of its own, which has an end; and no name, which could be half a secret."""
-    await brought(counting, elsewhere(1))
-    key, reports = await created(counting), Reports(counting, retry_seconds=60)
+    await import_token(counting, external_token(1))
+    key, reports = await created(counting), ReportQueue(counting, retry_seconds=60)
     counting.troubles = [StoreUnavailable("the store is away")] * 2
-    await reports.take([elsewhere(number) for number in range(2_000)])
-    await reports.take([key.token])
-    await reports.expect()
+    await reports.enqueue([external_token(number) for number in range(2_000)])
+    await reports.enqueue([key.token])
+    await reports.check_capacity()
     await asyncio.sleep(0)
-    await reports.end()
-    assert "a report of a leaked key, made elsewhere if it is one, is left out" in caplog.messages
+    await reports.close()
+    assert (
+        "the queue of possibly imported keys is full: a leak report was dropped" in caplog.messages
+    )
     assert f"{key.record.id} was reported" in caplog.text
     assert "elsewhere-" not in caplog.text
     assert "key_0" not in caplog.text.replace(key.record.id, "")
@@ -448,14 +456,14 @@ async def test_a_flood_of_reports_fills_no_log(
 ) -> None:
     """9,000 reports that find no place, and 1,000 that are left when the process ends: 1, 2, 4, …
     lines, with the count."""
-    await brought(counting, elsewhere(1))
-    reports = Reports(counting, retry_seconds=60)
+    await import_token(counting, external_token(1))
+    reports = ReportQueue(counting, retry_seconds=60)
     counting.troubles = [StoreUnavailable("the store is away")]
-    await reports.take([elsewhere(number) for number in range(10_000)])
+    await reports.enqueue([external_token(number) for number in range(10_000)])
     await asyncio.sleep(0)
-    await reports.end()
-    left_out = "a report of a leaked key, made elsewhere if it is one, is left out"
-    not_revoked = "reported as leaked and may not be revoked: this process ends"
+    await reports.close()
+    left_out = "the queue of possibly imported keys is full: a leak report was dropped"
+    not_revoked = "reported as leaked and may not be revoked: this process is stopping"
     assert len([each for each in caplog.messages if each.startswith(left_out)]) == 14
     assert f"{left_out}; 8192 times so far" in caplog.messages
     assert len([each for each in caplog.messages if not_revoked in each]) == 10
@@ -467,11 +475,11 @@ async def test_a_key_that_is_reported_many_times_is_named_once(
 ) -> None:
     """Many tokens that look like one key, at the end of a process, are one line."""
     key = await created(counting)
-    reports = Reports(counting, retry_seconds=60)
+    reports = ReportQueue(counting, retry_seconds=60)
     counting.troubles = [StoreUnavailable("the store is away")]
     tokens = [await with_another_secret(counting, key) for _ in range(50)]
-    await reports.take([key.token, *tokens])
-    await reports.end()
+    await reports.enqueue([key.token, *tokens])
+    await reports.close()
     named = [each for each in caplog.messages if each.startswith(f"{key.record.id} was reported")]
     assert len(named) == 1
 
@@ -507,7 +515,7 @@ class Eager:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await Reports(self._engine).take([self._token])
+        await ReportQueue(self._engine).enqueue([self._token])
         await send({"type": "http.response.start", "status": 202, "headers": []})
         await send({"type": "http.response.body", "body": ACCEPTED})
 
@@ -519,7 +527,7 @@ async def test_the_token_is_looked_at_when_the_answer_is_sent(
 ) -> None:
     """So the time of an answer cannot tell what the token is worth."""
     key = await created(counting)
-    token = key.token if real else STRANGERS.mint("kl", "live")
+    token = key.token if real else UNKNOWN_TOKENS.mint("kl", "live")
     make: list[Callable[[], ASGIApp]] = [
         lambda: create_app(counting),
         lambda: Eager(counting, token),
@@ -537,10 +545,10 @@ async def test_no_log_line_and_no_repr_holds_the_token(
     caplog.set_level(logging.DEBUG)
     engine = make_engine()
     await engine.start()
-    key, reports = await created(engine), Reports(engine)
-    await reports.take([key.token])
+    key, reports = await created(engine), ReportQueue(engine)
+    await reports.enqueue([key.token])
     assert key.token.reveal() not in repr(vars(reports))
     await done(reports)
     await engine.stop()
-    assert looks_minted(key.token.reveal())
+    assert has_valid_checksum(key.token.reveal())
     assert key.token.reveal()[-41:] not in caplog.text

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openapi_schema_validator import OAS31Validator
 
-from conftest import OnAStore, Sidecar
+from conftest import Sidecar, StoreTests
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.keyring import Created, Draft
-from keylatch.revocation.feed import END
+from keylatch.keyring import Created, NewKey
+from keylatch.revocation.feed import MAX_SEQ
 from keylatch.sql.lists import Page
 from keylatch.store import Store
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.management import listing
-from keylatch_sidecar.management.listing import CURSOR_SCHEMAS, cursor_of
+from keylatch_sidecar.management.listing import CURSOR_SCHEMAS, encode_cursor
 from servers import PostgresServer
 from shell import Operator
 from test_store import NOW, record
@@ -72,7 +72,7 @@ def test_a_list_without_a_limit_is_as_it_was(
     short = client.get(path)
     assert "link" not in short.headers
     assert short.headers["content-length"] == str(len(short.content))
-    monkeypatch.setattr(listing, "PAGE", 4)
+    monkeypatch.setattr(listing, "PAGE_SIZE", 4)
     monkeypatch.setattr(listing, "_SLICE", 3)
     long = client.get(path)
     assert "link" not in long.headers
@@ -121,8 +121,8 @@ NO_LIMITS = [
     "١",
     "1&limit=2",
 ]
-NO_CURSORS = ["", "x", "A" * 11, "A" * 13, "A" * 12, "=" * 12, "%00" * 12, cursor_of(7, False)]
-NO_CURSORS += [cursor_of(0, True), cursor_of(2**63, True), "bzzzzzzzzzzz", "n%0AAAAAAAAAAA"]
+NO_CURSORS = ["", "x", "A" * 11, "A" * 13, "A" * 12, "=" * 12, "%00" * 12, encode_cursor(7, False)]
+NO_CURSORS += [encode_cursor(0, True), encode_cursor(2**63, True), "bzzzzzzzzzzz", "n%0AAAAAAAAAAA"]
 
 
 @pytest.mark.parametrize("query", [f"limit={no}" for no in NO_LIMITS])
@@ -168,7 +168,7 @@ def test_a_cursor_of_another_organisation_opens_nothing(
     }
 
 
-class ListingContract(OnAStore):
+class ListingContract(StoreTests):
     """What both databases promise of pages."""
 
     @pytest.mark.parametrize("newest_first", [True, False])
@@ -182,7 +182,7 @@ class ListingContract(OnAStore):
         while True:
             page = await store.page("acme", 4, newest_first=newest_first, after=after)
             seen += [found.id for found in page.records]
-            after = page.goes_on_after
+            after = page.next_cursor
             if after is None:
                 break
             await store.add(record(f"key_new_{turn}"), "hashed")
@@ -205,8 +205,8 @@ class ListingContract(OnAStore):
     async def test_a_page_ends_exactly_where_the_list_does(self, store: Store) -> None:
         """No link to an empty page."""
         await store.add_many([(record(f"key_{n}"), "hashed") for n in range(4)])
-        assert (await store.page("acme", 4)).goes_on_after is None
-        assert (await store.page("acme", 3)).goes_on_after is not None
+        assert (await store.page("acme", 4)).next_cursor is None
+        assert (await store.page("acme", 3)).next_cursor is not None
 
 
 class TestMemory(ListingContract):
@@ -252,7 +252,7 @@ async def test_pages_hold_whatever_happens_meanwhile(
             "acme", limit, newest_first=newest_first, deleted=deleted, after=after
         )
         seen += [found.id for found in page.records]
-        after = page.goes_on_after
+        after = page.next_cursor
         if after is None:
             break
         for event in next(turns, []):
@@ -277,8 +277,8 @@ async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -
     """Between any two parts of it the event loop is somebody else's: no part has more than a
     hundred keys, and the whole list is never in memory."""
     keyring = await engine.keyring()
-    boss = await keyring.create("acme", "boss")
-    await keyring.create_many([Draft("acme", f"key {n}") for n in range(1_300)])
+    admin_key = await keyring.create("acme", "admin_key")
+    await keyring.create_many([NewKey("acme", f"key {n}") for n in range(1_300)])
     turns: list[int] = []
     parts: list[bytes] = []
     counter = 0
@@ -295,7 +295,7 @@ async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -
             await asyncio.sleep(0)
 
     ticking = asyncio.create_task(tick())
-    await create_app(engine)(asked(boss), _nothing_more, send)  # type: ignore[arg-type]
+    await create_app(engine)(asked(admin_key), _nothing_more, send)  # type: ignore[arg-type]
     ticking.cancel()
     assert len(json.loads(b"".join(parts))) == 1_301
     keys = [part.count(b'"id"') for part in parts]
@@ -307,8 +307,8 @@ async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -
 async def test_whoever_hangs_up_is_read_no_further(engine: Engine) -> None:
     """The rest of a long list is not fetched for nobody."""
     keyring = await engine.keyring()
-    boss = await keyring.create("acme", "boss")
-    await keyring.create_many([Draft("acme", f"key {n}") for n in range(1_300)])
+    admin_key = await keyring.create("acme", "admin_key")
+    await keyring.create_many([NewKey("acme", f"key {n}") for n in range(1_300)])
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -317,7 +317,7 @@ async def test_whoever_hangs_up_is_read_no_further(engine: Engine) -> None:
     async def hang_up() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    await create_app(engine)(asked(boss), hang_up, send)  # type: ignore[arg-type]
+    await create_app(engine)(asked(admin_key), hang_up, send)  # type: ignore[arg-type]
     assert sum(message.get("body", b"").count(b'"id"') for message in sent) <= 100
 
 
@@ -327,8 +327,8 @@ async def test_a_list_that_breaks_off_is_no_list(
     """The store fails in the middle: the answer has no end that a client could take for one. At
     the very beginning it is a plain 503."""
     keyring = await engine.keyring()
-    boss = await keyring.create("acme", "boss")
-    await keyring.create_many([Draft("acme", f"key {n}") for n in range(600)])
+    admin_key = await keyring.create("acme", "admin_key")
+    await keyring.create_many([NewKey("acme", f"key {n}") for n in range(600)])
     page, sent = engine.store.page, list[dict[str, Any]]()
 
     async def failing(*args: Any, after: int | None = None, **options: Any) -> Page:
@@ -342,13 +342,13 @@ async def test_a_list_that_breaks_off_is_no_list(
     monkeypatch.setattr(engine.store, "page", failing)
     is_down = False
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - a server cuts the connection
-        await create_app(engine)(asked(boss), _nothing_more, send)  # type: ignore[arg-type]
+        await create_app(engine)(asked(admin_key), _nothing_more, send)  # type: ignore[arg-type]
     assert isinstance(_first_of(caught.value), StoreUnavailable)
     assert sent[0]["status"] == 200
     assert all(message.get("more_body", True) for message in sent)
     is_down = True
     sent.clear()
-    await create_app(engine)(asked(boss), _nothing_more, send)  # type: ignore[arg-type]
+    await create_app(engine)(asked(admin_key), _nothing_more, send)  # type: ignore[arg-type]
     assert sent[0]["status"] == 503
 
 
@@ -377,21 +377,21 @@ async def _nothing_more() -> dict[str, Any]:
 def test_the_command_lists_as_many_as_there_are(operator: Operator) -> None:
     """Page by page, and still one JSON array or one table."""
     lines = "".join(f'{{"name": "key {n}"}}\n' for n in range(1_100))
-    made = operator.run("keys", "import", "-", typed=lines)
-    ids = [json.loads(line)["id"] for line in made.out.splitlines()][::-1]
+    made = operator.run("keys", "import", "-", stdin=lines)
+    ids = [json.loads(line)["id"] for line in made.stdout.splitlines()][::-1]
     listed = operator.run("keys", "list", "--json")
-    assert [key["id"] for key in json.loads(listed.out)] == ids
-    assert listed.out == json.dumps(json.loads(listed.out), indent=2) + "\n"
-    some = json.loads(operator.run("keys", "list", "--json", "--limit", "600").out)
+    assert [key["id"] for key in json.loads(listed.stdout)] == ids
+    assert listed.stdout == json.dumps(json.loads(listed.stdout), indent=2) + "\n"
+    some = json.loads(operator.run("keys", "list", "--json", "--limit", "600").stdout)
     assert [key["id"] for key in some] == ids[:600]
-    heading, *rows = operator.run("keys", "list").out.splitlines()
+    heading, *rows = operator.run("keys", "list").stdout.splitlines()
     assert [row.split()[0] for row in rows] == ids
     assert {row.index("kl_...") for row in rows} == {heading.index("token")}
 
 
-@given(st.booleans(), st.integers(1, END - 1))
+@given(st.booleans(), st.integers(1, MAX_SEQ - 1))
 def test_cursors_are_as_they_are_described(newest_first: bool, place: int) -> None:
     """A client that checks what it sends by the document may send any cursor that it got."""
     for order, schema in CURSOR_SCHEMAS.items():
-        is_one = OAS31Validator(schema).is_valid(cursor_of(place, newest_first))
+        is_one = OAS31Validator(schema).is_valid(encode_cursor(place, newest_first))
         assert is_one == (order == newest_first)

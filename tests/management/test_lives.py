@@ -138,30 +138,32 @@ class TestTheEnd:
 
     def test_all_keys_of_an_organisation_end_together(self, sidecar: Sidecar) -> None:
         """The caller's own among them; keys of others, and those made later, are good."""
-        boss, stranger = sidecar.create(), sidecar.create()
-        others = [sidecar.create(boss.record.organization_id) for _ in range(3)]
-        with sidecar.client(boss) as client:
-            for key in (boss, stranger, *others):
+        admin_key, stranger = sidecar.create(), sidecar.create()
+        others = [sidecar.create(admin_key.record.organization_id) for _ in range(3)]
+        with sidecar.client(admin_key) as client:
+            for key in (admin_key, stranger, *others):
                 assert is_good(client, key.token.reveal())
             answer = client.post(f"{KEYS}/revoke-all", json={"reason": "laptop stolen"})
             assert answer.status_code == 200
             assert answer.json()["revoked"] == 4
             assert answer.json()["success"] is True
-            for key in (boss, *others):
+            for key in (admin_key, *others):
                 assert not is_good(client, key.token.reveal())
             assert is_good(client, stranger.token.reveal())
             assert client.post(f"{KEYS}/revoke-all").status_code == 401
-        later = sidecar.create(boss.record.organization_id)
+        later = sidecar.create(admin_key.record.organization_id)
         with sidecar.client(later) as client:
-            shown = client.get(f"{KEYS}/{boss.record.id}").json()
+            shown = client.get(f"{KEYS}/{admin_key.record.id}").json()
             assert (shown["active"], shown["revokedReason"]) == (False, "laptop stolen")
 
-    def test_a_key_for_test_does_not_end_live_ones(self, sidecar: Sidecar, boss: Created) -> None:
+    def test_a_key_for_test_does_not_end_live_ones(
+        self, sidecar: Sidecar, admin_key: Created
+    ) -> None:
         """403, and all of them are good."""
-        test = sidecar.create(boss.record.organization_id, environment="test")
+        test = sidecar.create(admin_key.record.organization_id, environment="test")
         with sidecar.client(test) as client:
             assert client.post(f"{KEYS}/revoke-all").status_code == 403
-            assert is_good(client, boss.token.reveal())
+            assert is_good(client, admin_key.token.reveal())
 
     def test_a_reason_is_kept_and_checked(self, client: httpx.Client) -> None:
         """It is shown later, so it is as clean as a name."""
@@ -270,7 +272,7 @@ class TestAudit:
     """`/v1/audit`"""
 
     def test_every_change_is_there_with_who_and_what(
-        self, client: httpx.Client, boss: Created
+        self, client: httpx.Client, admin_key: Created
     ) -> None:
         """The newest first; no secret is in it."""
         key = created(client, name="ci")
@@ -281,7 +283,7 @@ class TestAudit:
         client.delete(path, params={"reason": "done"})
         lines = client.get("/v1/audit", params={"key": key["id"]}).json()
         assert [(line["action"], line["actor"]) for line in lines] == [
-            (action, boss.record.id)
+            (action, admin_key.record.id)
             for action in (
                 "key.delete",
                 "key.rotate.cancel",
@@ -307,7 +309,7 @@ class TestAudit:
         first = client.get("/v1/audit", params={"limit": 2})
         assert [line["details"]["name"] for line in first.json()] == ["key 2", "key 1"]
         second = client.get(f"/v1/audit{first.links['next']['url']}")
-        assert [line["details"]["name"] for line in second.json()] == ["key 0", "Boss"]
+        assert [line["details"]["name"] for line in second.json()] == ["key 0", "Admin key"]
 
     def test_it_is_ones_own(self, client: httpx.Client, sidecar: Sidecar) -> None:
         """Of another organisation there is nothing, also where its key is named."""

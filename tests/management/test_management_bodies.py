@@ -1,4 +1,4 @@
-"""Bad request bodies on a real socket: the exact refusal, nothing changed, the line stays open."""
+"""Bad request bodies on a real socket: the exact refusal, nothing changed, the connection kept."""
 
 import contextlib
 import http.client
@@ -31,14 +31,14 @@ class Answer:
     body: Any
 
 
-class Line:
+class RawConnection:
     """One TCP connection that is never opened a second time."""
 
-    def __init__(self, sidecar: Sidecar, boss: Created) -> None:
+    def __init__(self, sidecar: Sidecar, admin_key: Created) -> None:
         self._connection = http.client.HTTPConnection(urlsplit(sidecar.url).netloc, timeout=30)
         self._connection.connect()
         self._connection.auto_open = 0
-        self._authorization = {"Authorization": f"Bearer {boss.token.reveal()}"}
+        self._authorization = {"Authorization": f"Bearer {admin_key.token.reveal()}"}
 
     def send(self, method: str, path: str, body: Any = None, *types: str, **options: Any) -> Answer:
         headers = self._authorization | dict(zip(["Content-Type"], types, strict=False))
@@ -58,25 +58,25 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def boss(sidecar: Sidecar) -> Created:
+def admin_key(sidecar: Sidecar) -> Created:
     """One organisation for all: what these tests compare is before and after."""
     return sidecar.create()
 
 
 @pytest.fixture
-def line(sidecar: Sidecar, boss: Created) -> Iterator[Line]:
-    line = Line(sidecar, boss)
-    yield line
-    line.close()
+def raw_connection(sidecar: Sidecar, admin_key: Created) -> Iterator[RawConnection]:
+    raw_connection = RawConnection(sidecar, admin_key)
+    yield raw_connection
+    raw_connection.close()
 
 
 @pytest.fixture(params=["create in unsent", "create in Sendook", "change in unsent"])
-def call(request: pytest.FixtureRequest, boss: Created) -> tuple[str, str]:
+def call(request: pytest.FixtureRequest, admin_key: Created) -> tuple[str, str]:
     """Each call that reads a body: method and path."""
     calls = {
         "create in unsent": ("POST", UNSENT),
         "create in Sendook": ("POST", SENDOOK),
-        "change in unsent": ("PATCH", f"{UNSENT}/{boss.record.id}"),
+        "change in unsent": ("PATCH", f"{UNSENT}/{admin_key.record.id}"),
     }
     return calls[request.param]
 
@@ -106,22 +106,24 @@ def field_error(path: str, value: Any = NOT_GIVEN) -> dict[str, Any]:
     ],
 )
 def test_a_body_of_another_type_is_refused(
-    line: Line, call: tuple[str, str], media_type: str
+    raw_connection: RawConnection, call: tuple[str, str], media_type: str
 ) -> None:
     """415, even where the bytes are JSON: what a browser sends unasked is none of these calls."""
-    before = line.all_keys()
-    answer = line.send(*call, b'{"name":"CI"}', media_type)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send(*call, b'{"name":"CI"}', media_type)
     assert answer.status == 415
     message = "Send JSON: Content-Type: application/json"
     assert answer.body == error(call[1], "UNSUPPORTED_MEDIA_TYPE", message)
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
-def test_a_body_without_a_type_is_refused(line: Line, call: tuple[str, str]) -> None:
+def test_a_body_without_a_type_is_refused(
+    raw_connection: RawConnection, call: tuple[str, str]
+) -> None:
     """415: nothing is guessed."""
-    before = line.all_keys()
-    assert line.send(*call, b'{"name":"CI"}').status == 415
-    assert line.all_keys() == before
+    before = raw_connection.all_keys()
+    assert raw_connection.send(*call, b'{"name":"CI"}').status == 415
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize(
@@ -134,25 +136,27 @@ def test_a_body_without_a_type_is_refused(line: Line, call: tuple[str, str]) -> 
         *(b'{"name":NaN}', b'{"name":"CI","x":Infinity}', b'{"name":-Infinity}', b'{"name":01}'),
     ],
 )
-def test_a_body_that_is_not_json_is_refused(line: Line, call: tuple[str, str], body: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(
+    raw_connection: RawConnection, call: tuple[str, str], body: bytes
+) -> None:
     """415 for broken JSON, broken UTF-8, other encodings, and Python's own NaN and Infinity."""
-    before = line.all_keys()
-    answer = line.send(*call, body, JSON)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send(*call, body, JSON)
     assert answer.status == 415
     assert answer.body == error(call[1], "UNSUPPORTED_MEDIA_TYPE", answer.body["message"])
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize("body", [b"[]", b'[{"name":"CI"}]', b'"CI"', b"1", b"null", b"true"])
 def test_a_body_that_is_no_object_is_refused(
-    line: Line, call: tuple[str, str], body: bytes
+    raw_connection: RawConnection, call: tuple[str, str], body: bytes
 ) -> None:
     """400: these calls take objects."""
-    before = line.all_keys()
-    answer = line.send(*call, body, JSON)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send(*call, body, JSON)
     assert answer.status == 400
     assert answer.body == error(call[1], "BAD_REQUEST", "The body must be a JSON object")
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize(
@@ -165,60 +169,67 @@ def test_a_body_that_is_no_object_is_refused(
     ids=lambda value: f"{value[:4].decode()}... {len(value)}",
 )
 def test_numbers_and_nesting_beyond_reason_are_refused(
-    line: Line, call: tuple[str, str], value: bytes
+    raw_connection: RawConnection, call: tuple[str, str], value: bytes
 ) -> None:
     """400, never 500 and never a crash, at every depth and in every field."""
-    before = line.all_keys()
+    before = raw_connection.all_keys()
     for field in (b"name", b"other"):
-        answer = line.send(*call, b'{"%s":%s}' % (field, value), JSON)
+        answer = raw_connection.send(*call, b'{"%s":%s}' % (field, value), JSON)
         assert answer.status == 400
         assert answer.body == error(call[1], "BAD_REQUEST", BEYOND_REASON)
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize("size", [16 * 1024 + 1, 100_000, 3_000_000])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_beyond_16_kib_is_refused(
-    line: Line, sidecar: Sidecar, boss: Created, call: tuple[str, str], size: int, chunked: bool
+    raw_connection: RawConnection,
+    sidecar: Sidecar,
+    admin_key: Created,
+    call: tuple[str, str],
+    size: int,
+    chunked: bool,
 ) -> None:
-    """413, with or without a length, and the line is hung up instead of read to its end."""
-    before = line.all_keys()
+    """413, with or without a length, and the connection is closed instead of read to its end."""
+    before = raw_connection.all_keys()
     body = b'{"name":"CI"}'.ljust(size)
     pieces = (body[at : at + 5000] for at in range(0, size, 5000))
-    answer = line.send(*call, pieces if chunked else body, JSON, encode_chunked=chunked)
+    answer = raw_connection.send(*call, pieces if chunked else body, JSON, encode_chunked=chunked)
     assert answer.status == 413
     message = "The body must not exceed 16384 bytes"
     assert answer.body == error(call[1], "PAYLOAD_TOO_LARGE", message)
     assert answer.headers["Connection"] == "close"
-    another = Line(sidecar, boss)
+    another = RawConnection(sidecar, admin_key)
     assert another.all_keys() == before
     another.close()
 
 
 def test_a_body_has_to_arrive_in_time(
-    sidecar: Sidecar, boss: Created, call: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    sidecar: Sidecar, admin_key: Created, call: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """408 in the dialect's words, the line is hung up, and nothing was changed."""
+    """408 in the dialect's words, the connection is closed, and nothing was changed."""
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
-    line = Line(sidecar, boss)
-    before = line.all_keys()
+    raw_connection = RawConnection(sidecar, admin_key)
+    before = raw_connection.all_keys()
     body = (piece for piece in [b'{"name":', b'"CI"'])  # and not what ends it
-    answer = line.send(*call, body, JSON, headers={"Content-Length": "13"})
+    answer = raw_connection.send(*call, body, JSON, headers={"Content-Length": "13"})
     assert answer.status == 408
     message = "The body did not arrive in 0.1 s"
     assert answer.body == error(call[1], "REQUEST_TIMEOUT", message)
     assert answer.headers["Connection"] == "close"
-    another = Line(sidecar, boss)
+    another = RawConnection(sidecar, admin_key)
     assert another.all_keys() == before
     another.close()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_of_16_kib_is_accepted(line: Line, call: tuple[str, str], chunked: bool) -> None:
+def test_a_body_of_16_kib_is_accepted(
+    raw_connection: RawConnection, call: tuple[str, str], chunked: bool
+) -> None:
     """The limit itself is within the limit."""
     body = b'{"name":"CI"}'.ljust(16 * 1024)
     pieces = (body[at : at + 100] for at in range(0, len(body), 100))
-    answer = line.send(*call, pieces if chunked else body, JSON, encode_chunked=chunked)
+    answer = raw_connection.send(*call, pieces if chunked else body, JSON, encode_chunked=chunked)
     assert answer.status == 200
     assert answer.body["name"] == "CI"
 
@@ -228,10 +239,10 @@ def test_a_body_of_16_kib_is_accepted(line: Line, call: tuple[str, str], chunked
     [JSON, "Application/JSON", "application/json; charset=utf-8", "application/merge-patch+json"],
 )
 def test_every_spelling_of_json_is_accepted(
-    line: Line, call: tuple[str, str], media_type: str
+    raw_connection: RawConnection, call: tuple[str, str], media_type: str
 ) -> None:
     """Letter case, parameters and the `+json` family."""
-    assert line.send(*call, b'{"name":"CI"}', media_type).status == 200
+    assert raw_connection.send(*call, b'{"name":"CI"}', media_type).status == 200
 
 
 NO_STRINGS: list[Any] = [1, 1.5, True, None, [], {}, ["CI"], {"$gt": ""}, 10**4000]
@@ -248,17 +259,17 @@ NO_NAMES: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("given", "message"), NO_NAMES, ids=ascii)
 def test_a_name_that_is_none_is_refused(
-    line: Line, call: tuple[str, str], given: Any, message: str
+    raw_connection: RawConnection, call: tuple[str, str], given: Any, message: str
 ) -> None:
     """400 in the dialect's shape; Sendook's quotes what was given, lone surrogates too."""
-    before = line.all_keys()
-    answer = line.send(*call, json.dumps({"name": given}), JSON)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send(*call, json.dumps({"name": given}), JSON)
     assert answer.status == 400
     if call[1] == SENDOOK:
         assert answer.body == field_error("name", given)
     else:
         assert answer.body == unsent_error("BAD_REQUEST", f"name: {message}")
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize(
@@ -269,12 +280,14 @@ def test_a_name_that_is_none_is_refused(
         *("👩\u200d👩\u200d👧", "'; DROP TABLE keys; --", "${jndi:ldap://x}", "{{7*7}}", "null"),
     ],
 )
-def test_a_name_in_any_script_is_accepted(line: Line, call: tuple[str, str], name: str) -> None:
+def test_a_name_in_any_script_is_accepted(
+    raw_connection: RawConnection, call: tuple[str, str], name: str
+) -> None:
     """Up to 100 characters, kept as they came, without the blanks around them."""
-    answer = line.send(*call, json.dumps({"name": f" \t{name}\n"}), JSON)
+    answer = raw_connection.send(*call, json.dumps({"name": f" \t{name}\n"}), JSON)
     assert answer.status == 200
     assert answer.body["name"] == name
-    assert name in [key["name"] for key in line.all_keys()]
+    assert name in [key["name"] for key in raw_connection.all_keys()]
 
 
 @pytest.mark.parametrize(
@@ -287,17 +300,17 @@ def test_a_name_in_any_script_is_accepted(line: Line, call: tuple[str, str], nam
     ],
 )
 def test_a_name_that_is_there_twice_is_refused(
-    line: Line, call: tuple[str, str], body: str, name: str, value: Any
+    raw_connection: RawConnection, call: tuple[str, str], body: str, name: str, value: Any
 ) -> None:
     """Parsers disagree on which one counts, so neither does."""
-    before = line.all_keys()
-    answer = line.send(*call, body, JSON)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send(*call, body, JSON)
     assert answer.status == 400
     if call[1] == SENDOOK:
         assert answer.body == field_error(name, value)
     else:
         assert answer.body == unsent_error("BAD_REQUEST", f"{name}: is there twice")
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize(
@@ -307,48 +320,56 @@ def test_a_name_that_is_there_twice_is_refused(
         *("lastUsed", "expires_at", "deletedAt", "hash", "role", "__proto__", "Name", "name "),
     ],
 )
-def test_an_unknown_field_is_refused(line: Line, call: tuple[str, str], field: str) -> None:
+def test_an_unknown_field_is_refused(
+    raw_connection: RawConnection, call: tuple[str, str], field: str
+) -> None:
     """400: what would be ignored today could mean something tomorrow, and nobody assigns an id."""
-    before = line.all_keys()
+    before = raw_connection.all_keys()
     for value in ("x", None, {"a": [1]}):
-        answer = line.send(*call, json.dumps({"name": "CI", field: value}), JSON)
+        answer = raw_connection.send(*call, json.dumps({"name": "CI", field: value}), JSON)
         assert answer.status == 400
         if call[1] == SENDOOK:
             assert answer.body == field_error(field, value)
         else:
             message = f"{field}: is no field of this body"
             assert answer.body == unsent_error("BAD_REQUEST", message)
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize("field", ["permission", "environment", "expiresAt", "active"])
-def test_sendooks_keys_have_nothing_but_a_name_to_choose(line: Line, field: str) -> None:
+def test_sendooks_keys_have_nothing_but_a_name_to_choose(
+    raw_connection: RawConnection, field: str
+) -> None:
     """keylatch's extensions are on the other dialect."""
-    answer = line.send("POST", SENDOOK, json.dumps({"name": "CI", field: "x"}), JSON)
+    answer = raw_connection.send("POST", SENDOOK, json.dumps({"name": "CI", field: "x"}), JSON)
     assert answer.status == 400
     assert answer.body == field_error(field, "x")
 
 
 @pytest.mark.parametrize("body", [b"", b"{}"])
-def test_an_empty_body_lacks_the_name(line: Line, body: bytes) -> None:
+def test_an_empty_body_lacks_the_name(raw_connection: RawConnection, body: bytes) -> None:
     """400 that names what is missing, whatever the empty body is called."""
-    before = line.all_keys()
+    before = raw_connection.all_keys()
     for media_type in (JSON, "text/plain", "") if not body else (JSON,):
-        unsent, sendook = (line.send("POST", path, body, media_type) for path in (UNSENT, SENDOOK))
+        unsent, sendook = (
+            raw_connection.send("POST", path, body, media_type) for path in (UNSENT, SENDOOK)
+        )
         assert unsent.status == sendook.status == 400
         assert unsent.body == unsent_error("BAD_REQUEST", "name: Field required")
         assert sendook.body == field_error("name")
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize("body", [b"", b"{}"])
-def test_a_change_of_nothing_is_refused(line: Line, boss: Created, body: bytes) -> None:
+def test_a_change_of_nothing_is_refused(
+    raw_connection: RawConnection, admin_key: Created, body: bytes
+) -> None:
     """400 that says what could be changed."""
-    before = line.all_keys()
-    answer = line.send("PATCH", f"{UNSENT}/{boss.record.id}", body, JSON)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send("PATCH", f"{UNSENT}/{admin_key.record.id}", body, JSON)
     message = "Nothing to change: send a field of the key"
     assert (answer.status, answer.body) == (400, unsent_error("BAD_REQUEST", message))
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 NO_TIMES: list[Any] = [1, 4102444800, "4102444800", "tomorrow", "2100-01-01", "", True, [], {}]
@@ -377,26 +398,32 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "message"), BAD_FIELDS, ids=ascii)
 @pytest.mark.parametrize("method", ["POST", "PATCH"])
 def test_a_bad_value_is_refused_by_name(
-    line: Line, boss: Created, method: str, fields: dict[str, Any], message: str
+    raw_connection: RawConnection,
+    admin_key: Created,
+    method: str,
+    fields: dict[str, Any],
+    message: str,
 ) -> None:
     """Permission and expiry are checked on create and on change."""
-    before = line.all_keys()
-    path = UNSENT if method == "POST" else f"{UNSENT}/{boss.record.id}"
-    answer = line.send(method, path, json.dumps({"name": "CI", **fields}), JSON)
+    before = raw_connection.all_keys()
+    path = UNSENT if method == "POST" else f"{UNSENT}/{admin_key.record.id}"
+    answer = raw_connection.send(method, path, json.dumps({"name": "CI", **fields}), JSON)
     assert answer.status == 400
     assert answer.body["message"].startswith(message)
     assert answer.body == unsent_error("BAD_REQUEST", answer.body["message"])
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize("word", ["", "LIVE", "li_ve", "1st", "x" * 17, "live\n", "é", " live"])
-def test_a_bad_environment_is_refused(line: Line, word: str) -> None:
+def test_a_bad_environment_is_refused(raw_connection: RawConnection, word: str) -> None:
     """It becomes a part of the token, so it must be of the token's grammar."""
-    before = line.all_keys()
-    answer = line.send("POST", UNSENT, json.dumps({"name": "CI", "environment": word}), JSON)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send(
+        "POST", UNSENT, json.dumps({"name": "CI", "environment": word}), JSON
+    )
     message = "environment: must match [a-z][a-z0-9]{0,15}"
     assert (answer.status, answer.body) == (400, unsent_error("BAD_REQUEST", message))
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
 @pytest.mark.parametrize(
@@ -404,48 +431,53 @@ def test_a_bad_environment_is_refused(line: Line, word: str) -> None:
     [({"active": "false"}, "active"), ({"active": None}, "active"), ({"active": 0}, "active")],
 )
 def test_a_key_is_active_or_not(
-    line: Line, boss: Created, fields: dict[str, Any], named: str
+    raw_connection: RawConnection, admin_key: Created, fields: dict[str, Any], named: str
 ) -> None:
     """Only `true` and `false` are; a word that looks like one disables nothing."""
-    before = line.all_keys()
-    answer = line.send("PATCH", f"{UNSENT}/{boss.record.id}", json.dumps(fields), JSON)
+    before = raw_connection.all_keys()
+    answer = raw_connection.send(
+        "PATCH", f"{UNSENT}/{admin_key.record.id}", json.dumps(fields), JSON
+    )
     message = f"{named}: Input should be a valid boolean"
     assert (answer.status, answer.body) == (400, unsent_error("BAD_REQUEST", message))
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
 
 
-def test_every_fault_of_a_body_is_named_at_once(line: Line) -> None:
+def test_every_fault_of_a_body_is_named_at_once(raw_connection: RawConnection) -> None:
     """Nobody has to find their mistakes one by one."""
     body = json.dumps({"name": 1, "permission": None, "spy": 1})
-    unsent, sendook = (line.send("POST", path, body, JSON) for path in (UNSENT, SENDOOK))
+    unsent, sendook = (raw_connection.send("POST", path, body, JSON) for path in (UNSENT, SENDOOK))
     assert [part.partition(":")[0] for part in unsent.body["message"].split("; ")] == [
         *("name", "permission", "spy")
     ]
     assert [fault["path"] for fault in sendook.body["errors"]] == ["name", "permission", "spy"]
 
 
-def test_no_body_is_read_for_a_caller_without_a_key(sidecar: Sidecar, boss: Created) -> None:
+def test_no_body_is_read_for_a_caller_without_a_key(sidecar: Sidecar, admin_key: Created) -> None:
     """The answer is there before the body is: a stranger's upload costs nothing."""
     host, port = urlsplit(sidecar.url).netloc.split(":")
     for path in (UNSENT, SENDOOK):
-        with socket.create_connection((host, int(port)), timeout=30) as line:
+        with socket.create_connection((host, int(port)), timeout=30) as raw_connection:
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
-            line.sendall(head.encode())
-            assert line.recv(100).startswith(b"HTTP/1.1 401 ")
+            raw_connection.sendall(head.encode())
+            assert raw_connection.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
 def test_a_body_that_ends_early_changes_nothing(
-    line: Line, sidecar: Sidecar, boss: Created, caplog: pytest.LogCaptureFixture
+    raw_connection: RawConnection,
+    sidecar: Sidecar,
+    admin_key: Created,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A caller who hangs up in the middle creates no key and leaves no stack trace."""
-    before = line.all_keys()
+    before = raw_connection.all_keys()
     host, port = urlsplit(sidecar.url).netloc.split(":")
     head = (
         f"POST {UNSENT} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nContent-Length: 100\r\n"
-        f"Authorization: Bearer {boss.token.reveal()}\r\n\r\n"
+        f"Authorization: Bearer {admin_key.token.reveal()}\r\n\r\n"
     )
     for _ in range(5):
         with socket.create_connection((host, int(port)), timeout=30) as caller:
             caller.sendall(head.encode() + b'{"name":"CI"}')
-    assert line.all_keys() == before
+    assert raw_connection.all_keys() == before
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -14,7 +14,7 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.drafts import InvalidValue, checked_name
+from keylatch.drafts import InvalidValue, validate_name
 from keylatch.keyring import Created
 from keylatch_sidecar.app import ROUTES
 from keylatch_sidecar.management.bodies import NAME_PATTERN
@@ -115,9 +115,9 @@ def test_bodies_are_needed_where_they_are_called_so(
     """A client made from the document may leave out what is optional, and nothing else."""
     for path, method, operation in operations(document):
         if "requestBody" in operation:
-            boss = sidecar.create()
-            with sidecar.client(boss) as caller:
-                answer = caller.request(method, path.replace("{id}", boss.record.id))
+            admin_key = sidecar.create()
+            with sidecar.client(admin_key) as caller:
+                answer = caller.request(method, path.replace("{id}", admin_key.record.id))
             assert (answer.status_code == 400) == operation["requestBody"]["required"], path
 
 
@@ -125,10 +125,10 @@ def test_bodies_are_needed_where_they_are_called_so(
     ("seconds", "status"), [("60", 200), ("60.0", 200), ("6e1", 200), ("60.5", 400), ("true", 400)]
 )
 def test_whole_numbers_are_those_of_json_schema(
-    client: httpx.Client, boss: Created, seconds: str, status: int
+    client: httpx.Client, admin_key: Created, seconds: str, status: int
 ) -> None:
     """However they are written; found by schemathesis."""
-    path = f"/v1/api-keys/{boss.record.id}/rotate"
+    path = f"/v1/api-keys/{admin_key.record.id}/rotate"
     body = f'{{"graceSeconds": {seconds}}}'
     assert client.post(path, content=body, headers=AS_JSON).status_code == status
 
@@ -141,7 +141,7 @@ blanks_and_controls = st.sampled_from(BLANKS + "\0\x7f\u200e\u202e\ufeffCI\U0001
 def test_names_are_described_as_they_are_checked(name: str) -> None:
     """What the pattern lets through makes a key, and nothing else does."""
     try:
-        checked_name(name)
+        validate_name(name)
         is_good = True
     except InvalidValue:
         is_good = False
@@ -201,13 +201,13 @@ class Transcript:
 def test_real_answers_are_as_described(
     document: dict[str, Any],
     client: httpx.Client,
-    boss: Created,
+    admin_key: Created,
     sidecar: Sidecar,
     clock: Clock,
     tmp_path: Path,
 ) -> None:
     """Every described answer is met at least once, and holds exactly what is described."""
-    organization = boss.record.organization_id
+    organization = admin_key.record.organization_id
     transcript = Transcript(document)
     with (
         sidecar_on(f"sqlite:///{tmp_path}/missing/keys.db", clock) as down,
@@ -215,7 +215,7 @@ def test_real_answers_are_as_described(
         narrow.client(narrow.create()) as limited,
         sidecar.client() as anonymous,
         sidecar.client(sidecar.create(organization, permission="SENDING")) as sending,
-        down.client(boss) as waiting,
+        down.client(admin_key) as waiting,
     ):
         for keys in ("/v1/api-keys", "/v1/api_keys"):
             one = f"{keys}/{{id}}"
@@ -243,15 +243,15 @@ def test_real_answers_are_as_described(
                     transcript.call(client, method, where, template)
         for template, method, _ in operations(document):
             if template.startswith("/v1/") and template not in MANAGED:
-                its_boss = sidecar.create()
-                its_key = sidecar.create(its_boss.record.organization_id)
+                its_admin_key = sidecar.create()
+                its_key = sidecar.create(its_admin_key.record.organization_id)
                 where = template.replace("{id}", its_key.record.id)
                 callers = [anonymous, waiting]
                 if "403" in document["paths"][template][method.lower()]["responses"]:
                     callers.append(sending)
                 for caller in callers:
                     transcript.call(caller, method, where, template)
-                with sidecar.client(its_boss) as caller:
+                with sidecar.client(its_admin_key) as caller:
                     malformed: dict[str, Any] = {"headers": {"Authorization": "Bearer"}}
                     for options in [
                         malformed,
@@ -269,7 +269,7 @@ def test_real_answers_are_as_described(
                     if template.endswith(("/cancel", "/finish")):
                         caller.post(f"/v1/api-keys/{its_key.record.id}/rotate")
                     if "202" in document["paths"][template][method.lower()]["responses"]:
-                        spare = sidecar.create(its_boss.record.organization_id)
+                        spare = sidecar.create(its_admin_key.record.organization_id)
                         with sidecar.client(spare) as last:
                             transcript.call(last, method, where, template, headers=later)
                     transcript.call(caller, method, where, template)

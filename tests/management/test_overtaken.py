@@ -16,12 +16,12 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from conftest import Clock, MakeEngine
-from keylatch.drafts import CallerRefused, Draft, NotPermitted, NotPossible
+from keylatch.drafts import CallerRefused, InvalidKeyState, NewKey, NotPermitted
 from keylatch.engine import Engine
-from keylatch.foreign import Foreign
+from keylatch.foreign import ImportedToken
 from keylatch.hashing import Hasher
 from keylatch.keyring import Created, Keyring
-from keylatch.model import KeyRecord, Principal, Reason, principal_of, secret_of
+from keylatch.model import KeyRecord, Principal, Reason, principal_of, secret_version_of
 from keylatch.settings import Settings
 from keylatch.sql import authorization, changes
 from keylatch.sql.authorization import Actor, Authority
@@ -57,11 +57,11 @@ class Scene:
 
     async def snapshot(self) -> list[Any]:
         """All that a refused change must not touch."""
-        changes = await self.engine.store.changes(0)
+        changes = await self.engine.store.invalidations_since(0)
         return [
             changes.seq,
             await self.engine.store.list(ORG, deleted=True),
-            await self.engine.store.deeds(None, 1_000),
+            await self.engine.store.events(None, 1_000),
         ]
 
 
@@ -122,14 +122,14 @@ ENDINGS: dict[str, tuple[Ending, Reason | None]] = {
 }
 """What happens, and why the key is refused afterwards; None: it is good, and may not do this."""
 
-RAW = Foreign("raw:00", "...abcd", "$sha256$00")
+RAW = ImportedToken("raw:00", "...abcd", "$sha256$00")
 
 Change = Callable[[Scene], Awaitable[object]]
 CHANGES: dict[str, Change] = {
     "create": lambda s: s.keyring.create(ORG, "new", by=s.by),
     "create a lesser one": lambda s: s.keyring.create(ORG, "new", permission="SENDING", by=s.by),
-    "create many": lambda s: s.keyring.create_many([Draft(ORG, "a"), Draft(ORG, "b")], by=s.by),
-    "import": lambda s: s.keyring.bring_many([(Draft(ORG, "old"), RAW)], by=s.by),
+    "create many": lambda s: s.keyring.create_many([NewKey(ORG, "a"), NewKey(ORG, "b")], by=s.by),
+    "import": lambda s: s.keyring.import_many([(NewKey(ORG, "old"), RAW)], by=s.by),
     "rename": lambda s: s.keyring.change(ORG, s.other.id, name="new", by=s.by),
     "rename itself": lambda s: s.keyring.change(ORG, s.by.key_id, name="new", by=s.by),
     "change": lambda s: s.keyring.change(ORG, s.other.id, permission="SENDING", by=s.by),
@@ -143,7 +143,7 @@ CHANGES: dict[str, Change] = {
     "finish": lambda s: s.keyring.finish_rotation(ORG, s.rotated.id, by=s.by),
     "revoke all": lambda s: s.keyring.revoke_all(ORG, by=s.by),
     "disable all": lambda s: s.keyring.set_organization_active(ORG, False, by=s.by),
-    "end itself": lambda s: s.keyring.end_acting_secret(s.by),
+    "end itself": lambda s: s.keyring.revoke_own_secret(s.by),
 }
 
 MAY_STILL = {"end itself": ("demoted", "rotated, within the grace")}
@@ -195,9 +195,9 @@ class OvertakenContract:
         """The store repeats the transaction: the acting key may be gone by its own work, and that
         is no refusal. It is written once, and waits for no connection of the leases."""
         scene.engine.store._database = LosesAnswers(scene.engine.store._database)
-        before = len(await scene.engine.store.deeds(None, 1_000))
+        before = len(await scene.engine.store.events(None, 1_000))
         assert await CHANGES[change](scene)
-        written = len(await scene.engine.store.deeds(None, 1_000)) - before
+        written = len(await scene.engine.store.events(None, 1_000)) - before
         assert written == (2 if change == "create many" else 1)
 
     async def test_without_the_second_judgement_a_revoked_key_makes_keys(
@@ -219,7 +219,7 @@ class OvertakenContract:
             assert await keyring.change(ORG, key_id, name="new", by=principal_of(by))
 
         async def use(at: int) -> None:
-            await scene.engine.store.touch(dict.fromkeys(ids, at))
+            await scene.engine.store.record_last_used(dict.fromkeys(ids, at))
 
         for turn in range(5):
             renames = [rename(by.record, key_id) for by in made for key_id in ids]
@@ -318,7 +318,7 @@ def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     def believe(*_: Any, **__: Any) -> Authority:
         return Authority()
 
-    monkeypatch.setattr(authorization, "judge_again", believe)
+    monkeypatch.setattr(authorization, "reauthorize", believe)
 
 
 class TestWhatAKeyLeavesBehind:
@@ -330,7 +330,7 @@ class TestWhatAKeyLeavesBehind:
 
     async def test_a_key_says_who_created_it(self, keyring: Keyring) -> None:
         """A key's id, or the operator's name as in the audit log."""
-        first = (await keyring.used_by("cli:alice").create(ORG, "first")).record
+        first = (await keyring.as_operator("cli:alice").create(ORG, "first")).record
         second = (await keyring.create(ORG, "second", by=principal_of(first))).record
         assert (first.created_by, second.created_by) == ("cli:alice", first.id)
 
@@ -341,12 +341,12 @@ class TestWhatAKeyLeavesBehind:
         grandchild = await self._child(keyring, child)
         stranger = await self._child(keyring, None)
         await keyring.delete(ORG, child.id)
-        before = (await engine.store.changes(0)).seq
+        before = (await engine.store.invalidations_since(0)).seq
         changed = await keyring.delete(ORG, root.id, descendants=True, reason="leaked")
         assert changed is not None
         assert (changed.count, changed.record.revoked_reason) == (3, "leaked")
         assert [key.id for key in await keyring.list(ORG)] == [stranger.id]
-        touched = (await engine.store.changes(before)).touched
+        touched = (await engine.store.invalidations_since(before)).invalidations
         assert sorted(key_id or "" for _, key_id, _ in touched) == sorted(
             (root.id, sibling.id, grandchild.id)
         )
@@ -370,7 +370,7 @@ class TestWhatAKeyLeavesBehind:
     async def test_another_organisations_keys_are_no_descendants(self, keyring: Keyring) -> None:
         """An operator may have the name of a key."""
         root = await self._child(keyring, None)
-        other = await keyring.used_by(root.id).create("other", "theirs")
+        other = await keyring.as_operator(root.id).create("other", "theirs")
         assert await keyring.delete(ORG, root.id, descendants=True)
         assert await keyring.list("other") == [other.record]
 
@@ -398,12 +398,12 @@ class TestAnEnd:
         assert await scene.keyring.get(ORG, created.record.id) == created.record
         sooner = await scene.keyring.create(ORG, "new", expires_at=end - 1, by=scene.by)
         assert sooner.record.expires_at == end - 1
-        many = await scene.keyring.create_many([Draft(ORG, "a"), Draft(ORG, "b")], by=scene.by)
+        many = await scene.keyring.create_many([NewKey(ORG, "a"), NewKey(ORG, "b")], by=scene.by)
         assert [each.record.expires_at for each in many] == [end, end]
         before = await scene.snapshot()
         with pytest.raises(NotPermitted):
             await scene.keyring.create(ORG, "new", expires_at=end + 1, by=scene.by)
-        drafts = [Draft(ORG, "a"), Draft(ORG, "b", expires_at=end + 1)]
+        drafts = [NewKey(ORG, "a"), NewKey(ORG, "b", expires_at=end + 1)]
         with pytest.raises(NotPermitted):
             await scene.keyring.create_many(drafts, by=scene.by)
         assert await scene.snapshot() == before
@@ -454,15 +454,15 @@ class TestAnOldSecret:
         old = principal_of(key.record)
         rotated = await keyring.rotate(ORG, key.record.id, grace_seconds=60)
         assert rotated is not None
-        assert old.secret == secret_of(rotated.record, is_previous=True)
+        assert old.secret_version == secret_version_of(rotated.record, is_previous=True)
         new = Created(rotated.record, rotated.token)
         assert [await is_allowed(engine, each) for each in (key, new)] == [True, True]
-        changed = await keyring.end_acting_secret(old)
+        changed = await keyring.revoke_own_secret(old)
         assert changed is not None
         assert changed.record.deleted_at is None
         assert [await is_allowed(engine, each) for each in (key, new)] == [False, True]
         with pytest.raises(CallerRefused):
-            await keyring.end_acting_secret(old)
+            await keyring.revoke_own_secret(old)
 
     async def test_a_report_ends_the_secret_that_was_reported(self, engine: Engine) -> None:
         """A key that was rotated between the look-up of a leaked token and its revocation stays."""
@@ -472,8 +472,8 @@ class TestAnOldSecret:
         assert owner is not None
         rotated = await keyring.rotate(ORG, key.record.id)
         assert rotated is not None
-        with pytest.raises(NotPossible):
-            await keyring.end_secret(owner.record, owner.secret)
+        with pytest.raises(InvalidKeyState):
+            await keyring.revoke_secret(owner.record, owner.secret)
         assert await is_allowed(engine, Created(rotated.record, rotated.token))
         assert await engine.identify(key.token) is None
 
@@ -514,8 +514,8 @@ async def test_a_key_manages_its_own_organisation_only(engine: Engine) -> None:
     assert await keyring.delete("other", theirs.id, descendants=True, by=by) is None
     for change in (
         keyring.create("other", "new", by=by),
-        keyring.create_many([Draft(ORG, "a"), Draft("other", "b")], by=by),
-        keyring.create_many([Draft("other", "b"), Draft(ORG, "a")], by=by),
+        keyring.create_many([NewKey(ORG, "a"), NewKey("other", "b")], by=by),
+        keyring.create_many([NewKey("other", "b"), NewKey(ORG, "a")], by=by),
         keyring.revoke_all("other", by=by),
         keyring.set_organization_active("other", False, by=by),
     ):
@@ -530,5 +530,5 @@ async def is_allowed(engine: Engine, key: Created) -> bool:
 
 async def secret(engine: Engine, key: Created) -> int | None:
     """By which secret a token is let in; None: it is refused."""
-    verdict = await engine.check([b"Bearer " + key.token.reveal().encode()])
-    return getattr(getattr(verdict, "principal", None), "secret", None)
+    verdict = await engine.authenticate([b"Bearer " + key.token.reveal().encode()])
+    return getattr(getattr(verdict, "principal", None), "secret_version", None)

@@ -24,7 +24,7 @@ from keylatch.keyring import Created, Keyring
 from keylatch.settings import Settings
 from keylatch.sql.schema import invalidations, keys
 from servers import PostgresServer
-from wire import Answer, read
+from wire import RawResponse, parse_response
 
 pytestmark = pytest.mark.long
 
@@ -139,7 +139,7 @@ class HeldCall:
     def is_held(self) -> bool:
         return self._received.startswith(b"HTTP/1.1 100 ")
 
-    def finish(self) -> Answer:
+    def finish(self) -> RawResponse:
         """Send the body; the answer."""
         if self.is_held:
             self._socket.sendall(self._body)
@@ -147,7 +147,7 @@ class HeldCall:
         while piece := self._socket.recv(65536):
             self._received += piece
         self._socket.close()
-        return read(self._received)
+        return parse_response(self._received)
 
 
 Ending = Callable[[Keyring, Created], Awaitable[object]]
@@ -236,7 +236,7 @@ def snapshot(deployment: Deployment, organization: str) -> list[Any]:
         records = await keyring.list(organization, deleted=True)
         return [
             [replace(record, last_used=None, previous_last_used=None) for record in records],
-            await keyring.deeds(organization, 100),
+            await keyring.events(organization, 100),
         ]
 
     keys_and_deeds: list[Any] = deployment.operate(look)

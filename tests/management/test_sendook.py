@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
 from keylatch.keyring import Created
-from servers import needs
+from servers import require_program
 
 KEYS = "/v1/api_keys"
 FIELDS = {"id", "_id", "name", "organizationId", "active", "createdAt", "updatedAt"}
@@ -45,7 +45,7 @@ def bearer(key: dict[str, Any]) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["Production API Key", "Development Key", "CI/CD Pipeline"])
 def test_a_created_key_is_answered_with_all_its_fields(
-    client: httpx.Client, boss: Created, name: str
+    client: httpx.Client, admin_key: Created, name: str
 ) -> None:
     """200, not 201, as the real server: the page's seven fields, and `_id` for raw clients."""
     answer = client.post(KEYS, json={"name": f"  {name}\t"})
@@ -56,7 +56,7 @@ def test_a_created_key_is_answered_with_all_its_fields(
         "_id": key["id"],
         "name": name,
         "key": key["key"],
-        "organizationId": boss.record.organization_id,
+        "organizationId": admin_key.record.organization_id,
         "active": True,
         "createdAt": key["createdAt"],
         "updatedAt": key["createdAt"],
@@ -86,12 +86,12 @@ def test_the_key_is_in_the_create_answer_and_in_no_other(client: httpx.Client) -
     assert key["key"].rpartition("_")[2] not in json.dumps(answers)
 
 
-def test_the_list_is_oldest_first(client: httpx.Client, boss: Created) -> None:
+def test_the_list_is_oldest_first(client: httpx.Client, admin_key: Created) -> None:
     """A bare array in the order of creation, even within one millisecond."""
     names = [created(client, f"Key {number}")["name"] for number in range(5)]
     answer = client.get(KEYS)
     assert answer.status_code == 200
-    assert [key["name"] for key in answer.json()] == [boss.record.name, *names]
+    assert [key["name"] for key in answer.json()] == [admin_key.record.name, *names]
 
 
 def test_a_key_is_shown_as_it_is_listed(client: httpx.Client) -> None:
@@ -144,11 +144,11 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
 
 
 def test_organizations_see_their_own_keys_only(
-    client: httpx.Client, sidecar: Sidecar, boss: Created
+    client: httpx.Client, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """The organisation comes from the caller's key, never from query or body."""
     stranger = sidecar.create(name="Stranger")
-    mine, theirs = boss.record.organization_id, stranger.record.organization_id
+    mine, theirs = admin_key.record.organization_id, stranger.record.organization_id
     asked = {"organizationId": theirs, "organization_id": theirs}
     assert {key["organizationId"] for key in client.get(KEYS, params=asked).json()} == {mine}
     key = client.post(KEYS, params=asked, json={"name": "Mine"}).json()
@@ -190,10 +190,10 @@ def test_a_key_that_is_no_good_is_unauthorized(
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
 def test_a_sending_key_may_not_manage_keys(
-    client: httpx.Client, sidecar: Sidecar, boss: Created, method: str, path: str
+    client: httpx.Client, sidecar: Sidecar, admin_key: Created, method: str, path: str
 ) -> None:
     """401 "doesn't have permission", as the page says; the challenge names the difference."""
-    sending = sidecar.create(boss.record.organization_id, permission="SENDING")
+    sending = sidecar.create(admin_key.record.organization_id, permission="SENDING")
     with sidecar.client(sending) as sender:
         answer = sender.request(method, path)
     assert answer.status_code == 401
@@ -215,9 +215,9 @@ def test_a_malformed_credential_is_a_bad_request(sidecar: Sidecar, value: str) -
     assert answer.json() == error("BAD_REQUEST", message)
 
 
-def test_a_key_in_query_or_body_does_not_count(sidecar: Sidecar, boss: Created) -> None:
+def test_a_key_in_query_or_body_does_not_count(sidecar: Sidecar, admin_key: Created) -> None:
     """The real server takes `access_token` from both; that is a fault."""
-    token = {"access_token": boss.token.reveal()}
+    token = {"access_token": admin_key.token.reveal()}
     with sidecar.client() as anonymous:
         assert anonymous.get(KEYS, params=token).status_code == 401
         assert anonymous.post(KEYS, json={"name": "Spy", **token}).status_code == 401
@@ -314,12 +314,12 @@ def test_no_answer_is_kept_on_the_way(client: httpx.Client) -> None:
         assert int(answer.headers["Content-Length"]) == len(answer.content)
 
 
-def test_the_calls_of_the_page_run_with_curl(sidecar: Sidecar, boss: Created) -> None:
+def test_the_calls_of_the_page_run_with_curl(sidecar: Sidecar, admin_key: Created) -> None:
     """Create, get, list and delete by the program that people try them with."""
 
     def curl(path: str, *arguments: str) -> Any:
-        command = [needs(shutil.which("curl"), "curl"), "--silent", "--show-error"]
-        command += ["--noproxy", "*", "-H", f"Authorization: Bearer {boss.token.reveal()}"]
+        command = [require_program(shutil.which("curl"), "curl"), "--silent", "--show-error"]
+        command += ["--noproxy", "*", "-H", f"Authorization: Bearer {admin_key.token.reveal()}"]
         command += ["-H", "Content-Type: application/json", sidecar.url + path, *arguments]
         ran = subprocess.run(command, capture_output=True, check=True, timeout=30)
         return json.loads(ran.stdout)

@@ -12,11 +12,11 @@ import pytest
 from conftest import Clock, Sidecar, sidecar_on
 from keylatch.engine import Engine
 from keylatch.keyring import Created
-from keylatch.model import Verdict
+from keylatch.model import Decision
 from keylatch.settings import Settings
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.management.bodies import iso
-from servers import needs, serving
+from servers import require_program, serving
 
 KEYS = "/v1/api-keys"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -56,7 +56,7 @@ def bearer(key: dict[str, Any]) -> dict[str, str]:
 
 
 def test_a_created_key_is_answered_with_all_its_fields(
-    client: httpx.Client, boss: Created, sidecar: Sidecar
+    client: httpx.Client, admin_key: Created, sidecar: Sidecar
 ) -> None:
     """The answer holds id, token and every field of a key; times are in UTC, to the millisecond."""
     answer = client.post(KEYS, json={"name": "Production App"})
@@ -73,14 +73,14 @@ def test_a_created_key_is_answered_with_all_its_fields(
         "updatedAt": now,
         "lastUsed": None,
         "expiresAt": None,
-        "organizationId": boss.record.organization_id,
+        "organizationId": admin_key.record.organization_id,
         "active": True,
         "environment": "live",
         "metadata": {},
         "revokedReason": None,
         "rotatedAt": None,
         "previous": None,
-        "createdBy": boss.record.id,
+        "createdBy": admin_key.record.id,
     }
     assert TIME.fullmatch(now)
     assert re.fullmatch(r"[A-Za-z0-9_-]+", key["id"])
@@ -119,12 +119,12 @@ def test_the_token_works_at_once(client: httpx.Client) -> None:
     assert client.get("/verify", params=asked, headers=bearer(full)).status_code == 200
 
 
-def test_the_list_is_newest_first(client: httpx.Client, boss: Created) -> None:
+def test_the_list_is_newest_first(client: httpx.Client, admin_key: Created) -> None:
     """A bare array in the order of creation, newest first, even within one millisecond."""
     names = [created(client, name=f"Key {number}")["name"] for number in range(5)]
     answer = client.get(KEYS)
     assert answer.status_code == 200
-    assert [key["name"] for key in answer.json()] == [*reversed(names), boss.record.name]
+    assert [key["name"] for key in answer.json()] == [*reversed(names), admin_key.record.name]
 
 
 def test_a_key_is_shown_as_it_is_listed(client: httpx.Client) -> None:
@@ -155,10 +155,10 @@ def test_a_deleted_key_is_gone_and_deleting_it_again_answers_the_same(client: ht
     assert listed(client, "deleted")[0] == shown | {"lastUsed": ...}
 
 
-def test_a_key_may_delete_itself(client: httpx.Client, boss: Created) -> None:
+def test_a_key_may_delete_itself(client: httpx.Client, admin_key: Created) -> None:
     """Its own deletion is the last thing that it may do."""
-    assert client.delete(f"{KEYS}/{boss.record.id}").json()["success"] is True
-    answer = client.delete(f"{KEYS}/{boss.record.id}")
+    assert client.delete(f"{KEYS}/{admin_key.record.id}").json()["success"] is True
+    answer = client.delete(f"{KEYS}/{admin_key.record.id}")
     assert answer.status_code == 401
     assert answer.json() == error("UNAUTHORIZED", "The API key is not valid")
 
@@ -201,11 +201,11 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
 
 
 def test_organizations_see_their_own_keys_only(
-    client: httpx.Client, sidecar: Sidecar, boss: Created
+    client: httpx.Client, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """No list, and no parameter, shows or creates another organisation's keys."""
     stranger = sidecar.create(name="Stranger")
-    mine, theirs = boss.record.organization_id, stranger.record.organization_id
+    mine, theirs = admin_key.record.organization_id, stranger.record.organization_id
     for name in ("organizationId", "organization", "teamId"):
         keys = client.get(KEYS, params={name: theirs, "include": "deleted"}).json()
         assert {key["organizationId"] for key in keys} == {mine}
@@ -274,10 +274,10 @@ def test_a_malformed_credential_is_a_bad_request(sidecar: Sidecar, value: str) -
 
 
 def test_a_key_outside_the_authorization_header_does_not_count(
-    sidecar: Sidecar, boss: Created
+    sidecar: Sidecar, admin_key: Created
 ) -> None:
     """Query, cookie, body and other headers are not looked at."""
-    token = boss.token.reveal()
+    token = admin_key.token.reveal()
     with sidecar.client() as anonymous:
         places: list[dict[str, Any]] = [
             {"params": {"access_token": token, "key": token, "api_key": token}},
@@ -302,7 +302,7 @@ def test_nobody_creates_a_key_with_more_rights_than_its_own(
     body = {"name": "More", "environment": environment}
     answer = client.post(KEYS, json=body, headers=tester)
     assert answer.status_code == 403
-    message = f"a key for test cannot touch one for {environment}"
+    message = f"a key for test cannot manage one for {environment}"
     assert answer.json() == error("FORBIDDEN", message)
     challenge = 'Bearer realm="keylatch", error="insufficient_scope"'
     assert answer.headers["WWW-Authenticate"] == challenge
@@ -441,13 +441,13 @@ def test_no_answer_is_kept_on_the_way(client: httpx.Client) -> None:
 def test_last_used_is_null_until_the_key_is_used(store_url: str, clock: Clock) -> None:
     """`lastUsed` is there from the start, and a graceful stop forgets no use."""
     with sidecar_on(store_url, clock) as sidecar:
-        boss = sidecar.create()
-        with sidecar.client(boss) as client:
+        admin_key = sidecar.create()
+        with sidecar.client(admin_key) as client:
             used, unused = created(client, name="Used"), created(client, name="Unused")
             assert [key["lastUsed"] for key in (used, unused)] == [None, None]
             clock.tick(5)
             assert client.get(KEYS, headers=bearer(used)).status_code == 200
-    with sidecar_on(store_url, clock) as sidecar, sidecar.client(boss) as client:
+    with sidecar_on(store_url, clock) as sidecar, sidecar.client(admin_key) as client:
         last_used = {key["name"]: key["lastUsed"] for key in client.get(KEYS).json()}
     assert last_used["Used"] == "2027-01-15T08:00:05.000Z"
     assert last_used["Unused"] is None
@@ -468,7 +468,7 @@ def test_tokens_with_the_prefix_unsent_look_like_the_seeds(
 
 
 class _Broken(Engine):
-    async def check(self, *_: Any) -> Verdict:
+    async def authenticate(self, *_: Any) -> Decision:
         raise RuntimeError("the secret of the house")
 
 
@@ -500,29 +500,29 @@ def test_our_own_fault_is_a_500_that_says_nothing(
 
 
 def curl(*arguments: str) -> Any:
-    program = needs(shutil.which("curl"), "curl")
+    program = require_program(shutil.which("curl"), "curl")
     command = [program, "--silent", "--show-error", "--noproxy", "*", *arguments]
     ran = subprocess.run(command, capture_output=True, check=True, timeout=30)
     return json.loads(ran.stdout)
 
 
-def test_the_examples_of_the_page_run_with_curl(sidecar: Sidecar, boss: Created) -> None:
+def test_the_examples_of_the_page_run_with_curl(sidecar: Sidecar, admin_key: Created) -> None:
     """Create, list and delete, as unsent's page shows them."""
-    authorized = ("-H", f"Authorization: Bearer {boss.token.reveal()}")
+    authorized = ("-H", f"Authorization: Bearer {admin_key.token.reveal()}")
     keys = f"{sidecar.url}{KEYS}"
     as_json = ("-H", "Content-Type: application/json")
     body = ("-d", '{"name": "Production App", "permission": "SENDING"}')
     key = curl("-X", "POST", keys, *authorized, *as_json, *body)
     assert key["token"].startswith("kl_live_")
     shown = [(one["name"], one["permission"]) for one in curl(keys, *authorized)]
-    assert shown == [("Production App", "SENDING"), ("Boss", "FULL")]
+    assert shown == [("Production App", "SENDING"), ("Admin key", "FULL")]
     assert curl("-X", "DELETE", f"{keys}/{key['id']}", *authorized)["success"] is True
-    assert [one["name"] for one in curl(keys, *authorized, *as_json)] == ["Boss"]
+    assert [one["name"] for one in curl(keys, *authorized, *as_json)] == ["Admin key"]
 
 
-def test_curl_without_naming_json_is_told_to(sidecar: Sidecar, boss: Created) -> None:
+def test_curl_without_naming_json_is_told_to(sidecar: Sidecar, admin_key: Created) -> None:
     """curl's default is a form: 415 that says what to send."""
-    authorized = ("-H", f"Authorization: Bearer {boss.token.reveal()}")
+    authorized = ("-H", f"Authorization: Bearer {admin_key.token.reveal()}")
     answer = curl(f"{sidecar.url}{KEYS}", *authorized, "-d", '{"name": "CI"}')
     message = "Send JSON: Content-Type: application/json"
     assert answer == error("UNSUPPORTED_MEDIA_TYPE", message)

@@ -19,9 +19,9 @@ def session() -> Iterator[requests.Session]:
 
 
 @pytest.fixture
-def sdk(sidecar: Sidecar, boss: Created, session: requests.Session) -> Any:
+def sdk(sidecar: Sidecar, admin_key: Created, session: requests.Session) -> Any:
     """The SDK as its own page shows it, but for the address."""
-    return unsent(boss.token.reveal(), url=sidecar.url, session=session)
+    return unsent(admin_key.token.reveal(), url=sidecar.url, session=session)
 
 
 def test_create_list_and_revoke(sdk: Any) -> None:
@@ -31,14 +31,14 @@ def test_create_list_and_revoke(sdk: Any) -> None:
     assert key["token"].startswith("kl_live_")
     listed, error = sdk.api_keys.list()
     assert error is None
-    assert [one["name"] for one in listed] == ["Production App", "Boss"]
+    assert [one["name"] for one in listed] == ["Production App", "Admin key"]
     assert listed[0]["id"] == key["id"]
     assert listed[0]["partialToken"].endswith(key["token"][-4:])
     for _ in range(2):
         answer, error = sdk.api_keys.revoke(key["id"])
         assert (answer["success"], error) == (True, None)
     listed, error = sdk.api_keys.list()
-    assert [one["name"] for one in listed] == ["Boss"]
+    assert [one["name"] for one in listed] == ["Admin key"]
 
 
 @pytest.mark.parametrize("permission", ["FULL", "SENDING"])

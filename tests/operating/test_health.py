@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
 from keylatch.keyring import Created
-from keylatch.telemetry.condition import Condition
+from keylatch.telemetry.condition import Health
 from servers import PostgresServer, RedisServer, eventually, free_port
 
 UNSENT, SENDOOK = "/v1/api-keys", "/v1/api_keys"
@@ -37,15 +37,15 @@ def down(
 
 @pytest.fixture
 def watching(down: Sidecar) -> Iterator[httpx.Client]:
-    """HTTP at the listener for metrics, where the parts are told without a key."""
+    """HTTP at the listener for metrics, where the components are told without a key."""
     with down.probe() as probe:
         yield probe
 
 
 @pytest.fixture
-def waiting(down: Sidecar, boss: Created) -> Iterator[httpx.Client]:
+def waiting(down: Sidecar, admin_key: Created) -> Iterator[httpx.Client]:
     """HTTP with a key that is good, if only somebody could look it up."""
-    with down.client(boss) as client:
+    with down.client(admin_key) as client:
         yield client
 
 
@@ -148,17 +148,17 @@ def test_a_store_that_goes_away_and_comes_back(postgres: PostgresServer, clock: 
 # Which part
 
 
-def parts(probe: httpx.Client) -> dict[str, str]:
-    """The parts and their states."""
-    return {name: part["state"] for name, part in probe.get("/readyz").json()["parts"].items()}
+def components(probe: httpx.Client) -> dict[str, str]:
+    """The components and their states."""
+    return {name: part["state"] for name, part in probe.get("/readyz").json()["components"].items()}
 
 
-WELL = {"store": "ok", "lease": "off", "redis": "off", "hashing": "ok", "usage": "ok"}
+HEALTHY = {"store": "ok", "lease": "off", "redis": "off", "hashing": "ok", "usage": "ok"}
 
 
-def test_parts_are_told_to_operators_only(sidecar: Sidecar, boss: Created) -> None:
+def test_parts_are_told_to_operators_only(sidecar: Sidecar, admin_key: Created) -> None:
     """On the main listener no key, a revoked one and one without FULL get the status alone."""
-    small = sidecar.create(boss.record.organization_id, "small", permission="SENDING")
+    small = sidecar.create(admin_key.record.organization_id, "small", permission="SENDING")
     dead = sidecar.create()
     with sidecar.client(dead) as client:
         assert client.delete("/v1/api-keys/self").status_code == 200
@@ -166,8 +166,8 @@ def test_parts_are_told_to_operators_only(sidecar: Sidecar, boss: Created) -> No
         with sidecar.client(key) as client:
             answer = client.get("/readyz")
             assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
-    with sidecar.client(boss) as client:
-        assert parts(client) == WELL
+    with sidecar.client(admin_key) as client:
+        assert components(client) == HEALTHY
 
 
 def test_a_probe_is_no_failed_check(sidecar: Sidecar) -> None:
@@ -176,7 +176,7 @@ def test_a_probe_is_no_failed_check(sidecar: Sidecar) -> None:
     def missing() -> str:
         with sidecar.probe() as probe:
             page = probe.get("/metrics").text
-        [line] = [each for each in page.splitlines() if 'verdict="missing"' in each]
+        [line] = [each for each in page.splitlines() if 'decision="missing"' in each]
         return line
 
     before = missing()
@@ -188,15 +188,15 @@ def test_a_probe_is_no_failed_check(sidecar: Sidecar) -> None:
 def test_all_parts_are_told(sidecar: Sidecar) -> None:
     """Each with a state; what there is not is `off`."""
     with sidecar.probe() as probe:
-        assert parts(probe) == WELL
-        told = probe.get("/readyz").json()["parts"]
+        assert components(probe) == HEALTHY
+        told = probe.get("/readyz").json()["components"]
     assert told["redis"] == {"state": "off", "since": None, "reason": ""}
     assert datetime.fromisoformat(told["store"]["since"]).tzinfo is not None
 
 
 def test_a_store_that_was_never_there_is_told(watching: httpx.Client) -> None:
     """The words are ours: a driver's may hold hosts, users and paths."""
-    told = watching.get("/readyz").json()["parts"]["store"]
+    told = watching.get("/readyz").json()["components"]["store"]
     assert (told["state"], told["reason"]) == ("unavailable", "the store does not answer")
 
 
@@ -206,7 +206,7 @@ def said(caplog: pytest.LogCaptureFixture, words: str) -> int:
 
 
 def test_a_redis_that_dies_is_told_and_needed_by_nobody(
-    unhurried: None,
+    generous_redis_timeouts: None,
     store_url: str,
     redis_server: RedisServer,
     clock: Clock,
@@ -224,14 +224,14 @@ def test_a_redis_that_dies_is_told_and_needed_by_nobody(
                 return client.get("/verify").status_code
 
         assert use(keys[0]) == 200
-        assert parts(probe) == WELL | {"redis": "ok"}
+        assert components(probe) == HEALTHY | {"redis": "ok"}
         redis_server.kill()
         clock.tick(60)
         for key in keys[1:9]:
             assert use(key) == 200
             clock.tick(1)
         answer = probe.get("/readyz")
-        told = answer.json()["parts"]["redis"]
+        told = answer.json()["components"]["redis"]
         assert (answer.status_code, told["state"]) == (200, "degraded")
         assert told["reason"] == "Redis does not answer"
         assert abs(datetime.fromisoformat(told["since"]).timestamp() - clock() + 8) < 1
@@ -240,7 +240,7 @@ def test_a_redis_that_dies_is_told_and_needed_by_nobody(
         for key in keys[9:]:
             clock.tick(6)
             assert use(key) == 200
-        assert parts(probe) == WELL | {"redis": "ok"}
+        assert components(probe) == HEALTHY | {"redis": "ok"}
     assert said(caplog, "Redis does not answer") == 1
     assert said(caplog, "Redis answers again") == 1
 
@@ -253,7 +253,7 @@ def test_a_postgresql_that_stops_is_told(
         known, cold = sidecar.create(), sidecar.create()
         with sidecar.client(known) as client, sidecar.client(cold) as other:
             assert client.get("/verify").status_code == 200
-            assert parts(probe) == WELL | {"lease": "ok"}
+            assert components(probe) == HEALTHY | {"lease": "ok"}
             clock.tick(60)
             assert client.get("/verify").status_code == 200
             postgres.kill()
@@ -262,12 +262,12 @@ def test_a_postgresql_that_stops_is_told(
                 seen = {each.get("/verify").status_code for each in (client, other) * 10}
                 answer = probe.get("/readyz")
                 # The lease is asked for four times a second by the wall clock.
-                eventually(lambda: said(caplog, "no lease") == 1)
+                eventually(lambda: said(caplog, "lease not renewed") == 1)
             finally:
                 postgres.start()
             assert seen == {503}
             assert answer.status_code == 503
-            told = answer.json()["parts"]
+            told = answer.json()["components"]
             assert told["store"]["state"] == told["lease"]["state"] == "unavailable"
             begun = datetime.fromisoformat(told["lease"]["since"]).timestamp()
             assert clock() - 31 < begun < clock() - 28, "when its lease was over"
@@ -277,43 +277,43 @@ def test_a_postgresql_that_stops_is_told(
             assert other.get("/verify").status_code == 200
             # Uses are stored again with the next flush, in five seconds of nobody's clock, and a
             # lease is asked for four times a second.
-            eventually(lambda: parts(probe) | {"usage": "ok"} == WELL | {"lease": "ok"})
-    for words in ("the store does not answer", "checks are refused with 503", "no lease"):
+            eventually(lambda: components(probe) | {"usage": "ok"} == HEALTHY | {"lease": "ok"})
+    for words in ("the store does not answer", "checks are refused with 503", "lease not renewed"):
         assert said(caplog, words) == 1, words
-    for words in ("the store answers again", "checks are decided again"):
+    for words in ("the store answers again", "checks are answered again"):
         assert said(caplog, words) == 1, words
 
 
 def test_a_condition_says_each_change_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """It waits until it is calm, where good and bad take turns; some pass by themselves."""
-    shaky = Condition("it is down", "it is up", calm_seconds=5, clock=clock)
+    shaky = Health("it is down", "it is up", recovery_seconds=5, clock=clock)
     for _ in range(20):
-        shaky.failed("why", "what to do")
-        shaky.succeeded()
+        shaky.record_failure("why", "what to do")
+        shaky.record_success()
         clock.tick(1)
-    assert (shaky.is_well, clock() - shaky.since) == (False, 20)
+    assert (shaky.is_healthy, clock() - shaky.since) == (False, 20)
     clock.tick(5)
-    assert not shaky.is_well, "nobody has tried"
-    shaky.succeeded()
-    assert (shaky.is_well, clock() - shaky.since) == (True, 0)
+    assert not shaky.is_healthy, "nobody has tried"
+    shaky.record_success()
+    assert (shaky.is_healthy, clock() - shaky.since) == (True, 0)
     assert [record.message for record in caplog.records] == [
         "it is down: why; what to do",
         "it is up, after 25 s",
     ]
-    passing = Condition("full", "free", calm_seconds=5, passes=True, clock=clock)
-    passing.failed("why")
+    passing = Health("full", "free", recovery_seconds=5, recovers_by_time=True, clock=clock)
+    passing.record_failure("why")
     clock.tick(6)
-    assert (passing.is_well, clock() - passing.since) == (True, 1)
+    assert (passing.is_healthy, clock() - passing.since) == (True, 1)
     assert passing.failures.value == 1
 
 
 def test_the_readme_shows_what_is_answered(sidecar: Sidecar) -> None:
-    """Its example has the parts, the fields and the words of a real answer."""
+    """Its example has the components, the fields and the words of a real answer."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     shown = json.loads(readme.partition("and since when:\n\n```\n")[2].partition("```")[0])
     with sidecar.probe() as probe:
         real = probe.get("/readyz").json()
     assert shown.keys() == real.keys()
-    assert {name: part.keys() for name, part in shown["parts"].items()} == {
-        name: part.keys() for name, part in real["parts"].items()
+    assert {name: part.keys() for name, part in shown["components"].items()} == {
+        name: part.keys() for name, part in real["components"].items()
     }

@@ -13,21 +13,21 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import Clock, MakeEngine, Sidecar, until_async
+from conftest import Clock, MakeEngine, Sidecar, wait_until
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.metrics import Collector
-from keylatch.model import Allow, Deny, Reason, Wanted
+from keylatch.model import Allow, Deny, Reason, Requirement
 from keylatch.settings import Settings
 from keylatch.sql.changes import advance
-from keylatch.store import Poll, Store, Touched
-from keylatch.telemetry.meter import Count, Histogram
-from keylatch.usage.uses import Usage
+from keylatch.store import Invalidation, Poll, Store
+from keylatch.telemetry.meter import Counter, Histogram
+from keylatch.usage.uses import UsageRecorder
 from keylatch_sidecar.metrics import Page, merged
 from servers import PostgresServer, eventually, free_port
-from shell import Operator, ended
+from shell import Operator, wait_for_exit
 from test_serving import answers, served
 from wire import send
 
@@ -56,9 +56,9 @@ def seen(engine: Engine) -> Numbers:
 
 
 def decided(engine: Engine) -> Numbers:
-    """Its decisions: verdict and tier."""
+    """Its decisions: decision and source."""
     return {
-        re.sub(r".*tier=(\w+),verdict=(\w+).*", r"\2 \1", name): value
+        re.sub(r".*decision=(\w+).*source=(\w+).*", r"\1 \2", name): value
         for name, value in seen(engine).items()
         if name.startswith("keylatch_decisions_total")
     }
@@ -74,9 +74,9 @@ async def make(engine: Engine, **fields: Any) -> Created:
 
 @pytest.mark.anyio
 async def test_decisions_are_counted_where_they_are_made(
-    make_engine: MakeEngine, unhurried: None
+    make_engine: MakeEngine, generous_redis_timeouts: None
 ) -> None:
-    """By verdict and by who knew: each check once, whatever it met on the way."""
+    """By decision and by source: each check once, whatever it met on the way."""
     redis = FakeServer()
     first, second = (make_engine(redis=FakeAsyncRedis(server=redis)) for _ in range(2))
     created = await make(first)
@@ -84,31 +84,31 @@ async def test_decisions_are_counted_where_they_are_made(
     right = header(created)[0]
     wrong = right[:-1] + (b"1" if right.endswith(b"0") else b"0")
     stranger = wrong[:20] + wrong[20:].swapcase()
-    only_full = Wanted(frozenset(("FULL",)))
+    only_full = Requirement(frozenset(("FULL",)))
     for _ in range(3):
-        assert isinstance(await first.check(header(created)), Allow)
-    await until_async(FakeAsyncRedis(server=redis).keys)  # what was found is put there by a task
-    assert isinstance(await second.check(header(created)), Allow)
+        assert isinstance(await first.authenticate(header(created)), Allow)
+    await wait_until(FakeAsyncRedis(server=redis).keys)  # what was found is put there by a task
+    assert isinstance(await second.authenticate(header(created)), Allow)
     for values in ([], [b"Basic x"], [b"Bearer"], [wrong], [stranger]):
-        assert isinstance(await second.check(values), Deny)
+        assert isinstance(await second.authenticate(values), Deny)
     for _ in range(2):
-        assert await second.check(header(sending), only_full) == Deny(
+        assert await second.authenticate(header(sending), only_full) == Deny(
             Reason.INSUFFICIENT_SCOPE, "FULL"
         )
     await (await first.keyring()).delete("org", created.record.id)
     for _ in range(3):
-        assert isinstance(await second.check(header(created)), Deny)
+        assert isinstance(await second.authenticate(header(created)), Deny)
     assert decided(first) == {"allow store": 1, "allow l1": 2}
     assert decided(second) == {
         "allow l2": 1,
         "missing header": 2,
         "malformed header": 1,
         "wrong_secret l1": 1,
-        "forged stranger": 1,
+        "forged mac": 1,
         "insufficient_scope store": 1,
         "insufficient_scope l1": 1,
         "revoked store": 1,
-        "revoked absence": 2,
+        "revoked negative_cache": 2,
     }
     await first.stop()
     await second.stop()
@@ -120,7 +120,7 @@ async def test_stages_are_timed(make_engine: MakeEngine) -> None:
     engine = make_engine(redis=FakeAsyncRedis())
     created = await make(engine)
     for _ in range(200):
-        await engine.check(header(created))
+        await engine.authenticate(header(created))
     found = seen(engine)
     timed = {  # the first of the 64 was no hit
         name: found[f"keylatch_stage_seconds_count{{stage={name}}}"]
@@ -128,11 +128,11 @@ async def test_stages_are_timed(make_engine: MakeEngine) -> None:
     }
     assert timed == {"parse": 1, "l1": 63, "l2": 1, "store": 1, "hash": 1}
     assert found["keylatch_stage_seconds_sum{stage=l1}"] > 0
-    assert found["keylatch_decisions_total{tier=l1,verdict=allow}"] == 199
+    assert found["keylatch_decisions_total{decision=allow,source=l1}"] == 199
     await engine.stop()  # stores uses: then some are timed again
     await engine.start()
     for _ in range(3):
-        await engine.check(header(created))
+        await engine.authenticate(header(created))
     assert seen(engine)["keylatch_stage_seconds_count{stage=l1}"] == 65
     await engine.stop()
 
@@ -140,8 +140,8 @@ async def test_stages_are_timed(make_engine: MakeEngine) -> None:
 @pytest.mark.anyio
 async def test_a_request_without_a_header_is_no_hit_to_time(engine: Engine) -> None:
     """Also while hits are timed."""
-    assert await engine.check([]) == Deny(Reason.MISSING)
-    assert await engine.check([b"Bearer a", b"Bearer b"]) == Deny(Reason.MALFORMED)
+    assert await engine.authenticate([]) == Deny(Reason.MISSING)
+    assert await engine.authenticate([b"Bearer a", b"Bearer b"]) == Deny(Reason.MALFORMED)
 
 
 def test_an_engine_has_few_attributes(make_engine: MakeEngine) -> None:
@@ -151,7 +151,7 @@ def test_an_engine_has_few_attributes(make_engine: MakeEngine) -> None:
 
 def test_a_count_loses_nothing_between_threads() -> None:
     """And to look at it changes nothing."""
-    count = Count()
+    count = Counter()
 
     def add() -> None:
         for _ in range(10_000):
@@ -180,10 +180,10 @@ async def test_two_engines_have_one_page(make_engine: MakeEngine) -> None:
     """Told apart by name; two collectors in one registry would be told so at once."""
     api, console = make_engine(), make_engine()
     created = await make(api)
-    await api.check(header(created))
+    await api.authenticate(header(created))
     found = numbers(page_of(api=api, console=console))
-    assert found["keylatch_decisions_total{engine=api,tier=store,verdict=allow}"] == 1
-    assert found["keylatch_decisions_total{engine=console,tier=store,verdict=allow}"] == 0
+    assert found["keylatch_decisions_total{decision=allow,engine=api,source=store}"] == 1
+    assert found["keylatch_decisions_total{decision=allow,engine=console,source=store}"] == 0
     registry = CollectorRegistry()
     registry.register(Collector(api))
     with pytest.raises(ValueError, match=r"[Dd]uplicate"):
@@ -198,7 +198,7 @@ async def test_two_engines_have_one_page(make_engine: MakeEngine) -> None:
 async def test_an_engine_that_was_not_started_has_numbers_too(make_engine: MakeEngine) -> None:
     """A page that is asked for early is no error."""
     found = numbers(page_of(make_engine()))
-    assert found["keylatch_cached{what=keys}"] == 0
+    assert found["keylatch_cache_entries{type=keys}"] == 0
 
 
 def test_labels_have_few_values(make_engine: MakeEngine) -> None:
@@ -214,7 +214,7 @@ def test_labels_have_few_values(make_engine: MakeEngine) -> None:
 class Deaf(Engine):
     """The broken twin: what it has accepted once, it accepts for ever."""
 
-    def _renewed(self, entry: Any) -> bool:
+    def _still_valid(self, entry: Any) -> bool:
         return True
 
 
@@ -226,7 +226,7 @@ class Moved(Store):
         self._clock = clock
 
     async def poll(
-        self, member: str, seq: int, seconds: float, heard: tuple[Touched, ...] = ()
+        self, member: str, seq: int, seconds: float, pending: tuple[Invalidation, ...] = ()
     ) -> Poll:
         return replace(await super().poll(member, seq, seconds), store_seconds=self._clock())
 
@@ -244,7 +244,7 @@ async def accepted_late(kind: type[Engine], url: str, clock: Clock) -> tuple[lis
     await other.stop()  # a member that does not run is waited for
     accepted = []
     for turn in range(5):
-        if isinstance(await engine.check(header(created)), Allow):
+        if isinstance(await engine.authenticate(header(created)), Allow):
             accepted.append(True)
         await engine._usage.flush()
         if turn == 1:
@@ -279,9 +279,9 @@ async def test_a_change_is_no_false_alarm(engine: Engine, clock: Clock) -> None:
     created = await make(engine)
     keyring = await engine.keyring()
     for number in range(4):
-        assert isinstance(await engine.check(header(created)), Allow)
+        assert isinstance(await engine.authenticate(header(created)), Allow)
         await keyring.change("org", created.record.id, name=f"name {number}")
-        assert isinstance(await engine.check(header(created)), Allow)
+        assert isinstance(await engine.authenticate(header(created)), Allow)
         await engine._usage.flush()
         clock.tick(5)
     assert "keylatch_accepted_after_revocation_total" not in seen(engine)
@@ -295,14 +295,14 @@ async def test_a_full_queue_is_counted(make_engine: MakeEngine) -> None:
     """Rejections, and what is under way."""
     engine = make_engine(hasher=Hasher("argon2id", CHEAPEST, workers=1, queue=0))
     keys = [await make(engine) for _ in range(4)]
-    verdicts = await asyncio.gather(*(engine.check(header(key)) for key in keys))
+    verdicts = await asyncio.gather(*(engine.authenticate(header(key)) for key in keys))
     refused = verdicts.count(Deny(Reason.BUSY))
     found = seen(engine)
     assert refused > 0
     assert found["keylatch_hashes_rejected_total"] == refused
-    assert found["keylatch_decisions_total{tier=nowhere,verdict=busy}"] == refused
-    assert "keylatch_hashes_under_way" not in found
-    assert "keylatch_part_ok{part=hashing}" not in found
+    assert found["keylatch_decisions_total{decision=busy,source=none}"] == refused
+    assert "keylatch_hashes_in_progress" not in found
+    assert "keylatch_component_healthy{component=hashing}" not in found
     await engine.stop()
 
 
@@ -314,18 +314,18 @@ async def test_redis_is_counted(make_engine: MakeEngine, store_url: str) -> None
     keys = [await make(engine) for _ in range(3)]
     async with FakeAsyncRedis(server=server) as anybody:
         for key in keys[:2]:
-            name = f"keylatch:{engine._feed.epoch}:{key.record.id}"
+            name = f"keylatch:{engine._invalidations.epoch}:{key.record.id}"
             await anybody.set(name, b"x" * 100)
     for key in keys[:2]:
-        assert isinstance(await engine.check(header(key)), Allow)
+        assert isinstance(await engine.authenticate(header(key)), Allow)
     assert seen(engine)["keylatch_redis_forged_total"] == 2
     assert "keylatch_redis_breaker_open" not in seen(engine)
     server.connected = False
-    assert isinstance(await engine.check(header(keys[2])), Allow)
+    assert isinstance(await engine.authenticate(header(keys[2])), Allow)
     found = seen(engine)
     assert found["keylatch_redis_errors_total"] >= 1
     assert found["keylatch_redis_breaker_open"] == 1
-    assert "keylatch_part_ok{part=redis}" not in found
+    assert "keylatch_component_healthy{component=redis}" not in found
     await engine.stop()
     assert not any("redis" in name for name in numbers(page_of(make_engine())))
 
@@ -335,13 +335,13 @@ async def test_caches_and_uses_are_counted(make_engine: MakeEngine, clock: Clock
     """Sizes, what waits to be stored, and the store's errors."""
     engine = make_engine()
     created = await make(engine)
-    await engine.check(header(created))
+    await engine.authenticate(header(created))
     found = seen(engine)
-    assert found["keylatch_cached{what=keys}"] == 1
-    assert found["keylatch_cached{what=tombstones}"] == 1
-    assert found["keylatch_uses_waiting"] == 1
+    assert found["keylatch_cache_entries{type=keys}"] == 1
+    assert found["keylatch_cache_entries{type=tombstones}"] == 1
+    assert found["keylatch_usage_pending"] == 1
     await engine._usage.flush()
-    assert "keylatch_uses_waiting" not in seen(engine)
+    assert "keylatch_usage_pending" not in seen(engine)
     await engine.stop()
 
 
@@ -349,16 +349,16 @@ async def test_caches_and_uses_are_counted(make_engine: MakeEngine, clock: Clock
 @pytest.mark.anyio
 async def test_lost_uses_are_counted() -> None:
     """Beyond 50,000 keys that wait, a use is lost; and told."""
-    from keylatch.caches.cache import Use
+    from keylatch.caches.cache import UsageCounter
 
     async def write(uses: object, tally: object) -> None:
         raise StoreUnavailable("down")
 
-    usage = Usage(write)
+    usage = UsageRecorder(write)
     for number in range(50_003):
-        usage.note(Use(f"key_{number}"), 1)
+        usage.record(UsageCounter(f"key_{number}"), 1)
     await usage.flush()
-    assert (usage.waiting, usage.lost) == (50_000, 3)
+    assert (usage.pending, usage.dropped) == (50_000, 3)
 
 
 @pytest.mark.anyio
@@ -368,12 +368,12 @@ async def test_a_restored_store_is_counted(make_engine: MakeEngine) -> None:
     await make(engine)
     created = await make(engine)
     assert "keylatch_store_restored_total" not in seen(engine)
-    engine._feed.seq += 10  # as if it had known a later state of the store
+    engine._invalidations.seq += 10  # as if it had known a later state of the store
     await engine.store._write(advance, 0)
-    await engine.check(header(created))
-    await engine._jobs.end()  # it gives the store a new epoch
+    await engine.authenticate(header(created))
+    await engine._tasks.stop()  # it gives the store a new epoch
     for _ in range(3):
-        await engine.check(header(created))
+        await engine.authenticate(header(created))
     # Once for the number that went back, once for the new epoch, and not again.
     assert seen(engine)["keylatch_store_restored_total"] == 2
     await engine.stop()
@@ -390,12 +390,12 @@ async def test_a_lease_is_on_the_page(postgres: PostgresServer, clock: Clock) ->
     found = seen(engine)
     assert 0 < found["keylatch_lease_left_seconds"] <= 1
     assert found["keylatch_propagation_seconds_count"] == 1, "a new key waits for nobody"
-    assert found["keylatch_part_ok{part=lease}"] == 1
+    assert found["keylatch_component_healthy{component=lease}"] == 1
     clock.tick(30)
     found = seen(engine)
     assert found["keylatch_lease_age_seconds"] >= 30
     assert "keylatch_lease_left_seconds" not in found
-    assert "keylatch_part_ok{part=lease}" not in found
+    assert "keylatch_component_healthy{component=lease}" not in found
     await engine.stop()
 
 
@@ -411,35 +411,37 @@ def test_the_sidecar_has_a_page(sidecar: Sidecar, client: httpx.Client) -> None:
         answer = anybody.get("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     after = numbers(answer.text)
-    hits = "keylatch_decisions_total{tier=l1,verdict=allow}"
+    hits = "keylatch_decisions_total{decision=allow,source=l1}"
     assert after[hits] - before[hits] >= 1
     assert after["process_resident_memory_bytes"] > 0
     assert client.headers["Authorization"].encode()[-20:] not in answer.content
 
 
-def test_no_secret_is_on_the_page(sidecar: Sidecar, client: httpx.Client, boss: Created) -> None:
+def test_no_secret_is_on_the_page(
+    sidecar: Sidecar, client: httpx.Client, admin_key: Created
+) -> None:
     """Nor any name, id or path: labels are bounded, and whoever may scrape need not be trusted."""
     client.post("/v1/api-keys", json={"name": "canary"})
     page = client.get("/metrics").text
-    record = boss.record
-    for word in (record.id, record.organization_id, "canary", boss.token.reveal()[-41:]):
+    record = admin_key.record
+    for word in (record.id, record.organization_id, "canary", admin_key.token.reveal()[-41:]):
         assert word not in page
 
 
-def test_the_page_is_for_operators(sidecar: Sidecar, boss: Created) -> None:
+def test_the_page_is_for_operators(sidecar: Sidecar, admin_key: Created) -> None:
     """On the main listener it needs a key that may manage; the document of the API as well."""
-    small = sidecar.create(boss.record.organization_id, "small", permission="SENDING")
+    small = sidecar.create(admin_key.record.organization_id, "small", permission="SENDING")
     for path in ("/metrics", "/openapi.json"):
         seen = []
-        for key in (None, small, boss):
+        for key in (None, small, admin_key):
             with sidecar.client(key) as client:
                 seen.append(client.get(path).status_code)
         assert seen == [401, 403, 200]
 
 
-def test_the_listener_for_metrics_serves_nothing_else(sidecar: Sidecar, boss: Created) -> None:
+def test_the_listener_for_metrics_serves_nothing_else(sidecar: Sidecar, admin_key: Created) -> None:
     """No key opens more there, and no decision can be asked for."""
-    credential = {"Authorization": f"Bearer {boss.token.reveal()}"}
+    credential = {"Authorization": f"Bearer {admin_key.token.reveal()}"}
     with sidecar.probe() as probe:
         for path in ("/metrics", "/healthz", "/readyz"):
             assert probe.get(path).status_code == 200
@@ -460,8 +462,8 @@ def test_prometheus_has_a_listener_of_its_own(operator: Operator, workers: int) 
         eventually(lambda: answers(metrics))
         page = send(metrics, b"GET /metrics")
         assert (page.status, b"keylatch_decisions_total" in page.body) == (200, True)
-        assert b'"parts"' in send(metrics, b"GET /readyz").body
-        assert b'"parts"' not in send(main, b"GET /readyz").body
+        assert b'"components"' in send(metrics, b"GET /readyz").body
+        assert b'"components"' not in send(main, b"GET /readyz").body
         assert send(main, b"GET /metrics").status == 404
         assert send(admin, b"GET /metrics").status == 200
 
@@ -482,7 +484,7 @@ def test_all_workers_are_on_every_page(operator: Operator, workers: int) -> None
     def allowed() -> dict[str, float]:
         found: dict[str, float] = {}
         for name, value in page().items():
-            if "verdict=allow" in name:
+            if "decision=allow" in name:
                 worker = re.search(r"worker=(\d+)", name)
                 who = worker[1] if worker else ""
                 found[who] = found.get(who, 0) + value
@@ -496,8 +498,8 @@ def test_all_workers_are_on_every_page(operator: Operator, workers: int) -> None
             assert send(asking, b"GET /verify", credential).status == 200
         assert [sum(allowed().values()) for _ in range(6)] == [40] * 6
         process.terminate()
-        stopped = ended(process)
-        assert (stopped.code, "Traceback" in stopped.err) == (0, False)
+        stopped = wait_for_exit(process)
+        assert (stopped.exit_code, "Traceback" in stopped.stderr) == (0, False)
 
 
 @pytest.mark.anyio

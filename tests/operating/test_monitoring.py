@@ -11,8 +11,8 @@ import yaml
 
 from keylatch.hashing import POOLS
 from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
-from keylatch.telemetry.condition import Part
-from keylatch.telemetry.meter import LIMITS, STAGES, Meter
+from keylatch.telemetry.condition import ComponentHealth
+from keylatch.telemetry.meter import LIMITS, STAGES, Counters
 
 FOLDER = Path(__file__).parents[2] / "deploy/monitoring"
 README = (FOLDER / "README.md").read_text()
@@ -34,14 +34,14 @@ def names() -> set[str]:
 
 def values() -> dict[str, set[str]]:
     """The labels, and the values that they can have."""
-    decisions = list(Meter().decisions())
+    decisions = list(Counters().decisions())
     return {
-        "verdict": {verdict for verdict, _, _ in decisions},
-        "tier": {tier for _, tier, _ in decisions},
+        "decision": {decision for decision, _, _ in decisions},
+        "source": {source for _, source, _ in decisions},
         "stage": set(STAGES),
-        "part": {"store", "lease", "redis", "hashing", "usage"},
-        "what": {"keys", "absences", "tombstones"},
-        "kind": {"read", "change"},
+        "component": {"store", "lease", "redis", "hashing", "usage"},
+        "type": {"keys", "negative_entries", "tombstones"},
+        "operation": {"read", "write"},
         "pool": {*POOLS, "checks", "reads", "writes"},
         "limit": set(LIMITS),
     }
@@ -99,8 +99,8 @@ def test_the_alerts_name_what_exists() -> None:
 @pytest.mark.parametrize(
     "metric",
     ["accepted_after_revocation_total", "lease_left_seconds", "redis_breaker_open"]
-    + ["hashes_rejected_total", "uses_lost_total", "store_restored_total"]
-    + ['part_ok{part="store"}'],
+    + ["hashes_rejected_total", "usage_dropped_total", "store_restored_total"]
+    + ['component_healthy{component="store"}'],
 )
 def test_somebody_is_woken_for_it(metric: str) -> None:
     """There is an alert for everything that nobody may sleep through."""
@@ -121,8 +121,12 @@ def test_the_dashboard_names_what_exists() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["sum(keylatch_decision_total)", 'keylatch_part_ok{part="stores"}', "rate(keylatch_cached[1m])"]
-    + ["sum by (tear) (keylatch_decisions_total)", 'keylatch_cached{which="keys"}'],
+    [
+        "sum(keylatch_decision_total)",
+        'keylatch_component_healthy{component="stores"}',
+        "rate(keylatch_cache_entries[1m])",
+    ]
+    + ["sum by (tear) (keylatch_decisions_total)", 'keylatch_cache_entries{which="keys"}'],
 )
 def test_a_name_that_does_not_exist_would_be_noticed(wrong: str) -> None:
     """The twin: misspelled names, labels and values are found."""
@@ -136,20 +140,22 @@ def test_the_documented_metrics_are_the_metrics() -> None:
         (
             family.name,
             ", ".join(f"`{label}`" for label in family.labels),
-            family.says.rstrip("."),
+            family.help.rstrip("."),
         )
         for family in FAMILIES
     ]
     told = set(re.findall(r"`(keylatch_\w+)[`{]", README))
     assert told <= {family.name for family in FAMILIES}
-    for tier in values()["tier"]:
-        assert f"`{tier}`" in README
+    for source in values()["source"]:
+        assert f"`{source}`" in README
 
 
 def test_parts_are_named_as_here() -> None:
-    """The values of `part` are those of a real engine."""
+    """The values of `component` are those of a real engine."""
     from keylatch.engine import Engine
     from keylatch.settings import Settings
 
-    parts: list[Part] = Engine(Settings.load(store="sqlite:////dev/null/x", redis="")).parts()
-    assert {part.name for part in parts} == values()["part"]
+    parts: list[ComponentHealth] = Engine(
+        Settings.load(store="sqlite:////dev/null/x", redis="")
+    ).components()
+    assert {part.name for part in parts} == values()["component"]

@@ -16,8 +16,15 @@ from typing import Any
 import pytest
 import yaml
 
-from proxies import SidecarProcess, bearing
-from servers import PostgresServer, PrometheusServer, RedisServer, eventually, free_port, needs
+from proxies import SidecarProcess, auth_header
+from servers import (
+    PostgresServer,
+    PrometheusServer,
+    RedisServer,
+    eventually,
+    free_port,
+    require_program,
+)
 from test_monitoring import FOLDER, README, expressions_of, rules
 from wire import send
 
@@ -34,8 +41,14 @@ class Workers(SidecarProcess):
         self.metrics = f"127.0.0.1:{metrics_port}"
         super().__init__(folder, None, **settings)
 
-    def _where(self) -> list[str]:
-        return [*super()._where(), "--metrics-port", str(self._metrics_port), "--workers", "2"]
+    def _listen_arguments(self) -> list[str]:
+        return [
+            *super()._listen_arguments(),
+            "--metrics-port",
+            str(self._metrics_port),
+            "--workers",
+            "2",
+        ]
 
     def page(self) -> str:
         return send(f"http://{self.metrics}", b"GET /metrics").body.decode()
@@ -48,15 +61,15 @@ class Watched:
         self.sidecar = sidecar
         self.redis = redis
         self.prometheus = prometheus
-        self._known = bearing(sidecar.create())
+        self._known = auth_header(sidecar.create())
 
     def use(self) -> None:
         """Ask with a key that was used before."""
-        assert self.sidecar.says(self._known).status == 200
+        assert self.sidecar.decision(self._known).status == 200
 
     def use_another(self) -> None:
         """Ask with a new key, which no worker knows: it asks Redis and the store."""
-        assert self.sidecar.says(bearing(self.sidecar.create())).status == 200
+        assert self.sidecar.decision(auth_header(self.sidecar.create())).status == 200
 
     def series(self, expression: str) -> list[dict[str, str]]:
         """Of what Grafana asks for this job and this instance, with other variables' values."""
@@ -73,7 +86,7 @@ class Watched:
 
     def alerts(self, part: str) -> dict[str, str]:
         """By name: each rule's `health` or `state`."""
-        groups = self.prometheus.ask("rules")["groups"]
+        groups = self.prometheus.query("rules")["groups"]
         return {rule["name"]: rule[part] for group in groups for rule in group["rules"]}
 
 
@@ -92,7 +105,7 @@ def started(
 ) -> Iterator[Watched]:
     """One for all tests here. Prometheus looks for its targets 5 s after its start, however short
     the intervals are, so promtool has its turn meanwhile."""
-    needs(shutil.which("prometheus"), "prometheus")
+    require_program(shutil.which("prometheus"), "prometheus")
     folder = tmp_path_factory.mktemp("watched")
     shutil.copy(FOLDER / "alerts.yaml", folder)
     with contextlib.ExitStack() as stack:
@@ -120,7 +133,7 @@ def watched(started: Watched) -> Watched:
 
 def promtool(*words: str | Path, text: str = "") -> tuple[int, str]:
     """How it ends, and all that it says."""
-    program = needs(shutil.which("promtool"), "prometheus")
+    program = require_program(shutil.which("promtool"), "prometheus")
     done = subprocess.run([program, *words], input=text, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -228,10 +241,15 @@ def test_whatever_is_asked_has_an_answer(watched: Watched) -> None:
 
 def test_a_wrong_question_would_have_none(watched: Watched) -> None:
     """The twin: a label, a value or a name that does not exist; a legend that has no label."""
-    right = 'sum by (tier) (rate(keylatch_decisions_total{job=~"$job",tier="l1"}[5m]))'
-    eventually(lambda: watched.tells(right, {"tier"}))
-    for old, new in {"job=": "jobb=", '"l1"': '"l11"', "ons_t": "on_t", "(tier)": "(tear)"}.items():
-        assert not watched.tells(right.replace(old, new), {"tier"}), new
+    right = 'sum by (source) (rate(keylatch_decisions_total{job=~"$job",source="l1"}[5m]))'
+    eventually(lambda: watched.tells(right, {"source"}))
+    for old, new in {
+        "job=": "jobb=",
+        '"l1"': '"l11"',
+        "ons_t": "on_t",
+        "(source)": "(tear)",
+    }.items():
+        assert not watched.tells(right.replace(old, new), {"source"}), new
     with pytest.raises(pytest.fail.Exception, match="parse error"):
         watched.series(right.replace("[5m]", "[5 m"))
 
@@ -244,7 +262,7 @@ def test_the_dashboard_offers_what_can_be_chosen(watched: Watched) -> None:
             asked = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
             assert asked
             matched = {"match[]": asked[1].replace("$job", "keylatch")}
-            offered[variable["name"]] = watched.prometheus.ask(
+            offered[variable["name"]] = watched.prometheus.query(
                 f"label/{asked[2]}/values", **matched
             )
     assert offered == {"job": ["keylatch"], "instance": [watched.sidecar.metrics]}

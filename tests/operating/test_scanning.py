@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keylatch.tokens import CheckKeys, Token, looks_minted
+from keylatch.tokens import MacKeys, Token, has_valid_checksum
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "scanning"
 GITLEAKS = tomllib.loads((FOLDER / "gitleaks.toml").read_text())
@@ -30,7 +30,7 @@ EXPRESSIONS = {
     "github": re2.compile(GITHUBS),
 }
 PREFIXES = ["kl", "acme", "a1", "x" * 16, "sk9live"]
-KEYS = CheckKeys([b"n" * 32])
+KEYS = MacKeys([b"n" * 32])
 minted = st.builds(
     KEYS.mint,
     st.sampled_from(PREFIXES) | st.from_regex(r"[a-z][a-z0-9]{1,15}", fullmatch=True),
@@ -66,7 +66,7 @@ def test_every_minted_token_is_found(tokens: list[Token], between: str) -> None:
         found = [match.group(1) for match in expression.finditer(between.join(texts))]
         # Joined into one expression, GitHub's three parts take a character on each side along.
         assert found == texts or (name == "github" and len(between) == 1), name
-        assert all(looks_minted(text) for text in found)
+        assert all(has_valid_checksum(text) for text in found)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_files_have_the_shape_that_is_documented() -> None:
 def test_githubs_test_string_matches() -> None:
     """GitHub wants one before it takes a pattern. It is no key: its CRC-32 is wrong."""
     [match] = EXPRESSIONS["github"].finditer(GITHUB["test_string"])
-    assert not looks_minted(match.group(1))
+    assert not has_valid_checksum(match.group(1))
 
 
 def test_a_rule_for_one_prefix_would_miss_the_others() -> None:

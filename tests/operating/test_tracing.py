@@ -15,15 +15,15 @@ from conftest import MakeEngine
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Created
-from keylatch.model import ONLY_FULL, Allow, Deny, Reason, Unsettled
-from keylatch.store import Absent, Found, Store
-from servers import said_without
+from keylatch.model import ONLY_FULL, Allow, DeferredDeny, Deny, Reason
+from keylatch.store import Found, NotFound, Store
+from servers import error_without_package
 
 pytestmark = pytest.mark.anyio
 
 
 class Broken(Store):
-    async def find(self, key_id: str) -> Found | Absent:
+    async def find(self, key_id: str) -> Found | NotFound:
         raise StoreUnavailable("broken by the test, at a host that nobody should know")
 
 
@@ -70,9 +70,9 @@ async def test_a_miss_has_spans_and_a_hit_has_none(
     """One for the check, and one for each who was asked; who joins a flight has his own."""
     engine = make_engine(tracing="on")
     created = await make(engine)
-    verdicts = await asyncio.gather(*(engine.check(header(created)) for _ in range(2)))
+    verdicts = await asyncio.gather(*(engine.authenticate(header(created)) for _ in range(2)))
     assert all(isinstance(verdict, Allow) for verdict in verdicts)
-    let_in = {"keylatch.verdict": "allow", "keylatch.key_id": created.record.id}
+    let_in = {"keylatch.decision": "allow", "keylatch.key_id": created.record.id}
     assert told(spans) == [
         ("keylatch.store", "keylatch.check", {}),
         ("keylatch.hash", "keylatch.check", {}),
@@ -81,8 +81,8 @@ async def test_a_miss_has_spans_and_a_hit_has_none(
     ]
     spans.clear()
     for _ in range(40):
-        assert isinstance(await engine.check(header(created)), Allow)
-        assert isinstance(await engine.check([b"Bearer kl_live_made_up"]), Deny)
+        assert isinstance(await engine.authenticate(header(created)), Allow)
+        assert isinstance(await engine.authenticate([b"Bearer kl_live_made_up"]), Deny)
     assert told(spans) == []
     await engine.stop()
 
@@ -94,13 +94,16 @@ async def test_a_refusal_names_no_key_and_an_error_no_host(
     engine, broken = make_engine(tracing="on"), make_engine(tracing="on", store=Broken(store_url))
     created = await make(engine)
     await (await engine.keyring()).delete("org", created.record.id)
-    assert await engine.check(header(created)) == Deny(Reason.REVOKED)
-    assert await broken.check(header(created)) in (Deny(Reason.REVOKED), Deny(Reason.UNAVAILABLE))
+    assert await engine.authenticate(header(created)) == Deny(Reason.REVOKED)
+    assert await broken.authenticate(header(created)) in (
+        Deny(Reason.REVOKED),
+        Deny(Reason.UNAVAILABLE),
+    )
     assert told(spans) == [
         ("keylatch.store", "keylatch.check", {}),
-        ("keylatch.check", None, {"keylatch.verdict": "revoked"}),
+        ("keylatch.check", None, {"keylatch.decision": "revoked"}),
         ("keylatch.store", "keylatch.check", {"error.type": "StoreUnavailable"}),
-        ("keylatch.check", None, {"keylatch.verdict": "unavailable"}),
+        ("keylatch.check", None, {"keylatch.decision": "unavailable"}),
     ]
     everything = "".join(span.to_json() for span in spans.get_finished_spans())
     for word in (created.token.reveal()[-41:-14], created.record.id, "host that nobody"):
@@ -116,9 +119,9 @@ async def test_a_check_that_a_view_will_settle_says_so(
     engine = make_engine(tracing="on")
     keyring = await engine.keyring()
     created = await keyring.create("org", "a key", permission="SENDING")
-    verdict = await engine.check(header(created), replace(ONLY_FULL, is_final=False))
-    assert isinstance(verdict, Unsettled)
-    assert told(spans)[-1] == ("keylatch.check", None, {"keylatch.verdict": "unsettled"})
+    verdict = await engine.authenticate(header(created), replace(ONLY_FULL, is_final=False))
+    assert isinstance(verdict, DeferredDeny)
+    assert told(spans)[-1] == ("keylatch.check", None, {"keylatch.decision": "deferred"})
     await engine.stop()
 
 
@@ -127,7 +130,7 @@ async def test_without_the_switch_there_are_none(
 ) -> None:
     """By default."""
     engine = make_engine()
-    assert isinstance(await engine.check(header(await make(engine))), Allow)
+    assert isinstance(await engine.authenticate(header(await make(engine))), Allow)
     assert told(spans) == []
     await engine.stop()
 
@@ -145,6 +148,6 @@ def test_without_the_switch_nothing_is_imported_for_it() -> None:
 def test_without_the_package_the_start_says_so(store_url: str) -> None:
     """With what to install."""
     program = f"from keylatch import Settings; Settings.load(store={store_url!r}, tracing='on')"
-    said = said_without("opentelemetry", program)
+    said = error_without_package("opentelemetry", program)
     assert "KEYLATCH_TRACING: the package opentelemetry-api is missing" in said
     assert "pip install 'keylatch[otel]'" in said

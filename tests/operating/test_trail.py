@@ -30,11 +30,11 @@ from keylatch.keyring import Created
 from keylatch.logs import JSONLines
 from keylatch.portal import Portal
 from keylatch.settings import Settings
-from keylatch.store import Absent, Found, Store
-from keylatch.telemetry.trail import TRAIL, request_id
+from keylatch.store import Found, NotFound, Store
+from keylatch.telemetry.trail import REQUEST_TRACE, request_id
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from servers import eventually, free_port
-from shell import Operator, ended
+from shell import Operator, wait_for_exit
 from test_serving import answers, served
 from wire import send
 
@@ -82,7 +82,11 @@ class Caller:
             keyring = await self._engine.keyring()
             return await keyring.create("org", "a key", permission=permission)
 
-        return await create() if self._kind == "asgi" else Portal.of(self._engine).run(create())
+        return (
+            await create()
+            if self._kind == "asgi"
+            else Portal.for_engine(self._engine).run(create())
+        )
 
     async def get(self, path: str = "/", token: str = "", **headers: str) -> httpx.Response:
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -111,7 +115,7 @@ class Caller:
         if self._kind == "asgi":
             await self._engine.stop()
         else:
-            Portal.of(self._engine).close()
+            Portal.for_engine(self._engine).close()
 
 
 KINDS = ("asgi", "wsgi", "django", "django over asgi")
@@ -259,7 +263,7 @@ class Broken(Store):
 
     broken = False
 
-    async def find(self, key_id: str) -> Found | Absent:
+    async def find(self, key_id: str) -> Found | NotFound:
         if self.broken:
             log.warning("the flight failed")
             raise StoreUnavailable("broken by the test")
@@ -312,7 +316,7 @@ async def test_lines_have_the_id_of_their_request(
     assert said[2] == ("the flight failed", "theirs")
     assert said[3] == ("checks are refused with 503: broken by the test", "theirs")
     assert re.fullmatch(r"[0-9a-f]{16}", said[-1][1] or "")
-    assert TRAIL.get() is None
+    assert REQUEST_TRACE.get() is None
 
 
 def test_a_line_is_json_whatever_it_says() -> None:
@@ -346,8 +350,8 @@ def test_serve_logs_json(operator: Operator, workers: str) -> None:
         told = dict(send(place, b"GET /verify", credential).headers)
         assert b"server-timing" in told
         process.terminate()
-        stopped = ended(process)
-    lines = [json.loads(line) for line in stopped.err.splitlines()]
+        stopped = wait_for_exit(process)
+    lines = [json.loads(line) for line in stopped.stderr.splitlines()]
     assert any(line["message"] == f"listening on 127.0.0.1:{port}" for line in lines)
     assert {"keylatch", "uvicorn.error"} <= {line["logger"] for line in lines}
 

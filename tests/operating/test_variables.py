@@ -11,10 +11,10 @@ from keylatch import variables
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
-from keylatch.variables import unknown
+from keylatch.variables import find_unknown
 from keylatch_sidecar.settings import BenchSettings, ProxySettings, TestSettings
 from servers import eventually, free_port
-from shell import Operator, ended
+from shell import Operator, wait_for_exit
 from test_serving import answers, served
 from wire import send
 
@@ -42,7 +42,7 @@ def mistakes(**given: str) -> dict[str, str]:
         ("KEYLATCH_REDIS_URL", "KEYLATCH_REDIS"),
         ("KEYLATCH_REDDIS_FILE", "KEYLATCH_REDIS_FILE"),
         ("KEYLATCH_LEASES", "KEYLATCH_LEASE"),
-        ("KEYLATCH_VERIFY_FACT", "KEYLATCH_VERIFY_FACTS"),
+        ("KEYLATCH_VERIFY_REQUES", "KEYLATCH_VERIFY_REQUEST"),
         ("KEYLATCH_LOG_FAILURE", "KEYLATCH_LOG_FAILURES"),
         ("KEYLATCH_BENCHKEY", "KEYLATCH_BENCH_KEY"),
         ("keylatch_stoer", "KEYLATCH_STORE"),
@@ -106,15 +106,15 @@ def test_every_variable_of_the_project_is_known() -> None:
     """Those of the sidecar, its commands and these tests, so that one file serves app and sidecar;
     the known ones are the fields, and nothing else."""
     kinds = (Settings, ProxySettings, BenchSettings, TestSettings)
-    names = {variables.variable(name) for kind in kinds for name in kind.model_fields}
-    assert unknown(dict.fromkeys(names, "x")) == []
+    names = {variables.variable_name(name) for kind in kinds for name in kind.model_fields}
+    assert find_unknown(dict.fromkeys(names, "x")) == []
     assert "KEYLATCH_REQUIRE_SERVICES" in names
 
 
 def test_a_process_that_never_heard_of_the_sidecar_knows_its_variables() -> None:
     """An app's, which imports the middleware alone."""
     program = "from keylatch import Settings; Settings.load(); import sys; print(*sys.modules)"
-    environment = {**os.environ, "KEYLATCH_VERIFY_FACTS": "forwarded"}
+    environment = {**os.environ, "KEYLATCH_VERIFY_REQUEST": "forwarded"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
@@ -141,8 +141,8 @@ def test_no_command_makes_a_store_that_was_not_named(
     monkeypatch.delenv("KEYLATCH_STORE")
     operator.set(STOER=STORE)
     ending = operator.run(*words)
-    said = ending.out + ending.err
-    assert ending.code == 2
+    said = ending.stdout + ending.stderr
+    assert ending.exit_code == 2
     assert "KEYLATCH_STOER: no such setting" in said
     assert "is KEYLATCH_STORE meant?" in said
     assert PASSWORD not in said
@@ -239,14 +239,14 @@ def test_workers_read_the_same_files(operator: Operator, monkeypatch: pytest.Mon
     monkeypatch.delenv("KEYLATCH_STORE")
     operator.set(STORE_FILE="store.url")
     for words, database in (([], "file.db"), (["--store", f"sqlite:///{other}"], "other.db")):
-        made = ended(operator.start("keys", "create", "--name", "x", *words))
-        assert made.code == 0, made.err
+        made = wait_for_exit(operator.start("keys", "create", "--name", "x", *words))
+        assert made.exit_code == 0, made.stderr
         assert (operator.folder / database).exists()
         port = free_port()
         with served(operator, "--port", str(port), "--workers", "2", *words):
             place = f"http://127.0.0.1:{port}"
             eventually(lambda place=place: answers(place))  # type: ignore[misc]
-            credential = f"Authorization: Bearer {made.out.strip()}".encode()
+            credential = f"Authorization: Bearer {made.stdout.strip()}".encode()
             assert {send(place, b"GET /verify", credential).status for _ in range(8)} == {200}
 
 
@@ -279,7 +279,7 @@ COMMANDS = [
     ["scan", "."],
     ["backup", "copy.db"],
     ["restore", "copy.db"],
-    ["restored"],
+    ["revocations", "apply"],
     ["secrets", "list"],
     ["secrets", "rotate"],
     ["secrets", "retire", "1"],
@@ -289,7 +289,7 @@ COMMANDS = [
     ["keys", "show", "key_1"],
     ["keys", "revoke", "key_1"],
     ["keys", "rotate", "key_1"],
-    ["keys", "ended"],
+    ["revocations", "export"],
     ["keys", "usage", "key_1"],
     ["organizations", "disable", "acme"],
     ["organizations", "revoke", "acme"],
@@ -302,10 +302,10 @@ def test_no_command_takes_a_password(operator: Operator, command: list[str], opt
     """Every account of the host reads the list of processes. The hint says where it may be."""
     for words in ([option, STORE], [f"{option}={REDIS}"]):
         ending = operator.run(*command, *words)
-        assert (ending.code, ending.out) == (2, "")
-        assert "a URL with a password is never an argument" in ending.err
-        assert "KEYLATCH_STORE_FILE" in ending.err
-        assert PASSWORD not in ending.err
+        assert (ending.exit_code, ending.stdout) == (2, "")
+        assert "a URL with a password is never an argument" in ending.stderr
+        assert "KEYLATCH_STORE_FILE" in ending.stderr
+        assert PASSWORD not in ending.stderr
     assert list(operator.folder.iterdir()) == []
 
 
@@ -313,9 +313,9 @@ def test_no_command_takes_a_password(operator: Operator, command: list[str], opt
 def test_wherever_the_password_is_in_the_url(operator: Operator, url: str) -> None:
     """Before the @, among the parameters, encoded, or unreadable for the library."""
     ending = operator.run("keys", "list", "--store", url)
-    assert (ending.code, ending.out) == (2, "")
-    assert "never an argument" in ending.err
-    assert PASSWORD not in ending.err.lower()
+    assert (ending.exit_code, ending.stdout) == (2, "")
+    assert "never an argument" in ending.stderr
+    assert PASSWORD not in ending.stderr.lower()
 
 
 @pytest.mark.parametrize(
@@ -329,4 +329,4 @@ def test_wherever_the_password_is_in_the_url(operator: Operator, url: str) -> No
 )
 def test_a_url_without_one_is_taken(operator: Operator, words: list[str]) -> None:
     """A port is no password, and neither is a user."""
-    assert operator.run("keys", "list", *words).code == 0
+    assert operator.run("keys", "list", *words).exit_code == 0

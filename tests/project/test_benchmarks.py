@@ -8,7 +8,7 @@ from counted import counted
 from l1_hit import RECORDED, SQLITE, grown
 from targets import Row, Spread, shown, table_of
 from ticker import PAUSE_SECONDS, note
-from wrk import NotMeasured, read
+from wrk import NotMeasured, parse
 
 SAID = """\
 Running 2s test @ http://127.0.0.1:8700/verify
@@ -30,13 +30,13 @@ Transfer/sec:      3.23MB
 class TestWrk:
     def test_latencies_are_microseconds_whatever_their_unit(self) -> None:
         """wrk writes us, ms, s and m, as they fit."""
-        load = read(SAID)
+        load = parse(SAID)
         assert (load.p50_us, load.p99_us) == pytest.approx((812, 8_120))
-        assert read(SAID.replace("8.12ms", "1.50s")).p99_us == 1_500_000
+        assert parse(SAID.replace("8.12ms", "1.50s")).p99_us == 1_500_000
 
     def test_answers_are_counted(self) -> None:
         """All of them, and those of a second."""
-        load = read(SAID, processor_seconds=0.4)
+        load = parse(SAID, processor_seconds=0.4)
         assert (load.answers, load.per_second, load.processor_seconds) == (25_694, 12_842.61, 0.4)
 
     @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ class TestWrk:
     def test_only_answers_that_are_200_are_a_measurement(self, wrong: str) -> None:
         """A server that refuses is fast, and that says nothing."""
         with pytest.raises(NotMeasured):
-            read(wrong)
+            parse(wrong)
 
 
 class TestRatios:

@@ -88,7 +88,7 @@ def test_the_commands_for_operating_run(tmp_path: Path) -> None:
         ["sh", "-ec", block], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert {"keys-1.db", "ended.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"keys-1.db", "revocations.jsonl"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_settings_in_the_readme_are_the_settings() -> None:

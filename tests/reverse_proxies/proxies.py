@@ -27,8 +27,8 @@ from starlette.types import Receive, Scope, Send
 from keylatch.engine import Engine
 from keylatch.keyring import Created
 from keylatch.settings import Settings
-from servers import eventually, free_port, needs, serving
-from wire import Answer, send
+from servers import eventually, free_port, require_program, serving
+from wire import RawResponse, send
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SIDECAR = "127.0.0.1:8700"
@@ -47,7 +47,7 @@ class Echo:
     """An app that says what it was asked, and counts: for each test, did a request get here?"""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.request_count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -55,16 +55,16 @@ class Echo:
                 await receive()
                 await send({"type": f"lifespan.{word}.complete"})
             return
-        self.asked += 1
+        self.request_count += 1
         if scope["type"] == "websocket":
-            await self._talk(scope, receive, send)
+            await self._echo_websocket(scope, receive, send)
             return
         length, more = 0, True
         while more:
             message = await receive()
             length += len(message.get("body", b""))
             more = message.get("more_body", False)
-        body = json.dumps(self.seen(scope) | {"length": length}).encode()
+        body = json.dumps(self.describe(scope) | {"length": length}).encode()
         path = scope["path"]
         status = int(path.removeprefix("/status/")) if path.startswith("/status/") else 200
         headers = [
@@ -77,15 +77,15 @@ class Echo:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _talk(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _echo_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "websocket.accept"})
-        await send({"type": "websocket.send", "text": json.dumps(self.seen(scope))})
+        await send({"type": "websocket.send", "text": json.dumps(self.describe(scope))})
         while (message := await receive())["type"] == "websocket.receive":
             await send({"type": "websocket.send", "text": message["text"]})
 
     @staticmethod
-    def seen(scope: Scope) -> JSON:
+    def describe(scope: Scope) -> JSON:
         """What came in. The headers are read last, when trailers would be among them."""
         return {
             "method": scope.get("method", "GET"),
@@ -104,11 +104,11 @@ class SidecarProcess:
         settings: more `KEYLATCH_*` variables, without that prefix.
     """
 
-    def __init__(self, folder: Path, place: Path | None = None, **settings: str) -> None:
+    def __init__(self, folder: Path, address: Path | None = None, **settings: str) -> None:
         self._folder = folder
-        self._uds = place
+        self._uds = address
         self.port = free_port()
-        self.place: str | Path = place or f"http://127.0.0.1:{self.port}"
+        self.place: str | Path = address or f"http://127.0.0.1:{self.port}"
         outside = {k: v for k, v in os.environ.items() if not k.startswith("KEYLATCH_")}
         given = {"STORE": f"sqlite:///{folder}/keys.db", "HASHER": "sha256", **settings}
         self._environment = outside | {f"KEYLATCH_{name}": value for name, value in given.items()}
@@ -121,7 +121,7 @@ class SidecarProcess:
     def start(self) -> None:
         with (self._folder / "sidecar.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "keylatch_sidecar", "serve", *self._where()],
+                [sys.executable, "-m", "keylatch_sidecar", "serve", *self._listen_arguments()],
                 env=self._environment,
                 cwd=self._folder,
                 stdout=log,
@@ -129,7 +129,7 @@ class SidecarProcess:
             )
         eventually(self._is_ready)
 
-    def _where(self) -> list[str]:
+    def _listen_arguments(self) -> list[str]:
         """Arguments that say where it listens."""
         return ["--uds", str(self._uds)] if self._uds else ["--port", str(self.port)]
 
@@ -176,7 +176,7 @@ class SidecarProcess:
 
         self._runner.run(revoke())
 
-    def says(self, *fields: bytes, permission: str = "FULL") -> Answer:
+    def decision(self, *fields: bytes, permission: str = "FULL") -> RawResponse:
         """The sidecar's own answer, asked without a proxy, with the facts it is told to expect."""
         facts = (b"X-Forwarded-Method: GET", b"X-Forwarded-Uri: /")
         return send(self.place, f"GET /verify?permission={permission}".encode(), *facts, *fields)
@@ -189,7 +189,7 @@ class SidecarProcess:
             self.kill()
 
 
-class Stand:
+class FaultInjector:
     """Stands between a proxy and its sidecar: counts connections, and may answer by itself.
 
     Args:
@@ -201,11 +201,11 @@ class Stand:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.connections = 0
-        self.questions: list[bytes] = []
+        self.requests: list[bytes] = []
         """Each question as it was written, while `answer` is set."""
-        self.answer: bytes | None = None
+        self.response: bytes | None = None
         """What every question gets before its connection is closed; None: the sidecar's answer."""
-        self.is_tired = False
+        self.closes_after_next_request = False
         """Whether it closes a connection only when a second question has come, unanswered."""
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -214,41 +214,41 @@ class Stand:
             while True:
                 proxy, _ = self._listener.accept()
                 self.connections += 1
-                threading.Thread(target=self._one, args=[proxy], daemon=True).start()
+                threading.Thread(target=self._handle, args=[proxy], daemon=True).start()
 
-    def _one(self, proxy: socket.socket) -> None:
+    def _handle(self, proxy: socket.socket) -> None:
         with proxy, contextlib.suppress(OSError):
-            if (answer := self.answer) is not None:
-                self.questions.append(proxy.recv(65536))
+            if (answer := self.response) is not None:
+                self.requests.append(proxy.recv(65536))
                 proxy.sendall(answer)
-                if self.is_tired:
+                if self.closes_after_next_request:
                     proxy.recv(65536)
                 proxy.shutdown(socket.SHUT_WR)
                 return
             with socket.create_connection(("127.0.0.1", self._port)) as sidecar:
                 for end in (proxy, sidecar):
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                back = threading.Thread(target=pump, args=[sidecar, proxy], daemon=True)
+                back = threading.Thread(target=relay, args=[sidecar, proxy], daemon=True)
                 back.start()
-                pump(proxy, sidecar)
+                relay(proxy, sidecar)
                 back.join()
 
     @contextlib.contextmanager
-    def answering(self, answer: bytes, is_tired: bool = False) -> Iterator[None]:
+    def responding(self, answer: bytes, closes_after_next_request: bool = False) -> Iterator[None]:
         """Answer so until the end of the block."""
-        self.answer, self.is_tired = answer, is_tired
-        self.questions.clear()
+        self.response, self.closes_after_next_request = answer, closes_after_next_request
+        self.requests.clear()
         try:
             yield
         finally:
-            self.answer, self.is_tired = None, False
+            self.response, self.closes_after_next_request = None, False
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for the next one
         self._listener.close()
 
 
-def pump(source: socket.socket, drain: socket.socket) -> None:
+def relay(source: socket.socket, drain: socket.socket) -> None:
     """Hand on all bytes, and the end."""
     with contextlib.suppress(OSError):
         while piece := source.recv(65536):
@@ -289,18 +289,18 @@ class Kind:
     command: Sequence[str]
     check: Sequence[str]
     front: str = "127.0.0.1:8080"
-    asked: str = SIDECAR
+    sidecar_address: str = SIDECAR
     sidecar: type[SidecarProcess] = SidecarProcess
-    fronted: str = "127.0.0.1:{port}"
-    address: str = "{host}:{port}"
+    front_format: str = "127.0.0.1:{port}"
+    address_format: str = "{host}:{port}"
     files: Sequence[str] = ()
     folders: Sequence[str] = ()
     files_named: Sequence[str] = ()
     sockets: Sequence[str] = ()
-    unix: str | None = None
-    inner: Sequence[str] = ()
-    home: str = "/"  # as a service manager starts it
-    first: bytes = b""
+    unix_format: str | None = None
+    other_addresses: Sequence[str] = ()
+    cwd: str = "/"  # as a service manager starts it
+    ready_request: bytes = b""
     environment: Mapping[str, str] = field(default_factory=dict)
     only_root: str = ""
     """Lines (a pattern) that only root may use: others run it without."""
@@ -309,10 +309,10 @@ class Kind:
     unlimited: Mapping[str, str] = field(default_factory=dict)
     """What to replace so that a key may ask as often as it likes."""
 
-    def spelled(self, address: str) -> str:
+    def format_address(self, address: str) -> str:
         """An address, which is given as host:port, as the files spell it."""
         host, _, port = address.partition(":")
-        return self.address.format(host=host, port=port)
+        return self.address_format.format(host=host, port=port)
 
 
 class Proxy:
@@ -324,14 +324,14 @@ class Proxy:
         self.folder = folder
 
 
-def written(kind: Kind, folder: Path, substitutions: Mapping[str, str]) -> int:
+def write_config(kind: Kind, folder: Path, substitutions: Mapping[str, str]) -> int:
     """Copy a proxy's files with their addresses and folders replaced; its own port."""
     port = free_port()
-    front = kind.fronted.format(port=port)
-    replace = {kind.spelled(kind.front): kind.spelled(front), **substitutions}
+    front = kind.front_format.format(port=port)
+    replace = {kind.format_address(kind.front): kind.format_address(front), **substitutions}
     replace |= {name: f"{name}-{port}" for name in kind.sockets}
     replace |= {name: str(folder / Path(name).name) for name in kind.files_named}
-    replace |= {address: f"127.0.0.1:{free_port()}" for address in kind.inner}
+    replace |= {address: f"127.0.0.1:{free_port()}" for address in kind.other_addresses}
     for number, name in enumerate(kind.folders):
         (folder / str(number)).mkdir()
         replace[name] = str(folder / str(number))
@@ -356,7 +356,7 @@ def written(kind: Kind, folder: Path, substitutions: Mapping[str, str]) -> int:
 
 
 @contextlib.contextmanager
-def proxy(
+def running_proxy(
     kind: Kind, app: str, sidecar: int | Path, twin: Mapping[str, str] | None = None
 ) -> Iterator[Proxy]:
     """A proxy that runs until the end of the block.
@@ -367,21 +367,23 @@ def proxy(
         sidecar: its port, or its Unix socket.
         twin: further texts to replace: a mistake that tests look at.
     """
-    program = needs(shutil.which(kind.program, path=SEARCHED), kind.package)
-    place = kind.spelled(f"127.0.0.1:{sidecar}")
+    program = require_program(shutil.which(kind.program, path=SEARCHED), kind.package)
+    place = kind.format_address(f"127.0.0.1:{sidecar}")
     if isinstance(sidecar, Path):
-        assert kind.unix is not None
-        place = kind.unix.format(sidecar)
+        assert kind.unix_format is not None
+        place = kind.unix_format.format(sidecar)
     # Not below pytest's folder: a worker process of another user could not reach it.
     folder = Path(tempfile.mkdtemp(prefix=f"keylatch-{kind.name}-"))
     folder.chmod(0o755)
-    addresses = {kind.asked: place, APP: kind.spelled(urlsplit(app).netloc)}
-    substitutions = {kind.spelled(old): new for old, new in addresses.items()} | dict(twin or {})
-    port = written(kind, folder, substitutions)
+    addresses = {kind.sidecar_address: place, APP: kind.format_address(urlsplit(app).netloc)}
+    substitutions = {kind.format_address(old): new for old, new in addresses.items()} | dict(
+        twin or {}
+    )
+    port = write_config(kind, folder, substitutions)
     with (folder / "output.log").open("ab") as log:
         process = subprocess.Popen(
             [program, *(part.format(folder=folder) for part in kind.command)],
-            cwd=kind.home.format(folder=folder),
+            cwd=kind.cwd.format(folder=folder),
             env={**os.environ, **{n: v.format(folder=folder) for n, v in kind.environment.items()}},
             stdout=log,
             stderr=log,
@@ -391,7 +393,10 @@ def proxy(
         assert process.poll() is None, (folder / "output.log").read_text()
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", port)).close()
-            return not kind.first or send(f"http://127.0.0.1:{port}", kind.first).status != 404
+            return (
+                not kind.ready_request
+                or send(f"http://127.0.0.1:{port}", kind.ready_request).status != 404
+            )
         return False
 
     try:
@@ -407,19 +412,19 @@ def proxy(
         shutil.rmtree(folder)
 
 
-def complaints(kind: Kind) -> str:
+def config_errors(kind: Kind) -> str:
     """What a proxy has to say about its files; empty: nothing."""
-    program = needs(shutil.which(kind.program, path=SEARCHED), kind.package)
+    program = require_program(shutil.which(kind.program, path=SEARCHED), kind.package)
     with tempfile.TemporaryDirectory(prefix=f"keylatch-{kind.name}-") as temporary:
         folder = Path(temporary)
-        written(kind, folder, {})
+        write_config(kind, folder, {})
         command = [program, *(part.format(folder=folder) for part in kind.check)]
         ended = subprocess.run(command, capture_output=True, text=True, cwd="/")
         # Who is not root is warned by some that they cannot change to another user.
         return ended.stderr if ended.returncode or os.geteuid() == 0 else ""
 
 
-class Rig:
+class ProxyStack:
     """A proxy, its sidecar, an app, and two keys: one FULL, one SENDING."""
 
     def __init__(self, kind: Kind, app: Echo, app_url: str, sidecar: SidecarProcess) -> None:
@@ -429,64 +434,66 @@ class Rig:
         self.sidecar = sidecar
         self.full = sidecar.create()
         self.sender = sidecar.create("SENDING", "mailer", environment="test")
-        self.proxy: Proxy
+        self.running: Proxy
 
     @property
     def url(self) -> str:
-        return self.proxy.url
+        return self.running.url
 
-    def ask(self, start: bytes, *fields: bytes) -> Answer:
+    def request(self, start: bytes, *fields: bytes) -> RawResponse:
         """One request to the proxy."""
         return send(self.url, start, *fields)
 
-    def refused(self, start: bytes, *fields: bytes) -> Answer:
+    def request_refused(self, start: bytes, *fields: bytes) -> RawResponse:
         """One request that must not get to the app."""
-        asked = self.app.asked
-        answered = self.ask(start, *fields)
-        assert self.app.asked == asked, answered
-        assert b"x-echo" not in lowered(answered)
+        asked = self.app.request_count
+        answered = self.request(start, *fields)
+        assert self.app.request_count == asked, answered
+        assert b"x-echo" not in header_dict(answered)
         return answered
 
 
 @contextlib.contextmanager
-def rig(kind: Kind) -> Iterator[Rig]:
+def running_stack(kind: Kind) -> Iterator[ProxyStack]:
     """All of it, on free ports, until the end of the block."""
-    needs(shutil.which(kind.program, path=SEARCHED), kind.package)
+    require_program(shutil.which(kind.program, path=SEARCHED), kind.package)
     app = Echo()
     with tempfile.TemporaryDirectory(prefix="keylatch-sidecar-") as folder, serving(app) as app_url:
-        sidecar = kind.sidecar(Path(folder), VERIFY_FACTS="forwarded")
+        sidecar = kind.sidecar(Path(folder), VERIFY_REQUEST="forwarded")
         try:
-            made = Rig(kind, app, app_url, sidecar)
-            with proxy(kind, app_url, sidecar.port) as made.proxy:
+            made = ProxyStack(kind, app, app_url, sidecar)
+            with running_proxy(kind, app_url, sidecar.port) as made.running:
                 yield made
         finally:
             sidecar.close()
 
 
 @contextlib.contextmanager
-def stand_in(rig: Rig, twin: Mapping[str, str] | None = None) -> Iterator[tuple[Stand, Proxy]]:
+def faulty_proxy(
+    proxy: ProxyStack, twin: Mapping[str, str] | None = None
+) -> Iterator[tuple[FaultInjector, Proxy]]:
     """A second proxy, with somebody between it and the sidecar."""
-    stand = Stand(rig.sidecar.port)
+    injector = FaultInjector(proxy.sidecar.port)
     try:
-        with proxy(rig.kind, rig.app_url, stand.port, twin) as other:
-            yield stand, other
+        with running_proxy(proxy.kind, proxy.app_url, injector.port, twin) as other:
+            yield injector, other
     finally:
-        stand.close()
+        injector.close()
 
 
-def bearing(key: Created) -> bytes:
+def auth_header(key: Created) -> bytes:
     """The header field that presents a key."""
     return b"Authorization: Bearer " + key.token.reveal().encode()
 
 
-def lowered(answer: Answer) -> dict[bytes, bytes]:
+def header_dict(answer: RawResponse) -> dict[bytes, bytes]:
     """An answer's header fields by lower-case name; none may come twice."""
     headers = {name.lower(): value for name, value in answer.headers}
     assert len(headers) == len(answer.headers), answer
     return headers
 
 
-def told(answer: Answer) -> JSON:
+def echoed(answer: RawResponse) -> JSON:
     """What the app says that it was asked."""
     assert answer.status == 200, answer
     seen: JSON = json.loads(answer.body)
@@ -515,9 +522,9 @@ def values_of(seen: JSON, name: str) -> list[str]:
     return [value for known, value in seen["headers"] if known.lower() == name]
 
 
-def is_unavailable(answer: Answer) -> None:
+def assert_unavailable(answer: RawResponse) -> None:
     """503 in the sidecar's own words, with the time to try again."""
-    headers = lowered(answer)
+    headers = header_dict(answer)
     assert answer.status == 503
     assert headers[b"content-type"] == b"application/json"
     assert headers[b"retry-after"] == b"1"
@@ -530,9 +537,9 @@ def is_unavailable(answer: Answer) -> None:
     }
 
 
-def is_limited(answer: Answer) -> None:
+def assert_rate_limited(answer: RawResponse) -> None:
     """429 as JSON, with the time to try again."""
-    headers = lowered(answer)
+    headers = header_dict(answer)
     assert answer.status == 429
     assert headers[b"content-type"] == b"application/json"
     assert int(headers[b"retry-after"]) > 0
@@ -542,9 +549,9 @@ def is_limited(answer: Answer) -> None:
     assert json.loads(answer.body)["error"] == "rate_limited"
 
 
-def is_as_the_sidecar_says(answer: Answer, said: Answer) -> None:
+def assert_same_refusal(answer: RawResponse, said: RawResponse) -> None:
     """A refusal has the sidecar's status, body, and headers that matter, each of them once."""
-    headers, expected = lowered(answer), lowered(said)
+    headers, expected = header_dict(answer), header_dict(said)
     assert answer.status == said.status
     assert answer.body == said.body
     for name in (b"www-authenticate", b"content-type", b"cache-control", b"x-keylatch-error"):
@@ -553,7 +560,7 @@ def is_as_the_sidecar_says(answer: Answer, said: Answer) -> None:
 
 def with_trailer(key: Created) -> bytes:
     """A request whose body is followed by a lie about who calls."""
-    lines = [b"POST /v1/emails HTTP/1.1", b"Host: test", bearing(key)]
+    lines = [b"POST /v1/emails HTTP/1.1", b"Host: test", auth_header(key)]
     lines += [b"Transfer-Encoding: chunked", b"TE: trailers", b"Trailer: X-Keylatch-Key-Id"]
     lines += [b"Connection: close", b"", b"5", b"hello", b"0", b"X-Keylatch-Key-Id: evil"]
     return b"\r\n".join([*lines, b"", b""])

@@ -15,24 +15,24 @@ from typing import ClassVar
 import pytest
 
 from proxies import (
+    FaultInjector,
     Kind,
-    Rig,
-    Stand,
-    bearing,
+    ProxyStack,
+    assert_same_refusal,
+    assert_unavailable,
+    auth_header,
+    echoed,
     exchange_until_idle,
+    faulty_proxy,
+    header_dict,
     identity,
     identity_of,
-    is_as_the_sidecar_says,
-    is_unavailable,
-    lowered,
-    proxy,
-    stand_in,
-    told,
+    running_proxy,
     values_of,
 )
 from proxy_contract import NAMED, PATIENCE_SECONDS, ProxyContract
-from servers import eventually, needs
-from wire import exchange, read, send
+from servers import eventually, require_program
+from wire import exchange, parse_response, send
 
 KIND = Kind(
     name="apache",
@@ -43,7 +43,7 @@ KIND = Kind(
     files=["apache.conf", "keylatch.lua"],
     folders=["/var/log/apache2"],
     files_named=["/etc/apache2/keylatch.lua", "/run/apache2.pid"],
-    unix="{}",
+    unix_format="{}",
     only_root=r"(User|Group) ",
 )
 ALLOW = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + NAMED + b"\r\n"
@@ -52,7 +52,7 @@ ALLOW = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + NAMED + b"\r\n"
 @pytest.fixture(scope="module", autouse=True)
 def _luasocket() -> None:
     found = next(Path("/usr/lib").glob("**/lua/5.3/socket/core.so"), None)
-    needs(str(found) if found else None, "lua-socket")
+    require_program(str(found) if found else None, "lua-socket")
 
 
 class TestApache(ProxyContract):
@@ -87,10 +87,10 @@ ONE_PROCESS = also("ServerLimit 1", "StartServers 1", "MaxRequestWorkers 25")
         ("http://other.test/v1/me", "/v1/me"),
     ],
 )
-def test_the_app_gets_one_spelling_of_a_path(rig: Rig, path: str, seen: str) -> None:
+def test_the_app_gets_one_spelling_of_a_path(proxy: ProxyStack, path: str, seen: str) -> None:
     """Dots and double slashes are gone, and a slash that is encoded stays so. For a FULL key only:
     what is spelled in another way than the table has it asks for FULL."""
-    assert told(rig.ask(f"GET {path}".encode(), bearing(rig.full)))["path"] == seen
+    assert echoed(proxy.request(f"GET {path}".encode(), auth_header(proxy.full)))["path"] == seen
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_the_app_gets_one_spelling_of_a_path(rig: Rig, path: str, seen: str) -> 
         {"local PATIENCE_SECONDS = 1": "local PATIENCE_SECONDS = nil"},
     ],
 )
-def test_a_mistake_in_lua_is_503(rig: Rig, mistake: dict[str, str]) -> None:
+def test_a_mistake_in_lua_is_503(proxy: ProxyStack, mistake: dict[str, str]) -> None:
     """In the words of a sidecar that is down; for longer than there are threads to use up."""
-    asked = rig.app.asked
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
+    asked = proxy.app.request_count
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         for _ in range(60):
-            is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
-    assert rig.app.asked == asked
+            assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
+    assert proxy.app.request_count == asked
 
 
 @pytest.mark.parametrize(
@@ -130,31 +130,33 @@ def test_a_mistake_in_lua_is_503(rig: Rig, mistake: dict[str, str]) -> None:
         {"return refuse(r, verdict)": "error('a mistake')"},
     ],
 )
-def test_a_lua_that_cannot_run_closes_everything(rig: Rig, mistake: dict[str, str]) -> None:
+def test_a_lua_that_cannot_run_closes_everything(
+    proxy: ProxyStack, mistake: dict[str, str]
+) -> None:
     """500, as without LuaSocket: public routes too."""
-    asked = rig.app.asked
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
+    asked = proxy.app.request_count
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         for _ in range(60):
             assert send(other.url, b"GET /v1/me").status == 500
-    assert rig.app.asked == asked
+    assert proxy.app.request_count == asked
 
 
-def test_a_new_virtual_host_is_closed_until_it_is_opened(rig: Rig) -> None:
+def test_a_new_virtual_host_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
     """The hooks are the whole server's, whatever host and path are added."""
     lines = ["<VirtualHost *>", "ServerName new.test", "</VirtualHost>"]
-    with proxy(KIND, rig.app_url, rig.sidecar.port, also(*lines)) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, also(*lines)) as other:
         assert send(other.url, b"GET /new").status == 401
-        assert send(other.url, b"GET /new", bearing(rig.sender)).status == 403
-        assert told(send(other.url, b"GET /new", bearing(rig.full)))["path"] == "/new"
+        assert send(other.url, b"GET /new", auth_header(proxy.sender)).status == 403
+        assert echoed(send(other.url, b"GET /new", auth_header(proxy.full)))["path"] == "/new"
 
 
-def test_two_credentials_come_as_one_that_is_refused(rig: Rig) -> None:
+def test_two_credentials_come_as_one_that_is_refused(proxy: ProxyStack) -> None:
     """Apache joins them with a comma: the sidecar hears of both."""
-    with stand_in(rig) as (stand, other), stand.answering(ALLOW):
+    with faulty_proxy(proxy) as (injector, other), injector.responding(ALLOW):
         send(other.url, b"GET /", b"Authorization: Bearer one", b"authorization: Bearer two")
-    (question,) = stand.questions
+    (question,) = injector.requests
     assert b"\r\nAuthorization: Bearer one, Bearer two\r\n" in question
-    assert rig.sidecar.says(b"Authorization: Bearer one, Bearer two").status == 401
+    assert proxy.sidecar.decision(b"Authorization: Bearer one, Bearer two").status == 401
 
 
 @pytest.mark.parametrize(
@@ -167,70 +169,72 @@ def test_two_credentials_come_as_one_that_is_refused(rig: Rig) -> None:
         [b"Connection: close, X-Keylatch-Key-Id", b"Proxy-Connection: X-Keylatch-Key-Id"],
     ],
 )
-def test_no_connection_header_takes_an_identity_away(rig: Rig, fields: list[bytes]) -> None:
+def test_no_connection_header_takes_an_identity_away(
+    proxy: ProxyStack, fields: list[bytes]
+) -> None:
     """However often it comes."""
-    lines = [b"GET /v1/me HTTP/1.1", b"Host: test", bearing(rig.full), *fields, b"", b""]
-    seen = told(read(exchange(rig.url, b"\r\n".join(lines))))
-    assert identity(seen) == identity_of(rig.full)
+    lines = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full), *fields, b"", b""]
+    seen = echoed(parse_response(exchange(proxy.url, b"\r\n".join(lines))))
+    assert identity(seen) == identity_of(proxy.full)
 
 
-def test_with_the_clients_connection_header_it_would(rig: Rig) -> None:
+def test_with_the_clients_connection_header_it_would(proxy: ProxyStack) -> None:
     """Why it is rewritten: mod_proxy removes what it names, even what the hook has set."""
     mistake = {"clean_connection(r)\n    if PUBLIC": "if PUBLIC"}
     mistake = {"    clean_connection(r)": ""}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        lines = [b"GET /v1/me HTTP/1.1", b"Host: test", bearing(rig.full)]
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        lines = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full)]
         lines += [b"Connection: close, X-Keylatch-Key-Id", b"", b""]
-        seen = told(read(exchange(other.url, b"\r\n".join(lines))))
+        seen = echoed(parse_response(exchange(other.url, b"\r\n".join(lines))))
     assert "x-keylatch-key-id" not in identity(seen)
 
 
-def test_the_clients_own_addresses_do_not_arrive(rig: Rig) -> None:
+def test_the_clients_own_addresses_do_not_arrive(proxy: ProxyStack) -> None:
     """Apache would add its own to them."""
     lies = [b"X-Forwarded-For: 6.6.6.6", b"X_Forwarded_For: 6.6.6.6", b"X-Forwarded-Proto: https"]
     lies += [b"X-Forwarded-Host: evil.test", b"X-Forwarded-Server: evil.test"]
     for start in (b"GET /v1/me", b"GET /healthz"):
-        seen = told(rig.ask(start, bearing(rig.full), *lies))
+        seen = echoed(proxy.request(start, auth_header(proxy.full), *lies))
         assert values_of(seen, "x-forwarded-for") == ["127.0.0.1"]
         assert values_of(seen, "x-forwarded-proto") == ["http"]
         assert "evil" not in str(seen)
         assert "6.6.6.6" not in str(seen)
 
 
-def test_mod_headers_would_delete_what_the_sidecar_said(rig: Rig) -> None:
+def test_mod_headers_would_delete_what_the_sidecar_said(proxy: ProxyStack) -> None:
     """Why the hook strips by itself: a plain `RequestHeader unset` runs after it. `early` is before
     it, but knows no patterns."""
     unset = "RequestHeader unset X-Keylatch-Key-Id"
     for when, names in (("", set()), (" early", {"x-keylatch-key-id"})):
         mistake = also(module("headers"), unset + when)
-        with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-            seen = told(send(other.url, b"GET /v1/me", bearing(rig.full)))
+        with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+            seen = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
         assert identity(seen).keys() & {"x-keylatch-key-id"} == names
 
 
-def test_an_error_document_changes_no_answer(rig: Rig) -> None:
+def test_an_error_document_changes_no_answer(proxy: ProxyStack) -> None:
     """Neither the app's nor the sidecar's."""
     documents = also("ErrorDocument 401 mine", "ErrorDocument 403 mine", "ErrorDocument 503 mine")
-    with proxy(KIND, rig.app_url, rig.sidecar.port, documents) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, documents) as other:
         refused = send(other.url, b"GET /v1/me")
-        of_the_app = send(other.url, b"GET /status/401", bearing(rig.full))
-        forbidden = send(other.url, b"GET /v1/me", bearing(rig.sender))
-    is_as_the_sidecar_says(refused, rig.sidecar.says())
-    is_as_the_sidecar_says(forbidden, rig.sidecar.says(bearing(rig.sender)))
-    assert lowered(of_the_app)[b"x-echo"] == b"the app"
+        of_the_app = send(other.url, b"GET /status/401", auth_header(proxy.full))
+        forbidden = send(other.url, b"GET /v1/me", auth_header(proxy.sender))
+    assert_same_refusal(refused, proxy.sidecar.decision())
+    assert_same_refusal(forbidden, proxy.sidecar.decision(auth_header(proxy.sender)))
+    assert header_dict(of_the_app)[b"x-echo"] == b"the app"
     assert b"mine" not in of_the_app.body
 
 
-def test_a_cache_would_give_one_callers_answer_to_another(rig: Rig) -> None:
+def test_a_cache_would_give_one_callers_answer_to_another(proxy: ProxyStack) -> None:
     """Why the files have no mod_cache: the key, which would tell it not to, is gone by then."""
     cache = [module("cache"), module("cache_socache"), module("socache_shmcb")]
     cache += ["CacheEnable socache /", "CacheSocache shmcb", "CacheQuickHandler off"]
-    with proxy(
-        KIND, rig.app_url, rig.sidecar.port, also(*cache, "CacheIgnoreNoLastMod On")
+    with running_proxy(
+        KIND, proxy.app_url, proxy.sidecar.port, also(*cache, "CacheIgnoreNoLastMod On")
     ) as other:
-        told(send(other.url, b"GET /v1/me", bearing(rig.full)))
-        seen = told(send(other.url, b"GET /v1/me", bearing(rig.sidecar.create())))
-    assert identity(seen) == identity_of(rig.full)
+        echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
+        seen = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.sidecar.create())))
+    assert identity(seen) == identity_of(proxy.full)
 
 
 UNASKED = [
@@ -243,25 +247,25 @@ UNASKED = [
 
 @pytest.mark.parametrize(("lines", "start", "_"), UNASKED)
 def test_what_the_sidecar_is_not_asked_about_is_refused(
-    rig: Rig, lines: list[str], start: bytes, _: dict[str, list[str]]
+    proxy: ProxyStack, lines: list[str], start: bytes, _: dict[str, list[str]]
 ) -> None:
     """By the second hook, which Apache asks about everything."""
-    asked = rig.app.asked
-    with proxy(KIND, rig.app_url, rig.sidecar.port, also(*lines)) as other:
+    asked = proxy.app.request_count
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, also(*lines)) as other:
         assert send(other.url, start, b"X-Keylatch-Key-Id: evil").status in (400, 500)
-    assert rig.app.asked == asked
+    assert proxy.app.request_count == asked
 
 
 @pytest.mark.parametrize(("lines", "start", "known"), UNASKED)
 def test_without_the_second_hook_it_would_get_to_the_app(
-    rig: Rig, lines: list[str], start: bytes, known: dict[str, list[str]]
+    proxy: ProxyStack, lines: list[str], start: bytes, known: dict[str, list[str]]
 ) -> None:
     """Why nobody may delete it: not even what the client says of itself would be gone."""
-    asked = rig.app.asked
+    asked = proxy.app.request_count
     mistake = {"LuaHookFixups": "# LuaHookFixups"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, also(*lines) | mistake) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, also(*lines) | mistake) as other:
         answered = send(other.url, start, b"X-Keylatch-Key-Id: evil")
-    assert rig.app.asked == asked + 1
+    assert proxy.app.request_count == asked + 1
     assert identity(json.loads(answered.body[answered.body.rindex(b'{"method"') :])) == known
 
 
@@ -269,21 +273,21 @@ def test_without_the_second_hook_it_would_get_to_the_app(
     ("mistake", "status"), [({}, 401), ({"and is_idle(old)": "", "elseif old": "elseif nil"}, 200)]
 )
 def test_an_answer_that_nobody_asked_for_is_nobodys(
-    rig: Rig, mistake: dict[str, str], status: int
+    proxy: ProxyStack, mistake: dict[str, str], status: int
 ) -> None:
     """On a kept connection it would be taken for the next one's. Why it is looked at before use."""
-    stand = Stand(rig.sidecar.port)
+    injector = FaultInjector(proxy.sidecar.port)
     twin = ONE_PROCESS | mistake
     try:
-        with proxy(KIND, rig.app_url, stand.port, twin) as other:
-            with stand.answering(ALLOW + ALLOW, is_tired=True):
-                told(send(other.url, b"GET /v1/me", bearing(rig.full)))
+        with running_proxy(KIND, proxy.app_url, injector.port, twin) as other:
+            with injector.responding(ALLOW + ALLOW, closes_after_next_request=True):
+                echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
             assert send(other.url, b"GET /v1/me").status == status
     finally:
-        stand.close()
+        injector.close()
 
 
-def test_a_sidecar_that_dribbles_means_503_in_time(rig: Rig) -> None:
+def test_a_sidecar_that_dribbles_means_503_in_time(proxy: ProxyStack) -> None:
     """A byte now and then is no reason to wait for more than a second."""
 
     def dribble() -> None:
@@ -296,23 +300,25 @@ def test_a_sidecar_that_dribbles_means_503_in_time(rig: Rig) -> None:
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=dribble, daemon=True).start()
-        with proxy(KIND, rig.app_url, listener.getsockname()[1]) as other:
+        with running_proxy(KIND, proxy.app_url, listener.getsockname()[1]) as other:
             began = time.monotonic()
-            is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
+            assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
             assert time.monotonic() - began < PATIENCE_SECONDS / 4
             over.set()
 
 
-def test_a_reload_misses_nobody_and_reads_the_lua_anew(rig: Rig) -> None:
+def test_a_reload_misses_nobody_and_reads_the_lua_anew(proxy: ProxyStack) -> None:
     """Who asks meanwhile is answered; the routes are the new ones then."""
-    with proxy(KIND, rig.app_url, rig.sidecar.port) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port) as other:
         lua = other.folder / "keylatch.lua"
         for _ in range(8):
             assert send(other.url, b"GET /new").status == 401
         lua.write_text(lua.read_text().replace('["/healthz"] = true', '["/new"] = true'))
         os.kill(int((other.folder / "apache2.pid").read_text()), signal.SIGUSR1)
         with ThreadPoolExecutor(4) as pool:
-            asking = [pool.submit(send, other.url, b"GET /", bearing(rig.full)) for _ in range(60)]
+            asking = [
+                pool.submit(send, other.url, b"GET /", auth_header(proxy.full)) for _ in range(60)
+            ]
             assert {asked.result().status for asked in asking} == {200}
         eventually(lambda: send(other.url, b"GET /new").status == 200)
 
@@ -344,14 +350,14 @@ def spoken(port: int, *more: tuple[bytes, bytes]) -> bytes:
     return body
 
 
-def test_http_2_is_judged_alike(rig: Rig) -> None:
+def test_http_2_is_judged_alike(proxy: ProxyStack) -> None:
     """With mod_http2, as an operator may load it: identity, refusals, and trailers."""
     http_2 = also(module("http2"), "Protocols h2c http/1.1")
-    with proxy(KIND, rig.app_url, rig.sidecar.port, http_2) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, http_2) as other:
         lie = (b"x_keylatch_key_id", b"evil")
-        key = (b"authorization", bearing(rig.sender).partition(b": ")[2])
+        key = (b"authorization", auth_header(proxy.sender).partition(b": ")[2])
         seen = json.loads(spoken(other.port, key, lie))
-        assert (identity(seen), seen["length"]) == (identity_of(rig.sender), 5)
-        asked = rig.app.asked
-        assert spoken(other.port, lie) == rig.sidecar.says().body
-        assert rig.app.asked == asked
+        assert (identity(seen), seen["length"]) == (identity_of(proxy.sender), 5)
+        asked = proxy.app.request_count
+        assert spoken(other.port, lie) == proxy.sidecar.decision().body
+        assert proxy.app.request_count == asked

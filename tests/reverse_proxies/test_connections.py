@@ -17,19 +17,23 @@ from typing import Any, cast
 import pytest
 
 from keylatch_sidecar.limits import MAX_DESCRIPTORS, Limits
-from keylatch_sidecar.proxies.bounded import Bounded
-from keylatch_sidecar.proxies.connections import Connections, descriptors, raise_descriptors
+from keylatch_sidecar.proxies.bounded import LimitedProtocol
+from keylatch_sidecar.proxies.connections import (
+    Connections,
+    descriptor_limit,
+    raise_descriptor_limit,
+)
 from raw_lines import HOST, is_silent, rest_of
 from servers import eventually, free_port
 from shell import SCRIPT, Operator
-from wire import exchange, read
+from wire import exchange, parse_response
 
 
 @dataclass(eq=False)
 class Silent:
     """A connection, as far as `Connections` asks."""
 
-    silence: tuple[int, float] | None
+    eviction_rank: tuple[int, float] | None
     ends: int = 0
 
     @property
@@ -38,9 +42,9 @@ class Silent:
 
     def abort(self) -> None:
         self.ends += 1
-        self.silence = None
+        self.eviction_rank = None
 
-    def end_if_late(self, now: float) -> None:
+    def close_if_timed_out(self, now: float) -> None:
         pass
 
 
@@ -48,7 +52,7 @@ def crowd(*silences: tuple[int, float] | None) -> tuple[Connections, set[Silent]
     """As many connections as there may be; their set, and they in order."""
     made = [Silent(silence) for silence in silences]
     everyone = set(made)
-    return Connections(Limits(), cast("set[Bounded]", everyone), len(made)), everyone, made
+    return Connections(Limits(), cast("set[LimitedProtocol]", everyone), len(made)), everyone, made
 
 
 @pytest.mark.anyio
@@ -72,7 +76,7 @@ async def test_the_oldest_silent_connection_makes_room(
     for _ in range(len(silences)):
         new = Silent(None)
         everyone.add(new)
-        connections.add(cast(Bounded, new))
+        connections.add(cast(LimitedProtocol, new))
         gone = [each for each in made if each.ends] if not new.ends else [new]
         order += [made.index(each) for each in gone if each in made and each in everyone]
         everyone.difference_update(gone)
@@ -86,10 +90,10 @@ async def test_a_connection_that_was_silent_and_is_not_any_more_stays() -> None:
     for expected in (made[0], made[2]):
         new = Silent((0, 9.0))
         everyone.add(new)
-        connections.add(cast(Bounded, new))
+        connections.add(cast(LimitedProtocol, new))
         assert [each for each in everyone if each.ends] == [expected]
         everyone.remove(expected)
-        made[1].silence = None
+        made[1].eviction_rank = None
 
 
 def limited(most: int, command: list[str]) -> list[str]:
@@ -132,7 +136,7 @@ def is_answered(address: Any) -> bool:
     place = Path(address) if isinstance(address, str) else f"http://{address[0]}:{address[1]}"
     with contextlib.suppress(OSError, IndexError):
         request = b"GET /healthz" + HOST + b"Connection: close\r\n\r\n"
-        return read(exchange(place, request)).status == 200
+        return parse_response(exchange(place, request)).status == 200
     return False
 
 
@@ -182,12 +186,12 @@ def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
     assert before[1] == resource.RLIM_INFINITY or before[1] >= 512
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-        raise_descriptors()
+        raise_descriptor_limit()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert (soft, hard) == (descriptors(), before[1])
+        assert (soft, hard) == (descriptor_limit(), before[1])
         assert soft == (MAX_DESCRIPTORS if hard < 0 else min(hard, MAX_DESCRIPTORS))
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        raise_descriptors()
+        raise_descriptor_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before[0]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

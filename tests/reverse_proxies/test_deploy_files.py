@@ -29,7 +29,7 @@ from keylatch.errors import ConfigurationError
 from manifests import Request, documents, of_kind, parts
 from proxied_app import app
 from proxies import DEPLOY, IDENTITY, SEARCHED
-from servers import eventually, free_port, needs, serving
+from servers import eventually, free_port, require_program, serving
 from wire import send
 
 ROOT = DEPLOY.parent
@@ -277,7 +277,7 @@ def test_the_composition_s_sidecar_is_what_nginx_asks() -> None:
         for name, value in keylatch["environment"].items()
     }
     assert manifests.settings_mistakes(environment) == []
-    assert environment["KEYLATCH_VERIFY_FACTS"] == "forwarded"
+    assert environment["KEYLATCH_VERIFY_REQUEST"] == "forwarded"
     database = COMPOSE["services"]["postgres"]["environment"]
     url = environment["KEYLATCH_STORE"]
     assert (
@@ -312,7 +312,7 @@ def test_nginx_runs_on_our_files(tmp_path: Path, command: list[str]) -> None:
     for folder in folders:
         text = text.replace(f"{folder}/", f"{tmp_path}/")
     (tmp_path / "nginx.conf").write_text(text)
-    nginx = needs(shutil.which("nginx", path=SEARCHED), "nginx")
+    nginx = require_program(shutil.which("nginx", path=SEARCHED), "nginx")
     judged = [nginx, "-t", "-q", "-c", str(tmp_path / "nginx.conf"), "-p", str(tmp_path)]
     assert subprocess.run(judged).returncode == 0
 
@@ -350,7 +350,7 @@ def unit() -> dict[str, list[str]]:
 
 def analyzed(folder: Path, text: str, *words: str) -> str:
     """What systemd says of a unit, with the program at a place where it is."""
-    analyze = needs(shutil.which("systemd-analyze"), "systemd")
+    analyze = require_program(shutil.which("systemd-analyze"), "systemd")
     (folder / "keylatch.service").write_text(
         text.replace(
             "/opt/keylatch/bin/keylatch serve", f"{sys.executable} -m keylatch_sidecar serve"
@@ -407,7 +407,7 @@ def test_the_unit_is_ours() -> None:
     store = environment["KEYLATCH_STORE"] = environment["KEYLATCH_STORE"].replace("%S", "/var/lib")
     assert store.startswith("sqlite:////var/lib/keylatch/")
     assert manifests.settings_mistakes(environment) == []
-    assert environment["KEYLATCH_VERIFY_FACTS"] == "forwarded"
+    assert environment["KEYLATCH_VERIFY_REQUEST"] == "forwarded"
     assert str(options["uds"]) in (DEPLOY / "nginx/nginx.conf").read_text()
     assert (settings["RuntimeDirectory"], settings["RuntimeDirectoryMode"]) == ("keylatch", "0750")
     assert settings["Group"] == "www-data", "nginx's"
@@ -417,7 +417,7 @@ def test_the_unit_is_ours() -> None:
 
 def syscall_groups() -> dict[str, set[str]]:
     """The calls of each of systemd's groups, and of those within."""
-    analyze = needs(shutil.which("systemd-analyze"), "systemd")
+    analyze = require_program(shutil.which("systemd-analyze"), "systemd")
     told = subprocess.run([analyze, "syscall-filter"], capture_output=True, text=True).stdout
     named = {
         block.split()[0]: {line.strip() for line in block.splitlines()[1:] if "#" not in line}
@@ -545,7 +545,7 @@ def test_the_sidecar_in_the_pod_is_on_the_loopback() -> None:
     assert "ports" not in keylatch
     values = {each["name"]: each.get("value", "sqlite:///x") for each in keylatch["env"]}
     assert manifests.settings_mistakes(values) == []
-    assert values["KEYLATCH_VERIFY_FACTS"] == "forwarded"
+    assert values["KEYLATCH_VERIFY_REQUEST"] == "forwarded"
     policy = of_kind(SIDECAR, "NetworkPolicy")[0]["spec"]
     assert policy["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8080}]}]
     assert policy["policyTypes"] == ["Ingress"]
@@ -581,18 +581,18 @@ def test_the_sidecar_on_its_own_answers_proxies_alone() -> None:
 def test_each_proxy_sends_the_facts_that_its_sidecar_expects() -> None:
     """X-Original-…, the request line, X-Forwarded-…; told otherwise, a sidecar refuses all."""
     values = {each["name"]: each.get("value", "") for each in pod_of(ALONE)["containers"][0]["env"]}
-    assert values["KEYLATCH_VERIFY_FACTS"] == "original"
-    assert values["KEYLATCH_EXT_AUTHZ_FACTS"] == "envoy"
+    assert values["KEYLATCH_VERIFY_REQUEST"] == "original"
+    assert values["KEYLATCH_EXT_AUTHZ_REQUEST"] == "envoy"
     for name, word in {
-        "kubernetes/ingress-nginx.yaml": "VERIFY_FACTS=original",
-        "kubernetes/gateway-api.yaml": "EXT_AUTHZ_FACTS=envoy",
-        "kubernetes/istio.yaml": "EXT_AUTHZ_FACTS=envoy",
-        "apisix/apisix.yaml": "VERIFY_FACTS=forwarded",
+        "kubernetes/ingress-nginx.yaml": "VERIFY_REQUEST=original",
+        "kubernetes/gateway-api.yaml": "EXT_AUTHZ_REQUEST=envoy",
+        "kubernetes/istio.yaml": "EXT_AUTHZ_REQUEST=envoy",
+        "apisix/apisix.yaml": "VERIFY_REQUEST=forwarded",
     }.items():
         head = (DEPLOY / name).read_text().partition("\n\n")[0]
         assert f"KEYLATCH_{word}" in head
     with pytest.raises(ConfigurationError):
-        manifests.settings_mistakes({"KEYLATCH_VERIFY_FACTS": "guess"})
+        manifests.settings_mistakes({"KEYLATCH_VERIFY_REQUEST": "guess"})
     assert manifests.settings_mistakes({"KEYLATCH_VERIFY_FACT": "none"})
     with pytest.raises(Exception, match="No such option"):
         manifests.options_of(["serve", "--admin-prot", "8701"])
@@ -884,7 +884,7 @@ LUA = Path("/usr/lib/nginx/modules/ngx_http_lua_module.so")
 
 def test_apisix_s_function_runs(tmp_path: Path) -> None:
     """In the very Lua that APISIX is made of, past a hundred headers, whatever nginx lets in."""
-    nginx = needs(
+    nginx = require_program(
         shutil.which("nginx", path=SEARCHED) if LUA.exists() else None, "libnginx-mod-http-lua"
     )
     (function,) = APISIX["global_rules"][0]["plugins"]["serverless-pre-function"]["functions"]

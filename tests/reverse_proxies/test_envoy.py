@@ -19,24 +19,24 @@ from h2.events import DataReceived, ResponseReceived, StreamEnded, StreamReset
 from websockets.sync.client import connect
 
 from proxies import (
+    FaultInjector,
     Kind,
     Proxy,
-    Rig,
-    Stand,
-    bearing,
+    ProxyStack,
+    assert_unavailable,
+    auth_header,
+    echoed,
     exchange_until_idle,
+    faulty_proxy,
     identity,
     identity_of,
-    is_unavailable,
-    proxy,
-    stand_in,
-    told,
+    running_proxy,
     values_of,
     with_trailer,
 )
 from proxy_contract import BROKEN, NAMED, ProxyContract
 from servers import free_port
-from wire import Answer, exchange, read, send
+from wire import RawResponse, exchange, parse_response, send
 
 KIND = Kind(
     name="envoy",
@@ -45,8 +45,8 @@ KIND = Kind(
     command=["-c", "{folder}/envoy.yaml", "--disable-hot-restart", "--log-level", "warning"],
     check=["-c", "{folder}/envoy.yaml", "--mode", "validate", "--log-level", "warning"],
     files=["envoy.yaml"],
-    address="socket_address: {{address: {host}, port_value: {port}}}",
-    unix="pipe: {{path: {}}}",
+    address_format="socket_address: {{address: {host}, port_value: {port}}}",
+    unix_format="pipe: {{path: {}}}",
     limited={
         "max_tokens: 1000, tokens_per_fill: 100": "max_tokens: 2, tokens_per_fill: 1",
         "fill_interval: 1s": "fill_interval: 60s",
@@ -60,31 +60,36 @@ ALLOW = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + NAMED + b"\r\n"
 
 
 @pytest.fixture(scope="module")
-def answering(rig: Rig) -> Iterator[tuple[Stand, Proxy]]:
-    """An Envoy of its own: it keeps no connection past a stand that answers by itself."""
-    with stand_in(rig) as made:
+def answering(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
+    """An Envoy of its own: it keeps no connection past an injector that answers by itself."""
+    with faulty_proxy(proxy) as made:
         yield made
 
 
 class TestEnvoy(ProxyContract):
     """All that a proxy promises."""
 
-    question: ClassVar[bytes] = b"/ext_authz/v1/emails?permission=X"
-    question_fields: ClassVar[Mapping[bytes, bytes]] = {b"x-keylatch-require": b"SENDING"}
+    sidecar_request_target: ClassVar[bytes] = b"/ext_authz/v1/emails?permission=X"
+    sidecar_request_headers: ClassVar[Mapping[bytes, bytes]] = {b"x-keylatch-require": b"SENDING"}
     passes_429: ClassVar[bool] = True
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"DELETE", b"PROPFIND", b"TRACE"])
 def test_the_sidecar_is_asked_with_the_clients_method_and_our_permission(
-    rig: Rig, answering: tuple[Stand, Proxy], method: bytes
+    proxy: ProxyStack, answering: tuple[FaultInjector, Proxy], method: bytes
 ) -> None:
     """Whatever the client says that should be asked, in its headers, query or path."""
-    stand, other = answering
+    injector, other = answering
     lies = [b"X-Keylatch-Require: SENDING", b"x_keylatch_require: SENDING"]
     lies += [b"X-Envoy-Original-Path: /v1/emails", b"Connection: X-Keylatch-Require"]
-    with stand.answering(BROKEN):
-        send(other.url, method + b" /v1/me?X-Keylatch-Require=SENDING", bearing(rig.full), *lies)
-    (question,) = stand.questions
+    with injector.responding(BROKEN):
+        send(
+            other.url,
+            method + b" /v1/me?X-Keylatch-Require=SENDING",
+            auth_header(proxy.full),
+            *lies,
+        )
+    (question,) = injector.requests
     first, *fields = question.partition(b"\r\n\r\n")[0].split(b"\r\n")
     assert first == method + b" /ext_authz/v1/me?X-Keylatch-Require=SENDING HTTP/1.1"
     asked = [field for field in fields if b"keylatch-require" in field.lower()]
@@ -99,71 +104,73 @@ def test_the_sidecar_is_asked_with_the_clients_method_and_our_permission(
         ("direct_response: {status: 202}", 202),
     ],
 )
-def test_a_new_route_is_closed_until_it_is_opened(rig: Rig, action: str, status: int) -> None:
+def test_a_new_route_is_closed_until_it_is_opened(
+    proxy: ProxyStack, action: str, status: int
+) -> None:
     """One that says nothing of keylatch asks for FULL, also where Envoy itself would answer."""
     indent = f"\n{24 * ' '}"
     new = f"- match: {{path: /new}}{indent}  {action}{indent}- match: {{path: /healthz}}"
     twin = {"- match: {path: /healthz}": new}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, twin) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, twin) as other:
         assert send(other.url, b"GET /new").status == 401
-        assert send(other.url, b"GET /new", bearing(rig.sender)).status == 403
-        assert send(other.url, b"GET /new", bearing(rig.full)).status == status
+        assert send(other.url, b"GET /new", auth_header(proxy.sender)).status == 403
+        assert send(other.url, b"GET /new", auth_header(proxy.full)).status == status
 
 
-def test_without_the_default_permission_every_good_key_would_do(rig: Rig) -> None:
+def test_without_the_default_permission_every_good_key_would_do(proxy: ProxyStack) -> None:
     """Why the filter ahead of ext_authz asks for FULL: nothing asked is nothing demanded."""
     mistake = {"x-keylatch-require, value: FULL": "x-mine, value: FULL"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        assert send(other.url, b"GET /v1/me", bearing(rig.sender)).status == 200
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        assert send(other.url, b"GET /v1/me", auth_header(proxy.sender)).status == 200
 
 
-def test_failing_open_would_let_everybody_in(rig: Rig) -> None:
+def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
     """Why nobody may set `failure_mode_allow`: the sidecar is down, and the app serves."""
     mistake = {"failure_mode_allow: false": "failure_mode_allow: true"}
-    with proxy(KIND, rig.app_url, free_port(), mistake) as other:
+    with running_proxy(KIND, proxy.app_url, free_port(), mistake) as other:
         assert send(other.url, b"GET /v1/me").status == 200
-    with proxy(KIND, rig.app_url, free_port()) as other:
-        is_unavailable(send(other.url, b"GET /v1/me"))
+    with running_proxy(KIND, proxy.app_url, free_port()) as other:
+        assert_unavailable(send(other.url, b"GET /v1/me"))
 
 
-def test_without_the_rule_on_names_clients_would_say_who_they_are(rig: Rig) -> None:
+def test_without_the_rule_on_names_clients_would_say_who_they_are(proxy: ProxyStack) -> None:
     """Why they are removed ahead of all else: what is public, ext_authz does not look at."""
     mistake = {"x[^a-z0-9]keylatch.*": "nothing"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        seen = told(send(other.url, b"GET /healthz", b"X-Keylatch-Key-Id: evil"))
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        seen = echoed(send(other.url, b"GET /healthz", b"X-Keylatch-Key-Id: evil"))
     assert identity(seen) == {"x-keylatch-key-id": ["evil"]}
 
 
-def test_without_the_rule_on_underscores_a_method_could_be_another(rig: Rig) -> None:
+def test_without_the_rule_on_underscores_a_method_could_be_another(proxy: ProxyStack) -> None:
     """Why such names are dropped: many apps take one for the other."""
     mistake = {"headers_with_underscores_action: DROP_HEADER": "max_headers_count: 100"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        fields = (bearing(rig.sender), b"X_HTTP_Method_Override: DELETE")
-        seen = told(send(other.url, b"POST /v1/emails", *fields))
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        fields = (auth_header(proxy.sender), b"X_HTTP_Method_Override: DELETE")
+        seen = echoed(send(other.url, b"POST /v1/emails", *fields))
     assert values_of(seen, "x_http_method_override") == ["DELETE"]
 
 
-def test_with_trailers_a_client_would_say_who_he_is(rig: Rig) -> None:
+def test_with_trailers_a_client_would_say_who_he_is(proxy: ProxyStack) -> None:
     """Why `enable_trailers` stays off: uvicorn with httptools takes one for one more header."""
     mistake = {
         "normalize_path: true": "http_protocol_options: {enable_trailers: true}",
         "{http_protocol_options: {}}": "{http_protocol_options: {enable_trailers: true}}",
     }
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        seen = told(read(exchange(other.url, with_trailer(rig.full))))
-    assert identity(seen)["x-keylatch-key-id"] == [rig.full.record.id, "evil"]
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        seen = echoed(parse_response(exchange(other.url, with_trailer(proxy.full))))
+    assert identity(seen)["x-keylatch-key-id"] == [proxy.full.record.id, "evil"]
 
 
 @pytest.mark.parametrize("status", [b"201 Created", b"202 Accepted", b"204 No Content"])
 def test_another_success_is_no_allow(
-    rig: Rig, answering: tuple[Stand, Proxy], status: bytes
+    proxy: ProxyStack, answering: tuple[FaultInjector, Proxy], status: bytes
 ) -> None:
     """Only 200 is; and no client shall take it for the app's success."""
-    stand, other = answering
-    asked = rig.app.asked
-    with stand.answering(ALLOW.replace(b"200 OK", status)):
-        is_unavailable(send(other.url, b"POST /v1/emails", bearing(rig.full)))
-    assert rig.app.asked == asked
+    injector, other = answering
+    asked = proxy.app.request_count
+    with injector.responding(ALLOW.replace(b"200 OK", status)):
+        assert_unavailable(send(other.url, b"POST /v1/emails", auth_header(proxy.full)))
+    assert proxy.app.request_count == asked
 
 
 @pytest.mark.parametrize(
@@ -171,18 +178,20 @@ def test_another_success_is_no_allow(
     [({}, {200}), ({"retry_on: reset": "retry_on: retriable-4xx"}, {200, 503})],
 )
 def test_a_connection_that_the_sidecar_closes_costs_no_answer_and_no_second(
-    rig: Rig, twin: dict[str, str], expected: set[int]
+    proxy: ProxyStack, twin: dict[str, str], expected: set[int]
 ) -> None:
     """Why the question is asked again, and soon: by default it waits half a second on average."""
-    stand = Stand(rig.sidecar.port)
+    injector = FaultInjector(proxy.sidecar.port)
     try:
-        with proxy(KIND, rig.app_url, stand.port, twin) as other:
+        with running_proxy(KIND, proxy.app_url, injector.port, twin) as other:
             began = time.monotonic()
-            with stand.answering(ALLOW, is_tired=True):
-                answers = [send(other.url, b"GET /v1/me", bearing(rig.full)) for _ in range(24)]
+            with injector.responding(ALLOW, closes_after_next_request=True):
+                answers = [
+                    send(other.url, b"GET /v1/me", auth_header(proxy.full)) for _ in range(24)
+                ]
             assert time.monotonic() - began < 5
     finally:
-        stand.close()
+        injector.close()
     assert {answered.status for answered in answers} == expected
 
 
@@ -190,28 +199,28 @@ def test_a_connection_that_the_sidecar_closes_costs_no_answer_and_no_second(
     ("twin", "status"), [({}, 429), ({"max_dynamic_descriptors: 10000": ""}, 200)]
 )
 def test_a_limit_is_not_forgotten_for_the_many_that_ask(
-    rig: Rig, twin: dict[str, str], status: int
+    proxy: ProxyStack, twin: dict[str, str], status: int
 ) -> None:
     """Why so many keys are counted: by default twenty, and the next one's place is the oldest's."""
-    others = [rig.sidecar.create() for _ in range(20)]
+    others = [proxy.sidecar.create() for _ in range(20)]
     limited = {**KIND.limited, **twin}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, limited) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, limited) as other:
         for _ in range(2):
-            assert send(other.url, b"GET /v1/me", bearing(rig.full)).status == 200
+            assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == 200
         for key in others:
-            assert send(other.url, b"GET /v1/me", bearing(key)).status == 200
-        assert send(other.url, b"GET /v1/me", bearing(rig.full)).status == status
+            assert send(other.url, b"GET /v1/me", auth_header(key)).status == 200
+        assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == status
 
 
-def test_envoy_has_nothing_to_warn_of(rig: Rig) -> None:
+def test_envoy_has_nothing_to_warn_of(proxy: ProxyStack) -> None:
     """Some of its complaints come when it starts, not when it judges the file."""
-    rig.ask(b"GET /v1/me", bearing(rig.full))
-    assert "[warning]" not in (rig.proxy.folder / "output.log").read_text()
+    proxy.request(b"GET /v1/me", auth_header(proxy.full))
+    assert "[warning]" not in (proxy.running.folder / "output.log").read_text()
 
 
 @pytest.mark.parametrize(("twin", "times"), [({}, 1), ({"prefix: x-envoy-": "exact: none"}, 4)])
 def test_what_steers_envoy_is_not_the_clients_to_say(
-    rig: Rig, twin: dict[str, str], times: int
+    proxy: ProxyStack, twin: dict[str, str], times: int
 ) -> None:
     """Clients whom Envoy takes for its own could have it ask the app again, or not wait for it."""
     network = "{cidr_ranges: [{address_prefix: 127.0.0.0, prefix_len: 8}]}"
@@ -219,31 +228,35 @@ def test_what_steers_envoy_is_not_the_clients_to_say(
         "merge_slashes: true": f"merge_slashes: true\n{16 * ' '}internal_address_config: {network}"
     }
     lies = [b"X-Envoy-Retry-On: 5xx", b"X-Envoy-Max-Retries: 3", b"X-Envoy-Original-Path: /evil"]
-    asked = rig.app.asked
-    with proxy(KIND, rig.app_url, rig.sidecar.port, own | twin) as other:
-        answered = send(other.url, b"GET /status/503", bearing(rig.full), *lies)
-    assert (answered.status, rig.app.asked - asked) == (503, times)
+    asked = proxy.app.request_count
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, own | twin) as other:
+        answered = send(other.url, b"GET /status/503", auth_header(proxy.full), *lies)
+    assert (answered.status, proxy.app.request_count - asked) == (503, times)
     assert (b"evil" in answered.body) == bool(twin)
 
 
-def test_the_app_hears_where_the_connection_comes_from(rig: Rig) -> None:
+def test_the_app_hears_where_the_connection_comes_from(proxy: ProxyStack) -> None:
     """Not where the client says that it does."""
-    seen = told(rig.ask(b"GET /v1/me", bearing(rig.full), b"X-Forwarded-For: 192.0.2.66"))
+    seen = echoed(
+        proxy.request(b"GET /v1/me", auth_header(proxy.full), b"X-Forwarded-For: 192.0.2.66")
+    )
     (address,) = values_of(seen, "x-forwarded-for")
     assert address not in ("", "192.0.2.66")
     assert "," not in address
 
 
 @pytest.mark.parametrize("path", ["/v1%2Fme", "/v1%2fme", "/v1%5Cme", "/v1/x%2f..%2fme"])
-def test_escaped_slashes_never_get_to_the_app(rig: Rig, path: str) -> None:
+def test_escaped_slashes_never_get_to_the_app(proxy: ProxyStack, path: str) -> None:
     """400 for a FULL key too: some apps take them for slashes."""
-    assert rig.refused(f"GET {path}".encode(), bearing(rig.full)).status == 400
+    assert proxy.request_refused(f"GET {path}".encode(), auth_header(proxy.full)).status == 400
 
 
 @pytest.mark.parametrize("path", ["//v1//me", "/v1/./me", "/v1/x/../me", "/v1/x/%2e%2E/me"])
-def test_the_app_gets_the_path_that_was_judged(rig: Rig, path: str) -> None:
+def test_the_app_gets_the_path_that_was_judged(proxy: ProxyStack, path: str) -> None:
     """One spelling for the routes, the sidecar and the app."""
-    assert told(rig.ask(f"GET {path}".encode(), bearing(rig.full)))["path"] == "/v1/me"
+    assert (
+        echoed(proxy.request(f"GET {path}".encode(), auth_header(proxy.full)))["path"] == "/v1/me"
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,34 +267,34 @@ def test_the_app_gets_the_path_that_was_judged(rig: Rig, path: str) -> None:
         [b"Origin: https://a.test", b"Access-Control-Request-Method:"],
     ],
 )
-def test_a_preflight_names_one_page_and_one_method(rig: Rig, fields: list[bytes]) -> None:
+def test_a_preflight_names_one_page_and_one_method(proxy: ProxyStack, fields: list[bytes]) -> None:
     """Else it is a request like others, and needs a key."""
-    assert rig.refused(b"OPTIONS /v1/me", *fields).status == 401
+    assert proxy.request_refused(b"OPTIONS /v1/me", *fields).status == 401
 
 
-def test_http_1_0_is_refused(rig: Rig) -> None:
+def test_http_1_0_is_refused(proxy: ProxyStack) -> None:
     """426, before anybody is asked."""
-    asked = rig.app.asked
+    asked = proxy.app.request_count
     lines = [b"GET /healthz HTTP/1.0", b"Host: test", b"", b""]
-    assert read(exchange(rig.url, b"\r\n".join(lines))).status == 426
-    assert rig.app.asked == asked
+    assert parse_response(exchange(proxy.url, b"\r\n".join(lines))).status == 426
+    assert proxy.app.request_count == asked
 
 
 @pytest.mark.parametrize("upgrade", [b"TLS/1.0", b"test", b"websocket, test"])
-def test_no_other_upgrade_is_tried(rig: Rig, upgrade: bytes) -> None:
+def test_no_other_upgrade_is_tried(proxy: ProxyStack, upgrade: bytes) -> None:
     """With a good key too: 403, in Envoy's own words."""
-    asked = rig.app.asked
-    lines = [b"GET /v1/me HTTP/1.1", b"Host: test", bearing(rig.full)]
+    asked = proxy.app.request_count
+    lines = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full)]
     lines += [b"Upgrade: " + upgrade, b"Connection: Upgrade", b"", b""]
-    received = exchange_until_idle(rig.proxy.port, b"\r\n".join(lines))
+    received = exchange_until_idle(proxy.running.port, b"\r\n".join(lines))
     assert received.startswith(b"HTTP/1.1 403 ")
-    assert rig.app.asked == asked
+    assert proxy.app.request_count == asked
 
 
-def test_no_method_is_made_up(rig: Rig) -> None:
+def test_no_method_is_made_up(proxy: ProxyStack) -> None:
     """400, before anybody is asked; the sidecar could not read it either."""
     for method in (b"post", b"POSTX", b"G@T"):
-        assert rig.refused(method + b" /v1/me", bearing(rig.full)).status == 400
+        assert proxy.request_refused(method + b" /v1/me", auth_header(proxy.full)).status == 400
 
 
 def over_http_2(
@@ -290,7 +303,7 @@ def over_http_2(
     path: str,
     fields: Sequence[tuple[str, str]],
     trailers: Sequence[tuple[str, str]] = (),
-) -> Answer:
+) -> RawResponse:
     """One request over HTTP/2 with prior knowledge, as no decent client would make it."""
     client = H2Connection(H2Configuration(validate_outbound_headers=False))
     client.initiate_connection()
@@ -311,45 +324,45 @@ def over_http_2(
                     body += event.data or b""
                 elif isinstance(event, StreamEnded | StreamReset):
                     status = int(headers.pop(b":status", b"0"))
-                    return Answer(status, tuple(headers.items()), body)
+                    return RawResponse(status, tuple(headers.items()), body)
             connection.sendall(client.data_to_send())
-    return Answer(0, (), b"")
+    return RawResponse(0, (), b"")
 
 
-def test_http_2_is_no_way_around(rig: Rig) -> None:
+def test_http_2_is_no_way_around(proxy: ProxyStack) -> None:
     """Judged like HTTP/1.1; neither lies nor trailers nor made-up methods get to the app."""
-    full = ("authorization", f"Bearer {rig.full.token.reveal()}")
-    sender = ("authorization", f"Bearer {rig.sender.token.reveal()}")
+    full = ("authorization", f"Bearer {proxy.full.token.reveal()}")
+    sender = ("authorization", f"Bearer {proxy.sender.token.reveal()}")
     lies = [(name, "evil") for name in ("x-keylatch-key-id", "x_keylatch_key_id")]
     lies += [("x-http-method-override", "DELETE")]
-    port = rig.proxy.port
-    seen = told(over_http_2(port, "POST", "/v1/me?a=1", [full, *lies], trailers=lies))
-    assert (identity(seen), seen["length"]) == (identity_of(rig.full), 5)
+    port = proxy.running.port
+    seen = echoed(over_http_2(port, "POST", "/v1/me?a=1", [full, *lies], trailers=lies))
+    assert (identity(seen), seen["length"]) == (identity_of(proxy.full), 5)
     assert "evil" not in json.dumps(seen)
     assert "DELETE" not in json.dumps(seen)
-    asked = rig.app.asked
+    asked = proxy.app.request_count
     assert over_http_2(port, "POST", "/v1/me", lies).status == 401
     assert over_http_2(port, "POST", "/v1/me", [sender]).status == 403
     assert over_http_2(port, "post", "/v1/emails", [sender]).status in (403, 503)
     assert over_http_2(port, "CONNECT", "/v1/me", [full]).status == 0  # the connection is closed
     assert over_http_2(port, "POST", "/v1/me", [sender, full]).status == 401
-    assert rig.app.asked == asked
+    assert proxy.app.request_count == asked
 
 
 @pytest.mark.parametrize(("twin", "is_handed_on"), [({}, False), (UNTOUCHED, True)])
 def test_a_connection_header_takes_nothing_away_from_a_websocket_either(
-    rig: Rig, twin: dict[str, str], is_handed_on: bool
+    proxy: ProxyStack, twin: dict[str, str], is_handed_on: bool
 ) -> None:
     """Envoy hands that of an upgrade on: another proxy on the way to the app would obey it."""
     headers = {
-        "Authorization": f"Bearer {rig.full.token.reveal()}",
+        "Authorization": f"Bearer {proxy.full.token.reveal()}",
         "Connection": "X-Keylatch-Key-Id, X-Keylatch-Permission",
     }
-    with proxy(KIND, rig.app_url, rig.sidecar.port, twin) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, twin) as other:
         url = f"ws://127.0.0.1:{other.port}/v1/live"
         with connect(url, additional_headers=headers, proxy=None) as chat:
             seen = json.loads(chat.recv(timeout=10))
-    assert identity(seen) == identity_of(rig.full)
+    assert identity(seen) == identity_of(proxy.full)
     assert ("keylatch" in "".join(values_of(seen, "connection")).lower()) == is_handed_on
 
 
@@ -408,37 +421,41 @@ class Restarted(Listening):
     ("twin", "status", "questions"), [({}, 200, 1), ({", max_interval: 2s": ""}, 503, 2)]
 )
 def test_a_slow_sidecar_is_asked_once(
-    rig: Rig, twin: dict[str, str], status: int, questions: int
+    proxy: ProxyStack, twin: dict[str, str], status: int, questions: int
 ) -> None:
     """Why the retries' `max_interval` is written: Envoy takes it for the time that one try has."""
-    stand = Slow()
-    unhurried = {"cluster: keylatch, timeout: 1s": "cluster: keylatch, timeout: 20s"}
+    injector = Slow()
+    generous_redis_timeouts = {"cluster: keylatch, timeout: 1s": "cluster: keylatch, timeout: 20s"}
     try:
-        with proxy(KIND, rig.app_url, stand.port, twin | unhurried) as other:
-            assert send(other.url, b"GET /v1/me", bearing(rig.full)).status == status
+        with running_proxy(
+            KIND, proxy.app_url, injector.port, twin | generous_redis_timeouts
+        ) as other:
+            assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == status
     finally:
-        stand.close()
-    assert next(stand.questions) == questions
+        injector.close()
+    assert next(injector.questions) == questions
 
 
 @pytest.mark.parametrize(
     ("twin", "expected"), [({}, {200}), ({"max_retries: 1024": "max_requests: 1024"}, {200, 503})]
 )
 def test_a_restart_under_many_questions_is_not_noticed(
-    rig: Rig, twin: dict[str, str], expected: set[int]
+    proxy: ProxyStack, twin: dict[str, str], expected: set[int]
 ) -> None:
     """Why `max_retries` is raised: by default three questions at a time are asked again."""
     one_worker = replace(KIND, command=[*KIND.command, "--concurrency", "1"])
-    unhurried = {"cluster: keylatch, timeout: 1s": "cluster: keylatch, timeout: 20s"}
-    stand = Restarted(16)
+    generous_redis_timeouts = {"cluster: keylatch, timeout: 1s": "cluster: keylatch, timeout: 20s"}
+    injector = Restarted(16)
     try:
         with (
-            proxy(one_worker, rig.app_url, stand.port, twin | unhurried) as other,
+            running_proxy(
+                one_worker, proxy.app_url, injector.port, twin | generous_redis_timeouts
+            ) as other,
             ThreadPoolExecutor(16) as pool,
         ):
-            ask = functools.partial(send, other.url, b"GET /v1/me", bearing(rig.full))
+            ask = functools.partial(send, other.url, b"GET /v1/me", auth_header(proxy.full))
             waves = [[pool.submit(ask) for _ in range(16)] for _ in range(2)]
             statuses = [{asked.result().status for asked in wave} for wave in waves]
     finally:
-        stand.close()
+        injector.close()
     assert statuses == [{200}, expected]

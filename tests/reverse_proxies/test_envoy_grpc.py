@@ -18,19 +18,19 @@ from keylatch_sidecar.proxies.check_messages import CheckRequest, CheckResponse
 from keylatch_sidecar.proxies.grpc_authz import SERVICE
 from proxies import (
     DEPLOY,
+    FaultInjector,
     Proxy,
-    Rig,
+    ProxyStack,
     SidecarProcess,
-    Stand,
-    bearing,
+    assert_rate_limited,
+    assert_unavailable,
+    auth_header,
+    echoed,
+    header_dict,
     identity,
     identity_of,
-    is_limited,
-    is_unavailable,
-    lowered,
-    proxy,
-    pump,
-    told,
+    relay,
+    running_proxy,
     values_of,
 )
 from proxy_contract import SPELLINGS, TOO_MANY_BODY, ProxyContract
@@ -45,7 +45,7 @@ class GRPCSidecar(SidecarProcess):
         self._http = free_port()
         super().__init__(folder, place, **settings)
 
-    def _where(self) -> list[str]:
+    def _listen_arguments(self) -> list[str]:
         self.place = f"http://127.0.0.1:{self._http}"
         where = ["--grpc-uds", str(self._uds)] if self._uds else ["--grpc-port", str(self.port)]
         return ["--port", str(self._http), *where]
@@ -56,7 +56,7 @@ KIND = dataclasses.replace(
     command=["-c", "{folder}/envoy-grpc.yaml", *test_envoy.KIND.command[2:]],
     check=["-c", "{folder}/envoy-grpc.yaml", *test_envoy.KIND.check[2:]],
     files=["envoy-grpc.yaml"],
-    asked="127.0.0.1:8703",
+    sidecar_address="127.0.0.1:8703",
     sidecar=GRPCSidecar,
 )
 
@@ -81,7 +81,7 @@ class Oracle:
 
 @contextlib.contextmanager
 def answering(
-    rig: Rig, answer: bytes | grpc.StatusCode, twin: Mapping[str, str] | None = None
+    proxy: ProxyStack, answer: bytes | grpc.StatusCode, twin: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Oracle, Proxy]]:
     """Another proxy, whose sidecar is an oracle."""
     oracle = Oracle(answer)
@@ -91,7 +91,7 @@ def answering(
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with proxy(KIND, rig.app_url, port, twin) as other:
+        with running_proxy(KIND, proxy.app_url, port, twin) as other:
             yield oracle, other
     finally:
         server.stop(None).wait()
@@ -118,30 +118,30 @@ class TestEnvoyOverGRPC(ProxyContract):
     """All that a proxy promises. What stands in for the sidecar must speak gRPC here."""
 
     def test_an_allow_that_names_nobody_lets_nobody_speak_for_himself(
-        self, rig: Rig, between: tuple[Stand, Proxy]
+        self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """An empty message is an allow: the app hears of no identity."""
         lies = [name + b": evil" for name in SPELLINGS]
-        with answering(rig, b"") as (_, other):
-            seen = told(send(other.url, b"GET /v1/me", bearing(rig.full), *lies))
+        with answering(proxy, b"") as (_, other):
+            seen = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full), *lies))
         assert identity(seen) == {}
         assert "evil" not in json.dumps(seen)
 
     def test_the_question_holds_what_it_must_and_nothing_of_the_clients(
-        self, rig: Rig, between: tuple[Stand, Proxy]
+        self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """One question for a request: the permission, the credential, the facts; no body."""
         head = [b"POST /v1/emails?permission=X HTTP/1.1", b"Host: test", b"Cookie: secret=1"]
-        head += [bearing(rig.full), b"X-Forwarded-Method: GET", b"X-Keylatch-Require: X"]
+        head += [auth_header(proxy.full), b"X-Forwarded-Method: GET", b"X-Keylatch-Require: X"]
         head += [b"Content-Length: 5", b"Connection: close", b"", b"hello"]
-        with answering(rig, grpc.StatusCode.INTERNAL) as (oracle, other):
+        with answering(proxy, grpc.StatusCode.INTERNAL) as (oracle, other):
             exchange(other.url, b"\r\n".join(head))
         (question,) = oracle.questions
         http = question.attributes.request.http
         assert (http.method, http.path) == (b"POST", b"/v1/emails?permission=X")
         (header,) = http.headers
         assert header.key == b"authorization"
-        assert header.value == bearing(rig.full).partition(b": ")[2]
+        assert header.value == auth_header(proxy.full).partition(b": ")[2]
         (extension,) = question.attributes.context_extensions
         assert (extension.key, extension.value) == (b"permission", b"SENDING")
         message = question.SerializeToString()
@@ -149,26 +149,26 @@ class TestEnvoyOverGRPC(ProxyContract):
         assert b"secret" not in message
 
     def test_a_sidecar_that_limits_a_key_is_understood(
-        self, rig: Rig, between: tuple[Stand, Proxy]
+        self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """429 and its `Retry-After` reach the client as they are; the app is not asked."""
-        asked = rig.app.asked
+        asked = proxy.app.request_count
         headers = {"content_type": b"application/json", "cache_control": b"no-store"}
         headers |= {"x_keylatch_error": b"rate_limited", "retry_after": b"7"}
-        with answering(rig, denied(429, TOO_MANY_BODY, **headers)) as (_, other):
-            answered = send(other.url, b"GET /v1/me", bearing(rig.full))
-        assert rig.app.asked == asked
-        is_limited(answered)
-        assert lowered(answered)[b"retry-after"] == b"7"
+        with answering(proxy, denied(429, TOO_MANY_BODY, **headers)) as (_, other):
+            answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
+        assert proxy.app.request_count == asked
+        assert_rate_limited(answered)
+        assert header_dict(answered)[b"retry-after"] == b"7"
 
     def test_a_kept_connection_that_ends_under_a_question_is_not_missed(
-        self, rig: Rig, between: tuple[Stand, Proxy]
+        self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """Closed by the sidecar while a question is on its way: it is asked again on a new one."""
-        assert statuses(rig, {}) == {200}
+        assert statuses(proxy, {}) == {200}
 
 
-class TiredStand:
+class LateClosingInjector:
     """Stands between Envoy and its sidecar: a connection ends with its second question, unanswered.
 
     Args:
@@ -189,7 +189,7 @@ class TiredStand:
 
     def _one(self, envoy: socket.socket) -> None:
         with envoy, socket.create_connection(("127.0.0.1", self._port)) as sidecar:
-            threading.Thread(target=pump, args=[sidecar, envoy], daemon=True).start()
+            threading.Thread(target=relay, args=[sidecar, envoy], daemon=True).start()
             with contextlib.suppress(OSError), envoy.makefile("rb") as frames:
                 sidecar.sendall(frames.read(24))  # the preface of HTTP/2 (RFC 9113 section 3.4)
                 questions = 0
@@ -205,52 +205,58 @@ class TiredStand:
         self._listener.close()
 
 
-def statuses(rig: Rig, mistake: Mapping[str, str]) -> set[int]:
+def statuses(proxy: ProxyStack, mistake: Mapping[str, str]) -> set[int]:
     """What twelve requests are answered while connections to the sidecar end under questions."""
-    stand = TiredStand(rig.sidecar.port)
+    injector = LateClosingInjector(proxy.sidecar.port)
     try:
-        with proxy(KIND, rig.app_url, stand.port, mistake) as other:
-            return {send(other.url, b"GET /v1/me", bearing(rig.full)).status for _ in range(12)}
+        with running_proxy(KIND, proxy.app_url, injector.port, mistake) as other:
+            return {
+                send(other.url, b"GET /v1/me", auth_header(proxy.full)).status for _ in range(12)
+            }
     finally:
-        stand.close()
+        injector.close()
 
 
-def test_without_the_retry_a_connection_that_ends_would_be_noticed(rig: Rig) -> None:
+def test_without_the_retry_a_connection_that_ends_would_be_noticed(proxy: ProxyStack) -> None:
     """Why the question is asked again: no proxy knows of a closed connection before it writes."""
-    assert statuses(rig, {"num_retries: 1": "num_retries: 0"}) == {200, 503}
+    assert statuses(proxy, {"num_retries: 1": "num_retries: 0"}) == {200, 503}
 
 
-def test_a_new_route_is_closed_until_it_is_opened(rig: Rig) -> None:
+def test_a_new_route_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
     """A route that says nothing of keylatch asks for FULL."""
     more = "- match: {path: /new}\n                          route: {cluster: app}\n"
     more += "                        - match: {path: /healthz}"
-    with proxy(KIND, rig.app_url, rig.sidecar.port, {"- match: {path: /healthz}": more}) as other:
+    with running_proxy(
+        KIND, proxy.app_url, proxy.sidecar.port, {"- match: {path: /healthz}": more}
+    ) as other:
         assert send(other.url, b"GET /new").status == 401
-        assert send(other.url, b"GET /new", bearing(rig.sender)).status == 403
-        assert told(send(other.url, b"GET /new", bearing(rig.full)))["path"] == "/new"
+        assert send(other.url, b"GET /new", auth_header(proxy.sender)).status == 403
+        assert echoed(send(other.url, b"GET /new", auth_header(proxy.full)))["path"] == "/new"
 
 
-def test_without_the_default_permission_every_good_key_would_do(rig: Rig) -> None:
+def test_without_the_default_permission_every_good_key_would_do(proxy: ProxyStack) -> None:
     """Why all routes ask for FULL together: a question without a permission is weaker."""
     mistake = {"{permission: FULL}": "{mine: FULL}"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        assert send(other.url, b"GET /v1/me", bearing(rig.sender)).status == 200
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        assert send(other.url, b"GET /v1/me", auth_header(proxy.sender)).status == 200
 
 
-def test_a_permission_without_a_word_is_no_permission(rig: Rig) -> None:
+def test_a_permission_without_a_word_is_no_permission(proxy: ProxyStack) -> None:
     """It leaves only FULL, on this route too."""
-    with proxy(KIND, rig.app_url, rig.sidecar.port, {"permission: SENDING": 'permission: ""'}) as p:
-        assert send(p.url, b"POST /v1/emails", bearing(rig.sender)).status == 403
-        assert send(p.url, b"POST /v1/emails", bearing(rig.full)).status == 200
+    with running_proxy(
+        KIND, proxy.app_url, proxy.sidecar.port, {"permission: SENDING": 'permission: ""'}
+    ) as p:
+        assert send(p.url, b"POST /v1/emails", auth_header(proxy.sender)).status == 403
+        assert send(p.url, b"POST /v1/emails", auth_header(proxy.full)).status == 200
 
 
-def test_failing_open_would_let_everybody_in(rig: Rig) -> None:
+def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
     """Why nobody may set `failure_mode_allow`: the sidecar is down, and the app serves."""
     mistake = {"failure_mode_allow: false": "failure_mode_allow: true"}
-    with proxy(KIND, rig.app_url, free_port(), mistake) as other:
+    with running_proxy(KIND, proxy.app_url, free_port(), mistake) as other:
         assert send(other.url, b"GET /v1/me").status == 200
-    with proxy(KIND, rig.app_url, free_port()) as other:
-        is_unavailable(send(other.url, b"GET /v1/me"))
+    with running_proxy(KIND, proxy.app_url, free_port()) as other:
+        assert_unavailable(send(other.url, b"GET /v1/me"))
 
 
 @pytest.mark.parametrize(
@@ -268,22 +274,22 @@ def test_failing_open_would_let_everybody_in(rig: Rig) -> None:
     ],
     ids=str,
 )
-def test_no_other_answer_is_an_allow(rig: Rig, answer: bytes | grpc.StatusCode) -> None:
+def test_no_other_answer_is_an_allow(proxy: ProxyStack, answer: bytes | grpc.StatusCode) -> None:
     """503, whatever it is, and the app is not asked: above all what looks like its success."""
-    asked = rig.app.asked
-    with answering(rig, answer) as (_, other):
-        is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
-    assert rig.app.asked == asked
+    asked = proxy.app.request_count
+    with answering(proxy, answer) as (_, other):
+        assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
+    assert proxy.app.request_count == asked
 
 
 @pytest.mark.parametrize("code", [1, 2, 7, 16, 99])
-def test_a_refusal_without_words_is_a_refusal(rig: Rig, code: int) -> None:
+def test_a_refusal_without_words_is_a_refusal(proxy: ProxyStack, code: int) -> None:
     """Nothing but 0 lets a request pass, not even beside the headers of an allow."""
-    asked = rig.app.asked
+    asked = proxy.app.request_count
     for response in ({}, {"ok_response": {"headers_to_remove": [b"cookie"]}}):
-        with answering(rig, written(status={"code": code}, **response)) as (_, other):
-            assert send(other.url, b"GET /v1/me", bearing(rig.full)).status == 403
-    assert rig.app.asked == asked
+        with answering(proxy, written(status={"code": code}, **response)) as (_, other):
+            assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == 403
+    assert proxy.app.request_count == asked
 
 
 ALL_HEADERS = {"allowed_headers: {patterns: [{exact: authorization}]}": "clear_route_cache: false"}
@@ -294,7 +300,9 @@ BELIEVING = {
 
 
 @pytest.mark.parametrize("raw", ["false", "true"])
-def test_an_envoy_that_tells_the_sidecar_of_all_headers_believes_no_lie(rig: Rig, raw: str) -> None:
+def test_an_envoy_that_tells_the_sidecar_of_all_headers_believes_no_lie(
+    proxy: ProxyStack, raw: str
+) -> None:
     """For configurations of one's own: where the sidecar hears of names that could be taken for
     its own, it has them removed; Envoy writes over the others. What is public stays open to lies.
     """
@@ -302,12 +310,12 @@ def test_an_envoy_that_tells_the_sidecar_of_all_headers_believes_no_lie(rig: Rig
     mistakes = {**ALL_HEADERS, **BELIEVING}
     mistakes[version] = f"{version}\n                      encode_raw_headers: {raw}"
     lies = [name + b": evil" for name in SPELLINGS]
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistakes) as other:
-        keyed = told(send(other.url, b"GET /v1/me", bearing(rig.full), *lies))
-        public = told(send(other.url, b"GET /healthz", *lies))
-        for second in (bearing(rig.full), b"Authorization: Basic eDp5"):
-            assert send(other.url, b"GET /v1/me", bearing(rig.full), second).status == 401
-    assert identity(keyed) == identity_of(rig.full)
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistakes) as other:
+        keyed = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full), *lies))
+        public = echoed(send(other.url, b"GET /healthz", *lies))
+        for second in (auth_header(proxy.full), b"Authorization: Basic eDp5"):
+            assert send(other.url, b"GET /v1/me", auth_header(proxy.full), second).status == 401
+    assert identity(keyed) == identity_of(proxy.full)
     assert "evil" not in json.dumps(keyed)
     assert identity(public)["x-keylatch-key-id"] != []
     assert values_of(keyed, "authorization") == []
@@ -321,16 +329,16 @@ ASKING = {
 }
 
 
-def test_a_connection_may_be_asked_whether_it_lives(rig: Rig) -> None:
+def test_a_connection_may_be_asked_whether_it_lives(proxy: ProxyStack) -> None:
     """As often as an operator likes: no question is lost."""
-    with proxy(KIND, rig.app_url, rig.sidecar.port, ASKING) as other:
-        answers = [send(other.url, b"GET /v1/me", bearing(rig.full)) for _ in range(100)]
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, ASKING) as other:
+        answers = [send(other.url, b"GET /v1/me", auth_header(proxy.full)) for _ in range(100)]
     assert {answered.status for answered in answers} == {200}
 
 
-def test_other_servers_would_hang_up_on_who_asks(rig: Rig) -> None:
+def test_other_servers_would_hang_up_on_who_asks(proxy: ProxyStack) -> None:
     """Why ours counts no pings: gRPC's default ends a connection, and questions with it."""
-    with answering(rig, b"", ASKING) as (_, other):
+    with answering(proxy, b"", ASKING) as (_, other):
         eventually(lambda: send(other.url, b"GET /v1/me").status == 503)
 
 

@@ -14,14 +14,14 @@ from keylatch.tokens import Token
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.proxies import answers as proxies
 from keylatch_sidecar.settings import ProxySettings
-from wire import Answer, Header, exchange, knock, send
+from wire import Header, RawResponse, asgi_request, exchange, send
 
 BODY = (b"Content-Length: 300000", b"Expect: 100-continue")
 
 
 @pytest.fixture(scope="module")
 def full(sidecar: Sidecar) -> Created:
-    return sidecar.create(name="boss")
+    return sidecar.create(name="admin_key")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def sender(sidecar: Sidecar) -> Created:
     return sidecar.create(permission="SENDING")
 
 
-def bearing(key: Created) -> bytes:
+def auth_header(key: Created) -> bytes:
     return b"Authorization: Bearer " + key.token.reveal().encode()
 
 
@@ -44,8 +44,8 @@ def test_any_method_and_path_is_the_same_question(
 ) -> None:
     """Path and query are the client's and say nothing; the answer is that of /verify."""
     asked = method + b" /ext_authz" + path + b"?permission=FULL&x=1"
-    assert send(sidecar.url, asked, bearing(full)) == send(
-        sidecar.url, b"GET /verify", bearing(full)
+    assert send(sidecar.url, asked, auth_header(full)) == send(
+        sidecar.url, b"GET /verify", auth_header(full)
     )
     refused = send(sidecar.url, asked)
     assert (refused.status, refused.body == b"") == (401, method == b"HEAD")
@@ -54,12 +54,12 @@ def test_any_method_and_path_is_the_same_question(
 @pytest.mark.parametrize("path", [b"/ext_authzx", b"/ext_auth", b"/EXT_AUTHZ/", b"//ext_authz/"])
 def test_neighbours_are_not_found(sidecar: Sidecar, full: Created, path: bytes) -> None:
     """An allow there would be a hole."""
-    assert send(sidecar.url, b"GET " + path, bearing(full)).status == 404
+    assert send(sidecar.url, b"GET " + path, auth_header(full)).status == 404
 
 
 def test_the_body_is_never_waited_for(sidecar: Sidecar, full: Created) -> None:
     """Announced and never sent: the answer comes all the same."""
-    lines = (b"POST /ext_authz/v1 HTTP/1.1", b"Host: t", bearing(full), *BODY, b"", b"")
+    lines = (b"POST /ext_authz/v1 HTTP/1.1", b"Host: t", auth_header(full), *BODY, b"", b"")
     assert b"200 OK" in exchange_some(sidecar.url, b"\r\n".join(lines))
 
 
@@ -92,7 +92,7 @@ def test_requirements_add_up_and_a_malformed_one_leaves_only_full(
     """One that the client adds can only make it harder."""
     fields = [b"X-Keylatch-Require: " + value for value in required]
     for key, status in ((full, 200), (sender, sender_may)):
-        assert send(sidecar.url, b"POST /ext_authz/x", bearing(key), *fields).status == status
+        assert send(sidecar.url, b"POST /ext_authz/x", auth_header(key), *fields).status == status
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def headers_of(key: Created, *more: Header) -> list[Header]:
 async def test_methods_of_ones_own_are_judged_too(operated: Engine, key: Created) -> None:
     """By the endpoint; uvicorn on httptools refuses those that nobody registered, with 400."""
     app = create_app(operated)
-    answer = await knock(app, "/ext_authz/pot", headers_of(key), method="BREW")
+    answer = await asgi_request(app, "/ext_authz/pot", headers_of(key), method="BREW")
     assert answer.status == 200
 
 
@@ -145,9 +145,9 @@ async def test_facts_come_from_the_agreed_place_or_nothing_passes(
     operated: Engine, key: Created, profile: str, fields: tuple[Header, ...], status: int
 ) -> None:
     """Never from another one: the client would be believed behind half of the proxies."""
-    app = create_app(operated, ProxySettings(verify_facts=profile, ext_authz_facts=profile))
+    app = create_app(operated, ProxySettings(verify_request=profile, ext_authz_request=profile))
     for path in ("/verify", "/ext_authz/v1"):
-        answer = await knock(app, path, headers_of(key, *fields))
+        answer = await asgi_request(app, path, headers_of(key, *fields))
         assert answer.status == status
         if status == 403:
             assert dict(answer.headers)[b"x-keylatch-error"] == b"misconfigured"
@@ -158,10 +158,10 @@ async def test_questions_without_facts_fill_no_log(
     operated: Engine, key: Created, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Any client can ask so: 1,000 of them write ten lines, each with the count."""
-    app = create_app(operated, ProxySettings(verify_facts="forwarded"))
+    app = create_app(operated, ProxySettings(verify_request="forwarded"))
     for _ in range(1_000):
-        await knock(app, "/verify", headers_of(key))
-    first = "a proxy does not say what it was asked as it should: refused with 403"
+        await asgi_request(app, "/verify", headers_of(key))
+    first = "a proxy does not send the original request where it is expected: refused with 403"
     counts = [2**power for power in range(1, 10)]
     assert caplog.messages == [first, *(f"{first}; {count} times so far" for count in counts)]
 
@@ -172,16 +172,16 @@ async def test_facts_are_logged_without_the_query(
 ) -> None:
     """For operators who ask why, at DEBUG; a query may hold secrets."""
     caplog.set_level("DEBUG", "keylatch.proxies")
-    app = create_app(operated, ProxySettings(verify_facts="forwarded"))
-    await knock(app, "/verify", headers_of(key, *FORWARDED))
-    await knock(app, "/verify", list(FORWARDED))
+    app = create_app(operated, ProxySettings(verify_request="forwarded"))
+    await asgi_request(app, "/verify", headers_of(key, *FORWARDED))
+    await asgi_request(app, "/verify", list(FORWARDED))
     said = [record.getMessage() for record in caplog.records if "/v1" in record.getMessage()]
     assert said == ["POST /v1: allowed", "POST /v1: no credential was sent"]
 
 
 async def cached(operated: Engine, key: Created, seconds: int) -> bytes:
     app = create_app(operated, ProxySettings(proxy_cache_ttl=seconds))
-    return dict((await knock(app, "/verify", headers_of(key))).headers)[b"cache-control"]
+    return dict((await asgi_request(app, "/verify", headers_of(key))).headers)[b"cache-control"]
 
 
 @pytest.mark.anyio
@@ -218,28 +218,35 @@ async def test_nothing_waits_beyond_the_deadline(
     monkeypatch.setattr(proxies, "DEADLINE_SECONDS", 0.01)
     engine = make_engine(hasher=Stuck("argon2id", CHEAPEST))
     app = create_app(engine, ProxySettings())
-    answer: Answer = await asyncio.wait_for(knock(app, "/verify", headers_of(key)), 10)
+    answer: RawResponse = await asyncio.wait_for(asgi_request(app, "/verify", headers_of(key)), 10)
     assert (answer.status, dict(answer.headers)[b"retry-after"]) == (503, b"1")
     for flight in asyncio.all_tasks():
-        if flight.get_name() == "keylatch-flight":
+        if flight.get_name() == "keylatch-single-flight":
             flight.cancel()
     await engine.stop()
 
 
 def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once, each with a hint."""
-    monkeypatch.setenv("KEYLATCH_VERIFY_FACTS", "guess")
+    monkeypatch.setenv("KEYLATCH_VERIFY_REQUEST", "guess")
     with pytest.raises(ConfigurationError) as caught:
-        ProxySettings.load(ext_authz_facts="any", proxy_cache_ttl="-1")
+        ProxySettings.load(ext_authz_request="any", proxy_cache_ttl="-1")
     named = [wrong.partition(":")[0] for wrong, hint in caught.value.mistakes if hint]
     assert named == [
-        f"KEYLATCH_{n}" for n in ("VERIFY_FACTS", "EXT_AUTHZ_FACTS", "PROXY_CACHE_TTL")
+        f"KEYLATCH_{n}" for n in ("VERIFY_REQUEST", "EXT_AUTHZ_REQUEST", "PROXY_CACHE_TTL")
     ]
 
 
 def test_many_questions_on_one_connection(sidecar: Sidecar, full: Created) -> None:
     """Envoy keeps its connections: answers are complete, and nothing closes them."""
-    one = (b"POST /ext_authz/x HTTP/1.1", b"Host: t", bearing(full), b"Content-Length: 0", b"", b"")
+    one = (
+        b"POST /ext_authz/x HTTP/1.1",
+        b"Host: t",
+        auth_header(full),
+        b"Content-Length: 0",
+        b"",
+        b"",
+    )
     last = (b"GET /ext_authz/x HTTP/1.1", b"Host: t", b"Connection: close", b"", b"")
     answers = exchange(sidecar.url, b"\r\n".join(one) * 3 + b"\r\n".join(last))
     statuses = [line.split()[1] for line in answers.split(b"\r\n") if line.startswith(b"HTTP/1.1")]

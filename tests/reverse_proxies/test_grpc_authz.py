@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from conftest import MakeEngine
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Fit, Hasher
+from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.keyring import Created
 from keylatch.refusals import Refusal
 from keylatch.store import Store
@@ -32,20 +32,20 @@ from keylatch_sidecar.app import create_app
 from keylatch_sidecar.limits import GRPC_HEADERS, GRPC_MESSAGE_BYTES
 from keylatch_sidecar.proxies import answers as proxies
 from keylatch_sidecar.proxies import grpc_authz
-from keylatch_sidecar.proxies.answers import Proxies
+from keylatch_sidecar.proxies.answers import ForwardAuth
 from keylatch_sidecar.proxies.check_messages import (
     OVERWRITE,
+    CheckQuery,
     CheckRequest,
     CheckResponse,
-    Question,
     allow,
     deny,
-    read,
+    parse_check_request,
 )
-from keylatch_sidecar.proxies.facts import Facts
+from keylatch_sidecar.proxies.facts import OriginalRequest
 from keylatch_sidecar.settings import ProxySettings
-from servers import free_port, said_without
-from wire import Answer, Header, knock
+from servers import error_without_package, free_port
+from wire import Header, RawResponse, asgi_request
 
 pytestmark = pytest.mark.anyio
 
@@ -58,7 +58,7 @@ async def served(
 ) -> AsyncIterator[grpc.aio.Channel]:
     """A connection to a server of this engine's."""
     address = address or f"127.0.0.1:{free_port()}"
-    server = await grpc_authz.serve(Proxies(engine), engine, address, **limits)
+    server = await grpc_authz.serve(ForwardAuth(engine), engine, address, **limits)
     try:
         async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
             yield channel
@@ -83,7 +83,7 @@ async def sender(engine: Engine) -> Created:
     return await keyring.create("acme", "mailer", permission="SENDING", environment="test")
 
 
-def bearing(key: Created) -> Header:
+def auth_header(key: Created) -> Header:
     return b"authorization", b"Bearer " + key.token.reveal().encode()
 
 
@@ -118,7 +118,7 @@ async def call(
     return answered
 
 
-def spelled(response: Any) -> Answer:
+def spelled(response: Any) -> RawResponse:
     """What a message says, as it would be said over HTTP, but for what HTTP itself needs."""
     is_allowed = response.status.code == 0
     assert response.HasField("ok_response") == is_allowed
@@ -126,17 +126,21 @@ def spelled(response: Any) -> Answer:
     part = response.ok_response if is_allowed else response.denied_response
     assert {option.append_action for option in part.headers} == {OVERWRITE}
     headers = tuple(sorted((option.header.key, option.header.value) for option in part.headers))
-    return Answer(200, headers, b"") if is_allowed else Answer(part.status.code, headers, part.body)
+    return (
+        RawResponse(200, headers, b"")
+        if is_allowed
+        else RawResponse(part.status.code, headers, part.body)
+    )
 
 
-async def over_http(engine: Engine, headers: Sequence[Header], *permissions: str) -> Answer:
+async def over_http(engine: Engine, headers: Sequence[Header], *permissions: str) -> RawResponse:
     """What `/ext_authz` answers; of an allow, what is for the app."""
     asked = [*headers, *((b"x-keylatch-require", word.encode()) for word in permissions)]
-    app = create_app(engine, ProxySettings(ext_authz_facts="none"))
-    said = await knock(app, "/ext_authz/v1/emails", asked, method="POST")
+    app = create_app(engine, ProxySettings(ext_authz_request="none"))
+    said = await asgi_request(app, "/ext_authz/v1/emails", asked, method="POST")
     of_http = {b"content-length"} | ({b"cache-control"} if said.status == 200 else set())
     kept = [header for header in said.headers if header[0] not in of_http]
-    return Answer(said.status, tuple(kept), said.body)
+    return RawResponse(said.status, tuple(kept), said.body)
 
 
 CREDENTIALS = [
@@ -186,7 +190,7 @@ async def test_every_credential_is_answered_as_over_http(
     """Status, headers and body; a gRPC error for none of them."""
     headers = []
     if value is not None:
-        bearer = bearing(full)[1].decode()
+        bearer = auth_header(full)[1].decode()
         headers.append((b"authorization", value.replace("{key}", bearer).encode()))
     answered = spelled(await ask(channel, question(headers, raw=raw)))
     assert answered == await over_http(engine, headers)
@@ -229,7 +233,7 @@ async def test_bytes_that_are_no_text_are_answered_too(
     raw: bool,
 ) -> None:
     """Beside a good key they change nothing, as a key they are none; never an error."""
-    beside = question([bearing(full), (b"x-" + name, value)], raw=raw)
+    beside = question([auth_header(full), (b"x-" + name, value)], raw=raw)
     assert spelled(await ask(channel, beside)).status == 200
     alone = [(b"authorization", value)]
     assert spelled(await ask(channel, question(alone, raw=raw))) == await over_http(engine, alone)
@@ -247,10 +251,10 @@ async def test_an_allow_names_the_caller_and_takes_the_key_away(
 ) -> None:
     """All five headers, each of them written over whatever the client said."""
     created = full if permission == "FULL" else sender
-    response = await ask(channel, question([bearing(created)], raw=raw))
+    response = await ask(channel, question([auth_header(created)], raw=raw))
     assert response.status.code == 0
     answered = spelled(response)
-    assert answered == await over_http(engine, [bearing(created)])
+    assert answered == await over_http(engine, [auth_header(created)])
     assert len(answered.headers) == 5
     removed = [b"authorization", b"x-keylatch-require", b"x-keylatch-error"]
     assert list(response.ok_response.headers_to_remove) == removed
@@ -278,7 +282,7 @@ async def test_what_could_be_taken_for_the_callers_name_is_removed(
 ) -> None:
     """Envoy removes after it has written: what is told must not be among it."""
     lies = [(name.encode(), b"evil"), (b"cookie", b"a=b")]
-    response = await ask(channel, question([bearing(full), *lies]))
+    response = await ask(channel, question([auth_header(full), *lies]))
     told = {option.header.key for option in response.ok_response.headers}
     removed = set(response.ok_response.headers_to_remove)
     assert (name.lower().encode() in removed) == is_removed
@@ -298,9 +302,9 @@ async def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
     """As over HTTP; the refusal says what would have sufficed. A map on the wire is a list: readers
     that take the last of two would forget the first."""
     for key, status in ((full, 200), (sender, sender_may)):
-        answered = spelled(await ask(channel, question([bearing(key)], *permissions)))
+        answered = spelled(await ask(channel, question([auth_header(key)], *permissions)))
         assert answered.status == status
-        assert answered == await over_http(engine, [bearing(key)], *permissions)
+        assert answered == await over_http(engine, [auth_header(key)], *permissions)
 
 
 @pytest.mark.parametrize(
@@ -311,18 +315,18 @@ async def test_headers_ask_for_nothing(
 ) -> None:
     """They are the client's; what the route asks for is the proxy's to say."""
     for value in (b"FULL", b"SENDING", b""):
-        headers = [bearing(sender), (field, value)]
+        headers = [auth_header(sender), (field, value)]
         assert spelled(await ask(channel, question(headers))).status == 200
         assert spelled(await ask(channel, question(headers, "FULL"))).status == 403
 
 
 async def test_two_credentials_are_never_allowed(channel: grpc.aio.Channel, full: Created) -> None:
     """Joined by a comma, one by one, or in both places at once."""
-    twice = [bearing(full), bearing(full)]
+    twice = [auth_header(full), auth_header(full)]
     for request in (question(twice), question(twice, raw=True)):
         assert spelled(await ask(channel, request)).status == 401
-    both = question([bearing(full)])
-    both.MergeFrom(question([bearing(full)], raw=True))
+    both = question([auth_header(full)])
+    both.MergeFrom(question([auth_header(full)], raw=True))
     assert spelled(await ask(channel, both)).status == 401
 
 
@@ -344,11 +348,13 @@ async def test_a_question_about_no_request_is_refused(
 ) -> None:
     """403 in the words of HTTP, as when a proxy there does not say what it was asked."""
     if not isinstance(message, bytes):
-        message.attributes.request.http.headers.add(key=b"authorization", value=bearing(full)[1])
+        message.attributes.request.http.headers.add(
+            key=b"authorization", value=auth_header(full)[1]
+        )
         message = message.SerializeToString()
     answered = spelled(CheckResponse.FromString(await call(channel, message)))
-    app = create_app(engine, ProxySettings(ext_authz_facts="forwarded"))
-    said = await knock(app, "/ext_authz/", [bearing(full)])
+    app = create_app(engine, ProxySettings(ext_authz_request="forwarded"))
+    said = await asgi_request(app, "/ext_authz/", [auth_header(full)])
     assert (answered.status, answered.body) == (said.status, said.body)
     assert answered.headers == tuple(h for h in said.headers if h[0] != b"content-length")
     assert json.loads(answered.body)["error"] == "misconfigured"
@@ -359,7 +365,7 @@ async def test_the_request_is_logged_without_its_query(
 ) -> None:
     """For operators who ask why, at DEBUG; a query may hold secrets."""
     caplog.set_level("DEBUG", "keylatch.proxies")
-    await ask(channel, question([bearing(full)]))
+    await ask(channel, question([auth_header(full)]))
     await ask(channel, question())
     said = [record.getMessage() for record in caplog.records if "/v1" in record.getMessage()]
     assert said == ["POST /v1/emails: allowed", "POST /v1/emails: no credential was sent"]
@@ -370,7 +376,7 @@ async def test_at_the_same_time_everybody_is_himself(
 ) -> None:
     """Two hundred questions at once on one connection."""
     keys = [full, sender] * 100
-    answers = await asyncio.gather(*(ask(channel, question([bearing(key)])) for key in keys))
+    answers = await asyncio.gather(*(ask(channel, question([auth_header(key)])) for key in keys))
     told = [dict(spelled(answer).headers)[b"x-keylatch-key-id"] for answer in answers]
     assert told == [key.record.id.encode() for key in keys]
 
@@ -382,9 +388,9 @@ async def test_a_revoked_key_is_refused_on_the_very_next_question(
     keyring = await engine.keyring()
     for _ in range(5):
         key = await keyring.create("acme", "short")
-        assert spelled(await ask(channel, question([bearing(key)]))).status == 200
+        assert spelled(await ask(channel, question([auth_header(key)]))).status == 200
         await keyring.delete("acme", key.record.id)
-        assert spelled(await ask(channel, question([bearing(key)]))).status == 401
+        assert spelled(await ask(channel, question([auth_header(key)]))).status == 401
 
 
 class Gated(Hasher):
@@ -396,7 +402,7 @@ class Gated(Hasher):
         self.times = 0
         self.gate = asyncio.Event()
 
-    async def verify(self, hashed: str, token: Token) -> Fit:
+    async def verify(self, hashed: str, token: Token) -> VerifyResult:
         self.times += 1
         self.asked.set()
         await self.gate.wait()
@@ -411,9 +417,9 @@ async def test_nothing_waits_beyond_the_deadline(
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     async with served(engine) as channel:
-        answered = spelled(await asyncio.wait_for(ask(channel, question([bearing(full)])), 10))
+        answered = spelled(await asyncio.wait_for(ask(channel, question([auth_header(full)])), 10))
         assert answered.status == 503
-        assert answered == await over_http(engine, [bearing(full)])
+        assert answered == await over_http(engine, [auth_header(full)])
         assert dict(answered.headers)[b"retry-after"] == b"1"
     hasher.gate.set()
     await engine.stop()
@@ -433,11 +439,11 @@ async def test_a_question_that_was_given_up_harms_nobody(
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     async with served(engine) as channel:
-        impatient = asyncio.ensure_future(ask(channel, question([bearing(full)])))
+        impatient = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
         await hasher.asked.wait()
         impatient.cancel()
         await asyncio.wait([impatient])
-        patient = asyncio.ensure_future(ask(channel, question([bearing(full)])))
+        patient = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
         hasher.gate.set()
         assert spelled(await patient).status == 200
     assert hasher.times == 1
@@ -457,7 +463,7 @@ async def test_hashes_are_checked_on_their_own_threads(
 
     engine = make_engine()
     async with served(engine) as channel:
-        request = question([bearing(full)])
+        request = question([auth_header(full)])
         monkeypatch.setattr(Token, "reveal", noted)
         assert spelled(await ask(channel, request)).status == 200
     await engine.stop()
@@ -472,7 +478,7 @@ async def test_it_listens_on_a_unix_socket_as_well(
     place = tmp_path / "grpc.sock"
     async with served(engine, f"unix:{place}") as channel:
         assert place.stat().st_mode & 0o777 == 0o666
-        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
     assert not place.exists()
 
 
@@ -481,12 +487,13 @@ async def test_an_address_that_is_taken_is_an_error(engine: Engine, tmp_path: Pa
     address = f"127.0.0.1:{free_port()}"
     async with served(engine, address):
         with pytest.raises(OSError, match=f"cannot listen on {address}"):
-            await grpc_authz.serve(Proxies(engine), engine, address)
+            await grpc_authz.serve(ForwardAuth(engine), engine, address)
     place = f"unix:{tmp_path}/missing/grpc.sock"
     with pytest.raises(OSError, match=f"cannot listen on {place}"):
-        await grpc_authz.serve(Proxies(engine), engine, place)
+        await grpc_authz.serve(ForwardAuth(engine), engine, place)
     servers = [
-        await grpc_authz.serve(Proxies(engine), engine, address, is_shared=True) for _ in range(2)
+        await grpc_authz.serve(ForwardAuth(engine), engine, address, is_shared=True)
+        for _ in range(2)
     ]
     for server in servers:
         await server.stop(None)
@@ -498,9 +505,9 @@ async def test_a_server_that_stops_answers_first(make_engine: MakeEngine, full: 
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     address = f"127.0.0.1:{free_port()}"
-    server = await grpc_authz.serve(Proxies(engine), engine, address)
+    server = await grpc_authz.serve(ForwardAuth(engine), engine, address)
     async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
-        asking = asyncio.ensure_future(ask(channel, question([bearing(full)])))
+        asking = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
         await hasher.asked.wait()
         stopping = asyncio.ensure_future(server.stop(10))
         await asyncio.sleep(0)
@@ -508,7 +515,7 @@ async def test_a_server_that_stops_answers_first(make_engine: MakeEngine, full: 
         assert spelled(await asking).status == 200
         await stopping
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await ask(channel, question([bearing(full)]))
+            await ask(channel, question([auth_header(full)]))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     await engine.stop()
 
@@ -519,7 +526,7 @@ async def test_it_runs_on_the_event_loop_that_serve_uses(
 ) -> None:
     """uvloop, as in production."""
     assert type(asyncio.get_running_loop()).__module__ == "uvloop"
-    answers = [ask(channel, question([bearing(full)])) for _ in range(50)]
+    answers = [ask(channel, question([auth_header(full)])) for _ in range(50)]
     assert {spelled(answer).status for answer in await asyncio.gather(*answers)} == {200}
 
 
@@ -555,7 +562,7 @@ async def code_of(question: "asyncio.Future[Any]") -> grpc.StatusCode:
 
 def question_of(key: Created, size: int) -> Any:
     """A question of so many bytes; what is not known of a message is passed over."""
-    asked = question([bearing(key)])
+    asked = question([auth_header(key)])
     room = size - len(asked.SerializeToString()) - 32
     asked.attributes.request.http.headers.add(key=b"x", value=b"x" * room)
     asked.attributes.request.http.path += b"x" * (size - len(asked.SerializeToString()))
@@ -571,7 +578,7 @@ async def test_a_question_may_have_256_kib(channel: grpc.aio.Channel, full: Crea
     largest.attributes.request.http.path += b"x"
     too_large = asyncio.ensure_future(ask(channel, largest))
     assert await code_of(too_large) is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+    assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
 
 
 async def test_a_question_may_be_about_a_thousand_headers(
@@ -579,7 +586,7 @@ async def test_a_question_may_be_about_a_thousand_headers(
 ) -> None:
     """Of more it is not asked what they are: 403, as where the proxy does not say what it was
     asked."""
-    headers = [bearing(full), *((b"x%d" % number, b"") for number in range(GRPC_HEADERS - 1))]
+    headers = [auth_header(full), *((b"x%d" % number, b"") for number in range(GRPC_HEADERS - 1))]
     for raw in (False, True):
         assert spelled(await ask(channel, question(headers, raw=raw))).status == 200
         refused = spelled(await ask(channel, question([*headers, (b"x", b"")], raw=raw)))
@@ -596,13 +603,15 @@ async def test_only_so_many_questions_are_under_way_at_once(
     """The next one is an error of gRPC at once, and those under way are answered."""
     hasher = Gated()
     engine = make_engine(hasher=hasher)
-    async with served(engine, calls=2) as channel:
-        asked = [asyncio.ensure_future(ask(channel, question([bearing(full)]))) for _ in range(3)]
+    async with served(engine, max_calls=2) as channel:
+        asked = [
+            asyncio.ensure_future(ask(channel, question([auth_header(full)]))) for _ in range(3)
+        ]
         refused, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
         assert [await code_of(each) for each in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
         hasher.gate.set()
         assert [spelled(await each).status for each in waiting] == [200, 200]
-        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
     await engine.stop()
 
 
@@ -610,19 +619,19 @@ async def test_only_so_many_connections_are_open_at_once(engine: Engine, full: C
     """Silent ones beyond that are closed, long before the 10 s that each has, and connections that
     are open go on; without such a limit none is closed."""
     address = f"127.0.0.1:{free_port()}"
-    async with served(engine, address, connections=3) as channel:
-        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+    async with served(engine, address, max_connections=3) as channel:
+        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
         host, port = address.split(":")
         lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
         reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
         for ended in itertools.islice(asyncio.as_completed(reading, timeout=8), 9):
             await ended
-        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
         await ended_all(lines, reading)
     async with served(engine, address) as channel:
         lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
         reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
-        assert spelled(await ask(channel, question([bearing(full)]))).status == 200
+        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
         assert [each for each in reading if each.done()] == []
         await ended_all(lines, reading)
 
@@ -676,7 +685,9 @@ def test_the_official_bytes_are_read() -> None:
         b"\x12\x07SENDINGZ\x11\n\x0f\n\x01f\x12\n\n\x08\n\x01x\x12\x03\x1a\x01yb\x03\n\x01s"
     )
     headers = [(b"authorization", b"Bearer k"), (b"x-raw", b"\xff"), (b"x-text", b"t")]
-    assert read(message) == Question(Facts("POST", "/v1/emails?x=1"), headers, [b"SENDING"], [])
+    assert parse_check_request(message) == CheckQuery(
+        OriginalRequest("POST", "/v1/emails?x=1"), headers, [b"SENDING"], []
+    )
 
 
 def test_the_official_bytes_are_written() -> None:
@@ -697,7 +708,7 @@ def test_the_official_bytes_are_written() -> None:
 def test_it_says_what_to_install() -> None:
     """And nobody who does not use it has to."""
     for package in ("grpc", "google.protobuf"):
-        said = said_without(package, "import keylatch_sidecar.proxies.grpc_authz")
+        said = error_without_package(package, "import keylatch_sidecar.proxies.grpc_authz")
         assert said.endswith("pip install 'keylatch[grpc]'")
     program = "import sys, keylatch_sidecar.cli, keylatch_sidecar.app; print('grpc' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -6,18 +6,18 @@ import pytest
 
 from proxies import (
     Kind,
-    Rig,
-    bearing,
+    ProxyStack,
+    assert_unavailable,
+    auth_header,
+    echoed,
     exchange_until_idle,
     identity,
-    is_unavailable,
-    proxy,
-    told,
+    running_proxy,
     with_trailer,
 )
 from proxy_contract import ProxyContract
 from servers import eventually
-from wire import exchange, read, send
+from wire import exchange, parse_response, send
 
 KIND = Kind(
     name="haproxy",
@@ -28,7 +28,7 @@ KIND = Kind(
     files=["haproxy.cfg", "keylatch.lua"],
     files_named=["/etc/haproxy/keylatch.lua"],
     sockets=["abns@keylatch"],
-    unix="unix@{}",
+    unix_format="unix@{}",
     only_root=r"\s*(user|group) ",
     limited={"ge 1000": "ge 2"},
     unlimited={"ge 1000": "ge 1000000000"},
@@ -56,9 +56,9 @@ class TestHAProxy(ProxyContract):
         "/v1\\..\\me",
     ],
 )
-def test_dot_segments_never_get_to_the_app(rig: Rig, path: str) -> None:
+def test_dot_segments_never_get_to_the_app(proxy: ProxyStack, path: str) -> None:
     """400 for a FULL key too: HAProxy compares them as they came, and the app may resolve them."""
-    assert rig.refused(f"GET {path}".encode(), bearing(rig.full)).status == 400
+    assert proxy.request_refused(f"GET {path}".encode(), auth_header(proxy.full)).status == 400
 
 
 ABSOLUTE = [
@@ -73,25 +73,25 @@ ABSOLUTE = [
 
 
 @pytest.mark.parametrize("start", ABSOLUTE)
-def test_targets_in_absolute_form_never_get_to_the_app(rig: Rig, start: bytes) -> None:
+def test_targets_in_absolute_form_never_get_to_the_app(proxy: ProxyStack, start: bytes) -> None:
     """400 for a FULL key too: HAProxy compares the path in it, and the app may read all of it."""
-    assert rig.refused(start).status == 400
-    assert rig.refused(start, bearing(rig.full), b"Content-Length: 0").status == 400
+    assert proxy.request_refused(start).status == 400
+    assert proxy.request_refused(start, auth_header(proxy.full), b"Content-Length: 0").status == 400
 
 
-def test_without_the_rule_on_targets_the_app_would_get_them_as_they_are(rig: Rig) -> None:
+def test_without_the_rule_on_targets_the_app_would_get_them_as_they_are(proxy: ProxyStack) -> None:
     """Why it is there: what HAProxy took for a public path is another one to the app."""
     mistake = {"unless { url -m beg / }": "if FALSE"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        asked = rig.app.asked
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        asked = proxy.app.request_count
         send(other.url, b"GET http://test/healthz")
-    assert rig.app.asked == asked + 1
+    assert proxy.app.request_count == asked + 1
 
 
 @pytest.mark.parametrize("path", ["/v1/a..b", "/v1/...", "/.well-known/x", "/v1/a.", "/v1/x?../y"])
-def test_dots_that_are_no_segments_do(rig: Rig, path: str) -> None:
+def test_dots_that_are_no_segments_do(proxy: ProxyStack, path: str) -> None:
     """A file's name may have them."""
-    assert rig.ask(f"GET {path}".encode(), bearing(rig.full)).status == 200
+    assert proxy.request(f"GET {path}".encode(), auth_header(proxy.full)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -103,48 +103,50 @@ def test_dots_that_are_no_segments_do(rig: Rig, path: str) -> None:
         {"txn.http:req_set_header(name, values[1])": "txn.http:no_such_thing()"},
     ],
 )
-def test_a_mistake_in_lua_lets_nobody_in(rig: Rig, mistake: dict[str, str]) -> None:
+def test_a_mistake_in_lua_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, str]) -> None:
     """HAProxy goes on with the next rule then: that one keeps the door closed."""
-    asked = rig.app.asked
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
-    assert rig.app.asked == asked
+    asked = proxy.app.request_count
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
+    assert proxy.app.request_count == asked
 
 
-def test_without_the_closing_rule_such_a_mistake_would_let_everybody_in(rig: Rig) -> None:
+def test_without_the_closing_rule_such_a_mistake_would_let_everybody_in(proxy: ProxyStack) -> None:
     """Why nobody may delete it."""
     mistakes = {
         "local answer = ask(txn)": "error('a mistake')",
         "unless { var(txn.keylatch) -m str allowed public }": "if FALSE",
     }
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistakes) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistakes) as other:
         assert send(other.url, b"GET /v1/me").status == 200
 
 
-def test_without_the_rule_on_bodies_a_trailer_would_say_who_calls(rig: Rig) -> None:
+def test_without_the_rule_on_bodies_a_trailer_would_say_who_calls(proxy: ProxyStack) -> None:
     """Why bodies need a length: uvicorn with httptools takes a trailer for one more header."""
     mistake = {"if { req.hdr(transfer-encoding) -m found }": "if FALSE"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        seen = told(read(exchange(other.url, with_trailer(rig.full))))
-    assert identity(seen)["x-keylatch-key-id"] == [rig.full.record.id, "evil"]
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        seen = echoed(parse_response(exchange(other.url, with_trailer(proxy.full))))
+    assert identity(seen)["x-keylatch-key-id"] == [proxy.full.record.id, "evil"]
 
 
-def test_who_is_refused_for_asking_too_often_is_served_again_without_a_pause(rig: Rig) -> None:
+def test_who_is_refused_for_asking_too_often_is_served_again_without_a_pause(
+    proxy: ProxyStack,
+) -> None:
     """Requests that were refused do not count; else a busy client would be shut out for good."""
     short = {**KIND.limited, "http_req_rate(10s)": "http_req_rate(1s)"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, short) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, short) as other:
 
         def ask() -> int:
-            return send(other.url, b"GET /v1/me", bearing(rig.full)).status
+            return send(other.url, b"GET /v1/me", auth_header(proxy.full)).status
 
         eventually(lambda: ask() == 429)
         eventually(lambda: ask() == 200)
 
 
-def test_http_2_without_tls_is_no_way_around(rig: Rig) -> None:
+def test_http_2_without_tls_is_no_way_around(proxy: ProxyStack) -> None:
     """Its bodies could have trailers without `Transfer-Encoding`."""
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-    assert exchange_until_idle(rig.proxy.port, preface + settings)[3:4] != settings[3:4]
-    with proxy(KIND, rig.app_url, rig.sidecar.port, {" proto h1": ""}) as other:
+    assert exchange_until_idle(proxy.running.port, preface + settings)[3:4] != settings[3:4]
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, {" proto h1": ""}) as other:
         assert exchange_until_idle(other.port, preface + settings)[3:4] == settings[3:4]

@@ -31,7 +31,7 @@ from raw_lines import (
     rest_of,
     statuses,
 )
-from servers import eventually, free_port, needs, serving
+from servers import eventually, free_port, require_program, serving
 
 pytestmark = pytest.mark.long  # each starts a server
 
@@ -227,7 +227,7 @@ def behind_nginx(http: Any, app: Recorder, folder: Path) -> Iterator[tuple[str, 
         port, configuration = free_port(), folder / "nginx.conf"
         upstream = urlsplit(url).netloc
         configuration.write_text(NGINX.format(folder=folder, upstream=upstream, port=port))
-        program = needs(shutil.which("nginx", path="/usr/sbin:/usr/bin"), "nginx")
+        program = require_program(shutil.which("nginx", path="/usr/sbin:/usr/bin"), "nginx")
         command = [program, "-c", str(configuration), "-p", str(folder), "-g", "daemon off;"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:

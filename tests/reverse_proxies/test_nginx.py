@@ -6,16 +6,16 @@ from typing import ClassVar
 import pytest
 
 from proxies import (
+    FaultInjector,
     Kind,
     Proxy,
-    Rig,
-    Stand,
-    bearing,
+    ProxyStack,
+    assert_rate_limited,
+    auth_header,
+    echoed,
+    faulty_proxy,
     identity,
-    is_limited,
-    proxy,
-    stand_in,
-    told,
+    running_proxy,
 )
 from proxy_contract import TOO_MANY, TOO_MANY_BODY, ProxyContract
 from wire import send
@@ -29,7 +29,7 @@ KIND = Kind(
     files=["nginx.conf", "keylatch_check.conf", "keylatch_app.conf"],
     folders=["/var/log/nginx", "/var/lib/nginx"],
     files_named=["/run/nginx.pid"],
-    unix="unix:{}",
+    unix_format="unix:{}",
     limited={"rate=100r/s": "rate=6r/m", "burst=200": "burst=1"},
     unlimited={"rate=100r/s": "rate=1000000r/s"},
 )
@@ -42,52 +42,56 @@ class TestNginx(ProxyContract):
 
 
 @pytest.fixture(scope="module")
-def impostor(rig: Rig) -> Iterator[tuple[Stand, Proxy]]:
+def impostor(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
     """A proxy that has never met the sidecar: it keeps no connections to the real one."""
-    with stand_in(rig) as made:
+    with faulty_proxy(proxy) as made:
         yield made
 
 
 @pytest.mark.parametrize("path", [b"/_keylatch", b"/_keylatch?permission=SENDING", b"/%5fkeylatch"])
-def test_the_question_cannot_be_asked_from_outside(rig: Rig, path: bytes) -> None:
+def test_the_question_cannot_be_asked_from_outside(proxy: ProxyStack, path: bytes) -> None:
     """404, whoever asks."""
-    assert rig.refused(b"GET " + path, bearing(rig.full)).status == 404
+    assert proxy.request_refused(b"GET " + path, auth_header(proxy.full)).status == 404
 
 
-def test_a_new_location_is_closed_until_it_is_opened(rig: Rig) -> None:
+def test_a_new_location_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
     """The check is the server's: a location that says nothing about it is protected."""
     more = "location = /new { proxy_pass http://app; }\n location = /healthz {"
-    with proxy(KIND, rig.app_url, rig.sidecar.port, {"location = /healthz {": more}) as other:
+    with running_proxy(
+        KIND, proxy.app_url, proxy.sidecar.port, {"location = /healthz {": more}
+    ) as other:
         assert send(other.url, b"GET /new").status == 401
-        assert send(other.url, b"GET /new", bearing(rig.sender)).status == 403
-        assert told(send(other.url, b"GET /new", bearing(rig.full)))["path"] == "/new"
+        assert send(other.url, b"GET /new", auth_header(proxy.sender)).status == 403
+        assert echoed(send(other.url, b"GET /new", auth_header(proxy.full)))["path"] == "/new"
 
 
-def test_429_is_429_after_a_second_try(rig: Rig, impostor: tuple[Stand, Proxy]) -> None:
+def test_429_is_429_after_a_second_try(
+    proxy: ProxyStack, impostor: tuple[FaultInjector, Proxy]
+) -> None:
     """nginx knows the status as `502, 429` when a kept connection ended under the first try."""
-    stand, other = impostor
+    injector, other = impostor
     no_body = TOO_MANY.removesuffix(TOO_MANY_BODY)  # it asks HEAD
-    with stand.answering(no_body, is_tired=True):
-        answers = [send(other.url, b"GET /v1/me", bearing(rig.full)) for _ in range(12)]
+    with injector.responding(no_body, closes_after_next_request=True):
+        answers = [send(other.url, b"GET /v1/me", auth_header(proxy.full)) for _ in range(12)]
     for answered in answers:
-        is_limited(answered)
+        assert_rate_limited(answered)
 
 
-def test_a_limit_by_the_public_part_would_be_used_up_by_anybody(rig: Rig) -> None:
+def test_a_limit_by_the_public_part_would_be_used_up_by_anybody(proxy: ProxyStack) -> None:
     """Why it is the whole credential that counts: requests are counted ahead of the check."""
     public = len("kl_live_000000000000")
     mistake = {**KIND.limited, r"\S{1,96}": rf"\S{{1,{public}}}"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         for end in b"ab":
-            forged = bearing(rig.full)[:-40] + 40 * bytes([end])
+            forged = auth_header(proxy.full)[:-40] + 40 * bytes([end])
             assert send(other.url, b"GET /v1/me", forged).status == 401
-        is_limited(send(other.url, b"GET /v1/me", bearing(rig.full)))
+        assert_rate_limited(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
 
 
-def test_a_location_with_headers_of_its_own_would_believe_the_client(rig: Rig) -> None:
+def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: ProxyStack) -> None:
     """Why the files warn of `proxy_set_header` in a location: it undoes those of the server."""
     mistake = {"proxy_pass http://app;": "proxy_pass http://app; proxy_set_header X-Mine 1;"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         lie = b"X-Keylatch-Key-Id: evil"
-        seen = told(send(other.url, b"GET /v1/me", bearing(rig.full), lie))
+        seen = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full), lie))
     assert identity(seen) == {"x-keylatch-key-id": ["evil"]}

@@ -10,17 +10,17 @@ import pytest
 from proxies import (
     DEPLOY,
     IDENTITY,
+    FaultInjector,
     Kind,
     Proxy,
-    Rig,
-    Stand,
-    bearing,
+    ProxyStack,
+    assert_unavailable,
+    auth_header,
+    echoed,
+    faulty_proxy,
+    header_dict,
     identity,
-    is_unavailable,
-    lowered,
-    proxy,
-    stand_in,
-    told,
+    running_proxy,
 )
 from proxy_contract import ProxyContract
 from wire import send
@@ -35,7 +35,7 @@ KIND = Kind(
     files=["nginx.conf", "keylatch_check.conf", "keylatch_app.conf", "keylatch.lua"],
     folders=["/var/log/nginx", "/var/lib/nginx"],
     files_named=["/run/nginx.pid", "/etc/nginx/keylatch.lua"],
-    unix="unix:{}",
+    unix_format="unix:{}",
     limited={"rate=100r/s": "rate=6r/m", "burst=200": "burst=1"},
     unlimited={"rate=100r/s": "rate=1000000r/s"},
 )
@@ -48,9 +48,9 @@ class TestNginxLua(ProxyContract):
 
 
 @pytest.fixture(scope="module")
-def impostor(rig: Rig) -> Iterator[tuple[Stand, Proxy]]:
+def impostor(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
     """A proxy that has never met the sidecar: it keeps no connections to the real one."""
-    with stand_in(rig) as made:
+    with faulty_proxy(proxy) as made:
         yield made
 
 
@@ -61,33 +61,35 @@ def test_the_app_is_told_the_same_as_by_nginx_without_lua() -> None:
 
 
 @pytest.mark.parametrize("path", [b"/_keylatch", b"/_keylatch?permission=SENDING", b"/%5fkeylatch"])
-def test_the_question_cannot_be_asked_from_outside(rig: Rig, path: bytes) -> None:
+def test_the_question_cannot_be_asked_from_outside(proxy: ProxyStack, path: bytes) -> None:
     """404, whoever asks."""
-    assert rig.refused(b"GET " + path, bearing(rig.full)).status == 404
+    assert proxy.request_refused(b"GET " + path, auth_header(proxy.full)).status == 404
 
 
-def test_a_new_location_is_closed_until_it_is_opened(rig: Rig) -> None:
+def test_a_new_location_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
     """The check is the server's: a location that says nothing about it is protected."""
     more = "location = /new { proxy_pass http://app; }\n location = /healthz {"
-    with proxy(KIND, rig.app_url, rig.sidecar.port, {"location = /healthz {": more}) as other:
+    with running_proxy(
+        KIND, proxy.app_url, proxy.sidecar.port, {"location = /healthz {": more}
+    ) as other:
         assert send(other.url, b"GET /new").status == 401
-        assert send(other.url, b"GET /new", bearing(rig.sender)).status == 403
-        assert told(send(other.url, b"GET /new", bearing(rig.full)))["path"] == "/new"
+        assert send(other.url, b"GET /new", auth_header(proxy.sender)).status == 403
+        assert echoed(send(other.url, b"GET /new", auth_header(proxy.full)))["path"] == "/new"
 
 
-def test_a_location_with_lua_of_its_own_is_open(rig: Rig) -> None:
+def test_a_location_with_lua_of_its_own_is_open(proxy: ProxyStack) -> None:
     """Why the README warns of `access_by_lua…` in a location: it replaces the check."""
     mistake = {"proxy_pass http://app;": "access_by_lua_block { return } proxy_pass http://app;"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        assert identity(told(send(other.url, b"GET /v1/me"))) == {}
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        assert identity(echoed(send(other.url, b"GET /v1/me"))) == {}
 
 
-def test_a_location_with_headers_of_its_own_would_believe_the_client(rig: Rig) -> None:
+def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: ProxyStack) -> None:
     """Why the files warn of `proxy_set_header` in a location: it undoes those of the server."""
     mistake = {"proxy_pass http://app;": "proxy_pass http://app; proxy_set_header X-Mine 1;"}
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         lie = b"X-Keylatch-Key-Id: evil"
-        seen = told(send(other.url, b"GET /v1/me", bearing(rig.full), lie))
+        seen = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full), lie))
     assert identity(seen) == {"x-keylatch-key-id": ["evil"]}
 
 
@@ -101,30 +103,30 @@ def test_a_location_with_headers_of_its_own_would_believe_the_client(rig: Rig) -
         {"ngx.var[variable] = said[name]": "ngx.no_such_thing()"},
     ],
 )
-def test_a_mistake_lets_nobody_in(rig: Rig, mistake: dict[str, str]) -> None:
+def test_a_mistake_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, str]) -> None:
     """A mistake in Lua is 500 to nginx and 503 to the client; the app is not asked."""
-    asked = rig.app.asked
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
-    assert rig.app.asked == asked
+    asked = proxy.app.request_count
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
+    assert proxy.app.request_count == asked
 
 
-def test_a_lua_file_that_is_not_there_lets_nobody_in(rig: Rig) -> None:
+def test_a_lua_file_that_is_not_there_lets_nobody_in(proxy: ProxyStack) -> None:
     """nginx says 404 then, to everybody, on every route that the check is for."""
     mistake = {"access_by_lua_file ": "access_by_lua_file /nowhere"}
-    asked = rig.app.asked
-    with proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other:
-        assert send(other.url, b"GET /v1/me", bearing(rig.full)).status == 404
-    assert rig.app.asked == asked
+    asked = proxy.app.request_count
+    with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
+        assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == 404
+    assert proxy.app.request_count == asked
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405, 429, 503])
 @pytest.mark.parametrize("names", ["lower", "title"])
 def test_the_sidecars_words_arrive_as_they_are(
-    rig: Rig, impostor: tuple[Stand, Proxy], status: int, names: str
+    proxy: ProxyStack, impostor: tuple[FaultInjector, Proxy], status: int, names: str
 ) -> None:
     """Any status, with the body and the headers that matter, for a single question."""
-    stand, other = impostor
+    injector, other = impostor
     body = '{"error":"brand_new","error_description":"Grüße \\" $host"}'.encode()
     fields = {
         "content-type": "application/problem+json",
@@ -136,12 +138,12 @@ def test_the_sidecars_words_arrive_as_they_are(
     }
     spelled = [f"{getattr(str, names)(name)}: {value}" for name, value in fields.items()]
     head = "\r\n".join([f"HTTP/1.1 {status} Whatever", *spelled, "X-Internal: 1", "", ""])
-    asked = rig.app.asked
-    with stand.answering(head.encode() + body):
-        answered = send(other.url, b"GET /v1/me", bearing(rig.full))
-        assert len(stand.questions) == 1
-    headers = lowered(answered)
-    assert rig.app.asked == asked
+    asked = proxy.app.request_count
+    with injector.responding(head.encode() + body):
+        answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
+        assert len(injector.requests) == 1
+    headers = header_dict(answered)
+    assert proxy.app.request_count == asked
     assert (answered.status, answered.body) == (status, body)
     assert {name: headers[name.encode()].decode() for name in fields} == fields
     assert b"x-internal" not in headers
@@ -149,40 +151,44 @@ def test_the_sidecars_words_arrive_as_they_are(
 
 @pytest.mark.parametrize("names", ["lower", "title"])
 def test_an_allow_is_understood_however_its_names_are_written(
-    rig: Rig, impostor: tuple[Stand, Proxy], names: str
+    proxy: ProxyStack, impostor: tuple[FaultInjector, Proxy], names: str
 ) -> None:
     """Lower case is what the sidecar writes; Lua sees names as they came, and empty values too."""
-    stand, other = impostor
+    injector, other = impostor
     values = dict.fromkeys(IDENTITY, "x") | {"x-keylatch-environment": ""}
     fields = [f"{getattr(str, names)(name)}: {value}" for name, value in values.items()]
     head = "\r\n".join(["HTTP/1.1 200 OK", *fields, "Content-Length: 0", "", ""])
-    with stand.answering(head.encode()):
-        seen = told(send(other.url, b"GET /v1/me", bearing(rig.full)))
+    with injector.responding(head.encode()):
+        seen = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
     assert identity(seen) == {name: [value] for name, value in values.items() if value}
 
 
 @pytest.mark.parametrize("status", [b"200 OK", b"401 Unauthorized"])
-def test_half_an_answer_is_none(rig: Rig, impostor: tuple[Stand, Proxy], status: bytes) -> None:
+def test_half_an_answer_is_none(
+    proxy: ProxyStack, impostor: tuple[FaultInjector, Proxy], status: bytes
+) -> None:
     """It ends before its length, as when a sidecar is killed: 503."""
-    stand, other = impostor
+    injector, other = impostor
     fields = b"".join(name.encode() + b": x\r\n" for name in [*IDENTITY, "x-keylatch-error"])
-    asked = rig.app.asked
-    with stand.answering(b"HTTP/1.1 " + status + b"\r\n" + fields + b"Content-Length: 9\r\n\r\nha"):
-        is_unavailable(send(other.url, b"GET /v1/me", bearing(rig.full)))
-    assert rig.app.asked == asked
+    asked = proxy.app.request_count
+    with injector.responding(
+        b"HTTP/1.1 " + status + b"\r\n" + fields + b"Content-Length: 9\r\n\r\nha"
+    ):
+        assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
+    assert proxy.app.request_count == asked
 
 
-def test_http_2_is_refused_and_no_way_around(rig: Rig) -> None:
+def test_http_2_is_refused_and_no_way_around(proxy: ProxyStack) -> None:
     """Why `listen` must not say http2: Lua cannot ask for such requests, and they get 503."""
-    asked = rig.app.asked
+    asked = proxy.app.request_count
     mistake = {"; # in earnest": " http2; # in earnest"}
-    headers = {"Authorization": f"Bearer {rig.full.token.reveal()}"}
+    headers = {"Authorization": f"Bearer {proxy.full.token.reveal()}"}
     with (
-        proxy(KIND, rig.app_url, rig.sidecar.port, mistake) as other,
+        running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other,
         httpx.Client(http1=False, http2=True, trust_env=False) as client,
     ):
         answered = client.get(f"{other.url}/v1/me", headers=headers)
         assert (answered.http_version, answered.status_code) == ("HTTP/2", 503)
         assert answered.json()["error"] == "unavailable"
-        assert rig.app.asked == asked
+        assert proxy.app.request_count == asked
         assert client.get(f"{other.url}/healthz").status_code == 200

@@ -32,7 +32,7 @@ from raw_lines import (
     statuses,
 )
 from servers import eventually
-from wire import read
+from wire import parse_response
 
 pytestmark = pytest.mark.long  # each starts a server
 
@@ -61,7 +61,7 @@ def test_a_request_that_does_not_end_is_refused(kind: str) -> None:
     start, more = ENDLESS[kind]
     with connected(Patient) as (line, _):
         line.sendall(start + more * (OVER // len(more) + 1))
-        answer = read(rest_of(line))
+        answer = parse_response(rest_of(line))
     assert answer.status == 431
     assert answer.body == (
         b'{"error":"request_header_fields_too_large","error_description":'
@@ -330,7 +330,7 @@ def test_what_is_no_request_is_400(nonsense: bytes) -> None:
     """In the house's form, and the connection ends."""
     with connected(Patient) as (line, _):
         line.sendall(nonsense)
-        answer = read(rest_of(line))
+        answer = parse_response(rest_of(line))
     assert (answer.status, answer.body) == (
         400,
         b'{"error":"invalid_request","error_description":"Invalid HTTP request received."}',

@@ -14,8 +14,8 @@ from keylatch.keyring import Created
 from keylatch.model import FULL, Principal
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.proxies.answers import identity_headers
-from keylatch_sidecar.proxies.verify import wanted_by
-from wire import answer, exchange, knock, read, send
+from keylatch_sidecar.proxies.verify import requirement_from_query
+from wire import asgi_request, exchange, expected_response, parse_response, send
 
 NAME = 'Grüße, "ASGI"/日本 %0d%0aX-Evil: 1'
 
@@ -30,12 +30,12 @@ def sender(sidecar: Sidecar) -> Created:
     return sidecar.create(permission="SENDING", environment="test")
 
 
-def bearing(key: Created) -> bytes:
+def auth_header(key: Created) -> bytes:
     return b"Authorization: Bearer " + key.token.reveal().encode()
 
 
 def ask(sidecar: Sidecar, key: Created, query: str = "") -> int:
-    return send(sidecar.url, b"GET /verify" + query.encode(), bearing(key)).status
+    return send(sidecar.url, b"GET /verify" + query.encode(), auth_header(key)).status
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
@@ -43,9 +43,9 @@ def test_an_allow_is_empty_and_names_the_caller(
     sidecar: Sidecar, full: Created, method: bytes
 ) -> None:
     """200, no body, `Content-Length: 0`, and every identity header in lower case and ASCII."""
-    allowed = send(sidecar.url, method + b" /verify", bearing(full))
+    allowed = send(sidecar.url, method + b" /verify", auth_header(full))
     record = full.record
-    assert allowed == answer(
+    assert allowed == expected_response(
         200,
         {
             b"cache-control": b"no-store",
@@ -75,8 +75,8 @@ def test_whatever_a_key_is_called_stays_in_its_header(name: str) -> None:
 @pytest.mark.parametrize("method", [b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"PROPFIND"])
 def test_other_methods_are_not_allowed(sidecar: Sidecar, full: Created, method: bytes) -> None:
     """405 with `Allow`, whoever asks."""
-    refused = send(sidecar.url, method + b" /verify", bearing(full))
-    assert refused == answer(
+    refused = send(sidecar.url, method + b" /verify", auth_header(full))
+    assert refused == expected_response(
         405,
         {
             b"allow": b"GET, HEAD",
@@ -123,8 +123,8 @@ def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
 @given(st.binary(max_size=60) | st.just(b"permission=SENDING"))
 def test_what_a_client_appends_only_makes_it_harder(appended: bytes) -> None:
     """Some proxies append their client's query to ours: it can never weaken it."""
-    ours = wanted_by(b"permission=SENDING").permissions
-    theirs = wanted_by(b"permission=SENDING&" + appended).permissions
+    ours = requirement_from_query(b"permission=SENDING").permissions
+    theirs = requirement_from_query(b"permission=SENDING&" + appended).permissions
     assert ours is not None
     assert theirs is not None
     assert {FULL} <= theirs <= ours
@@ -142,7 +142,7 @@ def test_what_a_client_appends_only_makes_it_harder(appended: bytes) -> None:
 )
 def test_a_query_cannot_write_headers(sidecar: Sidecar, sender: Created, attack: bytes) -> None:
     """What is named in the challenge is a short word or two, whatever was asked for."""
-    refused = send(sidecar.url, b"GET /verify?" + attack, bearing(sender))
+    refused = send(sidecar.url, b"GET /verify?" + attack, auth_header(sender))
     expected = b'Bearer realm="keylatch", error="insufficient_scope", scope="FULL"'
     assert refused.status == 403
     assert dict(refused.headers)[b"www-authenticate"] == expected
@@ -152,7 +152,7 @@ def test_a_query_cannot_write_headers(sidecar: Sidecar, sender: Created, attack:
 def test_the_challenge_names_what_was_asked_for(sidecar: Sidecar, sender: Created) -> None:
     """RFC 6750, 3: the scopes, each once, in one order."""
     query = b"GET /verify?permission=B&permission=A&permission=B"
-    challenge = dict(send(sidecar.url, query, bearing(sender)).headers)[b"www-authenticate"]
+    challenge = dict(send(sidecar.url, query, auth_header(sender)).headers)[b"www-authenticate"]
     assert challenge.endswith(b'scope="A B"')
 
 
@@ -187,7 +187,7 @@ def test_neighbours_are_not_found_and_never_redirected(
     sidecar: Sidecar, full: Created, path: bytes
 ) -> None:
     """A redirect would mean 500 to nginx, and an allow would be a hole."""
-    assert send(sidecar.url, b"GET " + path, bearing(full)).status == 404
+    assert send(sidecar.url, b"GET " + path, auth_header(full)).status == 404
 
 
 def test_a_connection_serves_many_checks(sidecar: Sidecar, full: Created, sender: Created) -> None:
@@ -195,13 +195,13 @@ def test_a_connection_serves_many_checks(sidecar: Sidecar, full: Created, sender
     asked = b"".join(
         b"\r\n".join((b"%s /verify HTTP/1.1" % method, b"Host: test", *fields, b"", b""))
         for method, fields in (
-            (b"GET", (bearing(full),)),
+            (b"GET", (auth_header(full),)),
             (b"HEAD", ()),
-            (b"HEAD", (bearing(sender), b"Connection: close")),
+            (b"HEAD", (auth_header(sender), b"Connection: close")),
         )
     )
     one, two, three, rest = exchange(sidecar.url, asked).split(b"\r\n\r\n")
-    assert [read(head).status for head in (one, two, three)] == [200, 401, 200]
+    assert [parse_response(head).status for head in (one, two, three)] == [200, 401, 200]
     assert rest == b""
 
 
@@ -219,7 +219,7 @@ async def test_what_cannot_be_decided_is_503(make_engine: MakeEngine, engine: En
     broken = make_engine(hasher=Unreachable("argon2id", CHEAPEST))
     header = (b"authorization", b"Bearer " + key.token.reveal().encode())
     for method in ("GET", "HEAD"):
-        refused = await knock(create_app(broken), "/verify", [header], method=method)
+        refused = await asgi_request(create_app(broken), "/verify", [header], method=method)
         assert refused.status == 503
         headers = dict(refused.headers)
         assert headers[b"retry-after"] == b"1"

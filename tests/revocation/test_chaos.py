@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 import run
-from faults import DEEDS
+from faults import FAULTS
 from judge import BUCKET_NS, Interval, Ledger, Revoke, percentiles
 from proxy import Proxy
 from schedule import WEIGHTS, draw
-from servers import needs
+from servers import require_program
 
 pytestmark = pytest.mark.long
 
@@ -41,7 +41,7 @@ def test_what_starts_after_the_answer_must_be_refused(
     start: int, late: dict[tuple[str, str], int]
 ) -> None:
     """An acceptance counts by its START."""
-    ledger = ledger_of(Revoke(asked=100, committed=200, answered=300, waited=True))
+    ledger = ledger_of(Revoke(requested=100, committed=200, answered=300, waited=True))
     ledger.observe("w", [["key", 1, 0, 0, start, 0]])
     ledger.close()
     assert ledger.after_answer == late
@@ -52,7 +52,7 @@ def test_nothing_is_accepted_later_than_a_lease_after_the_commit(
     start: int, late: dict[tuple[str, str], int]
 ) -> None:
     """Whoever did not wait has the bound of the receipt, and the commit counts anyway."""
-    ledger = ledger_of(Revoke(asked=100, committed=200, answered=210, bound_ns=X))
+    ledger = ledger_of(Revoke(requested=100, committed=200, answered=210, bound_ns=X))
     ledger.observe("w", [["key", 1, 0, 0, start, 0]])
     ledger.close()
     assert ledger.after_bound == late
@@ -62,7 +62,7 @@ def test_nothing_is_accepted_later_than_a_lease_after_the_commit(
 @pytest.mark.parametrize(("end", "wrong"), [(99, True), (101, False)])
 def test_what_is_refused_before_anybody_asked_is_refused_wrongly(end: int, wrong: bool) -> None:
     """A refusal counts by its END; a key that nobody revokes is never refused."""
-    ledger = ledger_of(Revoke(asked=100, committed=200, answered=300))
+    ledger = ledger_of(Revoke(requested=100, committed=200, answered=300))
     ledger.observe("w", [["key", 1, 1, 0, 50, end], ["live", 0, 1, 0, 0, end]])
     ledger.close()
     assert (("key", "w") in ledger.refused_before) == wrong
@@ -71,11 +71,11 @@ def test_what_is_refused_before_anybody_asked_is_refused_wrongly(end: int, wrong
 
 def test_facts_of_several_reports_are_one_story() -> None:
     """The latest acceptance and the earliest refusal count, in whatever order they are told."""
-    ledger = ledger_of(Revoke(asked=100, committed=200, answered=300))
+    ledger = ledger_of(Revoke(requested=100, committed=200, answered=300))
     ledger.observe("w", [["key", 2, 1, 0, 90, 250]])
     ledger.observe("w", [["key", 3, 4, 0, 80, 240]])
     ledger.close({"key"})
-    assert (ledger.accepted, ledger.refused, ledger.witnessed) == (5, 5, 1)
+    assert (ledger.accepted, ledger.refused, ledger.observed_pairs) == (5, 5, 1)
     ledger.observe("w", [["key", 1, 0, 0, 305, 0]])  # told late
     ledger.close()
     assert ledger.after_answer == {("key", "w"): 5}
@@ -85,13 +85,13 @@ def test_a_503_needs_a_fault_of_that_process() -> None:
     """A fault of one worker excuses no other one, and no fault of Redis excuses anybody."""
     ledger = Ledger(X)
     faults = [
-        Interval("store line cut", 100 * BUCKET_NS, 110 * BUCKET_NS, "worker-0"),
+        Interval("store connections reset", 100 * BUCKET_NS, 110 * BUCKET_NS, "worker-0"),
         Interval("redis paused", 100 * BUCKET_NS, 300 * BUCKET_NS, ""),
         Interval("store restarted", 200 * BUCKET_NS, 201 * BUCKET_NS, "all"),
     ]
     ledger.count_undecided("worker-0#1", [(105, 1), (119, 2), (150, 4)])
     ledger.count_undecided("worker-1#2/4711", [(105, 8), (202, 16)])
-    assert sum(ledger.unexcused(faults, 10 * BUCKET_NS).values()) == 4 + 8
+    assert sum(ledger.unexplained(faults, 10 * BUCKET_NS).values()) == 4 + 8
     assert ledger.checks == 31
 
 
@@ -109,7 +109,7 @@ def test_a_seed_reproduces_the_schedule() -> None:
     faults = draw(7, 100, 120.0, 1.2)
     assert faults == draw(7, 100, 120.0, 1.2)
     assert faults != draw(8, 100, 120.0, 1.2)
-    assert {fault.kind for fault in faults} == set(WEIGHTS) == set(DEEDS)
+    assert {fault.kind for fault in faults} == set(WEIGHTS) == set(FAULTS)
     assert all(fault.at % 60 > 6 and 0.1 <= fault.seconds <= 1.2 for fault in faults)
 
 
@@ -157,7 +157,7 @@ async def test_what_is_held_arrives_later(line: Line) -> None:
 async def test_what_is_swallowed_never_arrives(line: Line) -> None:
     """A connection that lost bytes stays dead; a new one lives."""
     proxy, reader, writer = line
-    with proxy.swallowing():
+    with proxy.blackholing():
         writer.write(b"lost")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reader.read(1), 0.1)
@@ -174,7 +174,7 @@ async def test_what_is_swallowed_never_arrives(line: Line) -> None:
 async def test_what_is_refused_is_reset(line: Line) -> None:
     """The line breaks at once, and no new one holds."""
     proxy, reader, _ = line
-    with proxy.refusing():
+    with proxy.resetting():
         assert await is_broken(reader)
         fresh, again = await asyncio.open_connection("127.0.0.1", proxy.port)
         assert await is_broken(fresh)
@@ -205,9 +205,9 @@ async def test_answers_can_be_slow(line: Line) -> None:
 
 def chaos(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """The exit code of a run and what it found."""
-    needs(shutil.which("redis-server"), "redis-server")
+    require_program(shutil.which("redis-server"), "redis-server")
     postgres = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    needs(str(postgres[-1]) if postgres else None, "postgresql")
+    require_program(str(postgres[-1]) if postgres else None, "postgresql")
     found = folder / "found.json"
     ran = subprocess.run(
         [sys.executable, run.__file__, "--json", str(found), *options],

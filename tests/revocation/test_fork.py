@@ -41,12 +41,12 @@ def forking(store: str, redis: str = "") -> Iterator[tuple[Order, Order]]:
         for _, theirs in pairs:
             theirs.close()
         parent, child = (stack.enter_context(ours.makefile("rw")) for ours, _ in pairs)
-        yield _ordering(parent), _ordering(child)
+        yield _commander(parent), _commander(child)
 
 
-def _ordering(lines: Any) -> Order:
-    def order(deed: str, argument: object = None) -> Any:
-        lines.write(json.dumps([deed, argument]) + "\n")
+def _commander(lines: Any) -> Order:
+    def order(command: str, argument: object = None) -> Any:
+        lines.write(json.dumps([command, argument]) + "\n")
         lines.flush()
         return json.loads(lines.readline())
 

@@ -7,10 +7,10 @@ import pytest
 
 from conftest import Clock
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.feed import Feed, Receipt
+from keylatch.revocation.feed import Invalidations, Receipt
 from keylatch.revocation.lease import Lease
-from keylatch.revocation.news import News
-from keylatch.store import Changes, Poll, Touched
+from keylatch.revocation.news import Notice
+from keylatch.store import Invalidation, InvalidationBatch, Poll
 
 pytestmark = pytest.mark.anyio
 X = 1.0
@@ -22,7 +22,7 @@ class Members:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.seq = 1
-        self.rows: list[Touched] = []
+        self.rows: list[Invalidation] = []
         self.members: dict[str, list[int]] = {}
         self.on_poll: Callable[[str], None] = lambda member: None
         self.reads = 0
@@ -34,12 +34,16 @@ class Members:
         self.rows.append((self.seq, key_id, None))
         return self.seq
 
-    async def changes(self, since: int, seconds: float | None = None) -> Changes:
+    async def invalidations_since(
+        self, since: int, seconds: float | None = None
+    ) -> InvalidationBatch:
         self.reads += 1
-        return self.changes_now(since)
+        return self.invalidations_since_nowait(since)
 
-    def changes_now(self, since: int) -> Changes:
-        return Changes(self.seq, "epoch", True, tuple(row for row in self.rows if row[0] > since))
+    def invalidations_since_nowait(self, since: int) -> InvalidationBatch:
+        return InvalidationBatch(
+            self.seq, "epoch", True, tuple(row for row in self.rows if row[0] > since)
+        )
 
     async def join(self, member: str, seconds: float) -> None:
         self.members[member] = [0, 0]
@@ -48,35 +52,39 @@ class Members:
         self.members.pop(member, None)
 
     async def poll(
-        self, member: str, seq: int, seconds: float, heard: tuple[Touched, ...] = ()
+        self, member: str, seq: int, seconds: float, pending: tuple[Invalidation, ...] = ()
     ) -> Poll:
         if member in self.cut_off:
             raise StoreUnavailable("cut off by the test")
         row = self.members.get(member)
-        known = self.known(seq, heard)
+        acknowledged_seq = self.acknowledged(seq, pending)
         if row is not None:
-            row[0], row[1] = row[0] + 1, known
-        answer = Poll(row is not None, known, self.changes_now(seq), self.clock())
+            row[0], row[1] = row[0] + 1, acknowledged_seq
+        answer = Poll(
+            row is not None, acknowledged_seq, self.invalidations_since_nowait(seq), self.clock()
+        )
         self.on_poll(member)
         if member in self.lost_answers:
             raise StoreUnavailable("its answer was lost by the test")
         return answer
 
-    def known(self, seq: int, heard: tuple[Touched, ...]) -> int:
-        if heard and heard == tuple(line for line in self.rows if seq < line[0] <= heard[-1][0]):
-            return heard[-1][0]
+    def acknowledged(self, seq: int, pending: tuple[Invalidation, ...]) -> int:
+        if pending and pending == tuple(
+            line for line in self.rows if seq < line[0] <= pending[-1][0]
+        ):
+            return pending[-1][0]
         return seq
 
     async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
-        late = {name: row[0] for name, row in self.members.items() if row[1] < seq}
-        if late:
+        laggards = {name: row[0] for name, row in self.members.items() if row[1] < seq}
+        if laggards:
             self.clock.tick(X / 20)  # each look takes its time
-        return late, len(self.members)
+        return laggards, len(self.members)
 
-    async def remove_members(self, silent: dict[str, int], seq: int, seconds: float) -> int:
+    async def remove_members(self, laggards: dict[str, int], seq: int, seconds: float) -> int:
         gone = [
             name
-            for name, grants in silent.items()
+            for name, grants in laggards.items()
             if name in self.members
             and self.members[name][0] == grants
             and self.members[name][1] < seq
@@ -90,18 +98,18 @@ class Process:
     """One process: a feed, a lease, and the task that keeps it."""
 
     def __init__(self, store: Members, clock: Clock) -> None:
-        self.feed = Feed(lambda touched: None)
-        self.lease = Lease(store, self.feed, X, self.ring, clock, clock)  # type: ignore[arg-type]
+        self.feed = Invalidations(lambda touched: None)
+        self.lease = Lease(store, self.feed, X, self.publish, clock, clock)  # type: ignore[arg-type]
         self.others: list[Process] = []
         self.deaf = False
 
-    async def ring(self, news: News | None) -> None:
+    async def publish(self, notice: Notice | None) -> None:
         for other in self.others:
             if not other.deaf:
-                other.lease.hear(news)
+                other.lease.on_notice(notice)
 
     def believes(self, key_id: str, as_of: int) -> bool:
-        return self.lease.is_current() and self.feed.accepts(key_id, "acme", as_of)
+        return self.lease.is_fresh() and self.feed.accepts(key_id, "acme", as_of)
 
 
 @pytest.fixture
@@ -129,12 +137,12 @@ async def test_a_lease_counts_from_the_question(store: Members, clock: Clock) ->
     process = Process(store, clock)
     store.on_poll = lambda member: clock.tick(X / 2)
     await process.lease.begin()
-    assert process.lease.is_current()
+    assert process.lease.is_fresh()
     clock.tick(X / 2)
-    assert not process.lease.is_current()
+    assert not process.lease.is_fresh()
     store.on_poll = lambda member: clock.tick(X)
     with pytest.raises(StoreUnavailable, match="slower"):
-        await process.lease.catch_up()
+        await process.lease.revalidate()
 
 
 async def test_a_holder_gives_up_early(store: Members, clock: Clock) -> None:
@@ -142,9 +150,9 @@ async def test_a_holder_gives_up_early(store: Members, clock: Clock) -> None:
     process = Process(store, clock)
     await process.lease.begin()
     clock.tick(X * 0.979)
-    assert process.lease.is_current()
+    assert process.lease.is_fresh()
     clock.tick(X * 0.002)
-    assert not process.lease.is_current()
+    assert not process.lease.is_fresh()
 
 
 async def test_tombstone_and_lease_come_in_one_step(store: Members, clock: Clock) -> None:
@@ -154,8 +162,8 @@ async def test_tombstone_and_lease_come_in_one_step(store: Members, clock: Clock
     read_at = store.seq
     clock.tick(X)
     store.commit("key_a")
-    await process.lease.catch_up()
-    assert process.lease.is_current()
+    await process.lease.revalidate()
+    assert process.lease.is_fresh()
     assert not process.believes("key_a", read_at)
 
 
@@ -166,7 +174,7 @@ async def test_a_revoke_waits_until_everybody_knows(
     read_at = store.seq
     assert all(process.believes("key_a", read_at) for process in processes)
     seq = store.commit("key_a")
-    receipt = await processes[0].lease.settle(seq)
+    receipt = await processes[0].lease.wait_until_acknowledged(seq)
     assert receipt == Receipt(seq, acknowledged=3, members=3, bound_seconds=0.0)
     assert not any(process.believes("key_a", read_at) for process in processes)
 
@@ -176,7 +184,7 @@ async def test_a_revoke_that_does_not_wait_says_how_long_it_may_take(
 ) -> None:
     """The receipt bounds it by X, and the bell has rung."""
     seq = store.commit("key_a")
-    receipt = await processes[0].lease.settle(seq, wait=False)
+    receipt = await processes[0].lease.wait_until_acknowledged(seq, wait=False)
     assert receipt.bound_seconds == X
     assert receipt.acknowledged == 0
 
@@ -190,7 +198,7 @@ async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
     read_at = store.seq
     store.cut_off.add(lost.lease._member)
     began = clock()
-    receipt = await processes[0].lease.settle(store.commit("key_a"))
+    receipt = await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
     assert (receipt.acknowledged, receipt.members) == (2, 3)
     assert X <= clock() - began <= X * 1.2
     assert not lost.believes("key_a", read_at)
@@ -203,9 +211,9 @@ async def test_a_dead_process_costs_one_revoke(
 ) -> None:
     """The second revoke after a kill -9 does not wait for it any more."""
     await store.join("killed", seconds=X)
-    await processes[0].lease.settle(store.commit("key_a"))
+    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
     began = clock()
-    receipt = await processes[0].lease.settle(store.commit("key_b"))
+    receipt = await processes[0].lease.wait_until_acknowledged(store.commit("key_b"))
     assert clock() - began < X / 4
     assert (receipt.acknowledged, receipt.members) == (3, 3)
 
@@ -218,9 +226,9 @@ async def test_a_hundred_that_left_cost_nothing(
         old = Process(store, clock)
         await old.lease.begin()
         await old.lease.end()
-        assert not old.lease.is_current()
+        assert not old.lease.is_fresh()
     began = clock()
-    await processes[0].lease.settle(store.commit("key_a"))
+    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
     assert clock() - began < X / 4
     assert len(store.members) == 3
 
@@ -236,9 +244,9 @@ async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
         store.members["slow"][0] += 1  # it asks, but what it learns never arrives
 
     store.on_poll = granted
-    await processes[0].lease.settle(store.commit("key_a"))
+    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
     for _ in range(3):
-        await processes[1].lease.ask()
+        await processes[1].lease.renew()
     assert "slow" in store.members
 
 
@@ -251,11 +259,11 @@ async def test_whoever_was_removed_joins_again(
     name = back.lease._member
     del store.members[name]
     store.commit("key_a")
-    await back.lease.ask()
+    await back.lease.renew()
     assert back.lease._member != name
     assert back.lease._member in store.members
     assert not back.believes("key_a", read_at)
-    assert "joins again" in caplog.text
+    assert "rejoining" in caplog.text
 
 
 async def test_a_silent_bell_only_costs_time(
@@ -265,8 +273,8 @@ async def test_a_silent_bell_only_costs_time(
     for process in processes:
         process.deaf = True
     seq = store.commit("key_a")
-    await asyncio.gather(*(process.lease.ask() for process in processes))
-    receipt = await processes[0].lease.settle(seq)
+    await asyncio.gather(*(process.lease.renew() for process in processes))
+    receipt = await processes[0].lease.wait_until_acknowledged(seq)
     assert receipt.acknowledged == 3
 
 
@@ -280,11 +288,11 @@ async def test_a_bell_costs_the_store_one_question_of_each(
     store.reads = 0
     store.commit("key_made_before")
     seq = store.commit("key_a")
-    await processes[0].lease.settle(seq)
+    await processes[0].lease.wait_until_acknowledged(seq)
     assert sorted(polls) == sorted(process.lease._member for process in processes)
     assert store.reads == 1
     for process in processes:
-        assert await process.lease.ask(only_news=True) is False
+        assert await process.lease.renew(changes_only=True) is False
     assert len(polls) == 3
 
 
@@ -296,8 +304,8 @@ async def test_bells_without_end_keep_no_lease_from_being_renewed(
     await process.lease.begin()
     for _ in range(40):
         clock.tick(X / 10)
-        await process.lease.ask(only_news=True)
-        assert process.lease.is_current()
+        await process.lease.renew(changes_only=True)
+        assert process.lease.is_fresh()
 
 
 async def test_a_question_that_left_before_me_does_not_answer_me(
@@ -308,9 +316,9 @@ async def test_a_question_that_left_before_me_does_not_answer_me(
     await process.lease.begin()
     polls: list[str] = []
     store.on_poll = polls.append
-    early = asyncio.create_task(process.lease.ask())
+    early = asyncio.create_task(process.lease.renew())
     await asyncio.sleep(0)
-    late = [asyncio.create_task(process.lease.ask()) for _ in range(20)]
+    late = [asyncio.create_task(process.lease.renew()) for _ in range(20)]
     await asyncio.gather(early, *late)
     assert len(polls) == 2
 
@@ -331,7 +339,7 @@ async def test_silence_counts_from_after_the_first_look(
 
     store.laggards = slow_look  # type: ignore[method-assign]
     committed_at = clock()
-    await processes[0].lease.settle(store.commit("key_a"))
+    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
     assert committed_at + X <= clock() <= committed_at + 1.25 * X
     assert "slow" in store.members
 
@@ -348,6 +356,6 @@ async def test_a_revoke_whose_looks_all_fail_waits_for_time_alone(
 
     store.laggards = fail  # type: ignore[method-assign]
     committed_at = clock()
-    receipt = await processes[0].lease.settle(store.commit("key_a"))
+    receipt = await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
     assert clock() >= committed_at + X
     assert receipt.bound_seconds == 0.0

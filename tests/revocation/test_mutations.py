@@ -16,17 +16,17 @@ import pytest
 from sqlalchemy import Connection, update
 
 import worker_verdicts
-from keylatch.drafts import Draft
+from keylatch.drafts import NewKey
 from keylatch.engine import Engine
-from keylatch.foreign import Foreign
+from keylatch.foreign import ImportedToken
 from keylatch.keyring import Created, Keyring
-from keylatch.model import principal_of, secret_of
+from keylatch.model import principal_of, secret_version_of
 from keylatch.settings import Settings
 from keylatch.sql.schema import keys
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
-READS = {"list", "page", "get", "deeds", "held", "made_many", "usage"}
+READS = {"list", "page", "get", "events", "find_imported", "analyze", "usage"}
 GOOD = "ALLOW FULL ci"
 UNHEARD_OF = "FORGED"  # while the store has no key that was made elsewhere
 
@@ -43,7 +43,7 @@ class OtherProcess:
             text=True,
         )
 
-    def says(self, token: str) -> str:
+    def decision(self, token: str) -> str:
         """What it makes of a token now."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -84,8 +84,8 @@ class Scene:
     def place(self) -> tuple[str, str]:
         return self.key.record.organization_id, self.key.record.id
 
-    def says(self) -> str:
-        return self.other.says(self.key.token.reveal())
+    def decision(self) -> str:
+        return self.other.decision(self.key.token.reveal())
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ async def scene(url: str, other: OtherProcess) -> AsyncIterator[Scene]:
     await engine.start()
     keyring = await engine.keyring()
     scene = Scene(engine, keyring, other, await keyring.create(uuid4().hex, "ci"))
-    assert [scene.says(), scene.says()] == [GOOD, GOOD], "and from its cache"
+    assert [scene.decision(), scene.decision()] == [GOOD, GOOD], "and from its cache"
     yield scene
     await engine.stop()
 
@@ -104,123 +104,129 @@ Story = Callable[[Scene], Awaitable[None]]
 
 async def create(scene: Scene) -> None:
     created = await scene.keyring.create(scene.place[0], "another")
-    assert scene.other.says(created.token.reveal()) == "ALLOW FULL another"
+    assert scene.other.decision(created.token.reveal()) == "ALLOW FULL another"
 
 
 async def create_many(scene: Scene) -> None:
-    [created] = await scene.keyring.create_many([Draft(scene.place[0], "another")])
-    assert scene.other.says(created.token.reveal()) == "ALLOW FULL another"
+    [created] = await scene.keyring.create_many([NewKey(scene.place[0], "another")])
+    assert scene.other.decision(created.token.reveal()) == "ALLOW FULL another"
 
 
-async def bring_many(scene: Scene) -> None:
+async def import_many(scene: Scene) -> None:
     token = f"elsewhere-{uuid4().hex}"
-    assert [scene.other.says(token), scene.other.says(token)] == [UNHEARD_OF] * 2
+    assert [scene.other.decision(token), scene.other.decision(token)] == [UNHEARD_OF] * 2
     sha256 = hashlib.sha256(token.encode()).hexdigest()
-    made = Foreign(f"sha256:{sha256}", "...", f"$sha256${sha256}")
-    await scene.keyring.bring_many([(Draft(scene.place[0], "old"), made)])
-    assert scene.other.says(token) == "ALLOW FULL old"
+    made = ImportedToken(f"sha256:{sha256}", "...", f"$sha256${sha256}")
+    await scene.keyring.import_many([(NewKey(scene.place[0], "old"), made)])
+    assert scene.other.decision(token) == "ALLOW FULL old"
 
 
 async def disable(scene: Scene) -> None:
     await scene.keyring.change(*scene.place, active=False)
-    assert scene.says() == "DISABLED"
+    assert scene.decision() == "DISABLED"
     await scene.keyring.change(*scene.place, active=True)
-    assert scene.says() == GOOD
+    assert scene.decision() == GOOD
 
 
 async def narrow(scene: Scene) -> None:
     await scene.keyring.change(*scene.place, permission="SENDING")
-    assert scene.says() == "ALLOW SENDING ci"
+    assert scene.decision() == "ALLOW SENDING ci"
 
 
 async def rename(scene: Scene) -> None:
     await scene.keyring.change(*scene.place, name="CD")
-    assert scene.says() == "ALLOW FULL CD"
+    assert scene.decision() == "ALLOW FULL CD"
 
 
 async def revoke(scene: Scene) -> None:
     await scene.keyring.delete(*scene.place, reason="a drill")
-    assert scene.says() == "REVOKED"
+    assert scene.decision() == "REVOKED"
 
 
 async def revoke_a_family(scene: Scene) -> None:
     by = principal_of(scene.key.record)
     child = await scene.keyring.create(scene.place[0], "child", by=by)
-    assert scene.other.says(child.token.reveal()) == "ALLOW FULL child"
+    assert scene.other.decision(child.token.reveal()) == "ALLOW FULL child"
     await scene.keyring.delete(*scene.place, descendants=True)
-    assert [scene.says(), scene.other.says(child.token.reveal())] == ["REVOKED"] * 2
+    assert [scene.decision(), scene.other.decision(child.token.reveal())] == ["REVOKED"] * 2
 
 
-async def end_secrets(scene: Scene) -> None:
+async def revoke_secrets(scene: Scene) -> None:
     """The one before a rotation, and then the present one."""
     rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
     assert rotated is not None
     record, new = rotated.record, rotated.token.reveal()
-    assert [scene.says(), scene.other.says(new)] == [GOOD, GOOD]
-    await scene.keyring.end_secret(record, secret_of(record, is_previous=True))
-    assert [scene.says(), scene.other.says(new)] == ["WRONG_SECRET", GOOD]
-    await scene.keyring.end_secret(record, secret_of(record))
-    assert [scene.says(), scene.other.says(new)] == ["REVOKED", "REVOKED"]
+    assert [scene.decision(), scene.other.decision(new)] == [GOOD, GOOD]
+    await scene.keyring.revoke_secret(record, secret_version_of(record, is_previous=True))
+    assert [scene.decision(), scene.other.decision(new)] == ["WRONG_SECRET", GOOD]
+    await scene.keyring.revoke_secret(record, secret_version_of(record))
+    assert [scene.decision(), scene.other.decision(new)] == ["REVOKED", "REVOKED"]
 
 
-async def end_acting_secret(scene: Scene) -> None:
-    await scene.keyring.end_acting_secret(principal_of(scene.key.record))
-    assert scene.says() == "REVOKED"
+async def revoke_own_secret(scene: Scene) -> None:
+    await scene.keyring.revoke_own_secret(principal_of(scene.key.record))
+    assert scene.decision() == "REVOKED"
 
 
 async def rotate(scene: Scene) -> None:
     rotated = await scene.keyring.rotate(*scene.place, grace_seconds=0)
     assert rotated is not None
-    assert scene.says() == "WRONG_SECRET"
-    assert scene.other.says(rotated.token.reveal()) == GOOD
+    assert scene.decision() == "WRONG_SECRET"
+    assert scene.other.decision(rotated.token.reveal()) == GOOD
 
 
 async def rotate_with_grace(scene: Scene) -> None:
     rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
     assert rotated is not None
-    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, GOOD]
+    assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [GOOD, GOOD]
     again = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
     assert again is not None
-    assert scene.says() == "WRONG_SECRET", "the one before the last rotation, and no other"
-    assert scene.other.says(rotated.token.reveal()) == GOOD
+    assert scene.decision() == "WRONG_SECRET", "the one before the last rotation, and no other"
+    assert scene.other.decision(rotated.token.reveal()) == GOOD
 
 
 async def cancel_rotation(scene: Scene) -> None:
     rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
     assert rotated is not None
-    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, GOOD]
+    assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [GOOD, GOOD]
     await scene.keyring.cancel_rotation(*scene.place)
-    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, "WRONG_SECRET"]
+    assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [
+        GOOD,
+        "WRONG_SECRET",
+    ]
 
 
 async def finish_rotation(scene: Scene) -> None:
     rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
     assert rotated is not None
-    assert [scene.says(), scene.other.says(rotated.token.reveal())] == [GOOD, GOOD]
+    assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [GOOD, GOOD]
     await scene.keyring.finish_rotation(*scene.place)
-    assert [scene.says(), scene.other.says(rotated.token.reveal())] == ["WRONG_SECRET", GOOD]
+    assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [
+        "WRONG_SECRET",
+        GOOD,
+    ]
 
 
 async def revoke_all(scene: Scene) -> None:
     await scene.keyring.revoke_all(scene.place[0])
-    assert scene.says() == "REVOKED"
+    assert scene.decision() == "REVOKED"
 
 
 async def disable_organization(scene: Scene) -> None:
     await scene.keyring.set_organization_active(scene.place[0], False)
-    assert scene.says() == "ORGANIZATION_DISABLED"
+    assert scene.decision() == "ORGANIZATION_DISABLED"
     await scene.keyring.set_organization_active(scene.place[0], True)
-    assert scene.says() == GOOD
+    assert scene.decision() == GOOD
 
 
 STORIES: dict[str, list[Story]] = {
     "create": [create],
     "create_many": [create_many],
-    "bring_many": [bring_many],
+    "import_many": [import_many],
     "change": [disable, narrow, rename],
     "delete": [revoke, revoke_a_family],
-    "end_secret": [end_secrets],
-    "end_acting_secret": [end_acting_secret],
+    "revoke_secret": [revoke_secrets],
+    "revoke_own_secret": [revoke_own_secret],
     "rotate": [rotate, rotate_with_grace],
     "cancel_rotation": [cancel_rotation],
     "finish_rotation": [finish_rotation],
@@ -255,11 +261,11 @@ async def without_invalidation(scene: Scene) -> None:
         connection.execute(update(keys).where(keys.c.id == scene.place[1]).values(active=False))
 
     await scene.engine.store._database.write(write)
-    assert scene.says() == "DISABLED"
+    assert scene.decision() == "DISABLED"
 
 
 async def test_a_change_that_forgets_to_invalidate_is_caught(scene: Scene) -> None:
     """So the stories above hold something."""
     with pytest.raises(AssertionError, match="DISABLED"):
         await without_invalidation(scene)
-    assert scene.says() == GOOD
+    assert scene.decision() == GOOD

@@ -10,10 +10,10 @@ from conftest import Clock
 from keylatch.engine import Engine
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, KeyRecord, Reason
-from keylatch.revocation.feed import Feed
-from keylatch.revocation.news import News, Seal
+from keylatch.revocation.feed import Invalidations
+from keylatch.revocation.news import Notice, Signer
 from keylatch.settings import Settings
-from keylatch.store import Changes, Store, Touched
+from keylatch.store import Invalidation, InvalidationBatch, Store
 from servers import PostgresServer, RedisServer, eventually
 from test_lease import Members, Process, X
 
@@ -21,16 +21,18 @@ pytestmark = pytest.mark.anyio
 EPOCH = "epoch"
 
 
-def news(since: int, *lines: Touched, epoch: str = EPOCH) -> News:
+def news(since: int, *lines: Invalidation, epoch: str = EPOCH) -> Notice:
     """What was committed after `since`."""
-    return News(since, Changes(lines[-1][0], epoch, True, lines))
+    return Notice(since, InvalidationBatch(lines[-1][0], epoch, True, lines))
 
 
-def feed_at(seq: int, kind: type[Feed] = Feed) -> tuple[Feed, list[list[str]]]:
+def feed_at(
+    seq: int, kind: type[Invalidations] = Invalidations
+) -> tuple[Invalidations, list[list[str]]]:
     """A feed that knows everything up to there, and the restores that it noticed."""
     restores: list[list[str]] = []
     feed = kind(restores.append)
-    feed.apply(Changes(seq, EPOCH, True))
+    feed.apply(InvalidationBatch(seq, EPOCH, True))
     return feed, restores
 
 
@@ -40,25 +42,25 @@ class TestSeal:
     def test_what_was_closed_is_opened(self) -> None:
         """By the newest pepper and by the one before it: peppers rotate."""
         told = news(5, (6, "key_a", None), (7, None, ""), (9, None, "acme"))
-        assert Seal([b"new", b"old"]).opened(Seal([b"new"]).closed(told)) == told
-        assert Seal([b"new", b"old"]).opened(Seal([b"old"]).closed(told)) == told
+        assert Signer([b"new", b"old"]).verify(Signer([b"new"]).sign(told)) == told
+        assert Signer([b"new", b"old"]).verify(Signer([b"old"]).sign(told)) == told
 
     def test_whoever_lacks_the_pepper_writes_nothing_that_is_opened(self) -> None:
         """Another pepper, any byte changed, bytes missing, nothing, noise, or far too much."""
-        seal = Seal([b"pepper"])
-        sealed = seal.closed(news(5, (6, "key_a", None)))
-        assert seal.opened(sealed)
-        forged = [Seal([b"guess"]).closed(news(5, (6, "key_a", None))), b"", b"{}", b"\xff" * 100]
+        seal = Signer([b"pepper"])
+        sealed = seal.sign(news(5, (6, "key_a", None)))
+        assert seal.verify(sealed)
+        forged = [Signer([b"guess"]).sign(news(5, (6, "key_a", None))), b"", b"{}", b"\xff" * 100]
         for at, byte in enumerate(sealed):
             forged.append(sealed[:at] + bytes([byte ^ 1]) + sealed[at + 1 :])
         forged += [sealed[:-1], sealed + b" ", sealed[64:], b"0" * 10_000_000]
-        assert {seal.opened(each) for each in forged} == {None}
+        assert {seal.verify(each) for each in forged} == {None}
 
     def test_too_much_for_a_bell_is_no_news(self) -> None:
         """PostgreSQL's NOTIFY takes less than 8,000 bytes; the others look then."""
         lines = [(number, f"key_{number:064}", None) for number in range(200)]
-        assert Seal([b"pepper"]).closed(news(-1, *lines)) == b""
-        assert Seal([b"pepper"]).closed(None) == b""
+        assert Signer([b"pepper"]).sign(news(-1, *lines)) == b""
+        assert Signer([b"pepper"]).sign(None) == b""
 
 
 class TestFeed:
@@ -67,11 +69,11 @@ class TestFeed:
     def test_news_that_follow_are_believed_at_once(self) -> None:
         """Their tombstones are there; what is known for sure waits for the store."""
         feed, _ = feed_at(5)
-        state = feed.state
-        assert feed.hear(news(3, (4, "key_z", None), (6, "key_a", None)))
+        state = feed.version
+        assert feed.add_pending(news(3, (4, "key_z", None), (6, "key_a", None)))
         assert not feed.accepts("key_a", "acme", 5)
-        assert (feed.seq, feed.heard) == (5, ((6, "key_a", None),))
-        assert feed.state is not state
+        assert (feed.seq, feed.pending) == (5, ((6, "key_a", None),))
+        assert feed.version is not state
 
     @pytest.mark.parametrize(
         "told",
@@ -82,94 +84,98 @@ class TestFeed:
             news(4, (5, "key_a", None)),
             news(5, (6, None, None)),  # about everything at once
             news(5, (6, None, "")),  # many new keys: are any of them the first from elsewhere?
-            News(5, Changes(7, EPOCH, True, ((6, "key_a", None),))),  # not all of it
-            News(5, Changes(7, EPOCH, True)),
+            Notice(5, InvalidationBatch(7, EPOCH, True, ((6, "key_a", None),))),  # not all of it
+            Notice(5, InvalidationBatch(7, EPOCH, True)),
         ],
     )
-    def test_anything_else_is_a_call_to_look(self, told: News) -> None:
+    def test_anything_else_is_a_call_to_look(self, told: Notice) -> None:
         """A gap, another epoch, what is known, what does not add up: nothing is believed."""
         feed, _ = feed_at(5)
-        state = feed.state
-        assert not feed.hear(told)
+        state = feed.version
+        assert not feed.add_pending(told)
         assert feed.accepts("key_a", "acme", 5)
-        assert (feed.seq, feed.heard, feed.state) == (5, (), state)
+        assert (feed.seq, feed.pending, feed.version) == (5, (), state)
 
     def test_bells_may_overtake_each_other(self) -> None:
         """The later one tells what the earlier one does."""
         feed, _ = feed_at(5)
-        assert feed.hear(news(5, (6, "key_a", None), (7, "key_b", None)))
-        assert feed.hear(news(5, (6, "key_a", None)))
-        assert feed.heard_seq == 7
-        feed.apply(Changes(6, EPOCH, True, ((6, "key_a", None),)))  # asked before it rang
-        assert (feed.seq, feed.heard) == (6, ((7, "key_b", None),))
+        assert feed.add_pending(news(5, (6, "key_a", None), (7, "key_b", None)))
+        assert feed.add_pending(news(5, (6, "key_a", None)))
+        assert feed.pending_seq == 7
+        feed.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))  # asked before it rang
+        assert (feed.seq, feed.pending) == (6, ((7, "key_b", None),))
 
     def test_an_answer_from_before_takes_no_tombstone_back(self) -> None:
         """What was heard of seq 7 stays, though an answer about seq 6 comes later; a twin that
         writes down the number it was told last believes an entry from between."""
 
-        class Forgetful(Feed):
-            def _bury(self, lines: Iterable[Touched]) -> None:
-                self._known[1].update({key: seq for seq, key, _ in lines if key is not None})
+        class Forgetful(Invalidations):
+            def _add_tombstones(self, lines: Iterable[Invalidation]) -> None:
+                self._floor_and_tombstones[1].update(
+                    {key: seq for seq, key, _ in lines if key is not None}
+                )
 
-        def believes(kind: type[Feed]) -> bool:
+        def believes(kind: type[Invalidations]) -> bool:
             feed, _ = feed_at(5, kind)
-            feed.hear(news(5, (6, "key_a", None), (7, "key_a", None)))
-            feed.apply(Changes(6, EPOCH, True, ((6, "key_a", None),)))
+            feed.add_pending(news(5, (6, "key_a", None), (7, "key_a", None)))
+            feed.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
             return feed.accepts("key_a", "acme", 6)
 
-        assert not believes(Feed)
+        assert not believes(Invalidations)
         assert believes(Forgetful)
 
     def test_what_was_heard_goes_with_the_tombstones(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the floor takes their place, nothing is acknowledged by hearsay any more."""
         monkeypatch.setattr("keylatch.revocation.feed._MAX_TOMBSTONES", 1)
         feed, _ = feed_at(5)
-        feed.hear(news(5, (6, "key_a", None), (7, "key_b", None)))
-        feed.apply(Changes(6, EPOCH, True, ((6, "key_a", None),)))
-        assert feed.heard == ()
+        feed.add_pending(news(5, (6, "key_a", None), (7, "key_b", None)))
+        feed.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
+        assert feed.pending == ()
 
     @pytest.mark.parametrize(
         "answer",
         [
-            Changes(6, EPOCH, True, ((6, "key_b", None),)),  # the number was given out again
-            Changes(5, EPOCH, True),  # it was not yet
+            InvalidationBatch(
+                6, EPOCH, True, ((6, "key_b", None),)
+            ),  # the number was given out again
+            InvalidationBatch(5, EPOCH, True),  # it was not yet
         ],
     )
     def test_a_store_that_contradicts_the_bell_went_back(
-        self, answer: Changes, caplog: pytest.LogCaptureFixture
+        self, answer: InvalidationBatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """It rings after the commit, so such a store was restored, even if all processes were
         started since: nothing older is believed, and the key that came back is named."""
         feed, restores = feed_at(5)
-        feed.hear(news(5, (6, "key_a", None)))
-        feed.apply(answer, reached=feed.heard_seq)
+        feed.add_pending(news(5, (6, "key_a", None)))
+        feed.apply(answer, min_seq=feed.pending_seq)
         assert restores == [["key_a"]]
-        assert (feed.seq, feed.heard) == (answer.seq, ())
+        assert (feed.seq, feed.pending) == (answer.seq, ())
         assert feed.accepts("key_a", "acme", answer.seq)
         assert "restored from a backup" in caplog.text
 
     def test_an_answer_to_an_earlier_question_contradicts_nothing(self) -> None:
         """What was heard after the store was asked may be missing in its answer."""
         feed, restores = feed_at(5)
-        reached = feed.heard_seq
-        feed.hear(news(5, (6, "key_a", None)))
-        feed.apply(Changes(5, EPOCH, True), reached)
+        reached = feed.pending_seq
+        feed.add_pending(news(5, (6, "key_a", None)))
+        feed.apply(InvalidationBatch(5, EPOCH, True), reached)
         assert restores == []
-        assert feed.heard_seq == 6
+        assert feed.pending_seq == 6
 
 
 class Trusting(Members):
     """A broken twin of the store: acknowledges whatever a process says it has heard."""
 
-    def known(self, seq: int, heard: tuple[Touched, ...]) -> int:
-        return heard[-1][0] if heard else seq
+    def acknowledged(self, seq: int, pending: tuple[Invalidation, ...]) -> int:
+        return pending[-1][0] if pending else seq
 
 
-class Gullible(Feed):
+class Gullible(Invalidations):
     """A broken twin of a feed: believes news with a gap before them."""
 
-    def hear(self, told: News) -> bool:
-        return super().hear(News(self.seq, told.changes))
+    def add_pending(self, notice: Notice) -> bool:
+        return super().add_pending(Notice(self.seq, notice.batch))
 
 
 @pytest.fixture
@@ -189,12 +195,16 @@ class TestAcknowledging:
     """
 
     async def story(
-        self, store: Members, kind: type[Feed], told: News, tasks: list[asyncio.Task[None]]
+        self,
+        store: Members,
+        kind: type[Invalidations],
+        told: Notice,
+        tasks: list[asyncio.Task[None]],
     ) -> bool:
         """A revoker, and a victim who hears another bell than the revoker's; True if the victim
         believes the key after the revoke was answered."""
         revoker, victim = processes = [Process(store, store.clock) for _ in range(2)]
-        victim.feed = victim.lease._feed = kind(lambda touched: None)
+        victim.feed = victim.lease._invalidations = kind(lambda touched: None)
         revoker.others = [revoker]
         for process in processes:
             await process.lease.begin()
@@ -203,8 +213,8 @@ class TestAcknowledging:
         store.lost_answers.add(victim.lease._member)
         store.commit("key_a")
         seq = store.commit("key_b")
-        victim.lease.hear(told)
-        await revoker.lease.settle(seq)
+        victim.lease.on_notice(told)
+        await revoker.lease.wait_until_acknowledged(seq)
         return victim.believes("key_a", read_at)
 
     @pytest.mark.long
@@ -213,8 +223,8 @@ class TestAcknowledging:
     ) -> None:
         """From before the store went back: genuine, of this epoch, and the next number."""
         old = news(1, (2, "key_z", None), (3, "key_b", None))
-        assert not await self.story(Members(clock), Feed, old, tasks)
-        assert await self.story(Trusting(clock), Feed, old, tasks)
+        assert not await self.story(Members(clock), Invalidations, old, tasks)
+        assert await self.story(Trusting(clock), Invalidations, old, tasks)
 
     @pytest.mark.long
     async def test_a_bell_with_a_gap_is_no_news(
@@ -222,8 +232,8 @@ class TestAcknowledging:
     ) -> None:
         """The bell before it was lost. The process sees the gap, and the store would as well."""
         later = news(2, (3, "key_b", None))
-        assert not await self.story(Members(clock), Feed, later, tasks)
-        assert not await self.story(Trusting(clock), Feed, later, tasks)
+        assert not await self.story(Members(clock), Invalidations, later, tasks)
+        assert not await self.story(Trusting(clock), Invalidations, later, tasks)
         assert not await self.story(Members(clock), Gullible, later, tasks)
         assert await self.story(Trusting(clock), Gullible, later, tasks)
 
@@ -233,7 +243,7 @@ class TestAcknowledging:
         """Although the answer is lost, the victim knows, and the revoke waits for nothing."""
         began = clock()
         told = news(1, (2, "key_a", None), (3, "key_b", None))
-        assert not await self.story(Members(clock), Feed, told, tasks)
+        assert not await self.story(Members(clock), Invalidations, told, tasks)
         assert clock() < began + X / 2
 
 
@@ -250,13 +260,13 @@ class TestPostgreSQL:
 
     async def test_only_what_the_log_says_is_acknowledged(self, store: Store) -> None:
         """Line by line, up to the last one heard; and the log after what was known comes back."""
-        since = (await store.changes(2**62)).seq
+        since = (await store.invalidations_since(2**62)).seq
         record = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
         _, first = await store.add(record, "hashed")
         second = await store.change_organization("acme", 0, False)
         assert second == first + 1 == since + 2
-        one: Touched = (first, "key_a", None)
-        two: Touched = (second, None, "acme")
+        one: Invalidation = (first, "key_a", None)
+        two: Invalidation = (second, None, "acme")
         for heard, known in {
             (): since,
             (one,): first,
@@ -270,8 +280,8 @@ class TestPostgreSQL:
             (one, two, (second + 1, "key_a", None)): since,  # not yet
         }.items():
             poll = await store.poll("member", since, 5, heard)
-            assert (poll.is_member, poll.acknowledged) == (True, known), heard
-            assert poll.changes.touched == (one, two)
+            assert (poll.is_member, poll.acknowledged_seq) == (True, known), heard
+            assert poll.batch.invalidations == (one, two)
             late, _ = await store.laggards(known + 1, 5)
             assert list(late) == ["member"]
             assert (await store.laggards(known, 5))[0] == {}
@@ -282,7 +292,7 @@ class TestPostgreSQL:
         heard: asyncio.Queue[str] = asyncio.Queue()
         listening = asyncio.create_task(store.listen(heard.put_nowait))
         assert await asyncio.wait_for(heard.get(), 10) == ""
-        await store.ring("x" * 7_999)
+        await store.notify("x" * 7_999)
         assert await asyncio.wait_for(heard.get(), 10) == "x" * 7_999
         listening.cancel()
         await asyncio.wait([listening])
@@ -317,7 +327,7 @@ class TestRedis:
         keyring = await revoker.keyring()
         revoked, kept = [await keyring.create("acme", name) for name in ("revoked", "kept")]
         for created in (revoked, kept):
-            assert isinstance(await other.check(bearer(created)), Allow)
+            assert isinstance(await other.authenticate(bearer(created)), Allow)
         with redis_server.client() as client, client.pubsub() as tap:
             tap.subscribe(channel(other))
             assert tap.get_message(timeout=60)
@@ -330,17 +340,17 @@ class TestRedis:
             assert revoked.record.id.encode() in bell
             assert revoked.token.reveal().encode() not in bell
             forged = bell.replace(revoked.record.id.encode(), kept.record.id.encode())
-            known = other._feed._known[1].copy()
-            seq = other._feed.seq
+            known = other._invalidations._floor_and_tombstones[1].copy()
+            seq = other._invalidations.seq
             for _ in range(100):
                 for told in (forged, bell, b"", b"\0" * 9_000):
                     client.publish(channel(other), told)
-        assert isinstance(await other.check(bearer(kept)), Allow)
-        assert await other.check(bearer(revoked)) == Deny(Reason.REVOKED)
+        assert isinstance(await other.authenticate(bearer(kept)), Allow)
+        assert await other.authenticate(bearer(revoked)) == Deny(Reason.REVOKED)
         await keyring.delete("acme", kept.record.id)  # heard after all that
-        assert await other.check(bearer(kept)) == Deny(Reason.REVOKED)
-        assert other._feed.seq == seq + 1
-        assert other._feed._known[1] == {**known, kept.record.id: seq + 1}
+        assert await other.authenticate(bearer(kept)) == Deny(Reason.REVOKED)
+        assert other._invalidations.seq == seq + 1
+        assert other._invalidations._floor_and_tombstones[1] == {**known, kept.record.id: seq + 1}
 
     async def test_a_bell_from_before_a_backup_tells_of_the_restore(
         self, engines: list[Engine], redis_server: RedisServer, caplog: pytest.LogCaptureFixture
@@ -349,25 +359,27 @@ class TestRedis:
         a new epoch in which it is worth nothing, and refuses nobody's key."""
         revoker, other = engines
         kept = await (await revoker.keyring()).create("acme", "kept")
-        assert isinstance(await other.check(bearer(kept)), Allow)
-        log = await other.store.changes(0)
-        then: Touched = (log.seq + 1, kept.record.id, None)
-        seal = Seal((await other.store.open(0)).peppers)
-        bell = seal.closed(news(0, *log.touched, then, epoch=log.epoch))
-        alarm = f"{kept.record.id} had been changed since and is as it was before"
+        assert isinstance(await other.authenticate(bearer(kept)), Allow)
+        log = await other.store.invalidations_since(0)
+        then: Invalidation = (log.seq + 1, kept.record.id, None)
+        seal = Signer((await other.store.open(0)).peppers)
+        bell = seal.sign(news(0, *log.invalidations, then, epoch=log.epoch))
+        alarm = (
+            f"{kept.record.id} has the state of the restored backup: a later change to it was lost"
+        )
         with redis_server.client() as client:
             client.publish(channel(other), bell)
             await asyncio.to_thread(eventually, lambda: alarm in caplog.text)
-            now = await other.store.changes(0)
+            now = await other.store.invalidations_since(0)
             client.publish(channel(other), bell)
         assert now.epoch != log.epoch
         assert now.seq > then[0]
-        assert isinstance(await other.check(bearer(kept)), Allow)
-        assert (await other.store.changes(0)).seq == now.seq
+        assert isinstance(await other.authenticate(bearer(kept)), Allow)
+        assert (await other.store.invalidations_since(0)).seq == now.seq
 
 
 def channel(engine: Engine) -> str:
-    return f"keylatch:{engine._feed.epoch}:bell"
+    return f"keylatch:{engine._invalidations.epoch}:invalidations"
 
 
 def bearer(created: Created) -> list[bytes]:

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from deletes import felt, world_steps
+from deletes import apply_effect, world_steps
 from explorer import Explorer
 from protocol import member_steps
 from prove import described, main, mutant
@@ -27,14 +27,14 @@ STORIES = {
     "poll without tombstones": ["commits", "seen = 1, tombstone = 0, lease", "accepts", "G3"],
     "DELETE without waiting": ["commits", "answered", "after the answer", "accepts", "G2"],
     "lease counted from the answer": ["t0 = 0", "seq = 0", "commits", "lease until", "accepts"],
-    "laggard removed at the first look": ["lease until", "commits", "removes", "answered", "G2"],
+    "laggard removed at the first poll": ["lease until", "commits", "removes", "answered", "G2"],
     "removed although granted meanwhile": ["looks", GRANTED, "removes", "DELETE 1 is", "G2"],
-    "silence counted from before the look": ["reads its clock", GRANTED, "looks", "removes", "G2"],
+    "silence counted from before the poll": ["reads its clock", GRANTED, "looks", "removes", "G2"],
     "lease without membership": ["removes", "no row", "lease until", "answered", "G2"],
     "deadline counted from before the commit": ["clock", "lease until", "commits", "X after", "G2"],
     "acknowledged before applied": ["polls", "acknowledged = 1", "answered", "accepts", "G2"],
     "repeated DELETE without waiting": ["commits", "does not wait", "after the answer", "accepts"],
-    "news believed over a gap": [
+    "notice accepted over a gap": [
         "revokes the key",
         "another key",
         "news of 2 to 2",
@@ -77,7 +77,7 @@ def test_the_explorer_leaves_nothing_out() -> None:
         world, member = frontier.pop()
         following = [(world, step.member) for step in member_steps(c, view(c, world), member)]
         for move in world_steps(c, world):
-            feels = felt(c, move.effect, member)
+            feels = apply_effect(c, move.effect, member)
             following += [(move.world, feels)] if feels else []
         fresh = {state for state in following if len(state[1].requests) <= 1} - visited
         visited |= fresh
@@ -164,7 +164,7 @@ def explored() -> str:
     for letter in "wo":
         explorer = Explorer(Configuration(revokes=letter, shared_cache=True))
         explorer.explore(1_000_000)
-        texts |= explorer.told()
+        texts |= explorer.broken_promises()
     return "\n".join(texts)
 
 

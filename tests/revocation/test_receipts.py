@@ -19,9 +19,9 @@ def many(postgres: PostgresServer, clock: Clock) -> Iterator[Sidecar]:
 
 def test_unsents_answer_carries_the_receipt_after_success(sidecar: Sidecar) -> None:
     """On SQLite there is nobody to wait for: the bound is zero at once."""
-    boss = sidecar.create()
-    key = sidecar.create(boss.record.organization_id)
-    with sidecar.client(boss) as client:
+    admin_key = sidecar.create()
+    key = sidecar.create(admin_key.record.organization_id)
+    with sidecar.client(admin_key) as client:
         answer = client.delete(f"/v1/api-keys/{key.record.id}").json()
     assert list(answer) == ["success", "revocation"]
     assert answer["success"] is True
@@ -37,9 +37,9 @@ def test_unsents_answer_carries_the_receipt_after_success(sidecar: Sidecar) -> N
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_both_dialects_carry_it_in_a_header(sidecar: Sidecar, dialect: str) -> None:
     """A dictionary of RFC 9651, for those whose body is somebody else's contract."""
-    boss = sidecar.create()
-    key = sidecar.create(boss.record.organization_id)
-    with sidecar.client(boss) as client:
+    admin_key = sidecar.create()
+    key = sidecar.create(admin_key.record.organization_id)
+    with sidecar.client(admin_key) as client:
         answer = client.delete(f"{dialect}/{key.record.id}")
     fields = dict(part.split("=") for part in answer.headers["X-Keylatch-Revocation"].split(", "))
     assert int(fields.pop("seq")) > 0
@@ -49,9 +49,9 @@ def test_both_dialects_carry_it_in_a_header(sidecar: Sidecar, dialect: str) -> N
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_who_does_not_want_to_wait_gets_202_and_a_bound(many: Sidecar, dialect: str) -> None:
     """`Prefer: respond-async` answers right after the commit: never later than the lease."""
-    boss = many.create()
-    key = many.create(boss.record.organization_id)
-    with many.client(boss) as client:
+    admin_key = many.create()
+    key = many.create(admin_key.record.organization_id)
+    with many.client(admin_key) as client:
         answer = client.delete(
             f"{dialect}/{key.record.id}", headers={"Prefer": "wait=10, Respond-Async; x=1"}
         )
@@ -62,9 +62,9 @@ def test_who_does_not_want_to_wait_gets_202_and_a_bound(many: Sidecar, dialect: 
 
 def test_on_postgresql_it_names_who_acknowledged(many: Sidecar) -> None:
     """The sidecar itself is a member, and knows before it answers."""
-    boss = many.create()
-    key = many.create(boss.record.organization_id)
-    with many.client(boss) as client:
+    admin_key = many.create()
+    key = many.create(admin_key.record.organization_id)
+    with many.client(admin_key) as client:
         receipt = client.delete(f"/v1/api-keys/{key.record.id}").json()["revocation"]
     assert (receipt["acknowledged"], receipt["members"]) == (1, 1)
     assert receipt["boundSeconds"] == 0.0

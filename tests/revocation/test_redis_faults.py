@@ -15,16 +15,16 @@ import fakeredis
 import httpx
 import pytest
 
-from conftest import MakeEngine, give_redis_time
+from conftest import MakeEngine, extend_redis_timeouts
 from keylatch import argon2id
-from keylatch.caches.breaker import Breaker, connect
+from keylatch.caches.breaker import CircuitBreaker, connect
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason
 from keylatch.settings import Settings
-from keylatch.tokens import SECRET_LENGTH, CheckKeys, Token
+from keylatch.tokens import SECRET_LENGTH, MacKeys, Token
 from keylatch_sidecar.app import create_app
 from servers import RedisServer, eventually, serving
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.long
 
 PEPPER = b"p" * 32
 EPOCH = "e"
-KEYS = CheckKeys([b"n" * 32])
+KEYS = MacKeys([b"n" * 32])
 Connect = Callable[..., Any]
 PATIENT: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 5}
 
@@ -42,8 +42,8 @@ class Row:
 
     def __init__(self) -> None:
         self.token = KEYS.mint("kl", "live")
-        self.hash = argon2id.hashed(self.token.reveal(), CHEAPEST)
-        self.preimage = argon2id.preimage(self.hash, self.token.reveal())
+        self.hash = argon2id.hash_secret(self.token.reveal(), CHEAPEST)
+        self.preimage = argon2id.compute_preimage(self.hash, self.token.reveal())
 
     async def put(self, cache: SharedCache) -> None:
         await cache.put(self.token, self.token.key_id, self.hash, self.preimage, EPOCH)
@@ -77,7 +77,7 @@ def engine_on(store: str, redis: str) -> Engine:
 
 def shared(client: Any, peppers: list[bytes]) -> SharedCache:
     """The shared cache of one process, which is in no hurry."""
-    return SharedCache(client, peppers, Breaker(budget_seconds=5))
+    return SharedCache(client, peppers, CircuitBreaker(timeout_seconds=5))
 
 
 async def told(client: Any, new_engine: Callable[[], Engine], keys: list[Created]) -> list[bytes]:
@@ -88,7 +88,7 @@ async def told(client: Any, new_engine: Callable[[], Engine], keys: list[Created
     while len(names := await client.keys()) < len(keys):
         engine = new_engine()
         for key in keys:
-            assert isinstance(await engine.check(bearer(key.token)), Allow)
+            assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         await asyncio.sleep(0.02)  # it is told in the background
         await engine.stop()
     return list(names)
@@ -124,7 +124,7 @@ class TestSharedCacheContract:
         cache, row = shared(connect_anew(), [PEPPER]), Row()
         await row.put(cache)
         assert not await row.is_proven(cache, with_another_secret(row.token))
-        renewed = argon2id.hashed(row.token.reveal(), CHEAPEST)
+        renewed = argon2id.hash_secret(row.token.reveal(), CHEAPEST)
         assert not await cache.proves(row.token, row.token.key_id, renewed, EPOCH)
         assert cache.forged.value == 0
         await cache.close()
@@ -133,7 +133,7 @@ class TestSharedCacheContract:
         """The revoker overwrites what was told, without knowing the token."""
         cache, row = shared(connect_anew(), [PEPPER]), Row()
         await row.put(cache)
-        await cache.bury(row.token.key_id, EPOCH)
+        await cache.invalidate(row.token.key_id, EPOCH)
         assert not await row.is_proven(cache)
         assert cache.forged.value == 0
         await cache.close()
@@ -237,7 +237,7 @@ class TestSharedCacheContract:
         await stranger.start()
         keyring = await revoker.keyring()
         created = await keyring.create("org", "key")
-        assert isinstance(await revoker.check(bearer(created.token)), Allow)
+        assert isinstance(await revoker.authenticate(bearer(created.token)), Allow)
         (name,) = await told(client, lambda: make_engine(redis=connect_anew()), [created])
         old = await client.get(name)
         await keyring.delete("org", created.record.id)
@@ -246,7 +246,7 @@ class TestSharedCacheContract:
         newcomer = make_engine(redis=connect_anew())
         await newcomer.start()
         for engine in (revoker, stranger, newcomer):
-            assert await engine.check(bearer(created.token)) == Deny(Reason.REVOKED)
+            assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
             await engine.stop()
         await client.aclose()
 
@@ -355,7 +355,7 @@ async def prepare(store_url: str, server: RedisServer) -> tuple[Keys, Storm]:
         while redis.dbsize() < len(keys):  # what is still under way when it stops is lost
             engine = new_engine()
             for key in keys:
-                assert isinstance(await engine.check(bearer(key.token)), Allow)
+                assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
             await engine.stop()
         storm = Storm(server, {name: redis.get(name) for name in redis.scan_iter()})
     good, revoked, doomed, (manager,) = keys[:50], keys[50:80], keys[80:90], keys[90:]
@@ -370,7 +370,7 @@ def storm(
     store_url: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Keys, Storm]:
     with monkeypatch.context() as patient:
-        give_redis_time(patient)
+        extend_redis_timeouts(patient)
         return asyncio.run(prepare(store_url, redis_server))
 
 
@@ -488,7 +488,7 @@ def test_a_herd_of_cold_keys_does_not_break_redis(
     async def arrive() -> list[bool]:
         engine = engine_on(store_url, cause.server.url)
         await engine.start()
-        verdicts = await asyncio.gather(*(engine.check(bearer(key.token)) for key in herd))
+        verdicts = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for key in herd))
         await engine.stop()
         return [isinstance(verdict, Allow) for verdict in verdicts]
 
@@ -502,16 +502,16 @@ async def test_a_call_that_is_given_up_leaves_no_answer_behind(
     redis_server: RedisServer,
 ) -> None:
     """Who asks next finds his own answer, and not a late one."""
-    client, breaker = connect(redis_server.url), Breaker(lambda: 0.0)
+    client, breaker = connect(redis_server.url), CircuitBreaker(lambda: 0.0)
     with redis_server.client() as patient:
         patient.mset({"first": "first", "second": "second"})
     found = 0
     while found < 5:
         redis_server.pause()
-        breaker.succeeded()  # try at once
+        breaker.record_success()  # try at once
         assert await breaker.attempt(lambda: client.get("first")) is None
         redis_server.resume()
-        breaker.succeeded()
+        breaker.record_success()
         value = await breaker.attempt(lambda: client.get("second"))
         assert value in (b"second", None)  # on a busy machine it is late as well
         found += value is not None

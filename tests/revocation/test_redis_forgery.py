@@ -18,16 +18,16 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from conftest import MakeEngine
 from keylatch import argon2id
 from keylatch.caches import shared_cache
-from keylatch.caches.cache import Absence, Entry, entry_of
+from keylatch.caches.cache import Entry, NegativeEntry, entry_of
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Fit, Hasher
+from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.keyring import Created
 from keylatch.lookup import Lookup
-from keylatch.model import PREVIOUS, Allow, Deny, KeyRecord, Reason
-from keylatch.revocation.feed import END
+from keylatch.model import PREVIOUS_SUFFIX, Allow, Deny, KeyRecord, Reason
+from keylatch.revocation.feed import MAX_SEQ
 from keylatch.store import Found, Secrets, Store
 from keylatch.telemetry.meter import L2
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import MacKeys, Token
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
@@ -46,7 +46,7 @@ class CountingHasher(Hasher):
         super().__init__("argon2id", CHEAPEST)
         self.verified = 0
 
-    async def verify(self, stored: str, token: Token) -> Fit:
+    async def verify(self, stored: str, token: Token) -> VerifyResult:
         self.verified += 1
         return await super().verify(stored, token)
 
@@ -54,16 +54,18 @@ class CountingHasher(Hasher):
 class Trusting(Lookup):
     """A broken twin: what Redis says of a key is true if the pepper has signed it."""
 
-    async def fetch(self, token: Token) -> tuple[Entry | Absence, str]:
-        assert self._shared is not None
+    async def fetch(self, token: Token) -> tuple[Entry | NegativeEntry, str]:
+        assert self._shared_cache is not None
         name = f"twin:{token.key_id}"
-        raw = await self._shared._value(name)
+        raw = await self._shared_cache._get(name)
         if not isinstance(raw, bytes):
             return await super().fetch(token)
         mac, body = raw[:32], raw[32:]
-        assert hmac.compare_digest(mac, shared_cache._mac(self._shared._mac_keys[0], name, body))
+        assert hmac.compare_digest(
+            mac, shared_cache._mac(self._shared_cache._mac_keys[0], name, body)
+        )
         told = json.loads(body)
-        assert told["tag"] == shared_cache._tag(self._shared._peppers[0], token)
+        assert told["tag"] == shared_cache._tag(self._shared_cache._peppers[0], token)
         record = KeyRecord(**told["record"])
         return entry_of(token.fingerprint, record, told["as_of"], told["is_previous"]), L2
 
@@ -71,7 +73,7 @@ class Trusting(Lookup):
 class Credulous(shared_cache.SharedCache):
     """Another: a preimage need not fit the row, if the pepper has signed it."""
 
-    def _opens(self, name: str, raw: bytes, token: Token, hashed: str) -> bool:
+    def _verify(self, name: str, raw: bytes, token: Token, hashed: str) -> bool:
         mac, body = raw[:32], raw[32:]
         return hmac.compare_digest(mac, shared_cache._mac(self._mac_keys[0], name, body))
 
@@ -87,7 +89,7 @@ class Attacker:
 
     @classmethod
     async def who_has_read(cls, store: Store, redis: Any, *keys: Created) -> "Attacker":
-        secrets, changes = await store.secrets(), await store.changes(END)
+        secrets, changes = await store.secrets(), await store.invalidations_since(MAX_SEQ)
         attacker = cls(redis, secrets, changes.epoch)
         for key in keys:
             found = await store.find(key.record.id)
@@ -97,18 +99,18 @@ class Attacker:
 
     def minted(self, key_id: str | None = None) -> Token:
         """A token that passes the keyed check, for a new id or one that is there."""
-        return CheckKeys(self.secrets.check_keys).mint("kl", "live", key_id)
+        return MacKeys(self.secrets.mac_keys).mint("kl", "live", key_id)
 
     async def write(self, token: Token, record: KeyRecord, *, is_previous: bool = False) -> None:
         """For the twins what they believe, and for the others the best guess at a preimage."""
-        as_of = END - 1
+        as_of = MAX_SEQ - 1
         pepper = self.secrets.peppers[0]
         told = {"as_of": as_of, "tag": shared_cache._tag(pepper, token), "record": asdict(record)}
         await self._set(f"twin:{record.id}", json.dumps(told | {"is_previous": is_previous}))
         for hashed in self._hashes(record.id):
             for guess in self._guesses(token, hashed):
                 await self.sign(token, record.id, hashed, guess)
-                await self.sign(token, record.id + PREVIOUS, hashed, guess)
+                await self.sign(token, record.id + PREVIOUS_SUFFIX, hashed, guess)
 
     async def sign(self, token: Token, secret: str, hashed: str, guess: bytes) -> None:
         """A value as keylatch writes it."""
@@ -123,15 +125,15 @@ class Attacker:
     def _hashes(self, key_id: str) -> list[str]:
         found = self.rows.get(key_id)
         if found is None:
-            return [argon2id.hashed("never stored", CHEAPEST)]
+            return [argon2id.hash_secret("never stored", CHEAPEST)]
         return [each for each in (found.hash, found.previous_hash) if each is not None]
 
     def _guesses(self, token: Token, hashed: str) -> list[bytes]:
         """What could be the preimage; the last one stays in Redis, so the best comes last."""
-        stored = argon2id._FORM.fullmatch(hashed)
+        stored = argon2id._FORMAT.fullmatch(hashed)
         assert stored is not None
         digest = base64.b64decode(stored[5] + "=")
-        own = argon2id.preimage(hashed, token.reveal())
+        own = argon2id.compute_preimage(hashed, token.reveal())
         return [bytes(32), hashlib.sha256(digest).digest(), digest, own]
 
 
@@ -185,8 +187,8 @@ async def test_a_key_that_no_store_has_is_unknown(
     token = attacker.minted()
     forged = replace(existing.record, id=token.key_id, partial_token=token.partial)
     await attacker.write(token, forged)
-    assert await sound.check(bearer(token)) == Deny(Reason.UNKNOWN)
-    assert isinstance(await twin.check(bearer(token)), Allow)
+    assert await sound.authenticate(bearer(token)) == Deny(Reason.UNKNOWN)
+    assert isinstance(await twin.authenticate(bearer(token)), Allow)
 
 
 async def test_another_token_of_a_real_key_is_wrong(
@@ -202,9 +204,9 @@ async def test_another_token_of_a_real_key_is_wrong(
     for guess in attacker._guesses(token, attacker.rows[victim.record.id].hash):
         sound._l1.clear()
         await attacker.sign(token, victim.record.id, attacker.rows[victim.record.id].hash, guess)
-        assert await sound.check(bearer(token)) == Deny(Reason.WRONG_SECRET)
-    assert isinstance(await twin.check(bearer(token)), Allow)
-    assert isinstance(await sound.check(bearer(victim.token)), Allow)
+        assert await sound.authenticate(bearer(token)) == Deny(Reason.WRONG_SECRET)
+    assert isinstance(await twin.authenticate(bearer(token)), Allow)
+    assert isinstance(await sound.authenticate(bearer(victim.token)), Allow)
 
 
 async def test_what_the_pepper_has_signed_must_fit_the_row(
@@ -219,8 +221,8 @@ async def test_what_the_pepper_has_signed_must_fit_the_row(
     await attacker.redis.delete(f"twin:{victim.record.id}")
     assert twin._l2 is not None
     twin._l2.__class__ = Credulous
-    assert await sound.check(bearer(token)) == Deny(Reason.WRONG_SECRET)
-    assert isinstance(await twin.check(bearer(token)), Allow)
+    assert await sound.authenticate(bearer(token)) == Deny(Reason.WRONG_SECRET)
+    assert isinstance(await twin.authenticate(bearer(token)), Allow)
 
 
 End = Callable[[Engine, Created], Any]
@@ -268,7 +270,7 @@ async def test_a_key_that_was_ended_stays_ended(
     sound, twin = newcomers
     key = await create(engine)
     first = make_engine(redis=FakeAsyncRedis(server=server))
-    assert isinstance(await first.check(bearer(key.token)), Allow)
+    assert isinstance(await first.authenticate(bearer(key.token)), Allow)
     await first.stop()
     attacker = await Attacker.who_has_read(engine.store, FakeAsyncRedis(server=server), key)
     names = await attacker.redis.keys()
@@ -276,8 +278,8 @@ async def test_a_key_that_was_ended_stays_ended(
     await end(engine, key)
     await attacker.write(key.token, key.record)
     await attacker.redis.mset(before)
-    assert await sound.check(bearer(key.token)) == Deny(reason)
-    assert isinstance(await twin.check(bearer(key.token)), Allow)
+    assert await sound.authenticate(bearer(key.token)) == Deny(reason)
+    assert isinstance(await twin.authenticate(bearer(key.token)), Allow)
 
 
 async def test_rights_and_organisation_come_from_the_store(
@@ -288,15 +290,15 @@ async def test_rights_and_organisation_come_from_the_store(
     key = await create(engine, permission="SENDING")
     attacker = await Attacker.who_has_read(engine.store, FakeAsyncRedis(server=server), key)
     await attacker.write(
-        key.token, replace(key.record, permission="FULL", organization_id="rival", name="boss")
+        key.token, replace(key.record, permission="FULL", organization_id="rival", name="admin_key")
     )
     found = []
     for process in (sound, twin):
-        verdict = await process.check(bearer(key.token))
+        verdict = await process.authenticate(bearer(key.token))
         assert isinstance(verdict, Allow)
         principal = verdict.principal
         found.append((principal.permission, principal.organization_id, principal.key_name))
-    assert found == [("SENDING", "acme", "ci"), ("FULL", "rival", "boss")]
+    assert found == [("SENDING", "acme", "ci"), ("FULL", "rival", "admin_key")]
 
 
 async def test_a_secret_that_was_rotated_away_stays_away(
@@ -306,23 +308,23 @@ async def test_a_secret_that_was_rotated_away_stays_away(
     sound, twin = newcomers
     key = await create(engine)
     first = make_engine(redis=FakeAsyncRedis(server=server))
-    assert isinstance(await first.check(bearer(key.token)), Allow)
+    assert isinstance(await first.authenticate(bearer(key.token)), Allow)
     await first.stop()
     attacker = await Attacker.who_has_read(engine.store, FakeAsyncRedis(server=server), key)
     name = shared_cache._name(attacker.epoch, key.record.id)
     proof = await attacker.redis.get(name)
     assert proof is not None
     new = await (await engine.keyring()).rotate("acme", key.record.id, grace_seconds=0)
-    in_grace = replace(key.record, rotated_at=1, previous_expires_at=END)
+    in_grace = replace(key.record, rotated_at=1, previous_expires_at=MAX_SEQ)
     await attacker.write(key.token, in_grace, is_previous=True)
     hashed = attacker.rows[key.record.id].hash
-    preimage = argon2id.preimage(hashed, key.token.reveal())
+    preimage = argon2id.compute_preimage(hashed, key.token.reveal())
     await attacker.sign(key.token, key.record.id, hashed, preimage)
-    await attacker.sign(key.token, key.record.id + PREVIOUS, hashed, preimage)
-    assert await sound.check(bearer(key.token)) == Deny(Reason.WRONG_SECRET)
-    assert isinstance(await twin.check(bearer(key.token)), Allow)
+    await attacker.sign(key.token, key.record.id + PREVIOUS_SUFFIX, hashed, preimage)
+    assert await sound.authenticate(bearer(key.token)) == Deny(Reason.WRONG_SECRET)
+    assert isinstance(await twin.authenticate(bearer(key.token)), Allow)
     assert new is not None
-    assert isinstance(await sound.check(bearer(new.token)), Allow)
+    assert isinstance(await sound.authenticate(bearer(new.token)), Allow)
 
 
 async def test_both_secrets_of_a_rotation_are_saved_and_the_old_one_ends(
@@ -338,16 +340,16 @@ async def test_both_secrets_of_a_rotation_are_saved_and_the_old_one_ends(
     hasher = CountingHasher()
     late = make_engine(redis=FakeAsyncRedis(server=server), hasher=hasher)
     for token in (key.token, new.token):
-        assert isinstance(await first.check(bearer(token)), Allow)
+        assert isinstance(await first.authenticate(bearer(token)), Allow)
     await first.stop()
     for token in (key.token, new.token):
-        assert isinstance(await late.check(bearer(token)), Allow)
+        assert isinstance(await late.authenticate(bearer(token)), Allow)
     assert hasher.verified == 0
     await late.stop()
     ended = await keyring.finish_rotation("acme", key.record.id)
     assert ended is not None
-    assert await late.check(bearer(key.token)) == Deny(Reason.WRONG_SECRET)
-    assert isinstance(await late.check(bearer(new.token)), Allow)
+    assert await late.authenticate(bearer(key.token)) == Deny(Reason.WRONG_SECRET)
+    assert isinstance(await late.authenticate(bearer(new.token)), Allow)
     await late.stop()
 
 
@@ -360,12 +362,12 @@ async def test_redis_refuses_no_key(
     attacker = await Attacker.who_has_read(engine.store, FakeAsyncRedis(server=server), key)
     hashed = attacker.rows[key.record.id].hash
     await attacker.sign(attacker.minted(key.record.id), key.record.id, hashed, b"x" * 32)
-    assert isinstance(await sound.check(bearer(key.token)), Allow)
+    assert isinstance(await sound.authenticate(bearer(key.token)), Allow)
     await sound.stop()
     assert sound._l2 is None
     hasher = CountingHasher()
     after = Engine(sound.settings, hasher=hasher, redis=FakeAsyncRedis(server=server))
-    assert isinstance(await after.check(bearer(key.token)), Allow)
+    assert isinstance(await after.authenticate(bearer(key.token)), Allow)
     assert hasher.verified == 0
     await after.stop()
 
@@ -377,13 +379,13 @@ async def test_a_preimage_is_in_the_clear_nowhere(
     run argon2id for each guess."""
     key = await create(engine)
     first = make_engine(redis=FakeAsyncRedis(server=server))
-    assert isinstance(await first.check(bearer(key.token)), Allow)
+    assert isinstance(await first.authenticate(bearer(key.token)), Allow)
     await first.stop()
     found = await engine.store.find(key.record.id)
     assert isinstance(found, Found)
-    preimage = argon2id.preimage(found.hash, key.token.reveal())
+    preimage = argon2id.compute_preimage(found.hash, key.token.reveal())
     client = FakeAsyncRedis(server=server)
-    value = await client.get(shared_cache._name(engine._feed.epoch, key.record.id))
+    value = await client.get(shared_cache._name(engine._invalidations.epoch, key.record.id))
     assert isinstance(value, bytes)
     assert preimage not in value
-    assert argon2id._encoded(preimage) not in found.hash
+    assert argon2id._base64(preimage) not in found.hash

@@ -168,7 +168,7 @@ async def test_no_process_accepts_a_key_after_its_delete_was_answered(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("feed", ["blind", "forgetful"])
+@pytest.mark.parametrize("feed", ["always-fresh", "never-invalidated"])
 async def test_the_judge_catches_a_broken_twin(store_url: str, tmp_path: Path, feed: str) -> None:
     """Without the look at the counter, or without the tombstones, every process is caught."""
     for found in await revoke_under_load(store_url, feed, tmp_path, 20):

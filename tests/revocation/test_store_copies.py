@@ -17,7 +17,7 @@ from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Created
 from keylatch.model import Allow, Deny, Reason
-from keylatch.revocation.feed import END
+from keylatch.revocation.feed import MAX_SEQ
 from keylatch.settings import Settings
 from keylatch.store import Secrets, Store
 from keylatch_sidecar import copies
@@ -34,7 +34,7 @@ class Anonymous(Store):
 
     async def open(self, now_ms: int) -> Secrets:
         secrets = await super().open(now_ms)
-        self._identity = ""
+        self._database_hash = ""
         return secrets
 
 
@@ -45,7 +45,7 @@ def bearer(key: Created) -> list[bytes]:
 async def epoch_of(store: Store) -> str:
     """What a store says of itself."""
     await store.open(0)
-    epoch = (await store.changes(END)).epoch
+    epoch = (await store.invalidations_since(MAX_SEQ)).epoch
     await store.close()
     return epoch
 
@@ -82,7 +82,7 @@ def store_url(kind: str, request: pytest.FixtureRequest, store_url: str) -> str:
 def copy(kind: str, store_url: str, request: pytest.FixtureRequest) -> Copy:
     if kind == "template":
         return lambda: copied_database(store_url, request.getfixturevalue("postgres"))
-    how = shutil.copy if kind == "cp" else copies.take
+    how = shutil.copy if kind == "cp" else copies.create_backup
     return lambda: copied_file(store_url, how)
 
 
@@ -101,13 +101,13 @@ async def test_a_copy_revives_nothing(make_engine: MakeEngine, copy: Copy) -> No
     await (await original.keyring()).delete("acme", revoked.record.id)
     staging = make_engine(redis=FakeAsyncRedis(server=server), store=Store(url))
     for key in (kept, revoked):
-        assert isinstance(await staging.check(bearer(key)), Allow)
+        assert isinstance(await staging.authenticate(bearer(key)), Allow)
     await staging.stop()
     names = set(await FakeAsyncRedis(server=server).keys())
     newcomer = make_engine(redis=FakeAsyncRedis(server=server))
     for process in (original, newcomer):
-        assert await process.check(bearer(revoked)) == Deny(Reason.REVOKED)
-        assert isinstance(await process.check(bearer(kept)), Allow)
+        assert await process.authenticate(bearer(revoked)) == Deny(Reason.REVOKED)
+        assert isinstance(await process.authenticate(bearer(kept)), Allow)
         assert process._l2 is not None
         assert process._l2.forged.value == 0
         await process.stop()
@@ -148,15 +148,15 @@ async def test_a_restored_backup_goes_beyond_all_that_was_given_out() -> None:
     faster to renew it: numbers that were given out are never given out again."""
     store = Store("sqlite://")
     await store.open(0)
-    present = await store.changes(END)
-    await store.renew("of the original", present.seq + 50)
-    renewed = await store.changes(END)
+    present = await store.invalidations_since(MAX_SEQ)
+    await store.start_new_epoch("of the original", present.seq + 50)
+    renewed = await store.invalidations_since(MAX_SEQ)
     assert renewed.seq > present.seq + 50
     assert renewed.epoch != present.epoch
-    await store.renew("of the original", present.seq + 20)
-    assert (await store.changes(END)).epoch == renewed.epoch, "one was faster"
-    await store.renew(renewed.epoch, 0)
-    assert (await store.changes(END)).epoch != renewed.epoch
+    await store.start_new_epoch("of the original", present.seq + 20)
+    assert (await store.invalidations_since(MAX_SEQ)).epoch == renewed.epoch, "one was faster"
+    await store.start_new_epoch(renewed.epoch, 0)
+    assert (await store.invalidations_since(MAX_SEQ)).epoch != renewed.epoch
     await store.close()
 
 
@@ -201,9 +201,9 @@ async def two_stores(
     copy = copied_database(url, postgres)
     engines = [engine_on(kind(each), each, redis_server) for each in (url, copy)]
     for engine in engines:
-        assert isinstance(await engine.check(bearer(key)), Allow)
+        assert isinstance(await engine.authenticate(bearer(key)), Allow)
     with redis_server.client() as client:
-        channels = {f"keylatch:{engine._feed.epoch}:bell" for engine in engines}
+        channels = {f"keylatch:{engine._invalidations.epoch}:invalidations" for engine in engines}
         listening = partial(client.pubsub_numsub, *channels)
         await asyncio.to_thread(eventually, lambda: sum(n for _, n in listening()) == 2)
     yield engines[0], engines[1], key
@@ -224,13 +224,13 @@ async def test_a_copys_bell_is_not_the_originals(
 ) -> None:
     """A revoke in the copy is heard by its own processes alone."""
     original, copy, key = two_stores
-    known = original._feed._known
+    known = original._invalidations._floor_and_tombstones
     await (await copy.keyring()).delete("acme", key.record.id)
     await asyncio.sleep(0.2)
-    assert original._feed._known == known
-    assert original._feed.heard == ()
-    assert isinstance(original.peek(key.token), Allow)
-    assert await copy.check(bearer(key)) == Deny(Reason.REVOKED)
+    assert original._invalidations._floor_and_tombstones == known
+    assert original._invalidations.pending == ()
+    assert isinstance(original.check_token_cached(key.token), Allow)
+    assert await copy.authenticate(bearer(key)) == Deny(Reason.REVOKED)
     assert "backup" not in caplog.text
 
 

@@ -72,7 +72,7 @@ async def lost(make_engine: MakeEngine, answers: Answers) -> list[str]:
     await engine.start()
     wrong = []
     for token, word in answers.items():
-        verdict = await engine.check([b"Bearer " + token.encode()])
+        verdict = await engine.authenticate([b"Bearer " + token.encode()])
         answer = "created" if isinstance(verdict, Allow) else verdict.reason.name.lower()
         if answer not in ((word,) if word != "revoking" else ("created", "revoked")):
             wrong.append(f"{word}, then {answer}")

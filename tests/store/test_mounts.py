@@ -30,7 +30,7 @@ class Table:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self._file = folder / "mounts"
         self._file.write_text(ROOT)
-        monkeypatch.setattr("keylatch.sql.mounts._MOUNTS", self._file)
+        monkeypatch.setattr("keylatch.sql.mounts._MOUNT_TABLE", self._file)
 
     def say(self, *lines: str, first: str = ROOT) -> None:
         text = first + "".join(f"{line} rw,relatime 0 0\n" for line in lines)
@@ -101,14 +101,14 @@ def test_the_mount_that_counts(table: Table, lines: list[str], path: str, kinds:
     """The deepest one, of several at one place the last; a later one hides what lies below it.
     Where a moved mount leaves that open, both count."""
     table.say(*lines)
-    assert [mount.kind for mount in mounts_over(Path(path), mounts())] == kinds
+    assert [mount.fs_type for mount in mounts_over(Path(path), mounts())] == kinds
 
 
 def test_a_system_without_the_table_is_not_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Only Linux has one."""
-    monkeypatch.setattr("keylatch.sql.mounts._MOUNTS", tmp_path / "missing")
+    monkeypatch.setattr("keylatch.sql.mounts._MOUNT_TABLE", tmp_path / "missing")
     assert warnings_of("/data/keys.db") == []
 
 
@@ -123,7 +123,7 @@ def test_a_link_to_a_network_is_followed_first(table: Table, tmp_path: Path) -> 
             database_of(f"sqlite:///{tmp_path}/{path}")
 
 
-@pytest.mark.parametrize("end", ["", "-wal", "-shm", "-owner", "-journal"])
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", "-lock", "-journal"])
 def test_a_mount_of_one_file_is_refused(table: Table, end: str) -> None:
     """The log would stay in a container that goes, and with it the last revocations."""
     table.say(f"/dev/sdb1 /data/keys.db{end} ext4")

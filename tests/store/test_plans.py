@@ -17,11 +17,11 @@ from sqlalchemy import Connection, event, insert
 from keylatch.sql import changes, leases, lists, questions, rotations
 from keylatch.sql.authorization import stored_key
 from keylatch.sql.database import Database
-from keylatch.sql.deeds import page_of_deeds, prune_deeds
+from keylatch.sql.deeds import page_of_events, prune_events
 from keylatch.sql.quotas import Quotas, check_changes, check_quota
 from keylatch.sql.schema import invalidations
 from keylatch.store import Store, database_of
-from keylatch.usage.tally import DAY_MS, Client, Tally, add_tally, prune_tallies, usage_of
+from keylatch.usage.tally import DAY_MS, Client, UsageBatch, add_batch, prune_usage, usage_of
 from servers import PostgresServer
 from test_store import NOW, record
 
@@ -31,13 +31,13 @@ KEYS, BIG, LOG = 12_000, 3_000, 5_000
 ONE = "key_00077"
 TODAY = NOW // DAY_MS
 SEEN = Client("192.0.2.0/24", "curl", NOW)
-TALLY = Tally("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
+TALLY = UsageBatch("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
 ASKED: dict[str, Callable[[Connection], object]] = {
     "a cold look-up": lambda c: c.execute(questions.FIND.statement, {"key_id": ONE}).all(),
     "a cold look-up of a token from elsewhere": lambda c: c.execute(
-        questions.FIND_FOREIGN.statement, dict.fromkeys(questions.LOCATORS, "seam:a_b")
+        questions.FIND_BY_LOCATOR.statement, dict.fromkeys(questions.LOCATOR_PARAMETERS, "seam:a_b")
     ).all(),
-    "keys from elsewhere": lambda c: changes.bring_keys(
+    "keys from elsewhere": lambda c: changes.import_keys(
         c, [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
     ),
     "one of an organisation": lambda c: lists.get_key(c, "org1", ONE),
@@ -46,25 +46,25 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "a page": lambda c: lists.page_of_keys(c, "big", 100, True, False, 2_000),
     "a page, oldest first": lambda c: lists.page_of_keys(c, "big", 100, False, False, 2_000),
     "a page with deleted keys": lambda c: lists.page_of_keys(c, "big", 100, True, True, 2_000),
-    "uses": lambda c: changes.touch(c, {ONE: NOW}),
-    "counts of uses": lambda c: add_tally(c, {ONE: NOW}, TALLY),
+    "uses": lambda c: changes.record_last_used(c, {ONE: NOW}),
+    "counts of uses": lambda c: add_batch(c, {ONE: NOW}, TALLY),
     "uses of a key": lambda c: usage_of(c, "org1", ONE, TODAY - 29),
     "keys that nobody uses": lambda c: lists.page_of_keys(c, "big", 9, True, False, 2_000, NOW - 1),
-    "old counts": lambda c: prune_tallies(c, TODAY),
+    "old counts": lambda c: prune_usage(c, TODAY),
     "a better hash": lambda c: changes.replace_hash(c, ONE, "old", "new"),
     "a change": lambda c: changes.change_key(c, "org1", ONE, NOW, {"name": "new"}),
     "a new key": lambda c: changes.add_key(c, record("key_new", "org1"), "hashed"),
     "what happened": lambda c: c.execute(
-        questions.CHANGES.statement, {"since": KEYS + LOG - 9}
+        questions.INVALIDATIONS_SINCE.statement, {"since": KEYS + LOG - 9}
     ).all(),
     "who lags": lambda c: c.execute(leases.LAGGARDS.statement, {"seq": 5}).all(),
-    "pruning": changes.prune,
-    "a key's audit log": lambda c: page_of_deeds(c, "big", 100, ONE),
-    "more of a key's audit log": lambda c: page_of_deeds(c, "big", 100, ONE, 9_000),
-    "a key's audit log, for an operator": lambda c: page_of_deeds(c, None, 100, ONE),
-    "the audit log": lambda c: page_of_deeds(c, "big", 100),
-    "more of the audit log": lambda c: page_of_deeds(c, "big", 100, None, 9_000),
-    "the audit log of an environment": lambda c: page_of_deeds(c, "big", 9, environment="test"),
+    "pruning": changes.prune_invalidations,
+    "a key's audit log": lambda c: page_of_events(c, "big", 100, ONE),
+    "more of a key's audit log": lambda c: page_of_events(c, "big", 100, ONE, 9_000),
+    "a key's audit log, for an operator": lambda c: page_of_events(c, None, 100, ONE),
+    "the audit log": lambda c: page_of_events(c, "big", 100),
+    "more of the audit log": lambda c: page_of_events(c, "big", 100, None, 9_000),
+    "the audit log of an environment": lambda c: page_of_events(c, "big", 9, environment="test"),
     "keys of an environment": lambda c: lists.page_of_keys(
         c, "big", 9, True, False, 2_000, environment="test"
     ),
@@ -133,7 +133,7 @@ async def full(url: str) -> Database:
         used = [f"key_{n:05}" for n in range(500)]
         counts = {(key_id, TODAY - day, "allowed"): 1 for key_id in used for day in range(9)}
         seen = {f"key_{n:05}": SEEN for n in range(KEYS)}
-        add_tally(connection, {}, Tally("a process", 1, TODAY, counts, seen))
+        add_batch(connection, {}, UsageBatch("a process", 1, TODAY, counts, seen))
 
     await database.write(lengthen)
     return database
@@ -228,7 +228,7 @@ class PlanContract:
 
         def plan(connection: Connection) -> list[str]:
             changes.analyze(connection)
-            return plan_of(connection, lambda c: prune_deeds(c, NOW - 1))
+            return plan_of(connection, lambda c: prune_events(c, NOW - 1))
 
         steps = await database.write(plan)
         assert not any(SORTS.search(step) for step in steps)

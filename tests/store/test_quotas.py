@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
-from conftest import OnAStore
+from conftest import StoreTests
 from keylatch.drafts import QuotaExceeded
 from keylatch.sql import changes
 from keylatch.sql.authorization import Actor
@@ -44,11 +44,11 @@ async def delete(store: Store, name: str, at: int) -> None:
 
 async def state_of(store: Store) -> tuple[object, ...]:
     """All that a change would leave a trace in."""
-    told = await store.changes(0)
-    return await store.deeds(None, 100), told, await store.list("acme", deleted=True)
+    told = await store.invalidations_since(0)
+    return await store.events(None, 100), told, await store.list("acme", deleted=True)
 
 
-class QuotaContract(OnAStore):
+class QuotaContract(StoreTests):
     """What both databases promise."""
 
     @pytest.fixture
@@ -199,7 +199,7 @@ class QuotaContract(OnAStore):
         await add(store, "key_a", None)
         text = '{"m":"' + "y" * 4_000 + '"}'
         await store.change("acme", "key_a", NOW, {"metadata": text}, by=Actor(BY))
-        [line] = await store.deeds("acme", 1)
+        [line] = await store.events("acme", 1)
         assert line.details["metadata"]["bytes"] == len(text)
         assert set(line.details["metadata"]) == {"sha256", "bytes"}
         assert len(str(line.details)) < 200
@@ -236,17 +236,17 @@ class QuotaContract(OnAStore):
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Those from before the time that the setting names, and of these not the newest line."""
-        monkeypatch.setattr("keylatch.sql.deeds._PRUNED_AT_ONCE", 4)
+        monkeypatch.setattr("keylatch.sql.deeds._PRUNE_BATCH", 4)
         store.audit_days = 30
         for number in range(10):
             at = NOW + (0 if number < 7 else 29 * DAY_MS)
             await add(store, f"key_{number}", None, at)
         left = []
         for _ in range(4):
-            await store.tidy(NOW + 30 * DAY_MS + 1)
-            left.append(len(await store.deeds(None, 100)))
+            await store.run_maintenance(NOW + 30 * DAY_MS + 1)
+            left.append(len(await store.events(None, 100)))
         assert left == [7, 4, 3, 3]
-        young = [deed.key_id for deed in await store.deeds(None, 100)]
+        young = [deed.key_id for deed in await store.events(None, 100)]
         assert young == ["key_9", "key_8", "key_7"]
 
     async def test_the_newest_line_stays_so_that_no_number_comes_again(self, store: Store) -> None:
@@ -254,12 +254,12 @@ class QuotaContract(OnAStore):
         store.audit_days = 1
         for number in range(3):
             await add(store, f"key_{number}", None)
-        [newest, *_] = await store.deeds(None, 100)
+        [newest, *_] = await store.events(None, 100)
         for _ in range(2):
-            await store.tidy(NOW + 9 * DAY_MS)
-        assert await store.deeds(None, 100) == [newest]
+            await store.run_maintenance(NOW + 9 * DAY_MS)
+        assert await store.events(None, 100) == [newest]
         await add(store, "key_new", None)
-        [new, *_] = await store.deeds(None, 100)
+        [new, *_] = await store.events(None, 100)
         assert new.id > newest.id
 
     async def test_one_line_with_a_wrong_time_holds_nothing_up(self, store: Store) -> None:
@@ -268,15 +268,15 @@ class QuotaContract(OnAStore):
         for number in range(1, 4):
             await add(store, f"key_{number}", None)
         store.audit_days = 1
-        await store.tidy(NOW + 9 * DAY_MS)
-        assert [deed.key_id for deed in await store.deeds(None, 100)] == ["key_3", "key_0"]
+        await store.run_maintenance(NOW + 9 * DAY_MS)
+        assert [deed.key_id for deed in await store.events(None, 100)] == ["key_3", "key_0"]
 
     async def test_nothing_goes_where_it_is_kept_for_ever(self, store: Store) -> None:
         """0, which is also what a middleware does: only the sidecar deletes."""
         await add(store, "key_0", None)
         await add(store, "key_1", None)
-        await store.tidy(NOW + 4_000 * DAY_MS)
-        assert len(await store.deeds(None, 100)) == 2
+        await store.run_maintenance(NOW + 4_000 * DAY_MS)
+        assert len(await store.events(None, 100)) == 2
 
     async def test_processes_that_prune_at_once_do_not_disturb_each_other(
         self, store: Store, other: Store
@@ -287,11 +287,11 @@ class QuotaContract(OnAStore):
         for each in (store, other):
             each.audit_days = 30
         await asyncio.gather(
-            *(each.tidy(later) for each in (store, other) * 3),
+            *(each.run_maintenance(later) for each in (store, other) * 3),
             *(add(store, f"key_new{n}", None, later) for n in range(10)),
         )
-        await store.tidy(later)
-        assert len(await store.deeds(None, 1_000)) == 10
+        await store.run_maintenance(later)
+        assert len(await store.events(None, 1_000)) == 10
 
 
 class TestSQLite(QuotaContract):

@@ -13,11 +13,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
-from conftest import OnAStore
+from conftest import StoreTests
 from keylatch.errors import ConfigurationError, StoreIncompatible, StoreUnavailable
 from keylatch.model import KeyRecord
 from keylatch.sql import schema
-from keylatch.store import Absent, Found, Store, database_of
+from keylatch.store import Found, NotFound, Store, database_of
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
@@ -40,7 +40,7 @@ def record(key_id: str = "key_a", organization_id: str = "acme", **values: objec
     return replace(plain, **values)  # type: ignore[arg-type]
 
 
-class StoreContract(OnAStore):
+class StoreContract(StoreTests):
     """What both databases promise."""
 
     async def test_a_key_is_found_with_the_sequence_number_of_its_creation(
@@ -53,7 +53,7 @@ class StoreContract(OnAStore):
     async def test_absence_has_a_sequence_number_too(self, store: Store) -> None:
         """That there is no such key is only true as of a sequence number."""
         _, seq = await store.add(record(), "hashed")
-        assert await store.find("key_b") == Absent(seq)
+        assert await store.find("key_b") == NotFound(seq)
 
     async def test_every_change_advances_the_sequence_number_and_is_told(
         self, store: Store
@@ -65,10 +65,12 @@ class StoreContract(OnAStore):
         assert changed is not None
         assert deleted is not None
         assert [changed[1], deleted[1]] == [created + 1, created + 2]
-        changes = await store.changes(created - 1)
+        changes = await store.invalidations_since(created - 1)
         assert changes.seq == created + 2
-        assert changes.complete
-        assert changes.touched == tuple((seq, "key_a", None) for seq in range(created, created + 3))
+        assert changes.is_complete
+        assert changes.invalidations == tuple(
+            (seq, "key_a", None) for seq in range(created, created + 3)
+        )
 
     async def test_deleting_is_final_and_repeatable(self, store: Store) -> None:
         """A deleted key comes back as it is; nothing changes it and nothing is told again."""
@@ -86,7 +88,7 @@ class StoreContract(OnAStore):
         assert await store.get("rival", "key_a") is None
         assert await store.change("rival", "key_a", NOW, {"active": False}) is None
         assert [found.id for found in await store.list("rival")] == ["key_b"]
-        assert (await store.changes(0)).seq == seq + 1
+        assert (await store.invalidations_since(0)).seq == seq + 1
         assert await store.get("acme", "key_a") == record()
 
     async def test_an_addition_may_be_repeated(self, store: Store) -> None:
@@ -109,16 +111,16 @@ class StoreContract(OnAStore):
     async def test_last_used_never_goes_back_and_touches_nothing_else(self, store: Store) -> None:
         """Uses may arrive out of order, late, or for keys that are gone."""
         _, seq = await store.add(record(), "hashed")
-        await store.touch({"key_a": NOW + 5, "key_gone": NOW})
-        await store.touch({"key_a": NOW + 3})
+        await store.record_last_used({"key_a": NOW + 5, "key_gone": NOW})
+        await store.record_last_used({"key_a": NOW + 3})
         assert await store.find("key_a") == Found(record(last_used=NOW + 5), "hashed", seq)
 
     async def test_a_use_does_not_revive_a_deleted_key(self, store: Store) -> None:
         """A flush after the delete records only uses from before it, and changes no state."""
         await store.add(record(), "hashed")
         await store.change("acme", "key_a", NOW + 5, {"active": False, "deleted_at": NOW + 5})
-        await store.touch({"key_a": NOW + 9})
-        await store.touch({"key_a": NOW + 4})
+        await store.record_last_used({"key_a": NOW + 9})
+        await store.record_last_used({"key_a": NOW + 4})
         found = await store.get("acme", "key_a")
         assert found is not None
         assert (found.last_used, found.active, found.deleted_at) == (NOW + 4, False, NOW + 5)
@@ -134,7 +136,7 @@ class StoreContract(OnAStore):
 
     async def test_writers_at_once_lose_nothing(self, store: Store) -> None:
         """Forty keys from many tasks: forty sequence numbers, none skipped, none twice."""
-        before = (await store.changes(0)).seq
+        before = (await store.invalidations_since(0)).seq
         added = await asyncio.gather(
             *(store.add(record(f"key_{n}", f"org{n % 3}"), "hashed") for n in range(40))
         )
@@ -144,13 +146,13 @@ class StoreContract(OnAStore):
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who asks for more than the log still holds is told that it is not complete."""
-        monkeypatch.setattr("keylatch.sql.changes._KEPT_INVALIDATIONS", 2)
+        monkeypatch.setattr("keylatch.sql.changes._MAX_INVALIDATIONS", 2)
         for number in range(5):
             _, last = await store.add(record(f"key_{number}"), "hashed")
-        await store.tidy(NOW)
-        assert (await store.changes(last - 2)).complete
-        assert not (await store.changes(last - 3)).complete
-        assert (await store.changes(last - 3)).touched == ()
+        await store.run_maintenance(NOW)
+        assert (await store.invalidations_since(last - 2)).is_complete
+        assert not (await store.invalidations_since(last - 3)).is_complete
+        assert (await store.invalidations_since(last - 3)).invalidations == ()
 
 
 class TestMemory(StoreContract):
@@ -168,7 +170,7 @@ class LastingStoreContract(StoreContract):
         """Whoever comes first does it; everybody ends with the same secrets."""
         stores = [Store(url) for _ in range(4)]
         secrets = await asyncio.gather(*(store.open(NOW) for store in stores))
-        assert len({each.check_keys for each in secrets}) == 1
+        assert len({each.mac_keys for each in secrets}) == 1
         assert len({each.peppers for each in secrets}) == 1
         for store in stores:
             await store.close()
@@ -210,33 +212,33 @@ class TestSQLite(LastingStoreContract):
 
     async def test_changes_are_seen_without_waiting(self, store: Store) -> None:
         """The counter and the log can be read in place, by another connection, at once."""
-        before = store.sequence_now()
+        before = store.sequence_nowait()
         assert before is not None
         _, seq = await store.add(record(), "hashed")
-        assert store.sequence_now() == seq == before + 1
-        assert store.changes_now(before) == await store.changes(before)
+        assert store.sequence_nowait() == seq == before + 1
+        assert store.invalidations_since_nowait(before) == await store.invalidations_since(before)
 
     @pytest.mark.long
     async def test_every_commit_leaves_another_mark(
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Also one of another process, also after the log was truncated, and nothing else does."""
-        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_AT_BYTES", 1)
+        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
         program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2])"
         program += "; c.commit(); c.execute('PRAGMA wal_checkpoint(TRUNCATE)'); c.close()"
         change = "UPDATE keylatch_meta SET seq = seq + 1"
-        marks = [store.mark_now()]
+        marks = [store.data_version()]
         for number in range(200):
             _, seq = await store.add(record(f"key_{number}"), "hashed")
-            marks.append(store.mark_now())
-            assert store.sequence_now() == seq
-            assert store.mark_now() == marks[-1]
+            marks.append(store.data_version())
+            assert store.sequence_nowait() == seq
+            assert store.data_version() == marks[-1]
             if number % 50 == 0:
-                await store.tidy(NOW)
-                marks[-1] = store.mark_now()
+                await store.run_maintenance(NOW)
+                marks[-1] = store.data_version()
                 command = [sys.executable, "-c", program, url.removeprefix("sqlite:///"), change]
                 await asyncio.to_thread(subprocess.run, command, check=True)
-                marks.append(store.mark_now())
+                marks.append(store.data_version())
         assert None not in marks
         assert len(set(marks)) == len(marks)
 
@@ -247,20 +249,20 @@ class TestSQLite(LastingStoreContract):
         monkeypatch.setattr("keylatch.sql.wal_index._MAPS", tmp_path / "missing")
         unaided = Store(url)
         await unaided.open(NOW)
-        assert unaided.mark_now() is None
-        assert unaided.sequence_now() == store.sequence_now()
+        assert unaided.data_version() is None
+        assert unaided.sequence_nowait() == store.sequence_nowait()
         await unaided.close()
-        assert unaided.mark_now() is None
+        assert unaided.data_version() is None
 
     async def test_reading_in_place_holds_no_snapshot(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After checks, the log can still be truncated: nobody holds on to an old snapshot."""
-        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_AT_BYTES", 1)
+        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
         await store.add(record(), "hashed")
-        store.sequence_now()
-        store.changes_now(0)
-        await store.tidy(NOW)
+        store.sequence_nowait()
+        store.invalidations_since_nowait(0)
+        await store.run_maintenance(NOW)
         assert (tmp_path / "keys.db-wal").stat().st_size == 0
 
     async def test_the_file_is_for_its_owner_only(self, store: Store, tmp_path: Path) -> None:
@@ -276,7 +278,7 @@ class TestSQLite(LastingStoreContract):
         """Automatic checkpoints are off on every connection: they are what can lose commits."""
         for number in range(300):
             await store.add(record(f"key_{number}"), "h" * 200)
-            await store.touch({f"key_{number}": NOW})
+            await store.record_last_used({f"key_{number}": NOW})
         assert (tmp_path / "keys.db-wal").stat().st_size > 1000 * 4096
 
     async def test_a_locked_store_is_unavailable(
@@ -290,8 +292,8 @@ class TestSQLite(LastingStoreContract):
         holder.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreUnavailable, match="locked"):
             await store.add(record(), "hashed")
-        assert store.sequence_now() is not None
-        assert isinstance(await store.find("key_a"), Absent)
+        assert store.sequence_nowait() is not None
+        assert isinstance(await store.find("key_a"), NotFound)
         holder.close()
         await store.add(record(), "hashed")
 
@@ -299,7 +301,7 @@ class TestSQLite(LastingStoreContract):
         self, store: Store, tmp_path: Path
     ) -> None:
         """A write that finds no room is told so, and the store is as before."""
-        before = await store.changes(0)
+        before = await store.invalidations_since(0)
         database = store._database
         await database.write(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1").all())
 
@@ -310,7 +312,7 @@ class TestSQLite(LastingStoreContract):
         with pytest.raises(StoreUnavailable, match="full"):
             await fill()
         kept = await store.list("acme")
-        assert (await store.changes(0)).seq == before.seq + len(kept)
+        assert (await store.invalidations_since(0)).seq == before.seq + len(kept)
 
     async def test_no_statement_runs_on_the_event_loop(self, store: Store) -> None:
         """Queries and commits happen on the store's own threads."""
@@ -344,8 +346,8 @@ class TestPostgreSQL(LastingStoreContract):
 
     async def test_nothing_is_known_without_asking(self, store: Store) -> None:
         """There is no way to read a server without waiting for a socket."""
-        assert store.sequence_now() is None
-        assert store.changes_now(0) is None
+        assert store.sequence_nowait() is None
+        assert store.invalidations_since_nowait(0) is None
 
     async def test_a_server_that_comes_back_is_used_again(
         self, postgres: PostgresServer, store: Store

@@ -17,14 +17,14 @@ import pytest
 
 import worker_stranger
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.sql.migrations import bring_up_to_date
+from keylatch.sql.migrations import upgrade
 from keylatch.sql.sqlite import SQLite
-from keylatch.sql.store_file import StoreFile, created
+from keylatch.sql.store_file import StoreFile, create_private
 from keylatch.store import Store, database_of, file_of
 from servers import eventually
 
-ENDS = ("", "-wal", "-shm", "-owner")
-STRANGER = 65534
+ENDS = ("", "-wal", "-shm", "-lock")
+WORKER_SCRIPT = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="other accounts need root")
 
 
@@ -60,7 +60,7 @@ def beside(path: Path, end: str) -> Path:
     return Path(f"{path}{end}")
 
 
-class Stranger:
+class OtherAccount:
     """A process of another account; see `worker_stranger`."""
 
     def __init__(self, what: str, path: Path) -> None:
@@ -70,13 +70,13 @@ class Stranger:
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self.next_word() == "ready"
+        assert self.read_word() == "ready"
 
-    def next_word(self) -> str:
+    def read_word(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def has_spoken(self) -> bool:
+    def has_output(self) -> bool:
         assert self._process.stdout is not None
         return bool(select.select([self._process.stdout], [], [], 0)[0])
 
@@ -109,7 +109,7 @@ def test_all_files_are_for_their_owner_only(path: Path) -> None:
 def test_the_mode_does_not_depend_on_the_umask(path: Path, mask: int) -> None:
     """A umask can take away more than it should, too."""
     os.umask(mask)
-    os.close(created(path))
+    os.close(create_private(path))
     assert mode_of(path) == 0o600
 
 
@@ -134,7 +134,7 @@ def test_what_is_deleted_while_it_is_used_comes_back_closed(path: Path) -> None:
 @pytest.mark.long
 def test_no_other_account_can_open_a_store_that_is_being_created(public: Path) -> None:
     """Not for a moment: a reader that tries all the while never succeeds."""
-    reader = Stranger("read", public)
+    reader = OtherAccount("read", public)
     for _ in range(20):
         with opened(public):
             pass
@@ -148,14 +148,14 @@ def test_no_other_account_can_open_a_store_that_is_being_created(public: Path) -
 def test_a_twin_that_closes_the_file_afterwards_is_caught(public: Path) -> None:
     """Created with the umask's mode and changed then: between the two there is a moment."""
     os.umask(0o022)
-    reader = Stranger("read", public)
+    reader = OtherAccount("read", public)
 
     def is_caught() -> bool:
         for _ in range(1000):
             public.touch()
             public.chmod(0o600)
             public.unlink()
-        return reader.has_spoken()
+        return reader.has_output()
 
     eventually(is_caught, seconds=60)
     assert reader.end() == "read"
@@ -207,17 +207,17 @@ async def test_a_link_is_resolved_once(
 ) -> None:
     """The log is beside the file that the link leads to; looked for beside the link, it would grow
     for ever. What is committed under one name is seen under the other."""
-    monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_AT_BYTES", 1)
+    monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "link.db"
     link.symlink_to(path)
     store, same = Store(f"sqlite:///{link}"), Store(f"sqlite:///{path}")
     await store.open(0)
     await same.open(0)
-    assert store.mark_now() is not None
-    assert store.mark_now() == same.mark_now()
+    assert store.data_version() is not None
+    assert store.data_version() == same.data_version()
     assert beside(path, "-wal").stat().st_size > 0
-    await store.tidy(0)
+    await store.run_maintenance(0)
     assert beside(path, "-wal").stat().st_size == 0
     assert [each.name for each in link.parent.iterdir()] == ["link.db"]
     assert file_of(f"sqlite:///{link}") == path
@@ -230,15 +230,15 @@ async def test_a_twin_that_does_not_resolve_links_is_caught(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It looks for the log beside the link, finds none, and lets the log grow."""
-    monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_AT_BYTES", 1)
+    monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
     link = tmp_path / "link.db"
     link.symlink_to(path)
     with monkeypatch.context() as patched:
         patched.setattr("keylatch.sql.store_file.os.path.realpath", os.path.abspath)
         store = Store(f"sqlite:///{link}")
-    os.close(created(path))
+    os.close(create_private(path))
     await store.open(0)
-    await store.tidy(0)
+    await store.run_maintenance(0)
     assert beside(path, "-wal").stat().st_size > 0
     await store.close()
 
@@ -262,7 +262,7 @@ def test_what_is_no_file_is_no_store(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path, Path("/dev/null")):
-        with pytest.raises(ConfigurationError, match="is no file"):
+        with pytest.raises(ConfigurationError, match="is not a regular file"):
             database_of(f"sqlite:///{path}")
     assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
 
@@ -274,8 +274,8 @@ async def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     database = SQLite(folder / "keys.db")
-    await database.write(lambda connection: bring_up_to_date(connection, 0))
-    assert database.mark_now() is not None
+    await database.write(lambda connection: upgrade(connection, 0))
+    assert database.data_version() is not None
     assert (folder / "keys.db").stat().st_size > 0
     await database.close()
 
@@ -294,10 +294,14 @@ def held(path: Path) -> Iterator[None]:
 def test_two_exclude_each_other(path: Path) -> None:
     """A process that does not wait gets an error."""
     one, other = StoreFile(path), StoreFile(path)
-    with one.owned(wait=False), pytest.raises(BlockingIOError), other.owned(wait=False):
+    with (
+        one.exclusive_lock(wait=False),
+        pytest.raises(BlockingIOError),
+        other.exclusive_lock(wait=False),
+    ):
         pass
-    with other.owned(wait=False):
-        assert mode_of(beside(path, "-owner")) == 0o600
+    with other.exclusive_lock(wait=False):
+        assert mode_of(beside(path, "-lock")) == 0o600
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o604, 0o640, 0o660, 0o666])
@@ -305,33 +309,33 @@ def test_a_lock_file_that_others_may_hold_is_replaced(path: Path, mode: int) -> 
     """It needs no more than reading to hold it: one that an older keylatch made with the umask's
     mode may be held already."""
     with opened(path):
-        lock = beside(path, "-owner")
+        lock = beside(path, "-lock")
         lock.chmod(mode)
         with held(lock):
-            assert StoreFile(path).unfit_lock() == lock
-            with StoreFile(path).owned(wait=False):
+            assert StoreFile(path).unsafe_lock() == lock
+            with StoreFile(path).exclusive_lock(wait=False):
                 assert mode_of(lock) == 0o600
-            assert StoreFile(path).unfit_lock() is None
+            assert StoreFile(path).unsafe_lock() is None
 
 
 def test_a_lock_file_of_an_account_that_may_write_is_waited_for(path: Path) -> None:
     """The counterpart: with the right mode, its holder may write to the store, and has its turn."""
     store = StoreFile(path)
-    with opened(path), held(beside(path, "-owner")), pytest.raises(BlockingIOError):
-        store.owned(wait=False).__enter__()
+    with opened(path), held(beside(path, "-lock")), pytest.raises(BlockingIOError):
+        store.exclusive_lock(wait=False).__enter__()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
 def test_what_is_no_file_is_replaced(path: Path, tmp_path: Path, kind: str) -> None:
     """A link would lead to a file that another account chose, and a pipe would be waited for."""
-    lock, target = beside(path, "-owner"), tmp_path / "target"
+    lock, target = beside(path, "-lock"), tmp_path / "target"
     if kind == "pipe":
         os.mkfifo(lock, 0o600)
     else:
         lock.symlink_to(target)
     if kind == "link":
         target.write_text("precious")
-    with StoreFile(path).owned(wait=False):
+    with StoreFile(path).exclusive_lock(wait=False):
         assert stat.S_ISREG(lock.lstat().st_mode)
     assert not target.exists() or target.read_text() == "precious"
 
@@ -339,10 +343,10 @@ def test_what_is_no_file_is_replaced(path: Path, tmp_path: Path, kind: str) -> N
 def test_after_a_replacement_it_is_the_new_file_that_counts(path: Path) -> None:
     """The old one has no name any more, and later processes find the other."""
     first, second, third = (StoreFile(path) for _ in range(3))
-    with first.owned(wait=False):
-        beside(path, "-owner").unlink()
-        with second.owned(wait=False), pytest.raises(BlockingIOError):
-            third.owned(wait=False).__enter__()
+    with first.exclusive_lock(wait=False):
+        beside(path, "-lock").unlink()
+        with second.exclusive_lock(wait=False), pytest.raises(BlockingIOError):
+            third.exclusive_lock(wait=False).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -355,17 +359,17 @@ def test_the_lock_file_is_for_those_who_may_write_to_the_store(
     """Accounts that share a store by its group share its lock; who may only read has no part."""
     path.write_bytes(b"something")
     path.chmod(of_store)
-    with StoreFile(path).owned(wait=False):
-        assert mode_of(beside(path, "-owner")) == of_lock
+    with StoreFile(path).exclusive_lock(wait=False):
+        assert mode_of(beside(path, "-lock")) == of_lock
 
 
 @needs_root
 def test_a_lock_file_of_another_account_is_replaced(path: Path) -> None:
     """An account that may create files in the folder could have made it before us."""
     with opened(path):
-        lock = beside(path, "-owner")
-        os.chown(lock, STRANGER, STRANGER)
-        with held(lock), StoreFile(path).owned(wait=False):
+        lock = beside(path, "-lock")
+        os.chown(lock, WORKER_SCRIPT, WORKER_SCRIPT)
+        with held(lock), StoreFile(path).exclusive_lock(wait=False):
             assert lock.stat().st_uid == 0
 
 
@@ -374,8 +378,8 @@ def test_what_root_creates_beside_a_services_store_is_the_services(path: Path) -
     """An operator's command must not lock the service out."""
     path.write_bytes(b"something")
     os.chown(path, 1234, 2345)
-    with StoreFile(path).owned(wait=False):
-        lock = beside(path, "-owner").stat()
+    with StoreFile(path).exclusive_lock(wait=False):
+        lock = beside(path, "-lock").stat()
     assert (lock.st_uid, lock.st_gid) == (1234, 2345)
 
 
@@ -385,14 +389,14 @@ def test_two_accounts_share_a_store_by_its_group(path: Path) -> None:
     path.write_bytes(b"something")
     os.chown(path, 1234, 2345)
     path.chmod(0o660)
-    lock = beside(path, "-owner")
-    os.close(created(lock))
+    lock = beside(path, "-lock")
+    os.close(create_private(lock))
     os.chown(lock, 1235, 2345)
     lock.chmod(0o660)
-    with StoreFile(path).owned(wait=False):
+    with StoreFile(path).exclusive_lock(wait=False):
         assert lock.stat().st_uid == 1235
     os.chown(lock, 1235, 9999)
-    with StoreFile(path).owned(wait=False):
+    with StoreFile(path).exclusive_lock(wait=False):
         assert lock.stat().st_uid == 1234
 
 
@@ -401,11 +405,11 @@ def test_two_accounts_share_a_store_by_its_group(path: Path) -> None:
 def test_a_lock_file_that_cannot_be_replaced_is_refused(public: Path) -> None:
     """In /tmp, say, where files may be removed by their owners only. It is said, not waited for."""
     public.parent.chmod(0o1777)
-    beside(public, "-owner").touch(mode=0o600)
-    stranger = Stranger("start", public)
-    assert "is another account's, and cannot be removed" in stranger.next_word()
+    beside(public, "-lock").touch(mode=0o600)
+    stranger = OtherAccount("start", public)
+    assert "belongs to another account and cannot be removed" in stranger.read_word()
     stranger.end()
-    assert [each.name for each in public.parent.iterdir()] == ["keys.db-owner"]
+    assert [each.name for each in public.parent.iterdir()] == ["keys.db-lock"]
 
 
 @needs_root
@@ -415,12 +419,12 @@ def test_another_account_can_hold_nothing(public: Path) -> None:
     that a usual umask leaves, is held, and replaced by the next process that needs it."""
     store = StoreFile(public)
     with opened(public):
-        stranger = Stranger("hold", public)
-        assert stranger.next_word() == "refused"
+        stranger = OtherAccount("hold", public)
+        assert stranger.read_word() == "refused"
         stranger.end()
-        beside(public, "-owner").chmod(0o644)
-        stranger = Stranger("hold", public)
-        assert stranger.next_word() == "held"
-        with store.owned(wait=False):
-            assert mode_of(beside(public, "-owner")) == 0o600
+        beside(public, "-lock").chmod(0o644)
+        stranger = OtherAccount("hold", public)
+        assert stranger.read_word() == "held"
+        with store.exclusive_lock(wait=False):
+            assert mode_of(beside(public, "-lock")) == 0o600
         stranger.end()

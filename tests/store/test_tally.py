@@ -15,27 +15,36 @@ import pytest
 from sqlalchemy import Connection, update
 
 import worker_wsgi
-from conftest import Clock, MakeEngine, OnAStore
-from keylatch.caches.cache import Use
+from conftest import Clock, MakeEngine, StoreTests
+from keylatch.caches.cache import UsageCounter
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.keyring import Created
 from keylatch.model import (
     Allow,
+    DeferredDeny,
     Deny,
     KeyRecord,
     Reason,
-    Unsettled,
-    Wanted,
+    Requirement,
     principal_of,
 )
 from keylatch.sql.schema import keys
 from keylatch.store import Store, database_of
-from keylatch.tokens import CheckKeys
+from keylatch.tokens import MacKeys
 from keylatch.usage import tally as tallies
-from keylatch.usage.tally import ALLOWED, DAY_MS, KEPT_DAYS, Client, Count, Day, KeyUsage, Tally
+from keylatch.usage.tally import (
+    ALLOWED,
+    DAY_MS,
+    RETENTION_DAYS,
+    Client,
+    CountKey,
+    DayUsage,
+    KeyUsage,
+    UsageBatch,
+)
 from keylatch.usage.unstored import CAPACITY
-from keylatch.usage.uses import Usage
+from keylatch.usage.uses import UsageRecorder
 from servers import PostgresServer
 from test_engine import bearer, with_other_secret
 from test_fork import forking
@@ -49,17 +58,17 @@ REVOKED = Reason.REVOKED.name
 __all__ = ["protected"]  # a fixture
 
 
-def tally(number: int, counts: Mapping[Count, int], by: str = "one", **more: Any) -> Tally:
-    return Tally(by, number, TODAY, counts, **more)
+def tally(number: int, counts: Mapping[CountKey, int], by: str = "one", **more: Any) -> UsageBatch:
+    return UsageBatch(by, number, TODAY, counts, **more)
 
 
-async def days(store: Store, key_id: str = "key_a") -> list[Day]:
-    found = await store.usage("acme", key_id, TODAY - KEPT_DAYS)
+async def days(store: Store, key_id: str = "key_a") -> list[DayUsage]:
+    found = await store.usage("acme", key_id, TODAY - RETENTION_DAYS)
     assert found is not None
     return found.days
 
 
-Write = Callable[[Mapping[str, int], Tally], Awaitable[None]]
+Write = Callable[[Mapping[str, int], UsageBatch], Awaitable[None]]
 
 
 async def use_after_a_revoke(store: Store, write: Write) -> tuple[KeyRecord, int]:
@@ -71,24 +80,27 @@ async def use_after_a_revoke(store: Store, write: Write) -> tuple[KeyRecord, int
     await write({"key_a": NOW + 1}, tally(1, {("key_a", TODAY, ALLOWED): 1}))
     found = await store.get("acme", "key_a")
     assert found is not None
-    return found, (await store.changes(0)).seq - changed[1]
+    return found, (await store.invalidations_since(0)).seq - changed[1]
 
 
-class TallyContract(OnAStore):
+class TallyContract(StoreTests):
     """What both databases promise."""
 
     async def test_tallies_add_up(self, store: Store) -> None:
         """Those of several processes, by day and outcome; the newest day comes first."""
         await store.add(record(), "hashed")
-        await store.touch(
+        await store.record_last_used(
             {}, tally(1, {("key_a", TODAY, ALLOWED): 7, ("key_a", TODAY, REVOKED): 2})
         )
-        await store.touch({}, tally(2, {("key_a", TODAY, ALLOWED): 3}))
-        await store.touch({}, tally(1, {("key_a", TODAY - 1, ALLOWED): 5}, by="another"))
-        await store.touch({}, tally(2, {("key_a", TODAY, ALLOWED): 4}, by="another"))
-        assert await days(store) == [Day(TODAY, 14, {REVOKED: 2}), Day(TODAY - 1, 5, {})]
+        await store.record_last_used({}, tally(2, {("key_a", TODAY, ALLOWED): 3}))
+        await store.record_last_used({}, tally(1, {("key_a", TODAY - 1, ALLOWED): 5}, by="another"))
+        await store.record_last_used({}, tally(2, {("key_a", TODAY, ALLOWED): 4}, by="another"))
+        assert await days(store) == [
+            DayUsage(TODAY, 14, {REVOKED: 2}),
+            DayUsage(TODAY - 1, 5, {}),
+        ]
         assert await store.usage("acme", "key_a", TODAY) == KeyUsage(
-            record(), [Day(TODAY, 14, {REVOKED: 2})], None
+            record(), [DayUsage(TODAY, 14, {REVOKED: 2})], None
         )
 
     async def test_a_foreign_key_is_an_unknown_key(self, store: Store) -> None:
@@ -101,17 +113,17 @@ class TallyContract(OnAStore):
         """Also by two who tell it at the same time, because the first is thought to be dead."""
         await store.add(record(), "hashed")
         one = tally(1, {("key_a", TODAY, ALLOWED): 7})
-        await asyncio.gather(*(store.touch({"key_a": NOW}, one) for _ in range(8)))
-        await store.touch({}, tally(2, {("key_a", TODAY, ALLOWED): 1}))
-        await store.touch({"key_a": NOW + 1}, one)
-        assert await days(store) == [Day(TODAY, 8, {})]
+        await asyncio.gather(*(store.record_last_used({"key_a": NOW}, one) for _ in range(8)))
+        await store.record_last_used({}, tally(2, {("key_a", TODAY, ALLOWED): 1}))
+        await store.record_last_used({"key_a": NOW + 1}, one)
+        assert await days(store) == [DayUsage(TODAY, 8, {})]
         assert (await store.list("acme"))[0].last_used == NOW
 
     async def test_the_twin_that_does_not_ask_for_the_number_adds_it_twice(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The test above would notice."""
-        monkeypatch.setattr(tallies, "_is_new", lambda connection, tally: True)
+        monkeypatch.setattr(tallies, "_advance_sequence", lambda connection, tally: True)
         with pytest.raises(AssertionError):
             await self.test_a_tally_that_is_told_again_is_added_once(store)
 
@@ -121,24 +133,24 @@ class TallyContract(OnAStore):
         await store.add(record(), "hashed")
         answers = iter([False, False, True])
 
-        async def deaf(uses: Mapping[str, int], tally: Tally) -> None:
-            await store.touch(uses, tally)
+        async def deaf(uses: Mapping[str, int], tally: UsageBatch) -> None:
+            await store.record_last_used(uses, tally)
             if not next(answers, True):
                 raise StoreUnavailable("the answer was lost")
 
-        usage, key = Usage(deaf, now_ms=lambda: NOW), Use("key_a")
+        usage, key = UsageRecorder(deaf, now_ms=lambda: NOW), UsageCounter("key_a")
         for count in (7, 3, 5):
             for _ in range(count):
-                usage.note(key, NOW)
+                usage.record(key, NOW)
             await usage.flush()
-        assert await days(store) == [Day(TODAY, 15, {})]
+        assert await days(store) == [DayUsage(TODAY, 15, {})]
 
     async def test_a_use_revives_nobody(self, store: Store) -> None:
         """A use that is written after the revoke changes when the key was last used, its counts,
         and nothing else; and is no change that caches would have to hear of."""
-        found, changes = await use_after_a_revoke(store, store.touch)
+        found, changes = await use_after_a_revoke(store, store.record_last_used)
         assert (found.active, found.deleted_at, changes) == (False, NOW + 5, 0)
-        assert (found.last_used, await days(store)) == (NOW + 1, [Day(TODAY, 1, {})])
+        assert (found.last_used, await days(store)) == (NOW + 1, [DayUsage(TODAY, 1, {})])
 
     async def test_the_twin_that_saves_the_cached_row_back_is_caught(
         self, store: Store, url: str
@@ -150,7 +162,7 @@ class TallyContract(OnAStore):
             values = {name: value for name, value in cached.items() if name in keys.c}
             connection.execute(update(keys).where(keys.c.id == "key_a").values(values))
 
-        async def save_back(uses: Mapping[str, int], tally: Tally) -> None:
+        async def save_back(uses: Mapping[str, int], tally: UsageBatch) -> None:
             await store._database.write(save)
 
         found, _ = await use_after_a_revoke(store, save_back)
@@ -166,13 +178,13 @@ class TallyContract(OnAStore):
             counts = {(name, TODAY, ALLOWED): number for name in mixed}
             seen = {name: Client(None, str(number), NOW + number) for name in mixed}
             uses = dict.fromkeys(mixed, NOW + number)
-            await store.touch(uses, tally(1, counts, f"process {number}", seen=seen))
+            await store.record_last_used(uses, tally(1, counts, f"process {number}", clients=seen))
 
         await asyncio.gather(*(one(number) for number in range(1, 13)))
         for name in names:
             found = await store.usage("acme", name, TODAY)
             assert found is not None
-            assert found.days == [Day(TODAY, sum(range(1, 13)), {})]
+            assert found.days == [DayUsage(TODAY, sum(range(1, 13)), {})]
             assert found.client == Client(None, "12", NOW + 12)
             assert found.record.last_used == NOW + 12
 
@@ -185,9 +197,11 @@ class TallyContract(OnAStore):
             "key_b": Client("192.0.2.0/24", "curl", NOW - 89 * DAY_MS),
         }
         for number in range(3):
-            await store.touch({}, Tally(f"gone {number}", 1, TODAY - 8, on if not number else {}))
-        await store.touch({}, tally(1, {}, seen=seen))
-        await asyncio.gather(store.tidy(NOW), store.tidy(NOW))
+            await store.record_last_used(
+                {}, UsageBatch(f"gone {number}", 1, TODAY - 8, on if not number else {})
+            )
+        await store.record_last_used({}, tally(1, {}, clients=seen))
+        await asyncio.gather(store.run_maintenance(NOW), store.run_maintenance(NOW))
         found = await store.usage("acme", "key_a", 0)
         other = await store.usage("acme", "key_b", 0)
         assert found is not None
@@ -215,7 +229,7 @@ class TallyContract(OnAStore):
         pages = [page async for page in store.pages("acme", unused_since=since)]
         assert [each.id for each in pages[0].records] == ["key_older", "key_old", "key_never"]
         first = await store.page("acme", 2, unused_since=since)
-        rest = await store.page("acme", 2, after=first.goes_on_after, unused_since=since)
+        rest = await store.page("acme", 2, after=first.next_cursor, unused_since=since)
         assert [each.id for page in (first, rest) for each in page.records] == [
             *("key_older", "key_old", "key_never")
         ]
@@ -239,31 +253,34 @@ class TestPostgreSQL(TallyContract):
         return postgres.new_database()
 
 
-class Told:
+class RecordingStore:
     """A store that adds up what it is told."""
 
     def __init__(self) -> None:
-        self.counts = Counter[Count]()
+        self.counts = Counter[CountKey]()
         self.writes = 0
         self.largest = 0
         self.is_down = False
 
-    async def touch(self, uses: Mapping[str, int], tally: Tally) -> None:
+    async def record_last_used(self, last_used: Mapping[str, int], batch: UsageBatch) -> None:
         if self.is_down:
             raise StoreUnavailable("down")
         self.writes += 1
-        self.largest = max(self.largest, len(uses), len(tally.counts))
-        self.counts.update(tally.counts)
+        self.largest = max(self.largest, len(last_used), len(batch.counts))
+        self.counts.update(batch.counts)
 
 
 async def test_no_use_is_lost_between_eight_threads_and_a_flush() -> None:
     """Threads share keys and are interrupted all the time; the loop flushes as fast as it can."""
-    told, shared = Told(), [Use("key_a"), Use("key_b"), Use("key_a")]
-    usage = Usage(told.touch, now_ms=lambda: NOW)
+    told, shared = (
+        RecordingStore(),
+        [UsageCounter("key_a"), UsageCounter("key_b"), UsageCounter("key_a")],
+    )
+    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
 
     def hit() -> None:
         for turn in range(20_000):
-            usage.note(shared[turn % 3], NOW)
+            usage.record(shared[turn % 3], NOW)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -283,14 +300,14 @@ async def test_no_use_is_lost_between_eight_threads_and_a_flush() -> None:
 
 async def test_a_thread_that_was_stopped_while_a_flush_went_by_still_counts() -> None:
     """It had taken the key's counter and not yet ticked it: the next flush finds that."""
-    told, key = Told(), Use("key_a")
-    usage = Usage(told.touch, now_ms=lambda: NOW)
-    usage.note(key, NOW)
+    told, key = RecordingStore(), UsageCounter("key_a")
+    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
+    usage.record(key, NOW)
     counter = key.ticks
     assert counter is not None
     await usage.flush()
-    next(counter)  # what `note` does when the thread goes on
-    usage.note(key, NOW)
+    next(counter)  # what `record` does when the thread goes on
+    usage.record(key, NOW)
     await usage.flush()
     await usage.flush()
     assert told.counts == {("key_a", TODAY, ALLOWED): 3}
@@ -298,24 +315,24 @@ async def test_a_thread_that_was_stopped_while_a_flush_went_by_still_counts() ->
 
 async def test_a_key_that_left_the_cache_keeps_its_uses() -> None:
     """Entries come and go; what they counted waits on its own."""
-    told = Told()
-    usage = Usage(told.touch, now_ms=lambda: NOW)
+    told = RecordingStore()
+    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
     for _ in range(50):
-        usage.note(Use("key_a"), NOW)
+        usage.record(UsageCounter("key_a"), NOW)
     await usage.flush()
     assert told.counts == {("key_a", TODAY, ALLOWED): 50}
 
 
 async def test_a_use_belongs_to_the_day_of_its_flush_and_an_outage_moves_none() -> None:
     """What was taken before midnight and could not be stored stays on its day."""
-    told, clock, key = Told(), Clock(), Use("key_a")
+    told, clock, key = RecordingStore(), Clock(), UsageCounter("key_a")
     clock.seconds = (TODAY + 1) * 86_400 - 1
-    usage = Usage(told.touch, now_ms=lambda: int(clock() * 1000))
+    usage = UsageRecorder(told.record_last_used, now_ms=lambda: int(clock() * 1000))
     told.is_down = True
-    usage.note(key, NOW)
+    usage.record(key, NOW)
     await usage.flush()
     clock.tick(1)
-    usage.note(key, NOW)
+    usage.record(key, NOW)
     told.is_down = False
     await usage.flush()
     assert told.counts == {("key_a", TODAY, ALLOWED): 1, ("key_a", TODAY + 1, ALLOWED): 1}
@@ -323,10 +340,10 @@ async def test_a_use_belongs_to_the_day_of_its_flush_and_an_outage_moves_none() 
 
 async def test_a_flood_of_refusals_is_one_write() -> None:
     """However many: one row for a key and a reason."""
-    told = Told()
-    usage = Usage(told.touch, now_ms=lambda: NOW)
+    told = RecordingStore()
+    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
     for _ in range(100_000):
-        usage.refuse("key_a", Reason.REVOKED)
+        usage.record_refusal("key_a", Reason.REVOKED)
     assert told.writes == 0
     await usage.flush()
     assert (told.counts, told.writes) == ({("key_a", TODAY, REVOKED): 100_000}, 1)
@@ -336,23 +353,23 @@ async def test_a_flood_of_refusals_is_one_write() -> None:
 async def test_a_flood_is_bounded_and_says_what_it_lost(caplog: pytest.LogCaptureFixture) -> None:
     """So many keys that there is no place for all: those that have one are counted on, the rest
     are told of, and no transaction is long."""
-    told = Told()
-    usage = Usage(told.touch, now_ms=lambda: NOW)
+    told = RecordingStore()
+    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
     for number in range(CAPACITY + 10):
-        usage.refuse(f"key_{number}", Reason.EXPIRED)
-    usage.refuse("key_0", Reason.EXPIRED)
+        usage.record_refusal(f"key_{number}", Reason.EXPIRED)
+    usage.record_refusal("key_0", Reason.EXPIRED)
     told.is_down = True
     await usage.flush()
     for number in range(CAPACITY + 10):
-        usage.refuse(f"key_{number}", Reason.REVOKED)
+        usage.record_refusal(f"key_{number}", Reason.REVOKED)
     await usage.flush()
     told.is_down = False
     await usage.flush()
-    assert sum(told.counts.values()) + usage.lost == 2 * (CAPACITY + 10) + 1
+    assert sum(told.counts.values()) + usage.dropped == 2 * (CAPACITY + 10) + 1
     assert CAPACITY <= len(told.counts) <= 2 * CAPACITY
     assert told.counts["key_0", TODAY, "EXPIRED"] == 2
     assert told.largest <= 2_000
-    assert f"{10} uses are not counted" in caplog.text
+    assert f"dropped {10} uses from the usage counts" in caplog.text
 
 
 async def create(engine: Engine, **values: Any) -> Created:
@@ -381,30 +398,32 @@ async def test_every_refusal_of_a_known_key_counts_by_its_reason(
     keyring = await other.keyring()
     small = await create(other, permission="SENDING")
     for _ in range(3):
-        assert isinstance(await engine.check(bearer(small.token)), Allow)
-    full = Wanted(frozenset({"FULL"}))
-    assert await engine.check(bearer(small.token), full) == Deny(Reason.INSUFFICIENT_SCOPE, "FULL")
+        assert isinstance(await engine.authenticate(bearer(small.token)), Allow)
+    full = Requirement(frozenset({"FULL"}))
+    assert await engine.authenticate(bearer(small.token), full) == Deny(
+        Reason.INSUFFICIENT_SCOPE, "FULL"
+    )
     wrong = await with_other_secret(other.store, small.token)
     for _ in range(2):
-        assert await engine.check(bearer(wrong)) == Deny(Reason.WRONG_SECRET)
+        assert await engine.authenticate(bearer(wrong)) == Deny(Reason.WRONG_SECRET)
 
     ending = await create(other, expires_at=int(clock() * 1000) + 5_000)
-    assert isinstance(await engine.check(bearer(ending.token)), Allow)
+    assert isinstance(await engine.authenticate(bearer(ending.token)), Allow)
     gone, disabled = await create(other), await create(other)
-    assert isinstance(await engine.check(bearer(gone.token)), Allow)
+    assert isinstance(await engine.authenticate(bearer(gone.token)), Allow)
     await keyring.delete("acme", gone.record.id)
     await keyring.change("acme", disabled.record.id, active=False)
     clock.tick(6)
     for key, reason in ((ending, Reason.EXPIRED), (gone, Reason.REVOKED)):
         for _ in range(4):
-            assert await engine.check(bearer(key.token)) == Deny(reason)
-    assert await engine.check(bearer(disabled.token)) == Deny(Reason.DISABLED)
+            assert await engine.authenticate(bearer(key.token)) == Deny(reason)
+    assert await engine.authenticate(bearer(disabled.token)) == Deny(Reason.DISABLED)
     test = await create(other, environment="test")
     live = make_engine(environment="live")
-    assert await live.check(bearer(test.token)) == Deny(Reason.WRONG_ENVIRONMENT)
+    assert await live.authenticate(bearer(test.token)) == Deny(Reason.WRONG_ENVIRONMENT)
     await live.stop()
     await keyring.set_organization_active("acme", False)
-    assert await engine.check(bearer(test.token)) == Deny(Reason.ORGANIZATION_DISABLED)
+    assert await engine.authenticate(bearer(test.token)) == Deny(Reason.ORGANIZATION_DISABLED)
     await engine.stop()
 
     assert await uses_of(other, small) == (3, {"INSUFFICIENT_SCOPE": 1, "WRONG_SECRET": 2})
@@ -418,13 +437,13 @@ async def test_every_refusal_of_a_known_key_counts_by_its_reason(
 async def test_what_is_unsettled_does_not_count_until_it_is(engine: Engine, other: Engine) -> None:
     """Where more may suffice than was wanted so far, a good key is neither let in nor refused."""
     small = await create(other, permission="SENDING")
-    so_far = Wanted(frozenset({"FULL"}), is_final=False)
+    so_far = Requirement(frozenset({"FULL"}), is_final=False)
     for sufficient, is_cold in (("SENDING", True), ("SENDING", False), ("READING", False)):
         before = decided(engine)
-        verdict = await engine.check(bearer(small.token), so_far)
-        assert isinstance(verdict, Unsettled)
+        verdict = await engine.authenticate(bearer(small.token), so_far)
+        assert isinstance(verdict, DeferredDeny)
         assert decided(engine) == before
-        settled = verdict.settle(Wanted(frozenset({"FULL", sufficient}), sufficient))
+        settled = verdict.decide(Requirement(frozenset({"FULL", sufficient}), sufficient))
         tier = "store" if is_cold else "l1"
         if sufficient == "SENDING":
             assert settled == Allow(principal_of(small.record))
@@ -433,7 +452,7 @@ async def test_what_is_unsettled_does_not_count_until_it_is(engine: Engine, othe
             assert settled == Deny(Reason.INSUFFICIENT_SCOPE, "READING")
             assert decided(engine) == {**before, f"insufficient_scope {tier}": 1}
     for value in (b"Bearer x", b"Bearer a, Bearer b"):  # others are refused as ever
-        assert not isinstance(await engine.check([value], so_far), Unsettled)
+        assert not isinstance(await engine.authenticate([value], so_far), DeferredDeny)
     await engine.stop()
     assert await uses_of(other, small) == (2, {"INSUFFICIENT_SCOPE": 1})
 
@@ -441,7 +460,7 @@ async def test_what_is_unsettled_does_not_count_until_it_is(engine: Engine, othe
 async def test_each_of_many_who_wait_for_one_look_up_counts(engine: Engine, other: Engine) -> None:
     """A key that became cold is looked up once for all, and each of them has used it."""
     key = await create(other)
-    verdicts = await asyncio.gather(*(engine.check(bearer(key.token)) for _ in range(50)))
+    verdicts = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for _ in range(50)))
     assert all(isinstance(verdict, Allow) for verdict in verdicts)
     await engine.stop()
     assert await uses_of(other, key) == (50, {})
@@ -450,16 +469,16 @@ async def test_each_of_many_who_wait_for_one_look_up_counts(engine: Engine, othe
 async def test_both_secrets_of_a_key_count_for_it(engine: Engine, other: Engine) -> None:
     """While a rotation's grace runs; and after it, the previous one counts as refused."""
     key = await create(other)
-    assert isinstance(await engine.check(bearer(key.token)), Allow)
+    assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
     keyring = await other.keyring()
     rotated = await keyring.rotate("acme", key.record.id, grace_seconds=60)
     assert rotated is not None
     for _ in range(3):
         for token in (key.token, rotated.token):
-            assert isinstance(await engine.check(bearer(token)), Allow)
+            assert isinstance(await engine.authenticate(bearer(token)), Allow)
     await keyring.finish_rotation("acme", key.record.id)
-    assert await engine.check(bearer(key.token)) == Deny(Reason.WRONG_SECRET)
-    assert isinstance(await engine.check(bearer(rotated.token)), Allow)
+    assert await engine.authenticate(bearer(key.token)) == Deny(Reason.WRONG_SECRET)
+    assert isinstance(await engine.authenticate(bearer(rotated.token)), Allow)
     await engine.stop()
     assert await uses_of(other, key) == (8, {"WRONG_SECRET": 1})
 
@@ -468,14 +487,14 @@ async def test_strangers_write_nothing(engine: Engine, other: Engine) -> None:
     """A token that this store did not mint counts for nobody, also one with the id of a key, in
     cache or not; nor does a minted one of no key."""
     key = await create(other)
-    assert isinstance(await engine.check(bearer(key.token)), Allow)
-    stranger = CheckKeys([b"s" * 32]).mint("kl", "live")
+    assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
+    stranger = MacKeys([b"s" * 32]).mint("kl", "live")
     secrets = await other.store.open(0)
-    unknown = CheckKeys(secrets.check_keys).mint("kl", "live")
+    unknown = MacKeys(secrets.mac_keys).mint("kl", "live")
     claims = key.token.reveal()[:-9] + "AAAAAAAAA"
     for token in (bearer(stranger), bearer(unknown), [f"Bearer {claims}".encode()]):
         for _ in range(3):
-            assert isinstance(await engine.check(token), Deny)
+            assert isinstance(await engine.authenticate(token), Deny)
     await engine.stop()
     assert await uses_of(other, key) == (1, {})
     database = database_of(other.settings.store)
@@ -489,10 +508,10 @@ async def test_strangers_write_nothing(engine: Engine, other: Engine) -> None:
 async def test_what_is_kept_open_is_no_use(engine: Engine, other: Engine) -> None:
     """A connection's key is looked at again when it changes; nobody has called."""
     key = await create(other)
-    assert isinstance(await engine.check(bearer(key.token)), Allow)
-    with engine.watching(bearer(key.token)) as ended:
+    assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
+    with engine.revocation_event(bearer(key.token)) as ended:
         await (await other.keyring()).change("acme", key.record.id, name="new")
-        assert isinstance(await engine.check(bearer(key.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         await (await other.keyring()).delete("acme", key.record.id)
         await asyncio.wait_for(ended.wait(), 20)
     await engine.stop()

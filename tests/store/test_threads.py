@@ -24,8 +24,8 @@ class OnePool(SQLite):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._reads = self._writes = self._questions
-        self._pools = (self._questions,)  # type: ignore[assignment]
+        self._read_threads = self._write_threads = self._query_threads
+        self._pools = (self._query_threads,)  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def held(gate: threading.Event) -> Callable[[Connection], bool]:
 
 
 async def ask(database: SQLite) -> int:
-    return len(await database.ask(questions.FIND, key_id="key_a"))
+    return len(await database.fetch(questions.FIND, key_id="key_a"))
 
 
 @pytest.mark.parametrize("kind", [SQLite, OnePool])
@@ -116,7 +116,7 @@ async def test_a_fork_waits_for_every_pool(path: Path, gate: threading.Event, wo
     await asyncio.wait({late}, timeout=0.1)
     assert not late.done()
     assert _descriptors_of(path) == []
-    database.after_fork()
+    database.after_fork_in_parent()
     assert await late == 1
     assert _descriptors_of(path) != []
     await database.close()

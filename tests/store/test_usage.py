@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
-from keylatch.caches.cache import Use
+from keylatch.caches.cache import UsageCounter
 from keylatch.errors import StoreUnavailable
-from keylatch.usage.tally import Tally
-from keylatch.usage.uses import Usage
+from keylatch.usage.tally import UsageBatch
+from keylatch.usage.uses import UsageRecorder
 
 pytestmark = pytest.mark.anyio
 
@@ -20,7 +20,7 @@ class Store:
         self.told: list[dict[str, int]] = []
         self.failures = failures
 
-    async def touch(self, uses: Mapping[str, int], tally: Tally) -> None:
+    async def record_last_used(self, uses: Mapping[str, int], tally: UsageBatch) -> None:
         if self.failures:
             self.failures -= 1
             raise StoreUnavailable("down")
@@ -48,10 +48,10 @@ class Sleep:
 
 
 @pytest.fixture
-async def running() -> AsyncIterator[tuple[Usage, Store, Sleep]]:
+async def running() -> AsyncIterator[tuple[UsageRecorder, Store, Sleep]]:
     """A usage buffer whose task runs, with a clock to move."""
     store, sleep = Store(), Sleep()
-    usage = Usage(store.touch, sleep)
+    usage = UsageRecorder(store.record_last_used, sleep)
     task = asyncio.create_task(usage.run())
     await sleep.pass_time(0)
     yield usage, store, sleep
@@ -60,13 +60,13 @@ async def running() -> AsyncIterator[tuple[Usage, Store, Sleep]]:
 
 
 async def test_uses_coalesce_to_the_newest_and_show_within_a_second(
-    running: tuple[Usage, Store, Sleep],
+    running: tuple[UsageRecorder, Store, Sleep],
 ) -> None:
     """A thousand uses of a key are one write, half a second after the first."""
     usage, store, sleep = running
-    key = Use("key_a")
+    key = UsageCounter("key_a")
     for at in range(1000):
-        usage.note(key, at)
+        usage.record(key, at)
     await sleep.pass_time(0)
     assert store.told == []
     await sleep.pass_time(0.5)
@@ -74,15 +74,15 @@ async def test_uses_coalesce_to_the_newest_and_show_within_a_second(
 
 
 async def test_a_busy_process_writes_every_five_seconds(
-    running: tuple[Usage, Store, Sleep],
+    running: tuple[UsageRecorder, Store, Sleep],
 ) -> None:
     """After a flush the next one waits for the interval, however much is noted."""
     usage, store, sleep = running
-    key = Use("key_a")
-    usage.note(key, 1)
+    key = UsageCounter("key_a")
+    usage.record(key, 1)
     await sleep.pass_time(0)
     await sleep.pass_time(0.5)
-    usage.note(key, 2)
+    usage.record(key, 2)
     await sleep.pass_time(4.9)
     assert len(store.told) == 1
     await sleep.pass_time(0.2)
@@ -90,14 +90,14 @@ async def test_a_busy_process_writes_every_five_seconds(
     assert store.told[1:] == [{"key_a": 2}]
 
 
-async def test_many_keys_are_written_sooner(running: tuple[Usage, Store, Sleep]) -> None:
+async def test_many_keys_are_written_sooner(running: tuple[UsageRecorder, Store, Sleep]) -> None:
     """A thousand waiting keys do not wait for the interval."""
     usage, store, sleep = running
-    usage.note(Use("key_first"), 1)
+    usage.record(UsageCounter("key_first"), 1)
     await sleep.pass_time(0)
     await sleep.pass_time(0.5)
     for number in range(1_002):
-        usage.note(Use(f"key_{number}"), 2)
+        usage.record(UsageCounter(f"key_{number}"), 2)
     await sleep.pass_time(0)
     await sleep.pass_time(0.5)
     assert len(store.told[1]) == 1_002
@@ -106,12 +106,12 @@ async def test_many_keys_are_written_sooner(running: tuple[Usage, Store, Sleep])
 async def test_what_could_not_be_stored_waits_and_newer_uses_win() -> None:
     """An outage loses nothing, and an older time does not overwrite a newer one."""
     store = Store(failures=1)
-    usage = Usage(store.touch)
-    key = Use("key_a")
-    usage.note(key, 1)
-    usage.note(Use("key_b"), 1)
+    usage = UsageRecorder(store.record_last_used)
+    key = UsageCounter("key_a")
+    usage.record(key, 1)
+    usage.record(UsageCounter("key_b"), 1)
     await usage.flush()
-    usage.note(key, 5)
+    usage.record(key, 5)
     await usage.flush()
     assert store.told == [{"key_a": 1, "key_b": 1}, {"key_a": 5}]
 
@@ -120,14 +120,14 @@ async def test_a_use_during_the_flush_is_kept() -> None:
     """A key noted while the write is under way is written by the next one."""
     told: list[dict[str, int]] = []
 
-    async def slow(uses: Mapping[str, int], tally: Tally) -> None:
+    async def slow(uses: Mapping[str, int], tally: UsageBatch) -> None:
         if not told:
-            usage.note(key, 2)
+            usage.record(key, 2)
         told.append(dict(uses))
 
-    usage = Usage(slow)
-    key = Use("key_a")
-    usage.note(key, 1)
+    usage = UsageRecorder(slow)
+    key = UsageCounter("key_a")
+    usage.record(key, 1)
     await usage.flush()
     await usage.flush()
     assert told == [{"key_a": 1}, {"key_a": 2}]
@@ -138,12 +138,12 @@ async def test_a_cancelled_flush_loses_nothing() -> None:
     gate = asyncio.Event()
     told: list[dict[str, int]] = []
 
-    async def slow(uses: Mapping[str, int], tally: Tally) -> None:
+    async def slow(uses: Mapping[str, int], tally: UsageBatch) -> None:
         await gate.wait()
         told.append(dict(uses))
 
-    usage = Usage(slow)
-    usage.note(Use("key_a"), 1)
+    usage = UsageRecorder(slow)
+    usage.record(UsageCounter("key_a"), 1)
     flush = asyncio.create_task(usage.flush())
     await asyncio.sleep(0)
     flush.cancel()
@@ -157,11 +157,11 @@ async def test_a_cancelled_flush_loses_nothing() -> None:
 async def test_the_buffer_is_bounded() -> None:
     """While the store is down for long, memory does not grow beyond 50,000 keys."""
     store = Store()
-    usage = Usage(store.touch)
-    keys = [Use(f"key_{number}") for number in range(60_000)]
+    usage = UsageRecorder(store.record_last_used)
+    keys = [UsageCounter(f"key_{number}") for number in range(60_000)]
     for key in keys:
-        usage.note(key, 1)
-    usage.note(keys[0], 2)
+        usage.record(key, 1)
+    usage.record(keys[0], 2)
     await usage.flush()
     told = {key_id: at for uses in store.told for key_id, at in uses.items()}
     assert len(told) == 50_000
@@ -171,9 +171,9 @@ async def test_the_buffer_is_bounded() -> None:
 async def test_a_key_that_was_read_anew_still_has_its_newest_use() -> None:
     """A change makes this process read a key again: old and new are one key, whoever waits."""
     store = Store()
-    usage = Usage(store.touch)
-    old, new = Use("key_a"), Use("key_a")
-    usage.note(new, 7)
-    usage.note(old, 3)
+    usage = UsageRecorder(store.record_last_used)
+    old, new = UsageCounter("key_a"), UsageCounter("key_a")
+    usage.record(new, 7)
+    usage.record(old, 3)
     await usage.flush()
     assert store.told == [{"key_a": 7}]

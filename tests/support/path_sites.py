@@ -14,13 +14,13 @@ from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 
-NOBODY: Final = "nobody"
+ANONYMOUS: Final = "nobody"
 SENDING: Final = "SENDING"
 FULL: Final = "FULL"
 VIEW: Final = "x-view"
 """The header by which a view says that it was called."""
 
-Gate = Callable[..., Any]
+BuildMiddleware = Callable[..., Any]
 
 RULES: Final[dict[str, Any]] = {
     "public": ["/healthz", "/docs/{page}", "/users/{name}"],
@@ -36,14 +36,14 @@ RULES: Final[dict[str, Any]] = {
     },
 }
 
-_ANYBODY: Final = frozenset({NOBODY, SENDING, FULL})
+_EVERY_CALLER: Final = frozenset({ANONYMOUS, SENDING, FULL})
 _SENDERS: Final = frozenset({SENDING, FULL})
 _FULL: Final = frozenset({FULL})
 
 ALLOWED: Final[Mapping[str, Mapping[str, frozenset[str]]]] = {
-    "healthz": {"GET": _ANYBODY},
-    "docs": {"GET": _ANYBODY, "DELETE": _FULL},
-    "profile": {"GET": _ANYBODY, "DELETE": _FULL},
+    "healthz": {"GET": _EVERY_CALLER},
+    "docs": {"GET": _EVERY_CALLER, "DELETE": _FULL},
+    "profile": {"GET": _EVERY_CALLER, "DELETE": _FULL},
     "me": {"GET": _FULL},
     "email": {"GET": _SENDERS, "POST": _SENDERS, "DELETE": _FULL},
     "file": {"GET": _SENDERS},
@@ -130,7 +130,7 @@ def fastapi_app() -> Any:
     return app
 
 
-def fastapi_declared(gate: Gate) -> Any:
+def fastapi_declared(gate: BuildMiddleware) -> Any:
     """Permissions from the routes, and public paths that name a route each."""
     from fastapi import FastAPI, Request, Security
     from fastapi.responses import PlainTextResponse
@@ -146,8 +146,8 @@ def fastapi_declared(gate: Gate) -> Any:
     app, api_key = FastAPI(openapi_url=None), APIKey()
     for path, name, method in ROUTES:
         callers = ALLOWED[name][method]
-        scope = SENDING if SENDING in callers and NOBODY not in callers else FULL
-        is_bare = name == "secret" or NOBODY in ALLOWED[name].get("GET", ())
+        scope = SENDING if SENDING in callers and ANONYMOUS not in callers else FULL
+        is_bare = name == "secret" or ANONYMOUS in ALLOWED[name].get("GET", ())
         asked = [] if is_bare else [Security(api_key, scopes=[scope])]
         app.add_api_route(_braced(path), say(name), methods=[method], dependencies=asked)
     return gate(app, public=RULES["public"], permissions=permissions_of(app))
@@ -210,7 +210,7 @@ def flask_app() -> Any:
     return DispatcherMiddleware(app.wsgi_app, {"/mounted": mounted.wsgi_app})
 
 
-def flask_declared(gate: Gate) -> Any:
+def flask_declared(gate: BuildMiddleware) -> Any:
     """Permissions from the views, some of which declare nothing: those are for FULL."""
     from flask import Flask, make_response
 
@@ -228,7 +228,7 @@ def flask_declared(gate: Gate) -> Any:
     for path, name, method in ROUTES:
         callers = ALLOWED[name][method]
         view = say(name)
-        if SENDING in callers and NOBODY not in callers:
+        if SENDING in callers and ANONYMOUS not in callers:
             view = requires(SENDING)(view)
         elif name == "me" or (name, method) == ("email", "DELETE"):
             view = requires(FULL)(view)
@@ -373,15 +373,15 @@ def built(name: str) -> Any:
     if name in DJANGO:
         configure_django(engine)
         return DJANGO[name]()
-    return SITES[name](partial(gate_of(name), engine=engine))
+    return SITES[name](partial(middleware_of(name), engine=engine))
 
 
-def gate_of(name: str) -> Gate:
+def middleware_of(name: str) -> BuildMiddleware:
     """The middleware in the protocol of a site."""
     return WSGIMiddleware if name.startswith("flask") else APIKeyMiddleware
 
 
-def _site(build: Callable[[], Any]) -> Callable[[Gate], Any]:
+def _site(build: Callable[[], Any]) -> Callable[[BuildMiddleware], Any]:
     return lambda gate: gate(build(), **RULES)
 
 
@@ -397,7 +397,7 @@ def _django_asgi() -> Any:
     return get_asgi_application()
 
 
-SITES: Final[Mapping[str, Callable[[Gate], Any]]] = {
+SITES: Final[Mapping[str, Callable[[BuildMiddleware], Any]]] = {
     "starlette": _site(starlette_app),
     "fastapi": _site(fastapi_app),
     "fastapi_declared": fastapi_declared,

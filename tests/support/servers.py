@@ -23,7 +23,7 @@ import uvicorn
 import yaml
 
 
-def needs(program: str | None, package: str) -> str:
+def require_program(program: str | None, package: str) -> str:
     """The program's path; without it the test is skipped, or fails where services are required."""
     if program is not None:
         return program
@@ -41,15 +41,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(is_so: Callable[[], bool], seconds: float = 60) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Return once something outside this process is so; fail if it never is."""
     deadline = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline, "it never came to be"
         threading.Event().wait(0.02)
 
 
-def said_without(package: str, program: str) -> str:
+def error_without_package(package: str, program: str) -> str:
     """The last line of a Python program's complaint where a package is not installed."""
     program = f"import sys; sys.modules[{package!r}] = None; {program}"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -61,7 +61,7 @@ class RedisServer:
     """A real Redis that can be killed, paused and emptied."""
 
     def __init__(self, folder: Path) -> None:
-        self._program = needs(shutil.which("redis-server"), "redis-server")
+        self._program = require_program(shutil.which("redis-server"), "redis-server")
         self._folder = folder
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -104,7 +104,7 @@ class PostgresServer:
 
     def __init__(self) -> None:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-        postgres = needs(str(programs[-1]) if programs else None, "postgresql")
+        postgres = require_program(str(programs[-1]) if programs else None, "postgresql")
         # Not below pytest's folder: PostgreSQL does not run as root, and nobody else may read it.
         self._folder = Path(tempfile.mkdtemp(prefix="keylatch-pg-"))
         self._user = "postgres" if os.geteuid() == 0 else None
@@ -175,7 +175,7 @@ class PrometheusServer:
     """
 
     def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
-        program = needs(shutil.which("prometheus"), "prometheus")
+        program = require_program(shutil.which("prometheus"), "prometheus")
         (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
         self._log = folder / "prometheus.log"
         address = f"127.0.0.1:{free_port()}"
@@ -195,7 +195,7 @@ class PrometheusServer:
             return self._client.get("query", params={"query": "1"}).status_code == 200
         return False
 
-    def ask(self, path: str, **parameters: str) -> Any:
+    def query(self, path: str, **parameters: str) -> Any:
         """What its HTTP API answers; an error of its own fails the test."""
         answer = self._client.get(path, params=parameters).json()
         if answer["status"] != "success":
@@ -204,7 +204,7 @@ class PrometheusServer:
 
     def series(self, expression: str) -> list[dict[str, str]]:
         """The labels of each series that is there now."""
-        found = self.ask("query", query=expression)
+        found = self.query("query", query=expression)
         assert found["resultType"] == "vector", found
         return [each["metric"] for each in found["result"]]
 

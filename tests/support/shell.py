@@ -18,12 +18,12 @@ SCRIPT = Path(sys.executable).parent / "keylatch"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """How a run ended and what it wrote."""
 
-    code: int
-    out: str
-    err: str
+    exit_code: int
+    stdout: str
+    stderr: str
 
 
 class Operator:
@@ -43,10 +43,10 @@ class Operator:
         for name, value in settings.items():
             self._monkeypatch.setenv(f"KEYLATCH_{name}", value)
 
-    def run(self, *words: str, typed: str = "") -> Outcome:
+    def run(self, *arguments: str, stdin: str = "") -> Result:
         """The command in this process, which saves Python's start; an exception fails the test."""
-        self._monkeypatch.setattr(sys, "argv", ["keylatch", *words])
-        self._monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(typed.encode())))
+        self._monkeypatch.setattr(sys, "argv", ["keylatch", *arguments])
+        self._monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(stdin.encode())))
         self._capture.readouterr()
         keylatch = logging.getLogger("keylatch")
         level = keylatch.level  # some commands change it, for the process that would end with them
@@ -57,12 +57,12 @@ class Operator:
             keylatch.setLevel(level)
         code = ended.value.code or 0
         assert isinstance(code, int)
-        return Outcome(code, *self._capture.readouterr())
+        return Result(code, *self._capture.readouterr())
 
-    def start(self, *words: str, wrapper: Sequence[str] = ()) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str, wrapper: Sequence[str] = ()) -> "subprocess.Popen[str]":
         """The real console script, in a process of its own."""
         return subprocess.Popen(
-            [*wrapper, str(SCRIPT), *words],
+            [*wrapper, str(SCRIPT), *arguments],
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -74,11 +74,11 @@ class Operator:
     def create(self, *words: str) -> dict[str, Any]:
         """A key, as `--json` shows it."""
         created = self.run("keys", "create", "--name", "a key", "--json", *words)
-        key: dict[str, Any] = json.loads(created.out)
+        key: dict[str, Any] = json.loads(created.stdout)
         return key
 
 
-def ended(process: "subprocess.Popen[str]") -> Outcome:
+def wait_for_exit(process: "subprocess.Popen[str]") -> Result:
     """How a process ends, in a minute at most."""
     out, err = process.communicate(timeout=60)
-    return Outcome(process.returncode, out, err)
+    return Result(process.returncode, out, err)

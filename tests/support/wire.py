@@ -18,7 +18,7 @@ Header = tuple[bytes, bytes]
 
 
 @dataclass(frozen=True)
-class Answer:
+class RawResponse:
     """An answer: its status, its header fields in alphabetical order, and its body."""
 
     status: int
@@ -26,22 +26,24 @@ class Answer:
     body: bytes
 
 
-def answer(status: int, headers: Sequence[Header] | Mapping[bytes, bytes], body: bytes) -> Answer:
+def expected_response(
+    status: int, headers: Sequence[Header] | Mapping[bytes, bytes], body: bytes
+) -> RawResponse:
     """An answer to compare with; `content-length` counts the body if it is not given."""
     fields = list(headers.items() if isinstance(headers, Mapping) else headers)
     if b"content-length" not in dict(fields):
         fields.append((b"content-length", str(len(body)).encode()))
-    return Answer(status, tuple(sorted(fields)), body)
+    return RawResponse(status, tuple(sorted(fields)), body)
 
 
-def exchange(place: str | Path, request: bytes) -> bytes:
+def exchange(server: str | Path, request: bytes) -> bytes:
     """Write a request to a URL's host or to a Unix socket; all that comes back until it closes."""
-    if isinstance(place, Path):
+    if isinstance(server, Path):
         connection = socket.socket(socket.AF_UNIX)
-        address: Any = str(place)
+        address: Any = str(server)
     else:
         connection = socket.socket()
-        address = (urlsplit(place).hostname, urlsplit(place).port)
+        address = (urlsplit(server).hostname, urlsplit(server).port)
     with connection:
         connection.settimeout(60)
         connection.connect(address)
@@ -54,24 +56,24 @@ def exchange(place: str | Path, request: bytes) -> bytes:
         return received
 
 
-def send(place: str | Path, start: bytes, *fields: bytes) -> Answer:
+def send(server: str | Path, start: bytes, *fields: bytes) -> RawResponse:
     """Send a request line and header fields as they are, and read the one answer."""
     lines = [start + b" HTTP/1.1", b"Host: test", *fields, b"Connection: close", b"", b""]
-    return read(exchange(place, b"\r\n".join(lines)))
+    return parse_response(exchange(server, b"\r\n".join(lines)))
 
 
-def read(raw: bytes) -> Answer:
+def parse_response(raw: bytes) -> RawResponse:
     """Take an answer apart, without the `connection` field, which is the server's own affair."""
     head, _, body = raw.partition(b"\r\n\r\n")
     status, *lines = head.split(b"\r\n")
     fields = [tuple(line.split(b": ", 1)) for line in lines]
     headers = sorted((name, value) for name, value in fields if name.lower() != b"connection")
-    return Answer(int(status.split(b" ")[1]), tuple(headers), body)
+    return RawResponse(int(status.split(b" ")[1]), tuple(headers), body)
 
 
-async def knock(
+async def asgi_request(
     app: ASGIApp, path: str = "/", headers: Sequence[Header] = (), **scope: Any
-) -> Answer:
+) -> RawResponse:
     """Call an ASGI app in this process, with header values that no server would hand over."""
     messages: list[Message] = []
 
@@ -83,7 +85,7 @@ async def knock(
 
     await app(http_scope(path, headers, **scope), receive, send)
     start, *bodies = messages
-    return Answer(
+    return RawResponse(
         start["status"],
         tuple(sorted(start["headers"])),
         b"".join(message.get("body", b"") for message in bodies),
@@ -113,20 +115,20 @@ def http_scope(path: str = "/", headers: Sequence[Header] = (), **more: Any) -> 
 async def lifespan(app: ASGIApp) -> AsyncIterator[list[Message]]:
     """An app's life as a server leads it; yields what the app says, as far as it has said it."""
     to_app: asyncio.Queue[Message] = asyncio.Queue()
-    said: list[Message] = []
-    heard = asyncio.Event()
+    sent: list[Message] = []
+    has_sent = asyncio.Event()
 
     async def send(message: Message) -> None:
-        said.append(message)
-        heard.set()
+        sent.append(message)
+        has_sent.set()
 
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
-    life = asyncio.ensure_future(app(scope, to_app.get, send))
-    life.add_done_callback(lambda _: heard.set())
+    app_task = asyncio.ensure_future(app(scope, to_app.get, send))
+    app_task.add_done_callback(lambda _: has_sent.set())
     await to_app.put({"type": "lifespan.startup"})
-    await heard.wait()
+    await has_sent.wait()
     try:
-        yield said
+        yield sent
     finally:
         await to_app.put({"type": "lifespan.shutdown"})
-        await life
+        await app_task

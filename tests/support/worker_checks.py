@@ -17,46 +17,50 @@ from pathlib import Path
 
 from keylatch.engine import Engine
 from keylatch.model import Allow, Deny, Reason
-from keylatch.revocation.counter import Counter
-from keylatch.revocation.feed import Feed
+from keylatch.revocation.counter import SequenceFreshness
+from keylatch.revocation.feed import Invalidations
 from keylatch.settings import Settings
 
 REFUSED, ACCEPTED, UNDECIDED = range(3)
 _AT_A_TIME = 50
 
 
-class Blind(Counter):
+class AlwaysFresh(SequenceFreshness):
     """A broken twin: never asks whether anything was committed."""
 
-    def moment(self) -> float | None:
+    def now_if_fresh(self) -> float | None:
         return self._clock() * 1000
 
 
-class Forgetful(Feed):
+class NeverInvalidated(Invalidations):
     """A broken twin: asks, and then trusts an entry that was read before the change."""
 
     def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
         return True
 
 
-class BlindEngine(Engine):
+class AlwaysFreshEngine(Engine):
     """An engine with a blind witness."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._witness = Blind(self.store, self._feed, time.time)
+        self._freshness = AlwaysFresh(self.store, self._invalidations, time.time)
 
 
-class ForgetfulEngine(Engine):
+class NeverInvalidatedEngine(Engine):
     """An engine with a forgetful feed."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._feed = Forgetful(lambda touched: None)
-        self._witness = Counter(self.store, self._feed, time.time)
+        self._invalidations = NeverInvalidated(lambda touched: None)
+        self._freshness = SequenceFreshness(self.store, self._invalidations, time.time)
 
 
-ENGINES = {"sound": Engine, "blind": BlindEngine, "forgetful": ForgetfulEngine}
+ENGINES = {
+    "sound": Engine,
+    "always-fresh": AlwaysFreshEngine,
+    "never-invalidated": NeverInvalidatedEngine,
+}
 
 
 async def check_again_and_again(engine: Engine, tokens: list[str]) -> bytes:
@@ -70,7 +74,7 @@ async def check_again_and_again(engine: Engine, tokens: list[str]) -> bytes:
         accepted = 0
         for key, values in enumerate(headers):
             start = time.monotonic_ns()
-            verdict = await engine.check(values)
+            verdict = await engine.authenticate(values)
             end = time.monotonic_ns()
             match verdict:
                 case Allow():

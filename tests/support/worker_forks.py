@@ -27,12 +27,12 @@ class Process:
         self._child_fd = child_fd
         self._loop = asyncio.new_event_loop()
 
-    def obey(self, fd: int) -> None:
+    def run_commands(self, fd: int) -> None:
         """Do one deed after the other, until nobody is there to order any."""
         with socket.socket(fileno=fd) as orders, orders.makefile("rw") as lines:
             for line in lines:
-                deed, argument = json.loads(line)
-                answer = self._loop.run_until_complete(getattr(self, deed)(argument))
+                command, argument = json.loads(line)
+                answer = self._loop.run_until_complete(getattr(self, command)(argument))
                 lines.write(json.dumps(answer) + "\n")
                 lines.flush()
 
@@ -44,7 +44,7 @@ class Process:
         await (await self._engine.keyring()).delete("org", key_id)
 
     async def check(self, token: str) -> str:
-        verdict = await self._engine.check([b"Bearer " + token.encode()])
+        verdict = await self._engine.authenticate([b"Bearer " + token.encode()])
         return "accepted" if isinstance(verdict, Allow) else verdict.reason.name
 
     async def was_used(self, key_id: str) -> bool:
@@ -63,7 +63,7 @@ class Process:
     async def fork(self, _: Any) -> int:
         pid = os.fork()
         if not pid:
-            Process(self._engine, -1).obey(self._child_fd)
+            Process(self._engine, -1).run_commands(self._child_fd)
             os._exit(0)
         return pid
 
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     store, redis, parent_fd, child_fd = sys.argv[1:]
     # argon2id, or Redis would never be asked.
     engine = Engine(Settings.load(store=store, redis=redis), hasher=Hasher("argon2id", CHEAPEST))
-    Process(engine, int(child_fd)).obey(int(parent_fd))
+    Process(engine, int(child_fd)).run_commands(int(parent_fd))

@@ -20,51 +20,55 @@ from pathlib import Path
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.model import Allow
-from keylatch.revocation.news import News, Seal
+from keylatch.revocation.news import Notice, Signer
 from keylatch.settings import Settings
-from keylatch.tokens import CheckKeys, Token
+from keylatch.tokens import MacKeys, Token
 
 _OLDER = 40
 _PAUSE_SECONDS = 0.01
 
 
-class Stubborn(Engine):
+class NeverReloadsSecrets(Engine):
     """A broken twin: never reads its secrets again, and refuses what they did not make."""
 
-    async def _know_secrets(self) -> None:
+    async def _refresh_secrets(self) -> None:
         return None
 
-    def _is_forged(self, check_keys: CheckKeys, token: Token) -> bool:
-        return not check_keys.vouch(token)
+    def _is_forged(self, mac_keys: MacKeys, token: Token) -> bool:
+        return not mac_keys.verify_mac(token)
 
 
-class Deaf(Engine):
+class WithoutNotifier(Engine):
     """A process that the bell does not reach: it looks by itself, every X/4."""
 
     def _open_redis(self, secrets: object) -> None:
         super()._open_redis(secrets)  # type: ignore[arg-type]
-        self._bell = Silence()
+        self._notifier = NullNotifier()
 
 
-class Silence:
+class NullNotifier:
     """No bell."""
 
-    seal = Seal([b"k" * 32])
+    signer = Signer([b"k" * 32])
 
-    async def ring(self, news: News | None) -> None:
+    async def publish(self, notice: Notice | None) -> None:
         return None
 
-    async def listen(self, heard: object) -> None:
+    async def subscribe(self, on_notice: object) -> None:
         await asyncio.Event().wait()
 
     async def close(self) -> None:
         return None
 
 
-ENGINES = {"sound": Engine, "deaf": Deaf, "stubborn": Stubborn}
+ENGINES = {
+    "sound": Engine,
+    "without-notifier": WithoutNotifier,
+    "never-reloads": NeverReloadsSecrets,
+}
 
 
-def say(token: str) -> None:
+def write_token(token: str) -> None:
     os.write(sys.stdout.fileno(), token.encode() + b"\n")
 
 
@@ -73,39 +77,39 @@ async def work(engine: Engine) -> dict[str, object]:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    heard = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(heard), sys.stdin)
+    incoming = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(incoming), sys.stdin)
     outcomes: Counter[str] = Counter()
-    known: list[list[bytes]] = []
+    checked: list[list[bytes]] = []
     made: list[str] = []
 
     async def check(values: list[bytes]) -> None:
-        verdict = await engine.check(values)
+        verdict = await engine.authenticate(values)
         outcomes["ALLOWED" if isinstance(verdict, Allow) else verdict.reason.name] += 1
 
     async def create() -> None:
         while not stop.is_set():
             created = await (await engine.keyring()).create("org", "key")
             made.append(created.token.reveal())
-            say(made[-1])
+            write_token(made[-1])
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def check_what_is_heard() -> None:
-        while line := await heard.readline():
-            if not known:
+    async def check_incoming() -> None:
+        while line := await incoming.readline():
+            if not checked:
                 print("ready", file=sys.stderr, flush=True)
-            known.append([b"Bearer " + line.strip()])
-            await check(known[-1])
+            checked.append([b"Bearer " + line.strip()])
+            await check(checked[-1])
 
-    async def check_older_ones() -> None:
+    async def check_older() -> None:
         while not stop.is_set():
-            for values in known[:: max(1, len(known) // _OLDER)]:
+            for values in checked[:: max(1, len(checked) // _OLDER)]:
                 await check(values)
             engine._l1.clear()  # so that Redis, the store and the check keys are asked as well
             await asyncio.sleep(_PAUSE_SECONDS)
 
     await engine.start()
-    tasks = [asyncio.create_task(each) for each in (check_what_is_heard(), check_older_ones())]
+    tasks = [asyncio.create_task(each) for each in (check_incoming(), check_older())]
     await create()
     made.append((await (await engine.keyring()).create("org", "last")).token.reveal())
     await asyncio.wait(tasks[1:])
@@ -116,13 +120,13 @@ async def work(engine: Engine) -> dict[str, object]:
         task.result()
     return {
         "outcomes": outcomes,
-        "made with": [maker(secrets.check_keys, token) for token in (made[0], made[-1])],
+        "made with": [mac_key_index(secrets.mac_keys, token) for token in (made[0], made[-1])],
     }
 
 
-def maker(check_keys: tuple[bytes, ...], token: str) -> int:
+def mac_key_index(check_keys: tuple[bytes, ...], token: str) -> int:
     """Which of the keys made it; the newest is 0."""
-    return [CheckKeys([key]).vouch(Token(token)) for key in check_keys].index(True)
+    return [MacKeys([key]).verify_mac(Token(token)) for key in check_keys].index(True)
 
 
 if __name__ == "__main__":

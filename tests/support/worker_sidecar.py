@@ -18,12 +18,12 @@ from keylatch.sql.authorization import Authority
 from keylatch_sidecar.app import create_app
 
 
-def believe(*_: Any, **__: Any) -> Authority:
+def always_authorize(*_: Any, **__: Any) -> Authority:
     """The twin's judgement: who was good when the call began is good."""
     return Authority()
 
 
-class Told(uvicorn.Server):
+class PortPrintingServer(uvicorn.Server):
     """A server that says where it listens."""
 
     async def startup(self, sockets: Any = None) -> None:
@@ -46,10 +46,10 @@ def serve(store: str) -> None:
         lifespan="on",
         timeout_keep_alive=75,  # clients keep connections for longer than five seconds
     )
-    Told(config).run()
+    PortPrintingServer(config).run()
 
 
 if __name__ == "__main__":
     if sys.argv[2:] == ["trusting"]:
-        authorization.judge_again = believe
+        authorization.reauthorize = always_authorize
     serve(sys.argv[1])

@@ -16,7 +16,7 @@ from keylatch.errors import StoreUnavailable
 from keylatch.store import Store
 
 ACCOUNT = 65534
-ENDS = ("", "-wal", "-shm", "-owner", "-journal")
+ENDS = ("", "-wal", "-shm", "-lock", "-journal")
 
 
 def read(path: Path) -> None:
@@ -35,7 +35,7 @@ def read(path: Path) -> None:
 def hold(path: Path) -> None:
     """Says `held`, and lets go when it is told to."""
     try:
-        with Path(f"{path}-owner").open() as lock:
+        with Path(f"{path}-lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             print("held", flush=True)
             sys.stdin.read()

@@ -11,12 +11,12 @@ from keylatch.model import Allow
 from keylatch.settings import Settings
 
 
-async def answer(store: str) -> None:
+async def print_decisions(store: str) -> None:
     """Until the input ends."""
     engine = Engine(Settings.load(store=store, redis="", hasher="sha256"))
     await engine.start()
     while token := (await asyncio.to_thread(sys.stdin.readline)).strip():
-        verdict = await engine.check([b"Bearer " + token.encode()])
+        verdict = await engine.authenticate([b"Bearer " + token.encode()])
         if isinstance(verdict, Allow):
             print("ALLOW", verdict.principal.permission, verdict.principal.key_name, flush=True)
         else:
@@ -25,4 +25,4 @@ async def answer(store: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(answer(sys.argv[1]))
+    asyncio.run(print_decisions(sys.argv[1]))

@@ -14,13 +14,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from keylatch.telemetry.condition import Condition
+from keylatch.telemetry.condition import Health
 
 T = TypeVar("T")
 
-BUDGET_SECONDS: Final = 0.05
-_BREAK_SECONDS: Final = 1.0
-_CALM_SECONDS: Final = 5.0
+TIMEOUT_SECONDS: Final = 0.05
+_OPEN_SECONDS: Final = 1.0
+_RECOVERY_SECONDS: Final = 5.0
 FAILURES: Final = (RedisError, OSError, TimeoutError)
 """What a broken Redis raises."""
 
@@ -30,44 +30,44 @@ def connect(url: str, **options: Any) -> "Redis":
 
     Args:
         url: `redis://`, `rediss://` or `unix://`.
-        options: of a redis-py connection, over ours.
+        options: of a redis-py connection; they override the defaults.
     """
-    ours = {
-        "socket_timeout": BUDGET_SECONDS,
-        "socket_connect_timeout": BUDGET_SECONDS,
+    defaults = {
+        "socket_timeout": TIMEOUT_SECONDS,
+        "socket_connect_timeout": TIMEOUT_SECONDS,
         "retry": Retry(NoBackoff(), 0),
     }
     # A herd of cold keys waits for a connection instead of being refused one.
     pool = BlockingConnectionPool.from_url(
-        url, max_connections=8, timeout=BUDGET_SECONDS, **{**ours, **options}
+        url, max_connections=8, timeout=TIMEOUT_SECONDS, **{**defaults, **options}
     )
     return Redis.from_pool(pool)
 
 
-class Breaker:
+class CircuitBreaker:
     """After a failure, nobody tries for a second; then one does, and the others go without.
 
     Args:
         timer: seconds that never go back.
         clock: seconds since the Unix epoch.
-        budget_seconds: what one attempt may take.
+        timeout_seconds: what one attempt may take.
     """
 
     def __init__(
         self,
         timer: Callable[[], float] = time.monotonic,
         clock: Callable[[], float] = time.time,
-        budget_seconds: float = BUDGET_SECONDS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._timer = timer
-        self._budget_seconds = budget_seconds
-        self.condition = Condition(
-            "Redis does not answer, so we work without it",
+        self._timeout_seconds = timeout_seconds
+        self.health = Health(
+            "Redis does not answer (continuing without it)",
             "Redis answers again",
-            calm_seconds=_CALM_SECONDS,
+            recovery_seconds=_RECOVERY_SECONDS,
             clock=clock,
         )
-        self._closed_until = 0.0
+        self._open_until = 0.0
 
     async def attempt(self, call: Callable[[], Awaitable[T]]) -> T | None:
         """What the call returns, or None: it failed, took too long, or was not tried.
@@ -76,40 +76,40 @@ class Breaker:
         connection, so nobody finds an answer on it that was meant for another. No task is made for
         it: that would cost three turns of the event loop, as much as the question itself.
         """
-        if not self.lets_pass():
+        if not self.try_acquire():
             return None
         try:
-            async with asyncio.timeout(self._budget_seconds):
+            async with asyncio.timeout(self._timeout_seconds):
                 result = await call()
         except ResponseError:  # it answers; somebody put a value of another type there
-            self.succeeded()
+            self.record_success()
             return None
         except FAILURES as error:
-            self.failed()
-            self.condition.failed(type(error).__name__, "is KEYLATCH_REDIS right?")
+            self.record_failure()
+            self.health.record_failure(type(error).__name__, "is KEYLATCH_REDIS right?")
             return None
-        self.succeeded()
+        self.record_success()
         return result
 
-    def lets_pass(self) -> bool:
+    def try_acquire(self) -> bool:
         """Whether the caller may try now."""
-        if not self._closed_until:
+        if not self._open_until:
             return True
-        if self._timer() < self._closed_until:
+        if self._timer() < self._open_until:
             return False
-        self._closed_until = self._timer() + _BREAK_SECONDS  # this caller tries, others go without
+        self._open_until = self._timer() + _OPEN_SECONDS  # this caller tries, others go without
         return True
 
-    def failed(self) -> None:
+    def record_failure(self) -> None:
         """Note a failure."""
-        self._closed_until = self._timer() + _BREAK_SECONDS
+        self._open_until = self._timer() + _OPEN_SECONDS
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         """Note a success."""
-        self._closed_until = 0.0
-        self.condition.succeeded()
+        self._open_until = 0.0
+        self.health.record_success()
 
     @property
     def is_open(self) -> bool:
         """Whether nobody tries, or one does on probation."""
-        return bool(self._closed_until)
+        return bool(self._open_until)

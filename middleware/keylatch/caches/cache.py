@@ -3,8 +3,8 @@
 Keys that exist and tokens that fit none are kept apart, so a spray of bad tokens evicts no good
 key. A key is found by the fingerprint of its token, which proves it, and by its id, which tells
 that another secret is wrong. While the grace of a rotation runs, a key has two entries. Nothing
-here expires by being told so: whether an entry may be used is asked of the `Feed` at each use, and
-whether its key has expired of `judge`. Threads may share it: a hit takes no lock, because one that
+here expires by being told so: each use asks `Invalidations` whether the entry may be used, and
+`evaluate` whether its key has expired. Threads may share it: a hit takes no lock: a thread that
 is preempted while holding a lock makes all the others queue.
 """
 
@@ -18,14 +18,14 @@ from typing import Final
 
 from cachetools import TTLCache
 
-from keylatch.model import PREVIOUS, Allow, KeyRecord, Reason, principal_of
+from keylatch.model import PREVIOUS_SUFFIX, Allow, KeyRecord, Reason, principal_of
 
-_ABSENCES: Final = 4_096
-_ABSENCE_SECONDS: Final = 10.0
+_MAX_NEGATIVE_ENTRIES: Final = 4_096
+_NEGATIVE_TTL_SECONDS: Final = 10.0
 _SECOND_CHANCES: Final = 16
 
 
-class Use:
+class UsageCounter:
     """When a key was last used, and what counts its uses while they wait to be stored: see `usage`.
     A counter for each entry, needed or not, would make L1 a sixth larger.
 
@@ -41,12 +41,12 @@ class Use:
         self.ticks: itertools.count[int] | None = None
 
     @property
-    def secret(self) -> str:
-        """By which of the key's secrets: the key's id, or that with `PREVIOUS` behind it."""
+    def secret_id(self) -> str:
+        """By which of the key's secrets: the key's id, or that with `PREVIOUS_SUFFIX` behind it."""
         return self.key_id
 
 
-class Entry(Use):
+class Entry(UsageCounter):
     """A key that was good when it was read, and whose secret was proven.
 
     Args:
@@ -55,7 +55,7 @@ class Entry(Use):
         as_of: the sequence number at which that was so.
     """
 
-    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "state")
+    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "version")
 
     def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
         super().__init__(record.id)
@@ -63,7 +63,7 @@ class Entry(Use):
         self.allow = Allow(principal_of(record), record.expires_at)
         self.as_of = as_of
         self.considered_at = 0.0  # when it was last spared, see `_Entries`
-        self.state: object = None  # of the feed, by which it was last found to be true
+        self.version: object = None  # of the feed, by which it was last found to be true
 
     @property
     def organization_id(self) -> str:
@@ -76,7 +76,7 @@ class Entry(Use):
         return 0
 
 
-class _Rotated(Entry):
+class _RotatedEntry(Entry):
     """One of a key that was rotated with a grace. Few are, and 50,000 need not carry its end."""
 
     __slots__ = ("_grace_ends_at",)
@@ -90,29 +90,29 @@ class _Rotated(Entry):
         return self._grace_ends_at
 
 
-class _Previous(_Rotated):
+class _PreviousSecretEntry(_RotatedEntry):
     """Its secret is the one before the rotation."""
 
-    __slots__ = ("_secret",)
+    __slots__ = ("_secret_id",)
 
     def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
         super().__init__(fingerprint, record, as_of)
-        self._secret = record.id + PREVIOUS
+        self._secret_id = record.id + PREVIOUS_SUFFIX
         self.allow = replace(self.allow, principal=principal_of(record, is_previous=True))
         # The key's own end may have been moved since.
         ends_at = min(self._grace_ends_at, record.expires_at or self._grace_ends_at)
         self.allow = replace(self.allow, expires_at=ends_at)
 
     @property
-    def secret(self) -> str:
-        return self._secret
+    def secret_id(self) -> str:
+        return self._secret_id
 
 
 def entry_of(fingerprint: bytes, record: KeyRecord, as_of: int, is_previous: bool = False) -> Entry:
     """An entry; `is_previous`: the secret is the one before the last rotation."""
     if record.previous_expires_at is None:
         return Entry(fingerprint, record, as_of)
-    kind = _Previous if is_previous else _Rotated
+    kind = _PreviousSecretEntry if is_previous else _RotatedEntry
     return kind(fingerprint, record, as_of)
 
 
@@ -127,49 +127,49 @@ class _Entries:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._by_id: dict[str, Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._queue: deque[Entry] = deque()  # oldest first; who is gone already is passed over
         self.by_fingerprint: dict[bytes, Entry] = {}
-        self.of_id = self._by_id.get
+        self.by_secret_id = self._entries.get
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self._entries)
 
     def add(self, entry: Entry) -> None:
         """Keep a key; what was known of it goes."""
-        self.remove(entry.secret)
-        while len(self._by_id) >= self._size:
-            self._let_one_go()
-        self._by_id[entry.secret] = self.by_fingerprint[entry.fingerprint] = entry
+        self.remove(entry.secret_id)
+        while len(self._entries) >= self._size:
+            self._evict_one()
+        self._entries[entry.secret_id] = self.by_fingerprint[entry.fingerprint] = entry
         self._queue.append(entry)
         if len(self._queue) > 2 * self._size:  # keys that change again and again leave many
-            self._queue = deque(filter(self._is_kept, self._queue))
+            self._queue = deque(filter(self._is_live, self._queue))
 
-    def remove(self, secret: str) -> None:
+    def remove(self, secret_id: str) -> None:
         """Forget a key, or its previous secret."""
-        entry = self._by_id.pop(secret, None)
+        entry = self._entries.pop(secret_id, None)
         # After a rotation the same secret may have got another entry.
         if entry is not None and self.by_fingerprint.get(entry.fingerprint) is entry:
             del self.by_fingerprint[entry.fingerprint]
 
-    def _let_one_go(self) -> None:
+    def _evict_one(self) -> None:
         spared = 0
         while True:
             entry = self._queue.popleft()
-            if not self._is_kept(entry):
+            if not self._is_live(entry):
                 continue
             if entry.used_at == entry.considered_at or spared == _SECOND_CHANCES:
-                self.remove(entry.secret)
+                self.remove(entry.secret_id)
                 return
             entry.considered_at = entry.used_at
             self._queue.append(entry)
             spared += 1
 
-    def _is_kept(self, entry: Entry) -> bool:
-        return self._by_id.get(entry.secret) is entry
+    def _is_live(self, entry: Entry) -> bool:
+        return self._entries.get(entry.secret_id) is entry
 
 
-class Absence:
+class NegativeEntry:
     """A token that is no usable key, and why.
 
     Args:
@@ -188,7 +188,7 @@ class Absence:
         self.as_of = as_of
 
 
-class Cache:
+class LocalCache:
     """L1.
 
     Args:
@@ -199,35 +199,35 @@ class Cache:
     def __init__(self, size: int = 50_000, timer: Callable[[], float] = time.monotonic) -> None:
         self._size = size
         self._timer = timer
-        self.forget()
+        self.after_fork_in_child()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Begin anew, with a lock that nobody holds: in a forked child, a thread of the parent may
         have held the old one."""
         self._lock = threading.Lock()
-        self._empty()
+        self._reset_entries()
 
-    def _empty(self) -> None:
+    def _reset_entries(self) -> None:
         self._entries = _Entries(self._size)
-        self._absences: TTLCache[bytes, Absence] = TTLCache(
-            _ABSENCES, _ABSENCE_SECONDS, self._timer
+        self._negative_entries: TTLCache[bytes, NegativeEntry] = TTLCache(
+            _MAX_NEGATIVE_ENTRIES, _NEGATIVE_TTL_SECONDS, self._timer
         )
-        self.proven = self._entries.by_fingerprint.get
+        self.by_fingerprint = self._entries.by_fingerprint.get
         """The entry for a token's fingerprint, or None."""
-        self.entry = self._entries.of_id
+        self.by_secret_id = self._entries.by_secret_id
         """The entry for a key's id and its present secret, or None."""
 
-    def absence(self, fingerprint: bytes) -> Absence | None:
+    def negative_entry(self, fingerprint: bytes) -> NegativeEntry | None:
         """The absence for a token's fingerprint, or None."""
         with self._lock:
-            return self._absences.get(fingerprint)
+            return self._negative_entries.get(fingerprint)
 
-    def remember(self, entry: Entry) -> None:
+    def add(self, entry: Entry) -> None:
         """Keep a key."""
         with self._lock:
             self._entries.add(entry)
 
-    def remember_absence(self, fingerprint: bytes, absence: Absence) -> None:
+    def add_negative(self, fingerprint: bytes, entry: NegativeEntry) -> None:
         """Keep, for ten seconds at most, that a token is no usable key.
 
         Where that is the key's fault and not the token's, what was known of the key until then
@@ -235,22 +235,22 @@ class Cache:
         store. What was read later stays, however long the absence was on its way.
         """
         with self._lock:
-            self._absences[fingerprint] = absence
-            if absence.key_id and absence.reason is not Reason.WRONG_SECRET:
-                self._remove_until(absence.as_of, absence.key_id)
-                self._remove_until(absence.as_of, absence.key_id + PREVIOUS)
+            self._negative_entries[fingerprint] = entry
+            if entry.key_id and entry.reason is not Reason.WRONG_SECRET:
+                self._remove_until(entry.as_of, entry.key_id)
+                self._remove_until(entry.as_of, entry.key_id + PREVIOUS_SUFFIX)
 
-    def _remove_until(self, as_of: int, secret: str) -> None:
-        entry = self._entries.of_id(secret)
+    def _remove_until(self, as_of: int, secret_id: str) -> None:
+        entry = self._entries.by_secret_id(secret_id)
         if entry is not None and entry.as_of <= as_of:
-            self._entries.remove(secret)
+            self._entries.remove(secret_id)
 
     def sizes(self) -> tuple[int, int]:
         """How many keys and how many absences are remembered."""
         with self._lock:
-            return len(self._entries), len(self._absences)
+            return len(self._entries), len(self._negative_entries)
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._empty()
+            self._reset_entries()

@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, Final
 
 from keylatch import argon2id
-from keylatch.caches.breaker import Breaker
+from keylatch.caches.breaker import CircuitBreaker
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch.tokens import Token
 
@@ -33,22 +33,22 @@ TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32
 _BYTES: Final = _MAC_BYTES + argon2id.PREIMAGE_BYTES
 
-_TOGETHER: Final = 256
+_MAX_BATCH: Final = 256
 """Keys in one question at most: Redis answers nobody else meanwhile."""
 
 log = logging.getLogger("keylatch")
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class _PendingGet:
     """A name that somebody wants the value of, and waits."""
 
     name: str
-    answer: "asyncio.Future[object]"
+    future: "asyncio.Future[object]"
 
-    def settle(self, value: object) -> None:
-        if not self.answer.done():  # he may have left
-            self.answer.set_result(value)
+    def set_result(self, value: object) -> None:
+        if not self.future.done():  # he may have left
+            self.future.set_result(value)
 
 
 class SharedCache:
@@ -64,23 +64,23 @@ class SharedCache:
         self,
         client: Any,
         peppers: Sequence[bytes],
-        breaker: Breaker,
+        breaker: CircuitBreaker,
     ) -> None:
         self._client = client
-        self.learn(peppers)
+        self.set_peppers(peppers)
         self.breaker = self._breaker = breaker
         self._forgeries = RepeatedWarning(
             log,
-            "a value in Redis was not written by keylatch with this store's pepper: have all"
-            " processes the same KEYLATCH_PEPPER_FILE?",
+            "a value in Redis has no valid MAC of this store: do all"
+            " processes have the same KEYLATCH_PEPPER_FILE?",
         )
         self.forged = self._forgeries.count
         """Values that were not written with one of the peppers."""
-        self._is_asking = False
-        self._waiting: list[_Question] = []
+        self._is_fetching = False
+        self._pending: list[_PendingGet] = []
         self._batch: asyncio.Task[None] | None = None
 
-    def learn(self, peppers: Sequence[bytes]) -> None:
+    def set_peppers(self, peppers: Sequence[bytes]) -> None:
         """Use these from now on: they were rotated."""
         self._peppers = tuple(peppers)
         self._mac_keys = tuple(
@@ -88,27 +88,27 @@ class SharedCache:
             for pepper in peppers
         )
 
-    async def proves(self, token: Token, secret: str, hashed: str, epoch: str) -> bool:
+    async def proves(self, token: Token, secret_id: str, hashed: str, epoch: str) -> bool:
         """Whether Redis holds what proves that a token is that of a stored hash.
 
         Args:
             token: as it was presented.
-            secret: which one of which key: the key's id, or that with `PREVIOUS` behind it.
+            secret_id: of which secret: the key's id, or that with `PREVIOUS_SUFFIX` behind it.
             hashed: what the store holds of that secret.
             epoch: of the store.
         """
-        name = _name(epoch, secret)
-        raw = await self._value(name)
-        return isinstance(raw, bytes) and self._opens(name, raw, token, hashed)
+        name = _name(epoch, secret_id)
+        raw = await self._get(name)
+        return isinstance(raw, bytes) and self._verify(name, raw, token, hashed)
 
     async def put(
-        self, token: Token, secret: str, hashed: str, preimage: bytes, epoch: str
+        self, token: Token, secret_id: str, hashed: str, preimage: bytes, epoch: str
     ) -> None:
         """Save the others argon2 for a token that was verified; the arguments as in `proves`."""
         pad = _pad(self._peppers[0], token, hashed)
-        await self._set(_name(epoch, secret), _xor(preimage, pad))
+        await self._set(_name(epoch, secret_id), _xor(preimage, pad))
 
-    async def bury(self, key_id: str, epoch: str) -> None:
+    async def invalidate(self, key_id: str, epoch: str) -> None:
         """Overwrite what is of no use any more, because the key changed."""
         await self._set(_name(epoch, key_id), bytes(argon2id.PREIMAGE_BYTES))
 
@@ -116,55 +116,55 @@ class SharedCache:
         """Let the connections go."""
         await self._client.aclose()
 
-    async def _value(self, name: str) -> object:
+    async def _get(self, name: str) -> object:
         """What Redis holds under a name; whatever is no bytes is a miss.
 
         One who comes alone asks at once. Those who come meanwhile are asked for together when that
         is answered: a herd of cold keys is two questions, and not as many connections as there are.
         """
-        if self._is_asking:
-            question = _Question(name, asyncio.get_running_loop().create_future())
-            self._waiting.append(question)
-            return await question.answer
-        self._is_asking = True
+        if self._is_fetching:
+            request = _PendingGet(name, asyncio.get_running_loop().create_future())
+            self._pending.append(request)
+            return await request.future
+        self._is_fetching = True
         try:
             return await self._breaker.attempt(lambda: self._client.get(name))
         finally:
-            if self._waiting:
-                self._batch = asyncio.create_task(self._ask_for_all(), name="keylatch-batch")
+            if self._pending:
+                self._batch = asyncio.create_task(self._fetch_pending(), name="keylatch-batch")
             else:
-                self._is_asking = False
+                self._is_fetching = False
 
-    async def _ask_for_all(self) -> None:
-        asked: list[_Question] = []
+    async def _fetch_pending(self) -> None:
+        batch: list[_PendingGet] = []
         try:
-            while self._waiting:
-                asked, self._waiting = self._waiting[:_TOGETHER], self._waiting[_TOGETHER:]
-                names = [question.name for question in asked]
+            while self._pending:
+                batch, self._pending = self._pending[:_MAX_BATCH], self._pending[_MAX_BATCH:]
+                names = [request.name for request in batch]
                 values = await self._breaker.attempt(partial(self._client.mget, names))
-                for question, value in zip(asked, values or [None] * len(asked), strict=True):
-                    question.settle(value)
+                for question, value in zip(batch, values or [None] * len(batch), strict=True):
+                    question.set_result(value)
         finally:
-            self._is_asking = False
-            for question in [*asked, *self._waiting]:  # whatever went wrong, nobody is left to wait
-                question.settle(None)
-            self._waiting = []
+            self._is_fetching = False
+            for question in [*batch, *self._pending]:  # whatever went wrong, nobody is left to wait
+                question.set_result(None)
+            self._pending = []
 
     async def _set(self, name: str, body: bytes) -> None:
-        sealed = _mac(self._mac_keys[0], name, body) + body
-        await self._breaker.attempt(lambda: self._client.set(name, sealed, ex=TTL_SECONDS))
+        signed = _mac(self._mac_keys[0], name, body) + body
+        await self._breaker.attempt(lambda: self._client.set(name, signed, ex=TTL_SECONDS))
 
-    def _opens(self, name: str, raw: bytes, token: Token, hashed: str) -> bool:
+    def _verify(self, name: str, raw: bytes, token: Token, hashed: str) -> bool:
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
         for pepper, mac_key in zip(self._peppers, self._mac_keys, strict=True):
             if len(raw) == _BYTES and hmac.compare_digest(mac, _mac(mac_key, name, body)):
-                return argon2id.fits(hashed, _xor(body, _pad(pepper, token, hashed)))
+                return argon2id.verify_preimage(hashed, _xor(body, _pad(pepper, token, hashed)))
         self._forgeries.add()
         return False
 
 
-def _name(epoch: str, key_id: str) -> str:
-    return f"keylatch:{epoch}:{key_id}"
+def _name(epoch: str, secret_id: str) -> str:
+    return f"keylatch:{epoch}:{secret_id}"
 
 
 def _tag(pepper: bytes, token: Token) -> str:

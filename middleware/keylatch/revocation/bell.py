@@ -9,100 +9,102 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from keylatch.caches.breaker import FAILURES, Breaker
+from keylatch.caches.breaker import FAILURES, CircuitBreaker
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.news import News, Seal
+from keylatch.revocation.news import Notice, Signer
 from keylatch.store import Store
 
-_AGAIN_SECONDS: Final = 1.0
-_SILENCE_SECONDS: Final = 10.0
+_RETRY_SECONDS: Final = 1.0
+_PING_SECONDS: Final = 10.0
 
-Heard = Callable[[News | None], None]
+OnNotice = Callable[[Notice | None], None]
 
 
-class Bell(Protocol):
+class Notifier(Protocol):
     """One of the two bells."""
 
-    seal: Seal
+    signer: Signer
     """Of this store."""
 
-    async def ring(self, news: News | None) -> None:
+    async def publish(self, notice: Notice | None) -> None:
         """Tell every process the news, or to look; may be lost, never raises, takes 50 ms at
         most."""
 
-    async def listen(self, heard: Heard) -> None:
-        """Call `heard` whenever it rings, with its news or None where it brings none, and whenever
+    async def subscribe(self, on_notice: OnNotice) -> None:
+        """Call `on_notice` whenever it rings, with its notice or None if it has none, and whenever
         the line is up again; until cancelled."""
 
     async def close(self) -> None:
         """Let the connections go."""
 
 
-class RedisBell:
+class RedisNotifier:
     """PUBLISH and SUBSCRIBE.
 
     Args:
         client: publishes; shares its breaker with the shared cache.
-        listener: a client without a read timeout, for the subscription.
-        breaker: see `Breaker`.
+        subscriber: a client without a read timeout, for the subscription.
+        breaker: see `CircuitBreaker`.
         channel: of this store.
-        seal: of this store.
+        signer: of this store.
     """
 
     def __init__(
-        self, client: Any, listener: Any, breaker: Breaker, channel: str, seal: Seal
+        self, client: Any, subscriber: Any, breaker: CircuitBreaker, channel: str, signer: Signer
     ) -> None:
         self._client = client
-        self._listener = listener
+        self._subscriber = subscriber
         self._breaker = breaker
         self._channel = channel
-        self.seal = seal
+        self.signer = signer
 
-    async def ring(self, news: News | None) -> None:
-        sealed = self.seal.closed(news)
-        await self._breaker.attempt(lambda: self._client.publish(self._channel, sealed))
+    async def publish(self, notice: Notice | None) -> None:
+        signed = self.signer.sign(notice)
+        await self._breaker.attempt(lambda: self._client.publish(self._channel, signed))
 
-    async def listen(self, heard: Heard) -> None:
+    async def subscribe(self, on_notice: OnNotice) -> None:
         while True:
             try:
-                async with self._listener.pubsub(ignore_subscribe_messages=True) as subscription:
+                async with self._subscriber.pubsub(ignore_subscribe_messages=True) as subscription:
                     await subscription.subscribe(self._channel)
-                    heard(None)
-                    await self._hear(subscription, heard)
+                    on_notice(None)
+                    await self._receive(subscription, on_notice)
             except FAILURES:
-                await asyncio.sleep(_AGAIN_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _hear(self, subscription: Any, heard: Heard) -> None:
+    async def _receive(self, subscription: Any, on_notice: OnNotice) -> None:
         while True:
-            message = await subscription.get_message(timeout=_SILENCE_SECONDS)
+            message = await subscription.get_message(timeout=_PING_SECONDS)
             if message is not None:
-                heard(self.seal.opened(message["data"]))
+                on_notice(self.signer.verify(message["data"]))
             else:
                 await subscription.ping()  # a line that died in silence fails here
 
     async def close(self) -> None:
-        await self._listener.aclose()
+        await self._subscriber.aclose()
 
 
-class StoreBell:
+class StoreNotifier:
     """PostgreSQL's NOTIFY and LISTEN, for deployments without Redis."""
 
-    def __init__(self, store: Store, seal: Seal) -> None:
+    def __init__(self, store: Store, signer: Signer) -> None:
         self._store = store
-        self.seal = seal
+        self.signer = signer
 
-    async def ring(self, news: News | None) -> None:
+    async def publish(self, notice: Notice | None) -> None:
         try:
-            await self._store.ring(self.seal.closed(news).decode())
+            await self._store.notify(self.signer.sign(notice).decode())
         except StoreUnavailable:
             return
 
-    async def listen(self, heard: Heard) -> None:
+    async def subscribe(self, on_notice: OnNotice) -> None:
         while True:
             try:
-                await self._store.listen(lambda said: heard(self.seal.opened(said.encode())))
+                await self._store.listen(
+                    lambda payload: on_notice(self.signer.verify(payload.encode()))
+                )
             except StoreUnavailable:
-                await asyncio.sleep(_AGAIN_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def close(self) -> None:
         return None

@@ -7,74 +7,80 @@ import threading
 from collections.abc import Callable
 
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.feed import END, Feed, Receipt
+from keylatch.revocation.feed import MAX_SEQ, Invalidations, Receipt
 from keylatch.store import Store
-from keylatch.telemetry.condition import Part
+from keylatch.telemetry.condition import ComponentHealth
 
 
-class Counter:
-    """See `keylatch.revocation.feed.Witness`.
+class SequenceFreshness:
+    """See `keylatch.revocation.feed.Freshness`.
 
     Args:
         store: on SQLite.
-        feed: to keep current.
+        invalidations: to keep current.
         clock: seconds since the Unix epoch.
     """
 
-    def __init__(self, store: Store, feed: Feed, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, invalidations: Invalidations, clock: Callable[[], float]
+    ) -> None:
         self._store = store
-        self._feed = feed
+        self._invalidations = invalidations
         self._clock = clock
-        self._mark_now = store.mark_now  # asked at every check
-        self.forget()
+        self._read_data_version = store.data_version  # asked at every check
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self._lock = threading.Lock()
-        self._mark: bytes | None = None
+        self._data_version: bytes | None = None
 
-    def moment(self) -> float | None:
-        mark = self._mark_now()  # before the counter is read
-        if (mark is not None and mark == self._mark) or self._has_caught_up():
+    def now_if_fresh(self) -> float | None:
+        data_version = self._read_data_version()  # before the counter is read
+        if (
+            data_version is not None and data_version == self._data_version
+        ) or self._try_revalidate():
             return self._clock() * 1000
         return None
 
-    def part(self) -> Part:
-        return Part("lease", "off")
+    def component_health(self) -> ComponentHealth:
+        return ComponentHealth("lease", "off")
 
-    def is_current(self) -> bool:
-        return self.moment() is not None
+    def is_fresh(self) -> bool:
+        return self.now_if_fresh() is not None
 
-    def _has_caught_up(self) -> bool:
+    def _try_revalidate(self) -> bool:
         # One thread at a time: whoever learned less, later, would take the feed back.
         with self._lock:
-            mark = self._mark_now()
-            seq = self._store.sequence_now()
+            data_version = self._read_data_version()
+            seq = self._store.sequence_nowait()
             if seq is None:
                 return False
-            if seq != self._feed.seq:
-                changes = self._store.changes_now(self._feed.seq)
-                if changes is None:
+            if seq != self._invalidations.seq:
+                batch = self._store.invalidations_since_nowait(self._invalidations.seq)
+                if batch is None:
                     return False
-                self._feed.apply(changes)
-            self._mark = mark
+                self._invalidations.apply(batch)
+            self._data_version = data_version
             return True
 
     async def begin(self) -> None:
-        self._mark = None
-        self._feed.begin(await self._store.changes(END))
-        await self.catch_up()
+        self._data_version = None
+        self._invalidations.begin(await self._store.invalidations_since(MAX_SEQ))
+        await self.revalidate()
 
-    async def catch_up(self) -> None:
-        if self.is_current():
+    async def revalidate(self) -> None:
+        if self.is_fresh():
             return
         await self._store.ping()  # on a thread, where there is time to wait for a lock
-        if not self.is_current():
-            raise StoreUnavailable("the store's counter cannot be read", "see the lines above")
+        if not self.is_fresh():
+            raise StoreUnavailable(
+                "the store's sequence number cannot be read", "see the lines above"
+            )
 
     async def run(self) -> None:
         return None
 
-    async def settle(self, seq: int, *, wait: bool = True) -> Receipt:
+    async def wait_until_acknowledged(self, seq: int, *, wait: bool = True) -> Receipt:
         return Receipt(seq, acknowledged=0, members=0, bound_seconds=0.0)
 
     async def end(self) -> None:

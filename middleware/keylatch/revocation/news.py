@@ -14,22 +14,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from keylatch.store import Changes
+from keylatch.store import InvalidationBatch
 
 _MAC_DIGITS: Final = 64
-_LONGEST: Final = 7_999
+_MAX_BYTES: Final = 7_999
 """Bytes that PostgreSQL's NOTIFY takes. Nothing longer is read either: it would only take time."""
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Notice:
     """What was committed after `since`, by somebody else's reading."""
 
     since: int
-    changes: Changes
+    batch: InvalidationBatch
 
 
-class Seal:
+class Signer:
     """Closes and opens news.
 
     Args:
@@ -37,32 +37,36 @@ class Seal:
     """
 
     def __init__(self, peppers: Sequence[bytes]) -> None:
-        self.learn(peppers)
+        self.set_peppers(peppers)
 
-    def learn(self, peppers: Sequence[bytes]) -> None:
+    def set_peppers(self, peppers: Sequence[bytes]) -> None:
         """The peppers are these now."""
         self._keys = tuple(
-            hmac.digest(pepper, b"keylatch: MAC of news", "sha256") for pepper in peppers
+            hmac.digest(pepper, b"keylatch: MAC of notices", "sha256") for pepper in peppers
         )
 
-    def closed(self, news: News | None) -> bytes:
+    def sign(self, notice: Notice | None) -> bytes:
         """What the bell carries; nothing where there is nothing to tell, or too much."""
-        if news is None or not news.changes.complete:
+        if notice is None or not notice.batch.is_complete:
             return b""
-        told = news.changes
-        body = json.dumps([told.epoch, news.since, told.seq, told.touched], separators=(",", ":"))
-        sealed = _mac(self._keys[0], body.encode()) + body.encode()
-        return sealed if len(sealed) <= _LONGEST else b""
+        batch = notice.batch
+        body = json.dumps(
+            [batch.epoch, notice.since, batch.seq, batch.invalidations], separators=(",", ":")
+        )
+        signed = _mac(self._keys[0], body.encode()) + body.encode()
+        return signed if len(signed) <= _MAX_BYTES else b""
 
-    def opened(self, sealed: bytes) -> News | None:
+    def verify(self, signed: bytes) -> Notice | None:
         """What it says; None where none of this store's processes wrote it."""
-        if len(sealed) > _LONGEST:
+        if len(signed) > _MAX_BYTES:
             return None
-        mac, body = sealed[:_MAC_DIGITS], sealed[_MAC_DIGITS:]
+        mac, body = signed[:_MAC_DIGITS], signed[_MAC_DIGITS:]
         if not any(hmac.compare_digest(mac, _mac(key, body)) for key in self._keys):
             return None
         epoch, since, seq, touched = json.loads(body)
-        return News(since, Changes(seq, epoch, True, tuple((s, k, o) for s, k, o in touched)))
+        return Notice(
+            since, InvalidationBatch(seq, epoch, True, tuple((s, k, o) for s, k, o in touched))
+        )
 
 
 def _mac(key: bytes, body: bytes) -> bytes:

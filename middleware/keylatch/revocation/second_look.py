@@ -17,40 +17,40 @@ from typing import Final
 
 from keylatch.caches.cache import Entry
 from keylatch.errors import StoreUnavailable
-from keylatch.sql.questions import Changes
+from keylatch.sql.questions import InvalidationBatch
 from keylatch.store import Store
 
 GRACE_MS: Final = 1_000.0
 """A thread may be paused between looking at the clock and letting somebody in."""
-_MAX_KNOWN: Final = 100_000
+_MAX_CHANGES: Final = 100_000
 
 log = logging.getLogger("keylatch")
 
 
-class SecondLook:
+class RevocationMonitor:
     """At the keys that one process has let in.
 
     Args:
         store: whose log of changes counts.
-        entry: what the process remembers of a key id.
+        entry_of: what the process remembers of a key id.
         now_ms: the time that uses are noted in.
         bound_ms: how long after a commit a process may decide by what was before.
-        found: called for each key that was accepted too late.
+        on_violation: called for each key that was accepted too late.
     """
 
     def __init__(
         self,
         store: Store,
-        entry: Callable[[str], Entry | None],
+        entry_of: Callable[[str], Entry | None],
         now_ms: Callable[[], float],
         bound_ms: float,
-        found: Callable[[], None],
+        on_violation: Callable[[], None],
     ) -> None:
         self._store = store
-        self._entry = entry
+        self._entry_of = entry_of
         self._now_ms = now_ms
         self._grace_ms = bound_ms + GRACE_MS
-        self._found = found
+        self._on_violation = on_violation
         self.begin(0, "")
 
     def begin(self, seq: int, epoch: str) -> None:
@@ -58,46 +58,48 @@ class SecondLook:
         self._seq = seq
         self._epoch = epoch
         self._floor = (0, 0.0)
-        self._touched: dict[str, tuple[int, float]] = {}
+        self._changed: dict[str, tuple[int, float]] = {}
 
-    async def look(self, uses: Mapping[str, int]) -> None:
+    async def check(self, last_used: Mapping[str, int]) -> None:
         """Judge uses (key id → milliseconds) by what was known before them, and learn what is new
         for the next ones."""
-        for key_id, used_at in uses.items():
-            entry = self._entry(key_id)
-            if entry is not None and self._is_late(entry, used_at):
-                self._found()
+        for key_id, used_at in last_used.items():
+            entry = self._entry_of(key_id)
+            if entry is not None and self._is_violation(entry, used_at):
+                self._on_violation()
                 log.critical(
-                    "key %s was let in after it was revoked or changed: please report this",
+                    "accepted key %s after it was revoked or changed: please report this",
                     key_id,
                 )
         try:
-            changes = await self._store.changes(self._seq)
+            batch = await self._store.invalidations_since(self._seq)
         except StoreUnavailable:
             return
-        self._learn(changes, self._now_ms())
+        self._record_changes(batch, self._now_ms())
 
-    def _is_late(self, entry: Entry, used_at: float) -> bool:
-        nothing = (0, 0.0)
-        known = (
+    def _is_violation(self, entry: Entry, used_at: float) -> bool:
+        no_change = (0, 0.0)
+        changes = (
             self._floor,
-            self._touched.get(entry.key_id, nothing),
-            self._touched.get(entry.organization_id, nothing),
+            self._changed.get(entry.key_id, no_change),
+            self._changed.get(entry.organization_id, no_change),
         )
         return any(
-            entry.as_of < seq and used_at > known_at + self._grace_ms for seq, known_at in known
+            entry.as_of < seq and used_at > known_at + self._grace_ms for seq, known_at in changes
         )
 
-    def _learn(self, changes: Changes, now_ms: float) -> None:
-        if changes.epoch != self._epoch or changes.seq < self._seq:  # another store: `feed` says so
-            self.begin(changes.seq, changes.epoch)
+    def _record_changes(self, batch: InvalidationBatch, now_ms: float) -> None:
+        if (
+            batch.epoch != self._epoch or batch.seq < self._seq
+        ):  # another store: `Invalidations` logs it
+            self.begin(batch.seq, batch.epoch)
             return
-        if not changes.complete or len(self._touched) > _MAX_KNOWN:
-            self._floor, self._touched = (changes.seq, now_ms), {}
-        for seq, key_id, organization_id in changes.touched:
+        if not batch.is_complete or len(self._changed) > _MAX_CHANGES:
+            self._floor, self._changed = (batch.seq, now_ms), {}
+        for seq, key_id, organization_id in batch.invalidations:
             if key_id is None and organization_id is None:
                 self._floor = (seq, now_ms)
-            for touched in (key_id, organization_id):
-                if touched is not None:
-                    self._touched[touched] = (seq, now_ms)
-        self._seq = changes.seq
+            for object_id in (key_id, organization_id):
+                if object_id is not None:
+                    self._changed[object_id] = (seq, now_ms)
+        self._seq = batch.seq

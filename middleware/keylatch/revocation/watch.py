@@ -9,86 +9,86 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from keylatch.model import Wanted
+from keylatch.model import Requirement
 from keylatch.tokens import Token
 
 _EXPIRY_SECONDS: Final = 1.0
 
 
-class Watch:
+class OpenConnections:
     """The open connections of one process.
 
     Args:
-        look: brings the feed up to date, where that takes no waiting.
+        refresh: brings the feed up to date, where that takes no waiting.
         is_good: whether a token is still good for what it was let in for; an outage ends nothing.
-        seconds: how often to look while somebody is watched.
+        poll_seconds: how often to look while somebody is watched.
     """
 
     def __init__(
         self,
-        look: Callable[[], object],
-        is_good: Callable[[Token, Wanted], Awaitable[bool]],
-        seconds: float,
+        refresh: Callable[[], object],
+        is_good: Callable[[Token, Requirement], Awaitable[bool]],
+        poll_seconds: float,
     ) -> None:
-        self._look = look
+        self._refresh = refresh
         self._is_good = is_good
-        self._seconds = seconds
-        self.forget()
+        self._poll_seconds = poll_seconds
+        self.after_fork_in_child()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """After a fork: the connections are the parent's."""
-        self._open: dict[asyncio.Event, tuple[Token, Wanted]] = {}
+        self._connections: dict[asyncio.Event, tuple[Token, Requirement]] = {}
         self._new_events()
 
     def _new_events(self) -> None:
-        self._somebody, self._news = asyncio.Event(), asyncio.Event()
-        if self._open:
-            self._somebody.set()
-            self._news.set()
+        self._not_empty, self._changed = asyncio.Event(), asyncio.Event()
+        if self._connections:
+            self._not_empty.set()
+            self._changed.set()
 
     @property
-    def watched(self) -> int:
+    def count(self) -> int:
         """How many there are."""
-        return len(self._open)
+        return len(self._connections)
 
-    def hear(self) -> None:
+    def on_change(self) -> None:
         """Something changed."""
-        if self._open:  # else nobody waits, and this may be a thread without a loop
-            self._news.set()
+        if self._connections:  # else nobody waits, and this may be a thread without a loop
+            self._changed.set()
 
     @contextmanager
-    def over(self, token: Token, wanted: Wanted) -> Iterator[asyncio.Event]:
+    def track(self, token: Token, requirement: Requirement) -> Iterator[asyncio.Event]:
         """An event that is set once the token is good no more; watched until the block ends."""
         ended = asyncio.Event()
-        self._open[ended] = (token, wanted)
-        self._somebody.set()
-        self._news.set()  # it may have been revoked since it was let in
+        self._connections[ended] = (token, requirement)
+        self._not_empty.set()
+        self._changed.set()  # it may have been revoked since it was let in
         try:
             yield ended
         finally:
-            self._open.pop(ended, None)
+            self._connections.pop(ended, None)
 
     async def run(self) -> None:
         """Look after them, until cancelled."""
         self._new_events()  # they belong to the loop on which somebody waited for them
-        judged_at = 0.0
+        checked_at = 0.0
         while True:
-            if not self._open:
-                self._somebody.clear()
-                await self._somebody.wait()
+            if not self._connections:
+                self._not_empty.clear()
+                await self._not_empty.wait()
             try:
-                async with asyncio.timeout(self._seconds):
-                    await self._news.wait()
+                async with asyncio.timeout(self._poll_seconds):
+                    await self._changed.wait()
             except TimeoutError:
-                self._look()  # news reach `hear`
+                self._refresh()  # changes reach `on_change`
             now = asyncio.get_running_loop().time()
-            if self._news.is_set() or now >= judged_at + _EXPIRY_SECONDS:
-                self._news.clear()
-                judged_at = now
-                await self._judge()
+            if self._changed.is_set() or now >= checked_at + _EXPIRY_SECONDS:
+                self._changed.clear()
+                checked_at = now
+                await self._check_all()
 
-    async def _judge(self) -> None:
-        for ended, (token, wanted) in tuple(self._open.items()):
-            if not await self._is_good(token, wanted):
-                self._open.pop(ended, None)
+    async def _check_all(self) -> None:
+        for ended, (token, requirement) in tuple(self._connections.items()):
+            if not await self._is_good(token, requirement):
+                self._connections.pop(ended, None)
                 ended.set()

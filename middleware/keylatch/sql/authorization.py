@@ -22,15 +22,21 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from keylatch.drafts import CallerRefused, NotPermitted, check_end, check_rights, reaches
-from keylatch.model import FULL, KeyRecord, Principal, Reason, flaw, secret_of
+from keylatch.drafts import (
+    CallerRefused,
+    NotPermitted,
+    check_may_grant,
+    check_may_grant_until,
+    has_access_to_environment,
+)
+from keylatch.model import FULL, KeyRecord, Principal, Reason, secret_version_of, unusable_reason
 from keylatch.sql.database import Contended
-from keylatch.sql.questions import RECORDS, record_of
+from keylatch.sql.questions import SELECT_RECORDS, record_of
 from keylatch.sql.quotas import Quotas
 from keylatch.sql.schema import keys
 
-_MAX_NAMED: Final = 500  # parameters of one statement
-_STORED_KEYS: Final = RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
+_MAX_PARAMETERS: Final = 500  # parameters of one statement
+_STORED_KEYS: Final = SELECT_RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
 
 
 def _now_ms() -> int:
@@ -60,12 +66,12 @@ class Actor:
         """The acting key; None: an operator."""
         return None if self.principal is None else self.principal.key_id
 
-    def sees(self, record: KeyRecord) -> bool:
+    def can_see(self, record: KeyRecord) -> bool:
         """Whether a key exists for it: of its organisation, in an environment that it reaches.
         Neither ever changes, so this holds in the transaction as well."""
         return self.principal is None or (
             record.organization_id == self.principal.organization_id
-            and reaches(self.principal, record.environment)
+            and has_access_to_environment(self.principal, record.environment)
         )
 
 
@@ -98,29 +104,31 @@ class Authority:
         if self.record is not None:
             if organization_id != self.record.organization_id:
                 raise NotPermitted("a key manages the keys of its own organisation only")
-            check_rights(self.record, permission, environment)
+            check_may_grant(self.record, permission, environment)
 
     def check_grant(self, record: KeyRecord) -> None:
         """Raises `NotPermitted` if a key would have more rights than the acting key, or have them
         for longer."""
         self.check(record.organization_id, record.permission, record.environment)
         if self.record is not None:
-            check_end(self.record, record.expires_at)
+            check_may_grant_until(self.record, record.expires_at)
 
-    def bounded(self, record: KeyRecord) -> KeyRecord:
+    def with_inherited_expiry(self, record: KeyRecord) -> KeyRecord:
         """A new key; one without an end gets that of the acting key."""
         if self.record is None or record.expires_at is not None:
             return record
         return replace(record, expires_at=self.record.expires_at)
 
 
-def authorize(connection: Connection, actor: Actor, *, ends_itself: bool = False) -> Authority:
+def authorize(
+    connection: Connection, actor: Actor, *, is_self_revocation: bool = False
+) -> Authority:
     """What an actor may do, by its key's row as it is now. The counter row must be held.
 
     Args:
         connection: of the transaction.
         actor: who asks.
-        ends_itself: whether the acting secret is to be ended and nothing else; any may do that.
+        is_self_revocation: whether the acting secret only ends itself, which any may do.
 
     Raises:
         CallerRefused: the acting key, or its secret, is not valid any more.
@@ -130,7 +138,7 @@ def authorize(connection: Connection, actor: Actor, *, ends_itself: bool = False
     if principal is None:
         return Authority()
     acting = stored_key(connection, principal.organization_id, principal.key_id)
-    return judge_again(principal, acting, actor.now_ms(), ends_itself=ends_itself)
+    return reauthorize(principal, acting, actor.now_ms(), is_self_revocation=is_self_revocation)
 
 
 def stored_key(
@@ -154,30 +162,30 @@ def lock_keys(
     """
     found: dict[str, StoredKey] = {}
     ordered = sorted(key_ids)
-    for start in range(0, len(ordered), _MAX_NAMED):
-        some = ordered[start : start + _MAX_NAMED]
+    for start in range(0, len(ordered), _MAX_PARAMETERS):
+        batch = ordered[start : start + _MAX_PARAMETERS]
         statement = _STORED_KEYS.where(
-            keys.c.id.in_(some), keys.c.organization_id == organization_id
+            keys.c.id.in_(batch), keys.c.organization_id == organization_id
         )
         rows = connection.execute(
-            statement.order_by(by_bytes(connection, keys.c.id)).with_for_update(
+            statement.order_by(in_byte_order(connection, keys.c.id)).with_for_update(
                 of=keys, skip_locked=not wait
             )
         ).all()
-        if not wait and len(rows) < len(some):
+        if not wait and len(rows) < len(batch):
             raise Contended("another transaction holds one of the keys")
         found |= {row[0]: _stored_key(row) for row in rows}
     return found
 
 
-def by_bytes(connection: Connection, column: Any) -> Any:
+def in_byte_order(connection: Connection, column: Any) -> Any:
     """A column of ids in the order of their bytes, in which `sorted` puts them too: a database may
     have been created with the order of some language."""
     return column.collate("C") if connection.dialect.name == "postgresql" else column
 
 
-def judge_again(
-    principal: Principal, acting: StoredKey | None, now_ms: int, *, ends_itself: bool = False
+def reauthorize(
+    principal: Principal, acting: StoredKey | None, now_ms: int, *, is_self_revocation: bool = False
 ) -> Authority:
     """What a key may do that was authenticated before; see `authorize`.
 
@@ -185,18 +193,18 @@ def judge_again(
         principal: the key, with the secret by which it was authenticated.
         acting: what is stored of it now.
         now_ms: the time to judge its expiry at.
-        ends_itself: as in `authorize`.
+        is_self_revocation: as in `authorize`.
     """
-    if principal.secret is None:
+    if principal.secret_version is None:
         raise NotPermitted("only a caller that presented the key itself can manage keys")
     if acting is None:
         raise CallerRefused(Reason.UNKNOWN)
-    reason = flaw(acting.record, now_ms, None)
+    reason = unusable_reason(acting.record, now_ms, None)
     if reason is not None:
         raise CallerRefused(reason)
-    authority = Authority(acting.record, _is_previous(principal.secret, acting, now_ms))
-    if not ends_itself:
-        _check_acting(principal, authority)
+    authority = Authority(acting.record, _is_previous(principal.secret_version, acting, now_ms))
+    if not is_self_revocation:
+        _check_may_change(principal, authority)
     return authority
 
 
@@ -205,18 +213,18 @@ def _stored_key(row: Any) -> StoredKey:
 
 
 def _is_previous(secret: int, acting: StoredKey, now_ms: int) -> bool:
-    if secret == secret_of(acting.record):
+    if secret == secret_version_of(acting.record):
         return False
     if (
         acting.previous_hash is None
-        or secret != secret_of(acting.record, is_previous=True)
+        or secret != secret_version_of(acting.record, is_previous=True)
         or acting.record.grace_ends_at(now_ms) is None
     ):
         raise CallerRefused(Reason.WRONG_SECRET)
     return True
 
 
-def _check_acting(principal: Principal, authority: Authority) -> None:
+def _check_may_change(principal: Principal, authority: Authority) -> None:
     if authority.is_previous:
         raise NotPermitted("the secret before a rotation can end itself and change nothing else")
     record = authority.record

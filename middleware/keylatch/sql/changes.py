@@ -22,26 +22,26 @@ from sqlalchemy import (
 )
 
 from keylatch.drafts import LIVE
-from keylatch.model import FULL, PREVIOUS, KeyRecord
+from keylatch.model import FULL, PREVIOUS_SUFFIX, KeyRecord
 from keylatch.sql.authorization import (
     OPERATOR,
     Actor,
     Authority,
     authorize,
-    by_bytes,
+    in_byte_order,
     stored_key,
 )
-from keylatch.sql.deeds import digest_of, write_down, write_down_all
-from keylatch.sql.lists import holders
-from keylatch.sql.questions import RECORDS, record_of, sequence
+from keylatch.sql.deeds import digest_of, record_event, record_events
+from keylatch.sql.lists import keys_by_locator
+from keylatch.sql.questions import SELECT_RECORDS, record_of, sequence
 from keylatch.sql.quotas import check_quota
-from keylatch.sql.schema import NOBODY, audit, invalidations, keys, meta, organizations
+from keylatch.sql.schema import NO_ID, audit, invalidations, keys, meta, organizations
 
-_KEPT_INVALIDATIONS: Final = 100_000
-_MAX_NAMED: Final = 500  # parameters of one statement
-_CAMEL: Final = {"expires_at": "expiresAt"}
-_OF_RIGHTS: Final = ("permission", "expires_at")
-_NARROW: Final = frozenset(("active", "permission"))
+_MAX_INVALIDATIONS: Final = 100_000
+_MAX_PARAMETERS: Final = 500  # parameters of one statement
+_JSON_NAMES: Final = {"expires_at": "expiresAt"}
+_GRANT_COLUMNS: Final = ("permission", "expires_at")
+_RESTRICTABLE_COLUMNS: Final = frozenset(("active", "permission"))
 _STORED: Final = tuple(name for name in KeyRecord.__slots__ if name in keys.c)
 
 
@@ -61,22 +61,22 @@ def advance(
     return seq
 
 
-def is_done(connection: Connection, seq: int, now_ms: int, concerns: str | None) -> bool:
+def is_committed(connection: Connection, seq: int, now_ms: int, invalidated_id: str | None) -> bool:
     """Whether a change was committed although its answer was lost: by its entry in the log.
 
     Args:
         connection: of the transaction that would repeat it.
         seq: the number that it had got.
         now_ms: the time that it wrote.
-        concerns: the key or organisation that it named; None: several.
+        invalidated_id: the key or organisation that it named; None: several.
     """
     row = connection.execute(select(invalidations).where(invalidations.c.seq == seq)).first()
     if row is None or row.at != now_ms:
         return False
-    return concerns in (None, row.key_id, row.organization_id)
+    return invalidated_id in (None, row.key_id, row.organization_id)
 
 
-def hold_counter(connection: Connection) -> None:
+def lock_sequence(connection: Connection) -> None:
     """Keep all other changes from committing until this transaction ends."""
     _advance(connection, 0)
 
@@ -111,47 +111,47 @@ def add_key(
 
 
 def add_keys(
-    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: Actor = OPERATOR
+    connection: Connection, new_keys: Sequence[tuple[KeyRecord, str]], by: Actor = OPERATOR
 ) -> tuple[list[KeyRecord], int]:
     """Insert many keys with their hashes, in this order; each takes a sequence number of its own,
     so that lists know it, and one invalidation tells of all of them."""
-    return _add(connection, made, by, "key.import", organization_id=NOBODY)
+    return _add(connection, new_keys, by, "key.import", organization_id=NO_ID)
 
 
-def bring_keys(
-    connection: Connection, made: Sequence[tuple[KeyRecord, str]], by: Actor = OPERATOR
+def import_keys(
+    connection: Connection, new_keys: Sequence[tuple[KeyRecord, str]], by: Actor = OPERATOR
 ) -> tuple[int, dict[str, tuple[str, bool]]]:
     """Insert keys that were made elsewhere, but for those whose locator is here already; these are
     told: locator → (id of its key, whether that is deleted)."""
-    held = holders(connection, [str(record.locator) for record, _ in made])
-    fresh = [each for each in made if each[0].locator not in held]
-    seq = add_keys(connection, fresh, by)[1] if fresh else sequence(connection)
-    return seq, held
+    existing = keys_by_locator(connection, [str(record.locator) for record, _ in new_keys])
+    missing = [each for each in new_keys if each[0].locator not in existing]
+    seq = add_keys(connection, missing, by)[1] if missing else sequence(connection)
+    return seq, existing
 
 
 def _add(
     connection: Connection,
-    made: Sequence[tuple[KeyRecord, str]],
+    new_keys: Sequence[tuple[KeyRecord, str]],
     by: Actor,
     action: str,
     key_id: str | None = None,
     organization_id: str | None = None,
 ) -> tuple[list[KeyRecord], int]:
-    last, hashed = made[-1]
-    done = _added(connection, last, hashed)
-    if done is not None:  # repeated after its answer was lost, it finds its own work done
-        return [*(record for record, _ in made[:-1]), done[0]], done[1]
-    now_ms, many = last.created_at, len(made)
-    seq = advance(connection, now_ms, key_id, organization_id, steps=many)
+    last, hashed = new_keys[-1]
+    committed = _find_added(connection, last, hashed)
+    if committed is not None:  # repeated after its answer was lost, it finds its own work done
+        return [*(record for record, _ in new_keys[:-1]), committed[0]], committed[1]
+    now_ms, count = last.created_at, len(new_keys)
+    seq = advance(connection, now_ms, key_id, organization_id, steps=count)
     authority = authorize(connection, by)
-    records = [_granted(authority, record) for record, _ in made]
-    check_limits(connection, by, last.organization_id, now_ms, new_keys=many)
-    _insert(connection, records, [hashed for _, hashed in made], seq)
-    done_to = [
-        (record.organization_id, record.id, _birth(record), record.environment)
+    records = [_authorize_new_key(authority, record) for record, _ in new_keys]
+    check_limits(connection, by, last.organization_id, now_ms, new_keys=count)
+    _insert(connection, records, [hashed for _, hashed in new_keys], seq)
+    targets = [
+        (record.organization_id, record.id, _creation_details(record), record.environment)
         for record in records
     ]
-    write_down_all(connection, now_ms, by.name, action, done_to)
+    record_events(connection, now_ms, by.name, action, targets)
     return records, seq
 
 
@@ -175,20 +175,24 @@ def _insert(
     )
 
 
-def _added(connection: Connection, record: KeyRecord, hashed: str) -> tuple[KeyRecord, int] | None:
+def _find_added(
+    connection: Connection, record: KeyRecord, hashed: str
+) -> tuple[KeyRecord, int] | None:
     row = connection.execute(
-        RECORDS.add_columns(keys.c.created_seq).where(keys.c.id == record.id, keys.c.hash == hashed)
+        SELECT_RECORDS.add_columns(keys.c.created_seq).where(
+            keys.c.id == record.id, keys.c.hash == hashed
+        )
     ).first()
     return None if row is None else (record_of(row[:-1]), row[-1])
 
 
-def _granted(authority: Authority, record: KeyRecord) -> KeyRecord:
-    bounded = authority.bounded(record)
+def _authorize_new_key(authority: Authority, record: KeyRecord) -> KeyRecord:
+    bounded = authority.with_inherited_expiry(record)
     authority.check_grant(bounded)
     return bounded
 
 
-def _birth(record: KeyRecord) -> dict[str, Any]:
+def _creation_details(record: KeyRecord) -> dict[str, Any]:
     return {
         "name": record.name,
         "permission": record.permission,
@@ -197,12 +201,12 @@ def _birth(record: KeyRecord) -> dict[str, Any]:
     }
 
 
-def _add_organizations(connection: Connection, named: set[str], now_ms: int) -> None:
-    names = sorted(named)
-    for start in range(0, len(names), _MAX_NAMED):
-        some = names[start : start + _MAX_NAMED]
-        asked = select(organizations.c.id).where(organizations.c.id.in_(some))
-        missing = set(some).difference(connection.execute(asked).scalars())
+def _add_organizations(connection: Connection, organization_ids: set[str], now_ms: int) -> None:
+    names = sorted(organization_ids)
+    for start in range(0, len(names), _MAX_PARAMETERS):
+        batch = names[start : start + _MAX_PARAMETERS]
+        statement = select(organizations.c.id).where(organizations.c.id.in_(batch))
+        missing = set(batch).difference(connection.execute(statement).scalars())
         if missing:
             connection.execute(
                 insert(organizations),
@@ -220,32 +224,36 @@ def change_key(
 ) -> tuple[KeyRecord, int] | None:
     for lock in (False, True):  # what is not there, or changes nothing, waits for no lock
         found = stored_key(connection, organization_id, key_id, lock=lock)
-        if found is None or not by.sees(found.record):
+        if found is None or not by.can_see(found.record):
             authorize(connection, by)
             return None
         record = found.record
-        is_the_same = all(getattr(record, name) == value for name, value in values.items())
-        if record.deleted_at is not None or is_the_same:
+        is_unchanged = all(getattr(record, name) == value for name, value in values.items())
+        if record.deleted_at is not None or is_unchanged:
             authorize(connection, by)
             return record, sequence(connection)
     seq = advance(connection, now_ms, key_id=key_id)
     authority = authorize(connection, by)
     authority.check(organization_id, record.permission, record.environment)
     if values.get("deleted_at") is not None:
-        return apply(connection, record, now_ms, values, by, "key.delete", _told(values)), seq
-    if values.get("active") or any(name in values for name in _OF_RIGHTS):
+        return apply_change(
+            connection, record, now_ms, values, by, "key.delete", _change_details(values)
+        ), seq
+    if values.get("active") or any(name in values for name in _GRANT_COLUMNS):
         authority.check_grant(replace(record, **values))
-    if not _only_narrows(record, values):
+    if not _is_restriction(record, values):
         check_limits(connection, by, organization_id, now_ms)
-    return apply(connection, record, now_ms, values, by, "key.change", _told(values)), seq
+    return apply_change(
+        connection, record, now_ms, values, by, "key.change", _change_details(values)
+    ), seq
 
 
-def _only_narrows(record: KeyRecord, values: Mapping[str, Any]) -> bool:
+def _is_restriction(record: KeyRecord, values: Mapping[str, Any]) -> bool:
     """Whether a change takes access away and does nothing else: a quota must not keep it back."""
     is_narrower = record.permission == FULL and values.get("permission", FULL) != FULL
     is_disabled = record.active and values.get("active") is False
     return (
-        values.keys() <= _NARROW
+        values.keys() <= _RESTRICTABLE_COLUMNS
         and values.get("active") is not True
         and (is_narrower or is_disabled)
     )
@@ -264,14 +272,14 @@ def check_limits(
         check_quota(connection, organization_id, now_ms, by.quotas, new_keys=new_keys)
 
 
-def apply(
+def apply_change(
     connection: Connection,
     record: KeyRecord,
     now_ms: int,
     values: Mapping[str, Any],
     by: Actor,
     action: str,
-    told: Mapping[str, Any],
+    details: Mapping[str, Any],
 ) -> KeyRecord:
     """Change columns of a locked key and audit it; the key after that."""
     updated_at = updated_after(record, now_ms)
@@ -279,9 +287,9 @@ def apply(
         update(keys).where(keys.c.id == record.id).values(**values, updated_at=updated_at)
     )
     place = record.organization_id, record.id
-    write_down(connection, now_ms, by.name, action, *place, told, record.environment)
-    shown = {name: value for name, value in values.items() if name in KeyRecord.__slots__}
-    return replace(record, **shown, updated_at=updated_at)
+    record_event(connection, now_ms, by.name, action, *place, details, record.environment)
+    changed = {name: value for name, value in values.items() if name in KeyRecord.__slots__}
+    return replace(record, **changed, updated_at=updated_at)
 
 
 def updated_after(record: KeyRecord, now_ms: int) -> int:
@@ -289,17 +297,17 @@ def updated_after(record: KeyRecord, now_ms: int) -> int:
     return max(now_ms, record.updated_at + 1)
 
 
-def _told(values: Mapping[str, Any]) -> dict[str, Any]:
+def _change_details(values: Mapping[str, Any]) -> dict[str, Any]:
     """A change as the audit log has it, in the words of the HTTP API."""
     if "deleted_at" in values:
-        return told_of_deletion(values.get("revoked_reason"))
-    told = {_CAMEL.get(name, name): value for name, value in values.items()}
-    if told.get("metadata") is not None:
-        told["metadata"] = digest_of(told["metadata"])
-    return told
+        return deletion_details(values.get("revoked_reason"))
+    details = {_JSON_NAMES.get(name, name): value for name, value in values.items()}
+    if details.get("metadata") is not None:
+        details["metadata"] = digest_of(details["metadata"])
+    return details
 
 
-def told_of_deletion(reason: str | None) -> dict[str, Any]:
+def deletion_details(reason: str | None) -> dict[str, Any]:
     """A deletion as the audit log has it."""
     return {} if reason is None else {"reason": reason}
 
@@ -307,18 +315,18 @@ def told_of_deletion(reason: str | None) -> dict[str, Any]:
 def set_organization_active(
     connection: Connection, organization_id: str, now_ms: int, active: bool, by: Actor = OPERATOR
 ) -> int | None:
-    its_id = organizations.c.id == organization_id
-    if connection.execute(select(organizations.c.id).where(its_id)).first() is None:
+    matches_id = organizations.c.id == organization_id
+    if connection.execute(select(organizations.c.id).where(matches_id)).first() is None:
         return None
     seq = advance(connection, now_ms, organization_id=organization_id)
     authorize(connection, by).check(organization_id, FULL, LIVE)
-    connection.execute(update(organizations).where(its_id).values(active=active))
+    connection.execute(update(organizations).where(matches_id).values(active=active))
     action = "organization.enable" if active else "organization.disable"
-    write_down(connection, now_ms, by.name, action, organization_id)
+    record_event(connection, now_ms, by.name, action, organization_id)
     return seq
 
 
-def renew(connection: Connection, epoch: str, seq: int) -> None:
+def start_new_epoch(connection: Connection, epoch: str, seq: int) -> None:
     row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
     if row.epoch != epoch and row.seq >= seq:
         return  # another process was faster, and the store is as far as this one knows
@@ -330,9 +338,9 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def prune(connection: Connection) -> None:
+def prune_invalidations(connection: Connection) -> None:
     seq = sequence(connection)
-    oldest = seq - _KEPT_INVALIDATIONS
+    oldest = seq - _MAX_INVALIDATIONS
     if oldest <= 0:
         return
     connection.execute(update(meta).values(pruned=oldest))
@@ -348,7 +356,7 @@ def analyze(connection: Connection) -> None:
 
 
 _USED_AT: Final = bindparam("used_at", type_=BigInteger)
-TOUCH: Final = (
+RECORD_LAST_USED: Final = (
     update(keys)
     .where(
         keys.c.id == bindparam("used_id"),
@@ -359,7 +367,7 @@ TOUCH: Final = (
 )
 
 
-TOUCH_PREVIOUS: Final = (
+RECORD_PREVIOUS_LAST_USED: Final = (
     update(keys)
     .where(
         keys.c.id == bindparam("used_id"),
@@ -370,29 +378,31 @@ TOUCH_PREVIOUS: Final = (
 )
 
 
-def touch(connection: Connection, uses: Mapping[str, int]) -> None:
+def record_last_used(connection: Connection, last_used: Mapping[str, int]) -> None:
     """Record uses, in the order of ids, so that two processes cannot deadlock."""
     newest: dict[str, int] = {}
-    for secret, used_at in uses.items():
-        key_id = secret.removesuffix(PREVIOUS)
+    for secret, used_at in last_used.items():
+        key_id = secret.removesuffix(PREVIOUS_SUFFIX)
         newest[key_id] = max(newest.get(key_id, 0), used_at)
     rows = [{"used_id": key_id, "used_at": newest[key_id]} for key_id in sorted(newest)]
-    previous = sorted(secret for secret in uses if secret.endswith(PREVIOUS))
+    previous = sorted(secret for secret in last_used if secret.endswith(PREVIOUS_SUFFIX))
     if previous:  # both statements go through the keys from the smallest id
         _lock_in_order(connection, sorted(newest))
-    connection.execute(TOUCH, rows)
+    connection.execute(RECORD_LAST_USED, rows)
     if previous:
         rows = [
-            {"used_id": secret.removesuffix(PREVIOUS), "used_at": uses[secret]}
+            {"used_id": secret.removesuffix(PREVIOUS_SUFFIX), "used_at": last_used[secret]}
             for secret in previous
         ]
-        connection.execute(TOUCH_PREVIOUS, rows)
+        connection.execute(RECORD_PREVIOUS_LAST_USED, rows)
 
 
 def _lock_in_order(connection: Connection, key_ids: Sequence[str]) -> None:
-    for start in range(0, len(key_ids), _MAX_NAMED):
-        some = keys.c.id.in_(key_ids[start : start + _MAX_NAMED])
-        ordered = select(keys.c.id).where(some).order_by(by_bytes(connection, keys.c.id))
+    for start in range(0, len(key_ids), _MAX_PARAMETERS):
+        matches_batch = keys.c.id.in_(key_ids[start : start + _MAX_PARAMETERS])
+        ordered = (
+            select(keys.c.id).where(matches_batch).order_by(in_byte_order(connection, keys.c.id))
+        )
         connection.execute(ordered.with_for_update(key_share=True)).all()
 
 

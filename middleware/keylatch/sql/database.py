@@ -26,7 +26,7 @@ class Contended(Exception):
     """Another transaction was faster; the work has to be repeated from its beginning."""
 
 
-class Question:
+class Query:
     """One statement, in one snapshot.
 
     Args:
@@ -37,15 +37,15 @@ class Question:
         self.statement = statement
         self._compiled: dict[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {}
 
-    def spelled(self, dialect: Dialect) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
+    def compile_for(self, dialect: Dialect) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
         """The text for a driver, the parameters that never change, and the order of all of them
         where the driver wants an order."""
-        known = self._compiled.get(dialect.name)
-        if known is None:
+        cached = self._compiled.get(dialect.name)
+        if cached is None:
             compiled = self.statement.compile(dialect=dialect)
             order = tuple(getattr(compiled, "positiontup", None) or ())
-            known = self._compiled[dialect.name] = (str(compiled), compiled.params, order)
-        return known
+            cached = self._compiled[dialect.name] = (str(compiled), compiled.params, order)
+        return cached
 
 
 class Database(Protocol):
@@ -58,13 +58,11 @@ class Database(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
 
-    async def ask(
-        self, question: Question, *, seconds: float | None = None, **parameters: Any
-    ) -> Rows:
+    async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
         """The rows that answer a question.
 
         Args:
-            question: what is asked.
+            query: the statement.
             seconds: how long to wait for a server, where it is urgent: then it waits for nobody
                 else's question; None: as long as is usual.
             parameters: the question's own.
@@ -93,10 +91,10 @@ class Database(Protocol):
     def pools(self) -> Mapping[str, int]:
         """Work under way by kind, with what waits for a thread of that kind; empty: not counted."""
 
-    def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
-        """`ask` at once, without waiting for a disk or a socket; None where that is impossible."""
+    def fetch_nowait(self, query: Query, **parameters: Any) -> Rows | None:
+        """`fetch` without waiting for a disk or a socket; None where that is impossible."""
 
-    def mark_now(self) -> bytes | None:
+    def data_version(self) -> bytes | None:
         """Bytes that differ after every commit, by whomever, so that equal ones spare the question;
         None where there are none."""
 
@@ -104,11 +102,11 @@ class Database(Protocol):
         """Which database this is, once its tables are there: another text for every copy of it,
         and the same for all processes that use it."""
 
-    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
-        """Call `heard` at once, and with what is said whenever the channel is notified, until the
+    async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
+        """Call `on_notification` at once, and with the payload of each notification, until the
         line breaks."""
 
-    async def tidy(self) -> None:
+    async def run_maintenance(self) -> None:
         """Housekeeping that may take its time."""
 
     async def close(self) -> None:
@@ -117,15 +115,15 @@ class Database(Protocol):
     def before_fork(self) -> None:
         """Close whatever must not be open while the process forks."""
 
-    def after_fork(self) -> None:
+    def after_fork_in_parent(self) -> None:
         """In the parent: go on."""
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In the child: drop what the parent has open, without closing it."""
 
 
 @contextlib.contextmanager
-def errors_translated(driver: type[Exception], hint: str) -> Iterator[None]:
+def translate_errors(driver: type[Exception], hint: str) -> Iterator[None]:
     """Turn whatever a driver raises into `StoreUnavailable`.
 
     Args:
@@ -140,7 +138,7 @@ def errors_translated(driver: type[Exception], hint: str) -> Iterator[None]:
         first, *_ = str(cause).strip().splitlines() or [type(cause).__name__]
         raise StoreUnavailable(f"the store failed: {first}", hint) from None
     except Contended:
-        raise StoreUnavailable("other transactions were faster again and again", hint) from None
+        raise StoreUnavailable("too many conflicts with other transactions", hint) from None
     except (PoolTimeout, TimeoutError):
         raise StoreUnavailable("the store did not answer in time", hint) from None
     except OSError as error:

@@ -1,7 +1,7 @@
 """The audit log: who did what to which key, and when.
 
 The law of this file: a line is written in the transaction that does the deed, so neither is ever
-there without the other. A line is never changed, and deleted only by its age (`prune_deeds`).
+there without the other. A line is never changed, and deleted only by its age (`prune_events`).
 Nothing secret is in one, and nothing that may be long: of metadata, only the digest.
 """
 
@@ -12,21 +12,21 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from keylatch.model import Deed
+from keylatch.model import AuditEvent
 from keylatch.sql.schema import audit, keys
 
 OPERATOR: Final = "operator"
 """Who acts where nobody says who."""
-_PRUNED_AT_ONCE: Final = 5_000
+_PRUNE_BATCH: Final = 5_000
 
 
 def digest_of(text: str) -> dict[str, Any]:
     """What a line holds of a text that may be long: enough to tell whether a given text was it."""
-    written = text.encode()
-    return {"sha256": hashlib.sha256(written).hexdigest(), "bytes": len(written)}
+    encoded = text.encode()
+    return {"sha256": hashlib.sha256(encoded).hexdigest(), "bytes": len(encoded)}
 
 
-def write_down(
+def record_event(
     connection: Connection,
     at: int,
     actor: str,
@@ -36,17 +36,17 @@ def write_down(
     details: Mapping[str, Any] | None = None,
     environment: str | None = None,
 ) -> None:
-    """Add an entry; see `Deed`. `environment`: of the key."""
-    done_to = [(organization_id, key_id, details, environment)]
-    write_down_all(connection, at, actor, action, done_to)
+    """Add an entry; see `AuditEvent`. `environment`: of the key."""
+    targets = [(organization_id, key_id, details, environment)]
+    record_events(connection, at, actor, action, targets)
 
 
-def write_down_all(
+def record_events(
     connection: Connection,
     at: int,
     actor: str,
     action: str,
-    done_to: Sequence[tuple[str | None, str | None, Mapping[str, Any] | None, str | None]],
+    targets: Sequence[tuple[str | None, str | None, Mapping[str, Any] | None, str | None]],
 ) -> None:
     """Add an entry for each organisation, key, details and environment it was done to."""
     connection.execute(
@@ -61,20 +61,20 @@ def write_down_all(
                 "details": json.dumps(details, separators=(",", ":")) if details else None,
                 "environment": environment,
             }
-            for organization_id, key_id, details, environment in done_to
+            for organization_id, key_id, details, environment in targets
         ],
     )
 
 
-def page_of_deeds(
+def page_of_events(
     connection: Connection,
     organization_id: str | None,
     limit: int,
     key_id: str | None = None,
     before: int | None = None,
     environment: str | None = None,
-) -> list[Deed]:
-    """Some lines, the newest first; see `Keyring.deeds`.
+) -> list[AuditEvent]:
+    """Some lines, the newest first; see `Keyring.events`.
 
     A key's lines are its organisation's, so those of one key are read by the index of that key
     alone: asked for both at once, a database may choose to walk the log of the organisation.
@@ -91,7 +91,7 @@ def page_of_deeds(
     if before is not None:
         statement = statement.where(audit.c.id < before)
     return [
-        Deed(
+        AuditEvent(
             row.id,
             row.at,
             row.actor,
@@ -109,13 +109,13 @@ def _has_key(connection: Connection, organization_id: str, key_id: str) -> bool:
     return connection.execute(owner).scalar() == organization_id
 
 
-def prune_deeds(connection: Connection, before: int) -> int:
+def prune_events(connection: Connection, before: int) -> int:
     """Delete lines that were written before a time, among the oldest thousands; return how many.
 
     The last of those thousands stays until the next time. So the newest line of all stays whatever
     its age, because SQLite would give its number to the next one.
     """
-    oldest = select(audit.c.id).order_by(audit.c.id).limit(_PRUNED_AT_ONCE).subquery()
+    oldest = select(audit.c.id).order_by(audit.c.id).limit(_PRUNE_BATCH).subquery()
     last = connection.execute(select(func.max(oldest.c.id))).scalar()
     old = audit.c.id < (last or 0), audit.c.at < before
     return connection.execute(delete(audit).where(*old)).rowcount

@@ -26,11 +26,11 @@ from sqlalchemy import (
 from sqlalchemy.types import UserDefinedType
 
 from keylatch.sql.changes import now_ms
-from keylatch.sql.database import Question, Rows
-from keylatch.sql.questions import Changes, changes_since, read_changes
+from keylatch.sql.database import Query, Rows
+from keylatch.sql.questions import InvalidationBatch, read_invalidations, select_invalidations
 from keylatch.sql.schema import invalidations, members
 
-BELL: Final = "keylatch_bell"
+NOTIFY_CHANNEL: Final = "keylatch_bell"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Poll:
     """The answer to a process that asks for a lease."""
 
     is_member: bool
-    acknowledged: int
-    changes: Changes
+    acknowledged_seq: int
+    batch: InvalidationBatch
     store_seconds: float
     """The store's own time, in seconds since the epoch."""
 
@@ -61,53 +61,53 @@ def _poll() -> Select[Any]:
     granted = (
         update(members)
         .where(members.c.id == bindparam("member"))
-        .values(grants=members.c.grants + 1, acked_seq=_known())
+        .values(grants=members.c.grants + 1, acked_seq=_acknowledged_seq())
         .returning(members.c.acked_seq)
         .cte("granted")
     )
-    acknowledged = select(granted.c.acked_seq).scalar_subquery()
+    acknowledged_seq = select(granted.c.acked_seq).scalar_subquery()
     store_seconds = func.extract("epoch", func.clock_timestamp())
-    return changes_since().add_columns(acknowledged, cast(store_seconds, Double))
+    return select_invalidations().add_columns(acknowledged_seq, cast(store_seconds, Double))
 
 
-def _known() -> Case[int]:
+def _acknowledged_seq() -> Case[int]:
     # What a process heard is acknowledged only if it is, line by line, what the log says now: a
     # bell may be an old one, from before this store went back to a backup, with numbers that have
     # been given out again since. No key and no epoch can tell; the log can.
     since = bindparam("since", type_=BigInteger)
-    heard_seq = bindparam("heard_seq", type_=BigInteger)
-    line = func.jsonb_build_array(
+    pending_seq = bindparam("pending_seq", type_=BigInteger)
+    entry = func.jsonb_build_array(
         invalidations.c.seq, invalidations.c.key_id, invalidations.c.organization_id
-    ).label("line")
-    lines = (
-        select(line)
-        .where(invalidations.c.seq > since, invalidations.c.seq <= heard_seq)
+    ).label("entry")
+    entries = (
+        select(entry)
+        .where(invalidations.c.seq > since, invalidations.c.seq <= pending_seq)
         .order_by(invalidations.c.seq)
         .subquery()
     )
-    logged = select(func.jsonb_agg(lines.c.line, type_=_Jsonb)).scalar_subquery()
-    heard = cast(bindparam("heard", type_=Text), _Jsonb)
-    return case((logged == heard, heard_seq), else_=since)
+    logged = select(func.jsonb_agg(entries.c.entry, type_=_Jsonb)).scalar_subquery()
+    pending = cast(bindparam("pending", type_=Text), _Jsonb)
+    return case((logged == pending, pending_seq), else_=since)
 
 
 def _laggards() -> Select[Any]:
     # One row at least, because nobody may be left who lags; and few, because it is asked often.
-    everybody = select(func.count().label("members")).select_from(members).subquery()
+    totals = select(func.count().label("members")).select_from(members).subquery()
     lagging = members.c.acked_seq < bindparam("seq", type_=BigInteger)
-    return select(everybody.c.members, members.c.id, members.c.grants).join_from(
-        everybody, members, lagging, isouter=True
+    return select(totals.c.members, members.c.id, members.c.grants).join_from(
+        totals, members, lagging, isouter=True
     )
 
 
-LAGGARDS: Final = Question(_laggards())
-POLL: Final = Question(_poll())
-RING: Final = Question(select(func.pg_notify(BELL, bindparam("said", type_=Text))))
+LAGGARDS: Final = Query(_laggards())
+POLL: Final = Query(_poll())
+NOTIFY: Final = Query(select(func.pg_notify(NOTIFY_CHANNEL, bindparam("payload", type_=Text))))
 
 
 def read_poll(rows: Rows, since: int) -> Poll:
-    *_, acknowledged, store_seconds = rows[0]
-    is_member = acknowledged is not None
-    return Poll(is_member, acknowledged or 0, read_changes(rows, since), store_seconds)
+    *_, acknowledged_seq, store_seconds = rows[0]
+    is_member = acknowledged_seq is not None
+    return Poll(is_member, acknowledged_seq or 0, read_invalidations(rows, since), store_seconds)
 
 
 def join(connection: Connection, member: str) -> None:
@@ -123,16 +123,16 @@ def leave(connection: Connection, member: str) -> None:
     connection.execute(members.delete().where(members.c.id == member))
 
 
-def remove_members(connection: Connection, silent: Mapping[str, int], seq: int) -> int:
+def remove_members(connection: Connection, laggards: Mapping[str, int], seq: int) -> int:
     """Remove members that were granted nothing since and still have not acknowledged `seq`.
 
     Whoever is locked is just being granted something, or hangs in the middle of it: next time.
     """
     removed = 0
-    for member in sorted(silent):
+    for member in sorted(laggards):
         condition = and_(
             members.c.id == member,
-            members.c.grants == silent[member],
+            members.c.grants == laggards[member],
             members.c.acked_seq < seq,
         )
         locked = select(members.c.id).where(condition).with_for_update(skip_locked=True)

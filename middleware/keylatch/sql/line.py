@@ -18,20 +18,20 @@ from psycopg.adapt import Transformer
 
 from keylatch.sql.database import Rows
 
-Connection = psycopg.AsyncConnection[Any]
+PsycopgConnection = psycopg.AsyncConnection[Any]
 
-_GOES: Final = ("57P", "08")
+_DISCONNECT_STATES: Final = ("57P", "08")
 """SQLSTATEs of a server that shuts down, has crashed, or was told to end this session."""
 
 
-class LineLost(Exception):
+class ConnectionLost(Exception):
     """It was closed, by whichever side, before it answered."""
 
 
-class _Line:
+class LibpqConnection:
     """One connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: PsycopgConnection) -> None:
         self._connection = connection  # it would close what it owns
         self._libpq = connection.pgconn
         self._libpq.nonblocking = 1
@@ -39,11 +39,11 @@ class _Line:
         self._socket = self._libpq.socket
         self._prepared: dict[str, bytes] = {}
         self._rows: pq.abc.PGresult | None = None
-        self._answer: asyncio.Future[pq.abc.PGresult | None] | None = None
-        self._loop.add_reader(self._socket, self._hear)
+        self._waiter: asyncio.Future[pq.abc.PGresult | None] | None = None
+        self._loop.add_reader(self._socket, self._on_readable)
         self.is_open = True
 
-    async def ask(self, text: str, values: Sequence[bytes | None]) -> Rows:
+    async def fetch(self, text: str, values: Sequence[bytes | None]) -> Rows:
         """The rows that answer a statement; its parameters are `$1`, `$2`, …
 
         Raises:
@@ -54,66 +54,69 @@ class _Line:
         try:
             if name is None:
                 name = f"keylatch{len(self._prepared)}".encode()
-                await self._sent(lambda: self._libpq.send_prepare(name, text.encode()))
+                await self._send(lambda: self._libpq.send_prepare(name, text.encode()))
                 self._prepared[text] = name
-            said = await self._sent(lambda: self._libpq.send_query_prepared(name, values))
+            result = await self._send(lambda: self._libpq.send_query_prepared(name, values))
         except BaseException:
             self.close()  # whatever is left of the answer must not be taken for the next one
             raise
-        heard = Transformer(self._connection)
-        heard.set_pgresult(said, set_loaders=True)
-        return heard.load_rows(0, said.ntuples, tuple)
+        transformer = Transformer(self._connection)
+        transformer.set_pgresult(result, set_loaders=True)
+        return transformer.load_rows(0, result.ntuples, tuple)
 
-    async def _sent(self, send: Callable[[], None]) -> pq.abc.PGresult:
+    async def _send(self, send: Callable[[], None]) -> pq.abc.PGresult:
         if not self.is_open:
-            raise LineLost
-        self._answer = answer = self._loop.create_future()
+            raise ConnectionLost
+        self._waiter = waiter = self._loop.create_future()
         try:
             send()
             self._flush()
         except psycopg.OperationalError:
-            raise LineLost from None
-        said: pq.abc.PGresult | None = await answer
-        if said is None or said.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
-            raise self._complaint(said)
-        return said
+            raise ConnectionLost from None
+        result: pq.abc.PGresult | None = await waiter
+        if result is None or result.status not in (
+            pq.ExecStatus.COMMAND_OK,
+            pq.ExecStatus.TUPLES_OK,
+        ):
+            raise self._error_of(result)
+        return result
 
-    def _complaint(self, said: pq.abc.PGresult | None) -> Exception:
-        if said is None or self._libpq.status == pq.ConnStatus.BAD:
-            return LineLost()
-        state = (said.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
-        if state.startswith(_GOES):
-            return LineLost()
-        what = said.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"an unknown error"
-        return psycopg.DatabaseError(what.decode(errors="replace"))
+    def _error_of(self, result: pq.abc.PGresult | None) -> Exception:
+        if result is None or self._libpq.status == pq.ConnStatus.BAD:
+            return ConnectionLost()
+        state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+        if state.startswith(_DISCONNECT_STATES):
+            return ConnectionLost()
+        message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"an unknown error"
+        return psycopg.DatabaseError(message.decode(errors="replace"))
 
     def _flush(self) -> None:
         if self.is_open and self._libpq.flush():  # the socket takes no more at the moment
-            self._loop.add_writer(self._socket, self._flush_on)
+            self._loop.add_writer(self._socket, self._on_writable)
 
-    def _flush_on(self) -> None:
+    def _on_writable(self) -> None:
         self._loop.remove_writer(self._socket)
         try:
             self._flush()
         except psycopg.OperationalError:
             self.close()
 
-    def _hear(self) -> None:
+    def _on_readable(self) -> None:
         try:
             self._libpq.consume_input()
-            while self._answer is not None and not self._libpq.is_busy():
-                said = self._libpq.get_result()
-                if said is None:
-                    self._tell(self._rows)
+            while self._waiter is not None and not self._libpq.is_busy():
+                result = self._libpq.get_result()
+                if result is None:
+                    self._set_result(self._rows)
                 else:
-                    self._rows = said
+                    self._rows = result
         except psycopg.OperationalError:  # the server, or the network, has closed it
             self.close()
 
-    def _tell(self, said: pq.abc.PGresult | None) -> None:
-        answer, self._answer, self._rows = self._answer, None, None
-        if answer is not None and not answer.done():
-            answer.set_result(said)
+    def _set_result(self, result: pq.abc.PGresult | None) -> None:
+        waiter, self._waiter, self._rows = self._waiter, None, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(result)
 
     def close(self) -> None:
         """Hang up; whoever waits is told that the line is lost."""
@@ -123,37 +126,37 @@ class _Line:
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._libpq.finish()
-        self._tell(None)
+        self._set_result(None)
 
 
-class Lines:
+class ConnectionPool:
     """As many lines as are needed, up to a number of places; idle ones are kept.
 
     Args:
         connect: makes a connection that commits by itself.
-        places: how many questions may be under way at once; the others wait for a place.
+        max_size: how many questions may be under way at once; the others wait for a place.
         stale_seconds: how long a line that was idle may be silent. It may have died without a
             word; then the question is asked again, on a new one. None: as long as the question may.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[Connection]],
-        places: int,
+        connect: Callable[[], Awaitable[PsycopgConnection]],
+        max_size: int,
         stale_seconds: float | None = None,
     ) -> None:
         self._connect = connect
-        self._places = asyncio.Semaphore(places)
+        self._slots = asyncio.Semaphore(max_size)
         self._stale_seconds = stale_seconds
-        self._idle: list[_Line] = []
-        self._busy: set[_Line] = set()
+        self._idle: list[LibpqConnection] = []
+        self._busy: set[LibpqConnection] = set()
 
     @property
     def under_way(self) -> int:
         """Questions that the server has not answered yet."""
         return len(self._busy)
 
-    async def ask(self, text: str, values: Sequence[bytes | None], seconds: float) -> Rows:
+    async def fetch(self, text: str, values: Sequence[bytes | None], seconds: float) -> Rows:
         """The rows that answer a statement; it must be one that may be asked twice.
 
         Args:
@@ -164,43 +167,45 @@ class Lines:
         Raises:
             TimeoutError, psycopg.Error: there was no answer, or an error.
         """
-        async with asyncio.timeout(seconds), self._places:
-            line = self._take_idle()
-            if line is not None:
+        async with asyncio.timeout(seconds), self._slots:
+            connection = self._take_idle()
+            if connection is not None:
                 try:
                     async with asyncio.timeout(self._stale_seconds):
-                        return await self._asked(line, text, values)
-                except (LineLost, TimeoutError):
-                    self._drop_idle()  # what ended this one may have ended the others as well
-            line = _Line(await self._connect())
+                        return await self._fetch_on(connection, text, values)
+                except (ConnectionLost, TimeoutError):
+                    self._close_idle()  # what ended this one may have ended the others as well
+            connection = LibpqConnection(await self._connect())
             try:
-                return await self._asked(line, text, values)
-            except LineLost:
+                return await self._fetch_on(connection, text, values)
+            except ConnectionLost:
                 raise psycopg.OperationalError("the server closed the connection") from None
 
-    async def _asked(self, line: _Line, text: str, values: Sequence[bytes | None]) -> Rows:
-        self._busy.add(line)
+    async def _fetch_on(
+        self, connection: LibpqConnection, text: str, values: Sequence[bytes | None]
+    ) -> Rows:
+        self._busy.add(connection)
         try:
-            return await line.ask(text, values)
+            return await connection.fetch(text, values)
         finally:
-            self._busy.discard(line)
-            if line.is_open:
-                self._idle.append(line)
+            self._busy.discard(connection)
+            if connection.is_open:
+                self._idle.append(connection)
 
-    def _take_idle(self) -> _Line | None:
+    def _take_idle(self) -> LibpqConnection | None:
         while self._idle:
-            line = self._idle.pop()
-            if line.is_open:
-                return line
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
         return None
 
-    def _drop_idle(self) -> None:
+    def _close_idle(self) -> None:
         idle, self._idle = self._idle, []
-        for line in idle:
-            line.close()
+        for connection in idle:
+            connection.close()
 
     def close(self) -> None:
         """Hang up; whoever still waits is told that the line is lost."""
-        self._drop_idle()
-        for line in tuple(self._busy):
-            line.close()
+        self._close_idle()
+        for connection in tuple(self._busy):
+            connection.close()

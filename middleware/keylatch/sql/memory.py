@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import StaticPool, create_engine, event
 
 from keylatch.errors import StoreUnavailable
-from keylatch.sql.database import Question, Rows, Work, errors_translated
+from keylatch.sql.database import Query, Rows, Work, translate_errors
 
 T = TypeVar("T")
 
@@ -32,10 +32,8 @@ class Memory:
         event.listen(self._engine, "connect", _configure)
         event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
 
-    async def ask(
-        self, question: Question, *, seconds: float | None = None, **parameters: Any
-    ) -> Rows:
-        return self.ask_now(question, **parameters)
+    async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
+        return self.fetch_nowait(query, **parameters)
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         return self._run(work)
@@ -53,31 +51,33 @@ class Memory:
     def pools(self) -> Mapping[str, int]:
         return {}
 
-    def ask_now(self, question: Question, **parameters: Any) -> Rows:
+    def fetch_nowait(self, query: Query, **parameters: Any) -> Rows:
         return self._run(
             lambda connection: [
-                tuple(row) for row in connection.execute(question.statement, parameters)
+                tuple(row) for row in connection.execute(query.statement, parameters)
             ]
         )
 
     def _run(self, work: Work[T]) -> T:
         with (
             self._lock,
-            errors_translated(sqlite3.Error, "it is a store in memory"),
+            translate_errors(sqlite3.Error, "the store is in memory"),
             self._engine.begin() as connection,
         ):
             return work(connection)
 
-    def mark_now(self) -> bytes | None:
+    def data_version(self) -> bytes | None:
         return None
 
     async def identity(self) -> str:
         return self._identity
 
-    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
-        raise StoreUnavailable("a store in memory has no bell", "and needs none")
+    async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
+        raise StoreUnavailable(
+            "a store in memory has no LISTEN", "it serves one process and needs none"
+        )
 
-    async def tidy(self) -> None:
+    async def run_maintenance(self) -> None:
         return None
 
     async def close(self) -> None:
@@ -86,10 +86,10 @@ class Memory:
     def before_fork(self) -> None:
         return None
 
-    def after_fork(self) -> None:
+    def after_fork_in_parent(self) -> None:
         return None
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         return None
 
 

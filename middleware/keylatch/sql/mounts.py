@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_MOUNTS: Final = Path("/proc/self/mounts")
+_MOUNT_TABLE: Final = Path("/proc/self/mounts")
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 """The kernel writes blank, tab, newline, backslash and # of a path as octal numbers."""
 
-_NETWORK: Final = (
+_NETWORK_TYPES: Final = (
     *("9p", "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "gfs", "gfs2"),
     *("glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs"),
     *("panfs", "pvfs2", "smb2", "smb3", "smbfs", "wekafs"),
 )
-_OF_VIRTUAL_MACHINES: Final = (
+_VIRTUAL_MACHINE_TYPES: Final = (
     *("virtiofs", "fakeowner", "osxfs", "drvfs"),  # Docker Desktop and WSL
     *("vboxsf", "prl_fs", "vmhgfs"),  # VirtualBox, Parallels, VMware
 )
@@ -35,7 +35,11 @@ _FUSE_PROGRAMS: Final = (
     *("goofys", "juicefs", "mountpoint-s3", "obsfs", "ossfs", "ossfs2", "rclone"),
     *("riofs", "s3fs", "s3ql", "tigrisfs", "yas3fs"),
 )
-_REFUSED: Final = {*_NETWORK, *_OF_VIRTUAL_MACHINES, *(f"fuse.{name}" for name in _FUSE_PROGRAMS)}
+_REFUSED_TYPES: Final = {
+    *_NETWORK_TYPES,
+    *_VIRTUAL_MACHINE_TYPES,
+    *(f"fuse.{name}" for name in _FUSE_PROGRAMS),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +47,33 @@ class Mount:
     """A line of the table.
 
     Args:
-        point: where it is mounted.
-        kind: the type of the file system; of FUSE with the name of its program, as far as it is
+        mount_point: where it is mounted.
+        fs_type: the type of the file system; of FUSE with the name of its program, as far as it is
             known: `fuse.sshfs`.
     """
 
-    point: Path
-    kind: str
+    mount_point: Path
+    fs_type: str
 
     @property
     def is_network(self) -> bool:
         """Whether SQLite's locks or its shared memory do not hold there."""
-        return self.kind in _REFUSED
+        return self.fs_type in _REFUSED_TYPES
 
     @property
     def is_unknown(self) -> bool:
         """Whether that depends on a program that is not known here."""
-        return self.kind.partition(".")[0] == "fuse" and not self.is_network
+        return self.fs_type.partition(".")[0] == "fuse" and not self.is_network
 
 
 def mounts() -> list[Mount]:
     """All mounts, in the order of the table; none where the system has no such table."""
-    if not _MOUNTS.exists():
+    if not _MOUNT_TABLE.exists():
         return []
     try:
-        table = _MOUNTS.read_text()
+        table = _MOUNT_TABLE.read_text()
     except UnicodeDecodeError:  # of a mount point, whose name may be any bytes
-        table = os.fsdecode(_MOUNTS.read_bytes())
+        table = os.fsdecode(_MOUNT_TABLE.read_bytes())
     lines = (line.split(" ") for line in table.split("\n"))  # U+2028 in a name ends no line
     return [_mount(*fields[:3]) for fields in lines if len(fields) >= 3]
 
@@ -81,19 +85,19 @@ def mounts_over(path: Path, table: Iterable[Mount]) -> list[Mount]:
     path is the one that counts; but a mount that was moved keeps its place in the table. Where the
     last one and the deepest one differ, both are named.
     """
-    over = [mount for mount in table if path.is_relative_to(mount.point)]
+    over = [mount for mount in table if path.is_relative_to(mount.mount_point)]
     if not over:
         return []
     last = over[-1]
-    deepest = max(reversed(over), key=lambda mount: len(mount.point.parts))
+    deepest = max(reversed(over), key=lambda mount: len(mount.mount_point.parts))
     return [last] if deepest == last else [last, deepest]
 
 
-def _mount(source: str, point: str, kind: str) -> Mount:
-    if kind == "fuse":  # without a name of its own; some programs give it as the source
-        kind = f"fuse.{source.rpartition('/')[2]}"
-    return Mount(Path(_unescaped(point)), kind.lower())
+def _mount(source: str, mount_point: str, fs_type: str) -> Mount:
+    if fs_type == "fuse":  # without a name of its own; some programs give it as the source
+        fs_type = f"fuse.{source.rpartition('/')[2]}"
+    return Mount(Path(_unescape(mount_point)), fs_type.lower())
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), text)

@@ -18,12 +18,12 @@ from sqlalchemy import (
     true,
 )
 
-from keylatch.foreign import MOST_LOCATORS
+from keylatch.foreign import MAX_LOCATORS
 from keylatch.model import KeyRecord
-from keylatch.sql.database import Question, Rows
+from keylatch.sql.database import Query, Rows
 from keylatch.sql.schema import invalidations, keys, meta, organizations, secrets
 
-_MAX_CHANGES: Final = 1_000
+_MAX_INVALIDATIONS: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +38,25 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
+class NotFound:
     """There was no such key at that sequence number."""
 
     as_of: int
 
 
-Touched = tuple[int, str | None, str | None]
+Invalidation = tuple[int, str | None, str | None]
 """A line of the log: seq, key id or None, organisation id or None."""
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class InvalidationBatch:
     """What happened after a sequence number; `complete` is False where not all of it is told."""
 
     seq: int
     epoch: str
-    complete: bool
-    touched: tuple[Touched, ...] = ()
-    has_foreign: bool = False
+    is_complete: bool
+    invalidations: tuple[Invalidation, ...] = ()
+    has_imported_keys: bool = False
     """Whether there is any key that was made elsewhere."""
 
 
@@ -64,28 +64,28 @@ class Changes:
 class Secrets:
     """The store's own secrets, so that they can rotate: the first of each makes, all are read."""
 
-    check_keys: tuple[bytes, ...] = field(repr=False)
+    mac_keys: tuple[bytes, ...] = field(repr=False)
     peppers: tuple[bytes, ...] = field(repr=False)
     as_of: int
 
 
-_RECORD: Final = [
+_RECORD_COLUMNS: Final = [
     organizations.c.active if name == "organization_active" else keys.c[name]
     for name in KeyRecord.__slots__
 ]
 _STORED: Final = tuple(name for name in KeyRecord.__slots__ if name in keys.c)
-RECORDS: Final[Select[Any]] = select(*_RECORD).join(
+SELECT_RECORDS: Final[Select[Any]] = select(*_RECORD_COLUMNS).join(
     organizations, organizations.c.id == keys.c.organization_id
 )
 
 
-def changes_since() -> Select[Any]:
+def select_invalidations() -> Select[Any]:
     # One statement, so one snapshot: the counter and the log cannot disagree.
     newer = (
         select(invalidations)
         .where(invalidations.c.seq > bindparam("since", type_=BigInteger))
         .order_by(invalidations.c.seq)
-        .limit(_MAX_CHANGES + 1)
+        .limit(_MAX_INVALIDATIONS + 1)
         .subquery()
     )
     return select(
@@ -102,22 +102,22 @@ def changes_since() -> Select[Any]:
 
 def _find() -> Select[Any]:
     return (
-        select(meta.c.seq, keys.c.hash, keys.c.previous_hash, *_RECORD)
+        select(meta.c.seq, keys.c.hash, keys.c.previous_hash, *_RECORD_COLUMNS)
         .join_from(meta, keys, keys.c.id == bindparam("key_id"), isouter=True)
         .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
     )
 
 
-def _find_foreign() -> Select[Any]:
-    named: list[Any] = [bindparam(name) for name in LOCATORS]
+def _find_by_locator() -> Select[Any]:
+    locators: list[Any] = [bindparam(name) for name in LOCATOR_PARAMETERS]
     return (
-        select(meta.c.seq, keys.c.hash, keys.c.previous_hash, *_RECORD)
-        .join_from(meta, keys, keys.c.locator.in_(named), isouter=True)
+        select(meta.c.seq, keys.c.hash, keys.c.previous_hash, *_RECORD_COLUMNS)
+        .join_from(meta, keys, keys.c.locator.in_(locators), isouter=True)
         .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
     )
 
 
-LOCATORS: Final = tuple(f"locator_{number}" for number in range(MOST_LOCATORS))
+LOCATOR_PARAMETERS: Final = tuple(f"locator_{number}" for number in range(MAX_LOCATORS))
 
 
 def _secrets() -> Select[Any]:
@@ -129,30 +129,35 @@ def _secrets() -> Select[Any]:
     )
 
 
-CHANGES: Final = Question(changes_since())
-FIND: Final = Question(_find())
-FIND_FOREIGN: Final = Question(_find_foreign())
-SECRETS: Final = Question(_secrets())
-SEQUENCE: Final = Question(select(meta.c.seq))
+INVALIDATIONS_SINCE: Final = Query(select_invalidations())
+FIND: Final = Query(_find())
+FIND_BY_LOCATOR: Final = Query(_find_by_locator())
+SECRETS: Final = Query(_secrets())
+SEQUENCE: Final = Query(select(meta.c.seq))
 
 
-def read_changes(rows: Rows, since: int) -> Changes:
+def read_invalidations(rows: Rows, since: int) -> InvalidationBatch:
     seq, epoch, pruned, *_ = rows[0]
-    complete = since >= pruned and len(rows) <= _MAX_CHANGES
-    touched = tuple((row[3], row[4], row[5]) for row in rows if row[3] is not None)
-    return Changes(seq, epoch, complete, touched if complete else (), rows[0][6] is not None)
+    is_complete = since >= pruned and len(rows) <= _MAX_INVALIDATIONS
+    entries = tuple((row[3], row[4], row[5]) for row in rows if row[3] is not None)
+    return InvalidationBatch(
+        seq, epoch, is_complete, entries if is_complete else (), rows[0][6] is not None
+    )
 
 
-def read_found(rows: Rows) -> Found | Absent:
+def read_found(rows: Rows) -> Found | NotFound:
     seq, hashed, previous, *record = rows[0]
-    return Absent(seq) if hashed is None else Found(record_of(record), hashed, seq, previous)
+    return NotFound(seq) if hashed is None else Found(record_of(record), hashed, seq, previous)
 
 
-def read_foreign(rows: Rows, locators: Sequence[str]) -> Found | Absent:
+def read_found_by_locator(rows: Rows, locators: Sequence[str]) -> Found | NotFound:
     found = [read_found([row]) for row in rows]
-    keys_found = {each.record.locator: each for each in found if isinstance(each, Found)}
+    found_by_locator = {each.record.locator: each for each in found if isinstance(each, Found)}
     # As a rule there is one; where a token fits several, the locator that says most counts.
-    return next((keys_found[name] for name in locators if name in keys_found), Absent(rows[0][0]))
+    return next(
+        (found_by_locator[name] for name in locators if name in found_by_locator),
+        NotFound(rows[0][0]),
+    )
 
 
 def record_of(columns: Sequence[Any]) -> KeyRecord:
@@ -161,13 +166,13 @@ def record_of(columns: Sequence[Any]) -> KeyRecord:
 
 def read_secrets(rows: Rows) -> Secrets:
     return Secrets(
-        check_keys=tuple(value for _, kind, value in rows if kind == "check"),
+        mac_keys=tuple(value for _, kind, value in rows if kind == "check"),
         peppers=tuple(value for _, kind, value in rows if kind == "pepper"),
         as_of=rows[0][0],
     )
 
 
-def secrets_of(connection: Connection) -> Secrets:
+def load_secrets(connection: Connection) -> Secrets:
     """The store's secrets, in one snapshot."""
     return read_secrets([tuple(row) for row in connection.execute(SECRETS.statement)])
 

@@ -17,8 +17,13 @@ from keylatch.drafts import QuotaExceeded
 from keylatch.sql.schema import audit, keys
 
 HOUR_MS: Final = 3_600_000
-_KEY: Final = "key_"  # of an actor in the audit log that is no operator
-_ENDS: Final = ("key.delete", "key.rotate.cancel", "key.rotate.finish", "organization.revoke")
+_KEY_PREFIX: Final = "key_"  # of an actor in the audit log that is no operator
+_REVOKING_ACTIONS: Final = (
+    "key.delete",
+    "key.rotate.cancel",
+    "key.rotate.finish",
+    "organization.revoke",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +58,22 @@ def check_quota(
         check_keys(connection, organization_id, quotas.max_keys, more=new_keys)
 
 
-def check_keys(connection: Connection, organization_id: str, most: int, more: int = 0) -> None:
+def check_keys(connection: Connection, organization_id: str, limit: int, more: int = 0) -> None:
     """Whether an organisation that gets `more` keys has at most so many live ones (0: no limit).
 
     Raises:
         QuotaExceeded: it would have more. Waiting does not help.
     """
-    if most and _live_keys(connection, organization_id, most + 1) + more > most:
+    if limit and _live_keys(connection, organization_id, limit + 1) + more > limit:
         raise QuotaExceeded(
-            f"The organisation may have {most:,} API keys: delete those that it does not need",
+            f"The organisation may have {limit:,} API keys: delete those that it does not need",
             None,
             limit="keys",
         )
 
 
 def check_changes(
-    connection: Connection, organization_id: str, now_ms: int, most: int, more: int = 0
+    connection: Connection, organization_id: str, now_ms: int, limit: int, more: int = 0
 ) -> None:
     """Whether an organisation's keys make at most so many changes within an hour (0: no limit),
     with `more` of them. Those that end access are not counted among these; but all together may be
@@ -77,29 +82,29 @@ def check_changes(
     Raises:
         QuotaExceeded: they make more.
     """
-    if not most:
+    if not limit:
         return
-    recent = _recent_changes(organization_id, now_ms - HOUR_MS, 2 * most + 1)
+    recent = _recent_changes(organization_id, now_ms - HOUR_MS, 2 * limit + 1)
     counted = recent.subquery()
-    ended = func.coalesce(func.sum(counted.c.has_ended), 0)
-    made, ends = connection.execute(select(func.count(), ended).select_from(counted)).one()
-    if made - ends + more <= most and made + more <= 2 * most:
+    ended = func.coalesce(func.sum(counted.c.ends_access), 0)
+    total, revoking = connection.execute(select(func.count(), ended).select_from(counted)).one()
+    if total - revoking + more <= limit and total + more <= 2 * limit:
         return
-    lines = connection.execute(recent).all()
-    room_at = max(
-        _room_at([line.at for line in lines if not line.has_ended], most, more),
-        _room_at([line.at for line in lines], 2 * most, more),
+    entries = connection.execute(recent).all()
+    allowed_at = max(
+        _allowed_at([line.at for line in entries if not line.ends_access], limit, more),
+        _allowed_at([line.at for line in entries], 2 * limit, more),
     )
     raise QuotaExceeded(
-        f"The organisation's API keys may make {most:,} changes an hour",
-        max(1, -(-(room_at - now_ms) // 1000)),
+        f"The organisation's API keys may make {limit:,} changes an hour",
+        max(1, -(-(allowed_at - now_ms) // 1000)),
         limit="changes",
     )
 
 
-def _room_at(times: list[int], most: int, more: int) -> int:
+def _allowed_at(times: list[int], limit: int, more: int) -> int:
     """When enough of these changes are an hour old for `more`; 0: there is room."""
-    excess = len(times) + more - most
+    excess = len(times) + more - limit
     return sorted(times)[excess - 1] + HOUR_MS if excess > 0 else 0
 
 
@@ -113,7 +118,7 @@ def _live_keys(connection: Connection, organization_id: str, at_most: int) -> in
     return found
 
 
-def _recent_changes(organization_id: str, since: int, most: int) -> Select[Any]:
+def _recent_changes(organization_id: str, since: int, limit: int) -> Select[Any]:
     """When keys changed something after a time, and whether that ended access, among the newest
     lines of the organisation's log.
 
@@ -121,17 +126,17 @@ def _recent_changes(organization_id: str, since: int, most: int) -> Select[Any]:
     lines of an import say, must not make each change read all of it. While an operator writes more
     lines than the keys, some of the keys' changes are not counted.
     """
-    its_own = audit.c.organization_id
+    organization = audit.c.organization_id
     newest = (
         select(audit.c.at, audit.c.actor, audit.c.action)
         # Were it "equal", PostgreSQL might walk the log of all from its end, because it cannot know
         # that a large organisation's lines are far from there.
-        .where(its_own.between(organization_id, organization_id))
-        .order_by(its_own.desc(), audit.c.id.desc())
-        .limit(most)
+        .where(organization.between(organization_id, organization_id))
+        .order_by(organization.desc(), audit.c.id.desc())
+        .limit(limit)
         .subquery()
     )
-    has_ended = case((newest.c.action.in_(_ENDS), 1), else_=0)
-    return select(newest.c.at, has_ended.label("has_ended")).where(
-        newest.c.at > since, newest.c.actor.startswith(_KEY, autoescape=True)
+    ends_access = case((newest.c.action.in_(_REVOKING_ACTIONS), 1), else_=0)
+    return select(newest.c.at, ends_access.label("ends_access")).where(
+        newest.c.at > since, newest.c.actor.startswith(_KEY_PREFIX, autoescape=True)
     )

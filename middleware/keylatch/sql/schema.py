@@ -117,10 +117,10 @@ secrets: Final = Table(
     Column("makes", Boolean, nullable=False, server_default=true()),
 )
 
-NOBODY: Final = ""
+NO_ID: Final = ""
 """The organisation of keys that are not there. An invalidation that names it makes everybody look
 anew for what they remember as absent, and leaves all that is known of keys that exist as it is."""
-VAULT: Final = "*"
+STORE_SECRETS_ID: Final = "*"
 """The organisation of the store's own secrets, which no key belongs to. Secrets are remembered like
 anything else: with `as_of`, and read again after an invalidation that names it."""
 

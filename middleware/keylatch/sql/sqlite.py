@@ -22,7 +22,7 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import URL
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.sql.database import Question, Rows, Work, errors_translated
+from keylatch.sql.database import Query, Rows, Work, translate_errors
 from keylatch.sql.mounts import mounts, mounts_over
 from keylatch.sql.store_file import StoreFile
 from keylatch.sql.threads import ThreadPool
@@ -31,12 +31,12 @@ from keylatch.sql.wal_index import WalIndex
 T = TypeVar("T")
 
 _DIALECT: Final = sqlite_dialect()
-_QUESTION_THREADS: Final = 4
+_QUERY_THREADS: Final = 4
 _READ_THREADS: Final = 2
 _WRITE_THREADS: Final = 2  # one writes, and the other waits for its lock
 _BUSY_SECONDS: Final = 5.0
-_CHECKPOINT_AT_BYTES: Final = 1 << 20
-_FIRST_SOUND_SQLITE: Final = (3, 51, 3)
+_CHECKPOINT_BYTES: Final = 1 << 20
+_FIRST_FIXED_SQLITE: Final = (3, 51, 3)
 
 
 class SQLite:
@@ -55,16 +55,16 @@ class SQLite:
         self.file = StoreFile(path)
         self._path = self.file.path
         _refuse_network_file_system(self._path)
-        self.file.refuse_other_names()
+        self.file.refuse_aliases()
         self._hint = f"is {self._path} writable, on a disk with room, and not held by a backup?"
-        self._private: sqlite3.Connection | None = None
-        self._index: WalIndex | None = None
+        self._inline_connection: sqlite3.Connection | None = None
+        self._wal_index: WalIndex | None = None
         self._readers: list[sqlite3.Connection] = []
         self._engines: dict[str, Engine] = {}
-        self._questions = ThreadPool("keylatch-store", _QUESTION_THREADS)
-        self._reads = ThreadPool("keylatch-store-read", _READ_THREADS)
-        self._writes = ThreadPool("keylatch-store-write", _WRITE_THREADS)
-        self._pools = self._questions, self._reads, self._writes
+        self._query_threads = ThreadPool("keylatch-store", _QUERY_THREADS)
+        self._read_threads = ThreadPool("keylatch-store-read", _READ_THREADS)
+        self._write_threads = ThreadPool("keylatch-store-write", _WRITE_THREADS)
+        self._pools = self._query_threads, self._read_threads, self._write_threads
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -73,21 +73,21 @@ class SQLite:
     @property
     def version_warnings(self) -> tuple[str, ...]:
         """What an operator should know of SQLite itself."""
-        if sqlite3.sqlite_version_info >= _FIRST_SOUND_SQLITE:
+        if sqlite3.sqlite_version_info >= _FIRST_FIXED_SQLITE:
             return ()
         return (
             f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3); keylatch"
             " avoids it by truncating checkpoints, other programs that write to this file may not",
         )
 
-    async def ask(
-        self, question: Question, *, seconds: float | None = None, **parameters: Any
-    ) -> Rows:
-        text, values = _spelled(question, parameters)
-        return await self._questions.run(lambda: self._answer(text, values))
+    async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
+        text, values = _compile(query, parameters)
+        return await self._query_threads.run(lambda: self._fetch(text, values))
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
-        return await self._reads.run(lambda: self._run(self._keys(), work, "BEGIN"))
+        return await self._read_threads.run(
+            lambda: self._run(self._durable_engine(), work, "BEGIN")
+        )
 
     async def write(
         self,
@@ -97,38 +97,38 @@ class SQLite:
         seconds: float | None = None,
         is_urgent: bool = False,
     ) -> T:
-        engine = self._keys() if durable else self._usage()
-        return await self._writes.run(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))
+        engine = self._durable_engine() if durable else self._usage_engine()
+        return await self._write_threads.run(lambda: self._run(engine, work, "BEGIN IMMEDIATE"))
 
     def pools(self) -> Mapping[str, int]:
         under_way = [pool.under_way for pool in self._pools]
         return dict(zip(("checks", "reads", "writes"), under_way, strict=True))
 
-    def ask_now(self, question: Question, **parameters: Any) -> Rows | None:
+    def fetch_nowait(self, query: Query, **parameters: Any) -> Rows | None:
         # A reader of a WAL database never waits for a writer, and the pages it touches here are
         # in memory: 2 us. fetchall() ends the statement, so no snapshot is held open.
-        if self._private is None:
+        if self._inline_connection is None:
             return None
-        text, values = _spelled(question, parameters)
+        text, values = _compile(query, parameters)
         try:
-            return self._private.execute(text, values).fetchall()
+            return self._inline_connection.execute(text, values).fetchall()
         except sqlite3.Error:
             return None
 
-    def mark_now(self) -> bytes | None:
-        index = self._index
+    def data_version(self) -> bytes | None:
+        index = self._wal_index
         return None if index is None else index.header.raw
 
     async def identity(self) -> str:
-        with self._errors_translated():
+        with self._translate_errors():
             place = self._path.stat()
         return f"{place.st_dev}/{place.st_ino}"
 
-    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
-        raise StoreUnavailable("SQLite has no bell", "and needs none: every check reads it")
+    async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
+        raise StoreUnavailable("SQLite has no LISTEN", "it needs none: every check reads the file")
 
-    async def tidy(self) -> None:
-        await self._writes.run(self._checkpoint)
+    async def run_maintenance(self) -> None:
+        await self._write_threads.run(self._checkpoint)
 
     async def close(self) -> None:
         for pool in self._pools:
@@ -140,40 +140,40 @@ class SQLite:
         # SQLite keeps books on its locks in memory, per file. A child inherits the books and not
         # the locks, so it must inherit no open file at all (sqlite.org/howtocorrupt.html 2.6).
         for pool in self._pools:
-            pool.hold()
+            pool.pause()
         self._close_connections()
 
-    def after_fork(self) -> None:
+    def after_fork_in_parent(self) -> None:
         for pool in self._pools:
             pool.resume()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         for pool in self._pools:
-            pool.forget()
+            pool.reset()
         self._engines = {}
 
     def _close_connections(self) -> None:
-        self._index = None
-        if self._private is not None:
-            self._private.close()
-            self._private = None
+        self._wal_index = None
+        if self._inline_connection is not None:
+            self._inline_connection.close()
+            self._inline_connection = None
         while self._readers:
             self._readers.pop().close()
         for engine in self._engines.values():
             engine.dispose()
 
     def _run(self, engine: Engine, work: Work[T], begin: str) -> T:
-        with self._errors_translated(), engine.connect() as connection:
+        with self._translate_errors(), engine.connect() as connection:
             connection.execution_options(keylatch_begin=begin)
             with connection.begin():
                 result = work(connection)
-            self._look_in_place()
+            self._open_inline_connection()
             return result
 
-    def _answer(self, text: str, values: Sequence[Any]) -> Rows:
+    def _fetch(self, text: str, values: Sequence[Any]) -> Rows:
         # Around SQLAlchemy, which holds the interpreter's lock ten times as long: a herd of cold
         # keys on four threads would hold the event loop up.
-        with self._errors_translated():
+        with self._translate_errors():
             reader = self._readers.pop() if self._readers else self._connect(_BUSY_SECONDS)
             try:
                 rows = reader.execute(text, values).fetchall()
@@ -181,30 +181,30 @@ class SQLite:
                 reader.close()
                 raise
             self._readers.append(reader)
-            self._look_in_place()
+            self._open_inline_connection()
             return rows
 
-    def _look_in_place(self) -> None:
-        if self._private is None:
+    def _open_inline_connection(self) -> None:
+        if self._inline_connection is None:
             private = self._connect(timeout=0)
             private.execute("SELECT count(*) FROM sqlite_schema").fetchall()  # maps the index
-            self._private = private
-            self._index = WalIndex.of(self._path)
+            self._inline_connection = private
+            self._wal_index = WalIndex.of(self._path)
 
-    def _errors_translated(self) -> contextlib.AbstractContextManager[None]:
-        return errors_translated(sqlite3.Error, self._hint)
+    def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
+        return translate_errors(sqlite3.Error, self._hint)
 
-    def _keys(self) -> Engine:
-        return self._engine("FULL")
+    def _durable_engine(self) -> Engine:
+        return self._engine_for("FULL")
 
-    def _usage(self) -> Engine:
-        return self._engine("NORMAL")
+    def _usage_engine(self) -> Engine:
+        return self._engine_for("NORMAL")
 
-    def _engine(self, synchronous: str) -> Engine:
+    def _engine_for(self, synchronous: str) -> Engine:
         if synchronous not in self._engines:
             engine = create_engine(
                 URL.create("sqlite", database=str(self._path)),
-                creator=lambda: self._opened(_BUSY_SECONDS),
+                creator=lambda: self._open(_BUSY_SECONDS),
                 hide_parameters=True,
             )
             event.listen(engine, "connect", lambda raw, _: self._configure(raw, synchronous))
@@ -214,7 +214,7 @@ class SQLite:
 
     def _configure(self, raw: sqlite3.Connection, synchronous: str) -> None:
         if raw.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-            with self.file.owned(wait=True):  # two processes at once would find it locked
+            with self.file.exclusive_lock(wait=True):  # two processes at once would find it locked
                 raw.execute("PRAGMA journal_mode = WAL")
         raw.execute("PRAGMA wal_autocheckpoint = 0")
         raw.execute(f"PRAGMA synchronous = {synchronous}")
@@ -222,12 +222,12 @@ class SQLite:
 
     def _connect(self, timeout: float) -> sqlite3.Connection:
         """A connection for questions alone."""
-        reader = self._opened(timeout)
+        reader = self._open(timeout)
         reader.execute("PRAGMA wal_autocheckpoint = 0")
         reader.execute("PRAGMA query_only = ON")
         return reader
 
-    def _opened(self, timeout: float) -> sqlite3.Connection:
+    def _open(self, timeout: float) -> sqlite3.Connection:
         """A connection that begins no transactions on its own, to a file that is there."""
         with contextlib.suppress(FileNotFoundError):  # of its folder: SQLite says so as well
             self.file.create()
@@ -241,20 +241,20 @@ class SQLite:
 
     def _checkpoint(self) -> None:
         log = self.file.beside("-wal")
-        if not log.exists() or log.stat().st_size < _CHECKPOINT_AT_BYTES:
+        if not log.exists() or log.stat().st_size < _CHECKPOINT_BYTES:
             return
         with (
-            self._errors_translated(),
-            self._keys().connect() as connection,
+            self._translate_errors(),
+            self._durable_engine().connect() as connection,
             contextlib.suppress(BlockingIOError),
-            self.file.owned(wait=False),
+            self.file.exclusive_lock(wait=False),
         ):
             connection.execution_options(keylatch_begin="")
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
 
 
-def _spelled(question: Question, parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    text, fixed, order = question.spelled(_DIALECT)
+def _compile(query: Query, parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    text, fixed, order = query.compile_for(_DIALECT)
     named = {**fixed, **parameters}
     return text, [named[name] for name in order]
 
@@ -267,7 +267,7 @@ def _begin(connection: Connection) -> None:
 
 def _refuse_network_file_system(path: Path) -> None:
     """SQLite's locks and its shared memory do not work across a network or a virtual machine."""
-    kinds = [mount.kind for mount in mounts_over(path, mounts()) if mount.is_network]
+    kinds = [mount.fs_type for mount in mounts_over(path, mounts()) if mount.is_network]
     if kinds:
         raise ConfigurationError(
             [

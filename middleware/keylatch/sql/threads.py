@@ -1,6 +1,6 @@
 """Threads for one kind of work with a file, so that no other kind waits for them.
 
-A fork must not happen while a thread is at work: `hold` waits until none is, and lets none begin.
+A fork must not happen while a thread is at work: `pause` waits until none is, and lets none begin.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from keylatch.telemetry.meter import Count
+from keylatch.telemetry.meter import Counter
 
 T = TypeVar("T")
 
@@ -25,38 +25,38 @@ class ThreadPool:
     def __init__(self, name: str, size: int) -> None:
         self._name = name
         self._size = size
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """In the child of a fork: the threads and what they hold are the parent's."""
         self._threads: ThreadPoolExecutor | None = None
-        self._places = threading.Semaphore(self._size)
-        self._begun, self._done = Count(), Count()
+        self._slots = threading.Semaphore(self._size)
+        self._started, self._finished = Counter(), Counter()
 
     @property
     def under_way(self) -> int:
         """Pieces of work that threads do, or that wait for one."""
-        ended = self._done.value  # before what has begun: never fewer than none
-        return self._begun.value - ended
+        finished = self._finished.value  # before what has begun: never fewer than none
+        return self._started.value - finished
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of the work, done by a thread."""
-        places, done = self._places, self._done
+        slots, finished = self._slots, self._finished
 
-        def placed() -> T:
+        def run_in_slot() -> T:
             try:
-                with places:
+                with slots:
                     return work()
             finally:
-                done.add()
+                finished.add()
 
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self._size, thread_name_prefix=self._name)
-        self._begun.add()
+        self._started.add()
         try:
-            result = asyncio.get_running_loop().run_in_executor(self._threads, placed)
+            result = asyncio.get_running_loop().run_in_executor(self._threads, run_in_slot)
         except RuntimeError:  # the interpreter ends and starts no more threads: no request waits
-            return placed()
+            return run_in_slot()
         return await result
 
     def close(self) -> None:
@@ -65,12 +65,12 @@ class ThreadPool:
             self._threads.shutdown(wait=True)
             self._threads = None
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Wait until no thread is at work, and let none begin."""
         for _ in range(self._size):
-            self._places.acquire()
+            self._slots.acquire()
 
     def resume(self) -> None:
-        """After `hold`, in the same process: go on."""
+        """After `pause`, in the same process: go on."""
         for _ in range(self._size):
-            self._places.release()
+            self._slots.release()

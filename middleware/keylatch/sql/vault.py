@@ -13,55 +13,59 @@ from typing import Any, Final, Literal
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
 
 from keylatch.sql.changes import advance
-from keylatch.sql.deeds import write_down
-from keylatch.sql.schema import VAULT, keys, secrets
+from keylatch.sql.deeds import record_event
+from keylatch.sql.schema import STORE_SECRETS_ID, keys, secrets
 
 KINDS: Final = ("check", "pepper")
 _BYTES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SecretInfo:
     """What there is to know of a secret without it."""
 
     id: int
     kind: str
     created_at: int
     """Milliseconds since the epoch; once it makes, since when it does."""
-    role: Literal["makes", "reads", "waits"]
+    status: Literal["primary", "enabled", "pending"]
     """What it is for: everything new; what was made before; nothing until everybody knows it."""
 
 
-def kept(connection: Connection) -> list[Kept]:
+def list_secrets(connection: Connection) -> list[SecretInfo]:
     """All secrets, newest first."""
     rows = connection.execute(
         select(secrets.c.id, secrets.c.kind, secrets.c.created_at, secrets.c.makes).order_by(
             secrets.c.id.desc()
         )
     ).all()
-    makers: dict[str, int] = {}
+    primaries: dict[str, int] = {}
     for row in rows:
         if row.makes:
-            makers.setdefault(row.kind, row.id)
+            primaries.setdefault(row.kind, row.id)
     return [
-        Kept(
+        SecretInfo(
             *(row.id, row.kind, row.created_at),
-            "waits" if not row.makes else "makes" if makers[row.kind] == row.id else "reads",
+            "pending"
+            if not row.makes
+            else "primary"
+            if primaries[row.kind] == row.id
+            else "enabled",
         )
         for row in rows
     ]
 
 
-def introduce(connection: Connection, kinds: Sequence[str], now_ms: int, by: str) -> int:
+def add_pending(connection: Connection, kinds: Sequence[str], now_ms: int, by: str) -> int:
     """Add a secret of each kind that none waits of; everybody is told of those as well that wait
     already, because whoever introduced them may not have lived to hear that they are known."""
-    seq = advance(connection, now_ms, organization_id=VAULT)  # first: it locks
-    write_down(connection, now_ms, by, "secrets.introduce", None, None, {"kinds": list(kinds)})
-    waiting = set(
+    seq = advance(connection, now_ms, organization_id=STORE_SECRETS_ID)  # first: it locks
+    record_event(connection, now_ms, by, "secrets.introduce", None, None, {"kinds": list(kinds)})
+    pending = set(
         connection.execute(select(secrets.c.kind).where(secrets.c.makes.is_(False))).scalars()
     )
     for kind in kinds:
-        if kind not in waiting:
+        if kind not in pending:
             connection.execute(
                 insert(secrets).values(
                     kind=kind, value=csprng.token_bytes(_BYTES), created_at=now_ms, makes=False
@@ -72,13 +76,13 @@ def introduce(connection: Connection, kinds: Sequence[str], now_ms: int, by: str
 
 def promote(connection: Connection, kinds: Sequence[str], now_ms: int, by: str) -> int:
     """Make everything with what waits."""
-    seq = advance(connection, now_ms, organization_id=VAULT)
+    seq = advance(connection, now_ms, organization_id=STORE_SECRETS_ID)
     connection.execute(
         update(secrets)
         .where(secrets.c.kind.in_(kinds), secrets.c.makes.is_(False))
         .values(makes=True, created_at=now_ms)
     )
-    write_down(connection, now_ms, by, "secrets.rotate", None, None, {"kinds": list(kinds)})
+    record_event(connection, now_ms, by, "secrets.rotate", None, None, {"kinds": list(kinds)})
     return seq
 
 
@@ -86,24 +90,24 @@ def retire(
     connection: Connection, secret_id: int, before_ms: int, now_ms: int, by: str
 ) -> int | None:
     """Delete a secret if one that came into use after it, and before that time, makes now."""
-    newer = secrets.alias()
+    successor = secrets.alias()
     replaced = exists().where(
-        newer.c.kind == secrets.c.kind,
-        newer.c.id > secrets.c.id,
-        newer.c.makes,
-        newer.c.created_at <= before_ms,
+        successor.c.kind == secrets.c.kind,
+        successor.c.id > secrets.c.id,
+        successor.c.makes,
+        successor.c.created_at <= before_ms,
     )
-    seq = advance(connection, now_ms, organization_id=VAULT)
-    done = connection.execute(
+    seq = advance(connection, now_ms, organization_id=STORE_SECRETS_ID)
+    deleted = connection.execute(
         secrets.delete().where(secrets.c.id == secret_id, secrets.c.makes, replaced)
     )
-    if not done.rowcount:
+    if not deleted.rowcount:
         return None
-    write_down(connection, now_ms, by, "secrets.retire", None, None, {"id": secret_id})
+    record_event(connection, now_ms, by, "secrets.retire", None, None, {"id": secret_id})
     return seq
 
 
-def made_before(connection: Connection, time_ms: int, now_ms: int) -> int:
+def count_issued_before(connection: Connection, time_ms: int, now_ms: int) -> int:
     """Keys that are live and whose token was made here before that time."""
     made_at = func.coalesce(keys.c.rotated_at, keys.c.created_at)
     count: int = connection.execute(

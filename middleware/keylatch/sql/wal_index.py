@@ -14,8 +14,8 @@ from typing import Final
 
 _HEADER_BYTES: Final = 48
 _MAPS: Final = Path("/proc/self/maps")
-_MAY_MOVE: Final = 1
-_FAILED: Final = ctypes.c_void_p(-1).value
+_MREMAP_MAYMOVE: Final = 1
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc: Final = ctypes.CDLL(None)
 _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
@@ -38,8 +38,8 @@ class WalIndex:
 
     def __init__(self, address: int) -> None:
         # An old size of 0 makes a second mapping of the same shared pages: mremap(2).
-        self._address = _libc.mremap(address, 0, mmap.PAGESIZE, _MAY_MOVE)
-        if self._address == _FAILED:
+        self._address = _libc.mremap(address, 0, mmap.PAGESIZE, _MREMAP_MAYMOVE)
+        if self._address == _MAP_FAILED:
             raise OSError("the index cannot be mapped once more")
         self.header = (ctypes.c_char * _HEADER_BYTES).from_address(self._address)
         """Its `raw` bytes equal those seen before if and only if nothing was committed since.
@@ -49,7 +49,7 @@ class WalIndex:
         """
 
     def __del__(self) -> None:
-        if self._address != _FAILED:
+        if self._address != _MAP_FAILED:
             _libc.munmap(self._address, mmap.PAGESIZE)
 
     @classmethod
@@ -61,9 +61,11 @@ class WalIndex:
             inode = str(shm.stat().st_ino)
             # Names of files may be any bytes, and U+2028 in one ends no line.
             for line in os.fsdecode(_MAPS.read_bytes()).rstrip("\n").split("\n"):
-                span, access, offset, _, mapped, *name = line.split(maxsplit=5)
-                if (mapped, access, name) == (inode, "rw-s", [str(shm)]) and not int(offset, 16):
-                    return cls(int(span.partition("-")[0], 16))
+                address_range, permissions, offset, _, mapped, *name = line.split(maxsplit=5)
+                if (mapped, permissions, name) == (inode, "rw-s", [str(shm)]) and not int(
+                    offset, 16
+                ):
+                    return cls(int(address_range.partition("-")[0], 16))
         except OSError:
             return None
         return None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from keylatch.telemetry.meter import Count
+from keylatch.telemetry.meter import Counter
 
 State = Literal["ok", "degraded", "unavailable", "off"]
 
@@ -19,90 +19,92 @@ log = logging.getLogger("keylatch")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ComponentHealth:
     """How a part is.
 
     Args:
         name: of the part.
         state: `degraded`: keys are still decided on; `off`: there is none.
         since: when that began, in seconds since the Unix epoch; None: there is none.
-        words: what is the matter, for everybody to read; empty where nothing is.
+        reason: what is the matter, for everybody to read; empty where nothing is.
     """
 
     name: str
     state: State
     since: float | None = None
-    words: str = ""
+    reason: str = ""
 
 
-class Condition:
+class Health:
     """Of one part, as those find it whom it serves.
 
     Args:
-        unwell: what the log says when it is no longer well; followed by why.
-        well: what the log says when it is well again.
-        calm_seconds: it is well again only when it has failed nobody for so long: else a part that
+        failure_message: what the log says when it is no longer well; followed by why.
+        recovery_message: what the log says when it is well again.
+        recovery_seconds: healthy again only after so long without a failure: else a part that
             serves and fails in turns would fill the log.
-        passes: whether it is well after that time even if nobody has needed it since.
+        recovers_by_time: whether it is well after that time even if nobody has needed it since.
         clock: seconds since the Unix epoch.
     """
 
     def __init__(
         self,
-        unwell: str,
-        well: str,
+        failure_message: str,
+        recovery_message: str,
         *,
-        calm_seconds: float = 0.0,
-        passes: bool = False,
+        recovery_seconds: float = 0.0,
+        recovers_by_time: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._unwell = unwell
-        self._well = well
-        self._calm_seconds = calm_seconds
-        self._passes = passes
+        self._failure_message = failure_message
+        self._recovery_message = recovery_message
+        self._recovery_seconds = recovery_seconds
+        self._recovers_by_time = recovers_by_time
         self._clock = clock
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Nothing is known, so nothing is wrong."""
-        self.failures = Count()
-        self._is_well = True
+        self.failures = Counter()
+        self._is_healthy = True
         self._since = self._failed_at = self._clock()
 
-    def failed(self, why: str, hint: str = "") -> None:
+    def record_failure(self, reason: str, hint: str = "") -> None:
         """It failed somebody."""
         self.failures.add()
-        was_well, self._is_well = self.is_well, False
+        was_healthy, self._is_healthy = self.is_healthy, False
         self._failed_at = self._clock()
-        if was_well:
+        if was_healthy:
             self._since = self._failed_at
-            log.warning("%s: %s%s", self._unwell, why, f"; {hint}" if hint else "")
+            log.warning("%s: %s%s", self._failure_message, reason, f"; {hint}" if hint else "")
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         """It served somebody."""
-        if self._is_well or not self._is_calm():
+        if self._is_healthy or not self._is_recovery_over():
             return
         now = self._clock()
-        log.warning("%s, after %.0f s", self._well, now - self._since)
-        self._is_well, self._since = True, now
+        log.warning("%s, after %.0f s", self._recovery_message, now - self._since)
+        self._is_healthy, self._since = True, now
 
     @property
-    def is_well(self) -> bool:
+    def is_healthy(self) -> bool:
         """Whether it serves, as far as anybody knows."""
-        return self._is_well or (self._passes and self._is_calm())
+        return self._is_healthy or (self._recovers_by_time and self._is_recovery_over())
 
     @property
     def since(self) -> float:
         """Since when that is so, in seconds since the Unix epoch."""
-        if self._is_well or not self.is_well:
+        if self._is_healthy or not self.is_healthy:
             return self._since
-        return self._failed_at + self._calm_seconds
+        return self._failed_at + self._recovery_seconds
 
-    def part(self, name: str, unwell: State, words: str) -> Part:
+    def component_health(
+        self, name: str, state_if_unhealthy: State, reason: str
+    ) -> ComponentHealth:
         """As a part that is in that state, for that reason, while it is not well."""
-        if self.is_well:
-            return Part(name, "ok", self.since)
-        return Part(name, unwell, self.since, words)
+        if self.is_healthy:
+            return ComponentHealth(name, "ok", self.since)
+        return ComponentHealth(name, state_if_unhealthy, self.since, reason)
 
-    def _is_calm(self) -> bool:
-        return self._clock() - self._failed_at >= self._calm_seconds
+    def _is_recovery_over(self) -> bool:
+        return self._clock() - self._failed_at >= self._recovery_seconds

@@ -14,17 +14,17 @@ from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Final
 
-from keylatch.model import Allow, Reason, Verdict
-from keylatch.telemetry.trail import TRAIL
+from keylatch.model import Allow, Decision, Reason
+from keylatch.telemetry.trail import REQUEST_TRACE
 
 # Where a decision was made.
 L1: Final = "l1"
 L2: Final = "l2"
 STORE: Final = "store"
-ABSENCE: Final = "absence"
-STRANGER: Final = "stranger"
+NEGATIVE_CACHE: Final = "negative_cache"
+MAC: Final = "mac"
 HEADER: Final = "header"
-NOWHERE: Final = "nowhere"
+NONE: Final = "none"
 
 ALLOW: Final = "allow"
 
@@ -32,37 +32,37 @@ LIMITS: Final = ("hashes", "changes", "keys")
 """Of an organisation, for what its keys change: see `drafts.QuotaExceeded`."""
 
 STAGES: Final = ("parse", L1, L2, STORE, "hash")
-STAGE_SECONDS: Final = tuple(
+STAGE_BUCKETS: Final = tuple(
     digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)
 )  # 1 us to 5 s
-SETTLE_SECONDS: Final = tuple(
+PROPAGATION_BUCKETS: Final = tuple(
     digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)
 )  # 0.1 ms to 50 s
 
-TIMED: Final = 64
+TIMED_HITS: Final = 64
 """So many hits are timed each time uses are stored."""
-_EACH_READ: Final = 16
+_PARSE_SAMPLE_INTERVAL: Final = 16
 
-_ELSEWHERE: Final = {
+_SOURCES: Final = {
     Reason.MISSING: (HEADER,),
     Reason.MALFORMED: (HEADER,),
-    Reason.FORGED: (STRANGER,),
-    Reason.UNAVAILABLE: (NOWHERE,),
-    Reason.BUSY: (NOWHERE,),
+    Reason.FORGED: (MAC,),
+    Reason.UNAVAILABLE: (NONE,),
+    Reason.BUSY: (NONE,),
 }
 
 
-class Count:
+class Counter:
     """A number that goes up, from any thread, without a lock.
 
     `next(count.steps)` adds one: a single step of C, so no two threads take the same.
     """
 
-    __slots__ = ("_lock", "_looks", "steps")
+    __slots__ = ("_lock", "_reads", "steps")
 
     def __init__(self) -> None:
         self.steps = itertools.count()
-        self._looks = 0
+        self._reads = 0
         self._lock = threading.Lock()
 
     def add(self) -> None:
@@ -73,9 +73,9 @@ class Count:
     def value(self) -> int:
         """How many so far. To look is a step as well."""
         with self._lock:
-            seen = next(self.steps) - self._looks
-            self._looks += 1
-        return seen
+            steps = next(self.steps) - self._reads
+            self._reads += 1
+        return steps
 
 
 class Histogram:
@@ -105,62 +105,62 @@ class Histogram:
         return list(zip(bounds, map(float, itertools.accumulate(counts)), strict=True)), total
 
 
-class Meter:
+class Counters:
     """The numbers of one engine. A forked child gets a new one."""
 
     def __init__(self) -> None:
-        self.hits = Count()
+        self.hits = Counter()
         """Allowed by L1: most of what happens."""
         self.steps = self.hits.steps
-        self.to_time = 0
+        self.hits_to_time = 0
         """How many of the hits that come next are timed."""
         self._decisions = {
-            (said, tier): Count()
-            for said, tiers in _possible()
-            for tier in tiers
-            if (said, tier) != (ALLOW, L1)
+            (decision, source): Counter()
+            for decision, sources in _possible_decisions()
+            for source in sources
+            if (decision, source) != (ALLOW, L1)
         }
-        self._reads = itertools.count()
-        self.stages = {name: Histogram(STAGE_SECONDS) for name in STAGES}
-        self.settled = Histogram(SETTLE_SECONDS)
+        self._parses = itertools.count()
+        self.stages = {name: Histogram(STAGE_BUCKETS) for name in STAGES}
+        self.propagation = Histogram(PROPAGATION_BUCKETS)
         """From the commit of a change until no process decides against it any more."""
-        self.late = Count()
+        self.accepted_after_revocation = Counter()
         """Keys found to have been accepted after a change that this process could know of."""
-        self.restores = Count()
+        self.restores = Counter()
         """How often the store was found to be another than it was."""
-        self.limited = {limit: Count() for limit in LIMITS}
+        self.limited = {limit: Counter() for limit in LIMITS}
         """Changes by keys that were refused, by the limit that was reached."""
         self.span: Callable[[str], AbstractContextManager[None]] | None = None
         """Makes a span around a stage, where somebody wants that."""
 
-    def decided(self, verdict: Verdict, tier: str) -> None:
+    def count_decision(self, decision: Decision, source: str) -> None:
         """A request was judged, by what was known there. A hit that is let in is counted by a step
         of `hits`."""
-        if isinstance(verdict, Allow):
-            count = self.hits if tier == L1 else self._decisions[ALLOW, tier]
+        if isinstance(decision, Allow):
+            count = self.hits if source == L1 else self._decisions[ALLOW, source]
         else:
-            count = self._decisions[verdict.reason.name.lower(), tier]
+            count = self._decisions[decision.reason.name.lower(), source]
         count.add()
-        trail = TRAIL.get()
-        if trail is not None:
-            trail.tier = tier
+        request_trace = REQUEST_TRACE.get()
+        if request_trace is not None:
+            request_trace.source = source
 
     def decisions(self) -> Iterator[tuple[str, str, int]]:
         """Verdict or reason, tier, and how many."""
         yield ALLOW, L1, self.hits.value
-        for (said, tier), count in self._decisions.items():
-            yield said, tier, count.value
+        for (decision, source), count in self._decisions.items():
+            yield decision, source, count.value
 
-    def is_turn_to_time_reading(self) -> bool:
+    def is_parse_sampled(self) -> bool:
         """Whether this header is one of those whose reading is timed: strangers come in floods."""
-        return not next(self._reads) % _EACH_READ
+        return not next(self._parses) % _PARSE_SAMPLE_INTERVAL
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """`with meter.stage("store"): …` counts how long the block takes."""
+        """`with counters.stage("store"): …` counts how long the block takes."""
         stage = Stage(name, self.stages[name])
-        return stage if self.span is None else _both(self.span(name), stage)
+        return stage if self.span is None else _nested(self.span(name), stage)
 
-    def reading(self) -> "Stage":
+    def parse_stage(self) -> "Stage":
         """The stage that is no part of asking anybody, and so has no span."""
         return Stage("parse", self.stages["parse"])
 
@@ -168,14 +168,14 @@ class Meter:
 class Stage:
     """How long a block takes, errors and cancellation included."""
 
-    __slots__ = ("_began", "_histogram", "_name")
+    __slots__ = ("_histogram", "_name", "_started_at")
 
     def __init__(self, name: str, histogram: Histogram) -> None:
         self._name = name
         self._histogram = histogram
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._started_at = time.perf_counter()
 
     def __exit__(
         self,
@@ -183,23 +183,23 @@ class Stage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        took = time.perf_counter() - self._began
-        self._histogram.observe(took)
-        trail = TRAIL.get()
-        if trail is not None:
-            trail.stages.append((self._name, took))
+        seconds = time.perf_counter() - self._started_at
+        self._histogram.observe(seconds)
+        request_trace = REQUEST_TRACE.get()
+        if request_trace is not None:
+            request_trace.stages.append((self._name, seconds))
 
 
 @contextmanager
-def _both(outer: AbstractContextManager[None], inner: "Stage") -> Iterator[None]:
+def _nested(outer: AbstractContextManager[None], inner: "Stage") -> Iterator[None]:
     with outer, inner:
         yield
 
 
-def _possible() -> Iterator[tuple[str, tuple[str, ...]]]:
+def _possible_decisions() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Verdict or reason, and where it can be found: every pair is told from the start, because
     what appears with a 1 has no rate."""
     yield ALLOW, (L1, L2, STORE)
     for reason in Reason:
-        known = (L1, L2, STORE, ABSENCE)
-        yield reason.name.lower(), _ELSEWHERE.get(reason, known)
+        sources = (L1, L2, STORE, NEGATIVE_CACHE)
+        yield reason.name.lower(), _SOURCES.get(reason, sources)

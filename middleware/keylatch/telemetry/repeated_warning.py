@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from keylatch.telemetry.meter import Count
+from keylatch.telemetry.meter import Counter
 
 SILENCE_SECONDS: Final = 3600.0
 """An occurrence is logged whatever its number if no line was written for this long."""
@@ -22,7 +22,7 @@ class RepeatedWarning:
 
     Args:
         logger: writes the lines.
-        text: a format string; from the second line on the count follows.
+        message: a format string; from the second line on the count follows.
         level: of `logging`.
         timer: monotonic, in seconds.
     """
@@ -30,14 +30,14 @@ class RepeatedWarning:
     def __init__(
         self,
         logger: logging.Logger,
-        text: str,
+        message: str,
         level: int = logging.WARNING,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.count = Count()
+        self.count = Counter()
         """How often it occurred, logged or not."""
         self._logger = logger
-        self._text = text
+        self._message = message
         self._level = level
         self._timer = timer
         self._logged_at = -SILENCE_SECONDS
@@ -47,13 +47,13 @@ class RepeatedWarning:
         """It occurred once more; `args` are for the text."""
         with self._lock:
             self.count.add()
-            many = self.count.value
-            is_power_of_two = many & (many - 1) == 0
+            count = self.count.value
+            is_power_of_two = count & (count - 1) == 0
             now = self._timer()
             if not is_power_of_two and now - self._logged_at < SILENCE_SECONDS:
                 return
             self._logged_at = now
-        if many == 1:
-            self._logger.log(self._level, self._text, *args)
+        if count == 1:
+            self._logger.log(self._level, self._message, *args)
         else:
-            self._logger.log(self._level, f"{self._text}; %d times so far", *args, many)
+            self._logger.log(self._level, f"{self._message}; %d times so far", *args, count)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from opentelemetry import trace
 
-from keylatch.model import Allow, Unsettled, Verdict
+from keylatch.model import Allow, Decision, DeferredDeny
 
 
 class Tracing:
@@ -23,20 +23,22 @@ class Tracing:
         self._tracer = trace.get_tracer("keylatch")
 
     @contextmanager
-    def check(self) -> Iterator[Callable[[Verdict], None]]:
-        """A span around a check; call what it yields with the verdict."""
+    def check(self) -> Iterator[Callable[[Decision], None]]:
+        """A span around a check; call what it yields with the decision."""
         with self._tracer.start_as_current_span("keylatch.check") as span:
 
-            def tell(verdict: Verdict) -> None:
-                if isinstance(verdict, Allow):
-                    span.set_attribute("keylatch.verdict", "allow")
-                    span.set_attribute("keylatch.key_id", verdict.principal.key_id)
-                elif isinstance(verdict, Unsettled):  # the view that it asks for is not known yet
-                    span.set_attribute("keylatch.verdict", "unsettled")
+            def set_decision(decision: Decision) -> None:
+                if isinstance(decision, Allow):
+                    span.set_attribute("keylatch.decision", "allow")
+                    span.set_attribute("keylatch.key_id", decision.principal.key_id)
+                elif isinstance(
+                    decision, DeferredDeny
+                ):  # the view that it asks for is not known yet
+                    span.set_attribute("keylatch.decision", "deferred")
                 else:
-                    span.set_attribute("keylatch.verdict", verdict.reason.name.lower())
+                    span.set_attribute("keylatch.decision", decision.reason.name.lower())
 
-            yield tell
+            yield set_decision
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final, Protocol, TypeVar
 
-from keylatch.model import ANY_KEY, Allow, Verdict, Wanted
-from keylatch.tokens import SECRET_LENGTH, Token, without_tokens
+from keylatch.model import ANY_KEY, Allow, Decision, Requirement
+from keylatch.tokens import SECRET_LENGTH, Token, redact_tokens
 
 Header = tuple[bytes, bytes]
 T = TypeVar("T")
@@ -22,36 +22,38 @@ T = TypeVar("T")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:=+/-]{1,64}")
 _LONG_WORD: Final = re.compile(rf"[A-Za-z0-9]{{{SECRET_LENGTH},}}")  # a ULID has 26
 _HEX: Final = re.compile(r"[0-9a-f]+|[0-9A-F]+")
-_FOUND: Final = {
+_CACHE_STATUS: Final = {
     "l1": b"keylatch; hit",
     "l2": b"keylatch; hit; detail=l2",
     "store": b"keylatch; fwd=miss; detail=store",
 }
 
-TRAIL: Final[ContextVar["Trail | None"]] = ContextVar("keylatch_trail", default=None)
+REQUEST_TRACE: Final[ContextVar["RequestTrace | None"]] = ContextVar(
+    "keylatch_request_trace", default=None
+)
 
 
-class Trail:
+class RequestTrace:
     """Of one request.
 
     Args:
         request_id: tells its lines in the log from those of others.
     """
 
-    __slots__ = ("is_allowed", "request_id", "seconds", "stages", "tier")
+    __slots__ = ("is_allowed", "request_id", "seconds", "source", "stages")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.is_allowed: bool | None = None
-        self.tier = "l1"  # a hit says nothing; whoever else decides does
+        self.source = "l1"  # a hit says nothing; whoever else decides does
         self.seconds = 0.0
         self.stages: list[tuple[str, float]] = []
 
-    def judged(self, verdict: object, seconds: float) -> None:
+    def record_decision(self, decision: object, seconds: float) -> None:
         """A check took so long, or went so far: a token is still to be looked up."""
         self.seconds += seconds
-        if not isinstance(verdict, Token):
-            self.is_allowed = isinstance(verdict, Allow)
+        if not isinstance(decision, Token):
+            self.is_allowed = isinstance(decision, Allow)
 
     def headers(self) -> list[Header]:
         """`Server-Timing` (W3C) in milliseconds, and `Cache-Status` (RFC 9211); none where no key
@@ -59,24 +61,24 @@ class Trail:
         if self.is_allowed is None:
             return []
         timing = [f"keylatch;dur={self.seconds * 1000:.3f}"]
-        found = []
+        cache_status = []
         if self.is_allowed:
-            timing += [f"keylatch-{name};dur={took * 1000:.3f}" for name, took in self.stages]
-            if self.tier in _FOUND:
-                found.append((b"cache-status", _FOUND[self.tier]))
-        return [(b"server-timing", ", ".join(timing).encode()), *found]
+            timing += [f"keylatch-{name};dur={seconds * 1000:.3f}" for name, seconds in self.stages]
+            if self.source in _CACHE_STATUS:
+                cache_status.append((b"cache-status", _CACHE_STATUS[self.source]))
+        return [(b"server-timing", ", ".join(timing).encode()), *cache_status]
 
 
 @contextmanager
-def following(headers: Iterable[Header]) -> Iterator[Trail]:
+def tracing_request(headers: Iterable[Header]) -> Iterator[RequestTrace]:
     """The trail of the request with these headers, until the end of the block."""
     given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    trail = Trail(request_id(given.decode("latin-1")))
-    before = TRAIL.set(trail)
+    trace = RequestTrace(request_id(given.decode("latin-1")))
+    token = REQUEST_TRACE.set(trace)
     try:
-        yield trail
+        yield trace
     finally:
-        TRAIL.reset(before)
+        REQUEST_TRACE.reset(token)
 
 
 def request_id(given: str) -> str:
@@ -88,53 +90,57 @@ def request_id(given: str) -> str:
 
 def _may_be_secret(given: str) -> bool:
     words = _LONG_WORD.findall(given)
-    return without_tokens(given) != given or any(not _HEX.fullmatch(word) for word in words)
+    return redact_tokens(given) != given or any(not _HEX.fullmatch(word) for word in words)
 
 
-class Checks(Protocol):
+class Authenticator(Protocol):
     """What an engine does for an adapter."""
 
-    def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
+    def check_cached(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision | Token:
         """The verdict, or the token where it takes waiting."""
 
-    async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
+    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
         """The verdict."""
 
 
-class Followed:
+class TracedAuthenticator:
     """An engine's checks, timed for the trail.
 
     Args:
-        checks: the engine.
+        authenticator: the engine.
     """
 
-    def __init__(self, checks: Checks) -> None:
-        self._checks = checks
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
 
-    def glance(self, values: Sequence[bytes], wanted: Wanted = ANY_KEY) -> Verdict | Token:
-        return timed(lambda: self._checks.glance(values, wanted))
+    def check_cached(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision | Token:
+        return time_check(lambda: self._authenticator.check_cached(values, requirement))
 
-    async def resolve(self, token: Token, wanted: Wanted = ANY_KEY) -> Verdict:
-        return await timed_awaiting(self._checks.resolve(token, wanted))
+    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
+        return await time_awaited_check(self._authenticator.check(token, requirement))
 
 
-def timed(check: Callable[[], T]) -> T:
+def time_check(check: Callable[[], T]) -> T:
     """What a check returns; the trail learns how long it took."""
-    began = time.perf_counter()
-    verdict = check()
-    _judged(verdict, began)
-    return verdict
+    started_at = time.perf_counter()
+    decision = check()
+    _record_decision(decision, started_at)
+    return decision
 
 
-async def timed_awaiting(check: Awaitable[T]) -> T:
+async def time_awaited_check(check: Awaitable[T]) -> T:
     """The same of a check that is awaited."""
-    began = time.perf_counter()
-    verdict = await check
-    _judged(verdict, began)
-    return verdict
+    started_at = time.perf_counter()
+    decision = await check
+    _record_decision(decision, started_at)
+    return decision
 
 
-def _judged(verdict: object, began: float) -> None:
-    trail = TRAIL.get()
-    if trail is not None:
-        trail.judged(verdict, time.perf_counter() - began)
+def _record_decision(decision: object, started_at: float) -> None:
+    trace = REQUEST_TRACE.get()
+    if trace is not None:
+        trace.record_decision(decision, time.perf_counter() - started_at)

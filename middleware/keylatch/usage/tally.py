@@ -26,19 +26,19 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keylatch.model import KeyRecord
-from keylatch.sql.changes import touch
+from keylatch.sql.changes import record_last_used
 from keylatch.sql.lists import get_key
-from keylatch.sql.schema import NOBODY, clients, usage
+from keylatch.sql.schema import NO_ID, clients, usage
 
 ALLOWED: Final = "allowed"
 DAY_MS: Final = 86_400_000
-KEPT_DAYS: Final = 400
+RETENTION_DAYS: Final = 400
 """How long counts are kept."""
-_KEPT_MARKS_DAYS: Final = 7
-_KEPT_CLIENTS_DAYS: Final = 90
-_PRUNED_AT_ONCE: Final = 5_000
+_SEQUENCE_RETENTION_DAYS: Final = 7
+_CLIENT_RETENTION_DAYS: Final = 90
+_PRUNE_BATCH_SIZE: Final = 5_000
 
-Count = tuple[str, int, str]
+CountKey = tuple[str, int, str]
 """Of which key, on which day, with which outcome: `allowed`, or the name of a reason."""
 
 
@@ -58,26 +58,26 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class UsageBatch:
     """What one process has counted since its last one.
 
     Args:
-        by: the process, 32 characters at most.
-        number: greater than that of its last one.
+        process_id: the process, 32 characters at most.
+        sequence: greater than that of its last one.
         day: on which it was made.
         counts: what to add.
-        seen: by key, the newest client.
+        clients: by key, the newest client.
     """
 
-    by: str
-    number: int
+    process_id: str
+    sequence: int
     day: int
-    counts: Mapping[Count, int] = field(default_factory=dict)
-    seen: Mapping[str, Client] = field(default_factory=dict)
+    counts: Mapping[CountKey, int] = field(default_factory=dict)
+    clients: Mapping[str, Client] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
+class DayUsage:
     """The uses of a key on one day; a reason that never came has no entry."""
 
     day: int
@@ -90,60 +90,64 @@ class KeyUsage:
     """A key, the days on which it was used (the newest first), and where it was seen last."""
 
     record: KeyRecord
-    days: list[Day]
+    days: list[DayUsage]
     client: Client | None
 
 
-def add_tally(connection: Connection, uses: Mapping[str, int], tally: Tally) -> None:
+def add_batch(connection: Connection, last_used: Mapping[str, int], batch: UsageBatch) -> None:
     """Add a tally and record when keys were last used, unless that was done before.
 
     Each table in the order of its keys, so that two processes cannot deadlock; that of the keys
     comes last, because changes of keys wait for it.
     """
-    if not _is_new(connection, tally):
+    if not _advance_sequence(connection, batch):
         return
     counts = [
-        {"key_id": key_id, "day": day, "outcome": outcome, "count": tally.counts[count]}
-        for count in sorted(tally.counts)
+        {"key_id": key_id, "day": day, "outcome": outcome, "count": batch.counts[count]}
+        for count in sorted(batch.counts)
         for key_id, day, outcome in [count]
     ]
     if counts:
-        adding = _insert(connection, usage)
-        total = usage.c.count + adding.excluded.count
+        insertion = _insert(connection, usage)
+        total = usage.c.count + insertion.excluded.count
         connection.execute(
-            adding.on_conflict_do_update(index_elements=usage.primary_key, set_={"count": total}),
+            insertion.on_conflict_do_update(
+                index_elements=usage.primary_key, set_={"count": total}
+            ),
             counts,
         )
     seen = [
         {"key_id": key_id, "address": each.address, "agent": each.agent, "seen_at": each.seen_at}
-        for key_id, each in sorted(tally.seen.items())
+        for key_id, each in sorted(batch.clients.items())
     ]
     if seen:
-        noting = _insert(connection, clients)
-        new = {name: noting.excluded[name] for name in ("address", "agent", "seen_at")}
+        insertion_of_clients = _insert(connection, clients)
+        new = {
+            name: insertion_of_clients.excluded[name] for name in ("address", "agent", "seen_at")
+        }
         connection.execute(
-            noting.on_conflict_do_update(
+            insertion_of_clients.on_conflict_do_update(
                 index_elements=clients.primary_key,
                 set_=new,
-                where=clients.c.seen_at < noting.excluded.seen_at,
+                where=clients.c.seen_at < insertion_of_clients.excluded.seen_at,
             ),
             seen,
         )
-    if uses:
-        touch(connection, uses)
+    if last_used:
+        record_last_used(connection, last_used)
 
 
-def _is_new(connection: Connection, tally: Tally) -> bool:
+def _advance_sequence(connection: Connection, batch: UsageBatch) -> bool:
     """Leave the tally's number, if it is not there yet; whoever else is about to is waited for."""
-    marking = _insert(connection, usage).values(
-        key_id=NOBODY, day=tally.day, outcome=tally.by, count=tally.number
+    insertion = _insert(connection, usage).values(
+        key_id=NO_ID, day=batch.day, outcome=batch.process_id, count=batch.sequence
     )
-    marked = marking.on_conflict_do_update(
+    upsert = insertion.on_conflict_do_update(
         index_elements=usage.primary_key,
-        set_={"count": marking.excluded.count},
-        where=usage.c.count < marking.excluded.count,
+        set_={"count": insertion.excluded.count},
+        where=usage.c.count < insertion.excluded.count,
     ).returning(usage.c.count)
-    return connection.execute(marked).first() is not None
+    return connection.execute(upsert).first() is not None
 
 
 def _insert(connection: Connection, table: Table) -> Any:
@@ -161,8 +165,8 @@ def usage_of(
 ) -> KeyUsage | None:
     """How a key of an organisation was used since a day; None: it has no such key, or none in
     that environment."""
-    found = get_key(connection, organization_id, key_id, environment)
-    if found is None:
+    record = get_key(connection, organization_id, key_id, environment)
+    if record is None:
         return None
     rows = connection.execute(
         select(usage.c.day, usage.c.outcome, usage.c.count)
@@ -172,27 +176,27 @@ def usage_of(
     days: dict[int, dict[str, int]] = {}
     for day, outcome, count in rows:
         days.setdefault(day, {})[outcome] = count
-    seen = connection.execute(
+    client = connection.execute(
         select(clients.c.address, clients.c.agent, clients.c.seen_at).where(
             clients.c.key_id == key_id
         )
     ).first()
     return KeyUsage(
-        found,
-        [Day(day, counts.pop(ALLOWED, 0), counts) for day, counts in days.items()],
-        None if seen is None else Client(*seen),
+        record,
+        [DayUsage(day, counts.pop(ALLOWED, 0), counts) for day, counts in days.items()],
+        None if client is None else Client(*client),
     )
 
 
-def prune_tallies(connection: Connection, today: int) -> None:
+def prune_usage(connection: Connection, today: int) -> None:
     """Let go of what is old, a few thousand rows at a time."""
-    of_nobody = usage.c.key_id == NOBODY
-    _let_go(connection, usage.c.day, today - KEPT_DAYS)
-    _let_go(connection, usage.c.day, today - _KEPT_MARKS_DAYS, of_nobody)
-    _let_go(connection, clients.c.seen_at, (today - _KEPT_CLIENTS_DAYS) * DAY_MS)
+    is_sequence_row = usage.c.key_id == NO_ID
+    _prune(connection, usage.c.day, today - RETENTION_DAYS)
+    _prune(connection, usage.c.day, today - _SEQUENCE_RETENTION_DAYS, is_sequence_row)
+    _prune(connection, clients.c.seen_at, (today - _CLIENT_RETENTION_DAYS) * DAY_MS)
 
 
-def _let_go(
+def _prune(
     connection: Connection, time: Column[int], before: int, *conditions: ColumnElement[bool]
 ) -> None:
     # The oldest is at the end of an index: whether there is anything to do costs nothing.
@@ -201,9 +205,9 @@ def _let_go(
         return
     table, old = time.table, and_(time < before, *conditions)
     key = list(table.primary_key)
-    rows = connection.execute(select(*key).where(old).order_by(time).limit(_PRUNED_AT_ONCE))
-    here = [column == bindparam(f"old_{column.name}") for column in key]
+    rows = connection.execute(select(*key).where(old).order_by(time).limit(_PRUNE_BATCH_SIZE))
+    is_same_row = [column == bindparam(f"old_{column.name}") for column in key]
     names = [f"old_{column.name}" for column in key]
-    asked = [dict(zip(names, row, strict=True)) for row in sorted(rows)]
-    if asked:  # or somebody else was faster
-        connection.execute(delete(table).where(*here, old), asked)
+    parameters = [dict(zip(names, row, strict=True)) for row in sorted(rows)]
+    if parameters:  # or somebody else was faster
+        connection.execute(delete(table).where(*is_same_row, old), parameters)

@@ -11,86 +11,89 @@ import secrets
 from collections.abc import Mapping
 from typing import Final, TypeVar
 
-from keylatch.usage.tally import Client, Count, Tally
+from keylatch.usage.tally import Client, CountKey, UsageBatch
 
 CAPACITY: Final = 50_000
 """Keys, and counts, that wait at most."""
-_AT_ONCE: Final = 2_000  # in one transaction: changes of these keys wait for it
+_BATCH_SIZE: Final = 2_000  # in one transaction: changes of these keys wait for it
 
 log = logging.getLogger("keylatch")
 
 K = TypeVar("K")
 V = TypeVar("V")
-Told = tuple[Mapping[str, int], Tally]
+PendingWrite = tuple[Mapping[str, int], UsageBatch]
 
 
-class Unstored:
+class UsageBuffer:
     """The uses of one process, on their way to the store."""
 
     def __init__(self) -> None:
         self.day = 0
         """The newest, since the epoch."""
-        self.lost = 0
+        self.dropped = 0
         """Uses that were not counted, because too many keys were waiting."""
-        self._by = secrets.token_hex(16)
-        self._number = 0
-        self._told: Told | None = None
-        self._uses: dict[str, int] = {}
-        self._counts: dict[Count, int] = {}
-        self._seen: dict[str, Client] = {}
+        self._process_id = secrets.token_hex(16)
+        self._sequence = 0
+        self._unacknowledged: PendingWrite | None = None
+        self._last_used: dict[str, int] = {}
+        self._counts: dict[CountKey, int] = {}
+        self._clients: dict[str, Client] = {}
 
-    def use(self, key_id: str, used_at: int) -> None:
+    def add_last_used(self, key_id: str, used_at: int) -> None:
         """A key was used at that time, in milliseconds since the epoch."""
-        if key_id in self._uses or len(self._uses) < CAPACITY:
-            self._uses[key_id] = max(self._uses.get(key_id, 0), used_at)
+        if key_id in self._last_used or len(self._last_used) < CAPACITY:
+            self._last_used[key_id] = max(self._last_used.get(key_id, 0), used_at)
 
-    def count(self, what: Count, count: int) -> None:
+    def add_count(self, key: CountKey, count: int) -> None:
         """So many uses more."""
-        if what in self._counts or len(self._counts) < CAPACITY:
+        if key in self._counts or len(self._counts) < CAPACITY:
             if count:
-                self._counts[what] = self._counts.get(what, 0) + count
+                self._counts[key] = self._counts.get(key, 0) + count
         else:
-            self.lose(count)
+            self.drop(count)
 
-    def see(self, seen: Mapping[str, Client]) -> None:
+    def add_clients(self, clients: Mapping[str, Client]) -> None:
         """Where keys were seen; those that are new may find no place."""
-        for key_id, client in seen.items():
-            if key_id in self._seen or len(self._seen) < CAPACITY:
-                self._seen[key_id] = client
+        for key_id, client in clients.items():
+            if key_id in self._clients or len(self._clients) < CAPACITY:
+                self._clients[key_id] = client
 
-    def lose(self, count: int) -> None:
+    def drop(self, count: int) -> None:
         """So many uses found no place."""
         if count:
-            self.lost += count
-            log.warning("%d uses are not counted: too many keys wait for the store", count)
+            self.dropped += count
+            log.warning("dropped %d uses from the usage counts: too many keys are pending", count)
 
     @property
     def is_empty(self) -> bool:
         """Whether the store knows everything."""
-        return not (self._told or self._uses or self._counts or self._seen)
+        return not (self._unacknowledged or self._last_used or self._counts or self._clients)
 
     @property
-    def keys(self) -> int:
+    def pending_keys(self) -> int:
         """How many keys' last uses wait."""
-        told = {} if self._told is None else self._told[0]
-        return len({**told, **self._uses})
+        unacknowledged = {} if self._unacknowledged is None else self._unacknowledged[0]
+        return len({**unacknowledged, **self._last_used})
 
-    def told(self) -> Told:
+    def next_batch(self) -> PendingWrite:
         """What to tell the store now: when keys were last used, and a tally."""
-        if self._told is None:
-            self._number += 1
-            uses, self._uses = _parted(self._uses)
-            counts, self._counts = _parted(self._counts)
-            seen, self._seen = _parted(self._seen)
-            self._told = (uses, Tally(self._by, self._number, self.day, counts, seen))
-        return self._told
+        if self._unacknowledged is None:
+            self._sequence += 1
+            last_used, self._last_used = _split(self._last_used)
+            counts, self._counts = _split(self._counts)
+            clients, self._clients = _split(self._clients)
+            self._unacknowledged = (
+                last_used,
+                UsageBatch(self._process_id, self._sequence, self.day, counts, clients),
+            )
+        return self._unacknowledged
 
-    def stored(self) -> None:
+    def mark_stored(self) -> None:
         """The store has answered."""
-        self._told = None
+        self._unacknowledged = None
 
 
-def _parted(waiting: dict[K, V]) -> tuple[dict[K, V], dict[K, V]]:
+def _split(pending: dict[K, V]) -> tuple[dict[K, V], dict[K, V]]:
     """A portion and the rest, in new ones: a dictionary keeps the size that it once had."""
-    items = iter(waiting.items())
-    return dict(itertools.islice(items, _AT_ONCE)), dict(items)
+    items = iter(pending.items())
+    return dict(itertools.islice(items, _BATCH_SIZE)), dict(items)

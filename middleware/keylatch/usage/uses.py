@@ -18,23 +18,23 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, TypeAlias
 
-from keylatch.caches.cache import Use
+from keylatch.caches.cache import UsageCounter
 from keylatch.errors import StoreUnavailable
-from keylatch.model import Caller, Reason
-from keylatch.telemetry.condition import Condition
+from keylatch.model import ClientGetter, Reason
+from keylatch.telemetry.condition import Health
 from keylatch.usage.clients import family_of, network_of
-from keylatch.usage.tally import ALLOWED, DAY_MS, Client, Tally
-from keylatch.usage.unstored import CAPACITY, Unstored
+from keylatch.usage.tally import ALLOWED, DAY_MS, Client, UsageBatch
+from keylatch.usage.unstored import CAPACITY, UsageBuffer
 
-_SOON_SECONDS: Final = 0.5
+_FIRST_FLUSH_SECONDS: Final = 0.5
 _INTERVAL_SECONDS: Final = 5.0
-_FLUSH_AT: Final = 1_000
+_FLUSH_AT_KEYS: Final = 1_000
 
 Ticks: TypeAlias = "itertools.count[int]"
-Write = Callable[[Mapping[str, int], Tally], Awaitable[None]]
+Write = Callable[[Mapping[str, int], UsageBatch], Awaitable[None]]
 
 
-class Usage:
+class UsageRecorder:
     """The uses that the store does not know yet.
 
     Args:
@@ -53,81 +53,81 @@ class Usage:
         self._write = write
         self._sleep = sleep
         self._now_ms = now_ms
-        self.condition = Condition("uses wait for the store", "uses are stored again")
-        self.forget()
+        self.health = Health("usage counts wait for the store", "usage counts are stored again")
+        self.after_fork_in_child()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """After a fork: the parent flushes what it noted."""
         self._lock = threading.Lock()  # threads note while the loop takes what was noted
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: list[tuple[Use, Ticks]] = []
-        self._refused: dict[tuple[str, Reason], int] = {}
-        self._seen: dict[str, Client] = {}
-        self._surplus = itertools.count()  # uses for which there was no place
-        self._taken: list[tuple[str, Ticks, int]] = []  # counters, and up to where they were read
-        self._unstored = Unstored()
-        self._noted = asyncio.Event()
-        self._full = asyncio.Event()
-        self.condition.forget()
+        self._pending: list[tuple[UsageCounter, Ticks]] = []
+        self._refusals: dict[tuple[str, Reason], int] = {}
+        self._clients: dict[str, Client] = {}
+        self._dropped = itertools.count()  # uses for which there was no place
+        self._drained: list[tuple[str, Ticks, int]] = []  # counters, and up to where they were read
+        self._buffer = UsageBuffer()
+        self._has_pending = asyncio.Event()
+        self._is_full = asyncio.Event()
+        self.health.clear()
 
     @property
-    def waiting(self) -> int:
+    def pending(self) -> int:
         """Keys whose use is not stored yet."""
-        return len(self._waiting) + self._unstored.keys
+        return len(self._pending) + self._buffer.pending_keys
 
-    def note(self, use: Use, now_ms: float) -> None:
+    def record(self, counter: UsageCounter, now_ms: float) -> None:
         """A key was let in; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
-        use.used_at = now_ms
-        next(use.ticks or self._add(use))
+        counter.used_at = now_ms
+        next(counter.ticks or self._add_pending(counter))
 
-    def touch(self, use: Use, now_ms: float) -> None:
+    def record_last_used(self, counter: UsageCounter, now_ms: float) -> None:
         """A good key was used for something that it may not do."""
-        use.used_at = now_ms
-        if use.ticks is None:
-            self._add(use)
+        counter.used_at = now_ms
+        if counter.ticks is None:
+            self._add_pending(counter)
 
-    def refuse(self, key_id: str, reason: Reason) -> None:
+    def record_refusal(self, key_id: str, reason: Reason) -> None:
         """A token of this key was refused. Beyond 50,000 of them, new pairs are not counted."""
         with self._lock:
-            count = self._refused.get((key_id, reason), 0)
-            if count or len(self._refused) < CAPACITY:
-                self._refused[key_id, reason] = count + 1
-                if not count and len(self._refused) == 1:
-                    self._tell(self._noted)
+            count = self._refusals.get((key_id, reason), 0)
+            if count or len(self._refusals) < CAPACITY:
+                self._refusals[key_id, reason] = count + 1
+                if not count and len(self._refusals) == 1:
+                    self._set_event(self._has_pending)
             else:
-                next(self._surplus)
+                next(self._dropped)
 
-    def see(self, key_id: str, caller: Caller) -> None:
-        """After `note`: whence; the first time between two flushes is kept, and none is asked for
+    def record_client(self, key_id: str, caller: ClientGetter) -> None:
+        """After `record`: whence; the first time between two flushes is kept, and none is asked for
         after that."""
-        if key_id in self._seen:
+        if key_id in self._clients:
             return
         host, agent = caller()
         client = Client(network_of(host), family_of(agent), self._now_ms())
         with self._lock:
-            if len(self._seen) < CAPACITY:
-                self._seen[key_id] = client
+            if len(self._clients) < CAPACITY:
+                self._clients[key_id] = client
 
     @property
-    def lost(self) -> int:
+    def dropped(self) -> int:
         """Uses that were not counted so far, because too many keys were waiting."""
-        return self._unstored.lost
+        return self._buffer.dropped
 
-    def _add(self, use: Use) -> Ticks:
+    def _add_pending(self, counter: UsageCounter) -> Ticks:
         """What counts the key's uses until the next flush."""
         with self._lock:
-            if use.ticks is None:
-                if len(self._waiting) >= CAPACITY:
-                    return self._surplus
-                use.ticks = itertools.count()
-                self._waiting.append((use, use.ticks))
-                if len(self._waiting) == 1:
-                    self._tell(self._noted)
-                elif len(self._waiting) == _FLUSH_AT + 1:
-                    self._tell(self._full)
-            return use.ticks
+            if counter.ticks is None:
+                if len(self._pending) >= CAPACITY:
+                    return self._dropped
+                counter.ticks = itertools.count()
+                self._pending.append((counter, counter.ticks))
+                if len(self._pending) == 1:
+                    self._set_event(self._has_pending)
+                elif len(self._pending) == _FLUSH_AT_KEYS + 1:
+                    self._set_event(self._is_full)
+            return counter.ticks
 
-    def _tell(self, event: asyncio.Event) -> None:
+    def _set_event(self, event: asyncio.Event) -> None:
         if self._loop is None or self._loop.is_closed():
             event.set()  # nobody waits for it yet
         else:
@@ -137,61 +137,61 @@ class Usage:
         """Flush again and again, until cancelled."""
         with self._lock:  # events belong to the loop on which somebody waited for them
             self._loop = asyncio.get_running_loop()
-            self._noted, self._full = asyncio.Event(), asyncio.Event()
-            if self._waiting or self._refused or not self._unstored.is_empty:
-                self._noted.set()
+            self._has_pending, self._is_full = asyncio.Event(), asyncio.Event()
+            if self._pending or self._refusals or not self._buffer.is_empty:
+                self._has_pending.set()
         while True:
-            await self._noted.wait()
-            await self._sleep(_SOON_SECONDS)
+            await self._has_pending.wait()
+            await self._sleep(_FIRST_FLUSH_SECONDS)
             await self.flush()
-            await self._pause()
+            await self._wait_for_flush()
 
     async def flush(self) -> None:
         """Store what is waiting. What cannot be stored waits on."""
-        self._take()
-        self._noted.clear()
-        self._full.clear()
+        self._drain()
+        self._has_pending.clear()
+        self._is_full.clear()
         try:
-            while not self._unstored.is_empty:
-                await self._write(*self._unstored.told())
-                self._unstored.stored()
+            while not self._buffer.is_empty:
+                await self._write(*self._buffer.next_batch())
+                self._buffer.mark_stored()
         except StoreUnavailable as error:
-            self.condition.failed(error.message, error.hint)
-            self._noted.set()
+            self.health.record_failure(error.message, error.hint)
+            self._has_pending.set()
         except BaseException:
-            self._noted.set()
+            self._has_pending.set()
             raise
         else:
-            self.condition.succeeded()
+            self.health.record_success()
 
-    def _take(self) -> None:
+    def _drain(self) -> None:
         with self._lock:
-            waiting, self._waiting = self._waiting, []
-            refused, self._refused = self._refused, {}
-            seen, self._seen = self._seen, {}
-            surplus, self._surplus = self._surplus, itertools.count()
-        unstored, day = self._unstored, self._now_ms() // DAY_MS
-        late, self._taken = self._taken, []
-        for key_id, ticks, read in late:
-            unstored.count((key_id, day, ALLOWED), next(ticks) - read)
-        for use, ticks in waiting:
-            use.ticks = None  # before it is read: whoever uses it meanwhile adds it again
-            unstored.use(use.secret, int(use.used_at))
+            pending, self._pending = self._pending, []
+            refusals, self._refusals = self._refusals, {}
+            clients, self._clients = self._clients, {}
+            dropped, self._dropped = self._dropped, itertools.count()
+        buffer, day = self._buffer, self._now_ms() // DAY_MS
+        drained, self._drained = self._drained, []
+        for key_id, ticks, counted in drained:
+            buffer.add_count((key_id, day, ALLOWED), next(ticks) - counted)
+        for counter, ticks in pending:
+            counter.ticks = None  # before it is read: whoever uses it meanwhile adds it again
+            buffer.add_last_used(counter.secret_id, int(counter.used_at))
             count = next(ticks)
-            unstored.count((use.key_id, day, ALLOWED), count)
-            self._taken.append((use.key_id, ticks, count + 1))
-        for (key_id, reason), count in refused.items():
-            unstored.count((key_id, day, reason.name), count)
-        unstored.see(seen)
-        unstored.lose(next(surplus))
-        unstored.day = day
+            buffer.add_count((counter.key_id, day, ALLOWED), count)
+            self._drained.append((counter.key_id, ticks, count + 1))
+        for (key_id, reason), count in refusals.items():
+            buffer.add_count((key_id, day, reason.name), count)
+        buffer.add_clients(clients)
+        buffer.drop(next(dropped))
+        buffer.day = day
 
-    async def _pause(self) -> None:
+    async def _wait_for_flush(self) -> None:
         """Wait for the interval, or until many keys wait."""
-        full = asyncio.create_task(self._full.wait())
+        is_full = asyncio.create_task(self._is_full.wait())
         slept = asyncio.ensure_future(self._sleep(_INTERVAL_SECONDS))
         try:
-            await asyncio.wait({full, slept}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({is_full, slept}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            full.cancel()
+            is_full.cancel()
             slept.cancel()

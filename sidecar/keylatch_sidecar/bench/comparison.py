@@ -24,7 +24,7 @@ FASTER, SLOWER, NOISE, UNKNOWN = "better", "WORSE", "within the noise", "too few
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class Change:
     """One figure of both runs."""
 
     name: str
@@ -32,10 +32,12 @@ class Move:
     after: str
     ratio: float
     """After ÷ before."""
-    verdict: str
+    direction: str
 
 
-def verdict(before: Sequence[float], after: Sequence[float], *, less_is_better: bool = True) -> str:
+def classify(
+    before: Sequence[float], after: Sequence[float], *, less_is_better: bool = True
+) -> str:
     """What is to be said of a figure that came out so in the rounds of two runs."""
     if min(len(before), len(after)) < FEWEST_ROUNDS:
         return UNKNOWN
@@ -78,26 +80,26 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return told
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Move]:
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """Every figure that both runs have, as their JSON tells them."""
     moves = []
     for tier in TIERS:
         if tier in before["tiers"] and tier in after["tiers"]:
-            moves += _of_tier(tier, before["tiers"][tier], after["tiers"][tier])
+            moves += _tier_changes(tier, before["tiers"][tier], after["tiers"][tier])
     then, now = (run["saturated"]["answeredPerSecond"] for run in (before, after))
     if then and now:
-        moves.append(_move("L1 checks a second, at most", then, now, rate=True))
+        moves.append(_change("L1 checks a second, at most", then, now, rate=True))
     for name, key in (("DELETE", "delete_ns"), ("refused everywhere", "everywhere_ns")):
         then, now = (
             [each[key] for each in run["revocations"] if each[key] is not None]
             for run in (before, after)
         )
         if then and now:
-            moves.append(_move(name, then, now))
+            moves.append(_change(name, then, now))
     return moves
 
 
-def _of_tier(tier: str, before: dict[str, Any], after: dict[str, Any]) -> list[Move]:
+def _tier_changes(tier: str, before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     moves = []
     for percentile in map(label, PERCENTILES):  # the longest one says little of two runs
         then, now = (
@@ -109,13 +111,13 @@ def _of_tier(tier: str, before: dict[str, Any], after: dict[str, Any]) -> list[M
             for run in (before, after)
         )
         if then and now:
-            moves.append(_move(f"{tier} {percentile}", then, now))
+            moves.append(_change(f"{tier} {percentile}", then, now))
     return moves
 
 
-def _move(name: str, before: list[float], after: list[float], *, rate: bool = False) -> Move:
+def _change(name: str, before: list[float], after: list[float], *, rate: bool = False) -> Change:
     then, now = statistics.median(before), statistics.median(after)
     shown = [f"{value:,.0f}/s" if rate else readable(value) for value in (then, now)]
     ratio = now / max(then, 1e-9)
-    said = verdict(before, after, less_is_better=not rate)
-    return Move(name, shown[0], shown[1], ratio, said)
+    said = classify(before, after, less_is_better=not rate)
+    return Change(name, shown[0], shown[1], ratio, said)

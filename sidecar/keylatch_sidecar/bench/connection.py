@@ -39,7 +39,7 @@ class Unusable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Address:
     """Where a sidecar answers: a URL's host and port, or a Unix socket."""
 
     host: str = "localhost"
@@ -49,7 +49,7 @@ class Place:
     uds: Path | None = None
 
     @classmethod
-    def at(cls, url: str) -> "Place":
+    def from_url(cls, url: str) -> "Address":
         """The place that a URL names.
 
         Raises:
@@ -91,8 +91,8 @@ class Place:
 class _Stream(asyncio.Protocol):
     """One connection while it lasts; what it reads goes to the line that opened it."""
 
-    def __init__(self, line: "Connection") -> None:
-        self._line = line
+    def __init__(self, connection: "Connection") -> None:
+        self._connection = connection
         self._parser = httptools.HttpResponseParser(self)
         self.transport: asyncio.Transport | None = None
         self.body: list[bytes] = []
@@ -105,10 +105,10 @@ class _Stream(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
-            self._line.lose(self, "not HTTP")
+            self._connection.disconnect(self, "not HTTP")
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._line.lose(self, LOST)
+        self._connection.disconnect(self, LOST)
 
     # httptools
 
@@ -120,23 +120,23 @@ class _Stream(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         status, is_kept_alive = self._parser.get_status_code(), self._parser.should_keep_alive()
-        self._line.hear(status, self.body, is_kept_alive)
+        self._connection.receive_response(status, self.body, is_kept_alive)
 
 
 class Connection:
-    """See `keylatch_sidecar.bench.load.Line`.
+    """See `keylatch_sidecar.bench.load.Client`.
 
     Args:
-        place: whom to ask.
+        address: whom to ask.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._host = f"Host: {place.host}\r\n".encode()
-        self._path = f"GET {place.prefix}/verify HTTP/1.1\r\n".encode() + self._host
-        self.facts = b""
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._host = f"Host: {address.host}\r\n".encode()
+        self._path = f"GET {address.prefix}/verify HTTP/1.1\r\n".encode() + self._host
+        self.request_headers = b""
         self._stream: _Stream | None = None
-        self._answered: Callable[[Outcome], None] | None = None
+        self._on_outcome: Callable[[Outcome], None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._body: list[bytes] = []
 
@@ -148,31 +148,31 @@ class Connection:
         """
         if self._stream is None:
             stream = _Stream(self)
-            await self._place.connect(stream)
+            await self._address.connect(stream)
             self._stream = stream
 
     @property
-    def facts(self) -> bytes:
+    def request_headers(self) -> bytes:
         """Header lines that this sidecar expects of proxies."""
-        return self._facts
+        return self._request_headers
 
-    @facts.setter
-    def facts(self, lines: bytes) -> None:
-        self._facts = lines
+    @request_headers.setter
+    def request_headers(self, lines: bytes) -> None:
+        self._request_headers = lines
         self._check = self._path + lines
 
-    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
+    def check(self, credential: Credential, on_outcome: Callable[[Outcome], None]) -> None:
         if credential.value:
-            self._send(self._check + b"Authorization: %b\r\n\r\n" % credential.value, answered)
+            self._send(self._check + b"Authorization: %b\r\n\r\n" % credential.value, on_outcome)
         else:
-            self._send(self._check + b"\r\n", answered)
+            self._send(self._check + b"\r\n", on_outcome)
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Hang up; the next check connects anew."""
-        self._answered = None
+        self._on_outcome = None
         if self._opening is not None:
             self._opening.cancel()
-        self._drop()
+        self._abort()
 
     async def call(
         self, method: str, path: str, credential: bytes, content: Any = None, fields: str = ""
@@ -183,54 +183,54 @@ class Connection:
             Unusable: there was no answer.
         """
         body = b"" if content is None else json.dumps(content).encode()
-        start = f"{method} {self._place.prefix}{path} HTTP/1.1\r\n".encode() + self._host
+        start = f"{method} {self._address.prefix}{path} HTTP/1.1\r\n".encode() + self._host
         start += b"Authorization: %b\r\n" % credential if credential else b""
         start += fields.encode()
         start += b"Content-Type: application/json\r\n" if body else b""
         request = start + b"Content-Length: %d\r\n\r\n" % len(body) + body
-        said: asyncio.Future[tuple[Outcome, bytes]] = asyncio.get_running_loop().create_future()
+        response: asyncio.Future[tuple[Outcome, bytes]] = asyncio.get_running_loop().create_future()
 
-        def answered(outcome: Outcome) -> None:
-            said.set_result((outcome, b"".join(self._body)))
+        def set_response(outcome: Outcome) -> None:
+            response.set_result((outcome, b"".join(self._body)))
 
-        self._send(request, answered)
+        self._send(request, set_response)
         try:
             async with asyncio.timeout(_CALL_SECONDS):
-                outcome, answer = await said
+                outcome, answer = await response
         except TimeoutError:
             outcome, answer = f"no answer in {_CALL_SECONDS:g} s", b""
         finally:
-            if not said.done() or said.cancelled():
-                self.give_up()  # what comes late must not be taken for the next answer
+            if not response.done() or response.cancelled():
+                self.cancel()  # what comes late must not be taken for the next answer
         if isinstance(outcome, str):
-            raise Unusable(f"{self._place}: {outcome}", "does a sidecar listen there?")
+            raise Unusable(f"{self._address}: {outcome}", "does a sidecar listen there?")
         return outcome, answer
 
-    def hear(self, status: int, body: list[bytes], is_kept_alive: bool) -> None:
+    def receive_response(self, status: int, body: list[bytes], is_kept_alive: bool) -> None:
         """The answer is complete."""
         self._body = body
         if not is_kept_alive:
-            self._drop()  # first: whoever is told may send the next one
-        self._tell(status)
+            self._abort()  # first: whoever is told may send the next one
+        self._complete(status)
 
-    def lose(self, stream: _Stream, why: str) -> None:
+    def disconnect(self, stream: _Stream, why: str) -> None:
         """The connection is gone, or of no use."""
         if stream is self._stream:
-            self._drop()
-            self._tell(why)
+            self._abort()
+            self._complete(why)
 
-    def _drop(self) -> None:
+    def _abort(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None and stream.transport is not None:
             stream.transport.abort()
 
-    def _tell(self, outcome: Outcome) -> None:
-        answered, self._answered = self._answered, None
-        if answered is not None:
-            answered(outcome)
+    def _complete(self, outcome: Outcome) -> None:
+        on_outcome, self._on_outcome = self._on_outcome, None
+        if on_outcome is not None:
+            on_outcome(outcome)
 
-    def _send(self, request: bytes, answered: Callable[[Outcome], None]) -> None:
-        self._answered = answered
+    def _send(self, request: bytes, on_outcome: Callable[[Outcome], None]) -> None:
+        self._on_outcome = on_outcome
         if self._stream is not None and self._stream.transport is not None:
             self._stream.transport.write(request)
         else:
@@ -240,7 +240,7 @@ class Connection:
         try:
             await self.open()
         except OSError:
-            self._tell(UNREACHABLE)
+            self._complete(UNREACHABLE)
             return
         if self._stream is not None and self._stream.transport is not None:
             self._stream.transport.write(request)

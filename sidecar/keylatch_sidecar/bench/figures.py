@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from hdrh.histogram import HdrHistogram
 
-from keylatch_sidecar.bench.load import Outcome, Turn
+from keylatch_sidecar.bench.load import Measurement, Outcome
 
 SCHEMA: Final = "keylatch-bench/1"
 PERCENTILES: Final = (50.0, 90.0, 99.0, 99.9)
@@ -89,25 +89,27 @@ class Tier:
     """How the made-up tokens beside it were answered."""
     flood_per_second: list[float] = field(default_factory=list)
 
-    def add(self, turn: Turn, flood: Turn | None = None) -> None:
+    def add(self, measurement: Measurement, flood: Measurement | None = None) -> None:
         """Another round, and what was sent beside it."""
         if flood is not None:
-            tally(self.flood, flood.outcomes)
+            add_outcomes(self.flood, flood.outcomes)
             self.unexpected += flood.unexpected
             self.flood_per_second.append(len(flood.latencies) / max(flood.seconds, 1e-9))
-        latencies = histogram(turn.latencies)
-        answered = len(turn.latencies) - sum(
-            count for outcome, count in turn.outcomes.items() if isinstance(outcome, str)
+        latencies = histogram(measurement.latencies)
+        answered = len(measurement.latencies) - sum(
+            count for outcome, count in measurement.outcomes.items() if isinstance(outcome, str)
         )
-        per_second = self.rate if turn.keeps_up else answered / max(turn.seconds, 1e-9)
+        per_second = (
+            self.rate if measurement.keeps_up else answered / max(measurement.seconds, 1e-9)
+        )
         self.rounds.append(Round(percentiles(latencies), per_second))
-        self.keeps_up = self.keeps_up and turn.keeps_up
+        self.keeps_up = self.keeps_up and measurement.keeps_up
         self.latencies.add(latencies)
-        self.lateness.add(histogram(turn.lateness))
-        self.checks += len(turn.latencies)
-        self.unexpected += turn.unexpected
-        self.busiest = max(self.busiest, turn.generator_busy)
-        tally(self.outcomes, turn.outcomes)
+        self.lateness.add(histogram(measurement.lateness))
+        self.checks += len(measurement.latencies)
+        self.unexpected += measurement.unexpected
+        self.busiest = max(self.busiest, measurement.generator_busy)
+        add_outcomes(self.outcomes, measurement.outcomes)
 
     @property
     def per_second(self) -> float:
@@ -195,7 +197,7 @@ class Results:
         return sum(each.accepted_after for each in self.revocations)
 
     @property
-    def went_wrong(self) -> int:
+    def unexpected(self) -> int:
         """Answers that were not what they should have been, missing ones included."""
         return (
             sum(tier.unexpected for tier in self.tiers.values())
@@ -203,12 +205,12 @@ class Results:
             + self.saturated_unexpected
         )
 
-    def add_saturated(self, turn: Turn) -> None:
+    def add_saturated(self, measurement: Measurement) -> None:
         """Another round without a rate."""
-        answered = sum(count for outcome, count in turn.outcomes.items() if outcome == 200)
-        self.saturated.append(answered / max(turn.seconds, 1e-9))
-        self.saturated_busy = max(self.saturated_busy, turn.generator_busy)
-        self.saturated_unexpected += turn.unexpected
+        answered = sum(count for outcome, count in measurement.outcomes.items() if outcome == 200)
+        self.saturated.append(answered / max(measurement.seconds, 1e-9))
+        self.saturated_busy = max(self.saturated_busy, measurement.generator_busy)
+        self.saturated_unexpected += measurement.unexpected
 
     def as_json(self) -> dict[str, Any]:
         """For the file."""
@@ -234,7 +236,7 @@ class Results:
         }
 
 
-def tally(into: dict[str, int], outcomes: Mapping[Outcome, int]) -> None:
+def add_outcomes(into: dict[str, int], outcomes: Mapping[Outcome, int]) -> None:
     """Add up how checks ended."""
     for outcome, count in outcomes.items():
         into[str(outcome)] = into.get(str(outcome), 0) + count

@@ -24,7 +24,7 @@ UNANSWERED: Final = "unanswered"
 _EARLY_NS: Final = 150_000
 _SPIN_NS: Final = 20_000
 _SOON_NS: Final = 500_000_000
-_BREATH: Final = 50
+_CHECKS_PER_YIELD: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +35,25 @@ class Credential:
     expected: int
 
 
-class Line(Protocol):
+class Client(Protocol):
     """Carries one check at a time."""
 
-    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
+    def check(self, credential: Credential, on_outcome: Callable[[Outcome], None]) -> None:
         """Have it checked; `answered` may be called at once."""
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Forget an answer that is still awaited; it is no longer told."""
 
 
-async def asked(line: Line, credential: Credential) -> Outcome:
+async def check(client: Client, credential: Credential) -> Outcome:
     """The answer to one check."""
     answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
     try:
-        line.ask(credential, answer.set_result)
+        client.check(credential, answer.set_result)
         return await answer
     finally:
         if answer.cancelled():
-            line.give_up()
+            client.cancel()
 
 
 class OpenLoop:
@@ -94,80 +94,80 @@ class OpenLoop:
         """Whether every request has its answer."""
         return len(self.latencies) == self._count
 
-    def arrive(self, now: int) -> None:
+    def enqueue_due(self, now: int) -> None:
         """Whatever is due by now waits for a line."""
         while (due := self.next_due) is not None and due <= now:
             self._waiting.append(due)
             self.lateness.append(now - due)
             self._arrived += 1
 
-    def take(self) -> int | None:
+    def pop(self) -> int | None:
         """The request that has waited longest goes out; when it was due."""
         return self._waiting.popleft() if self._waiting else None
 
-    def note(self, due: int, now: int, outcome: Outcome, expected: int) -> None:
+    def record(self, due: int, now: int, outcome: Outcome, expected: int) -> None:
         """A request that was due then has its answer."""
         self.latencies.append(now - due)
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self.unexpected += outcome != expected
 
-    def give_up(self, sent: Sequence[int], now: int) -> None:
+    def time_out(self, sent: Sequence[int], now: int) -> None:
         """The turn is over: whatever was sent or is waiting was not answered, and took at least
         until now."""
         for due in (*sent, *self._waiting):
-            self.note(due, now, UNANSWERED, 0)
+            self.record(due, now, UNANSWERED, 0)
         self._waiting.clear()
 
 
 class _Driver:
     def __init__(
         self,
-        books: OpenLoop,
-        lines: Sequence[Line],
+        schedule: OpenLoop,
+        clients: Sequence[Client],
         credentials: Iterator[Credential],
         clock: Callable[[], int],
     ) -> None:
-        self._books = books
-        self._free = deque(lines)
+        self._schedule = schedule
+        self._free = deque(clients)
         self._credentials = credentials
         self._clock = clock
-        self._busy: dict[Line, int] = {}
+        self._busy: dict[Client, int] = {}
         self._is_sending = False
         self.ended_at = 0
-        self.over = asyncio.Event()
+        self.finished = asyncio.Event()
 
     def send(self) -> None:
         """Whatever is waiting goes out, as far as lines are free."""
         if self._is_sending:  # a line that answers at once has called us back
             return
         self._is_sending = True
-        while self._free and (due := self._books.take()) is not None:
-            line = self._free.popleft()
-            self._busy[line] = due
+        while self._free and (due := self._schedule.pop()) is not None:
+            client = self._free.popleft()
+            self._busy[client] = due
             credential = next(self._credentials)
-            line.ask(credential, functools.partial(self._answered, line, credential))
+            client.check(credential, functools.partial(self._on_outcome, client, credential))
         self._is_sending = False
 
-    def _answered(self, line: Line, credential: Credential, outcome: Outcome) -> None:
+    def _on_outcome(self, client: Client, credential: Credential, outcome: Outcome) -> None:
         now = self._clock()
-        self._books.note(self._busy.pop(line), now, outcome, credential.expected)
-        self._free.append(line)
-        if self._books.is_over:
+        self._schedule.record(self._busy.pop(client), now, outcome, credential.expected)
+        self._free.append(client)
+        if self._schedule.is_over:
             self.ended_at = now
-            self.over.set()
+            self.finished.set()
         else:
             self.send()
 
-    def give_up(self) -> None:
+    def time_out(self) -> None:
         """Nobody waits any longer."""
         self.ended_at = self._clock()
-        self._books.give_up(list(self._busy.values()), self.ended_at)
-        for line in self._busy:
-            line.give_up()
+        self._schedule.time_out(list(self._busy.values()), self.ended_at)
+        for client in self._busy:
+            client.cancel()
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Measurement:
     """What came of one turn; latencies and lateness in nanoseconds."""
 
     latencies: Sequence[int]
@@ -182,18 +182,18 @@ class Turn:
 
 
 async def drive(
-    lines: Sequence[Line],
+    clients: Sequence[Client],
     credentials: Iterator[Credential],
     rate: float,
     count: int,
     *,
     grace: float = GRACE_SECONDS,
     clock: Callable[[], int] = time.perf_counter_ns,
-) -> Turn:
+) -> Measurement:
     """Send `count` checks at `rate` a second, and wait for their answers.
 
     Args:
-        lines: idle ones; a check that finds none free waits, and its latency counts that.
+        clients: idle ones; a check that finds none free waits, and its latency counts that.
         credentials: what to send, in turn.
         rate: checks a second.
         count: how many.
@@ -202,10 +202,10 @@ async def drive(
     """
     interval = 1e9 / rate
     start = clock() + 2 * _EARLY_NS
-    books = OpenLoop(start, interval, count)
-    driver = _Driver(books, lines, credentials, clock)
+    schedule = OpenLoop(start, interval, count)
+    driver = _Driver(schedule, clients, credentials, clock)
     busy_before = time.process_time()
-    while (due := books.next_due) is not None:
+    while (due := schedule.next_due) is not None:
         gap = due - clock()
         if gap > _EARLY_NS:
             await asyncio.sleep((gap - _EARLY_NS) / 1e9)
@@ -214,63 +214,63 @@ async def drive(
         else:
             while clock() < due:
                 pass
-            books.arrive(clock())
+            schedule.enqueue_due(clock())
             driver.send()
             await asyncio.sleep(0)
     try:
         async with asyncio.timeout(grace):
-            await driver.over.wait()
+            await driver.finished.wait()
     except TimeoutError:
-        driver.give_up()
+        driver.time_out()
     seconds = (driver.ended_at - start) / 1e9
-    return Turn(
-        books.latencies,
-        books.lateness,
-        books.outcomes,
-        books.unexpected,
+    return Measurement(
+        schedule.latencies,
+        schedule.lateness,
+        schedule.outcomes,
+        schedule.unexpected,
         seconds,
         (time.process_time() - busy_before) / max(seconds, 1e-9),
-        keeps_up=driver.ended_at - books.last_due < _SOON_NS + 0.05 * count * interval,
+        keeps_up=driver.ended_at - schedule.last_due < _SOON_NS + 0.05 * count * interval,
     )
 
 
 async def saturate(
-    lines: Sequence[Line],
+    clients: Sequence[Client],
     credentials: Iterator[Credential],
     seconds: float,
-    most: int,
+    max_checks: int,
     *,
     clock: Callable[[], int] = time.perf_counter_ns,
-) -> Turn:
+) -> Measurement:
     """Every line sends as soon as it has its answer: how many checks a second are possible.
 
     A closed loop: its throughput means something, its latencies would not, so there are none.
 
     Args:
-        lines: idle ones.
+        clients: idle ones.
         credentials: what to send, in turn.
         seconds: how long.
-        most: no more checks than this.
+        max_checks: no more checks than this.
         clock: nanoseconds that never go back.
     """
     start = clock()
     end = start + int(seconds * 1e9)
     outcomes: dict[Outcome, int] = {}
     unexpected = 0
-    budget = iter(range(most))
+    budget = iter(range(max_checks))
     busy_before = time.process_time()
 
-    async def pump(line: Line) -> None:
+    async def send_checks(client: Client) -> None:
         nonlocal unexpected
         while clock() < end and (number := next(budget, None)) is not None:
             credential = next(credentials)
-            outcome = await asked(line, credential)
+            outcome = await check(client, credential)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             unexpected += outcome != credential.expected
-            if number % _BREATH == 0:  # lines that answer at once never wait
+            if number % _CHECKS_PER_YIELD == 0:  # clients that answer at once never wait
                 await asyncio.sleep(0)
 
-    await asyncio.gather(*map(pump, lines))
+    await asyncio.gather(*map(send_checks, clients))
     took = (clock() - start) / 1e9
     busy = (time.process_time() - busy_before) / took
-    return Turn((), (), outcomes, unexpected, took, busy)
+    return Measurement((), (), outcomes, unexpected, took, busy)

@@ -11,17 +11,17 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
-from keylatch.caches.breaker import Breaker, connect
+from keylatch.caches.breaker import CircuitBreaker, connect
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.engine import Engine
 from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.keyring import Keyring
 from keylatch.model import KeyRecord
-from keylatch.revocation.feed import END, Receipt
+from keylatch.revocation.feed import MAX_SEQ, Receipt
 from keylatch.settings import Settings
 from keylatch.store import Found, Secrets, Store
-from keylatch.tokens import CheckKeys, Token
-from keylatch_sidecar.bench.connection import Connection, Place, Unusable
+from keylatch.tokens import MacKeys, Token
+from keylatch_sidecar.bench.connection import Address, Connection, Unusable
 from keylatch_sidecar.bench.load import Credential
 from keylatch_sidecar.bench.supply import Key, Scheme
 from keylatch_sidecar.management.bodies import iso
@@ -29,8 +29,8 @@ from keylatch_sidecar.management.bodies import iso
 ORGANIZATION: Final = "keylatch-bench"
 _KEYS: Final = "/v1/api-keys"
 _CONNECTIONS: Final = 4
-_LOOKS: Final = 20
-_LOOK_SECONDS: Final = 0.05
+_POLLS: Final = 20
+_POLL_SECONDS: Final = 0.05
 _ALREADY_GONE: Final = 404
 _ASYNC: Final = "Prefer: respond-async\r\n"
 
@@ -48,30 +48,30 @@ REFUSALS: Final = {
 }
 
 
-class SidecarMaker:
-    """See `keylatch_sidecar.bench.supply.Maker`; hashes are what the sidecar makes.
+class SidecarKeyFactory:
+    """See `keylatch_sidecar.bench.supply.KeyFactory`; hashes are what the sidecar makes.
 
     Args:
-        place: where it manages keys.
-        boss: a FULL key of it.
+        address: where it manages keys.
+        admin_key: a FULL key of it.
     """
 
-    def __init__(self, place: Place, boss: Credential) -> None:
-        self._place = place
-        self._boss = boss
+    def __init__(self, address: Address, admin_key: Credential) -> None:
+        self._address = address
+        self._admin_key = admin_key
         self._idle: asyncio.Queue[Connection] = asyncio.Queue()
         for _ in range(_CONNECTIONS):
-            self._idle.put_nowait(Connection(place))
+            self._idle.put_nowait(Connection(address))
 
-    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
-        content = {"name": name, "expiresAt": iso(int(ends_at * 1000))}
+    async def create(self, name: str, scheme: Scheme, expires_at: float) -> Key:
+        content = {"name": name, "expiresAt": iso(int(expires_at * 1000))}
         made = await self._call("POST", _KEYS, content)
         return Key(made["id"], made["organizationId"], Token(made["token"]))
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
         await self._call("DELETE", f"{_KEYS}/{key_id}", fields="" if wait else _ASYNC)
 
-    async def named(self, name: str) -> list[tuple[str, str]]:
+    async def find_by_name(self, name: str) -> list[tuple[str, str]]:
         keys = await self._call("GET", _KEYS)
         return [(key["id"], key["organizationId"]) for key in keys if key["name"] == name]
 
@@ -86,12 +86,14 @@ class SidecarMaker:
     def close(self) -> None:
         """Hang up."""
         while not self._idle.empty():
-            self._idle.get_nowait().give_up()
+            self._idle.get_nowait().cancel()
 
     async def _call(self, method: str, path: str, content: Any = None, fields: str = "") -> Any:
         connection = await self._idle.get()
         try:
-            status, body = await connection.call(method, path, self._boss.value, content, fields)
+            status, body = await connection.call(
+                method, path, self._admin_key.value, content, fields
+            )
         finally:
             self._idle.put_nowait(connection)
         if method == "DELETE" and status == _ALREADY_GONE and path != _KEYS:
@@ -99,16 +101,16 @@ class SidecarMaker:
         if status not in (200, 202):
             unknown = (f"it answers {method} {_KEYS} with {status}", "is that a keylatch sidecar?")
             wrong, hint = REFUSALS.get(status, unknown)
-            raise Unusable(f"{self._place}: {wrong}", hint)
+            raise Unusable(f"{self._address}: {wrong}", hint)
         try:
             return json.loads(body)
         except ValueError:
-            wrong = f"{self._place}: the answer is no JSON"
+            wrong = f"{self._address}: the answer is no JSON"
             raise Unusable(wrong, "is that a keylatch sidecar?") from None
 
 
-class StoreMaker:
-    """See `keylatch_sidecar.bench.supply.Maker`.
+class StoreKeyFactory:
+    """See `keylatch_sidecar.bench.supply.KeyFactory`.
 
     Where processes hold leases, an engine is a member whom every DELETE waits for. So it lives only
     while it is needed, unless it is the engine under test itself.
@@ -120,7 +122,7 @@ class StoreMaker:
 
     def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
         self._settings = settings
-        self._given = engine
+        self._engine_under_test = engine
         self._engine: Engine | None = None
         self._opening = asyncio.Lock()
         self._hashers: dict[Scheme, Hasher] = {
@@ -129,50 +131,50 @@ class StoreMaker:
             "sha256": Hasher("sha256"),
         }
 
-    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
-        engine, secrets = await self._opened()
-        hasher, check_keys = self._hashers[scheme], CheckKeys(secrets.check_keys)
+    async def create(self, name: str, scheme: Scheme, expires_at: float) -> Key:
+        engine, secrets = await self._open()
+        hasher, check_keys = self._hashers[scheme], MacKeys(secrets.mac_keys)
         keyring = Keyring(
-            engine.store, hasher, check_keys, self._settings, _now_ms, _nothing_changes
+            engine.store, hasher, check_keys, self._settings, _now_ms, _no_propagation
         )
-        created = await keyring.create(ORGANIZATION, name, expires_at=int(ends_at * 1000))
+        created = await keyring.create(ORGANIZATION, name, expires_at=int(expires_at * 1000))
         return Key(created.record.id, ORGANIZATION, created.token)
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
-        engine, _ = await self._opened()
+        engine, _ = await self._open()
         await (await engine.keyring()).delete(organization_id, key_id, wait=wait)
 
-    async def named(self, name: str) -> list[tuple[str, str]]:
-        engine, _ = await self._opened()
+    async def find_by_name(self, name: str) -> list[tuple[str, str]]:
+        engine, _ = await self._open()
         records = await (await engine.keyring()).list(ORGANIZATION)
         return [(record.id, record.organization_id) for record in records if record.name == name]
 
-    async def share(self, keys: Sequence[Key]) -> bool:
+    async def write_to_redis(self, keys: Sequence[Key]) -> bool:
         """Put keys into Redis as a process does that has just verified them; False: it cannot."""
-        engine, secrets = await self._opened()
-        async with self._redis(secrets) as shared:
-            epoch = (await engine.store.changes(END)).epoch
+        engine, secrets = await self._open()
+        async with self._shared_cache(secrets) as shared:
+            epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
             for key in keys:
                 found = await engine.store.find(key.id)
                 if isinstance(found, Found):
                     fit = await self._hashers["cheap"].verify(found.hash, key.token)
                     if isinstance(fit, bytes):
                         await shared.put(key.token, key.id, found.hash, fit, epoch)
-            return not keys or await _is_known(engine.store, shared, keys[-1], epoch)
+            return not keys or await _is_in_redis(engine.store, shared, keys[-1], epoch)
 
-    async def has_learned(self, key: Key) -> bool:
+    async def is_in_redis(self, key: Key) -> bool:
         """Whether a key that was just checked comes to be in Redis; somebody puts it there after
         his answer."""
-        engine, secrets = await self._opened()
-        async with self._redis(secrets) as shared:
-            epoch = (await engine.store.changes(END)).epoch
-            for _ in range(_LOOKS):
-                if await _is_known(engine.store, shared, key, epoch):
+        engine, secrets = await self._open()
+        async with self._shared_cache(secrets) as shared:
+            epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
+            for _ in range(_POLLS):
+                if await _is_in_redis(engine.store, shared, key, epoch):
                     return True
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_POLL_SECONDS)
         return False
 
-    async def rest(self) -> None:
+    async def stop_engine(self) -> None:
         """Be no member of anything while others are measured."""
         engine, self._engine = self._engine, None
         if engine is not None:
@@ -180,34 +182,34 @@ class StoreMaker:
 
     async def close(self) -> None:
         """Let everything go."""
-        await self.rest()
+        await self.stop_engine()
         for hasher in self._hashers.values():
             hasher.close()
 
     @contextlib.asynccontextmanager
-    async def _redis(self, secrets: Secrets) -> AsyncIterator[SharedCache]:
-        shared = SharedCache(connect(self._settings.redis), secrets.peppers, Breaker())
+    async def _shared_cache(self, secrets: Secrets) -> AsyncIterator[SharedCache]:
+        shared = SharedCache(connect(self._settings.redis), secrets.peppers, CircuitBreaker())
         try:
             yield shared
         finally:
             await shared.close()
 
-    async def _opened(self) -> tuple[Engine, Secrets]:
+    async def _open(self) -> tuple[Engine, Secrets]:
         """An engine that works, and the store's secrets.
 
         Raises:
             KeylatchError: why there is none.
         """
         async with self._opening:
-            engine = self._given or self._engine or Engine(self._settings)
+            engine = self._engine_under_test or self._engine or Engine(self._settings)
             secrets = await engine.store.open(int(time.time() * 1000))
             await engine.start()
-            if self._given is None:
+            if self._engine_under_test is None:
                 self._engine = engine
             return engine, secrets
 
 
-async def _is_known(store: Store, shared: SharedCache, key: Key, epoch: str) -> bool:
+async def _is_in_redis(store: Store, shared: SharedCache, key: Key, epoch: str) -> bool:
     """Whether Redis saves the hash of a key."""
     found = await store.find(key.id)
     if not isinstance(found, Found):
@@ -215,7 +217,7 @@ async def _is_known(store: Store, shared: SharedCache, key: Key, epoch: str) -> 
     return await shared.proves(key.token, key.id, found.hash, epoch)
 
 
-async def _nothing_changes(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
+async def _no_propagation(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
     raise AssertionError("this keyring only makes keys")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from keylatch_sidecar.bench import report
-from keylatch_sidecar.bench.comparison import Move
+from keylatch_sidecar.bench.comparison import Change
 from keylatch_sidecar.bench.figures import Results
 from keylatch_sidecar.bench.plots import Picture
 
@@ -18,7 +18,7 @@ from keylatch_sidecar.bench.plots import Picture
 def render(
     results: Results,
     pictures: Sequence[Picture],
-    moves: Sequence[Move] = (),
+    moves: Sequence[Change] = (),
     differences: Sequence[str] = (),
 ) -> str:
     """The HTML.
@@ -33,7 +33,7 @@ def render(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string((Path(__file__).parent / "page.html").read_text())
     return template.render(
-        finding=report.finding(results),
+        summary=report.summary(results),
         warnings=report.warnings(results),
         remarks=report.remarks(results),
         rows=report.rows(results),
@@ -41,7 +41,7 @@ def render(
         results=results,
         pictures=[(each.name, _data_url(each.light), _data_url(each.dark)) for each in pictures],
         moves=moves,
-        moved=report.moved(moves),
+        moved=report.change_summary(moves),
         differences=differences,
     )
 

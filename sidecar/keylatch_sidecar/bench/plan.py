@@ -9,7 +9,7 @@ from typing import Final
 
 L1, L2, STORE, COLD, REFUSED, FLOOD = "L1", "L2", "store", "cold", "refused", "flood"
 TIERS: Final = (L1, L2, STORE, COLD, REFUSED, FLOOD)
-MEANINGS: Final = {
+DESCRIPTIONS: Final = {
     L1: "a key that this process knows",
     L2: "first sight of a key that Redis knows",
     STORE: "first sight of a key: the store is asked, SHA-256",
@@ -17,7 +17,7 @@ MEANINGS: Final = {
     REFUSED: "made up, wrong secret, revoked, no credential",
     FLOOD: "L1 while made-up tokens pour in",
 }
-FIRST_SIGHTS: Final = (L2, STORE, COLD)
+UNCACHED: Final = (L2, STORE, COLD)
 
 ROUNDS: Final = 5
 WARM_KEYS: Final = 8
@@ -28,7 +28,7 @@ KEYS_LIVE_BEYOND_SECONDS: Final = 900.0
 """Keys expire by themselves so long after the run should have ended, whatever happens to it."""
 
 _COLD_PER_SECOND: Final = 10  # a quarter of a processor's argon2, so that nobody queues for it
-_FIRST_SIGHTS_PER_SECOND: Final = 200
+_UNCACHED_PER_SECOND: Final = 200
 _PROBES_PER_LINE: Final = 200
 _PROBES_PER_SECOND: Final = 2_000
 _SATURATED_PER_SECOND: Final = 100_000
@@ -77,7 +77,7 @@ class Plan:
             if not least <= getattr(self, name) <= most:
                 option = name.replace("_", "-")
                 raise OutOfBounds(f"--{option} is {least:g} to {most:g}")
-        if self._spare_keys < len(FIRST_SIGHTS) * self.rounds:
+        if self._spare_keys < len(UNCACHED) * self.rounds:
             raise OutOfBounds(f"--keys {self.keys} is too few for --revocations {self.revocations}")
 
     @property
@@ -94,8 +94,8 @@ class Plan:
     def checks(self, tier: str) -> int:
         """How many a tier makes in each round."""
         wanted = round(self.rate * self.round_seconds)
-        if tier in FIRST_SIGHTS:
-            fastest = _COLD_PER_SECOND if tier == COLD else _FIRST_SIGHTS_PER_SECOND
+        if tier in UNCACHED:
+            fastest = _COLD_PER_SECOND if tier == COLD else _UNCACHED_PER_SECOND
             share = self._spare_keys * _SHARES[tier] / sum(_SHARES.values()) / self.rounds
             wanted = min(wanted, int(share), round(fastest * self.round_seconds))
         return max(1, wanted)

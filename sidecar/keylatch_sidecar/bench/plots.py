@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from keylatch_sidecar.bench import report
 from keylatch_sidecar.bench.figures import Results, median, percentiles, readable
-from keylatch_sidecar.bench.plan import COLD, L1, MEANINGS, TIERS
+from keylatch_sidecar.bench.plan import COLD, DESCRIPTIONS, L1, TIERS
 
 _DPI: Final = 130
 _TITLE_LETTERS: Final = 76
@@ -130,7 +130,7 @@ def _costs(results: Results) -> str:
 
 
 def _short(tier: str) -> str:
-    return textwrap.fill(MEANINGS[tier], 32)
+    return textwrap.fill(DESCRIPTIONS[tier], 32)
 
 
 def throughput(results: Results, theme: Theme = LIGHT) -> Figure:
@@ -176,8 +176,8 @@ def _at_the_end(axes: Axes, theme: Theme, x: float, row: int, text: str) -> None
 
 def revocation(results: Results, theme: Theme = LIGHT) -> Figure:
     """Each DELETE on a time line: its answer, the last check that got in, refused everywhere."""
-    title = report.sentence(report.revocation(results))
-    promise = report.sentence(report.after_the_answer(results))
+    title = report.capitalize(report.revocation(results))
+    promise = report.capitalize(report.acceptance_after_delete(results))
     figure, axes = _blank(theme, f"{title}\n{promise}", 2.2 + 0.3 * len(results.revocations))
     for row, each in enumerate(results.revocations):
         once: Callable[[str], Any] = lambda text, row=row: text if row == 0 else None  # type: ignore[misc]  # noqa: E731

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from keylatch_sidecar.bench.figures import Revocation
-from keylatch_sidecar.bench.load import Credential, Line, asked
+from keylatch_sidecar.bench.load import Client, Credential, check
 
 _USES_BEFORE: Final = 5
 _USES_AFTER: Final = 5
@@ -20,7 +20,7 @@ _PATIENCE_SECONDS: Final = 4.0
 
 
 @dataclass(slots=True)
-class _Seen:
+class _ClientLog:
     """What one line saw."""
 
     accepted: list[int] = field(default_factory=list)
@@ -31,7 +31,7 @@ class _Seen:
 
 
 async def revoke_in_use(
-    lines: Sequence[Line],
+    clients: Sequence[Client],
     credential: Credential,
     delete: Callable[[], Awaitable[None]],
     rate: float,
@@ -42,46 +42,48 @@ async def revoke_in_use(
     """Use a key on all lines at `rate` checks a second, revoke it, and see what happens.
 
     Args:
-        lines: idle ones.
+        clients: idle ones.
         credential: of the key.
         delete: revokes it, and returns when that is answered.
         rate: of all lines together.
         clock: nanoseconds that never go back.
         sleep: waits between two checks on a line.
     """
-    seen = [_Seen() for _ in lines]
-    interval = len(lines) / rate
+    logs = [_ClientLog() for _ in clients]
+    interval = len(clients) / rate
     enough = asyncio.Event()
     users = [
-        asyncio.create_task(_use(*each, credential, interval, enough, clock, sleep))
-        for each in zip(lines, seen, strict=True)
+        asyncio.create_task(_use_key(*each, credential, interval, enough, clock, sleep))
+        for each in zip(clients, logs, strict=True)
     ]
     try:
-        await _until(lambda: all(len(each.accepted) >= _USES_BEFORE for each in seen), clock, sleep)
+        await _wait_until(
+            lambda: all(len(each.accepted) >= _USES_BEFORE for each in logs), clock, sleep
+        )
         sent = clock()
         await delete()
         answered = clock()
-        await _until(lambda: all(each.refused > _USES_AFTER for each in seen), clock, sleep)
+        await _wait_until(lambda: all(each.refused > _USES_AFTER for each in logs), clock, sleep)
         enough.set()
         await asyncio.wait(users, timeout=_PATIENCE_SECONDS)
     finally:
         for user in users:
             user.cancel()
         await asyncio.gather(*users, return_exceptions=True)
-    accepted = [began for each in seen for began in each.accepted]
-    refused = [each.refused_at for each in seen if each.refused_at is not None]
+    accepted = [began for each in logs for began in each.accepted]
+    refused = [each.refused_at for each in logs if each.refused_at is not None]
     return Revocation(
         delete_ns=answered - sent,
         last_accepted_ns=max(accepted, default=sent) - answered,
-        everywhere_ns=max(refused) - sent if len(refused) == len(lines) else None,
+        everywhere_ns=max(refused) - sent if len(refused) == len(clients) else None,
         accepted_after=sum(began > answered for began in accepted),
-        unexpected=sum(each.unexpected for each in seen),
+        unexpected=sum(each.unexpected for each in logs),
     )
 
 
-async def _use(
-    line: Line,
-    seen: _Seen,
+async def _use_key(
+    client: Client,
+    log: _ClientLog,
     credential: Credential,
     interval: float,
     enough: asyncio.Event,
@@ -90,22 +92,24 @@ async def _use(
 ) -> None:
     while not enough.is_set():
         began = clock()
-        outcome = await asked(line, credential)
+        outcome = await check(client, credential)
         now = clock()
         if outcome == 200:
-            seen.accepted.append(began)
-        elif outcome == 401 and seen.accepted:
-            seen.refused += 1
-            seen.refused_at = seen.refused_at or now
+            log.accepted.append(began)
+        elif outcome == 401 and log.accepted:
+            log.refused += 1
+            log.refused_at = log.refused_at or now
         else:
-            seen.unexpected += 1
+            log.unexpected += 1
         await sleep(max(0.0, interval - (now - began) / 1e9))
 
 
-async def _until(
-    is_so: Callable[[], bool], clock: Callable[[], int], sleep: Callable[[float], Awaitable[None]]
+async def _wait_until(
+    condition: Callable[[], bool],
+    clock: Callable[[], int],
+    sleep: Callable[[float], Awaitable[None]],
 ) -> None:
     """Return when it is so, or when that takes too long."""
     deadline = clock() + int(_PATIENCE_SECONDS * 1e9)
-    while not is_so() and clock() < deadline:
+    while not condition() and clock() < deadline:
         await sleep(0.002)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from keylatch_sidecar.bench.comparison import FASTER, SLOWER, Move
+from keylatch_sidecar.bench.comparison import FASTER, SLOWER, Change
 from keylatch_sidecar.bench.figures import MAX, PERCENTILES, Results, label, median, readable
 from keylatch_sidecar.bench.figures import percentiles as percentiles_of
-from keylatch_sidecar.bench.plan import FLOOD, L1, MEANINGS, STORE, TIERS, Plan
+from keylatch_sidecar.bench.plan import DESCRIPTIONS, FLOOD, L1, STORE, TIERS, Plan
 
 HEADINGS = (*map(label, PERCENTILES), MAX)
 _GENERATOR_IS_THE_LIMIT = 0.9
@@ -28,7 +28,7 @@ class Row:
     checks: str
     rate: str
     times: Sequence[str]
-    wrong: str
+    unexpected: str
     missing: str = ""
     """Why there are no figures, and what to add."""
 
@@ -66,7 +66,7 @@ def revocation(results: Results) -> str:
     return f"{said} was sent (longest of {len(everywhere)}: {readable(max(everywhere))})"
 
 
-def after_the_answer(results: Results) -> str:
+def acceptance_after_delete(results: Results) -> str:
     """Whether the promise was kept; empty where it was not put to the test."""
     if not results.revocations:
         return ""
@@ -76,22 +76,22 @@ def after_the_answer(results: Results) -> str:
     return "no check that began after the answer of a DELETE was accepted"
 
 
-def sentence(words: str) -> str:
+def capitalize(words: str) -> str:
     """With a capital at its head."""
     return words[:1].upper() + words[1:]
 
 
-def finding(results: Results) -> str:
+def summary(results: Results) -> str:
     """The one sentence that matters."""
-    parts = [cost(results), revocation(results), after_the_answer(results)]
+    parts = [cost(results), revocation(results), acceptance_after_delete(results)]
     return "; ".join(part for part in parts if part) + "."
 
 
 def warnings(results: Results) -> list[str]:
     """What went wrong, or makes the figures doubtful."""
     told = list(results.notes)
-    if results.went_wrong:
-        told.append(f"{results.went_wrong:,} answers were not what they should have been: below")
+    if results.unexpected:
+        told.append(f"{results.unexpected:,} answers were not what they should have been: below")
     slow = [name for name, tier in results.tiers.items() if not tier.keeps_up]
     if slow:
         told.append(f"{', '.join(slow)}: the answers did not keep up with --rate")
@@ -142,7 +142,7 @@ def rows(results: Results) -> list[Row]:
     told = []
     for name in TIERS:
         if name in results.skipped:
-            told.append(Row(name, MEANINGS[name], "", "", (), "", results.skipped[name]))
+            told.append(Row(name, DESCRIPTIONS[name], "", "", (), "", results.skipped[name]))
         elif name in results.tiers:
             tier = results.tiers[name]
             times = percentiles_of(tier.latencies)
@@ -150,23 +150,25 @@ def rows(results: Results) -> list[Row]:
             told.append(
                 Row(
                     name,
-                    MEANINGS[name],
+                    DESCRIPTIONS[name],
                     f"{tier.checks:,}",
                     f"{tier.per_second:,.0f}/s",
                     [readable(times[heading]) for heading in HEADINGS],
-                    "0" if not tier.unexpected else f"{tier.unexpected} of {_spelled(outcomes)}",
+                    "0"
+                    if not tier.unexpected
+                    else f"{tier.unexpected} of {_format_outcomes(outcomes)}",
                 )
             )
     return told
 
 
-def _spelled(outcomes: dict[str, int]) -> str:
+def _format_outcomes(outcomes: dict[str, int]) -> str:
     return ", ".join(f"{count:,} x {outcome}" for outcome, count in sorted(outcomes.items()))
 
 
 def print_to(console: Console, results: Results) -> None:
     """The finding, what went wrong, the table."""
-    console.print(finding(results), style="bold")
+    console.print(summary(results), style="bold")
     for warning in warnings(results):
         console.print(f"warning: {warning}", style="bold red")
     table = Table(box=None, title=str(results.target), title_justify="left")
@@ -176,7 +178,7 @@ def print_to(console: Console, results: Results) -> None:
     told = rows(results)
     for row in told:
         if not row.missing:
-            table.add_row(row.tier, row.checks, row.rate, *row.times, row.wrong)
+            table.add_row(row.tier, row.checks, row.rate, *row.times, row.unexpected)
     console.print(table)
     for row in told:
         if row.missing:
@@ -185,23 +187,23 @@ def print_to(console: Console, results: Results) -> None:
         console.print(remark)
 
 
-def print_comparison(console: Console, moves: Sequence[Move], differences: Sequence[str]) -> None:
+def print_comparison(console: Console, moves: Sequence[Change], differences: Sequence[str]) -> None:
     """What moved since the run before."""
     for difference in differences:
         console.print(f"warning: not like with like: {difference}", style="bold yellow")
-    table = Table(box=None, title=moved(moves), title_justify="left")
+    table = Table(box=None, title=change_summary(moves), title_justify="left")
     for heading in ("", "before", "after", "after ÷ before", ""):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for move in moves:
-        style = {SLOWER: "bold red", FASTER: "bold green"}.get(move.verdict, "")
-        row = (move.name, move.before, move.after, f"{move.ratio:.2f}", move.verdict)
+        style = {SLOWER: "bold red", FASTER: "bold green"}.get(move.direction, "")
+        row = (move.name, move.before, move.after, f"{move.ratio:.2f}", move.direction)
         table.add_row(*row, style=style)
     console.print(table)
 
 
-def moved(moves: Sequence[Move]) -> str:
+def change_summary(moves: Sequence[Change]) -> str:
     """How many figures did."""
-    better, worse = (sum(move.verdict == which for move in moves) for which in (FASTER, SLOWER))
+    better, worse = (sum(move.direction == which for move in moves) for which in (FASTER, SLOWER))
     if not better and not worse:
         return f"Of {len(moves)} figures none moved beyond the noise between rounds"
     return f"Of {len(moves)} figures {worse} got worse and {better} better, beyond the noise"

@@ -18,17 +18,17 @@ import keylatch
 from keylatch.errors import KeylatchError
 from keylatch.settings import Settings
 from keylatch_sidecar.bench import plan as plans
-from keylatch_sidecar.bench.connection import Place, Unusable
+from keylatch_sidecar.bench.connection import Address, Unusable
 from keylatch_sidecar.bench.figures import Results, Tier, machine
 from keylatch_sidecar.bench.load import Credential
-from keylatch_sidecar.bench.makers import SidecarMaker, StoreMaker
+from keylatch_sidecar.bench.makers import SidecarKeyFactory, StoreKeyFactory
 from keylatch_sidecar.bench.plan import Plan
 from keylatch_sidecar.bench.probe import revoke_in_use
 from keylatch_sidecar.bench.subjects import InProcess, Sidecar, Subject
-from keylatch_sidecar.bench.supply import Maker, Supply
+from keylatch_sidecar.bench.supply import KeyFactory, TemporaryKeys
 from keylatch_sidecar.bench.tiers import NEEDS, Tiers
 
-_TAKING_BACK_SECONDS: Final = 120.0
+_REVOKE_SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,17 @@ class Target:
     """What the operator pointed at.
 
     Args:
-        place: of a sidecar; None: an engine in this process.
+        address: of a sidecar; None: an engine in this process.
         settings: of store and Redis; None: neither was given.
-        boss: a FULL key of the sidecar; None: keys are made in the store.
+        admin_key: a FULL key of the sidecar; None: keys are made in the store.
     """
 
-    place: Place | None
+    address: Address | None
     settings: Settings | None = field(repr=False)
-    boss: Credential | None = None
+    admin_key: Credential | None = None
 
     def __str__(self) -> str:
-        where = "an engine in this process" if self.place is None else str(self.place)
+        where = "an engine in this process" if self.address is None else str(self.address)
         if self.settings is None:
             return where
         store = self.settings.store.partition(":")[0].partition("+")[0]
@@ -83,9 +83,9 @@ def run(target: Target, plan: Plan, progress: Progress) -> Results:
         Failed: it could not be measured, was interrupted (Ctrl-C, SIGTERM), or took too long.
     """
     session = Session(target, plan, progress)
-    with asyncio.Runner(loop_factory=punctual_loop) as runner:
+    with asyncio.Runner(loop_factory=selector_loop) as runner:
         try:
-            runner.run(session.whole())
+            runner.run(session.run())
         except (KeyboardInterrupt, asyncio.CancelledError):
             wrong, hint = "it was interrupted", "nothing was written"
         except (Unusable, KeylatchError) as error:
@@ -94,13 +94,13 @@ def run(target: Target, plan: Plan, progress: Progress) -> Results:
             wrong, hint = f"the connection failed: {error.strerror or error}", "run it again"
         else:
             wrong = hint = ""
-    session.settle()
+    session.record_keys()
     if wrong:
         raise Failed(session.results, wrong, hint)
     return session.results
 
 
-def punctual_loop() -> asyncio.AbstractEventLoop:
+def selector_loop() -> asyncio.AbstractEventLoop:
     """epoll waits in whole milliseconds, select in microseconds: requests are sent on time."""
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
@@ -119,10 +119,10 @@ class Session:
         self._plan = plan
         self._progress = progress
         self.results = Results(str(target), settings_of(plan), version=keylatch.__version__)
-        self._supplies: list[Supply] = []
+        self._supplies: list[TemporaryKeys] = []
         self._keys_end_at = time.time() + plan.key_seconds
 
-    async def whole(self) -> None:
+    async def run(self) -> None:
         """Everything, within the plan's time."""
         self.results.machine = machine()
         self.results.began_at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -141,108 +141,110 @@ class Session:
                     wrong = f"it took more than {self._plan.most_seconds:.0f} s"
                     raise Unusable(wrong, "fewer --keys, or a target that answers") from None
 
-    def settle(self) -> None:
+    def record_keys(self) -> None:
         """Note what was made, and what could not be taken back."""
-        self.results.keys_made = sum(supply.made for supply in self._supplies)
-        self.results.keys_left = [left for supply in self._supplies for left in supply.living]
+        self.results.keys_made = sum(supply.created for supply in self._supplies)
+        self.results.keys_left = [left for supply in self._supplies for left in supply.active]
 
     def _subject(self) -> Subject:
-        target, lines = self._target, self._plan.connections
-        if target.place is not None:
-            return Sidecar(target.place, lines)
+        target, connections = self._target, self._plan.connections
+        if target.address is not None:
+            return Sidecar(target.address, connections)
         if target.settings is None:
             raise Unusable("there is nothing to measure", "give a URL, --uds or --store")
-        return InProcess(target.settings, lines)
+        return InProcess(target.settings, connections)
 
     async def _measure(self, subject: Subject, stack: contextlib.AsyncExitStack) -> None:
-        store, maker = await self._makers(subject, stack)
+        store, maker = await self._key_factories(subject, stack)
         supply = self._supply(maker, stack)
-        self._skip()
+        self._skip_unavailable()
         tiers = Tiers(self._plan, subject, supply, store, self.results.skipped)
         self._progress.step("making keys", 0)
         await tiers.prepare(lambda made: self._progress.step("making keys", made * 0.03))
         for number in range(self._plan.rounds):
             await tiers.prepare_round()
             if store is not None:
-                await store.rest()
+                await store.stop_engine()
             names = tiers.names[number % len(tiers.names) :] + tiers.names
             for name in names[: len(tiers.names)]:
                 self._progress.step(f"round {number + 1}: {name}", 0)
-                await self._turn(name, tiers)
+                await self._measure_tier(name, tiers)
                 self._progress.step("", self._plan.round_seconds)
             self._progress.step(f"round {number + 1}: as fast as it goes", 0)
-            self.results.add_saturated(await tiers.saturated_turn())
+            self.results.add_saturated(await tiers.measure_saturated())
             self._progress.step("", self._plan.round_seconds)
         await self._probe(subject, supply, store, stack)
 
-    async def _makers(
+    async def _key_factories(
         self, subject: Subject, stack: contextlib.AsyncExitStack
-    ) -> tuple[StoreMaker | None, Maker]:
+    ) -> tuple[StoreKeyFactory | None, KeyFactory]:
         if self._target.settings is not None:
             engine = subject.engine if isinstance(subject, InProcess) else None
-            store = StoreMaker(self._target.settings, engine)
+            store = StoreKeyFactory(self._target.settings, engine)
             stack.push_async_callback(store.close)
             return store, store
-        if self._target.place is None or self._target.boss is None:
+        if self._target.address is None or self._target.admin_key is None:
             raise Unusable("there is no key to make keys with", "set KEYLATCH_BENCH_KEY")
-        return None, await self._managing(self._target.boss, stack)
+        return None, await self._sidecar_factory(self._target.admin_key, stack)
 
-    async def _managing(self, boss: Credential, stack: contextlib.AsyncExitStack) -> SidecarMaker:
-        assert self._target.place is not None  # noqa: S101 - only sidecars have bosses
-        maker = SidecarMaker(self._target.place, boss)
+    async def _sidecar_factory(
+        self, admin_key: Credential, stack: contextlib.AsyncExitStack
+    ) -> SidecarKeyFactory:
+        assert self._target.address is not None  # noqa: S101 - only sidecars have admin keys
+        maker = SidecarKeyFactory(self._target.address, admin_key)
         stack.callback(maker.close)
         await maker.check()
         return maker
 
-    def _supply(self, maker: Maker, stack: contextlib.AsyncExitStack) -> Supply:
-        supply = Supply(maker, self._plan.keys, self._keys_end_at)
+    def _supply(self, maker: KeyFactory, stack: contextlib.AsyncExitStack) -> TemporaryKeys:
+        supply = TemporaryKeys(maker, self._plan.keys, self._keys_end_at)
         self._supplies.append(supply)
-        stack.push_async_callback(self._take_back, supply)
+        stack.push_async_callback(self._revoke_keys, supply)
         return supply
 
-    async def _take_back(self, supply: Supply) -> None:
-        self._progress.step("taking keys back", 0)
+    async def _revoke_keys(self, supply: TemporaryKeys) -> None:
+        self._progress.step("revoking the keys", 0)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_TAKING_BACK_SECONDS):
-                await supply.take_back()
+            async with asyncio.timeout(_REVOKE_SECONDS):
+                await supply.revoke_all()
 
-    def _skip(self) -> None:
+    def _skip_unavailable(self) -> None:
         settings = self._target.settings
         if settings is None:
             self.results.skipped |= NEEDS
         elif not settings.redis:
             self.results.skipped[plans.L2] = "give --redis"
 
-    async def _turn(self, name: str, tiers: Tiers) -> None:
+    async def _measure_tier(self, name: str, tiers: Tiers) -> None:
         figures = self.results.tiers.setdefault(name, Tier(self._plan.rate_of(name)))
         if name == plans.FLOOD:
-            figures.add(*await tiers.flooded_turn())
+            figures.add(*await tiers.measure_with_flood())
         else:
-            figures.add(await tiers.turn(name))
+            figures.add(await tiers.measure(name))
 
     async def _probe(
         self,
         subject: Subject,
-        supply: Supply,
-        store: StoreMaker | None,
+        supply: TemporaryKeys,
+        store: StoreKeyFactory | None,
         stack: contextlib.AsyncExitStack,
     ) -> None:
         if not self._plan.revocations:
             return
-        if store is not None and self._target.place is not None:
-            [boss] = await supply.make(1)
+        if store is not None and self._target.address is not None:
+            [admin_key] = await supply.create(1)
             try:
-                managing = await self._managing(boss.credential, stack)
+                managing = await self._sidecar_factory(admin_key.credential, stack)
                 supply = self._supply(managing, stack)
-                await store.rest()
+                await store.stop_engine()
             except Unusable:
                 note = "keys are not managed at that URL: the DELETE was done in the store"
                 self.results.notes.append(note)
         for number in range(self._plan.revocations):
             self._progress.step(f"revocation {number + 1}", 0)
-            [key] = await supply.make(1)
+            [key] = await supply.create(1)
             revocation = await revoke_in_use(
-                subject.lines,
+                subject.clients,
                 key.credential,
                 lambda key=key: supply.revoke(key),  # type: ignore[misc]
                 self._plan.probe_rate,

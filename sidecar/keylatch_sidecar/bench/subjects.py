@@ -10,26 +10,26 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from keylatch.engine import Engine
-from keylatch.model import Allow, Verdict
+from keylatch.model import Allow, Decision
 from keylatch.refusals import ANSWERS
 from keylatch.settings import Settings
 from keylatch.tokens import Token
-from keylatch_sidecar.bench.connection import Connection, Place, Unusable
-from keylatch_sidecar.bench.load import Credential, Line, Outcome, asked
+from keylatch_sidecar.bench.connection import Address, Connection, Unusable
+from keylatch_sidecar.bench.load import Client, Credential, Outcome, check
 
-_FACTS: Final = (
+_PROXY_HEADERS: Final = (
     b"",
     b"X-Forwarded-Method: GET\r\nX-Forwarded-Uri: /\r\n",
     b"X-Original-Method: GET\r\nX-Original-URL: /\r\n",
 )
-"""What a sidecar may expect of the proxies that ask it (`KEYLATCH_VERIFY_FACTS`)."""
+"""What a sidecar may expect of the proxies that ask it (`KEYLATCH_VERIFY_REQUEST`)."""
 
 
 class Subject(Protocol):
     """Whatever checks keys."""
 
-    lines: Sequence[Line]
-    flood_lines: Sequence[Line]
+    clients: Sequence[Client]
+    flood_clients: Sequence[Client]
     """As many again, so that a flood does not wait in the way of the checks that it disturbs."""
 
     async def open(self) -> None:
@@ -39,7 +39,7 @@ class Subject(Protocol):
             Unusable, KeylatchError: it is not.
         """
 
-    async def introduce(self, credential: Credential) -> Outcome:
+    async def first_check(self, credential: Credential) -> Outcome:
         """The first check of a good key; see to it that it can be allowed."""
 
     async def close(self) -> None:
@@ -50,67 +50,67 @@ class Sidecar:
     """See `Subject`.
 
     Args:
-        place: where it answers `/verify`.
+        address: where it answers `/verify`.
         connections: how many to keep.
     """
 
-    def __init__(self, place: Place, connections: int) -> None:
-        self._place = place
-        self._connections = [Connection(place) for _ in range(2 * connections)]
-        self.lines: Sequence[Line] = self._connections[:connections]
-        self.flood_lines: Sequence[Line] = self._connections[connections:]
+    def __init__(self, address: Address, connections: int) -> None:
+        self._address = address
+        self._connections = [Connection(address) for _ in range(2 * connections)]
+        self.clients: Sequence[Client] = self._connections[:connections]
+        self.flood_clients: Sequence[Client] = self._connections[connections:]
 
     async def open(self) -> None:
         for connection in self._connections:
             try:
                 await connection.open()
             except OSError as error:
-                wrong = f"cannot connect to {self._place}: {error.strerror or 'no answer'}"
+                wrong = f"cannot connect to {self._address}: {error.strerror or 'no answer'}"
                 raise Unusable(wrong, "is the sidecar running, and is that its address?") from None
-        nobody = await asked(self.lines[0], Credential(b"", 401))
+        nobody = await check(self.clients[0], Credential(b"", 401))
         if nobody not in (401, 403):
-            wrong = f"{self._place}/verify answers a call without a key with {nobody}"
+            wrong = f"{self._address}/verify answers a call without a key with {nobody}"
             raise Unusable(wrong, "is that a keylatch sidecar?")
 
-    async def introduce(self, credential: Credential) -> Outcome:
+    async def first_check(self, credential: Credential) -> Outcome:
         outcome: Outcome = 403
-        for facts in _FACTS:
+        for headers in _PROXY_HEADERS:
             for connection in self._connections:
-                connection.facts = facts
-            outcome = await asked(self.lines[0], credential)
+                connection.request_headers = headers
+            outcome = await check(self.clients[0], credential)
             if outcome != 403:
                 break
         return outcome
 
     async def close(self) -> None:
         for connection in self._connections:
-            connection.give_up()
+            connection.cancel()
 
 
-class Call:
-    """See `keylatch_sidecar.bench.load.Line`."""
+class EngineClient:
+    """See `keylatch_sidecar.bench.load.Client`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._task: asyncio.Task[None] | None = None
 
-    def ask(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
-        known = self._engine.glance([credential.value] if credential.value else [])
+    def check(self, credential: Credential, on_outcome: Callable[[Outcome], None]) -> None:
+        known = self._engine.check_cached([credential.value] if credential.value else [])
         if isinstance(known, Token):
-            self._task = asyncio.create_task(self._resolve(known, answered))
+            self._task = asyncio.create_task(self._check_miss(known, on_outcome))
         else:
-            answered(_status(known))
+            on_outcome(_status(known))
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    async def _resolve(self, token: Token, answered: Callable[[Outcome], None]) -> None:
-        answered(_status(await self._engine.resolve(token)))
+    async def _check_miss(self, token: Token, on_outcome: Callable[[Outcome], None]) -> None:
+        on_outcome(_status(await self._engine.check(token)))
 
 
-def _status(verdict: Verdict) -> Outcome:
-    return 200 if isinstance(verdict, Allow) else ANSWERS[verdict.reason].status
+def _status(decision: Decision) -> Outcome:
+    return 200 if isinstance(decision, Allow) else ANSWERS[decision.reason].status
 
 
 class InProcess:
@@ -123,15 +123,15 @@ class InProcess:
 
     def __init__(self, settings: Settings, checks: int) -> None:
         self.engine = Engine(settings)
-        self.lines: Sequence[Line] = [Call(self.engine) for _ in range(checks)]
-        self.flood_lines: Sequence[Line] = [Call(self.engine) for _ in range(checks)]
+        self.clients: Sequence[Client] = [EngineClient(self.engine) for _ in range(checks)]
+        self.flood_clients: Sequence[Client] = [EngineClient(self.engine) for _ in range(checks)]
 
     async def open(self) -> None:
         await self.engine.store.open(int(time.time() * 1000))  # tells why it cannot
         await self.engine.start()
 
-    async def introduce(self, credential: Credential) -> Outcome:
-        return await asked(self.lines[0], credential)
+    async def first_check(self, credential: Credential) -> Outcome:
+        return await check(self.clients[0], credential)
 
     async def close(self) -> None:
         await self.engine.stop()

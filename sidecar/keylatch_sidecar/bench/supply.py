@@ -42,48 +42,51 @@ class Key:
         return Credential(b"Bearer " + self.token.reveal().encode(), 200)
 
 
-class Maker(Protocol):
+class KeyFactory(Protocol):
     """Makes and revokes keys somewhere."""
 
-    async def make(self, name: str, scheme: Scheme, ends_at: float) -> Key:
+    async def create(self, name: str, scheme: Scheme, expires_at: float) -> Key:
         """A FULL key that expires then (seconds since the epoch); the scheme is a wish."""
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
         """Revoke a key; `wait`: until no process accepts it any more."""
 
-    async def named(self, name: str) -> list[tuple[str, str]]:
+    async def find_by_name(self, name: str) -> list[tuple[str, str]]:
         """Ids and organisations of the living keys of this name."""
 
 
-class Supply:
+class TemporaryKeys:
     """The books.
 
     Args:
-        maker: makes the keys.
-        most: how many may be made.
-        ends_at: when they expire if they are not taken back, in seconds since the epoch. Keys that
+        factory: creates the keys.
+        max_keys: how many may be made.
+        expires_at: when they expire if not revoked before, in seconds since the epoch. Keys that
             create others must not expire sooner than these.
     """
 
-    def __init__(self, maker: Maker, most: int, ends_at: float) -> None:
-        self._maker = maker
-        self._most = most
-        self._ends_at = ends_at
-        self._living: dict[str, Key] = {}
-        self._making: set[asyncio.Task[Key]] = set()
-        self._has_lost = False
+    def __init__(self, factory: KeyFactory, max_keys: int, expires_at: float) -> None:
+        self._factory = factory
+        self._most = max_keys
+        self._expires_at = expires_at
+        self._active: dict[str, Key] = {}
+        self._creating: set[asyncio.Task[Key]] = set()
+        self._has_unknown_outcome = False
         self.name = f"keylatch bench {secrets.token_hex(4)}"
-        self.made = 0
+        self.created = 0
 
     @property
-    def living(self) -> list[str]:
+    def active(self) -> list[str]:
         """Ids of the keys that were not taken back yet."""
-        return list(self._living)
+        return list(self._active)
 
-    async def make(
-        self, count: int, scheme: Scheme = "argon2id", made: Callable[[int], None] = lambda _: None
+    async def create(
+        self,
+        count: int,
+        scheme: Scheme = "argon2id",
+        on_created: Callable[[int], None] = lambda _: None,
     ) -> list[Key]:
-        """New keys; `made` is told how many after every few.
+        """New keys; `on_created` is called with how many after every few.
 
         Raises:
             Unusable, KeylatchError: not all could be made; those that were will be taken back.
@@ -91,25 +94,25 @@ class Supply:
         keys: list[Key] = []
         while len(keys) < count:
             batch = min(_BATCH, count - len(keys))
-            keys += await _each([None] * batch, lambda _: self._make(scheme))
-            made(batch)
+            keys += await _each([None] * batch, lambda _: self._create(scheme))
+            on_created(batch)
         return keys
 
-    async def _make(self, scheme: Scheme) -> Key:
-        if self.made >= self._most:
+    async def _create(self, scheme: Scheme) -> Key:
+        if self.created >= self._most:
             raise AssertionError("a plan makes no more keys than it said")
-        self.made += 1
-        task = asyncio.create_task(self._maker.make(self.name, scheme, self._ends_at))
-        self._making.add(task)
-        task.add_done_callback(self._enter)
+        self.created += 1
+        task = asyncio.create_task(self._factory.create(self.name, scheme, self._expires_at))
+        self._creating.add(task)
+        task.add_done_callback(self._on_created)
         return await asyncio.shield(task)
 
-    def _enter(self, task: "asyncio.Task[Key]") -> None:
-        self._making.discard(task)
+    def _on_created(self, task: "asyncio.Task[Key]") -> None:
+        self._creating.discard(task)
         if task.cancelled() or task.exception() is not None:
-            self._has_lost = True  # it may have been made, and the answer lost
+            self._has_unknown_outcome = True  # it may have been made, and the answer lost
         else:
-            self._living[task.result().id] = task.result()
+            self._active[task.result().id] = task.result()
 
     async def revoke(self, key: Key) -> None:
         """Revoke a key and wait until it is so everywhere.
@@ -117,37 +120,37 @@ class Supply:
         Raises:
             Unusable, KeylatchError: it may not have been revoked; it will be taken back.
         """
-        await self._maker.revoke(key.id, key.organization_id, wait=True)
-        self._living.pop(key.id, None)
+        await self._factory.revoke(key.id, key.organization_id, wait=True)
+        self._active.pop(key.id, None)
 
-    async def take_back(self) -> None:
+    async def revoke_all(self) -> None:
         """Revoke all that are left; whatever lives then could not be revoked."""
-        if self._making:
-            await asyncio.wait(self._making)
-        keys = list(self._living.values())
+        if self._creating:
+            await asyncio.wait(self._creating)
+        keys = list(self._active.values())
         await _each(keys, self._try_to_revoke)
-        if self._has_lost or self._living:
-            await self._sweep()
+        if self._has_unknown_outcome or self._active:
+            await self._revoke_by_name()
 
     async def _try_to_revoke(self, key: Key) -> None:
         with contextlib.suppress(*FAILURES):
-            await self._maker.revoke(key.id, key.organization_id, wait=False)
-            del self._living[key.id]
+            await self._factory.revoke(key.id, key.organization_id, wait=False)
+            del self._active[key.id]
 
-    async def _sweep(self) -> None:
+    async def _revoke_by_name(self) -> None:
         """Once more, and those whose making was not answered."""
         with contextlib.suppress(*FAILURES):
-            for key_id, organization_id in await self._maker.named(self.name):
-                await self._maker.revoke(key_id, organization_id, wait=False)
-                self._living.pop(key_id, None)
+            for key_id, organization_id in await self._factory.find_by_name(self.name):
+                await self._factory.revoke(key_id, organization_id, wait=False)
+                self._active.pop(key_id, None)
 
 
 async def _each(items: Sequence[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
     """The work on each of them, a few at a time; all have ended when this returns or raises."""
-    places = asyncio.Semaphore(_AT_A_TIME)
+    semaphore = asyncio.Semaphore(_AT_A_TIME)
 
     async def one(item: T) -> R:
-        async with places:
+        async with semaphore:
             return await work(item)
 
     results = await asyncio.gather(*map(one, items), return_exceptions=True)

@@ -10,14 +10,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from keylatch.tokens import CheckKeys
+from keylatch.tokens import MacKeys
 from keylatch_sidecar.bench import plan
 from keylatch_sidecar.bench.connection import Unusable
-from keylatch_sidecar.bench.load import Credential, Turn, asked, drive, saturate
-from keylatch_sidecar.bench.makers import StoreMaker
+from keylatch_sidecar.bench.load import Credential, Measurement, check, drive, saturate
+from keylatch_sidecar.bench.makers import StoreKeyFactory
 from keylatch_sidecar.bench.plan import Plan
 from keylatch_sidecar.bench.subjects import Subject
-from keylatch_sidecar.bench.supply import Key, Scheme, Supply
+from keylatch_sidecar.bench.supply import Key, Scheme, TemporaryKeys
 
 _MADE_UP: Final = 500
 """So many different ones: none of them is remembered anywhere, so they may come again."""
@@ -36,7 +36,7 @@ _SCHEMES: Final[dict[str, Scheme]] = {
 
 def made_up() -> list[Credential]:
     """Tokens of the right form that no store has minted."""
-    stranger = CheckKeys([os.urandom(32)])
+    stranger = MacKeys([os.urandom(32)])
     return [
         Credential(b"Bearer " + stranger.mint("kl", "live").reveal().encode(), 401)
         for _ in range(_MADE_UP)
@@ -66,8 +66,8 @@ class Tiers:
         self,
         plan: Plan,
         subject: Subject,
-        supply: Supply,
-        store: StoreMaker | None,
+        supply: TemporaryKeys,
+        store: StoreKeyFactory | None,
         skipped: dict[str, str],
     ) -> None:
         self._plan = plan
@@ -76,8 +76,8 @@ class Tiers:
         self._store = store
         self._skipped = skipped
         self._warm: list[Key] = []
-        self._fresh: dict[str, Iterator[Key]] = {}
-        self._shared: list[Key] = []
+        self._unused: dict[str, Iterator[Key]] = {}
+        self._in_redis: list[Key] = []
         self._refused: list[Credential] = []
         self._made_up = made_up()
 
@@ -86,19 +86,19 @@ class Tiers:
         """The tiers that can be measured, in order."""
         return [tier for tier in plan.TIERS if tier not in self._skipped]
 
-    def to_make(self) -> int:
+    def key_count(self) -> int:
         """How many keys `prepare` will make."""
-        fresh = sum(self._plan.checks(tier) for tier in self.names if tier in plan.FIRST_SIGHTS)
+        fresh = sum(self._plan.checks(tier) for tier in self.names if tier in plan.UNCACHED)
         return plan.WARM_KEYS + fresh * self._plan.rounds
 
-    async def prepare(self, made: Callable[[int], None]) -> None:
-        """Make all keys; `made` is told how many after every few.
+    async def prepare(self, on_created: Callable[[int], None]) -> None:
+        """Make all keys; `on_created` is called with how many after every few.
 
         Raises:
             Unusable, KeylatchError: they cannot be made, or are no keys where they are checked.
         """
-        self._warm = await self._supply.make(plan.WARM_KEYS, made=made)
-        outcome = await self._subject.introduce(self._warm[0].credential)
+        self._warm = await self._supply.create(plan.WARM_KEYS, on_created=on_created)
+        outcome = await self._subject.first_check(self._warm[0].credential)
         if outcome != 200:
             wrong = f"a key that was just made is answered with {outcome}"
             hint = "is KEYLATCH_ENVIRONMENT set there?"
@@ -108,17 +108,19 @@ class Tiers:
         if plan.L2 in self.names:
             await self._try_redis()
         for tier in self.names:
-            if tier in plan.FIRST_SIGHTS:
+            if tier in plan.UNCACHED:
                 count = self._plan.checks(tier) * self._plan.rounds
-                self._fresh[tier] = iter(await self._supply.make(count, _SCHEMES[tier], made))
+                self._unused[tier] = iter(
+                    await self._supply.create(count, _SCHEMES[tier], on_created)
+                )
 
     async def _try_redis(self) -> None:
         """A key that was checked over there must be in the Redis that we were given."""
         assert self._store is not None  # noqa: S101 - or L2 would have been skipped
         for _ in range(plan.REDIS_TRIES):
-            [key] = await self._supply.make(1, "argon2id")
-            await asked(self._subject.lines[0], key.credential)
-            if await self._store.has_learned(key):
+            [key] = await self._supply.create(1, "argon2id")
+            await check(self._subject.clients[0], key.credential)
+            if await self._store.is_in_redis(key):
                 return
         self._skipped[plan.L2] = "that --redis does not answer, or is not the sidecar's"
 
@@ -126,11 +128,11 @@ class Tiers:
         """Let every line know the warm keys again, fill Redis, revoke a key to be refused."""
         if plan.L2 in self.names and self._store is not None:
             count = self._plan.checks(plan.L2)
-            self._shared = list(itertools.islice(self._fresh[plan.L2], count))
-            if not await self._store.share(self._shared):
+            self._in_redis = list(itertools.islice(self._unused[plan.L2], count))
+            if not await self._store.write_to_redis(self._in_redis):
                 self._skipped[plan.L2] = "that --redis stopped answering meanwhile"
-        [revoked] = await self._supply.make(1, "sha256")
-        await asked(self._subject.lines[0], revoked.credential)
+        [revoked] = await self._supply.create(1, "sha256")
+        await check(self._subject.clients[0], revoked.credential)
         # It also tells every process how far the store has come, so that what was put into Redis
         # is not too new to be believed.
         await self._supply.revoke(revoked)
@@ -140,32 +142,32 @@ class Tiers:
             Credential(b"", 401),
         ]
         for _ in range(2):
-            for line in self._subject.lines:
+            for line in self._subject.clients:
                 for key in self._warm:
-                    await asked(line, key.credential)
+                    await check(line, key.credential)
                 for credential in self._refused:
-                    await asked(line, credential)
-        for line in self._subject.flood_lines:
-            await asked(line, self._made_up[0])
+                    await check(line, credential)
+        for line in self._subject.flood_clients:
+            await check(line, self._made_up[0])
 
-    async def turn(self, tier: str) -> Turn:
+    async def measure(self, tier: str) -> Measurement:
         """One tier's turn in a round."""
         rate, count = self._plan.rate_of(tier), self._plan.checks(tier)
-        return await drive(self._subject.lines, self._credentials(tier), rate, count)
+        return await drive(self._subject.clients, self._credentials(tier), rate, count)
 
-    async def flooded_turn(self) -> tuple[Turn, Turn]:
+    async def measure_with_flood(self) -> tuple[Measurement, Measurement]:
         """L1's turn once more, and that of the made-up tokens beside it."""
-        lines, wanted = self._subject.flood_lines, self._plan
+        lines, wanted = self._subject.flood_clients, self._plan
         checks, flood = await asyncio.gather(
-            self.turn(plan.FLOOD),
+            self.measure(plan.FLOOD),
             drive(lines, itertools.cycle(self._made_up), wanted.flood_rate, wanted.made_up),
         )
         return checks, flood
 
-    async def saturated_turn(self) -> Turn:
+    async def measure_saturated(self) -> Measurement:
         """As many checks of known keys as the lines can carry."""
         seconds, most = self._plan.round_seconds, self._plan.most_saturated
-        return await saturate(self._subject.lines, self._credentials(plan.L1), seconds, most)
+        return await saturate(self._subject.clients, self._credentials(plan.L1), seconds, most)
 
     def _credentials(self, tier: str) -> Iterator[Credential]:
         if tier == plan.REFUSED:
@@ -173,9 +175,9 @@ class Tiers:
             made_up = itertools.cycle(self._made_up)
             return itertools.chain.from_iterable(zip(made_up, *kinds, strict=False))
         if tier == plan.L2:
-            return _of(self._shared)
-        if tier in plan.FIRST_SIGHTS:
-            return (key.credential for key in self._fresh[tier])
+            return _of(self._in_redis)
+        if tier in plan.UNCACHED:
+            return (key.credential for key in self._unused[tier])
         return itertools.cycle(list(_of(self._warm)))
 
 

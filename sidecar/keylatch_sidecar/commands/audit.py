@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from keylatch.keyring import Keyring
-from keylatch.model import Deed
+from keylatch.model import AuditEvent
 from keylatch.settings import Settings
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.command import with_keyring
 from keylatch_sidecar.commands.options import RedisOption, StoreOption
-from keylatch_sidecar.management.audit import described
+from keylatch_sidecar.management.audit import describe
 
 _PAGE = 500
-_USUAL_LIMIT = 50
+_DEFAULT_LIMIT = 50
 
 
 def audit(
@@ -38,33 +38,35 @@ def audit(
     redis: RedisOption = None,
 ) -> None:
     """Show the audit log, the newest first."""
-    wanted = limit or (sys.maxsize if json_lines else _USUAL_LIMIT)
+    total = limit or (sys.maxsize if json_lines else _DEFAULT_LIMIT)
     table = Table(box=None)
     for heading in ("at", "actor", "action", "organisation", "key", "details"):
         table.add_column(heading, overflow="fold")
 
     async def run(keyring: Keyring) -> None:
-        left, before = wanted, None
-        while left:
-            deeds = await keyring.deeds(organization, min(left, _PAGE), key_id=key, before=before)
-            for deed in deeds:
-                _write(deed) if json_lines else table.add_row(*_cells(deed))
-            if len(deeds) < min(left, _PAGE):
+        remaining, before = total, None
+        while remaining:
+            events = await keyring.events(
+                organization, min(remaining, _PAGE), key_id=key, before=before
+            )
+            for event in events:
+                _write(event) if json_lines else table.add_row(*_cells(event))
+            if len(events) < min(remaining, _PAGE):
                 return
-            left, before = left - len(deeds), deeds[-1].id
+            remaining, before = remaining - len(events), events[-1].id
 
     with_keyring(Settings.load(store=store, redis=redis), run)
     if not json_lines:
         Console(highlight=False, markup=False).print(table)
-        terminal.words.print("JSON lines of all of it: keylatch audit --json-lines")
+        terminal.stderr.print("JSON lines of all of it: keylatch audit --json-lines")
 
 
-def _write(deed: Deed) -> None:
-    sys.stdout.write(json.dumps(described(deed).model_dump(by_alias=True)) + "\n")
+def _write(event: AuditEvent) -> None:
+    sys.stdout.write(json.dumps(describe(event).model_dump(by_alias=True)) + "\n")
 
 
-def _cells(deed: Deed) -> list[str]:
-    line = described(deed)
+def _cells(event: AuditEvent) -> list[str]:
+    line = describe(event)
     details = ", ".join(f"{name}: {value}" for name, value in line.details.items())
     return [
         line.at,

@@ -1,4 +1,4 @@
-"""`keylatch backup`, `restore`, `restored` and `keys ended`: for the day on which a store is lost.
+"""`keylatch backup`, `restore` and `revocations`: for the day on which a store is lost.
 
 Exit codes: 0 done, 1 nothing was done, 2 wrong usage or no store.
 """
@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from keylatch.engine import Engine
-from keylatch.revocation.feed import END
+from keylatch.revocation.feed import MAX_SEQ
 from keylatch.settings import Settings
-from keylatch.sql.lists import Ended
+from keylatch.sql.lists import InactiveKey
 from keylatch.store import Found, file_of
 from keylatch_sidecar import copies
 from keylatch_sidecar.commands import terminal
@@ -32,14 +32,14 @@ def backup(
     store: StoreOption = None,
 ) -> None:
     """Copy a SQLite store while everybody works. It holds hashes and secrets: keep it like them."""
-    source = _file(store, "pg_dump makes backups of PostgreSQL")
+    source = _sqlite_file(store, "pg_dump makes backups of PostgreSQL")
     if not source.exists():
-        terminal.fail(f"there is no {source}", "is KEYLATCH_STORE right?", terminal.UNUSABLE)
+        terminal.fail(f"there is no {source}", "is KEYLATCH_STORE right?", terminal.ERROR)
     try:
-        count = copies.take(source, path.absolute())
-    except copies.Unusable as error:
+        count = copies.create_backup(source, path.absolute())
+    except copies.BackupError as error:
         terminal.fail(error.message, error.hint, terminal.REFUSED)
-    terminal.words.print(f"Wrote {path}: {count:,} keys.", soft_wrap=True)
+    terminal.stderr.print(f"Wrote {path}: {count:,} keys.", soft_wrap=True)
 
 
 def restore(
@@ -51,66 +51,68 @@ def restore(
     What was revoked or disabled since the backup stays so, if the present store can be read. Keys
     that were made since are gone.
     """
-    target = _file(store, "pg_restore, then keylatch restored")
+    target = _sqlite_file(store, "pg_restore, then keylatch revocations apply")
     if not path.is_file():
-        terminal.fail(f"there is no {path}", "keylatch backup makes one", terminal.UNUSABLE)
+        terminal.fail(f"there is no {path}", "keylatch backup makes one", terminal.ERROR)
     try:
-        restored = copies.put_back(path.absolute(), target, int(time.time() * 1000), account())
-    except copies.Unusable as error:
+        report = copies.restore_backup(path.absolute(), target, int(time.time() * 1000), account())
+    except copies.BackupError as error:
         terminal.fail(error.message, error.hint, terminal.REFUSED)
-    terminal.words.print(f"Restored {target} from {path}.", soft_wrap=True)
-    if not restored.compared:
-        terminal.words.print(
+    terminal.stderr.print(f"Restored {target} from {path}.", soft_wrap=True)
+    if not report.compared:
+        terminal.stderr.print(
             "The store that it replaced could not be read: keys that were revoked since the backup"
-            " live again. keylatch restored FILE ends those that keylatch keys ended had listed.",
+            " are active again. keylatch revocations apply FILE revokes those that keylatch"
+            " revocations export had listed.",
             soft_wrap=True,
         )
-    _print("revoked or disabled since, and kept so", restored.ended_again)
-    _print("organisations disabled since, and kept so", restored.disabled_again)
-    _print("given another permission, expiry or secret since: look at them", restored.older)
-    _print("made since, and gone", restored.lost)
+    _print("revoked or disabled since, and kept so", report.revoked_again)
+    _print("organisations disabled since, and kept so", report.disabled_again)
+    _print("given another permission, expiry or secret since: look at them", report.reverted)
+    _print("made since, and gone", report.lost)
 
 
-def ended(store: StoreOption = None) -> None:
+def export_revocations(store: StoreOption = None) -> None:
     """List all keys that were revoked or disabled, one JSON object a line.
 
     Kept elsewhere and made often, it is what tells after a restore which keys must not live again.
     """
 
-    async def run(engine: Engine) -> Sequence[Ended]:
-        return await engine.store.ended()
+    async def run(engine: Engine) -> Sequence[InactiveKey]:
+        return await engine.store.inactive_keys()
 
     for each in with_engine(Settings.load(store=store, redis=""), run):
         at = None if each.deleted_at is None else iso(each.deleted_at)
         sys.stdout.write(json.dumps({"id": each.key_id, "revokedAt": at}) + "\n")
 
 
-def restored(
+def apply_revocations(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="What keylatch keys ended had printed.")
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="What keylatch revocations export printed."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list them.")] = False,
     store: StoreOption = None,
     redis: RedisOption = None,
     lease: LeaseOption = None,
 ) -> None:
-    """After a store was restored by other means: end again what had ended, and void all memory.
+    """After a restore by other means: revoke again what FILE lists, and clear all caches.
 
-    Whatever processes and Redis remember is believed no more. Keys of FILE that live again are
-    listed on standard output and revoked (or disabled, if they were only that).
+    Cached entries in all processes and in Redis become invalid. Keys of FILE that are active again
+    are listed on standard output and revoked (or disabled, if they were only that).
     """
-    told = _told(file) if file is not None else {}
+    listed = _read_export(file) if file is not None else {}
 
     async def run(engine: Engine) -> list[str]:
         keyring = await keyring_of(engine)
-        revived = []
-        for key_id, was_revoked in told.items():
+        reactivated = []
+        for key_id, was_revoked in listed.items():
             found = await engine.store.find(key_id)
             if not isinstance(found, Found) or found.record.deleted_at is not None:
                 continue
             if not found.record.active and not was_revoked:
                 continue
-            revived.append(key_id)
+            reactivated.append(key_id)
             if not dry_run:
                 owner = found.record.organization_id
                 if was_revoked:
@@ -118,18 +120,18 @@ def restored(
                 else:
                     await keyring.change(owner, key_id, active=False)
         if not dry_run:
-            present = await engine.store.changes(END)
-            await engine.store.renew(present.epoch, present.seq)
-        return revived
+            current = await engine.store.invalidations_since(MAX_SEQ)
+            await engine.store.start_new_epoch(current.epoch, current.seq)
+        return reactivated
 
     revived = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
     for key_id in revived:
         sys.stdout.write(key_id + "\n")
-    done = "live again" if dry_run else "lived again and are ended"
-    terminal.words.print(f"{len(revived):,} of {len(told):,} keys {done}.")
+    outcome = "are active again" if dry_run else "were active again and are revoked"
+    terminal.stderr.print(f"{len(revived):,} of {len(listed):,} keys {outcome}.")
 
 
-def _told(file: Path) -> dict[str, bool]:
+def _read_export(file: Path) -> dict[str, bool]:
     """Key ids, and whether they were revoked and not only disabled."""
     keys: dict[str, bool] = {}
     number = 0
@@ -137,25 +139,25 @@ def _told(file: Path) -> dict[str, bool]:
         with sys.stdin if str(file) == "-" else file.open() as lines:
             for line in lines:
                 number += 1
-                told = json.loads(line)
-                if not _ID.fullmatch(told["id"]):
+                entry = json.loads(line)
+                if not _ID.fullmatch(entry["id"]):
                     raise ValueError
-                keys[told["id"]] = told["revokedAt"] is not None
+                keys[entry["id"]] = entry["revokedAt"] is not None
     except OSError as error:
-        terminal.fail(f"cannot read {file}: {error.strerror}", "another FILE", terminal.UNUSABLE)
+        terminal.fail(f"cannot read {file}: {error.strerror}", "another FILE", terminal.ERROR)
     except (ValueError, TypeError, KeyError):
-        wrong = f"line {number} is none that keylatch keys ended prints"
-        terminal.fail(wrong, "nothing was changed", terminal.UNUSABLE)
+        message = f"line {number} is not one of keylatch revocations export"
+        terminal.fail(message, "nothing was changed", terminal.ERROR)
     return keys
 
 
-def _file(store: str | None, otherwise: str) -> Path:
+def _sqlite_file(store: str | None, hint: str) -> Path:
     file = file_of(Settings.load(store=store).store)
     if file is None:
-        terminal.fail("this is for SQLite stores", otherwise, terminal.UNUSABLE)
+        terminal.fail("this is for SQLite stores", hint, terminal.ERROR)
     return file
 
 
 def _print(what: str, names: Sequence[str]) -> None:
     if names:
-        terminal.words.print(f"{len(names):,} {what}: {' '.join(names)}", soft_wrap=True)
+        terminal.stderr.print(f"{len(names):,} {what}: {' '.join(names)}", soft_wrap=True)

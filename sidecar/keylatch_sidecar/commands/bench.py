@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from keylatch import credentials
 from keylatch.model import Reason
 from keylatch.settings import Settings
-from keylatch.variables import variable
-from keylatch_sidecar.bench.connection import Place, Unusable
+from keylatch.variables import variable_name
+from keylatch_sidecar.bench.connection import Address, Unusable
 from keylatch_sidecar.bench.load import Credential
 from keylatch_sidecar.bench.plan import OutOfBounds, Plan
 from keylatch_sidecar.commands import terminal
@@ -26,12 +26,12 @@ from keylatch_sidecar.commands.options import JSONOption
 from keylatch_sidecar.settings import BenchSettings
 
 if TYPE_CHECKING:
-    from keylatch_sidecar.bench.comparison import Move
+    from keylatch_sidecar.bench.comparison import Change
     from keylatch_sidecar.bench.figures import Results
     from keylatch_sidecar.bench.session import Target
 
-KEY_VARIABLE: Final = variable("bench_key")
-USUAL: Final = Plan()
+KEY_VARIABLE: Final = variable_name("bench_key")
+DEFAULTS: Final = Plan()
 
 Given = Mapping[str, str | None]
 """Options by name; None: not given."""
@@ -49,18 +49,18 @@ def bench(
         str | None, typer.Option(help="A file with the store's URL, which may have a password.")
     ] = None,
     redis_file: Annotated[str | None, typer.Option(help="The same for Redis.")] = None,
-    seconds: Annotated[float, typer.Option(help="Load for each tier.")] = USUAL.seconds,
-    rate: Annotated[int, typer.Option(help="Checks a second, open loop.")] = USUAL.rate,
+    seconds: Annotated[float, typer.Option(help="Load for each tier.")] = DEFAULTS.seconds,
+    rate: Annotated[int, typer.Option(help="Checks a second, open loop.")] = DEFAULTS.rate,
     flood_rate: Annotated[
         int, typer.Option(help="Made-up tokens a second in the flood tier.")
-    ] = USUAL.flood_rate,
+    ] = DEFAULTS.flood_rate,
     connections: Annotated[
         int, typer.Option(help="Kept to the sidecar; as many again for the flood.")
-    ] = USUAL.connections,
-    keys: Annotated[int, typer.Option(help="Keys to make at most.")] = USUAL.keys,
+    ] = DEFAULTS.connections,
+    keys: Annotated[int, typer.Option(help="Keys to make at most.")] = DEFAULTS.keys,
     revocations: Annotated[
         int, typer.Option(help="How often to revoke a key.")
-    ] = USUAL.revocations,
+    ] = DEFAULTS.revocations,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("keylatch-bench"),
     compare: Annotated[
         Path | None, typer.Option(help="results.json of an earlier run: what moved?")
@@ -74,8 +74,8 @@ def bench(
     try:
         from keylatch_sidecar.bench import comparison, figures, page, plots, report, session
     except ImportError as error:
-        wrong = f"{error.name} is missing"
-        terminal.fail(wrong, "pip install 'keylatch[bench]'", terminal.UNUSABLE)
+        message = f"{error.name} is missing"
+        terminal.fail(message, "pip install 'keylatch[bench]'", terminal.ERROR)
     try:
         plan = Plan(seconds, rate, flood_rate, connections, keys, revocations)
         stores = {"store": store, "store_file": store_file}
@@ -84,20 +84,20 @@ def bench(
         before = None if compare is None else comparison.read(compare)
         out.mkdir(parents=True, exist_ok=True)
     except OutOfBounds as error:
-        terminal.fail(str(error), "keylatch bench --help", terminal.UNUSABLE)
+        terminal.fail(str(error), "keylatch bench --help", terminal.ERROR)
     except Unusable as error:
-        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
+        terminal.fail(error.message, error.hint, terminal.ERROR)
     except OSError as error:
-        wrong = f"cannot write to {out}: {error.strerror or error}"
-        terminal.fail(wrong, "another --out", terminal.UNUSABLE)
-    terminal.words.print(report.bounds(target, plan), soft_wrap=True)
+        message = f"cannot write to {out}: {error.strerror or error}"
+        terminal.fail(message, "another --out", terminal.ERROR)
+    terminal.stderr.print(report.bounds(target, plan), soft_wrap=True)
     try:
         with _Bar(plan.expected_seconds) as bar:
             results = session.run(target, plan, bar)
     except session.Failed as failure:
-        _tell_of_keys(failure.results)
-        terminal.fail(failure.message, failure.hint, terminal.UNUSABLE)
-    moves: list[Move] = []
+        _print_keys_left(failure.results)
+        terminal.fail(failure.message, failure.hint, terminal.ERROR)
+    moves: list[Change] = []
     differences: list[str] = []
     if before is not None:
         moves = comparison.compare(before, results.as_json())
@@ -113,10 +113,10 @@ def bench(
     if as_json:
         terminal.print_json(results.as_json() | _as_json(moves, differences))
     wrote = f"Wrote {out / 'report.html'}, results.json and {len(pictures)} plots."
-    terminal.words.print(wrote, soft_wrap=True)
-    _tell_of_keys(results)
+    terminal.stderr.print(wrote, soft_wrap=True)
+    _print_keys_left(results)
     if results.keys_left:
-        raise typer.Exit(terminal.UNUSABLE)
+        raise typer.Exit(terminal.ERROR)
     if results.accepted_after:
         raise typer.Exit(terminal.REFUSED)
 
@@ -131,19 +131,21 @@ def _target(url: str | None, uds: Path | None, stores: Given, caches: Given) -> 
         raise Unusable("there is nothing to measure", "give a sidecar's URL, --uds or --store")
     if has_cache and not has_store:
         raise Unusable("--redis alone is of no use", "give --store as well, that of the sidecar")
-    place = Place(uds=uds) if uds is not None else Place.at(url) if url is not None else None
+    place = (
+        Address(uds=uds) if uds is not None else Address.from_url(url) if url is not None else None
+    )
     if has_store:
         caches = caches if has_cache else {"redis": ""}
         return Target(place, Settings.load(**stores, **caches))
-    return Target(place, None, _boss())
+    return Target(place, None, _admin_credential())
 
 
-def _boss() -> Credential:
+def _admin_credential() -> Credential:
     """The FULL key, from the environment or from standard input."""
-    given = BenchSettings().bench_key.encode()
-    if not given and not sys.stdin.isatty():
-        given = sys.stdin.buffer.readline(1024)
-    value = b"Bearer " + given.strip()
+    key = BenchSettings().bench_key.encode()
+    if not key and not sys.stdin.isatty():
+        key = sys.stdin.buffer.readline(1024)
+    value = b"Bearer " + key.strip()
     if isinstance(credentials.read([value]), Reason):
         raise Unusable(
             "there is no key to make keys with",
@@ -152,14 +154,16 @@ def _boss() -> Credential:
     return Credential(value, 200)
 
 
-def _tell_of_keys(results: "Results") -> None:
+def _print_keys_left(results: "Results") -> None:
     if results.keys_left:
-        left = " ".join(results.keys_left)
-        wrong = f"{len(results.keys_left)} keys could not be taken back: {left}"
-        terminal.say(wrong, "keylatch keys revoke ID for each; they also expire by themselves")
+        key_ids = " ".join(results.keys_left)
+        message = f"{len(results.keys_left)} keys could not be taken back: {key_ids}"
+        terminal.print_error(
+            message, "keylatch keys revoke ID for each; they also expire by themselves"
+        )
 
 
-def _as_json(moves: "list[Move]", differences: list[str]) -> dict[str, Any]:
+def _as_json(moves: "list[Change]", differences: list[str]) -> dict[str, Any]:
     if not moves:
         return {}
     return {"comparison": {"moves": [asdict(move) for move in moves], "differences": differences}}
@@ -171,7 +175,7 @@ class _Bar:
     def __init__(self, seconds: float) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         self._progress = Progress(
-            *columns, console=terminal.words, transient=True, auto_refresh=False
+            *columns, console=terminal.stderr, transient=True, auto_refresh=False
         )
         self._task = self._progress.add_task("connecting", total=seconds)
 

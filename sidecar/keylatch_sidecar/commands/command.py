@@ -8,14 +8,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from keylatch.drafts import InvalidValue, NotPossible
+from keylatch.drafts import InvalidKeyState, InvalidValue
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.hashing import Hasher
 from keylatch.keyring import Keyring
 from keylatch.model import KeyRecord
 from keylatch.settings import Settings
-from keylatch.store import Absent
+from keylatch.store import NotFound
 from keylatch_sidecar.commands import terminal
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T
     try:
         return asyncio.run(run())
     except KeylatchError as error:
-        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
+        terminal.fail(error.message, error.hint, terminal.ERROR)
 
 
 def with_keyring(settings: Settings, work: Callable[[Keyring], Awaitable[T]]) -> T:
@@ -51,7 +51,7 @@ def with_keyring(settings: Settings, work: Callable[[Keyring], Awaitable[T]]) ->
     try:
         return with_engine(settings, run)
     except InvalidValue as error:
-        terminal.fail(str(error), "each command has --help", terminal.UNUSABLE)
+        terminal.fail(str(error), "each command has --help", terminal.ERROR)
 
 
 def with_key(
@@ -67,24 +67,24 @@ def with_key(
         return None if found is None else await work(await keyring_of(engine), found)
 
     try:
-        return terminal.known(with_engine(settings, run))
+        return terminal.require_found(with_engine(settings, run))
     except InvalidValue as error:
-        terminal.fail(str(error), "each command has --help", terminal.UNUSABLE)
-    except NotPossible as error:
+        terminal.fail(str(error), "each command has --help", terminal.ERROR)
+    except InvalidKeyState as error:
         terminal.fail(str(error), "keylatch keys show ID", terminal.REFUSED)
 
 
 async def find(engine: Engine, key_id: str, organization: str | None) -> KeyRecord | None:
     """The key with this id: an operator needs no organisation to find it."""
     found = await engine.store.find(key_id) if _ID.fullmatch(key_id) else None
-    if found is None or isinstance(found, Absent):
+    if found is None or isinstance(found, NotFound):
         return None
     return found.record if organization in (None, found.record.organization_id) else None
 
 
 async def keyring_of(engine: Engine) -> Keyring:
     """The keyring, used by the account that runs the command."""
-    return (await engine.keyring()).used_by(account())
+    return (await engine.keyring()).as_operator(account())
 
 
 def account() -> str:

@@ -23,10 +23,10 @@ from keylatch_sidecar.commands.options import (
     RedisOption,
     StoreOption,
 )
-from keylatch_sidecar.doctor.finding import Finding, Grade, failure, worst
+from keylatch_sidecar.doctor.finding import Finding, Status, failure, worst_status
 from keylatch_sidecar.settings import ProxySettings
 
-_STYLES: Final = {Grade.OK: "green", Grade.WARNING: "yellow", Grade.FAILURE: "bold red"}
+_STYLES: Final = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
 
 
 def doctor(
@@ -57,12 +57,15 @@ def doctor(
         findings = asyncio.run(examine(settings))
     if as_json:
         terminal.print_json(
-            {"grade": worst(findings), "findings": [asdict(finding) for finding in findings]}
+            {
+                "status": worst_status(findings),
+                "findings": [asdict(finding) for finding in findings],
+            }
         )
     else:
         _print(findings)
-    if worst(findings) is Grade.FAILURE:
-        raise typer.Exit(terminal.UNUSABLE)
+    if worst_status(findings) is Status.FAILURE:
+        raise typer.Exit(terminal.ERROR)
 
 
 def _print(findings: list[Finding]) -> None:
@@ -70,7 +73,7 @@ def _print(findings: list[Finding]) -> None:
     for heading in ("", "check", "found"):
         table.add_column(heading, overflow="fold")
     for finding in findings:
-        style = _STYLES[finding.grade]
-        says = f"{finding.says}\nhint: {finding.hint}" if finding.hint else finding.says
-        table.add_row(f"[{style}]{finding.grade}[/]", finding.check, escape(says))
+        style = _STYLES[finding.status]
+        text = f"{finding.message}\nhint: {finding.hint}" if finding.hint else finding.message
+        table.add_row(f"[{style}]{finding.status}[/]", finding.check, escape(text))
     Console(highlight=False).print(table)

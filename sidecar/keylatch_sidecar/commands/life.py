@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from keylatch.drafts import InvalidValue, Scalar, end_after, milliseconds_of
+from keylatch.drafts import InvalidValue, Scalar, expiry_after, parse_duration_ms
 from keylatch.keyring import Changed, Keyring, Rotated
 from keylatch.model import KeyRecord
 from keylatch.settings import Settings
@@ -52,7 +52,7 @@ def register(keys: typer.Typer, organizations: typer.Typer) -> None:
     organizations.command("revoke")(revoke_all)
 
 
-def end_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> int | None:
+def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> int | None:
     """When a key shall end, in milliseconds since the epoch.
 
     Raises:
@@ -61,7 +61,7 @@ def end_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> int |
     if expires_in is not None:
         if expires_at is not None:
             raise InvalidValue("--expires-in", "is instead of --expires-at, not beside it")
-        return end_after(expires_in, now_ms, "--expires-in")
+        return expiry_after(expires_in, now_ms, "--expires-in")
     if expires_at is None:
         return None
     try:
@@ -99,7 +99,7 @@ def rotate(
     settings = Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher)
 
     async def run(keyring: Keyring, record: KeyRecord) -> Rotated | None:
-        seconds = 0 if grace == "0" else milliseconds_of(grace, "--grace") // 1000
+        seconds = 0 if grace == "0" else parse_duration_ms(grace, "--grace") // 1000
         return await keyring.rotate(record.organization_id, record.id, grace_seconds=seconds)
 
     rotated = with_key(settings, key_id, organization, run)
@@ -110,8 +110,8 @@ def rotate(
     terminal.print_token(rotated.token)
     ends = key["previous"]["expiresAt"] if key["previous"] else None
     until = "has ended" if ends is None else f"is good until {ends}"
-    terminal.words.print(
-        f"Rotated {rotated.record.id}: {terminal.spread(rotated.receipt)}. "
+    terminal.stderr.print(
+        f"Rotated {rotated.record.id}: {terminal.propagation(rotated.receipt)}. "
         f"The token above is shown this once; the one before {until}."
     )
 
@@ -129,7 +129,9 @@ def cancel_rotation(
         return await keyring.cancel_rotation(record.organization_id, record.id)
 
     settings = Settings.load(store=store, redis=redis)
-    _tell("Went back to the old secret of", with_key(settings, key_id, organization, run), as_json)
+    _print_change(
+        "Went back to the old secret of", with_key(settings, key_id, organization, run), as_json
+    )
 
 
 def finish_rotation(
@@ -145,7 +147,7 @@ def finish_rotation(
         return await keyring.finish_rotation(record.organization_id, record.id)
 
     settings = Settings.load(store=store, redis=redis)
-    _tell("Ended the old secret of", with_key(settings, key_id, organization, run), as_json)
+    _print_change("Ended the old secret of", with_key(settings, key_id, organization, run), as_json)
 
 
 def change(
@@ -166,7 +168,7 @@ def change(
     async def run(keyring: Keyring, record: KeyRecord) -> Changed | None:
         values: dict[str, Any] = {"name": name, "permission": permission}
         values["metadata"] = metadata_of(metadata)
-        values["expires_at"] = end_of(keyring.now_ms(), expires_in, expires_at)
+        values["expires_at"] = expiry_of(keyring.now_ms(), expires_in, expires_at)
         values = {field: value for field, value in values.items() if value is not None}
         if never_expires:
             values["expires_at"] = None
@@ -175,7 +177,7 @@ def change(
         return await keyring.change(record.organization_id, record.id, **values)
 
     settings = Settings.load(store=store, redis=redis)
-    _tell_change("Changed", with_key(settings, key_id, organization, run), as_json)
+    _print_live_change("Changed", with_key(settings, key_id, organization, run), as_json)
 
 
 def disable(
@@ -219,9 +221,9 @@ def revoke(
         )
 
     changed = with_key(Settings.load(store=store, redis=redis), key_id, organization, run)
-    _tell("Revoked", changed, as_json)
+    _print_change("Revoked", changed, as_json)
     if descendants and not as_json:
-        terminal.words.print(f"{changed.count:,} keys were revoked in this change.")
+        terminal.stderr.print(f"{changed.count:,} keys were revoked in this change.")
 
 
 def revoke_all(
@@ -233,13 +235,13 @@ def revoke_all(
 ) -> None:
     """Revoke every key of an organisation, at once and finally."""
     if not yes:
-        wrong = "this ends every key of the organisation, for good"
-        terminal.fail(wrong, "--yes; or keylatch organizations disable", terminal.UNUSABLE)
+        message = "this ends every key of the organisation, for good"
+        terminal.fail(message, "--yes; or keylatch organizations disable", terminal.ERROR)
     done = with_keyring(
         Settings.load(store=store, redis=redis),
         lambda keyring: keyring.revoke_all(organization, reason=reason),
     )
-    terminal.words.print(f"Revoked {done.count:,} keys: {terminal.spread(done.receipt)}.")
+    terminal.stderr.print(f"Revoked {done.count:,} keys: {terminal.propagation(done.receipt)}.")
 
 
 def _set_active(
@@ -249,19 +251,19 @@ def _set_active(
         return await keyring.change(record.organization_id, record.id, active=active)
 
     word = "Enabled" if active else "Disabled"
-    _tell_change(word, with_key(settings, key_id, organization, run), as_json)
+    _print_live_change(word, with_key(settings, key_id, organization, run), as_json)
 
 
-def _tell_change(word: str, changed: Changed, as_json: bool) -> None:
+def _print_live_change(word: str, changed: Changed, as_json: bool) -> None:
     if changed.record.deleted_at is not None:
         terminal.fail("the key was deleted; that is final", "make another one", terminal.REFUSED)
-    _tell(word, changed, as_json)
+    _print_change(word, changed, as_json)
 
 
-def _tell(word: str, changed: Changed, as_json: bool) -> None:
+def _print_change(word: str, changed: Changed, as_json: bool) -> None:
     receipt = revocation(changed.receipt).model_dump(by_alias=True)
     if as_json:
         terminal.print_json(terminal.as_json(changed.record) | {"revocation": receipt})
         return
     terminal.print_record(changed.record)
-    terminal.words.print(f"{word} {changed.record.id}: {terminal.spread(changed.receipt)}.")
+    terminal.stderr.print(f"{word} {changed.record.id}: {terminal.propagation(changed.receipt)}.")

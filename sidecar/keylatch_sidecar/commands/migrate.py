@@ -18,7 +18,7 @@ from keylatch.store import Store, file_of
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.options import StoreOption
 
-_PATIENCE_SECONDS: Final = 3_600.0
+_UPGRADE_SECONDS: Final = 3_600.0
 
 
 def migrate(
@@ -35,25 +35,25 @@ def migrate(
     try:
         version = asyncio.run(_version(settings.store))
         steps = steps_after(version)
-        _tell(version, steps)
+        _print_plan(version, steps)
         if check and steps:
             raise typer.Exit(terminal.REFUSED)
         if steps:
             took = asyncio.run(_upgrade(settings.store))
-            terminal.words.print(f"The store is at version {VERSION} now ({took:.1f} s).")
+            terminal.stderr.print(f"The store is at version {VERSION} now ({took:.1f} s).")
     except KeylatchError as error:
-        terminal.fail(error.message, error.hint, terminal.UNUSABLE)
+        terminal.fail(error.message, error.hint, terminal.ERROR)
 
 
-def _tell(version: str | None, steps: Sequence[Step]) -> None:
+def _print_plan(version: str | None, steps: Sequence[Step]) -> None:
     if not steps:
-        terminal.words.print(f"The store is at version {version}: there is nothing to do.")
+        terminal.stderr.print(f"The store is at version {version}: there is nothing to do.")
         return
     at = f"at version {version}" if version else "empty"
-    terminal.words.print(f"The store is {at}, this keylatch wants {VERSION}:")
+    terminal.stderr.print(f"The store is {at}, this keylatch needs {VERSION}:")
     for step in steps:
-        waits = f" Meanwhile wait: {step.waiting}." if version else ""
-        terminal.words.print(f"  {step.version}  {step.purpose}{waits}", soft_wrap=True)
+        waiting = f" Meanwhile wait: {step.blocks}." if version else ""
+        terminal.stderr.print(f"  {step.version}  {step.purpose}{waiting}", soft_wrap=True)
 
 
 async def _version(url: str) -> str | None:
@@ -68,7 +68,7 @@ async def _version(url: str) -> str | None:
 
 
 async def _upgrade(url: str) -> float:
-    store = Store(url, upgrade_seconds=_PATIENCE_SECONDS)
+    store = Store(url, upgrade_seconds=_UPGRADE_SECONDS)
     started_at = time.monotonic()
     try:
         await store.open(int(time.time() * 1000))

@@ -4,10 +4,12 @@ from typing import Annotated
 
 import typer
 
-from keylatch_sidecar.management.days import MAX_IDLE, MAX_KEPT
+from keylatch_sidecar.management.days import MAX_IDLE_DAYS, MAX_USAGE_DAYS
 
 
-def _typed(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
+def _from_command_line(
+    context: typer.Context, parameter: typer.CallbackParam, value: str | None
+) -> str | None:
     """The value if it was an argument: what is in the environment, `Settings` reads by itself, and
     tells from an argument that comes before it."""
     source = context.get_parameter_source(parameter.name or "")
@@ -19,7 +21,7 @@ StoreOption = Annotated[
     typer.Option(
         "--store",
         envvar="KEYLATCH_STORE",
-        callback=_typed,
+        callback=_from_command_line,
         help="sqlite:///path.db or postgresql://… without a password.",
         show_default="sqlite:///keylatch.db",
     ),
@@ -29,7 +31,7 @@ RedisOption = Annotated[
     typer.Option(
         "--redis",
         envvar="KEYLATCH_REDIS",
-        callback=_typed,
+        callback=_from_command_line,
         help="URL of the shared cache, without a password.",
         show_default="none",
     ),
@@ -63,7 +65,7 @@ LeaseOption = Annotated[
     typer.Option(
         "--lease",
         envvar="KEYLATCH_LEASE",
-        help="Seconds to trust caches without hearing from the store.",
+        help="Lease duration in seconds: how long caches are trusted without the store.",
         show_default="1.0",
     ),
 ]
@@ -136,20 +138,20 @@ TracingOption = Annotated[
         show_default="off",
     ),
 ]
-VerifyFactsOption = Annotated[
+VerifyRequestOption = Annotated[
     str | None,
     typer.Option(
-        "--verify-facts",
-        envvar="KEYLATCH_VERIFY_FACTS",
+        "--verify-request",
+        envvar="KEYLATCH_VERIFY_REQUEST",
         help="Where proxies tell /verify what they were asked: none, forwarded or original.",
         show_default="none",
     ),
 ]
-ExtAuthzFactsOption = Annotated[
+ExtAuthzRequestOption = Annotated[
     str | None,
     typer.Option(
-        "--ext-authz-facts",
-        envvar="KEYLATCH_EXT_AUTHZ_FACTS",
+        "--ext-authz-request",
+        envvar="KEYLATCH_EXT_AUTHZ_REQUEST",
         help="The same for /ext_authz: envoy, none, forwarded or original.",
         show_default="envoy",
     ),
@@ -173,8 +175,10 @@ OrganizationArgument = Annotated[str, typer.Argument(metavar="ORGANIZATION", hel
 IdleOption = Annotated[
     int | None,
     typer.Option(
-        "--idle", metavar="DAYS", help="Only keys not used for so long.", min=1, max=MAX_IDLE
+        "--idle", metavar="DAYS", help="Only keys not used for so long.", min=1, max=MAX_IDLE_DAYS
     ),
 ]
-DaysOption = Annotated[int, typer.Option(help="How far back, today included.", min=1, max=MAX_KEPT)]
+DaysOption = Annotated[
+    int, typer.Option(help="How far back, today included.", min=1, max=MAX_USAGE_DAYS)
+]
 JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

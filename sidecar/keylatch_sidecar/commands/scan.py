@@ -18,17 +18,17 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from sqlalchemy.engine import make_url
 
-from keylatch.drafts import NotPossible
+from keylatch.drafts import InvalidKeyState
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, HashingFailed, KeylatchError
-from keylatch.model import KeyRecord, Reason, flaw
+from keylatch.model import KeyRecord, Reason, unusable_reason
 from keylatch.settings import Settings
-from keylatch.tokens import Token, without_tokens
+from keylatch.tokens import Token, redact_tokens
 from keylatch_sidecar import leaked
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.command import keyring_of
 from keylatch_sidecar.commands.options import JSONOption, RedisOption, StoreOption
-from keylatch_sidecar.scan import HISTORY, Search, Sighting
+from keylatch_sidecar.scan import HISTORY, FoundToken, Scanner
 
 _STANDARD_INPUT: Final = Path("-")
 
@@ -42,7 +42,7 @@ class Status(StrEnum):
     REVOKED = "revoked"
     ROTATED = "rotated"
     UNKNOWN = "unknown"
-    UNTOLD = "cannot tell"
+    UNDETERMINED = "undetermined"
 
 
 _STATUS: Final = {
@@ -55,7 +55,7 @@ _STATUS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class TokenResult:
     """What the store says of a token."""
 
     status: Status
@@ -63,7 +63,7 @@ class Known:
     is_revoked_now: bool = False
 
 
-_UNTOLD: Final = Known(Status.UNTOLD)
+_UNDETERMINED: Final = TokenResult(Status.UNDETERMINED)
 
 
 def scan(
@@ -74,7 +74,7 @@ def scan(
     revoke: Annotated[
         bool, typer.Option("--revoke", help="Revoke those that are not revoked yet.")
     ] = False,
-    everything: Annotated[
+    include_all: Annotated[
         bool, typer.Option("--all", help="Also what is binary, huge, or git's own.")
     ] = False,
     as_json: JSONOption = False,
@@ -87,67 +87,69 @@ def scan(
     compressed: git log --all -p | keylatch scan -
     """
     if offline and revoke:
-        terminal.fail("--offline revokes nothing", "leave one of them out", terminal.UNUSABLE)
+        terminal.fail("--offline revokes nothing", "leave one of them out", terminal.ERROR)
     settings = Settings.load(store=store, redis=redis)
-    search = _searched(paths, everything)
-    tokens = {sighting.token.fingerprint: sighting.token for sighting in search.sightings}
-    known = _untold(tokens) if offline else _asked(settings, tokens, revoke)
-    _print(search.sightings, known, as_json)
-    for place, why in search.unread:
-        terminal.say(f"{_plain(place)} cannot be read: {why}", "")
-    _sum_up(search, known.values())
-    statuses = {each.status for each in known.values()}
+    scanner = _scan_paths(paths, include_all)
+    tokens = {sighting.token.fingerprint: sighting.token for sighting in scanner.found}
+    results = _all_undetermined(tokens) if offline else _look_up_all(settings, tokens, revoke)
+    _print(scanner.found, results, as_json)
+    for path, reason in scanner.unreadable:
+        terminal.print_error(f"{_printable(path)} cannot be read: {reason}", "")
+    _print_summary(scanner, results.values())
+    statuses = {each.status for each in results.values()}
     if Status.LIVE in statuses:
         raise typer.Exit(terminal.REFUSED)
-    if Status.UNTOLD in statuses or search.unread:
-        raise typer.Exit(terminal.UNUSABLE)
+    if Status.UNDETERMINED in statuses or scanner.unreadable:
+        raise typer.Exit(terminal.ERROR)
 
 
-def _searched(paths: Iterable[Path], everything: bool) -> Search:
-    search = Search(everything=everything)
-    console = terminal.words
+def _scan_paths(paths: Iterable[Path], include_all: bool) -> Scanner:
+    scanner = Scanner(include_all=include_all)
+    console = terminal.stderr
     columns = SpinnerColumn(), TextColumn("{task.completed:,.0f} files"), TimeElapsedColumn()
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("looking", total=None)
+        task = progress.add_task("scanning", total=None)
         for path in paths:
             if path == _STANDARD_INPUT:
-                search.read(sys.stdin.buffer, "-")
+                scanner.scan_stream(sys.stdin.buffer, "-")
                 continue
-            for file in search.files_of(path):
-                search.look_into(file)
+            for file in scanner.files_of(path):
+                scanner.scan_file(file)
                 progress.advance(task)
-    return search
+    return scanner
 
 
-def _untold(tokens: Iterable[bytes]) -> dict[bytes, Known]:
-    return dict.fromkeys(tokens, _UNTOLD)
+def _all_undetermined(tokens: Iterable[bytes]) -> dict[bytes, TokenResult]:
+    return dict.fromkeys(tokens, _UNDETERMINED)
 
 
-def _asked(settings: Settings, tokens: dict[bytes, Token], revoke: bool) -> dict[bytes, Known]:
+def _look_up_all(
+    settings: Settings, tokens: dict[bytes, Token], revoke: bool
+) -> dict[bytes, TokenResult]:
     """What is known of each token; where the store does not answer, what is not."""
-    known = _untold(tokens)
+    results = _all_undetermined(tokens)
     if not tokens:
-        return known
+        return results
     if _is_missing(settings.store):  # it would be made, and know of no key
-        terminal.say("there is no such store", "is KEYLATCH_STORE right?")
-        return known
+        terminal.print_error("there is no such store", "is KEYLATCH_STORE right?")
+        return results
     engine = Engine(settings)
 
     async def run() -> None:
         try:
             await engine.store.open(int(time.time() * 1000))
             for fingerprint, token in tokens.items():
-                known[fingerprint] = await _ask(engine, token, revoke)
+                results[fingerprint] = await _look_up(engine, token, revoke)
         finally:
             await engine.stop()
 
     try:
         asyncio.run(run())
     except KeylatchError as error:
-        terminal.say(error.message, error.hint)
-    return known
+        terminal.print_error(error.message, error.hint)
+    return results
 
 
 def _is_missing(store: str) -> bool:
@@ -155,70 +157,72 @@ def _is_missing(store: str) -> bool:
     return url.get_backend_name() == "sqlite" and not Path(url.database or "").exists()
 
 
-async def _ask(engine: Engine, token: Token, revoke: bool) -> Known:
+async def _look_up(engine: Engine, token: Token, revoke: bool) -> TokenResult:
     try:
         owner = await engine.identify(token)
     except (HashingBusy, HashingFailed) as error:  # of this one token; the others can be told
-        terminal.say(f"{token.key_id}: {error.message}", error.hint)
-        return _UNTOLD
+        terminal.print_error(f"{token.key_id}: {error.message}", error.hint)
+        return _UNDETERMINED
     if owner is None:
-        return Known(Status.UNKNOWN)
-    status = _STATUS[flaw(owner.record, engine.now_ms(), None)]
-    if owner.is_previous and not owner.is_of_use and status is not Status.REVOKED:
+        return TokenResult(Status.UNKNOWN)
+    status = _STATUS[unusable_reason(owner.record, engine.now_ms(), None)]
+    if owner.is_previous and not owner.is_usable and status is not Status.REVOKED:
         status = Status.ROTATED
-    if revoke and owner.is_of_use:
+    if revoke and owner.is_usable:
         try:
             await leaked.revoke(await keyring_of(engine), owner)
-        except NotPossible:  # the key was rotated or deleted in between
-            return await _ask(engine, token, revoke)
-    return Known(status, owner.record, is_revoked_now=revoke and owner.is_of_use)
+        except InvalidKeyState:  # the key was rotated or deleted in between
+            return await _look_up(engine, token, revoke)
+    return TokenResult(status, owner.record, is_revoked_now=revoke and owner.is_usable)
 
 
-def _print(sightings: Sequence[Sighting], known: dict[bytes, Known], as_json: bool) -> None:
-    told = [(each, known[each.token.fingerprint]) for each in sightings]
+def _print(found: Sequence[FoundToken], results: dict[bytes, TokenResult], as_json: bool) -> None:
+    rows = [(each, results[each.token.fingerprint]) for each in found]
     if as_json:
-        terminal.print_json([_as_json(*each) for each in told])
+        terminal.print_json([_as_json(*each) for each in rows])
         return
-    for each, of in told:
-        sys.stdout.write(f"{_plain(each.place)}:{each.line}: {_in_words(each.token, of)}\n")
+    for each, result in rows:
+        sys.stdout.write(f"{_printable(each.path)}:{each.line}: {_describe(each.token, result)}\n")
 
 
-def _as_json(sighting: Sighting, known: Known) -> dict[str, Any]:
-    record = known.record
+def _as_json(found: FoundToken, result: TokenResult) -> dict[str, Any]:
+    record = result.record
     return {
-        "file": without_tokens(sighting.place),
-        "line": sighting.line,
-        "keyId": sighting.token.key_id,
-        "partialToken": sighting.token.partial,
-        "status": known.status,
+        "file": redact_tokens(found.path),
+        "line": found.line,
+        "keyId": found.token.key_id,
+        "partialToken": found.token.partial,
+        "status": result.status,
         "name": record and record.name,
         "organizationId": record and record.organization_id,
-        "revokedNow": known.is_revoked_now,
+        "revokedNow": result.is_revoked_now,
     }
 
 
-def _in_words(token: Token, known: Known) -> str:
-    words = f"{token.key_id} {token.partial} {known.status}"
-    if known.is_revoked_now:
+def _describe(token: Token, result: TokenResult) -> str:
+    words = f"{token.key_id} {token.partial} {result.status}"
+    if result.is_revoked_now:
         words += ", revoked now"
-    if known.record is not None:
-        words += f" ({known.record.name}, of {known.record.organization_id})"
+    if result.record is not None:
+        words += f" ({result.record.name}, of {result.record.organization_id})"
     return words
 
 
-def _plain(place: str) -> str:
+def _printable(path: str) -> str:
     """A file's name without what could steer a terminal, or be a token."""
-    shown = place.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-    return without_tokens(shown)
+    return redact_tokens(shown)
 
 
-def _sum_up(search: Search, known: Iterable[Known]) -> None:
-    counts = Counter(each.status for each in known)
+def _print_summary(scanner: Scanner, results: Iterable[TokenResult]) -> None:
+    counts = Counter(each.status for each in results)
     found = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
-    terminal.words.print(f"Looked into {search.files:,} files: {found or 'no token'}.")
-    if search.left_out:
-        left = ", ".join(f"{count:,} {why}" for why, count in sorted(search.left_out.items()))
-        terminal.words.print(f"Left out: {left}; --all looks into them.")
-    if search.left_out[HISTORY]:
-        terminal.words.print("What git has compressed: git log --all -p | keylatch scan -")
+    terminal.stderr.print(f"Scanned {scanner.file_count:,} files: {found or 'no token'}.")
+    if scanner.skipped:
+        skipped = ", ".join(
+            f"{count:,} {reason}" for reason, count in sorted(scanner.skipped.items())
+        )
+        terminal.stderr.print(f"Skipped: {skipped}; --all scans them.")
+    if scanner.skipped[HISTORY]:
+        terminal.stderr.print("What git has compressed: git log --all -p | keylatch scan -")

@@ -13,17 +13,17 @@ from rich.table import Table
 from keylatch.engine import Engine
 from keylatch.revocation.feed import Receipt
 from keylatch.settings import Settings
-from keylatch.sql.vault import KINDS, Kept
-from keylatch.vault import MustStay
+from keylatch.sql.vault import KINDS, SecretInfo
+from keylatch.vault import SecretInUse
 from keylatch_sidecar.commands import terminal
 from keylatch_sidecar.commands.command import account, with_engine
 from keylatch_sidecar.commands.options import JSONOption, LeaseOption, RedisOption, StoreOption
 from keylatch_sidecar.management.bodies import iso
 
 _ROLES: Final = {
-    "makes": "all that is new",
-    "reads": "what was made with it",
-    "waits": "nothing yet: a rotation is not finished",
+    "primary": "makes everything new",
+    "enabled": "verifies what it made",
+    "pending": "not used yet: a rotation is not finished",
 }
 
 secrets = typer.Typer(
@@ -38,18 +38,18 @@ def list_secrets(
 ) -> None:
     """List them by id and age; what they are is never shown."""
 
-    async def run(engine: Engine) -> Sequence[Kept]:
-        return await (await engine.vault()).list()
+    async def run(engine: Engine) -> Sequence[SecretInfo]:
+        return await (await engine.store_secrets()).list()
 
-    kept = with_engine(Settings.load(store=store, redis=redis), run)
+    stored = with_engine(Settings.load(store=store, redis=redis), run)
     if as_json:
-        terminal.print_json([_as_json(secret) for secret in kept])
+        terminal.print_json([_as_json(secret) for secret in stored])
         return
     table = Table(box=None)
-    for heading in ("id", "kind", "since", "serves for"):
+    for heading in ("id", "kind", "since", "role"):
         table.add_column(heading)
-    for secret in kept:
-        row = (str(secret.id), secret.kind, iso(secret.created_at), _ROLES[secret.role])
+    for secret in stored:
+        row = (str(secret.id), secret.kind, iso(secret.created_at), _ROLES[secret.status])
         table.add_row(*row)
     Console(highlight=False, markup=False).print(table)
 
@@ -69,11 +69,11 @@ def rotate(
     named = [kind for kind, given in zip(KINDS, (check_key, pepper), strict=True) if given]
 
     async def run(engine: Engine) -> Receipt:
-        return await (await engine.vault()).rotate(named or KINDS, by=account())
+        return await (await engine.store_secrets()).rotate(named or KINDS, by=account())
 
     receipt = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
     what = " and ".join({"check": "check key", "pepper": "pepper"}[kind] for kind in named or KINDS)
-    terminal.words.print(f"Rotated {what}: {terminal.spread(receipt)}.")
+    terminal.stderr.print(f"Rotated {what}: {terminal.propagation(receipt)}.")
 
 
 @secrets.command()
@@ -92,30 +92,30 @@ def retire(
     """
 
     async def run(engine: Engine) -> Receipt | int:
-        vault = await engine.vault()
-        dependants = await vault.dependants(secret_id)
+        vault = await engine.store_secrets()
+        dependants = await vault.count_dependent_keys(secret_id)
         is_check = any(each.id == secret_id and each.kind == "check" for each in await vault.list())
         if is_check and not yes:
             return dependants
         return await vault.retire(secret_id, by=account())
 
     try:
-        done = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
-    except MustStay as error:
+        result = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
+    except SecretInUse as error:
         terminal.fail(error.message, error.hint, terminal.REFUSED)
-    if isinstance(done, int):
+    if isinstance(result, int):
         terminal.fail(
-            f"{done:,} live keys are older than its successor: their tokens would be refused",
+            f"{result:,} live keys are older than its successor: their tokens would be refused",
             "give them new tokens first; --yes retires it all the same",
             terminal.REFUSED,
         )
-    terminal.words.print(f"Retired {secret_id}: {terminal.spread(done)}.")
+    terminal.stderr.print(f"Retired {secret_id}: {terminal.propagation(result)}.")
 
 
-def _as_json(secret: Kept) -> dict[str, object]:
+def _as_json(secret: SecretInfo) -> dict[str, object]:
     return {
         "id": secret.id,
         "kind": secret.kind,
         "since": iso(secret.created_at),
-        "role": secret.role,
+        "status": secret.status,
     }

@@ -17,7 +17,7 @@ from keylatch_sidecar.management.unsent import describe
 T = TypeVar("T")
 
 REFUSED: Final = 1
-UNUSABLE: Final = 2
+ERROR: Final = 2
 
 _COLUMNS: Final = {
     "id": 16,
@@ -28,17 +28,17 @@ _COLUMNS: Final = {
     "last used": 24,
 }
 
-words = Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def spread(receipt: Receipt) -> str:
+def propagation(receipt: Receipt) -> str:
     """How far a change has spread, in words."""
     if not receipt.members:
         return "in force for every check that starts now"
     return f"acknowledged by {receipt.acknowledged} of {receipt.members} processes, in force"
 
 
-def known(found: T | None) -> T:
+def require_found(found: T | None) -> T:
     """What was found; ends where there is nothing."""
     if found is None:  # what was asked for is not repeated: it could be a secret
         fail("there is no such key", "keylatch keys list --organization …", REFUSED)
@@ -65,14 +65,14 @@ def print_json_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) -
 
 def print_table_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) -> None:
     """A part of a list as a table; one that goes on has columns of the same width in all parts."""
-    goes_on = not (is_first and is_last)
+    is_partial = not (is_first and is_last)
     table = Table(box=None, show_header=is_first)
     for heading, width in _COLUMNS.items():
         table.add_column(
             heading,
             no_wrap=heading in ("id", "token"),
             overflow="fold",
-            width=width if goes_on else None,
+            width=width if is_partial else None,
         )
     for record in records:
         key = describe(record)
@@ -94,31 +94,31 @@ def print_token(token: Token) -> None:
 
 def refuse_token_in_argument() -> NoReturn:
     """Ends, without repeating it."""
-    say(
+    print_error(
         "a token is never an argument: it is in your shell's history and in process lists now",
         "revoke that key; verify reads tokens from standard input, ids look like key_…",
     )
-    sys.exit(UNUSABLE)
+    sys.exit(ERROR)
 
 
 def refuse_password_in_argument() -> NoReturn:
     """Ends, without repeating it."""
-    say(
+    print_error(
         "a URL with a password is never an argument: it is in process lists now, for every account",
         "set KEYLATCH_STORE or KEYLATCH_REDIS, or put the URL into a file and name that in"
         " KEYLATCH_STORE_FILE or KEYLATCH_REDIS_FILE; and change the password",
     )
-    sys.exit(UNUSABLE)
+    sys.exit(ERROR)
 
 
-def fail(wrong: str, hint: str, code: int) -> NoReturn:
+def fail(message: str, hint: str, code: int) -> NoReturn:
     """Ends with an error and a hint."""
-    say(wrong, hint)
+    print_error(message, hint)
     raise typer.Exit(code)
 
 
-def say(wrong: str, hint: str) -> None:
+def print_error(message: str, hint: str) -> None:
     """An error and a hint on standard error."""
-    sys.stderr.write(f"error: {wrong}\n")
+    sys.stderr.write(f"error: {message}\n")
     if hint:
         sys.stderr.write(f"hint: {hint}\n")

@@ -18,12 +18,12 @@ from keylatch_sidecar.commands.options import (
     RedisOption,
     StoreOption,
 )
-from keylatch_sidecar.management.key_usage import USUAL_DAYS, UsageOfKey, describe
+from keylatch_sidecar.management.key_usage import DEFAULT_DAYS, KeyUsageReport, describe
 
 
 def usage(
     key_id: KeyId,
-    days: DaysOption = USUAL_DAYS,
+    days: DaysOption = DEFAULT_DAYS,
     organization: OwnerOption = None,
     as_json: JSONOption = False,
     store: StoreOption = None,
@@ -31,34 +31,34 @@ def usage(
 ) -> None:
     """Tell how often a key was let in, and refused for which reason, on each of the last days."""
 
-    async def ask(engine: Engine) -> KeyUsage | None:
+    async def fetch(engine: Engine) -> KeyUsage | None:
         found = await find(engine, key_id, organization)
         if found is None:
             return None
         return await (await engine.keyring()).usage(found.organization_id, key_id, days)
 
     settings = Settings.load(store=store, redis=redis)
-    told = describe(terminal.known(with_engine(settings, ask)))
+    report = describe(terminal.require_found(with_engine(settings, fetch)))
     if as_json:
-        terminal.print_json(told.model_dump(by_alias=True))
+        terminal.print_json(report.model_dump(by_alias=True))
     else:
-        _print(told)
+        _print(report)
 
 
-def _print(told: UsageOfKey) -> None:
+def _print(report: KeyUsageReport) -> None:
     table = Table(box=None)
     for heading in ("day", "allowed", "refused"):
         table.add_column(heading, justify="right" if heading == "allowed" else "left")
-    for each in told.days:
+    for each in report.days:
         table.add_row(each.day, f"{each.allowed:,}", _refusals(each.refused))
-    table.add_row("total", f"{told.total.allowed:,}", _refusals(told.total.refused))
+    table.add_row("total", f"{report.total.allowed:,}", _refusals(report.total.refused))
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print(f"last used: {told.last_used or 'never'}")
-    if told.client is not None:
-        seen = told.client
-        whence = f"{seen.agent or 'an unknown agent'} in {seen.address or 'an unknown network'}"
-        console.print(f"last seen: {whence}, {seen.seen_at}")
+    console.print(f"last used: {report.last_used or 'never'}")
+    if report.client is not None:
+        client = report.client
+        source = f"{client.agent or 'an unknown agent'} in {client.address or 'an unknown network'}"
+        console.print(f"last seen: {source}, {client.seen_at}")
 
 
 def _refusals(refused: Mapping[str, int]) -> str:

@@ -16,26 +16,26 @@ _SECONDS: Final = 10.0
 
 async def examine(settings: Settings) -> list[Finding]:
     """All findings, in the order of the table: settings, host, store, Redis, listeners."""
-    parts = [
-        _in_time("hashing", host.of_hashing(settings), _SECONDS),
-        _in_time("store", _of_store(settings), _SECONDS + 2 * settings.lease),
+    checks = [
+        _with_timeout("hashing", host.check_hashing(settings), _SECONDS),
+        _with_timeout("store", _check_store(settings), _SECONDS + 2 * settings.lease),
     ]
     if settings.redis:
-        parts.append(_in_time("Redis", cache.examine(settings.redis), _SECONDS))
-    found = await asyncio.gather(*parts)
+        checks.append(_with_timeout("Redis", cache.examine(settings.redis), _SECONDS))
+    found = await asyncio.gather(*checks)
     return [
         ok("settings", "all are understood"),
-        *host.of_pepper_file(settings),
+        *host.check_pepper_file(settings),
         *(each for findings in found for each in findings),
         *await asyncio.to_thread(lambda: list(listeners.examine(settings.store))),
     ]
 
 
-async def _of_store(settings: Settings) -> list[Finding]:
+async def _check_store(settings: Settings) -> list[Finding]:
     try:
         database = database_of(settings.store)
     except ConfigurationError as error:
-        return [failure("store", wrong, hint) for wrong, hint in error.mistakes]
+        return [failure("store", message, hint) for message, hint in error.mistakes]
     try:
         path = file_of(settings.store)
         if path is not None and isinstance(database, SQLite):
@@ -45,7 +45,9 @@ async def _of_store(settings: Settings) -> list[Finding]:
         await database.close()
 
 
-async def _in_time(check: str, findings: Awaitable[list[Finding]], seconds: float) -> list[Finding]:
+async def _with_timeout(
+    check: str, findings: Awaitable[list[Finding]], seconds: float
+) -> list[Finding]:
     try:
         async with asyncio.timeout(seconds):
             return await findings

@@ -22,42 +22,42 @@ _HAS_TABLES: Final = "SELECT name FROM sqlite_schema WHERE name = 'keylatch_vers
 
 def examine(database: SQLite, path: Path) -> list[Finding]:
     """What there is to say of the file and of what it holds; for a thread."""
-    findings = [*_of_folder(path), *_of_file_system(database), *_of_library(database)]
+    findings = [*_check_folder(path), *_check_file_system(database), *_check_library(database)]
     if not path.exists():
         hint = "the first start makes it; is KEYLATCH_STORE right?"
         return [*findings, warning("store", f"there is no {path}", hint)]
-    findings += [*_of_permissions(database, path), *_of_log(database)]
+    findings += [*_check_permissions(database, path), *_check_log(database)]
     place = f"file:{quote(str(path))}?mode=ro"
     try:
         with closing(sqlite3.connect(place, uri=True, timeout=_BUSY_SECONDS)) as reader:
-            return [*findings, *_of_contents(reader, path)]
+            return [*findings, *_check_contents(reader, path)]
     except sqlite3.Error as error:
         hint = f"is {path} a keylatch store, readable, and on a disk that works?"
         return [*findings, failure("store", f"cannot be read: {error}", hint)]
 
 
-def _of_contents(reader: sqlite3.Connection, path: Path) -> Iterator[Finding]:
+def _check_contents(reader: sqlite3.Connection, path: Path) -> Iterator[Finding]:
     has_tables = reader.execute(_HAS_TABLES).fetchall()
     yield ok("store", f"SQLite at {path}")
     if not has_tables:
-        yield tables.of_version(None)
+        yield tables.check_version(None)
         return
-    yield tables.of_version(reader.execute(tables.STORED_VERSION).fetchone()[0])
-    yield from tables.of_secrets(reader.execute(tables.SECRETS).fetchall())
+    yield tables.check_version(reader.execute(tables.STORED_VERSION).fetchone()[0])
+    yield from tables.check_secrets(reader.execute(tables.SECRETS).fetchall())
 
 
-def _of_folder(path: Path) -> Iterator[Finding]:
+def _check_folder(path: Path) -> Iterator[Finding]:
     folder = path.parent
     if not folder.is_dir():
         yield failure("folder", f"there is no {folder}", "make it, or set KEYLATCH_STORE")
         return
     if not os.access(folder, os.W_OK | os.X_OK):
-        hint = "SQLite keeps its log beside the file: chown it to whoever runs keylatch"
+        hint = "SQLite keeps its log beside the file: chown it to the account that runs keylatch"
         yield failure("folder", f"{folder} cannot be written", hint)
     elif folder.stat().st_mode & 0o002 and not folder.stat().st_mode & 0o1000:
         yield warning(
             "folder",
-            f"everybody may write in {folder}, and so put another file in its place",
+            f"every account may write in {folder}, and so replace the store",
             f"chmod o-w {folder}",
         )
     else:
@@ -72,7 +72,7 @@ def _of_folder(path: Path) -> Iterator[Finding]:
         yield ok("disk", room)
 
 
-def _of_file_system(database: SQLite) -> Iterator[Finding]:
+def _check_file_system(database: SQLite) -> Iterator[Finding]:
     # One that is known not to do, a mount of the file alone and a second name are no findings:
     # they stop the start, and the examination as well.
     kind = database.file.unknown_file_system()
@@ -84,42 +84,42 @@ def _of_file_system(database: SQLite) -> Iterator[Finding]:
         )
 
 
-def _of_permissions(database: SQLite, path: Path) -> Iterator[Finding]:
-    wide = database.file.wide()
+def _check_permissions(database: SQLite, path: Path) -> Iterator[Finding]:
+    too_open = database.file.exposed_files()
     if not os.access(path, os.W_OK):
-        hint = "chown it to whoever runs keylatch"
+        hint = "chown it to the account that runs keylatch"
         yield failure("permissions", f"{path} cannot be written", hint)
-    elif wide:
-        named = ", ".join(f"{each} ({mode:04o})" for each, mode in wide)
+    elif too_open:
+        named = ", ".join(f"{each} ({mode:04o})" for each, mode in too_open)
         yield warning(
             "permissions",
             f"others than its owner may use {named}: it holds the store's secrets",
-            f"chmod 600 {' '.join(str(each) for each, _ in wide)}",
+            f"chmod 600 {' '.join(str(each) for each, _ in too_open)}",
         )
     else:
         yield ok("permissions", f"for its owner only ({path.stat().st_mode & 0o777:04o})")
-    lock = database.file.unfit_lock()
+    lock = database.file.unsafe_lock()
     if lock is not None:
         yield warning(
             "lock file",
-            f"another account can hold {lock}, and no log is taken over meanwhile",
+            f"another account can hold {lock}, which blocks checkpoints",
             "keylatch replaces it, unless the folder's permissions forbid that",
         )
 
 
-def _of_log(database: SQLite) -> Iterator[Finding]:
+def _check_log(database: SQLite) -> Iterator[Finding]:
     log = database.file.beside("-wal")
     length = log.stat().st_size if log.exists() else 0
     if length > _LONG_LOG_BYTES:
         yield warning(
             "log",
-            f"{length / (1 << 20):,.0f} MiB wait to be taken over into the file",
-            "keylatch does it every 30 s: does another program hold the file open for reading?",
+            f"{length / (1 << 20):,.0f} MiB are not checkpointed yet",
+            "keylatch checkpoints every 30 s: does another program hold the file open for reading?",
         )
 
 
-def _of_library(database: SQLite) -> Iterator[Finding]:
-    for says in database.version_warnings:
-        yield warning("SQLite", says, "a newer SQLite, or nothing else that writes to the file")
+def _check_library(database: SQLite) -> Iterator[Finding]:
+    for message in database.version_warnings:
+        yield warning("SQLite", message, "a newer SQLite, or nothing else that writes to the file")
     if not database.version_warnings:
         yield ok("SQLite", sqlite3.sqlite_version)

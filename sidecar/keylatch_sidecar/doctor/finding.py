@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Grade(StrEnum):
+class Status(StrEnum):
     """How bad it is."""
 
     OK = "ok"
@@ -19,33 +19,33 @@ class Finding:
 
     Args:
         check: what was looked at.
-        grade: how bad it is.
-        says: what was found.
+        status: how bad it is.
+        message: what was found.
         hint: what to do about it; empty where nothing has to be done.
     """
 
     check: str
-    grade: Grade
-    says: str
+    status: Status
+    message: str
     hint: str = ""
 
 
-def ok(check: str, says: str) -> Finding:
+def ok(check: str, message: str) -> Finding:
     """Nothing has to be done."""
-    return Finding(check, Grade.OK, says)
+    return Finding(check, Status.OK, message)
 
 
-def warning(check: str, says: str, hint: str) -> Finding:
+def warning(check: str, message: str, hint: str) -> Finding:
     """It works, and will work better."""
-    return Finding(check, Grade.WARNING, says, hint)
+    return Finding(check, Status.WARNING, message, hint)
 
 
-def failure(check: str, says: str, hint: str) -> Finding:
+def failure(check: str, message: str, hint: str) -> Finding:
     """It does not work, or a promise of keylatch's does not hold."""
-    return Finding(check, Grade.FAILURE, says, hint)
+    return Finding(check, Status.FAILURE, message, hint)
 
 
-def worst(findings: Iterable[Finding]) -> Grade:
+def worst_status(findings: Iterable[Finding]) -> Status:
     """The worst grade of all."""
-    grades = {finding.grade for finding in findings}
-    return next((each for each in (Grade.FAILURE, Grade.WARNING) if each in grades), Grade.OK)
+    statuses = {finding.status for finding in findings}
+    return next((each for each in (Status.FAILURE, Status.WARNING) if each in statuses), Status.OK)

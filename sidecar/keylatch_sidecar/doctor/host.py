@@ -8,43 +8,43 @@ from typing import Final
 
 from keylatch.hashing import OWASP_MINIMUM, Hasher
 from keylatch.settings import Settings
-from keylatch.tokens import CheckKeys
+from keylatch.tokens import MacKeys
 from keylatch_sidecar.doctor.finding import Finding, ok, warning
 
 _ROUNDS: Final = 3
 _SLOW_SECONDS: Final = 0.1
 
 
-def of_pepper_file(settings: Settings) -> Iterator[Finding]:
+def check_pepper_file(settings: Settings) -> Iterator[Finding]:
     """Whether what is signed in Redis takes more than what the store holds."""
     if settings.warnings:
-        wrong = "every account of this host may read it"
-        yield warning("pepper file", wrong, "chmod o-r, and a new secret in it")
+        message = "every account of this host may read it"
+        yield warning("pepper file", message, "chmod o-r, and a new secret in it")
     elif settings.pepper_file:
         yield ok("pepper file", "set: a copy of the store does not suffice to sign for Redis")
     elif settings.redis:
         yield ok("pepper file", "none: an attacker who has read the store can sign for Redis")
 
 
-async def of_hashing(settings: Settings) -> list[Finding]:
+async def check_hashing(settings: Settings) -> list[Finding]:
     """What a cold key costs here, beside the rest of a request."""
     if settings.hasher == "sha256":
         return [ok("hashing", "SHA-256: nothing to speak of")]
     hasher = Hasher("argon2id", OWASP_MINIMUM, workers=1)
-    token = CheckKeys([b"doctor" * 4]).mint("kl", "live")
-    took = []
+    token = MacKeys([b"doctor" * 4]).mint("kl", "live")
+    durations = []
     for _ in range(_ROUNDS):
         started_at = time.perf_counter()
         await hasher.hash(token)
-        took.append(time.perf_counter() - started_at)
+        durations.append(time.perf_counter() - started_at)
     await asyncio.to_thread(hasher.close)
     processors = os.cpu_count() or 1
-    seconds, mebibytes = min(took), OWASP_MINIMUM.memory_kib // 1024 * processors
-    says = (
-        f"argon2id takes {seconds * 1000:.0f} ms: {processors / seconds:,.0f} cold keys a second"
+    shortest, mebibytes = min(durations), OWASP_MINIMUM.memory_kib // 1024 * processors
+    message = (
+        f"argon2id takes {shortest * 1000:.0f} ms: {processors / shortest:,.0f} cold keys a second"
         f" on {processors} processors, with {mebibytes} MiB"
     )
-    if seconds > _SLOW_SECONDS:
+    if shortest > _SLOW_SECONDS:
         hint = "KEYLATCH_HASHER=sha256 is as safe for tokens that keylatch made"
-        return [warning("hashing", says, hint)]
-    return [ok("hashing", says)]
+        return [warning("hashing", message, hint)]
+    return [ok("hashing", message)]

@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from keylatch.settings import Settings
-from keylatch.variables import variable
+from keylatch.variables import variable_name
 from keylatch_sidecar import loopback
 from keylatch_sidecar.doctor.finding import Finding, ok, warning
 
@@ -29,16 +29,16 @@ _PROGRAM: Final = re.compile(r"keylatch(_sidecar)?(/__main__\.py)?$")
 
 def examine(store: str) -> Iterator[Finding]:
     """Whether tokens for this store travel readable, as far as can be seen from here."""
-    servers = [each for each in _servers() if each.store == _located(store, Path.cwd())]
-    readable = [
+    servers = [each for each in _servers() if each.store == _canonical_store(store, Path.cwd())]
+    plaintext = [
         f"{server.pid} on {host}:{port}"
         for server in servers
         for host, port in server.listens_on()
         if not loopback.is_address(host)
     ]
-    if readable:
-        says = f"{loopback.PLAIN_HTTP}: process {', '.join(readable)}"
-        yield warning("listeners", says, loopback.HINT)
+    if plaintext:
+        message = f"{loopback.PLAIN_HTTP}: process {', '.join(plaintext)}"
+        yield warning("listeners", message, loopback.HINT)
     elif servers:
         yield ok("listeners", "loopback and Unix sockets only")
 
@@ -54,46 +54,46 @@ class Server:
 
     @property
     def store(self) -> str:
-        """Where its keys are, as `_located` spells it."""
-        given = self._option("--store") or self.variables.get(variable("store"), "")
-        file = self.variables.get(variable("store_file"), "")
+        """Where its keys are, as `_canonical_store` spells it."""
+        given = self._option("--store") or self.variables.get(variable_name("store"), "")
+        file = self.variables.get(variable_name("store_file"), "")
         if not given and file:
             with suppress(OSError, UnicodeDecodeError):
                 given = (self.folder / file).read_text().strip()
         default = str(Settings.model_fields["store"].default)
-        return _located(given or default, self.folder)
+        return _canonical_store(given or default, self.folder)
 
     def listens_on(self) -> Iterator[tuple[str, int]]:
         """Addresses and ports that take tokens: all but the one for metrics."""
-        place = _PROC / str(self.pid)
-        own = _sockets(place / "fd")
-        for row in (*_rows(place / "net/tcp"), *_rows(place / "net/tcp6")):
+        process = _PROC / str(self.pid)
+        own = _sockets(process / "fd")
+        for row in (*_rows(process / "net/tcp"), *_rows(process / "net/tcp6")):
             host, port = _address(row[1])
             is_own = row[3] == _LISTENING and row[9] in own
             if is_own and str(port) != self._option("--metrics-port"):
                 yield host, port
 
     def _option(self, name: str) -> str:
-        for word, following in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
+        for word, value in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
             if word == name:
-                return following
+                return value
             if word.startswith(f"{name}="):
                 return word.partition("=")[2]
         return ""
 
 
 def _servers() -> Iterator[Server]:
-    for place in _PROC.glob("[0-9]*"):
+    for process in _PROC.glob("[0-9]*"):
         with suppress(OSError):  # it ended, or is another account's
-            arguments = _texts(place / "cmdline")
+            arguments = _read_strings(process / "cmdline")
             if "serve" in arguments and any(map(_PROGRAM.search, arguments)):
-                told = (text.partition("=") for text in _texts(place / "environ"))
-                variables = {name: value for name, _, value in told}
-                list((place / "fd").iterdir())  # whether it may be seen
-                yield Server(int(place.name), arguments, variables, (place / "cwd").readlink())
+                pairs = (text.partition("=") for text in _read_strings(process / "environ"))
+                variables = {name: value for name, _, value in pairs}
+                list((process / "fd").iterdir())  # whether it may be seen
+                yield Server(int(process.name), arguments, variables, (process / "cwd").readlink())
 
 
-def _located(url: str, folder: Path) -> str:
+def _canonical_store(url: str, folder: Path) -> str:
     """A store's URL, the same for all who mean the same file."""
     try:
         parsed = make_url(url)
@@ -104,7 +104,7 @@ def _located(url: str, folder: Path) -> str:
     return os.path.realpath(folder / (parsed.database or ""))
 
 
-def _texts(path: Path) -> list[str]:
+def _read_strings(path: Path) -> list[str]:
     return path.read_text(errors="replace").rstrip("\0").split("\0")
 
 

@@ -12,9 +12,9 @@ from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
 
 _SECONDS: Final = 2.0
 _SLOW_SECONDS: Final = 0.02
-_APART_SECONDS: Final = 1.0
-_PATIENCE: Final = 1.2
-_FEW: Final = 20
+_MAX_CLOCK_SKEW_SECONDS: Final = 1.0
+_LEASE_FACTOR: Final = 1.2
+_MIN_FREE_CONNECTIONS: Final = 20
 
 _SERVER: Final = """
     SELECT current_setting('server_version'), pg_is_in_recovery(),
@@ -38,50 +38,50 @@ async def examine(database: Database, lease: float) -> list[Finding]:
         lease: X, in seconds: whoever renews none for so long holds none.
     """
 
-    async def ask(question: str) -> list[tuple[Any, ...]]:
+    async def fetch(statement: str) -> list[tuple[Any, ...]]:
         rows = await database.read(
-            lambda connection: connection.exec_driver_sql(question).all(), seconds=_SECONDS
+            lambda connection: connection.exec_driver_sql(statement).all(), seconds=_SECONDS
         )
         return [tuple(row) for row in rows]
 
     try:
-        [row] = await ask(_SERVER)
-        findings = [*_of_server(*row), *await _of_clock(ask)]
-        if not (await ask(_HAS_TABLES))[0][0]:
-            return [*findings, tables.of_version(None)]
-        findings.append(tables.of_version((await ask(tables.STORED_VERSION))[0][0]))
-        if not (await ask(_MAY_WRITE))[0][0]:
-            hint = "GRANT this user what the one who made the tables may"
+        [row] = await fetch(_SERVER)
+        findings = [*_check_server(*row), *await _check_clock(fetch)]
+        if not (await fetch(_HAS_TABLES))[0][0]:
+            return [*findings, tables.check_version(None)]
+        findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
+        if not (await fetch(_MAY_WRITE))[0][0]:
+            hint = "GRANT this user the rights of the tables' owner"
             findings.append(failure("rights", "the tables cannot be written", hint))
-        findings += tables.of_secrets(await ask(tables.SECRETS))
-        before = await ask(tables.MEMBERS)
+        findings += tables.check_secrets(await fetch(tables.SECRETS))
+        before = await fetch(tables.MEMBERS)
         if before:
-            await asyncio.sleep(lease * _PATIENCE)
-        findings.append(tables.of_members(dict(before), dict(await ask(tables.MEMBERS))))
+            await asyncio.sleep(lease * _LEASE_FACTOR)
+        findings.append(tables.check_members(dict(before), dict(await fetch(tables.MEMBERS))))
     except StoreUnavailable as error:
         return [failure("store", error.message, error.hint)]
     return findings
 
 
-def _of_server(
+def _check_server(
     version: str,
     is_replica: bool,
     read_only: str,
     fsync: str,
     synchronous_commit: str,
     full_page_writes: str,
-    places: int,
-    taken: int,
+    max_connections: int,
+    open_connections: int,
     is_encrypted: bool | None,
     address: str | None,
 ) -> Iterator[Finding]:
     yield ok("store", f"PostgreSQL {version.split()[0]}")
     if is_replica:
-        wrong = "this is a replica: it grants no lease, and every check is 503"
-        yield failure("primary", wrong, "set KEYLATCH_STORE to the primary")
+        message = "this is a replica: it grants no lease, and every check is 503"
+        yield failure("primary", message, "set KEYLATCH_STORE to the primary")
     elif read_only == "on":
-        wrong = "transactions are read only by default"
-        yield failure("primary", wrong, "ALTER ROLE … SET default_transaction_read_only = off")
+        message = "transactions are read only by default"
+        yield failure("primary", message, "ALTER ROLE … SET default_transaction_read_only = off")
     else:
         yield ok("primary", "it is the primary and takes writes")
     unsafe = [
@@ -94,29 +94,31 @@ def _of_server(
         if value == "off"
     ]
     if unsafe:
-        wrong = f"{', '.join(unsafe)}: a crash can undo a revoke that was answered"
-        yield failure("durability", wrong, "switch it on for this server or this user")
+        message = f"{', '.join(unsafe)}: a crash can undo a revoke that was answered"
+        yield failure("durability", message, "switch it on for this server or this user")
     else:
         yield ok("durability", "commits are on disk before they are answered")
-    if places - taken < _FEW:
+    if max_connections - open_connections < _MIN_FREE_CONNECTIONS:
         yield warning(
-            "connections", f"{taken} of {places} are taken", "raise max_connections, or pool less"
+            "connections",
+            f"{open_connections} of {max_connections} are taken",
+            "raise max_connections, or pool less",
         )
     if address not in (None, "127.0.0.1", "::1") and not is_encrypted:
         yield warning("encryption", "none on the way to the server", "sslmode=verify-full")
 
 
-async def _of_clock(ask: Callable[[str], Awaitable[tables.Rows]]) -> list[Finding]:
+async def _check_clock(fetch: Callable[[str], Awaitable[tables.Rows]]) -> list[Finding]:
     asked_at = time.time()
-    [(store_seconds,)] = await ask(_CLOCK)
-    took = time.time() - asked_at
-    apart = store_seconds - (asked_at + took / 2)
-    findings = [ok("latency", f"{took * 1000:.1f} ms for a question")]
-    if took > _SLOW_SECONDS:
-        hint = "a server that is closer: each cold key and each revoke waits for it"
-        findings = [warning("latency", f"{took * 1000:.1f} ms for a question", hint)]
-    if abs(apart) - took / 2 > _APART_SECONDS:
-        says = f"this host's clock and the store's are {abs(apart):.1f} s apart"
+    [(store_seconds,)] = await fetch(_CLOCK)
+    seconds = time.time() - asked_at
+    skew = store_seconds - (asked_at + seconds / 2)
+    findings = [ok("latency", f"{seconds * 1000:.1f} ms for a query")]
+    if seconds > _SLOW_SECONDS:
+        hint = "use a server that is closer: each cold key and each revoke waits for it"
+        findings = [warning("latency", f"{seconds * 1000:.1f} ms for a query", hint)]
+    if abs(skew) - seconds / 2 > _MAX_CLOCK_SKEW_SECONDS:
+        message = f"this host's clock and the store's are {abs(skew):.1f} s apart"
         hint = "synchronise them; expiry goes by the store's, times of creation by this host's"
-        return [*findings, warning("clocks", says, hint)]
+        return [*findings, warning("clocks", message, hint)]
     return [*findings, ok("clocks", "this host's and the store's agree within a second")]

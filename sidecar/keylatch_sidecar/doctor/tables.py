@@ -9,7 +9,7 @@ from typing import Any, Final
 from keylatch.sql.schema import VERSION
 from keylatch_sidecar.doctor.finding import Finding, failure, ok, warning
 
-_MANY: Final = 12
+_MAX_SECRETS: Final = 12
 
 Rows = Sequence[tuple[Any, ...]]
 
@@ -19,41 +19,43 @@ MEMBERS: Final = "SELECT id, grants FROM keylatch_members"
 """How many leases each process has been granted so far."""
 
 
-def of_version(version: str | None) -> Finding:
+def check_version(version: str | None) -> Finding:
     """Whether this keylatch knows the tables."""
     if version is None:
         return warning("tables", "there are none yet", "the first start makes them")
     if version > VERSION:
-        wrong = f"at version {version}, this keylatch knows up to {VERSION}"
-        return failure("tables", wrong, "upgrade keylatch on this host")
+        message = f"at version {version}, this keylatch knows up to {VERSION}"
+        return failure("tables", message, "upgrade keylatch on this host")
     if version < VERSION:
-        wrong = f"at version {version}, this keylatch wants {VERSION}"
-        return warning("tables", wrong, "keylatch migrate; the next start does it as well")
+        message = f"at version {version}, this keylatch needs {VERSION}"
+        return warning("tables", message, "keylatch migrate; the next start does it as well")
     return ok("tables", f"at version {version}")
 
 
-def of_secrets(secrets: Rows) -> Iterator[Finding]:
+def check_secrets(secrets: Rows) -> Iterator[Finding]:
     """Whether there is a check key and a pepper, and no rotation was left in the middle."""
-    missing = {"check", "pepper"} - {kind for kind, makes in secrets if makes}
+    missing = {"check", "pepper"} - {kind for kind, is_primary in secrets if is_primary}
     if missing:
         names = " and ".join(sorted(missing))
         yield failure("secrets", f"there is no {names}", "restore the store from a backup")
     elif not all(makes for _, makes in secrets):
         yield warning("secrets", "a rotation was not finished", "keylatch secrets rotate")
-    elif len(secrets) > _MANY:
-        wrong = f"{len(secrets)} kept: all of them are tried with every token that nobody made"
-        yield warning("secrets", wrong, "keylatch secrets list, then retire: peppers cost nothing")
+    elif len(secrets) > _MAX_SECRETS:
+        message = f"{len(secrets)} kept: every forged token is tried with all of them"
+        yield warning(
+            "secrets", message, "keylatch secrets list, then retire: peppers cost nothing"
+        )
     else:
         yield ok("secrets", f"{len(secrets)} kept")
 
 
-def of_members(before: Mapping[str, int], after: Mapping[str, int]) -> Finding:
+def check_members(before: Mapping[str, int], after: Mapping[str, int]) -> Finding:
     """Which processes were granted no lease between two looks that are more than X apart."""
     silent = [member for member, count in before.items() if after.get(member) == count]
     if silent:
         return warning(
             "processes",
-            f"{len(silent)} of {len(after)} renew no lease: killed, stopped, or cut off",
+            f"{len(silent)} of {len(after)} do not renew their lease: killed, stopped, or cut off",
             "nothing has to be done: the next revoke waits for them once and removes them",
         )
     return ok("processes", f"{len(after)} renew their leases")

@@ -20,14 +20,14 @@ from typing import Any, Final, NoReturn, TextIO, cast
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from keylatch.errors import KeylatchError
-from keylatch.foreign import Foreign
-from keylatch.keyring import Brought, Created, Draft, InvalidValue, Keyring
+from keylatch.foreign import ImportedToken
+from keylatch.keyring import Created, Imported, InvalidValue, Keyring, NewKey
 from keylatch_sidecar.commands import terminal
-from keylatch_sidecar.intake.key_file import FORMATS, Mistakes, Numbered
+from keylatch_sidecar.intake.key_file import FORMATS, FileErrors, NumberedKey
 from keylatch_sidecar.management.bodies import iso
 
 STANDARD_INPUT: Final = Path("-")
-_TOLD: Final = 50
+_MAX_SHOWN: Final = 50
 _ARGON2ID_SECONDS: Final = 0.025
 _COLUMNS: Final = (
     TextColumn("{task.description}"),
@@ -40,7 +40,7 @@ _ERRORS: Final = "surrogateescape"
 _LINE_ENDS: Final = ""
 
 
-def opened(path: Path) -> TextIO:
+def open_input(path: Path) -> TextIO:
     """The file as text, or standard input; whoever asks closes it. Ends where it cannot be read."""
     if path == STANDARD_INPUT:
         stream = cast(TextIOWrapper, sys.stdin)
@@ -49,171 +49,185 @@ def opened(path: Path) -> TextIO:
     try:
         return path.open(encoding="utf-8", errors=_ERRORS, newline=_LINE_ENDS)
     except OSError as error:
-        wrong = f"the file cannot be read: {error.strerror}"
+        message = f"the file cannot be read: {error.strerror}"
         hint = "a file of JSON lines or CSV, or - for standard input"
-        terminal.fail(wrong, hint, terminal.UNUSABLE)
+        terminal.fail(message, hint, terminal.ERROR)
 
 
-def form_of(path: Path, given: str | None) -> str:
+def file_format(path: Path, given: str | None) -> str:
     """The file's format: as given, else by its name, else JSON lines."""
     if given is None:
         return "csv" if path.suffix.lower() == ".csv" else "jsonl"
     if given not in FORMATS:
-        terminal.fail("there is no such format", " or ".join(FORMATS), terminal.UNUSABLE)
+        terminal.fail("there is no such format", " or ".join(FORMATS), terminal.ERROR)
     return given
 
 
-def refuse(mistakes: Mistakes) -> NoReturn:
+def exit_with_errors(error: FileErrors) -> NoReturn:
     """Tells what is wrong with a file, up to a screenful; ends."""
-    for mistake in mistakes.told[:_TOLD]:
-        terminal.say(mistake, "")
-    more = len(mistakes.told) - _TOLD
+    for mistake in error.told[:_MAX_SHOWN]:
+        terminal.print_error(mistake, "")
+    more = len(error.told) - _MAX_SHOWN
     if more > 0:
-        terminal.say(f"and {more:,} more mistakes", "")
-    terminal.say("nothing was created", "correct these lines and import the file again")
-    raise SystemExit(terminal.UNUSABLE)
+        terminal.print_error(f"and {more:,} more mistakes", "")
+    terminal.print_error("nothing was created", "correct these lines and import the file again")
+    raise SystemExit(terminal.ERROR)
 
 
-def forewarn(keys: int, hasher: str) -> None:
+def warn_of_hashing_cost(keys: int, hasher: str) -> None:
     """Says what argon2id will cost, where that is much."""
     minutes = keys * _ARGON2ID_SECONDS / 60
     if hasher == "argon2id" and minutes > 1:
-        terminal.words.print(
+        terminal.stderr.print(
             f"argon2id takes about {minutes:,.0f} processor minutes for these keys; "
             "KEYLATCH_HASHER=sha256 is as safe for minted keys."
         )
 
 
 @dataclass(slots=True)
-class Tally:
+class ImportReport:
     """What became of the lines: keys created, taken in, and here already."""
 
     created: int = 0
-    brought: int = 0
-    held: int = 0
+    imported: int = 0
+    existing: int = 0
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """In words."""
-        said = []
-        if self.created or not (self.brought or self.held):
-            said.append(f"Created {self.created:,} keys. The tokens above are shown this once.")
-        if self.brought or self.held:
-            said.append(f"Imported {self.brought:,} keys that were made elsewhere.")
-        if self.held:
-            said.append(f"{self.held:,} were here already and stay as they are.")
-        return " ".join(said)
+        sentences = []
+        if self.created or not (self.imported or self.existing):
+            sentences.append(
+                f"Created {self.created:,} keys. The tokens above are shown this once."
+            )
+        if self.imported or self.existing:
+            sentences.append(f"Imported {self.imported:,} keys.")
+        if self.existing:
+            sentences.append(f"{self.existing:,} existed already and are unchanged.")
+        return " ".join(sentences)
 
 
-def hashed_here(asked: Sequence[Numbered]) -> int:
+def count_to_hash(rows: Sequence[NumberedKey]) -> int:
     """How many of the keys must be hashed."""
-    return sum(each.origin is None or each.origin.token is not None for each in asked)
+    return sum(
+        each.imported_token is None or each.imported_token.token is not None for each in rows
+    )
 
 
-async def make(keyring: Keyring, asked: Sequence[Numbered], batch: int) -> Tally:
+async def import_rows(
+    keyring: Keyring, rows: Sequence[NumberedKey], batch_size: int
+) -> ImportReport:
     """Create all of them, and show how far that is; ends, naming lines, where it cannot go on."""
-    console = terminal.words
-    tally = Tally()
+    console = terminal.stderr
+    report = ImportReport()
     with Progress(
         *_COLUMNS, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("creating keys", total=len(asked))
-        for some in _batches(asked, batch):
+        task = progress.add_task("creating keys", total=len(rows))
+        for batch in _batches(rows, batch_size):
             try:
-                await _make(keyring, some, tally)
+                await _import_batch(keyring, batch, report)
             except (KeylatchError, InvalidValue, OSError) as error:
                 progress.stop()
-                _stopped(error, some)
-            progress.advance(task, len(some))
+                _exit_stopped(error, batch)
+            progress.advance(task, len(batch))
     with contextlib.suppress(KeylatchError):  # all is made and printed; it is about speed only
-        await keyring.made_many()
-    return tally
+        await keyring.analyze()
+    return report
 
 
-def _batches(asked: Sequence[Numbered], size: int) -> Iterator[list[Numbered]]:
+def _batches(rows: Sequence[NumberedKey], size: int) -> Iterator[list[NumberedKey]]:
     """In the file's order; in each, either all were made elsewhere or none was."""
-    for _, group in groupby(asked, lambda each: each.origin is None):
-        alike = list(group)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+    for _, group in groupby(rows, lambda each: each.imported_token is None):
+        same_kind = list(group)
+        yield from (same_kind[start : start + size] for start in range(0, len(same_kind), size))
 
 
-async def _make(keyring: Keyring, some: Sequence[Numbered], tally: Tally) -> None:
-    foreign = _foreign(some)
-    if not foreign:
-        created = await keyring.create_many([each.draft for each in some])
-        tally.created += len(created)
-        await asyncio.to_thread(_print, some, created)
+async def _import_batch(
+    keyring: Keyring, batch: Sequence[NumberedKey], report: ImportReport
+) -> None:
+    imported_tokens = _imported_tokens(batch)
+    if not imported_tokens:
+        created = await keyring.create_many([each.new_key for each in batch])
+        report.created += len(created)
+        await asyncio.to_thread(_print_created, batch, created)
         return
-    brought = await keyring.bring_many(foreign)
-    tally.brought += sum(each.is_new for each in brought)
-    tally.held += sum(not each.is_new for each in brought)
-    await asyncio.to_thread(_report, some, brought)
+    imported = await keyring.import_many(imported_tokens)
+    report.imported += sum(each.is_new for each in imported)
+    report.existing += sum(not each.is_new for each in imported)
+    await asyncio.to_thread(_print_imported, batch, imported)
 
 
-def _foreign(some: Sequence[Numbered]) -> list[tuple[Draft, Foreign]]:
-    return [(each.draft, each.origin) for each in some if each.origin is not None]
+def _imported_tokens(batch: Sequence[NumberedKey]) -> list[tuple[NewKey, ImportedToken]]:
+    return [
+        (each.new_key, each.imported_token) for each in batch if each.imported_token is not None
+    ]
 
 
-async def foresee(keyring: Keyring, asked: Sequence[Numbered], batch: int) -> None:
+async def preview(keyring: Keyring, rows: Sequence[NumberedKey], batch_size: int) -> None:
     """Say of each key that was made elsewhere what an import would do."""
-    for some in _batches(asked, batch):
-        held = await keyring.held([origin for _, origin in _foreign(some)])
-        await asyncio.to_thread(_report, [each for each in some if each.origin], held, "new")
+    for batch in _batches(rows, batch_size):
+        found = await keyring.find_imported([origin for _, origin in _imported_tokens(batch)])
+        await asyncio.to_thread(
+            _print_imported, [each for each in batch if each.imported_token], found, "new"
+        )
 
 
-def _report(asked: Sequence[Numbered], told: Sequence[Brought], new: str = "imported") -> None:
-    _write(
-        {"line": each.line, "id": brought.key_id or None}
-        | _described(each.draft)
+def _print_imported(
+    rows: Sequence[NumberedKey], imported: Sequence[Imported], new: str = "imported"
+) -> None:
+    _write_lines(
+        {"line": each.line, "id": result.key_id or None}
+        | _key_fields(each.new_key)
         | {
             "scheme": each.scheme,
-            "partialToken": each.origin and each.origin.partial,
-            "outcome": _outcome(brought, new),
+            "partialToken": each.imported_token and each.imported_token.partial,
+            "outcome": _outcome(result, new),
         }
-        for each, brought in zip(asked, told, strict=True)
+        for each, result in zip(rows, imported, strict=True)
     )
 
 
-def _outcome(brought: Brought, new: str) -> str:
-    if brought.is_new:
+def _outcome(result: Imported, new: str) -> str:
+    if result.is_new:
         return new
-    return "here already, revoked" if brought.is_deleted else "here already"
+    return "exists, revoked" if result.is_deleted else "exists"
 
 
-def _described(draft: Draft) -> dict[str, Any]:
+def _key_fields(key: NewKey) -> dict[str, Any]:
     return {
-        "name": draft.name.strip(),
-        "organizationId": draft.organization_id,
-        "permission": draft.permission,
-        "environment": draft.environment,
-        "expiresAt": draft.expires_at and iso(draft.expires_at),
+        "name": key.name.strip(),
+        "organizationId": key.organization_id,
+        "permission": key.permission,
+        "environment": key.environment,
+        "expiresAt": key.expires_at and iso(key.expires_at),
     }
 
 
-def _print(asked: Sequence[Numbered], created: Sequence[Created]) -> None:
-    _write(
-        {"line": each.line, "id": made.record.id, "token": made.token.reveal()}
-        | _described(each.draft)
-        for each, made in zip(asked, created, strict=True)
+def _print_created(rows: Sequence[NumberedKey], created: Sequence[Created]) -> None:
+    _write_lines(
+        {"line": each.line, "id": key.record.id, "token": key.token.reveal()}
+        | _key_fields(each.new_key)
+        for each, key in zip(rows, created, strict=True)
     )
 
 
-def _write(lines: Iterable[dict[str, Any]]) -> None:
+def _write_lines(lines: Iterable[dict[str, Any]]) -> None:
     sys.stdout.write("".join(json.dumps(line) + "\n" for line in lines))
     sys.stdout.flush()
 
 
-def _stopped(error: Exception, some: Sequence[Numbered]) -> NoReturn:
-    lines = f"lines {some[0].line} to {some[-1].line}"
-    if isinstance(error, OSError) and some[0].origin is not None:
-        wrong = f"what became of {lines} could not be written: {error.strerror}"
-        hint = f"they are imported; go on with --from-line {some[-1].line + 1}"
+def _exit_stopped(error: Exception, batch: Sequence[NumberedKey]) -> NoReturn:
+    lines = f"lines {batch[0].line} to {batch[-1].line}"
+    if isinstance(error, OSError) and batch[0].imported_token is not None:
+        message = f"the results of {lines} could not be written: {error.strerror}"
+        hint = f"they are imported; go on with --from-line {batch[-1].line + 1}"
     elif isinstance(error, OSError):  # standard output is full, or nobody reads it any more
-        wrong = f"the tokens of {lines} could not be written: {error.strerror}"
-        hint = f"their keys are there and nobody has them: revoke those; --from-line {some[0].line}"
+        message = f"the tokens of {lines} could not be written: {error.strerror}"
+        hint = f"revoke their keys, whose tokens are lost; go on with --from-line {batch[0].line}"
     elif isinstance(error, KeylatchError):
-        wrong = f"{lines} were not created: {error.message}"
-        hint = f"{error.hint}; go on with --from-line {some[0].line}"
+        message = f"{lines} were not created: {error.message}"
+        hint = f"{error.hint}; go on with --from-line {batch[0].line}"
     else:
-        wrong = f"{lines} were not created: {error}"
-        hint = f"correct the file and go on with --from-line {some[0].line}"
-    terminal.fail(wrong, hint, terminal.UNUSABLE)
+        message = f"{lines} were not created: {error}"
+        hint = f"correct the file and go on with --from-line {batch[0].line}"
+    terminal.fail(message, hint, terminal.ERROR)

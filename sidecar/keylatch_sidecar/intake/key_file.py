@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
-from keylatch.drafts import LIVE, Draft, InvalidValue
-from keylatch.foreign import Foreign
+from keylatch.drafts import LIVE, InvalidValue, NewKey
+from keylatch.foreign import ImportedToken
 from keylatch.model import FULL
-from keylatch.tokens import without_tokens
+from keylatch.tokens import redact_tokens
 from keylatch_sidecar.intake import foreign_lines
 from keylatch_sidecar.management import bodies
-from keylatch_sidecar.management.problems import Fault, Problem
+from keylatch_sidecar.management.problems import InvalidInput, Problem
 
 FORMATS: Final = ("jsonl", "csv")
 FIELDS: Final = ("name", "organization", "permission", "environment", "expiresAt")
-_ALSO: Final = {"expires": "expiresAt", "organizationId": "organization"}
-_FOREIGN: Final = foreign_lines.FIELDS | {"token", "secret", "partialToken"}
-_MAX_LINE: Final = bodies.MAX_BODY_BYTES
+_ALIASES: Final = {"expires": "expiresAt", "organizationId": "organization"}
+_IMPORT_FIELDS: Final = foreign_lines.FIELDS | {"token", "secret", "partialToken"}
+_MAX_LINE_CHARACTERS: Final = bodies.MAX_BODY_BYTES
 
 
 class Row(bodies.Body):
@@ -50,81 +50,84 @@ class Defaults:
 
 
 @dataclass(frozen=True, slots=True)
-class Numbered:
+class NumberedKey:
     """A key to be made, and the line that asks for it."""
 
     line: int
-    draft: Draft
-    origin: Foreign | None = None
+    new_key: NewKey
+    imported_token: ImportedToken | None = None
     """Where it was made elsewhere: what is known of it."""
     scheme: str = ""
 
 
-class Mistakes(Exception):
+class FileErrors(Exception):
     """The file cannot be imported as it is.
 
     Args:
-        told: what is wrong, each with its line.
+        messages: what is wrong, each with its line.
     """
 
-    def __init__(self, told: list[str]) -> None:
-        super().__init__(f"{len(told)} mistakes")
-        self.told = told
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(f"{len(messages)} mistakes")
+        self.told = messages
 
 
 def read(
     stream: TextIO,
-    form: str,
+    file_format: str,
     defaults: Defaults,
-    faults: Callable[[Draft], list[InvalidValue]],
+    validate: Callable[[NewKey], list[InvalidValue]],
     first_line: int = 1,
-) -> list[Numbered]:
+) -> list[NumberedKey]:
     """The keys that a file asks for, in its order.
 
     Args:
         stream: the file's text; a line feed is what ends its lines.
-        form: one of `FORMATS`.
+        file_format: one of `FORMATS`.
         defaults: for what lines leave out.
-        faults: what no key may be; see `Keyring.faults`.
+        validate: what no key may be; see `Keyring.faults`.
         first_line: lines before this one are checked and left out.
 
     Raises:
         Mistakes: with every line that is wrong.
     """
-    asked: list[Numbered] = []
-    told: list[str] = []
+    keys: list[NumberedKey] = []
+    messages: list[str] = []
     lines: dict[str, int] = {}
-    rows = _of_csv(stream) if form == "csv" else _of_json(stream)
+    rows = _read_csv(stream) if file_format == "csv" else _read_json_lines(stream)
     for line, row in rows:
         try:
             if isinstance(row, Problem):
                 raise row
             scheme = str(row.get("scheme", ""))
-            plain, origin = _origin(row)
-            draft = _draft(bodies.checked(_plainly_named(plain), Row), defaults)
-            if origin is not None and lines.setdefault(origin.locator, line) != line:
-                raise Problem(400, f"is the same key as line {lines[origin.locator]}")
+            common, imported_token = _split_imported(row)
+            new_key = _new_key(bodies.validated(_with_canonical_names(common), Row), defaults)
+            if (
+                imported_token is not None
+                and lines.setdefault(imported_token.locator, line) != line
+            ):
+                raise Problem(400, f"is the same key as line {lines[imported_token.locator]}")
         except Problem as problem:
-            said = [f"{fault.path}: {fault.message}" for fault in problem.faults]
-            told += (f"line {line}: {each}" for each in said or [problem.message])
+            errors = [f"{fault.path}: {fault.message}" for fault in problem.faults]
+            messages += (f"line {line}: {message}" for message in errors or [problem.message])
             continue
-        told += (f"line {line}: {fault}" for fault in faults(draft))
+        messages += (f"line {line}: {fault}" for fault in validate(new_key))
         if line >= first_line:
-            asked.append(Numbered(line, draft, origin, scheme))
-    if told:
-        raise Mistakes([without_tokens(each) for each in told])
-    return asked
+            keys.append(NumberedKey(line, new_key, imported_token, scheme))
+    if messages:
+        raise FileErrors([redact_tokens(each) for each in messages])
+    return keys
 
 
-def _of_json(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
-    for line, text in enumerate(_lines(stream), start=1):
+def _read_json_lines(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
+    for line, text in enumerate(_text_lines(stream), start=1):
         if text.strip():
-            yield line, _object(text)
+            yield line, _parse_object(text)
 
 
-def _object(text: str) -> dict[str, Any] | Problem:
-    if len(text) > _MAX_LINE:
-        return Problem(400, f"has more than {_MAX_LINE} characters")
+def _parse_object(text: str) -> dict[str, Any] | Problem:
+    if len(text) > _MAX_LINE_CHARACTERS:
+        return Problem(400, f"has more than {_MAX_LINE_CHARACTERS} characters")
     try:
         content = json.loads(text, object_pairs_hook=bodies.without_duplicates)
     except Problem as problem:
@@ -134,8 +137,8 @@ def _object(text: str) -> dict[str, Any] | Problem:
     return content if isinstance(content, dict) else Problem(400, "is no JSON object")
 
 
-def _of_csv(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
-    reader = csv.reader(_lines(stream), strict=True)
+def _read_csv(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
+    reader = csv.reader(_text_lines(stream), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if "name" not in header:
@@ -143,12 +146,12 @@ def _of_csv(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
             return
         for cells in reader:
             if cells:
-                yield reader.line_num, _record(header, cells)
+                yield reader.line_num, _parse_record(header, cells)
     except csv.Error:
         yield reader.line_num, Problem(400, "is not CSV: a quote does not end, or goes on after it")
 
 
-def _record(header: list[str], cells: list[str]) -> dict[str, Any] | Problem:
+def _parse_record(header: list[str], cells: list[str]) -> dict[str, Any] | Problem:
     if len(cells) != len(header):
         return Problem(400, f"has {len(cells)} cells for {len(header)} columns")
     pairs = [(name, cell) for name, cell in zip(header, cells, strict=True) if cell]
@@ -158,41 +161,41 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any] | Problem:
         return problem
 
 
-def _lines(stream: TextIO) -> Iterator[str]:
+def _text_lines(stream: TextIO) -> Iterator[str]:
     """Its lines; a byte order mark is what spreadsheets put at the head of UTF-8."""
     for number, text in enumerate(stream):
         yield text.removeprefix("\ufeff") if number == 0 else text
 
 
-def _origin(row: dict[str, Any]) -> tuple[dict[str, Any], Foreign | None]:
+def _split_imported(row: dict[str, Any]) -> tuple[dict[str, Any], ImportedToken | None]:
     if "scheme" in row:
-        return foreign_lines.taken(row, frozenset((*FIELDS, *_ALSO)))
-    if not _FOREIGN.isdisjoint(row):
-        told = 'a key that was made elsewhere needs a "scheme"; without, one is minted anew'
-        raise bodies.invalid([Fault(min(_FOREIGN.intersection(row)), told)])
+        return foreign_lines.parse(row, frozenset((*FIELDS, *_ALIASES)))
+    if not _IMPORT_FIELDS.isdisjoint(row):
+        message = 'an imported key needs a "scheme"; without one, a new key is minted'
+        raise bodies.invalid_input([InvalidInput(min(_IMPORT_FIELDS.intersection(row)), message)])
     return row, None
 
 
-def _plainly_named(row: dict[str, Any]) -> dict[str, Any]:
-    named = {name: value for name, value in row.items() if name not in _ALSO}
-    for also, name in _ALSO.items():
-        if also in row:
+def _with_canonical_names(row: dict[str, Any]) -> dict[str, Any]:
+    named = {name: value for name, value in row.items() if name not in _ALIASES}
+    for alias, name in _ALIASES.items():
+        if alias in row:
             if name in row:
-                raise bodies.invalid([Fault(name, f"is there twice, as {also} too")])
-            named[name] = row[also]
+                raise bodies.invalid_input([InvalidInput(name, f"is there twice, as {alias} too")])
+            named[name] = row[alias]
     return named
 
 
-def _draft(row: Row, defaults: Defaults) -> Draft:
+def _new_key(row: Row, defaults: Defaults) -> NewKey:
     # Interned: a million lines name few organisations.
-    return Draft(
-        sys.intern(_given(row.organization, defaults.organization)),
+    return NewKey(
+        sys.intern(_value_or_default(row.organization, defaults.organization)),
         row.name,
-        sys.intern(_given(row.permission, defaults.permission)),
-        sys.intern(_given(row.environment, defaults.environment)),
+        sys.intern(_value_or_default(row.permission, defaults.permission)),
+        sys.intern(_value_or_default(row.environment, defaults.environment)),
         bodies.milliseconds_of(row.expires_at),
     )
 
 
-def _given(value: str | None, default: str) -> str:
+def _value_or_default(value: str | None, default: str) -> str:
     return default if value is None else value

@@ -10,10 +10,10 @@ from typing import Final
 
 from starlette.requests import Request
 
-from keylatch.asgi import caller_of
+from keylatch.asgi import client_info_of
 from keylatch.engine import Engine
 from keylatch.keyring import Keyring
-from keylatch.model import ANY_KEY, ONLY_FULL, Deny, Principal, Wanted
+from keylatch.model import ANY_KEY, ONLY_FULL, Deny, Principal, Requirement
 from keylatch_sidecar.management.problems import no_such_key, refused
 
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -25,32 +25,32 @@ def engine_of(request: Request) -> Engine:
     return engine
 
 
-async def manager(request: Request) -> tuple[Principal, Keyring]:
+async def authenticate_manager(request: Request) -> tuple[Principal, Keyring]:
     """The caller of a management endpoint, and the keyring it may use.
 
     Raises:
         Problem: there is no such caller.
         StoreUnavailable: that cannot be found out now.
     """
-    return await _caller(request, ONLY_FULL)
+    return await _authenticate(request, ONLY_FULL)
 
 
-async def anybody(request: Request) -> tuple[Principal, Keyring]:
-    """The caller, with whatever permission. Raises as `manager` does."""
-    return await _caller(request, ANY_KEY)
+async def authenticate_any(request: Request) -> tuple[Principal, Keyring]:
+    """The caller, with whatever permission. Raises as `authenticate_manager` does."""
+    return await _authenticate(request, ANY_KEY)
 
 
-async def _caller(request: Request, wanted: Wanted) -> tuple[Principal, Keyring]:
+async def _authenticate(request: Request, requirement: Requirement) -> tuple[Principal, Keyring]:
     engine = engine_of(request)
     values = [value for name, value in request.headers.raw if name == b"authorization"]
-    verdict = await engine.check(values, wanted)
-    if isinstance(verdict, Deny):
+    decision = await engine.authenticate(values, requirement)
+    if isinstance(decision, Deny):
         if engine.failures is not None:
-            engine.failures.add(verdict.reason, partial(caller_of, request.scope))
-        raise refused(verdict, engine.settings.realm)
-    if engine.sees_clients:
-        engine.see(verdict.principal.key_id, partial(caller_of, request.scope))
-    return verdict.principal, await engine.keyring()
+            engine.failures.add(decision.reason, partial(client_info_of, request.scope))
+        raise refused(decision, engine.settings.realm)
+    if engine.records_clients:
+        engine.record_client(decision.principal.key_id, partial(client_info_of, request.scope))
+    return decision.principal, await engine.keyring()
 
 
 def key_id(request: Request) -> str:
@@ -60,10 +60,10 @@ def key_id(request: Request) -> str:
         Problem: no key can have it. PostgreSQL would refuse a NUL, and that would look like an
             outage instead of an unknown key.
     """
-    return checked_id(request.path_params["id"])
+    return validated_id(request.path_params["id"])
 
 
-def checked_id(given: str) -> str:
+def validated_id(given: str) -> str:
     """An id that a key can have. Raises as `key_id` does."""
     if not _ID.fullmatch(given):
         raise no_such_key()

@@ -6,18 +6,18 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.model import Deed
-from keylatch_sidecar.management.access import checked_id, manager
-from keylatch_sidecar.management.bodies import JSON, Shape, iso
-from keylatch_sidecar.management.listing import MAX_LIMIT, next_link, number
-from keylatch_sidecar.management.profile import speaking
-from keylatch_sidecar.management.unsent import spell
+from keylatch.model import AuditEvent
+from keylatch_sidecar.management.access import authenticate_manager, validated_id
+from keylatch_sidecar.management.bodies import JSON, ResponseBody, iso
+from keylatch_sidecar.management.listing import MAX_LIMIT, integer_parameter, next_link
+from keylatch_sidecar.management.profile import errors_in
+from keylatch_sidecar.management.unsent import render_error
 
-USUAL_LIMIT: Final = 100
-_TIMES: Final = ("expiresAt", "graceEndsAt")  # milliseconds in the log
+DEFAULT_LIMIT: Final = 100
+_TIME_FIELDS: Final = ("expiresAt", "graceEndsAt")  # milliseconds in the log
 
 
-class Line(Shape):
+class AuditEntry(ResponseBody):
     """A line of the audit log. In `details`, `metadata` is `{"sha256": …, "bytes": …}`, of its JSON
     text without blanks."""
 
@@ -33,38 +33,38 @@ class Line(Shape):
 class Audit(HTTPEndpoint):
     """`/v1/audit`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def get(self, request: Request) -> Response:
         """The organisation's audit log, the newest first, in pages; `?key=` shows what was done to
         one key."""
-        caller, keyring = await manager(request)
-        limit = number(request, "limit", MAX_LIMIT) or USUAL_LIMIT
-        before = number(request, "before", 2**53)
+        caller, keyring = await authenticate_manager(request)
+        limit = integer_parameter(request, "limit", MAX_LIMIT) or DEFAULT_LIMIT
+        before = integer_parameter(request, "before", 2**53)
         key = request.query_params.get("key")
-        deeds = await keyring.deeds(
+        events = await keyring.events(
             caller.organization_id,
             limit,
-            key_id=None if key is None else checked_id(key),
+            key_id=None if key is None else validated_id(key),
             before=before,
             by=caller,
         )
         query = {"limit": str(limit)} | ({} if key is None else {"key": key})
-        link = next_link(query | {"before": str(deeds[-1].id)}) if len(deeds) == limit else {}
-        return JSON([described(deed) for deed in deeds], 200, link)
+        link = next_link(query | {"before": str(events[-1].id)}) if len(events) == limit else {}
+        return JSON([describe(event) for event in events], 200, link)
 
 
-def described(deed: Deed) -> Line:
+def describe(event: AuditEvent) -> AuditEntry:
     """A line as it is shown."""
-    return Line(
-        id=deed.id,
-        at=iso(deed.at),
-        actor=deed.actor,
-        action=deed.action,
-        organization_id=deed.organization_id,
-        key_id=deed.key_id,
-        details={name: _shown(name, value) for name, value in deed.details.items()},
+    return AuditEntry(
+        id=event.id,
+        at=iso(event.at),
+        actor=event.actor,
+        action=event.action,
+        organization_id=event.organization_id,
+        key_id=event.key_id,
+        details={name: _display_value(name, value) for name, value in event.details.items()},
     )
 
 
-def _shown(name: str, value: Any) -> Any:
-    return iso(value) if name in _TIMES and value is not None else value
+def _display_value(name: str, value: Any) -> Any:
+    return iso(value) if name in _TIME_FIELDS and value is not None else value

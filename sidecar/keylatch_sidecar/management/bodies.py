@@ -28,9 +28,9 @@ from starlette.responses import Response
 
 from keylatch.drafts import MAX_NAME_LENGTH, MAX_REASON_LENGTH
 from keylatch.model import KeyRecord
-from keylatch.tokens import ENVIRONMENT_PATTERN, without_tokens
+from keylatch.tokens import ENVIRONMENT_PATTERN, redact_tokens
 from keylatch_sidecar.limits import BODY_SECONDS
-from keylatch_sidecar.management.problems import NOT_GIVEN, Fault, Problem
+from keylatch_sidecar.management.problems import NOT_GIVEN, InvalidInput, Problem
 
 MAX_BODY_BYTES: Final = 16 * 1024
 _MAX_LEVELS: Final = 32  # no field of ours nests at all
@@ -49,37 +49,41 @@ def _only_iso(value: Any) -> Any:
     return value
 
 
-def _in_utc(moment: datetime) -> datetime:
+def _to_utc(instant: datetime) -> datetime:
     """Past the year 9999 there is no way to write it, and a list that holds it would fail."""
     try:
-        return moment.astimezone(UTC)
+        return instant.astimezone(UTC)
     except OverflowError:
         raise ValueError("must lie between the years 1 and 9999") from None
 
 
 Instant = Annotated[
-    AwareDatetime, Field(strict=False), BeforeValidator(_only_iso), AfterValidator(_in_utc)
+    AwareDatetime, Field(strict=False), BeforeValidator(_only_iso), AfterValidator(_to_utc)
 ]
 
 
-def _whole(value: Any) -> Any:
+def _to_integer(value: Any) -> Any:
     """JSON Schema takes 60.0 for an integer, because JSON has one kind of numbers."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Integer = Annotated[int, BeforeValidator(_to_integer)]
 
 # What `drafts` says of names and reasons, for clients made from the document: control characters,
 # and whatever makes a text read as another one, have no place but (blanks only) around it.
-_BLANKS: Final = r"\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_NAMELESS: Final = (
+_BLANK_CLASS: Final = (
+    r"\t-\r\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+_FORBIDDEN_CLASS: Final = (
     r"\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 )
 
 
 def _text_pattern(longest: int) -> str:
-    end = f"[^{_BLANKS}{_NAMELESS}]"
-    return f"^[{_BLANKS}]*{end}([^{_NAMELESS}]{{0,{longest - 2}}}{end})?[{_BLANKS}]*$"
+    end = f"[^{_BLANK_CLASS}{_FORBIDDEN_CLASS}]"
+    return (
+        f"^[{_BLANK_CLASS}]*{end}([^{_FORBIDDEN_CLASS}]{{0,{longest - 2}}}{end})?[{_BLANK_CLASS}]*$"
+    )
 
 
 NAME_PATTERN: Final = _text_pattern(MAX_NAME_LENGTH)
@@ -101,7 +105,7 @@ class Body(BaseModel):
     )
 
 
-class Shape(BaseModel):
+class ResponseBody(BaseModel):
     """An answer: names in camelCase."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
@@ -116,15 +120,15 @@ class JSON(Response):
         super().__init__(content, status, {"Cache-Control": "no-store", **(headers or {})})
 
     def render(self, content: Any) -> bytes:
-        return as_json(content)
+        return encode_json(content)
 
 
-def as_json(content: Any) -> bytes:
+def encode_json(content: Any) -> bytes:
     """JSON of a shape, of a list of shapes, or of what JSON knows."""
-    if isinstance(content, Shape):
+    if isinstance(content, ResponseBody):
         content = content.model_dump(by_alias=True)
     elif isinstance(content, list):
-        content = [shape.model_dump(by_alias=True) for shape in content]
+        content = [model.model_dump(by_alias=True) for model in content]
     # ASCII: an error may quote a lone surrogate, which has no UTF-8.
     return json.dumps(content, separators=(",", ":")).encode()
 
@@ -134,7 +138,7 @@ class ErrorJSON(JSON):
     field must not find it in the logs of whoever is on the way."""
 
     def render(self, content: Any) -> bytes:
-        return without_tokens(super().render(content).decode()).encode()
+        return redact_tokens(super().render(content).decode()).encode()
 
 
 async def read(request: Request, model: type[M]) -> M:
@@ -146,7 +150,7 @@ async def read(request: Request, model: type[M]) -> M:
     content = await read_json(request)
     if not isinstance(content, dict):
         raise Problem(400, "The body must be a JSON object")
-    return checked(content, model)
+    return validated(content, model)
 
 
 async def read_json(request: Request) -> Any:
@@ -155,10 +159,10 @@ async def read_json(request: Request) -> Any:
     Raises:
         Problem: 408, 413, 415, or 400.
     """
-    return _parsed(request, await _bytes(request))
+    return _parse(request, await _read_body(request))
 
 
-def checked(content: dict[str, Any], model: type[M]) -> M:
+def validated(content: dict[str, Any], model: type[M]) -> M:
     """What a JSON object says, as a model.
 
     Raises:
@@ -166,36 +170,36 @@ def checked(content: dict[str, Any], model: type[M]) -> M:
     """
     names = {field.alias or name for name, field in model.model_fields.items()}
     # Unknown fields are told here, because pydantic's exception would quote their names.
-    faults = [
-        Fault(name, "is no field of this body", value)
+    errors = [
+        InvalidInput(name, "is no field of this body", value)
         for name, value in content.items()
         if name not in names
     ]
-    known = {name: value for name, value in content.items() if name in names}
+    given = {name: value for name, value in content.items() if name in names}
     try:
-        checked = model.model_validate(known)
+        validated = model.model_validate(given)
     except ValidationError as error:
-        faults = [*_faults(error, known), *faults]
-    if faults:
-        raise invalid(faults)
-    return checked
+        errors = [*_validation_errors(error, given), *errors]
+    if errors:
+        raise invalid_input(errors)
+    return validated
 
 
-def invalid(faults: Sequence[Fault]) -> Problem:
+def invalid_input(errors: Sequence[InvalidInput]) -> Problem:
     """A body whose fields are at fault."""
-    message = "; ".join(f"{fault.path}: {fault.message}" for fault in faults)
-    return Problem(400, message, tuple(faults))
+    message = "; ".join(f"{error.path}: {error.message}" for error in errors)
+    return Problem(400, message, tuple(errors))
 
 
 def iso(milliseconds: int) -> str:
     """ISO 8601, UTC, with milliseconds and `Z`, as both profiles write times."""
-    moment = _EPOCH + timedelta(milliseconds=milliseconds)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    instant = _EPOCH + timedelta(milliseconds=milliseconds)
+    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def milliseconds_of(moment: datetime | None) -> int | None:
+def milliseconds_of(instant: datetime | None) -> int | None:
     """Milliseconds since the epoch."""
-    return None if moment is None else (moment - _EPOCH) // timedelta(milliseconds=1)
+    return None if instant is None else (instant - _EPOCH) // timedelta(milliseconds=1)
 
 
 def common_fields(record: KeyRecord) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def common_fields(record: KeyRecord) -> dict[str, Any]:
     }
 
 
-async def _bytes(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -231,7 +235,7 @@ async def _bytes(request: Request) -> bytes:
     return bytes(body)
 
 
-def _parsed(request: Request, body: bytes) -> Any:
+def _parse(request: Request, body: bytes) -> Any:
     if not body:
         return {}
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -241,15 +245,15 @@ def _parsed(request: Request, body: bytes) -> Any:
         content = json.loads(
             body.decode(),
             object_pairs_hook=without_duplicates,
-            parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_constant=_reject_constant,
+            parse_float=_parse_finite,
         )
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise Problem(415, "The body is not JSON") from None
     except (ValueError, RecursionError):
-        raise _beyond_reason() from None
+        raise _beyond_limits() from None
     if not _is_shallow(content):
-        raise _beyond_reason()
+        raise _beyond_limits()
     return content
 
 
@@ -258,9 +262,9 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]
-        raise invalid(
+        raise invalid_input(
             [
-                Fault(name, "is there twice", content[name])
+                InvalidInput(name, "is there twice", content[name])
                 for name in content
                 if names.count(name) > 1
             ]
@@ -268,11 +272,11 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise Problem(415, f"{name} is not JSON")
 
 
-def _finite(digits: str) -> float:
+def _parse_finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):  # 1e999: JSON may hold it, but an answer could not quote it
         raise ValueError("beyond a float")
@@ -282,24 +286,24 @@ def _finite(digits: str) -> float:
 def _is_shallow(content: Any) -> bool:
     layer = [content]
     for _ in range(_MAX_LEVELS):
-        layer = [inner for value in layer for inner in _inside(value)]
+        layer = [inner for value in layer for inner in _children(value)]
     return not layer
 
 
-def _inside(value: Any) -> Iterable[Any]:
+def _children(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
 
 
-def _beyond_reason() -> Problem:
+def _beyond_limits() -> Problem:
     return Problem(400, "The body holds a number or a nesting beyond reason")
 
 
-def _faults(error: ValidationError, content: dict[str, Any]) -> list[Fault]:
-    faults = []
+def _validation_errors(error: ValidationError, content: dict[str, Any]) -> list[InvalidInput]:
+    errors = []
     for problem in error.errors(include_url=False, include_input=False, include_context=False):
         path = str(problem["loc"][0]) if problem["loc"] else ""
         message = problem["msg"].removeprefix("Value error, ")
-        faults.append(Fault(path, message, content.get(path, NOT_GIVEN)))
-    return faults
+        errors.append(InvalidInput(path, message, content.get(path, NOT_GIVEN)))
+    return errors

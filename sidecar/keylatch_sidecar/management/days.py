@@ -5,16 +5,16 @@ from typing import Final
 
 from starlette.requests import Request
 
-from keylatch.usage.tally import KEPT_DAYS
-from keylatch_sidecar.management.bodies import invalid
-from keylatch_sidecar.management.problems import Fault
+from keylatch.usage.tally import RETENTION_DAYS
+from keylatch_sidecar.management.bodies import invalid_input
+from keylatch_sidecar.management.problems import InvalidInput
 
-MAX_KEPT: Final = KEPT_DAYS
-MAX_IDLE: Final = 9_999
+MAX_USAGE_DAYS: Final = RETENTION_DAYS
+MAX_IDLE_DAYS: Final = 9_999
 _NUMBER: Final = re.compile(r"[0-9]{1,4}")
 
 
-def asked(request: Request, name: str, most: int) -> int | None:
+def read_days(request: Request, name: str, most: int) -> int | None:
     """The days that a parameter of the query names; None: it is not there.
 
     Raises:
@@ -25,6 +25,6 @@ def asked(request: Request, name: str, most: int) -> int | None:
         return None
     days = int(given[0]) if len(given) == 1 and _NUMBER.fullmatch(given[0]) else 0
     if not 1 <= days <= most:
-        wanted = f"must be a number of days from 1 to {most}"
-        raise invalid([Fault(name, wanted, given[-1], location="query")])
+        message = f"must be a number of days from 1 to {most}"
+        raise invalid_input([InvalidInput(name, message, given[-1], location="query")])
     return days

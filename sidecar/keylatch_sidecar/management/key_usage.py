@@ -8,26 +8,26 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.usage.tally import Client, Day, KeyUsage
+from keylatch.usage.tally import Client, DayUsage, KeyUsage
 from keylatch_sidecar.management import days
-from keylatch_sidecar.management.access import key_id, manager
-from keylatch_sidecar.management.bodies import JSON, Shape, iso
+from keylatch_sidecar.management.access import authenticate_manager, key_id
+from keylatch_sidecar.management.bodies import JSON, ResponseBody, iso
 from keylatch_sidecar.management.problems import no_such_key
-from keylatch_sidecar.management.profile import speaking
-from keylatch_sidecar.management.unsent import spell
+from keylatch_sidecar.management.profile import errors_in
+from keylatch_sidecar.management.unsent import render_error
 
-USUAL_DAYS: Final = 30
+DEFAULT_DAYS: Final = 30
 _EPOCH: Final = date(1970, 1, 1).toordinal()
 
 
-class Uses(Shape):
+class UsageTotals(ResponseBody):
     """How often a key was let in, and refused for which reason."""
 
     allowed: int
     refused: dict[str, int]
 
 
-class DayOfUse(Shape):
+class DailyUsage(ResponseBody):
     """The same for one day (UTC)."""
 
     day: str
@@ -35,7 +35,7 @@ class DayOfUse(Shape):
     refused: dict[str, int]
 
 
-class SeenClient(Shape):
+class LastClient(ResponseBody):
     """Where a key was seen last, as far as that is kept: a network and a product's name."""
 
     address: str | None
@@ -43,49 +43,49 @@ class SeenClient(Shape):
     seen_at: str
 
 
-class UsageOfKey(Shape):
+class KeyUsageReport(ResponseBody):
     """The uses of a key. Days without any are left out; the newest comes first."""
 
     id: str
     last_used: str | None
-    total: Uses
-    days: list[DayOfUse]
-    client: SeenClient | None
+    total: UsageTotals
+    days: list[DailyUsage]
+    client: LastClient | None
 
 
-class OneKeysUsage(HTTPEndpoint):
+class OneKeyUsage(HTTPEndpoint):
     """`/v1/api-keys/{id}/usage`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def get(self, request: Request) -> Response:
         """Tell how often a key was let in and refused on each of the last `?days=` (30)."""
-        caller, keyring = await manager(request)
-        asked = days.asked(request, "days", days.MAX_KEPT) or USUAL_DAYS
-        found = await keyring.usage(caller.organization_id, key_id(request), asked, by=caller)
+        caller, keyring = await authenticate_manager(request)
+        period = days.read_days(request, "days", days.MAX_USAGE_DAYS) or DEFAULT_DAYS
+        found = await keyring.usage(caller.organization_id, key_id(request), period, by=caller)
         if found is None:
             raise no_such_key()
         return JSON(describe(found))
 
 
-def describe(found: KeyUsage) -> UsageOfKey:
+def describe(found: KeyUsage) -> KeyUsageReport:
     """The uses of a key, as they are shown to people who may manage it."""
     used_at = found.record.last_used
     total = Counter[str]()
     for each in found.days:
         total.update(each.refused)
-    return UsageOfKey(
+    return KeyUsageReport(
         id=found.record.id,
         last_used=None if used_at is None else iso(used_at),
-        total=Uses(allowed=sum(each.allowed for each in found.days), refused=dict(total)),
+        total=UsageTotals(allowed=sum(each.allowed for each in found.days), refused=dict(total)),
         days=[_day(each) for each in found.days],
         client=None if found.client is None else _client(found.client),
     )
 
 
-def _day(day: Day) -> DayOfUse:
+def _day(day: DayUsage) -> DailyUsage:
     written = date.fromordinal(_EPOCH + day.day).isoformat()
-    return DayOfUse(day=written, allowed=day.allowed, refused=dict(day.refused))
+    return DailyUsage(day=written, allowed=day.allowed, refused=dict(day.refused))
 
 
-def _client(client: Client) -> SeenClient:
-    return SeenClient(address=client.address, agent=client.agent, seen_at=iso(client.seen_at))
+def _client(client: Client) -> LastClient:
+    return LastClient(address=client.address, agent=client.agent, seen_at=iso(client.seen_at))

@@ -24,10 +24,10 @@ from starlette.types import Receive, Scope, Send
 
 from keylatch.keyring import Keyring
 from keylatch.model import KeyRecord, Principal
-from keylatch.revocation.feed import END
-from keylatch.store import PAGE, Page
-from keylatch_sidecar.management.bodies import JSON, Shape, as_json, invalid
-from keylatch_sidecar.management.problems import Fault
+from keylatch.revocation.feed import MAX_SEQ
+from keylatch.store import PAGE_SIZE, Page
+from keylatch_sidecar.management.bodies import JSON, ResponseBody, encode_json, invalid_input
+from keylatch_sidecar.management.problems import InvalidInput
 
 MAX_LIMIT: Final = 1_000
 _SLICE: Final = 100
@@ -47,14 +47,14 @@ CURSOR_SCHEMAS: Final = {
 }
 """What a cursor looks like, by whether it is for the newest first."""
 
-Spell = Callable[[KeyRecord], Shape]
+Describe = Callable[[KeyRecord], ResponseBody]
 
 
-async def answer(
+async def list_response(
     request: Request,
     keyring: Keyring,
     organization_id: str,
-    spell: Spell,
+    describe: Describe,
     *,
     newest_first: bool = True,
     deleted: bool = False,
@@ -67,35 +67,35 @@ async def answer(
         Problem: 400, a limit or a cursor is none.
         StoreUnavailable: nothing was sent yet.
     """
-    limit, after = _asked(request, newest_first)
+    limit, after = _page_parameters(request, newest_first)
     page = await keyring.page(
         organization_id,
-        limit or PAGE,
+        limit or PAGE_SIZE,
         newest_first=newest_first,
         deleted=deleted,
         after=after,
         idle_days=idle_days,
         by=by,
     )
-    place = page.goes_on_after
-    if limit is not None or place is None:
+    position = page.next_cursor
+    if limit is not None or position is None:
         link = {}
-        if limit is not None and place is not None:
-            link = _link(request, limit, place, newest_first, idle_days)
-        body = b"".join([part async for part in _array(page, None, spell)])
+        if limit is not None and position is not None:
+            link = _link(request, limit, position, newest_first, idle_days)
+        body = b"".join([part async for part in _array(page, None, describe)])
         return Response(body, media_type=JSON.media_type, headers=_HEADERS | link)
     rest = keyring.pages(
         organization_id,
         newest_first=newest_first,
         deleted=deleted,
-        after=place,
+        after=position,
         idle_days=idle_days,
         by=by,
     )
-    return _Sent(_array(page, rest, spell), request)
+    return _StreamedArray(_array(page, rest, describe), request)
 
 
-class _Sent(Response):
+class _StreamedArray(Response):
     """An answer that is sent as its parts come, for as long as somebody is there."""
 
     def __init__(self, parts: AsyncIterator[bytes], request: Request) -> None:
@@ -115,24 +115,28 @@ class _Sent(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def cursor_of(place: int, newest_first: bool) -> str:
+def encode_cursor(position: int, newest_first: bool) -> str:
     """A place in a list, as it is told."""
-    return base64.urlsafe_b64encode(_ORDERS[newest_first] + place.to_bytes(8)).decode()
+    return base64.urlsafe_b64encode(_ORDERS[newest_first] + position.to_bytes(8)).decode()
 
 
-def _asked(request: Request, newest_first: bool) -> tuple[int | None, int | None]:
-    faults = []
+def _page_parameters(request: Request, newest_first: bool) -> tuple[int | None, int | None]:
+    errors = []
     values: dict[str, int | None] = {}
-    for name, read, wanted in (
+    for name, read, message in (
         ("limit", _limit, f"must be a number from 1 to {MAX_LIMIT}"),
-        ("cursor", lambda text: _place(text, newest_first), "must come from a link to a next page"),
+        (
+            "cursor",
+            lambda text: _decode_cursor(text, newest_first),
+            "must come from a link to a next page",
+        ),
     ):
         given = request.query_params.getlist(name)
         values[name] = read(given[0]) if len(given) == 1 else None
         if given and values[name] is None:
-            faults.append(Fault(name, wanted, given[-1], location="query"))
-    if faults:
-        raise invalid(faults)
+            errors.append(InvalidInput(name, message, given[-1], location="query"))
+    if errors:
+        raise invalid_input(errors)
     return values["limit"], values["cursor"]
 
 
@@ -141,19 +145,19 @@ def _limit(text: str) -> int | None:
     return limit if 1 <= limit <= MAX_LIMIT else None
 
 
-def _place(text: str, newest_first: bool) -> int | None:
+def _decode_cursor(text: str, newest_first: bool) -> int | None:
     if not _CURSOR.fullmatch(text):
         return None
     raw = base64.urlsafe_b64decode(text)
-    place = int.from_bytes(raw[1:])
-    is_one = raw[:1] == _ORDERS[newest_first] and 0 < place < END
-    return place if is_one else None
+    position = int.from_bytes(raw[1:])
+    is_valid = raw[:1] == _ORDERS[newest_first] and 0 < position < MAX_SEQ
+    return position if is_valid else None
 
 
 def _link(
-    request: Request, limit: int, place: int, newest_first: bool, idle_days: int | None
+    request: Request, limit: int, position: int, newest_first: bool, idle_days: int | None
 ) -> dict[str, str]:
-    query = {"limit": str(limit), "cursor": cursor_of(place, newest_first)}
+    query = {"limit": str(limit), "cursor": encode_cursor(position, newest_first)}
     if request.query_params.get("include") == "deleted":
         query["include"] = "deleted"
     if idle_days is not None:
@@ -166,7 +170,7 @@ def next_link(query: Mapping[str, str]) -> dict[str, str]:
     return {"Link": f'<?{urlencode(query)}>; rel="next"'}
 
 
-def number(request: Request, name: str, largest: int) -> int | None:
+def integer_parameter(request: Request, name: str, largest: int) -> int | None:
     """A number of the query, from 1 on; None: it is not there.
 
     Raises:
@@ -177,20 +181,20 @@ def number(request: Request, name: str, largest: int) -> int | None:
         return None
     value = int(given[0]) if len(given) == 1 and _NUMBER.fullmatch(given[0]) else 0
     if not 1 <= value <= largest:
-        wanted = f"must be a number from 1 to {largest}"
-        raise invalid([Fault(name, wanted, given[-1], location="query")])
+        message = f"must be a number from 1 to {largest}"
+        raise invalid_input([InvalidInput(name, message, given[-1], location="query")])
     return value
 
 
 async def _array(
-    first: Page, rest: AsyncIterator[Page] | None, spell: Spell
+    first: Page, rest: AsyncIterator[Page] | None, describe: Describe
 ) -> AsyncIterator[bytes]:
     """A JSON array of all that the pages hold, in parts; whoever waits for the event loop gets it
     between them."""
     yield b"["
     separator = b""
     async for records in _slices(first, rest):
-        yield separator + as_json([spell(record) for record in records])[1:-1]
+        yield separator + encode_json([describe(record) for record in records])[1:-1]
         separator = b","
         await asyncio.sleep(0)
     yield b"]"

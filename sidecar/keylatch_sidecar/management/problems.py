@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from keylatch.model import Deny, Reason
 from keylatch.refusals import ANSWERS, Answer, challenge
-from keylatch.tokens import without_tokens
+from keylatch.tokens import redact_tokens
 
 NOT_GIVEN: Final = object()
 """The value of a field that was not sent."""
@@ -28,7 +28,7 @@ CODES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class InvalidInput:
     """One field of a body, or one parameter of a query, that cannot be accepted."""
 
     path: str
@@ -43,7 +43,7 @@ class Problem(Exception):
     Args:
         status: of HTTP.
         message: for people, in one sentence.
-        faults: the fields at fault, where the body was wrong.
+        errors: the fields at fault, where the body was wrong.
         headers: to send along.
     """
 
@@ -51,14 +51,14 @@ class Problem(Exception):
         self,
         status: int,
         message: str,
-        faults: tuple[Fault, ...] = (),
+        errors: tuple[InvalidInput, ...] = (),
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(without_tokens(message))
+        super().__init__(redact_tokens(message))
         self.status = status
         self.code = CODES.get(status, "BAD_REQUEST")
         self.message = message
-        self.faults = faults
+        self.faults = errors
         self.headers = dict(headers or {})
 
 
@@ -68,13 +68,13 @@ def refused(deny: Deny, realm: str) -> Problem:
     return Problem(answer.status, answer.description, headers=_headers(answer, realm, deny.scope))
 
 
-def beyond_rights(message: str, realm: str) -> Problem:
+def insufficient_scope(message: str, realm: str) -> Problem:
     """A caller who would hand out more rights than its own key has."""
     answer = ANSWERS[Reason.INSUFFICIENT_SCOPE]
     return Problem(answer.status, message, headers=_headers(answer, realm))
 
 
-def beyond_limit(message: str, retry_after_seconds: int | None) -> Problem:
+def quota_exceeded(message: str, retry_after_seconds: int | None) -> Problem:
     """A caller whose organisation has as much as it may have (RFC 6585 section 4). Without a number
     of seconds, waiting does not help."""
     after = {} if retry_after_seconds is None else {"Retry-After": str(retry_after_seconds)}

@@ -9,30 +9,30 @@ from starlette.responses import Response
 
 from keylatch.drafts import (
     CallerRefused,
+    InvalidKeyState,
     InvalidValue,
     NotPermitted,
-    NotPossible,
     QuotaExceeded,
 )
 from keylatch.errors import KeylatchError
 from keylatch.model import Deny
 from keylatch_sidecar.management.access import engine_of
-from keylatch_sidecar.management.bodies import invalid
+from keylatch_sidecar.management.bodies import invalid_input
 from keylatch_sidecar.management.problems import (
-    Fault,
+    InvalidInput,
     Problem,
-    beyond_limit,
-    beyond_rights,
+    insufficient_scope,
+    quota_exceeded,
     refused,
     unavailable,
 )
 
 E = TypeVar("E")
 Handler = Callable[[E, Request], Awaitable[Response]]
-Spelling = Callable[[Problem], Response]
+ErrorRenderer = Callable[[Problem], Response]
 
 
-def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
+def errors_in(render: ErrorRenderer) -> Callable[[Handler[E]], Handler[E]]:
     """Decorates an endpoint's method: whatever it raises is answered in this spelling."""
 
     def decorate(handler: Handler[E]) -> Handler[E]:
@@ -41,20 +41,20 @@ def speaking(spell: Spelling) -> Callable[[Handler[E]], Handler[E]]:
             try:
                 return await handler(endpoint, request)
             except Problem as problem:
-                return spell(problem)
+                return render(problem)
             except InvalidValue as error:
-                return spell(invalid([Fault(error.field, error.message)]))
-            except NotPossible as error:
-                return spell(Problem(400, str(error)))
+                return render(invalid_input([InvalidInput(error.field, error.message)]))
+            except InvalidKeyState as error:
+                return render(Problem(400, str(error)))
             except CallerRefused as error:
-                return spell(refused(Deny(error.reason), engine_of(request).settings.realm))
+                return render(refused(Deny(error.reason), engine_of(request).settings.realm))
             except NotPermitted as error:
-                return spell(beyond_rights(str(error), engine_of(request).settings.realm))
+                return render(insufficient_scope(str(error), engine_of(request).settings.realm))
             except QuotaExceeded as error:
-                engine_of(request).meter.limited[error.limit].add()
-                return spell(beyond_limit(error.message, error.retry_after_seconds))
+                engine_of(request).counters.limited[error.limit].add()
+                return render(quota_exceeded(error.message, error.retry_after_seconds))
             except KeylatchError:
-                return spell(unavailable())
+                return render(unavailable())
 
         return answer
 

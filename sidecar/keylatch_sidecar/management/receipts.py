@@ -6,11 +6,11 @@ from typing import Any
 from starlette.requests import Request
 
 from keylatch.revocation.feed import Receipt
-from keylatch_sidecar.management.bodies import JSON, Shape, invalid
-from keylatch_sidecar.management.problems import Fault
+from keylatch_sidecar.management.bodies import JSON, ResponseBody, invalid_input
+from keylatch_sidecar.management.problems import InvalidInput
 
 
-class Revocation(Shape):
+class Revocation(ResponseBody):
     """Who knows of a revoke. No request that starts `boundSeconds` or more after this answer is
     accepted by any process; `members` is 0 where every check reads the store itself."""
 
@@ -20,7 +20,7 @@ class Revocation(Shape):
     bound_seconds: float
 
 
-def waits(request: Request) -> bool:
+def waits_for_propagation(request: Request) -> bool:
     """Whether the caller wants the answer when the revoke is known everywhere, which is the
     default; `Prefer: respond-async` (RFC 7240 section 4.1) wants it right after the commit."""
     preferences = ",".join(request.headers.getlist("prefer"))
@@ -36,8 +36,8 @@ def with_descendants(request: Request) -> bool:
     """
     given = request.query_params.getlist("descendants")
     if given not in ([], ["true"], ["false"]):
-        fault = Fault("descendants", "must be true or false", given[-1], location="query")
-        raise invalid([fault])
+        error = InvalidInput("descendants", "must be true or false", given[-1], location="query")
+        raise invalid_input([error])
     return given == ["true"]
 
 
@@ -59,7 +59,7 @@ def headers(receipt: Receipt) -> dict[str, str]:
     }
 
 
-def answer(content: Any, receipt: Receipt, *, waited: bool) -> JSON:
+def revocation_response(content: Any, receipt: Receipt, *, waited: bool) -> JSON:
     """200, or 202 where the revoke is committed and still spreading."""
     if waited:
         return JSON(content, 200, headers(receipt))

@@ -10,19 +10,19 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.drafts import LONGEST_GRACE_SECONDS
+from keylatch.drafts import MAX_GRACE_SECONDS
 from keylatch_sidecar.management import bodies, receipts
-from keylatch_sidecar.management.access import anybody, key_id, manager
-from keylatch_sidecar.management.bodies import JSON, Body, Reason, Whole
+from keylatch_sidecar.management.access import authenticate_any, authenticate_manager, key_id
+from keylatch_sidecar.management.bodies import JSON, Body, Integer, Reason
 from keylatch_sidecar.management.problems import no_such_key
-from keylatch_sidecar.management.profile import speaking
+from keylatch_sidecar.management.profile import errors_in
 from keylatch_sidecar.management.unsent import (
     CreatedKey,
     ManyRevoked,
     describe,
     fields_of,
-    revoked,
-    spell,
+    render_error,
+    revoked_response,
 )
 
 DAY_SECONDS = 86_400
@@ -32,7 +32,7 @@ class Rotate(Body):
     """How long the present secret stays good, in seconds; 0: it ends with the answer."""
 
     grace_seconds: Annotated[
-        Whole, Field(json_schema_extra={"minimum": 0, "maximum": LONGEST_GRACE_SECONDS})
+        Integer, Field(json_schema_extra={"minimum": 0, "maximum": MAX_GRACE_SECONDS})
     ] = DAY_SECONDS
 
 
@@ -45,18 +45,18 @@ class RevokeAll(Body):
 class Rotation(HTTPEndpoint):
     """`/v1/api-keys/{id}/rotate`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def post(self, request: Request) -> Response:
         """Give a key a new secret. Its token is in this answer and nowhere else, ever; the one
         before stays good for `graceSeconds`, a day unless told otherwise."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         body = await bodies.read(request, Rotate)
         rotated = await keyring.rotate(
             caller.organization_id,
             key_id(request),
             grace_seconds=body.grace_seconds,
             by=caller,
-            wait=receipts.waits(request),
+            wait=receipts.waits_for_propagation(request),
         )
         if rotated is None:
             raise no_such_key()
@@ -67,62 +67,65 @@ class Rotation(HTTPEndpoint):
 class CancelledRotation(HTTPEndpoint):
     """`/v1/api-keys/{id}/rotate/cancel`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def post(self, request: Request) -> Response:
         """While the grace runs: the secret before is the key's again, and the new one ends."""
-        return await _ended(request, goes_back=True)
+        return await _end_grace_period(request, cancels=True)
 
 
 class FinishedRotation(HTTPEndpoint):
     """`/v1/api-keys/{id}/rotate/finish`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def post(self, request: Request) -> Response:
         """While the grace runs: end it now; the new secret alone is good."""
-        return await _ended(request, goes_back=False)
+        return await _end_grace_period(request, cancels=False)
 
 
-class Everything(HTTPEndpoint):
+class AllKeys(HTTPEndpoint):
     """`/v1/api-keys/revoke-all`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def post(self, request: Request) -> Response:
         """Revoke every key of the organisation, the caller's own among them."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         body = await bodies.read(request, RevokeAll)
-        waited = receipts.waits(request)
+        waited = receipts.waits_for_propagation(request)
         done = await keyring.revoke_all(
             caller.organization_id, reason=body.reason, by=caller, wait=waited
         )
         content = ManyRevoked(
             success=True, revoked=done.count, revocation=receipts.revocation(done.receipt)
         )
-        return receipts.answer(content, done.receipt, waited=waited)
+        return receipts.revocation_response(content, done.receipt, waited=waited)
 
 
-class Self(HTTPEndpoint):
+class OwnKey(HTTPEndpoint):
     """`/v1/api-keys/self`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def delete(self, request: Request) -> Response:
         """Revoke the key that asks, whatever its permission; asked with the secret before a
         rotation, that secret alone."""
-        caller, keyring = await anybody(request)
-        waited = receipts.waits(request)
-        changed = await keyring.end_acting_secret(
+        caller, keyring = await authenticate_any(request)
+        waited = receipts.waits_for_propagation(request)
+        changed = await keyring.revoke_own_secret(
             caller, reason=request.query_params.get("reason"), wait=waited
         )
         if changed is None:
             raise no_such_key()
-        return revoked(changed, waited=waited)
+        return revoked_response(changed, waited=waited)
 
 
-async def _ended(request: Request, *, goes_back: bool) -> Response:
-    caller, keyring = await manager(request)
+async def _end_grace_period(request: Request, *, cancels: bool) -> Response:
+    caller, keyring = await authenticate_manager(request)
     await bodies.read(request, Body)
-    end = keyring.cancel_rotation if goes_back else keyring.finish_rotation
+    end = keyring.cancel_rotation if cancels else keyring.finish_rotation
     changed = await end(
-        caller.organization_id, key_id(request), by=caller, wait=receipts.waits(request)
+        caller.organization_id,
+        key_id(request),
+        by=caller,
+        wait=receipts.waits_for_propagation(request),
     )
     if changed is None:
         raise no_such_key()

@@ -10,10 +10,10 @@ from starlette.responses import Response
 from keylatch.keyring import InvalidValue
 from keylatch.model import KeyRecord
 from keylatch_sidecar.management import bodies, listing, receipts
-from keylatch_sidecar.management.access import key_id, manager
-from keylatch_sidecar.management.bodies import JSON, Body, ErrorJSON, Name, Shape
-from keylatch_sidecar.management.problems import NOT_GIVEN, Fault, Problem, no_such_key
-from keylatch_sidecar.management.profile import speaking
+from keylatch_sidecar.management.access import authenticate_manager, key_id
+from keylatch_sidecar.management.bodies import JSON, Body, ErrorJSON, Name, ResponseBody
+from keylatch_sidecar.management.problems import NOT_GIVEN, InvalidInput, Problem, no_such_key
+from keylatch_sidecar.management.profile import errors_in
 
 
 class CreateKey(Body):
@@ -22,7 +22,7 @@ class CreateKey(Body):
     name: Name
 
 
-class Key(Shape):
+class Key(ResponseBody):
     """A key, without its token. `_id` is what raw clients of the real server read."""
 
     id: str
@@ -40,7 +40,7 @@ class CreatedKey(Key):
     key: str
 
 
-class FieldError(Shape):
+class FieldError(ResponseBody):
     """One field that cannot be accepted."""
 
     type: str
@@ -50,13 +50,13 @@ class FieldError(Shape):
     location: str
 
 
-class FieldErrors(Shape):
+class FieldErrors(ResponseBody):
     """A body that cannot be accepted."""
 
     errors: list[FieldError]
 
 
-class Error(Shape):
+class Error(ResponseBody):
     """Any other error."""
 
     error: str
@@ -64,7 +64,7 @@ class Error(Shape):
     code: str
 
 
-def spell(problem: Problem) -> ErrorJSON:
+def render_error(problem: Problem) -> ErrorJSON:
     """An error in Sendook's shape.
 
     Its page lists "API key doesn't have permission" under 401, so here a key whose permission
@@ -72,7 +72,7 @@ def spell(problem: Problem) -> ErrorJSON:
     """
     status = 401 if problem.status == 403 else problem.status
     if problem.faults:
-        return ErrorJSON({"errors": [_fault(fault) for fault in problem.faults]}, status)
+        return ErrorJSON({"errors": [_field_error(error) for error in problem.faults]}, status)
     body = {"error": problem.message, "message": problem.message, "code": problem.code}
     return ErrorJSON(body, status, problem.headers)
 
@@ -80,46 +80,48 @@ def spell(problem: Problem) -> ErrorJSON:
 class Keys(HTTPEndpoint):
     """`/v1/api_keys`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def get(self, request: Request) -> Response:
         """List the organisation's keys, oldest first; with `?limit=` in pages."""
-        caller, keyring = await manager(request)
-        return await listing.answer(
+        caller, keyring = await authenticate_manager(request)
+        return await listing.list_response(
             request, keyring, caller.organization_id, _key, newest_first=False, by=caller
         )
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def post(self, request: Request) -> Response:
         """Create a key. Its token is in this answer and nowhere else, ever."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         body = await bodies.read(request, CreateKey)
         try:
             created = await keyring.create(
                 caller.organization_id, body.name, environment=caller.environment, by=caller
             )
         except InvalidValue as error:
-            raise bodies.invalid([Fault(error.field, error.message, body.name)]) from None
+            raise bodies.invalid_input(
+                [InvalidInput(error.field, error.message, body.name)]
+            ) from None
         return JSON(CreatedKey(key=created.token.reveal(), **_fields(created.record)))
 
 
 class OneKey(HTTPEndpoint):
     """`/v1/api_keys/{id}`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         record = await keyring.get(caller.organization_id, key_id(request), by=caller)
         if record is None:
             raise no_such_key()
         return JSON(_key(record))
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def delete(self, request: Request) -> Response:
         """Revoke a key, at once and finally; `?descendants=true` what it created as well.
         Repeating it changes nothing."""
-        caller, keyring = await manager(request)
-        waited = receipts.waits(request)
+        caller, keyring = await authenticate_manager(request)
+        waited = receipts.waits_for_propagation(request)
         changed = await keyring.delete(
             caller.organization_id,
             key_id(request),
@@ -129,7 +131,7 @@ class OneKey(HTTPEndpoint):
         )
         if changed is None:
             raise no_such_key()
-        return receipts.answer(_key(changed.record), changed.receipt, waited=waited)
+        return receipts.revocation_response(_key(changed.record), changed.receipt, waited=waited)
 
 
 def _key(record: KeyRecord) -> Key:
@@ -140,12 +142,12 @@ def _fields(record: KeyRecord) -> dict[str, Any]:
     return bodies.common_fields(record) | {"mongo_id": record.id}
 
 
-def _fault(fault: Fault) -> dict[str, Any]:
-    given = {} if fault.value is NOT_GIVEN else {"value": fault.value}
+def _field_error(error: InvalidInput) -> dict[str, Any]:
+    given = {} if error.value is NOT_GIVEN else {"value": error.value}
     return {
         "type": "field",
         **given,
         "msg": "Invalid value",
-        "path": fault.path,
-        "location": fault.location,
+        "path": error.path,
+        "location": error.location,
     }

@@ -9,11 +9,11 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.drafts import InvalidValue, end_after
+from keylatch.drafts import InvalidValue, expiry_after
 from keylatch.keyring import Changed
 from keylatch.model import FULL, KeyRecord
 from keylatch_sidecar.management import bodies, days, listing, receipts
-from keylatch_sidecar.management.access import engine_of, key_id, manager
+from keylatch_sidecar.management.access import authenticate_manager, engine_of, key_id
 from keylatch_sidecar.management.bodies import (
     JSON,
     Body,
@@ -22,12 +22,12 @@ from keylatch_sidecar.management.bodies import (
     ErrorJSON,
     Instant,
     Name,
+    ResponseBody,
     Scalar,
-    Shape,
     iso,
 )
 from keylatch_sidecar.management.problems import Problem, no_such_key
-from keylatch_sidecar.management.profile import speaking
+from keylatch_sidecar.management.profile import errors_in
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class ChangeKey(Body):
     metadata: dict[str, Scalar] | None = None
 
 
-class Previous(Shape):
+class PreviousSecret(ResponseBody):
     """The secret before the last rotation: when it ends or has ended, and when it was last used."""
 
     partial_token: str
@@ -72,7 +72,7 @@ class Previous(Shape):
     last_used: str | None
 
 
-class Key(Shape):
+class Key(ResponseBody):
     """A key, without its token. The fields after `lastUsed` are keylatch's."""
 
     id: str
@@ -89,7 +89,7 @@ class Key(Shape):
     metadata: dict[str, Scalar]
     revoked_reason: str | None
     rotated_at: str | None
-    previous: Previous | None
+    previous: PreviousSecret | None
     created_by: str | None
 
 
@@ -99,7 +99,7 @@ class CreatedKey(Key):
     token: str
 
 
-class Success(Shape):
+class Success(ResponseBody):
     """What deleting answers. `revocation` is keylatch's."""
 
     success: bool
@@ -112,7 +112,7 @@ class ManyRevoked(Success):
     revoked: int
 
 
-class ErrorDetail(Shape):
+class ErrorDetail(ResponseBody):
     """Why a call failed."""
 
     code: str
@@ -125,7 +125,7 @@ class Error(ErrorDetail):
     error: ErrorDetail
 
 
-def spell(problem: Problem) -> ErrorJSON:
+def render_error(problem: Problem) -> ErrorJSON:
     """An error in unsent's shape: nested for most SDKs, flat for the Rust one."""
     detail = {"code": problem.code, "message": problem.message}
     return ErrorJSON({"error": detail, **detail}, problem.status, problem.headers)
@@ -134,33 +134,33 @@ def spell(problem: Problem) -> ErrorJSON:
 class Keys(HTTPEndpoint):
     """`/v1/api-keys`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def get(self, request: Request) -> Response:
         """List the organisation's keys, newest first, with `?limit=` in pages;
         `?include=deleted` shows those as well, `?idle=30` only those not used for so many days."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         deleted = request.query_params.get("include") == "deleted"
-        return await listing.answer(
+        return await listing.list_response(
             request,
             keyring,
             caller.organization_id,
             describe,
             deleted=deleted,
-            idle_days=days.asked(request, "idle", days.MAX_IDLE),
+            idle_days=days.read_days(request, "idle", days.MAX_IDLE_DAYS),
             by=caller,
         )
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def post(self, request: Request) -> Response:
         """Create a key. Its token is in this answer and nowhere else, ever."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         body = await bodies.read(request, CreateKey)
         created = await keyring.create(
             caller.organization_id,
             body.name,
             permission=body.permission,
             environment=caller.environment if body.environment is None else body.environment,
-            expires_at=_end_of(request, body.expires_at, body.expires_in),
+            expires_at=_expiry_of(request, body.expires_at, body.expires_in),
             metadata=body.metadata,
             by=caller,
         )
@@ -170,39 +170,39 @@ class Keys(HTTPEndpoint):
 class OneKey(HTTPEndpoint):
     """`/v1/api-keys/{id}`"""
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         record = await keyring.get(caller.organization_id, key_id(request), by=caller)
-        return JSON(describe(_found(record)))
+        return JSON(describe(_require_found(record)))
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def patch(self, request: Request) -> Response:
         """Change a key's name, permission, expiry, metadata, or whether it is active."""
-        caller, keyring = await manager(request)
+        caller, keyring = await authenticate_manager(request)
         body = await bodies.read(request, ChangeKey)
         values: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
         if not values:
             raise Problem(400, "Nothing to change: send a field of the key")
         duration = values.pop("expires_in", None)
         if "expires_at" in values or duration is not None:
-            values["expires_at"] = _end_of(request, body.expires_at, duration)
-        changed = _found(
+            values["expires_at"] = _expiry_of(request, body.expires_at, duration)
+        changed = _require_found(
             await keyring.change(caller.organization_id, key_id(request), by=caller, **values)
         )
         if changed.record.deleted_at is not None:
             raise Problem(400, "The API key was deleted; that is final")
         return JSON(describe(changed.record))
 
-    @speaking(spell)
+    @errors_in(render_error)
     async def delete(self, request: Request) -> Response:
         """Revoke a key, at once and finally; `?reason=` is kept with it, and
         `?descendants=true` revokes what it created as well. Repeating it changes nothing."""
-        caller, keyring = await manager(request)
-        waited = receipts.waits(request)
+        caller, keyring = await authenticate_manager(request)
+        waited = receipts.waits_for_propagation(request)
         descendants = receipts.with_descendants(request)
-        changed = _found(
+        changed = _require_found(
             await keyring.delete(
                 caller.organization_id,
                 key_id(request),
@@ -212,30 +212,30 @@ class OneKey(HTTPEndpoint):
                 wait=waited,
             )
         )
-        return revoked(changed, waited=waited, many=descendants)
+        return revoked_response(changed, waited=waited, with_count=descendants)
 
 
-def revoked(changed: Changed, *, waited: bool, many: bool = False) -> Response:
-    """A key was revoked, `many`: with what it created; and how far that has spread."""
+def revoked_response(changed: Changed, *, waited: bool, with_count: bool = False) -> Response:
+    """A key was revoked, `with_count`: with what it created; and how far that has spread."""
     content = Success(success=True, revocation=receipts.revocation(changed.receipt))
-    if many:
+    if with_count:
         content = ManyRevoked(**dict(content), revoked=changed.count)
-    return receipts.answer(content, changed.receipt, waited=waited)
+    return receipts.revocation_response(content, changed.receipt, waited=waited)
 
 
-def _end_of(request: Request, instant: datetime | None, duration: str | None) -> int | None:
+def _expiry_of(request: Request, instant: datetime | None, duration: str | None) -> int | None:
     """When a key shall end, in milliseconds since the epoch."""
     if duration is None:
         return bodies.milliseconds_of(instant)
     if instant is not None:
         raise InvalidValue("expiresIn", "is instead of expiresAt, not beside it")
-    return end_after(duration, engine_of(request).now_ms())
+    return expiry_after(duration, engine_of(request).now_ms())
 
 
-def _found(what: T | None) -> T:
-    if what is None:
+def _require_found(value: T | None) -> T:
+    if value is None:
         raise no_such_key()
-    return what
+    return value
 
 
 def describe(record: KeyRecord) -> Key:
@@ -259,11 +259,11 @@ def fields_of(record: KeyRecord) -> dict[str, Any]:
     }
 
 
-def previous_of(record: KeyRecord) -> Previous | None:
+def previous_of(record: KeyRecord) -> PreviousSecret | None:
     """What is told of the secret before the last rotation, if that had a grace."""
     if record.previous_expires_at is None:
         return None
-    return Previous(
+    return PreviousSecret(
         partial_token=record.previous_partial_token or "",
         expires_at=iso(record.previous_expires_at),
         last_used=_iso(record.previous_last_used),

@@ -18,26 +18,26 @@ from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
 
-from keylatch.asgi import caller_of, refuse
+from keylatch.asgi import client_info_of, refuse
 from keylatch.engine import Engine
-from keylatch.model import ONLY_FULL, Allow, Caller, Deny, Principal, Verdict, Wanted
+from keylatch.model import ONLY_FULL, Allow, ClientGetter, Decision, Deny, Principal, Requirement
 from keylatch.refusals import Header, Refusal, Refusals
 from keylatch.settings import PERMISSION_PATTERN
 from keylatch.telemetry.repeated_warning import RepeatedWarning
-from keylatch.telemetry.trail import Checks, Followed
+from keylatch.telemetry.trail import Authenticator, TracedAuthenticator
 from keylatch.tokens import Token
-from keylatch_sidecar.proxies.facts import NOTHING, Facts, Profile
+from keylatch_sidecar.proxies.facts import NO_REQUEST, OriginalRequest, RequestSource
 
 DEADLINE_SECONDS: Final = 0.8
 
 _NO_CONTENT: Final = (b"content-length", b"0")
 _NO_STORE: Final = (b"cache-control", b"no-store")
-_NO_CALLER: Final[Caller] = lambda: (None, None)  # noqa: E731 - where no one asks for it
+_NO_CALLER: Final[ClientGetter] = lambda: (None, None)  # noqa: E731 - where no one asks for it
 _NO_BODY: Final[Message] = {"type": "http.response.body", "body": b""}
 
 _MISCONFIGURED_BODY: Final = (
     b'{"error":"misconfigured","error_description":'
-    b'"The proxy does not say what it was asked, as the sidecar is told to expect"}'
+    b'"The proxy does not send the original request where the sidecar expects it"}'
 )
 _MISCONFIGURED: Final = Refusal(
     403,
@@ -53,7 +53,7 @@ _MISCONFIGURED: Final = Refusal(
 log = logging.getLogger("keylatch.proxies")
 
 
-class Proxies:
+class ForwardAuth:
     """Answers proxies.
 
     Args:
@@ -64,15 +64,22 @@ class Proxies:
 
     def __init__(self, engine: Engine, cache_seconds: int = 0) -> None:
         self._engine = engine
-        self._checks: Checks = Followed(engine) if engine.settings.is_followed else engine
+        self._authenticator: Authenticator = (
+            TracedAuthenticator(engine) if engine.settings.traces_requests else engine
+        )
         self._cache_seconds = cache_seconds
         self._refusals = Refusals(engine.settings.realm, 401, engine.failures)
         self._misconfigured = RepeatedWarning(
-            log, "a proxy does not say what it was asked as it should: refused with 403"
+            log, "a proxy does not send the original request where it is expected: refused with 403"
         )
 
-    async def answer(
-        self, scope: Scope, receive: Receive, send: Send, wanted: Wanted, profile: Profile
+    async def respond(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        requirement: Requirement,
+        source: RequestSource,
     ) -> None:
         """Answer a question that came as an HTTP request; its body is never awaited.
 
@@ -80,93 +87,107 @@ class Proxies:
             scope: of the request.
             receive: not asked for anything.
             send: takes the answer.
-            wanted: what the request behind it asks of a key.
-            profile: where the facts about that request are.
+            requirement: what the request behind it asks of a key.
+            source: where the facts about that request are.
         """
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        facts = profile(scope)
-        caller = _NO_CALLER if self._engine.failures is None else partial(caller_of, scope)
-        verdict = self._glance(facts, values, wanted, caller)
-        if isinstance(verdict, Token):
-            verdict = await self._resolve(facts, verdict, wanted, caller)
-        if isinstance(verdict, Refusal):
-            await refuse(verdict, scope, receive, send)
+        original = source(scope)
+        caller = _NO_CALLER if self._engine.failures is None else partial(client_info_of, scope)
+        outcome = self._check_cached(original, values, requirement, caller)
+        if isinstance(outcome, Token):
+            outcome = await self._check(original, outcome, requirement, caller)
+        if isinstance(outcome, Refusal):
+            await refuse(outcome, scope, receive, send)
             return
-        await send(allowing(verdict.principal, self._seconds_to_remember(verdict)))
+        await send(allow_start(outcome.principal, self._max_age(outcome)))
         await send(_NO_BODY)
 
-    async def judge(
-        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted, caller: Caller
+    async def decide(
+        self,
+        original: OriginalRequest | None,
+        values: Sequence[bytes],
+        requirement: Requirement,
+        caller: ClientGetter,
     ) -> Allow | Refusal:
         """What the proxy is answered, in whatever protocol it asks.
 
         Args:
-            facts: what it says of the request that it asks about; None: it does not say.
+            original: what it says of the request that it asks about; None: it does not say.
             values: of that request's `Authorization` fields.
-            wanted: what the request asks of a key.
+            requirement: what the request asks of a key.
             caller: whence it came, as far as the proxy can be believed.
         """
-        verdict = self._glance(facts, values, wanted, caller)
-        if isinstance(verdict, Token):
-            return await self._resolve(facts, verdict, wanted, caller)
-        return verdict
+        outcome = self._check_cached(original, values, requirement, caller)
+        if isinstance(outcome, Token):
+            return await self._check(original, outcome, requirement, caller)
+        return outcome
 
-    def _glance(
-        self, facts: Facts | None, values: Sequence[bytes], wanted: Wanted, caller: Caller
+    def _check_cached(
+        self,
+        original: OriginalRequest | None,
+        values: Sequence[bytes],
+        requirement: Requirement,
+        caller: ClientGetter,
     ) -> Allow | Refusal | Token:
-        """`judge` without waiting; the token where that does not suffice."""
-        if facts is None:
+        """`decide` without waiting; the token where that does not suffice."""
+        if original is None:
             self._misconfigured.add()
             return _MISCONFIGURED
-        known = self._checks.glance(values, wanted)
-        return known if isinstance(known, Token) else self._answered(facts, known, caller)
+        cached = self._authenticator.check_cached(values, requirement)
+        return cached if isinstance(cached, Token) else self._to_outcome(original, cached, caller)
 
-    async def _resolve(
-        self, facts: Facts | None, token: Token, wanted: Wanted, caller: Caller
+    async def _check(
+        self,
+        original: OriginalRequest | None,
+        token: Token,
+        requirement: Requirement,
+        caller: ClientGetter,
     ) -> Allow | Refusal:
-        """`judge` within the deadline."""
+        """`decide` within the deadline."""
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                verdict = await self._checks.resolve(token, wanted)
+                decision = await self._authenticator.check(token, requirement)
         except TimeoutError:
-            verdict = self._engine.gave_up(f"nothing could be decided in {DEADLINE_SECONDS} s")
-        return self._answered(facts or NOTHING, verdict, caller)
+            decision = self._engine.deny_unavailable(f"no decision within {DEADLINE_SECONDS} s")
+        return self._to_outcome(original or NO_REQUEST, decision, caller)
 
-    def _answered(self, facts: Facts, verdict: Verdict, caller: Caller) -> Allow | Refusal:
+    def _to_outcome(
+        self, original: OriginalRequest, decision: Decision, caller: ClientGetter
+    ) -> Allow | Refusal:
         if log.isEnabledFor(logging.DEBUG):  # no query, which may hold secrets, and no token
-            said = "allowed" if isinstance(verdict, Allow) else verdict.reason.value
-            log.debug("%s %s: %s", facts.method, facts.uri.partition("?")[0], said)
-        return self._refusals.refuse(verdict, caller) if isinstance(verdict, Deny) else verdict
+            outcome = "allowed" if isinstance(decision, Allow) else decision.reason.value
+            log.debug("%s %s: %s", original.method, original.uri.partition("?")[0], outcome)
+        return self._refusals.refuse(decision, caller) if isinstance(decision, Deny) else decision
 
-    def _seconds_to_remember(self, allow: Allow) -> int:
+    def _max_age(self, allow: Allow) -> int:
         seconds = self._cache_seconds
         if seconds and allow.expires_at is not None:
             seconds = min(seconds, (allow.expires_at - self._engine.now_ms()) // 1000)
         return seconds
 
 
-def wanted_of(permissions: Sequence[str], environments: Sequence[str] = ()) -> Wanted:
+def all_of(permissions: Sequence[str], environments: Sequence[str] = ()) -> Requirement:
     """Permissions add up, and a malformed one leaves only FULL. Of environments nothing is left
     where two differ, or one is malformed: no key is for it.
 
     An empty one is malformed: it is what a proxy sends whose variable was never set.
     """
-    wanted = ONLY_FULL
+    requirement = ONLY_FULL
     if all(re.fullmatch(PERMISSION_PATTERN, permission) for permission in permissions):
-        wanted = Wanted.all_of(permissions)
+        requirement = Requirement.all_of(permissions)
     if not environments:
-        return wanted
-    asked = set(environments)
-    environment = asked.pop() if len(asked) == 1 else ""
-    return replace(wanted, environment=environment)
+        return requirement
+    distinct = set(environments)
+    environment = distinct.pop() if len(distinct) == 1 else ""
+    return replace(requirement, environment=environment)
 
 
 @lru_cache(maxsize=10_000)
-def allowing(principal: Principal, seconds: int) -> Message:
+def allow_start(principal: Principal, max_age: int) -> Message:
     """The beginning of an allow, which a proxy may remember for so long. All answers for a key are
     this very object: whoever adds to it copies it first, as servers do."""
-    remember = (b"cache-control", b"max-age=%d" % seconds) if seconds > 0 else _NO_STORE
-    headers = (_NO_CONTENT, remember, *identity_headers(principal))
+    cache_control = (b"cache-control", b"max-age=%d" % max_age) if max_age > 0 else _NO_STORE
+    headers = (_NO_CONTENT, cache_control, *identity_headers(principal))
     return {"type": "http.response.start", "status": 200, "headers": headers}
 
 

@@ -6,18 +6,18 @@ Envoy asks with the client's method, whatever that is; httptools refuses what is
 import re
 from typing import Final
 
-from keylatch_sidecar.proxies.bounded import BETWEEN, Bounded, Phase
-from keylatch_sidecar.proxies.other_head import STAND_IN
+from keylatch_sidecar.proxies.bounded import BETWEEN, LimitedProtocol, Phase
+from keylatch_sidecar.proxies.other_head import PLACEHOLDER_METHOD
 
-_FAST: Final = frozenset(
+_KNOWN_METHODS: Final = frozenset(
     {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE"}
 )
-_LONGEST: Final = max(len(method) for method in _FAST)
+_MAX_METHOD_LENGTH: Final = max(len(method) for method in _KNOWN_METHODS)
 _METHOD: Final = re.compile(rb"\A[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}\Z")  # RFC 9110, `token`
 _HTTP2: Final = b"PRI"  # begins no request (RFC 9113 section 3.4)
 
 
-class AnyMethod(Bounded):
+class AnyMethod(LimitedProtocol):
     """Shows httptools POST in the place of a method that it may not know: where a request ends does
     not depend on its method (RFC 9112 section 6).
 
@@ -26,30 +26,33 @@ class AnyMethod(Bounded):
     method that httptools knows.
     """
 
-    _start = b""
+    _partial_method = b""
     """The beginning of a request whose method has not ended."""
 
     def data_received(self, data: bytes) -> None:
         if (
-            self._start
-            or (self.phase is BETWEEN and data[: data.find(b" ", 0, _LONGEST + 1)] not in _FAST)
-        ) and not self.is_behind:
-            data = self._shown(self._start + data)
+            self._partial_method
+            or (
+                self.phase is BETWEEN
+                and data[: data.find(b" ", 0, _MAX_METHOD_LENGTH + 1)] not in _KNOWN_METHODS
+            )
+        ) and not self.is_pipelined:
+            data = self._with_known_method(self._partial_method + data)
             if not data:
                 return
         super().data_received(data)
 
-    def _shown(self, data: bytes) -> bytes:
+    def _with_known_method(self, data: bytes) -> bytes:
         """What the parser is shown instead; nothing while the method has not ended."""
-        self._start = b""
+        self._partial_method = b""
         start = data.lstrip(b"\r\n")  # RFC 9112 section 2.2
-        method, blank, rest = start.partition(b" ")
-        if not blank and _METHOD.match(start):
-            self._start = start
+        method, space, rest = start.partition(b" ")
+        if not space and _METHOD.match(start):
+            self._partial_method = start
             self.phase = Phase.HEAD
-            self.begin()
+            self.start_turn()
             return b""
-        if not blank or method in (*_FAST, _HTTP2) or not _METHOD.match(method):
+        if not space or method in (*_KNOWN_METHODS, _HTTP2) or not _METHOD.match(method):
             return start
         self.method = method.decode()
-        return STAND_IN + blank + rest
+        return PLACEHOLDER_METHOD + space + rest

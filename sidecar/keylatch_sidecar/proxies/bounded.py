@@ -14,7 +14,7 @@ import httptools
 
 from keylatch_sidecar.limits import Limits
 from keylatch_sidecar.proxies.connections import Connections
-from keylatch_sidecar.proxies.other_head import OtherHead
+from keylatch_sidecar.proxies.other_head import UpgradeIgnoring
 from keylatch_sidecar.proxies.rejections import INVALID, TOO_LARGE, TOO_SLOW, Rejection
 
 PIECE_BYTES: Final = 4096
@@ -25,41 +25,41 @@ what it has of it for each piece of the rest."""
 class Phase(Enum):
     """Where in a request the parser is."""
 
-    BETWEEN = "between requests"
+    IDLE = "between requests"
     HEAD = "head"
     BODY = "body"
-    ENDING = "the connection ends; what comes is discarded"
+    CLOSING = "the connection ends; what comes is discarded"
 
 
 # On the way of every request; an attribute of an enumeration takes as long as a call.
-BETWEEN: Final = Phase.BETWEEN
+BETWEEN: Final = Phase.IDLE
 _HEAD: Final = Phase.HEAD
 _BODY: Final = Phase.BODY
-_ENDING: Final = Phase.ENDING
+_CLOSING: Final = Phase.CLOSING
 
 
 class HeadTooLarge(Exception):
     """Ends the parsing of a request."""
 
 
-class Bounded(OtherHead):
+class LimitedProtocol(UpgradeIgnoring):
     """uvicorn's protocol with limits; subclasses may set their own."""
 
     limits: ClassVar[Limits] = Limits()
 
     phase: Phase = BETWEEN
-    since = 0.0
+    turn_started_at = 0.0
     """The loop's time at which the client's turn began."""
-    _timed: Phase = BETWEEN
+    _timed_phase: Phase = BETWEEN
     """Which turn that is."""
     _unread_since: float | None = None
     """The same, of an answer that the client does not read."""
     _closing_since: float | None = None
-    _unparsed = 0
+    _overhead_bytes = 0
     """Bytes of the head; then those behind it that are neither body nor what chunks need."""
-    _chunk = 0
+    _chunk_bytes = 0
     """Bytes of the chunk that is being parsed."""
-    _rest = b""
+    _buffered = b""
     """What came behind a request that waits for the answer to the one before it."""
     _rejection: Rejection | None = None
 
@@ -67,13 +67,13 @@ class Bounded(OtherHead):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.since = self.loop.time()
-        self._all = Connections.of(self.server_state, self.limits)
-        self._all.add(self)
+        self.turn_started_at = self.loop.time()
+        self._connections = Connections.of_server(self.server_state, self.limits)
+        self._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        if self.pipeline or self._rest or self._rejection is not None:
-            self._keep_back(data)
+        if self.pipeline or self._buffered or self._rejection is not None:
+            self._buffer(data)
         elif len(data) <= PIECE_BYTES:
             self._parse(data)
         else:
@@ -95,33 +95,33 @@ class Bounded(OtherHead):
 
     def on_headers_complete(self) -> None:
         # A head that does not reach beyond the second piece is not even counted.
-        if self._unparsed > 0 and self._head_bytes() > self.limits.head_bytes:
+        if self._overhead_bytes > 0 and self._head_bytes() > self.limits.head_bytes:
             raise HeadTooLarge
         if self.is_upgrade:
             return
         super().on_headers_complete()
         self.phase = _BODY
-        self._unparsed = -PIECE_BYTES
+        self._overhead_bytes = -PIECE_BYTES
 
     def on_body(self, body: bytes) -> None:
-        self._unparsed -= len(body)
-        self._chunk += len(body)
+        self._overhead_bytes -= len(body)
+        self._chunk_bytes += len(body)
         super().on_body(body)
 
     def on_chunk_header(self) -> None:
-        self._chunk = 0
+        self._chunk_bytes = 0
 
     def on_chunk_complete(self) -> None:
-        self._unparsed -= len(b"%x\r\n\r\n" % self._chunk)
+        self._overhead_bytes -= len(b"%x\r\n\r\n" % self._chunk_bytes)
 
     def on_message_complete(self) -> None:
         if self.phase is _HEAD:  # only that of an upgrade
             return
         super().on_message_complete()
-        self._unparsed = -PIECE_BYTES
-        self.phase = self._timed = BETWEEN
+        self._overhead_bytes = -PIECE_BYTES
+        self.phase = self._timed_phase = BETWEEN
         if self.cycle.response_complete:
-            self.since = self.loop.time()
+            self.turn_started_at = self.loop.time()
 
     # What uvicorn calls
 
@@ -134,55 +134,55 @@ class Bounded(OtherHead):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
-            self.since = self.loop.time()
-        if self._rest or self._rejection is not None:
-            self._go_on()
+            self.turn_started_at = self.loop.time()
+        if self._buffered or self._rejection is not None:
+            self._resume()
         elif not self.pipeline:
             self.flow.resume_reading()
 
     # What `Connections` calls
 
     @property
-    def silence(self) -> tuple[int, float] | None:
+    def eviction_rank(self) -> tuple[int, float] | None:
         """Which connection is to go first where descriptors run out: the lowest. One that has never
         had a request, then one between requests, then one that keeps a request or its answer from
         being complete. None: it stays, because a complete request is being answered."""
         if self.transport.is_closing():
             return None
-        if not self._is_answering:
-            return int(self.cycle is not None), self.since
+        if not self._is_responding:
+            return int(self.cycle is not None), self.turn_started_at
         if self._unread_since is not None:
             return 2, self._unread_since
-        return (2, self.since) if self.phase is _BODY and not self.pipeline else None
+        return (2, self.turn_started_at) if self.phase is _BODY and not self.pipeline else None
 
-    def end_if_late(self, now: float) -> None:
+    def close_if_timed_out(self, now: float) -> None:
         """End the connection if the client has used up its time."""
         if self.transport.is_closing():  # and what was written before is not sent yet
             self._closing_since = self._closing_since or now
-            self._abort_after(self._closing_since, now)
+            self._abort_if_overdue(self._closing_since, now)
         elif self._unread_since is not None:
-            self._abort_after(self._unread_since, now)
+            self._abort_if_overdue(self._unread_since, now)
         elif self.flow.read_paused:
-            self.since = now
-        elif now - self.since > self._seconds():
-            self._end_late()
+            self.turn_started_at = now
+        elif now - self.turn_started_at > self._timeout_seconds():
+            self._close_timed_out()
 
     # Reading
 
     @property
-    def is_behind(self) -> bool:
+    def is_pipelined(self) -> bool:
         """Whether what comes now has to wait for the answers to what came before."""
-        return bool(self.pipeline or self._rest or self._rejection is not None)
+        return bool(self.pipeline or self._buffered or self._rejection is not None)
 
-    def begin(self) -> None:
+    def start_turn(self) -> None:
         """The client's turn to send a head or a body begins, unless it has already begun."""
-        if self._timed is not self.phase:
-            self._timed, self.since = self.phase, self.loop.time()
+        if self._timed_phase is not self.phase:
+            self._timed_phase, self.turn_started_at = self.phase, self.loop.time()
 
     def _parse_in_pieces(self, data: bytes) -> None:
         for at in range(0, len(data), PIECE_BYTES):
             if self.pipeline:
-                self._keep_back(data[at:])
+                self._buffer(data[at:])
                 return
             if not self._parse(data[at : at + PIECE_BYTES]):
                 return
@@ -190,39 +190,39 @@ class Bounded(OtherHead):
     def _parse(self, piece: bytes) -> bool:
         """Whether there is more to parse."""
         if self.phase is BETWEEN:
-            self._unparsed = 0
+            self._overhead_bytes = 0
         try:
             for _ in range(self.feed(piece)):
-                self._all.upgrades.add()
+                self._connections.upgrades.add()
         except httptools.HttpParserError as error:
             is_large = isinstance(error.__context__, HeadTooLarge)
             self._reject(TOO_LARGE if is_large else INVALID)
             return False
         if self.phase is not BETWEEN:
-            self.begin()
-            self._unparsed += len(piece)
-            if self._unparsed > self.limits.head_bytes:
+            self.start_turn()
+            self._overhead_bytes += len(piece)
+            if self._overhead_bytes > self.limits.head_bytes:
                 self._reject(TOO_LARGE)
                 return False
         return True
 
-    def _keep_back(self, data: bytes) -> None:
+    def _buffer(self, data: bytes) -> None:
         if self._rejection is None:
-            self._rest += data
+            self._buffered += data
             self.flow.pause_reading()
             return
-        self._unparsed += len(data)
-        if self._unparsed > self.limits.linger_bytes:
+        self._overhead_bytes += len(data)
+        if self._overhead_bytes > self.limits.linger_bytes:
             self.transport.abort()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         if self.pipeline:
             return
-        if self._rest:
-            rest, self._rest = self._rest, b""
-            self.data_received(rest)
-        if self._rejection is not None and not self._is_answering:
-            self._end(self._rejection)
+        if self._buffered:
+            buffered, self._buffered = self._buffered, b""
+            self.data_received(buffered)
+        if self._rejection is not None and not self._is_responding:
+            self._send_and_close(self._rejection)
         elif not self.pipeline:
             self.flow.resume_reading()
 
@@ -232,31 +232,31 @@ class Bounded(OtherHead):
     # Ending
 
     @property
-    def _is_answering(self) -> bool:
+    def _is_responding(self) -> bool:
         cycle = self.cycle
         return cycle is not None and not (cycle.response_complete or cycle.disconnected)
 
-    def _seconds(self) -> float:
+    def _timeout_seconds(self) -> float:
         """For what the client is to do next."""
         if self.phase is _HEAD:
             return self.limits.head_seconds
         if self.phase is _BODY:
             return self.limits.body_seconds
-        if self.phase is _ENDING:
+        if self.phase is _CLOSING:
             return self.limits.linger_seconds
-        if self._is_answering:
+        if self._is_responding:
             return math.inf
         return self.limits.head_seconds if self.cycle is None else self.limits.idle_seconds
 
-    def _end_late(self) -> None:
-        if self.phase is _ENDING:
+    def _close_timed_out(self) -> None:
+        if self.phase is _CLOSING:
             self.transport.abort()
         elif self.phase is BETWEEN:
             self.transport.close()
         else:
             self._reject(TOO_SLOW)
 
-    def _abort_after(self, since: float, now: float) -> None:
+    def _abort_if_overdue(self, since: float, now: float) -> None:
         if now - since > self.limits.answer_seconds:
             self.transport.abort()
 
@@ -264,8 +264,8 @@ class Bounded(OtherHead):
         """Answer the request that is being received, in its turn, and end the connection."""
         if self._rejection is not None:
             return
-        self._all.rejected.add(rejection.status)
-        self._rejection, self._rest, self._unparsed = rejection, b"", 0
+        self._connections.rejected.add(rejection.status)
+        self._rejection, self._buffered, self._overhead_bytes = rejection, b"", 0
         cycle = self.cycle
         if self.phase is _BODY and cycle.response_complete:
             self.transport.close()  # it was answered, only its body was missing
@@ -275,11 +275,11 @@ class Bounded(OtherHead):
             if self.phase is _BODY:  # the app, which waits for the rest, is told that it ended
                 cycle.disconnected = True
                 cycle.message_event.set()
-            if not self._is_answering:
-                self._end(rejection)
+            if not self._is_responding:
+                self._send_and_close(rejection)
 
-    def _end(self, rejection: Rejection) -> None:
-        self.phase, self.since = _ENDING, self.loop.time()
+    def _send_and_close(self, rejection: Rejection) -> None:
+        self.phase, self.turn_started_at = _CLOSING, self.loop.time()
         self.flow.resume_reading()
         self.transport.write(rejection.wire)
         if self.transport.can_write_eof():

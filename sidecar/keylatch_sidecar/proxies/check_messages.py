@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from keylatch.refusals import Header, Refusal
 from keylatch_sidecar.limits import GRPC_HEADERS
-from keylatch_sidecar.proxies.facts import Facts
+from keylatch_sidecar.proxies.facts import OriginalRequest
 
 TEXT: Final = "text"
 NUMBER: Final = "number"
@@ -63,13 +63,13 @@ FIELDS: Final = {
 OVERWRITE: Final = 2
 """OVERWRITE_IF_EXISTS_OR_ADD. The default says to append: the client's own value would be first."""
 
-CODES: Final = {401: 16, 403: 7, 503: 14}
+GRPC_CODES: Final = {401: 16, 403: 7, 503: 14}
 """HTTP status → google.rpc.Code. Envoy only looks whether it is 0; others may look closer."""
 
 _TYPES: Final = {TEXT: FieldDescriptorProto.TYPE_BYTES, NUMBER: FieldDescriptorProto.TYPE_INT32}
 
 
-def _messages() -> DescriptorPool:
+def _message_pool() -> DescriptorPool:
     """In a pool of their own: the official ones may be in the common one."""
     file = FileDescriptorProto(name="keylatch.proto", package="keylatch", syntax="proto3")
     for name, fields in FIELDS.items():
@@ -87,44 +87,44 @@ def _messages() -> DescriptorPool:
     return pool
 
 
-_POOL: Final = _messages()
+_POOL: Final = _message_pool()
 CheckRequest: Final[Any] = GetMessageClass(_POOL.FindMessageTypeByName("keylatch.CheckRequest"))
 CheckResponse: Final[Any] = GetMessageClass(_POOL.FindMessageTypeByName("keylatch.CheckResponse"))
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class CheckQuery:
     """May this request pass?
 
     Args:
-        facts: the request's method and path; None: the message holds no HTTP request.
+        original: the request's method and path; None: the message holds no HTTP request.
         headers: of the request, names in lower case.
         permissions: what the route asks of a key: each a list, separated by commas.
         environments: which environment the key must be for.
         client: the address that the request came from; None: the message does not say.
     """
 
-    facts: Facts | None
+    original: OriginalRequest | None
     headers: Sequence[Header]
     permissions: Sequence[bytes]
     environments: Sequence[bytes] = ()
     client: str | None = field(default=None, compare=False)
 
 
-def read(message: bytes) -> Question:
+def parse_check_request(message: bytes) -> CheckQuery:
     """Take a `CheckRequest` apart; what cannot be read is a question without facts, and so is one
     of more headers than any proxy lets through, which would hold up all others for 20 ms."""
     request = CheckRequest()
     try:
         request.ParseFromString(message)
     except DecodeError:
-        return Question(None, (), ())
+        return CheckQuery(None, (), ())
     http = request.attributes.request.http
     if len(http.headers) + len(http.header_map.headers) > GRPC_HEADERS:
-        return Question(None, (), ())
-    facts = None
+        return CheckQuery(None, (), ())
+    original = None
     if http.method and http.path:
-        facts = Facts(http.method.decode("latin-1"), http.path.decode("latin-1"))
+        original = OriginalRequest(http.method.decode("latin-1"), http.path.decode("latin-1"))
     headers = [(pair.key.lower(), pair.value) for pair in http.headers]
     for pair in http.header_map.headers:
         headers.append((pair.key.lower(), pair.raw_value or pair.value))
@@ -133,7 +133,7 @@ def read(message: bytes) -> Question:
     environments = [pair.value for pair in extensions if pair.key == b"environment"]
     address = request.attributes.source.address.socket_address.address
     client = address.decode("latin-1") or None
-    return Question(facts, headers, permissions, environments, client)
+    return CheckQuery(original, headers, permissions, environments, client)
 
 
 def allow(headers: Sequence[Header], remove: Sequence[bytes]) -> bytes:
@@ -143,8 +143,8 @@ def allow(headers: Sequence[Header], remove: Sequence[bytes]) -> bytes:
         headers: what the app is told, whatever the client said in their places.
         remove: names of what the app is not told; Envoy removes last, so none of the above.
     """
-    allowed = {"headers": _options(headers), "headers_to_remove": remove}
-    return _written(status={"code": 0}, ok_response=allowed)
+    allowed = {"headers": _header_options(headers), "headers_to_remove": remove}
+    return _serialize(status={"code": 0}, ok_response=allowed)
 
 
 def deny(refusal: Refusal) -> bytes:
@@ -153,19 +153,19 @@ def deny(refusal: Refusal) -> bytes:
     headers = [header for header in refusal.headers if header[0] != b"content-length"]
     denied = {
         "status": {"code": refusal.status},
-        "headers": _options(headers),
+        "headers": _header_options(headers),
         "body": refusal.body,
     }
-    return _written(status={"code": CODES[refusal.status]}, denied_response=denied)
+    return _serialize(status={"code": GRPC_CODES[refusal.status]}, denied_response=denied)
 
 
-def _options(headers: Sequence[Header]) -> list[dict[str, Any]]:
+def _header_options(headers: Sequence[Header]) -> list[dict[str, Any]]:
     return [
         {"header": {"key": name, "value": value}, "append_action": OVERWRITE}
         for name, value in headers
     ]
 
 
-def _written(**fields: Any) -> bytes:
+def _serialize(**fields: Any) -> bytes:
     message: bytes = CheckResponse(**fields).SerializeToString()
     return message

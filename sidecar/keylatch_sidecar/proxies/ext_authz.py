@@ -10,9 +10,9 @@ from typing import Final
 
 from starlette.types import Receive, Scope, Send
 
-from keylatch.model import Wanted
-from keylatch_sidecar.proxies.answers import Proxies, wanted_of
-from keylatch_sidecar.proxies.facts import Profile
+from keylatch.model import Requirement
+from keylatch_sidecar.proxies.answers import ForwardAuth, all_of
+from keylatch_sidecar.proxies.facts import RequestSource
 
 PATH: Final = "/ext_authz"
 REQUIRE: Final = b"x-keylatch-require"
@@ -23,25 +23,27 @@ class ExtAuthz:
     """The endpoint.
 
     Args:
-        proxies: answers.
-        profile: where proxies say what they were asked.
+        forward_auth: answers.
+        source: where proxies say what they were asked.
     """
 
-    def __init__(self, proxies: Proxies, profile: Profile) -> None:
-        self._proxies = proxies
-        self._profile = profile
+    def __init__(self, forward_auth: ForwardAuth, source: RequestSource) -> None:
+        self._forward_auth = forward_auth
+        self._source = source
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         required = [value for name, value in scope["headers"] if name == REQUIRE]
-        places = [value for name, value in scope["headers"] if name == REQUIRE_ENVIRONMENT]
-        wanted = wanted_by(required, places)
-        return self._proxies.answer(scope, receive, send, wanted, self._profile)
+        environments = [value for name, value in scope["headers"] if name == REQUIRE_ENVIRONMENT]
+        requirement = requirement_from_lists(required, environments)
+        return self._forward_auth.respond(scope, receive, send, requirement, self._source)
 
 
-def wanted_by(required: Sequence[bytes], environments: Sequence[bytes] = ()) -> Wanted:
+def requirement_from_lists(
+    required: Sequence[bytes], environments: Sequence[bytes] = ()
+) -> Requirement:
     """What lists of permissions ask for, one list or several, each separated by commas; and of
     which environment a key must be."""
-    return wanted_of(
+    return all_of(
         [
             permission.strip(" \t")
             for value in required
@@ -51,6 +53,6 @@ def wanted_by(required: Sequence[bytes], environments: Sequence[bytes] = ()) -> 
     )
 
 
-def is_asked(path: str) -> bool:
+def matches(path: str) -> bool:
     """Whether a path is this endpoint's; behind the prefix it is the client's, dots and all."""
     return path == PATH or path.startswith(PATH + "/")

@@ -13,21 +13,21 @@ from starlette.types import Scope
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class OriginalRequest:
     """The request that a proxy asks about, as it came."""
 
     method: str
     uri: str
 
 
-Profile = Callable[[Scope], Facts | None]
+RequestSource = Callable[[Scope], OriginalRequest | None]
 """Reads the facts; None where the proxy does not send them, or sends them twice."""
 
-NOTHING: Final = Facts("", "")
+NO_REQUEST: Final = OriginalRequest("", "")
 
 
-def _headers(method: bytes, uri: bytes) -> Profile:
-    def read(scope: Scope) -> Facts | None:
+def _from_headers(method: bytes, uri: bytes) -> RequestSource:
+    def read(scope: Scope) -> OriginalRequest | None:
         methods, uris = [], []
         for name, value in scope["headers"]:
             if name == method:
@@ -36,18 +36,18 @@ def _headers(method: bytes, uri: bytes) -> Profile:
                 uris.append(value)
         if len(methods) != 1 or len(uris) != 1 or not methods[0] or not uris[0]:
             return None
-        return Facts(methods[0].decode("latin-1"), uris[0].decode("latin-1"))
+        return OriginalRequest(methods[0].decode("latin-1"), uris[0].decode("latin-1"))
 
     return read
 
 
-def _request_line(scope: Scope) -> Facts:
-    return Facts(scope["method"], scope["path"].removeprefix("/ext_authz") or "/")
+def _from_request_line(scope: Scope) -> OriginalRequest:
+    return OriginalRequest(scope["method"], scope["path"].removeprefix("/ext_authz") or "/")
 
 
-PROFILES: Final[dict[str, Profile]] = {
-    "none": lambda scope: NOTHING,
-    "forwarded": _headers(b"x-forwarded-method", b"x-forwarded-uri"),
-    "original": _headers(b"x-original-method", b"x-original-url"),
-    "envoy": _request_line,
+SOURCES: Final[dict[str, RequestSource]] = {
+    "none": lambda scope: NO_REQUEST,
+    "forwarded": _from_headers(b"x-forwarded-method", b"x-forwarded-uri"),
+    "original": _from_headers(b"x-original-method", b"x-original-url"),
+    "envoy": _from_request_line,
 }

@@ -27,15 +27,15 @@ from keylatch_sidecar.limits import (
     GRPC_METADATA_BYTES,
     HEAD_SECONDS,
 )
-from keylatch_sidecar.proxies.answers import Proxies, identity_headers
-from keylatch_sidecar.proxies.connections import descriptors
-from keylatch_sidecar.proxies.ext_authz import wanted_by
+from keylatch_sidecar.proxies.answers import ForwardAuth, identity_headers
+from keylatch_sidecar.proxies.connections import descriptor_limit
+from keylatch_sidecar.proxies.ext_authz import requirement_from_lists
 
 try:
     import grpc
     import grpc.aio
 
-    from keylatch_sidecar.proxies.check_messages import allow, deny, read
+    from keylatch_sidecar.proxies.check_messages import allow, deny, parse_check_request
 except ModuleNotFoundError as error:
     if str(error.name).partition(".")[0] not in ("grpc", "google"):
         raise
@@ -48,40 +48,42 @@ _UNIX: Final = "unix:"
 
 # grpc.health.v1: HealthCheckRequest has one text, HealthCheckResponse one number. The package for
 # that would be a dependency on the newest protobuf.
-_SERVER: Final = b""
-_OF_SERVICE: Final = b"\n" + bytes([len(SERVICE)]) + SERVICE.encode()
+_SERVER_REQUEST: Final = b""
+_SERVICE_REQUEST: Final = b"\n" + bytes([len(SERVICE)]) + SERVICE.encode()
 _SERVING: Final = b"\x08\x01"
 _NOT_SERVING: Final = b"\x08\x02"
 
 log = logging.getLogger("keylatch.proxies")
 
 
-class Authorization:
+class AuthorizationService:
     """The service.
 
     Args:
-        proxies: answers.
+        forward_auth: answers.
     """
 
-    def __init__(self, proxies: Proxies) -> None:
-        self._proxies = proxies
+    def __init__(self, forward_auth: ForwardAuth) -> None:
+        self._forward_auth = forward_auth
 
     async def check(self, message: bytes, context: object) -> bytes:
         """Answer a `CheckRequest`, also one that cannot be read: a gRPC error would be an outage
         to the proxy, which some let through.
         """
-        question = read(message)
-        values = [value for name, value in question.headers if name == b"authorization"]
-        wanted = wanted_by(question.permissions, question.environments)
-        caller = (question.client, None)
-        verdict = await self._proxies.judge(question.facts, values, wanted, lambda: caller)
-        if isinstance(verdict, Refusal):
-            return deny(verdict)
-        told = identity_headers(verdict.principal)
-        return allow(told, removed(question.headers, told))
+        query = parse_check_request(message)
+        values = [value for name, value in query.headers if name == b"authorization"]
+        requirement = requirement_from_lists(query.permissions, query.environments)
+        caller = (query.client, None)
+        outcome = await self._forward_auth.decide(
+            query.original, values, requirement, lambda: caller
+        )
+        if isinstance(outcome, Refusal):
+            return deny(outcome)
+        identity = identity_headers(outcome.principal)
+        return allow(identity, headers_to_remove(query.headers, identity))
 
 
-class Health:
+class HealthService:
     """`grpc.health.v1.Health/Check`: `/healthz` for the server, `/readyz` for the service.
 
     Args:
@@ -94,9 +96,9 @@ class Health:
 
     async def check(self, message: bytes, context: Any) -> bytes:
         """Answer a `HealthCheckRequest`."""
-        if message == _SERVER:
+        if message == _SERVER_REQUEST:
             return _SERVING
-        if message != _OF_SERVICE:
+        if message != _SERVICE_REQUEST:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
         try:
             await self._engine.ready()
@@ -106,38 +108,38 @@ class Health:
         return _SERVING
 
 
-def removed(headers: Sequence[Header], told: Sequence[Header]) -> list[bytes]:
+def headers_to_remove(headers: Sequence[Header], identity: Sequence[Header]) -> list[bytes]:
     """Names that the app must not hear from the client: the key, and what could be taken for us.
 
     Apps that read their environment fold `x_keylatch.key-id` into one of our names.
     """
-    ours = {name for name, _ in told}
-    alike = {
+    own_names = {name for name, _ in identity}
+    lookalikes = {
         name
         for name, _ in headers
         if name[:1] == b"x" and re.sub(rb"[^a-z0-9]", b"-", name).startswith(b"x-keylatch")
     }
-    return [*_ALWAYS_REMOVED, *sorted(alike - ours - {*_ALWAYS_REMOVED})]
+    return [*_ALWAYS_REMOVED, *sorted(lookalikes - own_names - {*_ALWAYS_REMOVED})]
 
 
 async def serve(
-    proxies: Proxies,
+    forward_auth: ForwardAuth,
     engine: Engine,
     address: str,
     *,
     is_shared: bool = False,
-    calls: int = GRPC_CALLS,
-    connections: int | None = None,
+    max_calls: int = GRPC_CALLS,
+    max_connections: int | None = None,
 ) -> grpc.aio.Server:
     """A server that has started; `await server.stop(grace)` ends it.
 
     Args:
-        proxies: answers.
+        forward_auth: answers.
         engine: of which the health service speaks.
         address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
         is_shared: whether other processes of ours serve the same port.
-        calls: how many may be under way at once.
-        connections: how many there may be; None: a share of the file descriptors.
+        max_calls: how many may be under way at once.
+        max_connections: how many there may be; None: a share of the file descriptors.
 
     Raises:
         OSError: the address cannot be had.
@@ -148,13 +150,13 @@ async def serve(
             # A proxy may ask as often as it likes whether its connection is alive; by default
             # gRPC hangs up on the third time in five minutes, and questions are lost.
             ("grpc.http2.max_ping_strikes", 0),
-            *_limits(connections or int(descriptors() * GRPC_CONNECTIONS_SHARE)),
+            *_limits(max_connections or int(descriptor_limit() * GRPC_CONNECTIONS_SHARE)),
         ],
-        maximum_concurrent_rpcs=calls,
+        maximum_concurrent_rpcs=max_calls,
     )
     checks: dict[str, Any] = {
-        SERVICE: Authorization(proxies).check,
-        "grpc.health.v1.Health": Health(engine).check,
+        SERVICE: AuthorizationService(forward_auth).check,
+        "grpc.health.v1.Health": HealthService(engine).check,
     }
     for service, check in checks.items():
         # Without functions that read and write messages: those are bytes here.
@@ -166,14 +168,14 @@ async def serve(
     return server
 
 
-def _limits(connections: int) -> list[tuple[str, int]]:
+def _limits(max_connections: int) -> list[tuple[str, int]]:
     """Of messages and connections. What is beyond them is a gRPC error: a proxy that fails closed,
     as all in `deploy/` do, lets nothing pass on it."""
     return [
         ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
         ("grpc.max_metadata_size", GRPC_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", GRPC_METADATA_BYTES),
-        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.server_handshake_timeout_ms", int(HEAD_SECONDS * 1000)),
         ("grpc.max_connection_idle_ms", GRPC_IDLE_SECONDS * 1000),
     ]

@@ -8,12 +8,12 @@ from typing import Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-STAND_IN: Final = b"POST"
+PLACEHOLDER_METHOD: Final = b"POST"
 """For a method that httptools may not know, or takes for more than a name: where a request ends
 does not depend on its method (RFC 9112 section 6)."""
 
 
-class OtherHead(HttpToolsProtocol):
+class UpgradeIgnoring(HttpToolsProtocol):
     """Ignores an `Upgrade`, as a server may (RFC 9110 section 7.8), and reads the body.
 
     httptools ends a request with `Upgrade`, and one with CONNECT, where its head ends, and takes
@@ -42,16 +42,16 @@ class OtherHead(HttpToolsProtocol):
             httptools.HttpParserError: what is no request.
         """
         upgrades = 0
-        while (head_end := self._fed(piece)) is not None:
+        while (head_end := self._feed_until_upgrade(piece)) is not None:
             upgrades += 1
             self.method = self.method or self.parser.get_method().decode()
-            head = self._without_upgrade()
-            self._renew_parser()
+            head = self._head_without_upgrade()
+            self._replace_parser()
             self.parser.feed_data(head)
             piece = piece[head_end:]
         return upgrades
 
-    def _fed(self, piece: bytes) -> int | None:
+    def _feed_until_upgrade(self, piece: bytes) -> int | None:
         """Where in it the head of an upgrade ends, if the parser stopped there."""
         try:
             self.parser.feed_data(piece)
@@ -59,12 +59,16 @@ class OtherHead(HttpToolsProtocol):
             return int(upgrade.args[0])
         return None
 
-    def _renew_parser(self) -> None:
+    def _replace_parser(self) -> None:
         """The old one would discard all that comes after `Connection: close, Upgrade`."""
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
-    def _without_upgrade(self) -> bytes:
-        line = b"%s %s HTTP/%s" % (STAND_IN, self.url, self.parser.get_http_version().encode())
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s" % (
+            PLACEHOLDER_METHOD,
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
         kept = [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
         return b"\r\n".join([line, *kept, b"", b""])

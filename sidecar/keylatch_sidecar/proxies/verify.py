@@ -11,13 +11,13 @@ from urllib.parse import parse_qsl
 from starlette.types import Receive, Scope, Send
 
 from keylatch.asgi import refuse
-from keylatch.model import ANY_KEY, Wanted
+from keylatch.model import ANY_KEY, Requirement
 from keylatch.refusals import Refusal
-from keylatch_sidecar.proxies.answers import Proxies, wanted_of
-from keylatch_sidecar.proxies.facts import Profile
+from keylatch_sidecar.proxies.answers import ForwardAuth, all_of
+from keylatch_sidecar.proxies.facts import RequestSource
 
 PATH: Final = "/verify"
-_REMEMBERED_BYTES: Final = 256
+_MAX_CACHED_BYTES: Final = 256
 
 _WRONG_METHOD_BODY: Final = b'{"error":"method_not_allowed","error_description":"GET or HEAD"}'
 _WRONG_METHOD: Final = Refusal(
@@ -37,33 +37,33 @@ class Verify:
     """The endpoint.
 
     Args:
-        proxies: answers.
-        profile: where proxies say what they were asked.
+        forward_auth: answers.
+        source: where proxies say what they were asked.
     """
 
-    def __init__(self, proxies: Proxies, profile: Profile) -> None:
-        self._proxies = proxies
-        self._profile = profile
+    def __init__(self, forward_auth: ForwardAuth, source: RequestSource) -> None:
+        self._forward_auth = forward_auth
+        self._source = source
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         # No coroutine of its own: amid real requests each one costs a microsecond.
         if scope["method"] not in ("GET", "HEAD"):
             return refuse(_WRONG_METHOD, scope, receive, send)
         query = scope["query_string"]
-        wanted = wanted_by(query) if query else ANY_KEY
-        return self._proxies.answer(scope, receive, send, wanted, self._profile)
+        requirement = requirement_from_query(query) if query else ANY_KEY
+        return self._forward_auth.respond(scope, receive, send, requirement, self._source)
 
 
-def wanted_by(query: bytes) -> Wanted:
+def requirement_from_query(query: bytes) -> Requirement:
     """What `?permission=P&environment=E` asks for."""
     # A proxy may append its client's query: nobody shall fill the memory with long ones.
-    return _remembered(query) if len(query) <= _REMEMBERED_BYTES else _read(query)
+    return _parse_cached(query) if len(query) <= _MAX_CACHED_BYTES else _parse(query)
 
 
-def _read(query: bytes) -> Wanted:
+def _parse(query: bytes) -> Requirement:
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     permissions = [value for name, value in pairs if name == "permission"]
-    return wanted_of(permissions, [value for name, value in pairs if name == "environment"])
+    return all_of(permissions, [value for name, value in pairs if name == "environment"])
 
 
-_remembered = lru_cache(maxsize=256)(_read)
+_parse_cached = lru_cache(maxsize=256)(_parse)

@@ -24,7 +24,7 @@ class Step:
 
     version: str
     purpose: str
-    waiting: str
+    blocks: str
 
 
 def version_of(connection: Connection) -> str | None:
@@ -56,7 +56,7 @@ def _refuse_newer(version: str | None) -> None:
         )
 
 
-def bring_up_to_date(connection: Connection, now_ms: int) -> None:
+def upgrade(connection: Connection, now_ms: int) -> None:
     """Make the tables of an empty store, or those that an old one lacks, in this transaction."""
     if connection.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE locks by itself
         connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))
@@ -91,10 +91,10 @@ def steps_after(version: str | None) -> Sequence[Step]:
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory.from_config(_config())
-    todo = [each for each in scripts.walk_revisions() if each.revision > (version or "")]
+    pending = [each for each in scripts.walk_revisions() if each.revision > (version or "")]
     return [
         Step(each.revision, " ".join(each.doc.split()), each.module.waiting)
-        for each in reversed(todo)
+        for each in reversed(pending)
     ]
 
 
