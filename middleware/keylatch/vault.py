@@ -85,9 +85,9 @@ class StoreSecrets:
             SecretInUse: see `retire`.
         """
         _, successor = await self._find_retirable(secret_id)
-        if successor.kind != "check":
+        if successor.kind != "mac":
             return 0
-        return await self._store.count_issued_before(successor.created_at, self._now_ms())
+        return await self._store.count_issued_before(successor.status_since, self._now_ms())
 
     async def retire(self, secret_id: int, *, by: str = OPERATOR) -> Receipt:
         """Delete a secret that was replaced. Tokens whose check was made with it are strangers'
@@ -126,7 +126,7 @@ class StoreSecrets:
                 "it is the primary secret: everything new is made with it",
                 "keylatch secrets rotate, then wait",
             )
-        if all(other.created_at > self._replaced_before_ms() for other in newer):
+        if all(other.status_since > self._replaced_before_ms() for other in newer):
             raise SecretInUse(
                 f"it was replaced less than {SHARED_CACHE_SECONDS} seconds ago",
                 "values made with it may still be in the shared cache: wait",

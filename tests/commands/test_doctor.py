@@ -166,10 +166,10 @@ def test_a_file_that_is_no_database_fails(operator: Operator) -> None:
         ("UPDATE keylatch_version SET version_num = '9999'", "tables", "failure"),
         ("UPDATE keylatch_version SET version_num = '0003'", "tables", "warning"),
         ("DELETE FROM keylatch_secrets WHERE kind = 'pepper'", "secrets", "failure"),
-        ("UPDATE keylatch_secrets SET makes = 0", "secrets", "failure"),
+        ("UPDATE keylatch_secrets SET enabled = 0", "secrets", "failure"),
         (
-            "INSERT INTO keylatch_secrets (kind, value, created_at, makes)"
-            " VALUES ('check', x'00', 0, 0)",
+            "INSERT INTO keylatch_secrets (kind, value, status_since, enabled)"
+            " VALUES ('mac', x'00', 0, 0)",
             *("secrets", "warning"),
         ),
     ],
@@ -402,7 +402,7 @@ def test_answers_that_no_test_server_gives() -> None:
     assert statuses(cache._check_server({}))["Redis"] is Status.WARNING
     assert statuses(cache._check_latency([0.001, 0.06]))["Redis latency"] is Status.WARNING
     assert statuses(cache._check_latency([0.006] * 3))["Redis latency"] is Status.WARNING
-    many = [("check", True)] * 7 + [("pepper", True)] * 7
+    many = [("mac", True)] * 7 + [("pepper", True)] * 7
     assert statuses(tables.check_secrets(many)) == {"secrets": Status.WARNING}
     told = server._check_server("17.1", False, "off", "on", "on", "on", 100, 90, False, "10.0.0.7")
     assert statuses(told) == {

@@ -189,7 +189,7 @@ def test_nothing_else_comes_through(host: str, agent: str) -> None:
 def clients_in(store_url: str) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(store_url.removeprefix("sqlite:///"))) as connection:
         rows: list[tuple[Any, ...]] = connection.execute(
-            "SELECT address, agent FROM keylatch_clients"
+            "SELECT network, product FROM keylatch_clients"
         ).fetchall()
     return rows
 

@@ -68,12 +68,12 @@ class VaultContract(StoreTests):
 
     async def test_a_rotation_that_was_cut_off_is_finished(self, store: Store) -> None:
         """No second secret is made, and whoever may not have heard of the first is told again."""
-        first = await store.add_pending_secrets(["check"], NOW)
-        assert await store.add_pending_secrets(["check"], NOW) == first + 1
+        first = await store.add_pending_secrets(["mac"], NOW)
+        assert await store.add_pending_secrets(["mac"], NOW) == first + 1
         assert len((await store.secrets()).mac_keys) == 2
-        await store.promote_secrets(["check"], NOW)
-        await store.promote_secrets(["check"], NOW)
-        assert [each.status for each in await store.list_secrets() if each.kind == "check"] == [
+        await store.promote_secrets(["mac"], NOW)
+        await store.promote_secrets(["mac"], NOW)
+        assert [each.status for each in await store.list_secrets() if each.kind == "mac"] == [
             "primary",
             "enabled",
         ]
@@ -81,16 +81,16 @@ class VaultContract(StoreTests):
     async def test_only_what_was_replaced_long_ago_is_retired(self, store: Store) -> None:
         """Not what makes, not what waits, not what was replaced a moment ago."""
         oldest = {each.kind: each.id for each in await store.list_secrets()}
-        assert await store.retire_secret(oldest["check"], NOW, NOW) is None
+        assert await store.retire_secret(oldest["mac"], NOW, NOW) is None
         await store.add_pending_secrets(KINDS, NOW)
         waiting = max(each.id for each in await store.list_secrets())
-        assert await store.retire_secret(oldest["check"], NOW, NOW) is None
+        assert await store.retire_secret(oldest["mac"], NOW, NOW) is None
         assert await store.retire_secret(waiting, NOW, NOW) is None
-        await store.promote_secrets(["check"], NOW)
-        assert await store.retire_secret(oldest["check"], NOW - 1, NOW) is None
+        await store.promote_secrets(["mac"], NOW)
+        assert await store.retire_secret(oldest["mac"], NOW - 1, NOW) is None
         assert await store.retire_secret(oldest["pepper"], NOW, NOW) is None
-        assert await store.retire_secret(oldest["check"], NOW, NOW) is not None
-        assert oldest["check"] not in [each.id for each in await store.list_secrets()]
+        assert await store.retire_secret(oldest["mac"], NOW, NOW) is not None
+        assert oldest["mac"] not in [each.id for each in await store.list_secrets()]
 
 
 @pytest.mark.anyio
@@ -360,7 +360,7 @@ async def test_a_retired_check_key_takes_its_tokens_along(engine: Engine, clock:
     """It goes when it was replaced long enough ago; then its tokens are strangers'."""
     old = await create(engine)
     vault = await engine.store_secrets()
-    first = next(each.id for each in await vault.list() if each.kind == "check")
+    first = next(each.id for each in await vault.list() if each.kind == "mac")
     with pytest.raises(SecretInUse, match="everything new"):
         await vault.retire(first)
     clock.tick(1)
@@ -391,7 +391,7 @@ def test_the_command_line_rotates_and_retires(
     listed = json.loads(operator.run("secrets", "list", "--json").stdout)
     roles = [(each["kind"], each["status"]) for each in listed]
     assert roles.count(("pepper", "enabled")) == 2
-    assert roles.count(("check", "enabled")) == 1
+    assert roles.count(("mac", "enabled")) == 1
     assert set(listed[0]) == {"id", "kind", "since", "status"}
     table = operator.run("secrets", "list").stdout
     assert table.count("verifies what it made") == 3
@@ -401,10 +401,10 @@ def test_the_command_line_rotates_and_retires(
     )
     monkeypatch.setattr("keylatch.vault.SHARED_CACHE_SECONDS", 0)
     assert operator.run("secrets", "retire", retired["pepper"]).exit_code == 0
-    refused = operator.run("secrets", "retire", retired["check"])
+    refused = operator.run("secrets", "retire", retired["mac"])
     assert (refused.exit_code, "1 live keys are older" in refused.stderr) == (1, True)
     assert operator.run("verify", stdin=old).exit_code == 0
-    assert operator.run("secrets", "retire", retired["check"], "--yes").exit_code == 0
+    assert operator.run("secrets", "retire", retired["mac"], "--yes").exit_code == 0
     assert operator.run("verify", stdin=old).exit_code == 1
     assert operator.run("secrets", "retire", "999").exit_code == 1
     audit = operator.run("audit").stdout

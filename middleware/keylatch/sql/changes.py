@@ -343,7 +343,7 @@ def prune_invalidations(connection: Connection) -> None:
     oldest = seq - _MAX_INVALIDATIONS
     if oldest <= 0:
         return
-    connection.execute(update(meta).values(pruned=oldest))
+    connection.execute(update(meta).values(pruned_seq=oldest))
     connection.execute(invalidations.delete().where(invalidations.c.seq <= oldest))
 
 

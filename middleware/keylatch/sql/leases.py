@@ -30,7 +30,7 @@ from keylatch.sql.database import Query, Rows
 from keylatch.sql.questions import InvalidationBatch, read_invalidations, select_invalidations
 from keylatch.sql.schema import invalidations, members
 
-NOTIFY_CHANNEL: Final = "keylatch_bell"
+NOTIFY_CHANNEL: Final = "keylatch_invalidations"
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def select_invalidations() -> Select[Any]:
     return select(
         meta.c.seq,
         meta.c.epoch,
-        meta.c.pruned,
+        meta.c.pruned_seq,
         newer.c.seq,
         newer.c.key_id,
         newer.c.organization_id,
@@ -125,7 +125,7 @@ def _secrets() -> Select[Any]:
     return (
         select(meta.c.seq, secrets.c.kind, secrets.c.value)
         .join_from(meta, secrets, true())
-        .order_by(secrets.c.makes.desc(), secrets.c.id.desc())
+        .order_by(secrets.c.enabled.desc(), secrets.c.id.desc())
     )
 
 
@@ -137,8 +137,8 @@ SEQUENCE: Final = Query(select(meta.c.seq))
 
 
 def read_invalidations(rows: Rows, since: int) -> InvalidationBatch:
-    seq, epoch, pruned, *_ = rows[0]
-    is_complete = since >= pruned and len(rows) <= _MAX_INVALIDATIONS
+    seq, epoch, pruned_seq, *_ = rows[0]
+    is_complete = since >= pruned_seq and len(rows) <= _MAX_INVALIDATIONS
     entries = tuple((row[3], row[4], row[5]) for row in rows if row[3] is not None)
     return InvalidationBatch(
         seq, epoch, is_complete, entries if is_complete else (), rows[0][6] is not None
@@ -166,7 +166,7 @@ def record_of(columns: Sequence[Any]) -> KeyRecord:
 
 def read_secrets(rows: Rows) -> Secrets:
     return Secrets(
-        mac_keys=tuple(value for _, kind, value in rows if kind == "check"),
+        mac_keys=tuple(value for _, kind, value in rows if kind == "mac"),
         peppers=tuple(value for _, kind, value in rows if kind == "pepper"),
         as_of=rows[0][0],
     )

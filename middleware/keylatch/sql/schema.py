@@ -22,7 +22,7 @@ from sqlalchemy import (
     true,
 )
 
-VERSION: Final = "0005"
+VERSION: Final = "0006"
 """The newest migration: what a store must be at for this code to use it."""
 
 metadata: Final = MetaData()
@@ -38,7 +38,7 @@ meta: Final = Table(
     # A counter row and not a SEQUENCE: sequences commit out of order, and whoever polls for
     # "newer than what I saw" would silently skip the row that committed late.
     Column("seq", BigInteger, nullable=False),
-    Column("pruned", BigInteger, nullable=False),
+    Column("pruned_seq", BigInteger, nullable=False),
     Column("epoch", String(32), nullable=False),
 )
 
@@ -112,9 +112,10 @@ secrets: Final = Table(
     Column("id", Integer, primary_key=True),
     Column("kind", String(16), nullable=False),
     Column("value", LargeBinary, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    # Whether anything is made with it; before that, every process must have learned to read it.
-    Column("makes", Boolean, nullable=False, server_default=true()),
+    # When it was added, or enabled.
+    Column("status_since", BigInteger, nullable=False),
+    # Whether it may be primary. A pending secret is not, until every process has loaded it.
+    Column("enabled", Boolean, nullable=False, server_default=true()),
 )
 
 NO_ID: Final = ""
@@ -158,10 +159,10 @@ clients: Final = Table(
     "keylatch_clients",
     metadata,
     Column("key_id", String(64), primary_key=True),
-    Column("address", String(64)),
-    Column("agent", String(64)),
+    Column("network", String(64)),
+    Column("product", String(64)),
     Column("seen_at", BigInteger, nullable=False),
-    Index("keylatch_clients_by_time", "seen_at"),
+    Index("keylatch_clients_by_seen_at", "seen_at"),
 )
 
 audit: Final = Table(

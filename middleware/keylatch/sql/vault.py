@@ -16,7 +16,7 @@ from keylatch.sql.changes import advance
 from keylatch.sql.deeds import record_event
 from keylatch.sql.schema import STORE_SECRETS_ID, keys, secrets
 
-KINDS: Final = ("check", "pepper")
+KINDS: Final = ("mac", "pepper")
 _BYTES: Final = 32
 
 
@@ -26,8 +26,8 @@ class SecretInfo:
 
     id: int
     kind: str
-    created_at: int
-    """Milliseconds since the epoch; once it makes, since when it does."""
+    status_since: int
+    """Milliseconds since the epoch: when it was added, or enabled."""
     status: Literal["primary", "enabled", "pending"]
     """What it is for: everything new; what was made before; nothing until everybody knows it."""
 
@@ -35,19 +35,19 @@ class SecretInfo:
 def list_secrets(connection: Connection) -> list[SecretInfo]:
     """All secrets, newest first."""
     rows = connection.execute(
-        select(secrets.c.id, secrets.c.kind, secrets.c.created_at, secrets.c.makes).order_by(
+        select(secrets.c.id, secrets.c.kind, secrets.c.status_since, secrets.c.enabled).order_by(
             secrets.c.id.desc()
         )
     ).all()
     primaries: dict[str, int] = {}
     for row in rows:
-        if row.makes:
+        if row.enabled:
             primaries.setdefault(row.kind, row.id)
     return [
         SecretInfo(
-            *(row.id, row.kind, row.created_at),
+            *(row.id, row.kind, row.status_since),
             "pending"
-            if not row.makes
+            if not row.enabled
             else "primary"
             if primaries[row.kind] == row.id
             else "enabled",
@@ -62,13 +62,13 @@ def add_pending(connection: Connection, kinds: Sequence[str], now_ms: int, by: s
     seq = advance(connection, now_ms, organization_id=STORE_SECRETS_ID)  # first: it locks
     record_event(connection, now_ms, by, "secrets.introduce", None, None, {"kinds": list(kinds)})
     pending = set(
-        connection.execute(select(secrets.c.kind).where(secrets.c.makes.is_(False))).scalars()
+        connection.execute(select(secrets.c.kind).where(secrets.c.enabled.is_(False))).scalars()
     )
     for kind in kinds:
         if kind not in pending:
             connection.execute(
                 insert(secrets).values(
-                    kind=kind, value=csprng.token_bytes(_BYTES), created_at=now_ms, makes=False
+                    kind=kind, value=csprng.token_bytes(_BYTES), status_since=now_ms, enabled=False
                 )
             )
     return seq
@@ -79,8 +79,8 @@ def promote(connection: Connection, kinds: Sequence[str], now_ms: int, by: str) 
     seq = advance(connection, now_ms, organization_id=STORE_SECRETS_ID)
     connection.execute(
         update(secrets)
-        .where(secrets.c.kind.in_(kinds), secrets.c.makes.is_(False))
-        .values(makes=True, created_at=now_ms)
+        .where(secrets.c.kind.in_(kinds), secrets.c.enabled.is_(False))
+        .values(enabled=True, status_since=now_ms)
     )
     record_event(connection, now_ms, by, "secrets.rotate", None, None, {"kinds": list(kinds)})
     return seq
@@ -94,12 +94,12 @@ def retire(
     replaced = exists().where(
         successor.c.kind == secrets.c.kind,
         successor.c.id > secrets.c.id,
-        successor.c.makes,
-        successor.c.created_at <= before_ms,
+        successor.c.enabled,
+        successor.c.status_since <= before_ms,
     )
     seq = advance(connection, now_ms, organization_id=STORE_SECRETS_ID)
     deleted = connection.execute(
-        secrets.delete().where(secrets.c.id == secret_id, secrets.c.makes, replaced)
+        secrets.delete().where(secrets.c.id == secret_id, secrets.c.enabled, replaced)
     )
     if not deleted.rowcount:
         return None

@@ -117,13 +117,13 @@ def add_batch(connection: Connection, last_used: Mapping[str, int], batch: Usage
             counts,
         )
     seen = [
-        {"key_id": key_id, "address": each.address, "agent": each.agent, "seen_at": each.seen_at}
+        {"key_id": key_id, "network": each.address, "product": each.agent, "seen_at": each.seen_at}
         for key_id, each in sorted(batch.clients.items())
     ]
     if seen:
         insertion_of_clients = _insert(connection, clients)
         new = {
-            name: insertion_of_clients.excluded[name] for name in ("address", "agent", "seen_at")
+            name: insertion_of_clients.excluded[name] for name in ("network", "product", "seen_at")
         }
         connection.execute(
             insertion_of_clients.on_conflict_do_update(
@@ -177,7 +177,7 @@ def usage_of(
     for day, outcome, count in rows:
         days.setdefault(day, {})[outcome] = count
     client = connection.execute(
-        select(clients.c.address, clients.c.agent, clients.c.seen_at).where(
+        select(clients.c.network, clients.c.product, clients.c.seen_at).where(
             clients.c.key_id == key_id
         )
     ).first()

@@ -49,7 +49,7 @@ def list_secrets(
     for heading in ("id", "kind", "since", "role"):
         table.add_column(heading)
     for secret in stored:
-        row = (str(secret.id), secret.kind, iso(secret.created_at), _ROLES[secret.status])
+        row = (str(secret.id), secret.kind, iso(secret.status_since), _ROLES[secret.status])
         table.add_row(*row)
     Console(highlight=False, markup=False).print(table)
 
@@ -72,7 +72,7 @@ def rotate(
         return await (await engine.store_secrets()).rotate(named or KINDS, by=account())
 
     receipt = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
-    what = " and ".join({"check": "check key", "pepper": "pepper"}[kind] for kind in named or KINDS)
+    what = " and ".join({"mac": "MAC key", "pepper": "pepper"}[kind] for kind in named or KINDS)
     terminal.stderr.print(f"Rotated {what}: {terminal.propagation(receipt)}.")
 
 
@@ -94,7 +94,7 @@ def retire(
     async def run(engine: Engine) -> Receipt | int:
         vault = await engine.store_secrets()
         dependants = await vault.count_dependent_keys(secret_id)
-        is_check = any(each.id == secret_id and each.kind == "check" for each in await vault.list())
+        is_check = any(each.id == secret_id and each.kind == "mac" for each in await vault.list())
         if is_check and not yes:
             return dependants
         return await vault.retire(secret_id, by=account())
@@ -116,6 +116,6 @@ def _as_json(secret: SecretInfo) -> dict[str, object]:
     return {
         "id": secret.id,
         "kind": secret.kind,
-        "since": iso(secret.created_at),
+        "since": iso(secret.status_since),
         "status": secret.status,
     }

@@ -14,7 +14,7 @@ _MAX_SECRETS: Final = 12
 Rows = Sequence[tuple[Any, ...]]
 
 STORED_VERSION: Final = "SELECT version_num FROM keylatch_version"
-SECRETS: Final = "SELECT kind, makes FROM keylatch_secrets"
+SECRETS: Final = "SELECT kind, enabled FROM keylatch_secrets"
 MEMBERS: Final = "SELECT id, grants FROM keylatch_members"
 """How many leases each process has been granted so far."""
 
@@ -34,11 +34,11 @@ def check_version(version: str | None) -> Finding:
 
 def check_secrets(secrets: Rows) -> Iterator[Finding]:
     """Whether there is a check key and a pepper, and no rotation was left in the middle."""
-    missing = {"check", "pepper"} - {kind for kind, is_primary in secrets if is_primary}
+    missing = {"mac", "pepper"} - {kind for kind, is_primary in secrets if is_primary}
     if missing:
         names = " and ".join(sorted(missing))
         yield failure("secrets", f"there is no {names}", "restore the store from a backup")
-    elif not all(makes for _, makes in secrets):
+    elif not all(enabled for _, enabled in secrets):
         yield warning("secrets", "a rotation was not finished", "keylatch secrets rotate")
     elif len(secrets) > _MAX_SECRETS:
         message = f"{len(secrets)} kept: every forged token is tried with all of them"

@@ -71,12 +71,14 @@ def upgrade(connection: Connection, now_ms: int) -> None:
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
     if connection.execute(select(meta.c.seq)).first() is None:
-        connection.execute(insert(meta).values(id=1, seq=1, pruned=0, epoch=csprng.token_hex(8)))
+        connection.execute(
+            insert(meta).values(id=1, seq=1, pruned_seq=0, epoch=csprng.token_hex(8))
+        )
         connection.execute(
             insert(secrets),
             [
-                {"kind": kind, "value": csprng.token_bytes(32), "created_at": now_ms}
-                for kind in ("check", "pepper")
+                {"kind": kind, "value": csprng.token_bytes(32), "status_since": now_ms}
+                for kind in ("mac", "pepper")
             ],
         )
 
