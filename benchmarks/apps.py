@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from keylatch_sidecar import serving
+from keylatch_sidecar import server
 from keylatch_sidecar.app import GRPCListener
 
 FOLDER: Final = Path(__file__).parent
@@ -106,8 +106,8 @@ def over_grpc_as_well(address: str) -> ASGIApp:
     """`allow`, and the same answer to every question over gRPC."""
     import grpc.aio
 
-    from keylatch_sidecar.proxies.check_messages import allow as allowed
-    from keylatch_sidecar.proxies.grpc_authz import SERVICE
+    from keylatch_sidecar.forward_auth.ext_authz_grpc import SERVICE
+    from keylatch_sidecar.forward_auth.protobuf import allow as allowed
 
     answer = allowed(ALLOW[2:], [b"authorization"])
 
@@ -149,13 +149,13 @@ def main() -> None:
     given = parser.parse_args()
     import apps  # workers look the app up by its module's name, and this one is `__main__`
 
-    serving.from_environment = apps.allowing  # type: ignore[attr-defined]
-    ports = [serving.Listener("127.0.0.1", given.port)] if given.port else []
-    sockets = [serving.Listener("127.0.0.1", 0, given.uds)] if given.uds else []
+    server.from_environment = apps.allowing  # type: ignore[attr-defined]
+    ports = [server.Listener("127.0.0.1", given.port)] if given.port else []
+    sockets = [server.Listener("127.0.0.1", 0, given.uds)] if given.uds else []
     first, second = [*ports, *sockets, None][:2]
     assert first is not None, "--port or --uds"
-    grpc = serving.Listener.optional("127.0.0.1", given.grpc_port, None)
-    serving.run(first, second, grpc, given.workers)
+    grpc = server.Listener.optional("127.0.0.1", given.grpc_port, None)
+    server.run(first, second, grpc, given.workers)
 
 
 if __name__ == "__main__":

@@ -31,16 +31,16 @@ from rich.progress import track
 from rich.table import Table
 from sqlalchemy.dialects import postgresql
 
+from keylatch.core.decisions import Allow
 from keylatch.engine import Engine
-from keylatch.model import Allow
 from keylatch.revocation.lease import Lease
-from keylatch.revocation.news import Notice, Signer
+from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
-from keylatch.sql import leases, questions
-from keylatch.store import Invalidation
+from keylatch.storage import leases, queries
+from keylatch.storage.store import Invalidation
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_QUERIES = {b"poll": leases.POLL, b"changes": questions.INVALIDATIONS_SINCE}
+_QUERIES = {b"poll": leases.POLL, b"changes": queries.INVALIDATIONS_SINCE}
 
 
 class Member:

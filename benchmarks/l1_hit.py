@@ -39,9 +39,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from keylatch.asgi import APIKeyMiddleware
+from keylatch.core.tokens import MacKeys
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch.tokens import MacKeys
 
 sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 

@@ -29,11 +29,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from keylatch.core.decisions import Allow
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
-from keylatch.keyring import NewKey
-from keylatch.model import Allow
+from keylatch.management.keyring import NewKey
 from keylatch.settings import Settings
-from keylatch.tokens import Token
 
 sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 sys.path.append(str(Path(__file__).parent.parent / "tests/reverse_proxies"))

@@ -33,15 +33,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from counted import counted
-from keylatch import argon2id
-from keylatch.caches.breaker import FAILURES, connect
+from keylatch.authentication.hashing import Hasher
+from keylatch.caches.redis_client import FAILURES, connect
+from keylatch.core import argon2id
+from keylatch.core.decisions import Allow, Deny, Reason
+from keylatch.core.tokens import MacKeys
 from keylatch.engine import Engine
-from keylatch.hashing import Hasher
-from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, Reason
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
-from keylatch.store import Found, Store
-from keylatch.tokens import MacKeys
+from keylatch.storage.store import Found, Store
 from open_loop import percentiles_us
 from stores import KINDS, RedisServer, create_store, filled
 from targets import Row, Spread, report

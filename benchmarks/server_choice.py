@@ -77,7 +77,7 @@ KINDS: Final = (
     Kind("uvicorn: uvloop, httptools", ("--loop", "uvloop", "--http", "httptools")),
     Kind(
         "uvicorn as `keylatch serve` runs it",
-        ("--loop", "uvloop", "--http", "keylatch_sidecar.proxies.any_method:AnyMethod"),
+        ("--loop", "uvloop", "--http", "keylatch_sidecar.http_server.http_methods:AnyMethod"),
     ),
     Kind("uvicorn: uvloop, h11", ("--loop", "uvloop", "--http", "h11")),
     Kind("uvicorn: asyncio, httptools", ("--loop", "asyncio", "--http", "httptools")),

@@ -12,7 +12,7 @@ from typing import Final
 sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
 
 from keylatch.engine import Engine
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
 from servers import PostgresServer, RedisServer
 

@@ -22,12 +22,12 @@ from rich.table import Table
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from keylatch.core.decisions import ANY_KEY, Allow
 from keylatch.engine import Engine
-from keylatch.model import ANY_KEY, Allow
 from keylatch.settings import Settings
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.proxies.answers import allow_start
-from keylatch_sidecar.proxies.any_method import AnyMethod
+from keylatch_sidecar.forward_auth.decision import allow_start
+from keylatch_sidecar.http_server.http_methods import AnyMethod
 from keylatch_sidecar.settings import ProxySettings
 
 BARE = "a bare 200"

@@ -15,16 +15,16 @@ from typing import Any, Final
 
 from channel import Channel
 from checker import ACCEPTED, REFUSED, UNDECIDED, Checker
-from keylatch import credentials
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core import credentials
+from keylatch.core.decisions import Allow, Decision, KeyRecord, Reason
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Keyring
-from keylatch.model import Allow, Decision, KeyRecord, Reason
+from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
-from keylatch.sql.authorization import OPERATOR, Actor
-from keylatch.store import Store
-from keylatch.tokens import Token
+from keylatch.storage.authorization import OPERATOR, Actor
+from keylatch.storage.store import Store
 from revoker import Refused, Revoked, revoke_until_ended
 
 _AT_A_TIME: Final = 5

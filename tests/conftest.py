@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx
 import pytest
 
-from keylatch.caches.breaker import CircuitBreaker
+from keylatch._variables import variable_name
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.caches.redis_client import CircuitBreaker
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
-from keylatch.store import Store
-from keylatch.variables import variable_name
+from keylatch.storage.store import Store
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.settings import TestSettings
 from servers import PostgresServer, RedisServer, serving
@@ -143,7 +143,7 @@ def generous_redis_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def extend_redis_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As much as a busy machine takes: the 50 ms of an attempt are other tests' affair."""
-    monkeypatch.setattr("keylatch.caches.breaker.TIMEOUT_SECONDS", 60)
+    monkeypatch.setattr("keylatch.caches.redis_client.TIMEOUT_SECONDS", 60)
     monkeypatch.setattr(
         "keylatch.engine.CircuitBreaker", partial(CircuitBreaker, timeout_seconds=60)
     )

@@ -3,6 +3,8 @@
 The adapters are imported from where they live: `keylatch.asgi.APIKeyMiddleware`.
 """
 
+from keylatch.core.decisions import KeyRecord, Principal
+from keylatch.core.tokens import SCAN_PATTERN, Token
 from keylatch.engine import Engine
 from keylatch.errors import (
     ConfigurationError,
@@ -12,10 +14,8 @@ from keylatch.errors import (
     StoreIncompatible,
     StoreUnavailable,
 )
-from keylatch.keyring import Created, InvalidValue, Keyring, NotPermitted
-from keylatch.model import KeyRecord, Principal
+from keylatch.management.keyring import Created, InvalidValue, Keyring, NotPermitted
 from keylatch.settings import Settings
-from keylatch.tokens import SCAN_PATTERN, Token
 
 __all__ = [
     "SCAN_PATTERN",

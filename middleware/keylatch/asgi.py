@@ -12,20 +12,20 @@ from typing import Any, Final
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from keylatch import credentials
-from keylatch.credentials import is_identity_header
+from keylatch.adapters.middleware import BaseMiddleware
+from keylatch.adapters.proxy_identity import Peer, ProxyIdentity
+from keylatch.adapters.routing import ASGIRouter
+from keylatch.adapters.websocket import run_until
+from keylatch.core import credentials
+from keylatch.core.credentials import is_identity_header
+from keylatch.core.decisions import DeferredDeny, Deny
+from keylatch.core.policy import route_path
+from keylatch.core.refusals import Refusal
+from keylatch.core.rules import WEBSOCKET
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
-from keylatch.gate import BaseMiddleware
-from keylatch.identity import Peer, ProxyIdentity
-from keylatch.model import DeferredDeny, Deny
-from keylatch.policy import route_path
-from keylatch.refusals import Refusal
-from keylatch.routing import ASGIRouter
-from keylatch.rules import WEBSOCKET
-from keylatch.telemetry.trail import RequestTrace, time_check, tracing_request
-from keylatch.tokens import Token
-from keylatch.websocket import run_until
+from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
 
 _TRACED: Final = "keylatch.traced"
 _RESPONSE_STARTS: Final = (
@@ -109,8 +109,8 @@ class APIKeyMiddleware(BaseMiddleware[ASGIApp]):
 class ProxyIdentityMiddleware(ProxyIdentity[ASGIApp]):
     """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
 
-    The arguments are those of `keylatch.identity.ProxyIdentity`. Give uvicorn `--no-proxy-headers`,
-    or the peer is whom `X-Forwarded-For` names.
+    The arguments are those of `keylatch.adapters.proxy_identity.ProxyIdentity`. Start uvicorn with
+    `--no-proxy-headers`: otherwise the peer is the address in `X-Forwarded-For`.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

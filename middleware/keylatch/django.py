@@ -32,27 +32,33 @@ except ModuleNotFoundError as error:
 from starlette.authentication import UnauthenticatedUser
 from starlette.types import Receive, Scope, Send
 
-from keylatch.demands import any_of, refusal_of
-from keylatch.errors import ConfigurationError
-from keylatch.frameworks import (
-    Route,
+from keylatch.adapters.environ import PRINCIPAL, REFUSALS, client_info_of
+from keylatch.adapters.frameworks import (
     django_path_templates,
     find_django_route,
     route_from_django_match,
 )
-from keylatch.gate import BaseMiddleware
-from keylatch.languages import language_of, override_language
-from keylatch.model import FULL, Decision, DeferredDeny, Deny, Principal, Requirement, missing_scope
-from keylatch.portal import Portal, close_all
-from keylatch.refusals import Refusal
-from keylatch.routing import has_encoded_slash, is_unambiguous_environ
-from keylatch.rules import declare, required_by
-from keylatch.telemetry.trail import RequestTrace, time_awaited_check, time_check
+from keylatch.adapters.languages import language_of, override_language
+from keylatch.adapters.middleware import BaseMiddleware
+from keylatch.adapters.portal import Portal, close_all
+from keylatch.adapters.routing import has_encoded_slash, is_unambiguous_environ
+from keylatch.adapters.view_permissions import any_of, refusal_of
+from keylatch.core.decisions import (
+    FULL,
+    Decision,
+    DeferredDeny,
+    Deny,
+    Principal,
+    Requirement,
+    missing_scope,
+)
+from keylatch.core.refusals import Refusal
+from keylatch.core.routes import Route
+from keylatch.core.rules import declare, required_by
+from keylatch.errors import ConfigurationError
+from keylatch.telemetry.request_trace import RequestTrace, time_awaited_check, time_check
 from keylatch.wsgi import (
-    PRINCIPAL,
-    REFUSALS,
     authorization,
-    client_info_of,
     request_trace_of,
     strip_identity_headers,
 )
@@ -67,8 +73,8 @@ _SETTING_NAMES: Final = tuple(
 class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
     """Lets a request pass if it carries a good key, as `request.api_key`.
 
-    KEYLATCH has the arguments of `keylatch.gate.BaseMiddleware`. A key without FULL may
-    call what `permissions` names for it, and the views that say `requires`. Name this middleware
+    KEYLATCH has the arguments of `keylatch.adapters.middleware.BaseMiddleware`. A key without FULL
+    may call what `permissions` names for it, and the views that say `requires`. Name this middleware
     first: what stands before it sees requests that nobody has checked. Only one that chooses
     `request.urlconf` belongs before it, because the view is looked up there. What one after it
     changes (the path, the method, the language, the URLconf) can close a view and open none: the

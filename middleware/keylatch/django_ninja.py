@@ -22,8 +22,8 @@ except ModuleNotFoundError as error:
         "keylatch.django_ninja needs the package django-ninja: pip install django-ninja"
     ) from error
 
-from keylatch.demands import any_of, principal_of, refusal_of
-from keylatch.model import ANY_KEY
+from keylatch.adapters.view_permissions import any_of, principal_of, refusal_of
+from keylatch.core.decisions import ANY_KEY
 
 
 class APIKeyAuth(HttpAuthBase):

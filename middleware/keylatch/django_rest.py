@@ -21,9 +21,9 @@ except ModuleNotFoundError as error:
         "pip install djangorestframework"
     ) from error
 
-from keylatch.demands import principal_of
-from keylatch.model import Deny, Principal, Reason
-from keylatch.wsgi import REFUSALS
+from keylatch.adapters.environ import REFUSALS
+from keylatch.adapters.view_permissions import principal_of
+from keylatch.core.decisions import Deny, Principal, Reason
 
 
 class PrincipalUser(Principal):

@@ -12,33 +12,33 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from keylatch.caches.breaker import CircuitBreaker, connect
-from keylatch.caches.cache import Entry, LocalCache, NegativeEntry
-from keylatch.caches.flights import SingleFlight
+from keylatch._background import EngineTasks
+from keylatch.authentication.authenticator import Authenticator, Diagnostics
+from keylatch.authentication.hashing import Hasher
+from keylatch.authentication.lookup import Lookup
+from keylatch.caches.local_cache import Entry, LocalCache, NegativeEntry
+from keylatch.caches.redis_client import CircuitBreaker, connect
 from keylatch.caches.shared_cache import SharedCache
-from keylatch.checks import Authenticator, Diagnostics
+from keylatch.caches.single_flight import SingleFlight
+from keylatch.core.decisions import KeyRecord
+from keylatch.core.tokens import MacKeys
 from keylatch.errors import KeylatchError, StoreUnavailable
-from keylatch.hashing import Hasher
-from keylatch.jobs import EngineTasks
-from keylatch.keyring import Keyring
-from keylatch.lookup import Lookup
-from keylatch.model import KeyRecord
-from keylatch.revocation.bell import Notifier, RedisNotifier, StoreNotifier
-from keylatch.revocation.counter import SequenceFreshness
-from keylatch.revocation.feed import Freshness, Invalidations, Receipt
+from keylatch.management.keyring import Keyring
+from keylatch.management.store_secrets import StoreSecrets
+from keylatch.revocation.invalidations import Freshness, Invalidations, Receipt
 from keylatch.revocation.lease import Lease, boottime
-from keylatch.revocation.news import Notice, Signer
-from keylatch.revocation.second_look import RevocationMonitor
-from keylatch.revocation.watch import OpenConnections
+from keylatch.revocation.monitor import RevocationMonitor
+from keylatch.revocation.notices import Notice, Signer
+from keylatch.revocation.notifier import Notifier, RedisNotifier, StoreNotifier
+from keylatch.revocation.open_connections import OpenConnections
+from keylatch.revocation.sequence import SequenceFreshness
 from keylatch.settings import Settings
-from keylatch.store import Found, Secrets, Store
-from keylatch.telemetry.condition import ComponentHealth, Health
-from keylatch.telemetry.failures import FailureLog
-from keylatch.telemetry.meter import TIMED_HITS, Counters
-from keylatch.tokens import MacKeys
-from keylatch.usage.tally import UsageBatch
-from keylatch.usage.uses import UsageRecorder
-from keylatch.vault import StoreSecrets
+from keylatch.storage.store import Found, Secrets, Store
+from keylatch.storage.usage import UsageBatch
+from keylatch.telemetry.counters import TIMED_HITS, Counters
+from keylatch.telemetry.failure_log import FailureLog
+from keylatch.telemetry.health import ComponentHealth, Health
+from keylatch.usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
     from keylatch.telemetry.tracing import Tracing

@@ -17,12 +17,12 @@ from starlette.authentication import UnauthenticatedUser
 from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
+from keylatch.adapters.frameworks import required_scopes
 from keylatch.asgi import APIKeyMiddleware, Refused
+from keylatch.core.decisions import FULL, Deny, Principal, Reason, Requirement
+from keylatch.core.paths import overlaps
+from keylatch.core.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
 from keylatch.errors import ConfigurationError
-from keylatch.frameworks import required_scopes
-from keylatch.model import FULL, Deny, Principal, Reason, Requirement
-from keylatch.paths import overlaps
-from keylatch.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
 
 try:
     from fastapi import FastAPI

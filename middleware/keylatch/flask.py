@@ -25,11 +25,11 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("keylatch.flask needs the package flask: pip install flask") from error
 
-from keylatch.demands import any_of, principal_of, refusal_of
+from keylatch.adapters.view_permissions import any_of, principal_of, refusal_of
+from keylatch.core.decisions import FULL, ONLY_FULL, Principal, Requirement
+from keylatch.core.paths import overlaps, to_starlette_path
+from keylatch.core.rules import DeclaredRule, DeclaredRules, declare, required_by
 from keylatch.errors import ConfigurationError
-from keylatch.model import FULL, ONLY_FULL, Principal, Requirement
-from keylatch.paths import overlaps, to_starlette_path
-from keylatch.rules import DeclaredRule, DeclaredRules, declare, required_by
 from keylatch.wsgi import refuse
 
 View = TypeVar("View", bound=Callable[..., Any])

@@ -12,8 +12,8 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from keylatch.telemetry.trail import REQUEST_TRACE
-from keylatch.tokens import redact_tokens
+from keylatch.core.tokens import redact_tokens
+from keylatch.telemetry.request_trace import REQUEST_TRACE
 
 
 class JSONLines(logging.Formatter):

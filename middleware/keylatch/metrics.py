@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector as _Collector
 
 from keylatch.engine import Engine
 from keylatch.revocation.lease import Lease
-from keylatch.telemetry.meter import Histogram
+from keylatch.telemetry.counters import Histogram
 
 Samples = Iterable[tuple[tuple[str, ...], float | Histogram]]
 

@@ -16,14 +16,20 @@ from redis.asyncio import ConnectionPool
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from keylatch import peppers
+from keylatch._variables import (
+    EnvironmentSettings,
+    Mistake,
+    find_unknown,
+    read_files,
+    variable_name,
+)
+from keylatch.core.decisions import PERMISSION_PATTERN
+from keylatch.core.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
 from keylatch.errors import ConfigurationError
-from keylatch.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
-from keylatch.variables import EnvironmentSettings, Mistake, find_unknown, read_files, variable_name
+from keylatch.storage import pepper_file
 
 S = TypeVar("S", bound=EnvironmentSettings)
 
-PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
 
 _HINTS: Final = {
     "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
@@ -136,7 +142,7 @@ class Settings(EnvironmentSettings):
     @classmethod
     def _pepper_file_is_readable(cls, path: str) -> str:
         if path:
-            peppers.read(Path(path))
+            pepper_file.read(Path(path))
         return path
 
     @property
@@ -147,7 +153,7 @@ class Settings(EnvironmentSettings):
             ConfigurationError: it cannot be read any more.
         """
         try:
-            return peppers.read(Path(self.pepper_file)) if self.pepper_file else ()
+            return pepper_file.read(Path(self.pepper_file)) if self.pepper_file else ()
         except ValueError as error:
             wrong = f"KEYLATCH_PEPPER_FILE: {error}"
             raise ConfigurationError([(wrong, _HINTS["pepper_file"])]) from None
@@ -155,7 +161,7 @@ class Settings(EnvironmentSettings):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
-        if self.pepper_file and peppers.is_world_readable(Path(self.pepper_file)):
+        if self.pepper_file and pepper_file.is_world_readable(Path(self.pepper_file)):
             return ("KEYLATCH_PEPPER_FILE is world-readable: chmod o-r",)
         return ()
 

@@ -21,11 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from keylatch.engine import Engine
-from keylatch.gate import BaseMiddleware
-from keylatch.hashing import Hasher
-from keylatch.keyring import Keyring
-from keylatch.model import (
+from keylatch.adapters.middleware import BaseMiddleware
+from keylatch.authentication.hashing import Hasher
+from keylatch.core.decisions import (
     ANY_KEY,
     FULL,
     Allow,
@@ -35,11 +33,13 @@ from keylatch.model import (
     Principal,
     Requirement,
 )
-from keylatch.model import missing_scope as _missing_scope
-from keylatch.model import principal_of as _principal
+from keylatch.core.decisions import missing_scope as _missing_scope
+from keylatch.core.decisions import principal_of as _principal
+from keylatch.core.tokens import Token
+from keylatch.engine import Engine
+from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
-from keylatch.store import Store
-from keylatch.tokens import Token
+from keylatch.storage.store import Store
 
 try:
     import pytest

@@ -15,19 +15,15 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from starlette.authentication import UnauthenticatedUser
 
-from keylatch.gate import BaseMiddleware
-from keylatch.identity import Peer, ProxyIdentity
-from keylatch.model import ANY_KEY, Decision, DeferredDeny, Deny, Requirement
-from keylatch.portal import Portal
-from keylatch.refusals import Refusal
-from keylatch.routing import WSGIRouter
-from keylatch.telemetry.trail import RequestTrace, time_check, tracing_request
-from keylatch.tokens import Token
-
-PRINCIPAL: Final = "keylatch.principal"
-"""Where in `environ` the principal is: PEP 3333 lets a middleware add keys of its own name."""
-REFUSALS: Final = "keylatch.refusals"
-"""Where in `environ` a view that asks for more finds the answers to refuse with."""
+from keylatch.adapters.environ import PRINCIPAL, REFUSALS, client_info_of
+from keylatch.adapters.middleware import BaseMiddleware
+from keylatch.adapters.portal import Portal
+from keylatch.adapters.proxy_identity import Peer, ProxyIdentity
+from keylatch.adapters.routing import WSGIRouter
+from keylatch.core.decisions import ANY_KEY, Decision, DeferredDeny, Deny, Requirement
+from keylatch.core.refusals import Refusal
+from keylatch.core.tokens import Token
+from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
 
 _TRACED: Final = "keylatch.traced"
 _IDENTITY: Final = "HTTP_X_KEYLATCH_"
@@ -37,7 +33,7 @@ _STATUS: Final = {int(status): f"{int(status)} {status.phrase}" for status in HT
 class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
     """Lets a request pass if it carries a good key, as `environ["keylatch.principal"]`.
 
-    The arguments are those of `keylatch.gate.BaseMiddleware`, as for ASGI.
+    The arguments are those of `keylatch.adapters.middleware.BaseMiddleware`, as for ASGI.
     """
 
     def _on_engine_bound(self) -> None:
@@ -96,8 +92,8 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
 class ProxyIdentityMiddleware(ProxyIdentity[WSGIApplication]):
     """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
 
-    The arguments are those of `keylatch.identity.ProxyIdentity`. Servers fold look-alike spellings
-    into one name and join their values with commas, which no identity holds: both are refused.
+    The arguments are those of `keylatch.adapters.proxy_identity.ProxyIdentity`. Servers fold
+    look-alike spellings into one name and join their values with commas, which no identity holds: both are refused.
     """
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -152,11 +148,6 @@ def _is_unix_socket(environ: WSGIEnvironment, address: str) -> bool:
     if "waitress.client_disconnected" in environ:
         return address == "localhost" and "/" in port
     return False
-
-
-def client_info_of(environ: WSGIEnvironment) -> tuple[str | None, str | None]:
-    """Address and user agent."""
-    return environ.get("REMOTE_ADDR"), environ.get("HTTP_USER_AGENT")
 
 
 def request_trace_of(environ: WSGIEnvironment) -> AbstractContextManager[RequestTrace]:

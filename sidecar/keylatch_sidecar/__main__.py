@@ -1,5 +1,5 @@
 """`python -m keylatch_sidecar` is `keylatch`."""
 
-from keylatch_sidecar.cli import main
+from keylatch_sidecar.cli.program import main
 
 main()

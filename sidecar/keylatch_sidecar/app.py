@@ -15,14 +15,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch_sidecar import health, leaked, metrics, openapi
-from keylatch_sidecar.audience import METRICS_PATHS, ListenerAddress, listener_of
+from keylatch_sidecar import health, metrics, openapi
+from keylatch_sidecar.api import audit, leaks, rotation, sendook, unsent, usage
+from keylatch_sidecar.api.errors import Problem, no_such_key
+from keylatch_sidecar.api.monitoring_access import METRICS_PATHS, ListenerAddress, listener_of
 from keylatch_sidecar.followed import trace_requests
-from keylatch_sidecar.management import audit, key_usage, rotation, sendook, unsent
-from keylatch_sidecar.management.problems import Problem, no_such_key
-from keylatch_sidecar.proxies import ext_authz, verify
-from keylatch_sidecar.proxies.answers import ForwardAuth
-from keylatch_sidecar.proxies.facts import SOURCES
+from keylatch_sidecar.forward_auth import ext_authz, verify
+from keylatch_sidecar.forward_auth.decision import ForwardAuth
+from keylatch_sidecar.forward_auth.original_request import SOURCES
 from keylatch_sidecar.settings import ProxySettings
 
 ROUTES = [
@@ -32,12 +32,12 @@ ROUTES = [
     Route("/v1/api-keys/{id}/rotate", rotation.Rotation),
     Route("/v1/api-keys/{id}/rotate/cancel", rotation.CancelledRotation),
     Route("/v1/api-keys/{id}/rotate/finish", rotation.FinishedRotation),
-    Route("/v1/api-keys/{id}/usage", key_usage.OneKeyUsage),
+    Route("/v1/api-keys/{id}/usage", usage.OneKeyUsage),
     Route("/v1/api-keys/{id:path}", unsent.OneKey),
     Route("/v1/audit", audit.Audit),
     Route("/v1/api_keys", sendook.Keys),
     Route("/v1/api_keys/{id:path}", sendook.OneKey),
-    Route("/leaked", leaked.Leaked),
+    Route("/leaked", leaks.Leaked),
     Route("/healthz", health.healthz),
     Route("/readyz", health.readyz),
     Route("/metrics", metrics.metrics),
@@ -85,7 +85,7 @@ def create_app(
     settings = settings or ProxySettings.load()
     engine.store.audit_days = engine.settings.audit_days
     forward_auth = ForwardAuth(engine, settings.proxy_cache_ttl)
-    leak_reports = leaked.ReportQueue(engine)
+    leak_reports = leaks.ReportQueue(engine)
     metrics_page = metrics.Page(engine, worker_directory)
 
     @contextlib.asynccontextmanager
@@ -96,9 +96,9 @@ def create_app(
             stack.push_async_callback(leak_reports.close)
             await stack.enter_async_context(metrics_page.shared())
             if grpc is not None:
-                from keylatch_sidecar.proxies import grpc_authz  # an extra
+                from keylatch_sidecar.forward_auth import ext_authz_grpc
 
-                server = await grpc_authz.serve(
+                server = await ext_authz_grpc.serve(
                     forward_auth, engine, grpc.address, is_shared=grpc.is_shared
                 )
                 stack.push_async_callback(server.stop, _GRPC_GRACE_SECONDS)

@@ -3,7 +3,7 @@
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch.asgi import with_headers
-from keylatch.telemetry.trail import tracing_request
+from keylatch.telemetry.request_trace import tracing_request
 
 
 def trace_requests(app: ASGIApp, *, timing_headers: bool) -> ASGIApp:

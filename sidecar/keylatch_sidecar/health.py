@@ -7,9 +7,9 @@ from starlette.responses import Response
 
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
-from keylatch.telemetry import condition
-from keylatch_sidecar.audience import is_operator
-from keylatch_sidecar.management.bodies import JSON, ResponseBody, iso
+from keylatch.telemetry import health
+from keylatch_sidecar.api.monitoring_access import is_operator
+from keylatch_sidecar.api.schemas import JSON, ResponseBody, iso
 
 
 class Liveness(ResponseBody):
@@ -68,6 +68,6 @@ async def _body(request: Request, status: str) -> ResponseBody:
     return Readiness(status=status, components=Components(**components))
 
 
-def _component(component: condition.ComponentHealth) -> Component:
+def _component(component: health.ComponentHealth) -> Component:
     since = None if component.since is None else iso(int(component.since * 1000))
     return Component(state=component.state, since=since, reason=component.reason)

@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from keylatch.engine import Engine
 from keylatch.metrics import Collector
-from keylatch_sidecar.audience import operators_only
+from keylatch_sidecar.api.monitoring_access import operators_only
 
 _PATIENCE_SECONDS: Final = 0.5
 _MAX_WORKERS: Final = 4_096

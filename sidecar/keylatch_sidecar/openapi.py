@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import keylatch
-from keylatch_sidecar import health, leaked, metrics
-from keylatch_sidecar.audience import operators_only
-from keylatch_sidecar.management import audit, days, key_usage, listing, rotation, sendook, unsent
-from keylatch_sidecar.management.access import engine_of
-from keylatch_sidecar.management.bodies import JSON, REASON_PATTERN, Body
-from keylatch_sidecar.proxies import ext_authz, verify
+from keylatch_sidecar import health, metrics
+from keylatch_sidecar.api import audit, days, leaks, pagination, rotation, sendook, unsent, usage
+from keylatch_sidecar.api.access import engine_of
+from keylatch_sidecar.api.monitoring_access import operators_only
+from keylatch_sidecar.api.schemas import JSON, REASON_PATTERN, Body
+from keylatch_sidecar.forward_auth import ext_authz, verify
 
 _CALLER_ERRORS: Final = (401, 403, 503)
 _BODY_ERRORS: Final = (400, 413, 415)
@@ -51,15 +51,15 @@ class Operation:
 
 
 PAGED: Final = (
-    ("limit", f"at most so many keys, from 1 to {listing.MAX_LIMIT}; without it all of them"),
+    ("limit", f"at most so many keys, from 1 to {pagination.MAX_LIMIT}; without it all of them"),
     ("cursor", "where to go on: from the `Link` header of the page before"),
 )
 
 
 _SCHEMAS: Final[Mapping[str, Any]] = {
     "id": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
-    "limit": {"type": "integer", "minimum": 1, "maximum": listing.MAX_LIMIT},
-    "cursor": listing.CURSOR_SCHEMAS[True],
+    "limit": {"type": "integer", "minimum": 1, "maximum": pagination.MAX_LIMIT},
+    "cursor": pagination.CURSOR_SCHEMAS[True],
     "reason": {"type": "string", "pattern": REASON_PATTERN},
     "key": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
     "before": {"type": "integer", "minimum": 1, "maximum": 2**53},
@@ -67,7 +67,7 @@ _SCHEMAS: Final[Mapping[str, Any]] = {
     "idle": {"type": "integer", "minimum": 1, "maximum": days.MAX_IDLE_DAYS},
     "descendants": {"type": "string", "enum": ["true", "false"]},
 }
-_OLDEST_FIRST: Final = {"cursor": listing.CURSOR_SCHEMAS[False]}
+_OLDEST_FIRST: Final = {"cursor": pagination.CURSOR_SCHEMAS[False]}
 _PREFER: Final = ("Prefer", "`respond-async`: answer with 202 right after the commit (RFC 7240)")
 _DESCENDANTS: Final = (
     "descendants",
@@ -140,8 +140,8 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     },
     "/v1/api-keys/{id}/usage": {
         "get": Operation(
-            key_usage.OneKeyUsage.get,
-            key_usage.KeyUsageReport,
+            usage.OneKeyUsage.get,
+            usage.KeyUsageReport,
             errors=(400, 404, *_CALLER_ERRORS),
             error=unsent.Error,
             query=(("days", f"how far back, from 1 to {days.MAX_USAGE_DAYS}; without it 30"),),
@@ -199,7 +199,7 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
             error=unsent.Error,
             query=(
                 ("key", "only what was done to this key"),
-                ("limit", f"at most so many lines, from 1 to {listing.MAX_LIMIT}"),
+                ("limit", f"at most so many lines, from 1 to {pagination.MAX_LIMIT}"),
                 ("before", "only lines before the one with this id"),
             ),
         )
@@ -237,9 +237,9 @@ OPERATIONS: Final[dict[str, dict[str, Operation]]] = {
     },
     "/leaked": {
         "post": Operation(
-            leaked.Leaked.post,
-            leaked.Accepted,
-            body=leaked.Reported,
+            leaks.Leaked.post,
+            leaks.Accepted,
+            body=leaks.Reported,
             errors=(*_BODY_ERRORS, 503),
             error=unsent.Error,
             status=202,
@@ -311,7 +311,7 @@ def build(grantable: tuple[str, ...]) -> dict[str, Any]:
         },
     }
     # Both dialects have a Key: pydantic tells them apart by the module's full name.
-    text = json.dumps(content).replace("keylatch_sidecar__management__", "")
+    text = json.dumps(content).replace("keylatch_sidecar__api__", "")
     document: dict[str, Any] = json.loads(re.sub(r"\b(unsent|sendook)__", r"\1.", text))
     for model in {model for model in _models() if issubclass(model, Body)}:
         described = document["components"]["schemas"][_name(model)]["properties"]

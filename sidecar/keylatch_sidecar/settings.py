@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
+from keylatch._variables import EnvironmentSettings
 from keylatch.settings import load_settings
-from keylatch.variables import EnvironmentSettings
 
 _HINTS: Final = {
     "verify_request": "none, forwarded (X-Forwarded-Method, -Uri), original (X-Original-…)",

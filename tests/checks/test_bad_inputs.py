@@ -15,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from conftest import Clock, MakeEngine
 from keylatch.asgi import APIKeyMiddleware
+from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
+from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
-from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.settings import Settings
-from keylatch.store import Store
-from keylatch.tokens import MacKeys, Token
+from keylatch.storage.store import Store
 from servers import serving
 from wire import RawResponse, asgi_request, exchange, expected_response, parse_response, send
 

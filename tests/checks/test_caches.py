@@ -17,14 +17,14 @@ from hypothesis.stateful import (
 from redis.exceptions import ResponseError
 
 from conftest import Clock, Times
-from keylatch.caches.breaker import CircuitBreaker
-from keylatch.caches.cache import Entry, LocalCache, NegativeEntry
-from keylatch.caches.flights import SingleFlight
+from keylatch.caches.local_cache import Entry, LocalCache, NegativeEntry
+from keylatch.caches.redis_client import CircuitBreaker
+from keylatch.caches.single_flight import SingleFlight
+from keylatch.core.decisions import Allow, Deny, KeyRecord, Reason
 from keylatch.engine import Engine
-from keylatch.model import Allow, Deny, KeyRecord, Reason
-from keylatch.revocation.counter import SequenceFreshness
-from keylatch.revocation.feed import Invalidations
-from keylatch.store import InvalidationBatch
+from keylatch.revocation.invalidations import Invalidations
+from keylatch.revocation.sequence import SequenceFreshness
+from keylatch.storage.store import InvalidationBatch
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
 ENTRY = Entry(b"key_a", RECORD, 1)
@@ -235,7 +235,7 @@ def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
 
 def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory for tombstones is bounded; what falls out of it is not believed either."""
-    monkeypatch.setattr("keylatch.revocation.feed._MAX_TOMBSTONES", 3)
+    monkeypatch.setattr("keylatch.revocation.invalidations._MAX_TOMBSTONES", 3)
     feed, witness = watch(log := Log())
     read_at = log.seq
     for number in range(6):

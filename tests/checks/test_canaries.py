@@ -30,12 +30,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import keylatch
 import keylatch_sidecar
 from keylatch.asgi import APIKeyMiddleware
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.tokens import SECRET_LENGTH, Token
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
-from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.logs import JSONLines
 from keylatch.settings import Settings
-from keylatch.tokens import SECRET_LENGTH, Token
 from keylatch_sidecar.app import create_app
 from servers import serving
 from wire import exchange, http_scope

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from keylatch.concurrency import OrganizationLimit
-from keylatch.drafts import QuotaExceeded
+from keylatch.core.validation import QuotaExceeded
+from keylatch.management.organization_limit import OrganizationLimit
 
 pytestmark = pytest.mark.anyio
 

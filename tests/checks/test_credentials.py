@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from keylatch.credentials import MAX_VALUE_BYTES, is_identity_header, read
-from keylatch.model import Reason
-from keylatch.tokens import Token
+from keylatch.core.credentials import MAX_VALUE_BYTES, is_identity_header, read
+from keylatch.core.decisions import Reason
+from keylatch.core.tokens import Token
 
 B64TOKEN = frozenset((string.ascii_letters + string.digits + "-._~+/=").encode())
 # Those of RFC 9110 but for the quote: no scheme has one, a badly quoted shell line does.

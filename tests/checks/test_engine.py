@@ -13,19 +13,19 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from sqlalchemy import Connection
 
 from conftest import Clock, MakeEngine
-from keylatch import tokens
-from keylatch.drafts import QuotaExceeded
+from keylatch.authentication.hashing import CHEAPEST, Cost, Hasher, VerifyResult
+from keylatch.core import tokens
+from keylatch.core.decisions import Allow, Deny, Reason, Requirement, principal_of
+from keylatch.core.tokens import Token
+from keylatch.core.validation import QuotaExceeded
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
-from keylatch.hashing import CHEAPEST, Cost, Hasher, VerifyResult
-from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, Reason, Requirement, principal_of
-from keylatch.revocation.feed import Invalidations
+from keylatch.management.keyring import Created
+from keylatch.revocation.invalidations import Invalidations
 from keylatch.settings import Settings
-from keylatch.sql.changes import advance
-from keylatch.store import Found, NotFound, Poll, Store
-from keylatch.tokens import Token
-from keylatch.usage.tally import UsageBatch
+from keylatch.storage.changes import advance
+from keylatch.storage.store import Found, NotFound, Poll, Store
+from keylatch.storage.usage import UsageBatch
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 import elsewhere
 from conftest import Clock, MakeEngine, Sidecar, StoreTests, sidecar_on
 from elsewhere import MAKERS, ExternalKey
-from keylatch import foreign
+from keylatch.authentication.hashing import CHEAPEST, Cost, Hasher, VerifyResult
+from keylatch.core import imported_tokens
+from keylatch.core.decisions import Allow, Decision, Deny, Reason
+from keylatch.core.imported_tokens import ImportedToken
+from keylatch.core.tokens import MacKeys, Token, is_native
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, HashingFailed, StoreUnavailable
-from keylatch.foreign import ImportedToken
-from keylatch.hashing import CHEAPEST, Cost, Hasher, VerifyResult
-from keylatch.keyring import Imported, NewKey
-from keylatch.model import Allow, Decision, Deny, Reason
-from keylatch.revocation.feed import Invalidations
-from keylatch.store import Found, NotFound, Store
-from keylatch.tokens import MacKeys, Token, is_native
-from keylatch_sidecar.intake import foreign_lines
+from keylatch.management.keyring import Imported, NewKey
+from keylatch.revocation.invalidations import Invalidations
+from keylatch.storage.store import Found, NotFound, Store
+from keylatch_sidecar.importing import external_keys
 from servers import PostgresServer, eventually
 from shell import Operator
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 def origin_of(key: ExternalKey) -> ImportedToken:
     """What an import learns from the key's line."""
-    return foreign_lines.parse(key.import_fields, frozenset())[1]
+    return external_keys.parse(key.import_fields, frozenset())[1]
 
 
 async def bring(engine: Engine, *keys: ExternalKey, **values: Any) -> list[Imported]:
@@ -55,7 +55,7 @@ def bearer(token: str) -> list[bytes]:
 
 VECTORS = {
     "seam": (  # the tests of seamapi/prefixed-api-key
-        foreign.SEAM + "d70d981d87b449c107327c2a2afbf00d4b58070d6ba571aac35d7ea3e7c79f37",
+        imported_tokens.SEAM + "d70d981d87b449c107327c2a2afbf00d4b58070d6ba571aac35d7ea3e7c79f37",
         "mycompany_BRTRKFsL_51FwqftsmMDHHbJAMEXXHCgG",
     ),
     "django 1.8": (  # Django's own tests, as are the next two
@@ -79,22 +79,23 @@ VECTORS = {
         "abc",
     ),
     "sha512": (  # FIPS 180-2, appendix C
-        foreign.SHA512 + "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
+        imported_tokens.SHA512 + "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
         "2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
         "abc",
     ),
     "knox 5": (
-        foreign.KNOX + "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
+        imported_tokens.KNOX + "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
         "2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
         "abc",
     ),
     "knox 4": (
-        foreign.KNOX + "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
+        imported_tokens.KNOX + "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
         "2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
         "616263",
     ),
     "sanctum": (
-        foreign.SANCTUM + "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        imported_tokens.SANCTUM
+        + "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
         "17|abc",
     ),
 }
@@ -120,7 +121,7 @@ async def test_every_schemes_token_finds_its_key_and_fits_its_hash(name: str) ->
     hasher = Hasher("sha256")
     token = Token(key.token)
     assert not is_native(token)
-    assert origin.locator in foreign.locators(token)
+    assert origin.locator in imported_tokens.locators(token)
     stored = origin.hash or await hasher.hash(token)
     lengths = len(stored), len(origin.locator), len(origin.partial)
     assert all(length <= most for length, most in zip(lengths, (255, 160, 32), strict=True))
@@ -144,22 +145,22 @@ TEXTS = (
 @given(TEXTS)
 def test_whatever_a_stranger_sends_has_locators(text: str) -> None:
     """Few, distinct where they matter, of few characters, each of a scheme; and nothing raises."""
-    found = foreign.locators(Token(text))
-    assert 2 <= len(found) <= foreign.MAX_LOCATORS
+    found = imported_tokens.locators(Token(text))
+    assert 2 <= len(found) <= imported_tokens.MAX_LOCATORS
     schemes = {"sha256", "sha512", "sanctum", "usesend", "django", "seam", "argon2"}
     for locator in found:
         assert locator.partition(":")[0] in schemes
         assert len(locator) <= 160
         assert "\0" not in locator
-    assert found == foreign.locators(Token(text))
+    assert found == imported_tokens.locators(Token(text))
 
 
 @given(TEXTS, st.sampled_from(sorted(VECTORS)))
 def test_whatever_a_stranger_sends_fits_or_does_not(text: str, name: str) -> None:
     """The quick schemes; the others are the same functions behind more work."""
     stored, _ = VECTORS[name]
-    if foreign.is_imported_hash(stored) and foreign.is_fast(stored):
-        assert foreign.verify(stored, Token(text)) in (True, False)
+    if imported_tokens.is_imported_hash(stored) and imported_tokens.is_fast(stored):
+        assert imported_tokens.verify(stored, Token(text)) in (True, False)
 
 
 async def test_a_damaged_hash_refuses_nobody() -> None:
@@ -345,7 +346,7 @@ class ForeignContract(StoreTests):
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """The broken twin: every one of them is a question."""
-        monkeypatch.setattr("keylatch.lookup._MAX_IMPORTED_LOOKUPS", 10_000)
+        monkeypatch.setattr("keylatch.authentication.lookup._MAX_IMPORTED_LOOKUPS", 10_000)
         assert set(await self._flooded(engine, other, store)) == {Deny(Reason.UNKNOWN)}
         assert store.asked == 201
 
@@ -422,7 +423,7 @@ class ForeignContract(StoreTests):
     async def test_an_import_whose_answer_was_lost_may_be_repeated(self, other: Engine) -> None:
         """It finds its own work done, and makes no second change."""
         record = (await (await other.keyring()).create("acme", "own")).record
-        made = [(replace(record, id="key_brought", locator="seam:a_b"), foreign.SEAM)]
+        made = [(replace(record, id="key_brought", locator="seam:a_b"), imported_tokens.SEAM)]
         seq, held = await other.store.import_many(made)
         assert held == {}
         assert await other.store.import_many(made) == (seq, {"seam:a_b": ("key_brought", False)})

@@ -9,10 +9,10 @@ import argon2
 import pytest
 from argon2.exceptions import VerifyMismatchError
 
-from keylatch import argon2id
+from keylatch.authentication.hashing import CHEAPEST, OWASP_MINIMUM, Cost, Hasher
+from keylatch.core import argon2id
+from keylatch.core.tokens import MacKeys, Token
 from keylatch.errors import HashingBusy, HashingFailed
-from keylatch.hashing import CHEAPEST, OWASP_MINIMUM, Cost, Hasher
-from keylatch.tokens import MacKeys, Token
 
 pytestmark = pytest.mark.anyio
 TOKEN = MacKeys([b"k" * 32]).mint("kl", "live")

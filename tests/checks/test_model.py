@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from keylatch.model import Allow, Principal
+from keylatch.core.decisions import Allow, Principal
 
 PRINCIPAL = Principal("key_a", "ci", "acme", "SENDING", "live")
 

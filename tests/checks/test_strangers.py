@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 import elsewhere
 from conftest import Clock
-from keylatch.caches.cache import Entry, LocalCache, NegativeEntry
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.authentication.lookup import Lookup
+from keylatch.caches.local_cache import Entry, LocalCache, NegativeEntry
+from keylatch.core.decisions import Allow, Deny, Reason
+from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import NewKey
-from keylatch.lookup import Lookup
-from keylatch.model import Allow, Deny, Reason
+from keylatch.management.keyring import NewKey
 from keylatch.settings import Settings
-from keylatch.tokens import MacKeys, Token
-from keylatch_sidecar.intake import foreign_lines
+from keylatch_sidecar.importing import external_keys
 from test_caches import RECORD
 
 LETTERS = string.ascii_letters + string.digits
@@ -61,7 +61,7 @@ async def _filled(engine: Engine) -> list[str]:
     rotated = await keyring.rotate("acme", created[0].record.id, grace_seconds=3_600)
     assert rotated is not None
     taken = [
-        foreign_lines.parse(each.import_fields, frozenset())[1] for each in (LOCATED, DIGESTED)
+        external_keys.parse(each.import_fields, frozenset())[1] for each in (LOCATED, DIGESTED)
     ]
     await keyring.import_many([(NewKey("acme", "old"), each) for each in taken])
     native = [*(each.token for each in created), rotated.token]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keylatch.tokens import MAX_LENGTH, SCAN_PATTERN, MacKeys, Token, has_valid_checksum
+from keylatch.core.tokens import MAX_LENGTH, SCAN_PATTERN, MacKeys, Token, has_valid_checksum
 
 KEYS = MacKeys([b"n" * 32, b"o" * 32])
 prefixes = st.from_regex(r"[a-z][a-z0-9]{1,15}", fullmatch=True)

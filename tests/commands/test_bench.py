@@ -19,18 +19,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keylatch.core.tokens import SCAN_PATTERN, MacKeys
 from keylatch.errors import StoreUnavailable
 from keylatch.settings import Settings
-from keylatch.tokens import SCAN_PATTERN, MacKeys
-from keylatch_sidecar.bench import comparison, figures, page, plan, plots, report
-from keylatch_sidecar.bench.comparison import FASTER, NOISE, SLOWER, UNKNOWN
-from keylatch_sidecar.bench.load import UNANSWERED, Credential, OpenLoop, Outcome, drive
-from keylatch_sidecar.bench.makers import ORGANIZATION, StoreKeyFactory
-from keylatch_sidecar.bench.plan import OutOfBounds, Plan
-from keylatch_sidecar.bench.probe import revoke_in_use
-from keylatch_sidecar.bench.supply import Key, Scheme, TemporaryKeys
-from keylatch_sidecar.bench.tiers import NEEDS
-from keylatch_sidecar.commands.bench import bench
+from keylatch_bench import comparison, figures, page, plan, plots, report
+from keylatch_bench.comparison import FASTER, NOISE, SLOWER, UNKNOWN
+from keylatch_bench.load import UNANSWERED, Credential, OpenLoop, Outcome, drive
+from keylatch_bench.makers import ORGANIZATION, StoreKeyFactory
+from keylatch_bench.plan import OutOfBounds, Plan
+from keylatch_bench.probe import revoke_in_use
+from keylatch_bench.supply import Key, Scheme, TemporaryKeys
+from keylatch_bench.tiers import NEEDS
+from keylatch_sidecar.cli.bench import bench
 from proxies import SidecarProcess
 from servers import RedisServer, eventually, free_port
 from shell import Operator, wait_for_exit
@@ -569,7 +569,7 @@ def test_the_readme_names_every_option() -> None:
 def test_a_missing_extra_is_named() -> None:
     """The error says what to install."""
     program = "import sys; sys.modules['hdrh'] = None; sys.argv = ['keylatch', 'bench']\n"
-    program += "from keylatch_sidecar.cli import main; main()"
+    program += "from keylatch_sidecar.cli.program import main; main()"
     ending = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ending.returncode == 2
     assert ending.stderr.endswith("hint: pip install 'keylatch[bench]'\n")

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from keylatch.tokens import MacKeys, has_valid_checksum
+from keylatch.core.tokens import MacKeys, has_valid_checksum
 from shell import SCRIPT, Operator, Result, wait_for_exit
 
 UNKNOWN_TOKEN = MacKeys([b"s" * 32]).mint("kl", "live").reveal()

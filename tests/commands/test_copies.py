@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from keylatch.core.decisions import Allow
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
-from keylatch.model import Allow
 from keylatch.settings import Settings
-from keylatch.tokens import Token
 from servers import PostgresServer, eventually
 from shell import Operator
 
@@ -191,7 +191,7 @@ def test_a_store_that_is_held_is_left_as_it_is(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody is in the middle of a change that does not end: nobody waits for ever."""
-    monkeypatch.setattr("keylatch_sidecar.copies._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("keylatch_sidecar.operations.backup._BUSY_SECONDS", 0.05)
     key = operator.create()
     backup = operator.folder / "backup.db"
     operator.run("backup", str(backup))

@@ -13,8 +13,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from keylatch_sidecar.doctor import cache, server, tables
-from keylatch_sidecar.doctor.finding import Status
+from keylatch_sidecar.operations.doctor import cache, server, tables
+from keylatch_sidecar.operations.doctor.finding import Status
 from servers import PostgresServer, RedisServer, eventually, free_port
 from shell import Operator
 
@@ -46,8 +46,8 @@ class DoctorRun:
 
 def test_a_healthy_store_is_well(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is looked at, nothing has to be done, and the exit code says so."""
-    monkeypatch.setattr("keylatch.sql.sqlite._FIRST_FIXED_SQLITE", (3, 0, 0))
-    monkeypatch.setattr("keylatch_sidecar.doctor.file._SCARCE_BYTES", 1 << 20)
+    monkeypatch.setattr("keylatch.storage.sqlite._FIRST_FIXED_SQLITE", (3, 0, 0))
+    monkeypatch.setattr("keylatch_sidecar.operations.doctor.file._SCARCE_BYTES", 1 << 20)
     operator.create()
     doctor_run = DoctorRun(operator)
     assert (doctor_run.code, doctor_run.status) == (0, "ok")
@@ -97,7 +97,7 @@ def test_what_lies_beside_the_file_is_looked_at(operator: Operator) -> None:
 
 def test_a_link_is_followed(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies beside the file is looked for where SQLite keeps it."""
-    monkeypatch.setattr("keylatch_sidecar.doctor.file._LONG_LOG_BYTES", 1)
+    monkeypatch.setattr("keylatch_sidecar.operations.doctor.file._LONG_LOG_BYTES", 1)
     operator.create()
     Path(f"{operator.database}-wal").write_bytes(b"long")
     link = operator.folder / "link.db"
@@ -139,7 +139,7 @@ def test_places_where_sqlite_loses_changes(
     operator.create()
     mounts = operator.folder / "mounts"
     mounts.write_text(mount.format(file=operator.database, folder=operator.folder))
-    monkeypatch.setattr("keylatch.sql.mounts._MOUNT_TABLE", mounts)
+    monkeypatch.setattr("keylatch.storage.mounts._MOUNT_TABLE", mounts)
     doctor_run = DoctorRun(operator)
     assert (doctor_run.code, doctor_run.status_of(check)) == (code, status)
 
@@ -147,7 +147,7 @@ def test_places_where_sqlite_loses_changes(
 def test_a_disk_that_is_full_fails(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """No key can be revoked any more."""
     operator.create()
-    monkeypatch.setattr("keylatch_sidecar.doctor.file._NO_ROOM_BYTES", 1 << 60)
+    monkeypatch.setattr("keylatch_sidecar.operations.doctor.file._NO_ROOM_BYTES", 1 << 60)
     doctor_run = DoctorRun(operator)
     assert (doctor_run.code, doctor_run.status_of("disk")) == (2, "failure")
 

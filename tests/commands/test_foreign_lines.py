@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import elsewhere
 from elsewhere import MAKERS, ExternalKey
-from keylatch.tokens import MacKeys
-from keylatch_sidecar.intake import foreign_lines
-from keylatch_sidecar.management.problems import Problem
+from keylatch.core.tokens import MacKeys
+from keylatch_sidecar.api.errors import Problem
+from keylatch_sidecar.importing import external_keys
 from shell import SCRIPT, Operator
 from test_canaries import every_log_line
 
@@ -152,7 +152,7 @@ JSON = st.recursive(
 @given(
     st.sampled_from([*MAKERS, "none"]),
     st.dictionaries(
-        st.sampled_from([*sorted(foreign_lines.FIELDS), "name", "x"]), JSON, max_size=3
+        st.sampled_from([*sorted(external_keys.FIELDS), "name", "x"]), JSON, max_size=3
     ),
 )
 def test_whatever_a_line_says_is_taken_or_refused(name: str, fields: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ def test_whatever_a_line_says_is_taken_or_refused(name: str, fields: dict[str, A
         {"scheme": name, **fields} if name == "none" else {**SAMPLES[name].import_fields, **fields}
     )
     try:
-        _, origin = foreign_lines.parse(line, frozenset(("name",)))
+        _, origin = external_keys.parse(line, frozenset(("name",)))
     except Problem:
         return
     lengths = len(origin.hash), len(origin.locator), len(origin.partial)
@@ -262,7 +262,7 @@ def test_a_dry_run_says_what_would_become_of_each_line(operator: Operator) -> No
 def test_a_key_that_is_in_the_file_twice_is_a_mistake(operator: Operator) -> None:
     """In two spellings too: a raw key and its own SHA-256."""
     key, other = elsewhere.raw(), elsewhere.usesend()
-    digest = foreign_lines.parse(key.import_fields, frozenset())[1].locator.removeprefix("sha256:")
+    digest = external_keys.parse(key.import_fields, frozenset())[1].locator.removeprefix("sha256:")
     twin = ExternalKey(key.token, {"scheme": "sha256", "hash": digest}, key.secret)
     outcome = operator.run("keys", "import", "-", stdin=lines_of(key, other, twin, other))
     assert outcome.exit_code == 2
@@ -293,7 +293,7 @@ def test_the_schemes_in_the_readme_are_the_schemes() -> None:
     """With their fields, and no others."""
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", SECTION, re.MULTILINE)
     told = {scheme: tuple(re.findall(r'"(\w+)"', fields)) for scheme, fields in rows}
-    assert told == {scheme: fields for scheme, (fields, _) in foreign_lines._SCHEMES.items()}
+    assert told == {scheme: fields for scheme, (fields, _) in external_keys._SCHEMES.items()}
 
 
 @pytest.mark.long

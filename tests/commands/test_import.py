@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from conftest import Clock, MakeEngine, StoreTests
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.decisions import Allow, Deny, Reason, principal_of
+from keylatch.core.tokens import MacKeys, Token, has_valid_checksum
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import InvalidValue, Keyring, NewKey
-from keylatch.model import Allow, Deny, Reason, principal_of
-from keylatch.store import Found, Store
-from keylatch.tokens import MacKeys, Token, has_valid_checksum
-from keylatch_sidecar.intake import batches as intake
+from keylatch.management.keyring import InvalidValue, Keyring, NewKey
+from keylatch.storage.store import Found, Store
+from keylatch_sidecar.importing import batches as intake
 from servers import PostgresServer
 from shell import SCRIPT, Operator, Result
 from test_store import NOW, record
@@ -108,14 +108,14 @@ class ImportContract(StoreTests):
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: it advances the counter, and its line of the log concerns others."""
-        monkeypatch.setattr("keylatch.sql.changes.NO_ID", "somebody-else")
+        monkeypatch.setattr("keylatch.storage.changes.NO_ID", "somebody-else")
         assert await self._remembered(engines, clock) == (False, True)
 
     async def test_a_batch_that_told_everybody_would_empty_the_caches(
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The other twin: every process would ask the store, and argon2, for every key anew."""
-        monkeypatch.setattr("keylatch.sql.changes.NO_ID", None)
+        monkeypatch.setattr("keylatch.storage.changes.NO_ID", None)
         assert await self._remembered(engines, clock) == (True, False)
 
     async def _remembered(self, engines: list[Engine], clock: Clock) -> tuple[bool, bool]:

@@ -11,8 +11,8 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine
 
-from keylatch.sql.migrations import steps_after
-from keylatch.sql.schema import VERSION
+from keylatch.storage.migrations import steps_after
+from keylatch.storage.schema import VERSION
 from servers import PostgresServer
 from shell import Operator, Result
 
@@ -20,7 +20,7 @@ from shell import Operator, Result
 def old_store(url: str, version: str) -> None:
     """A store as an earlier keylatch left it, with a key in it."""
     config = Config()
-    config.set_main_option("script_location", str(files("keylatch.sql.migrations")))
+    config.set_main_option("script_location", str(files("keylatch.storage.migrations")))
     engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from keylatch_sidecar import loopback
-from keylatch_sidecar.doctor import listeners
+from keylatch_sidecar.http_server import loopback
+from keylatch_sidecar.operations.doctor import listeners
 from servers import eventually, free_port
 from shell import Operator, wait_for_exit
 from test_serving import answers, served

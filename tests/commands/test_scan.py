@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Sidecar
-from keylatch.keyring import Created
-from keylatch.tokens import SCAN_PATTERN, MacKeys, Token
-from keylatch_sidecar.scan import MAX_BYTES, Scanner, _tokens_in_chunks, tokens_in
+from keylatch.core.tokens import SCAN_PATTERN, MacKeys, Token
+from keylatch.management.keyring import Created
+from keylatch_sidecar.operations.scanner import MAX_BYTES, Scanner, _tokens_in_chunks, tokens_in
 from servers import eventually, require_program
 from shell import SCRIPT, Operator, Result
 

@@ -4,7 +4,7 @@
 
 The law of this file: the same seed gives the same inputs, so a failure is told by its seed and
 number. Every input is read as `Authorization` and as a header's name. What is right is said here
-once more in other words than in `keylatch.credentials`, without a regular expression.
+once more in other words than in `keylatch.core.credentials`, without a regular expression.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from typing import Final, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from keylatch.credentials import is_identity_header, read
-from keylatch.model import Reason
-from keylatch.tokens import MacKeys, Token
+from keylatch.core.credentials import is_identity_header, read
+from keylatch.core.decisions import Reason
+from keylatch.core.tokens import MacKeys, Token
 
 CHECK_KEYS: Final = MacKeys([b"fuzz" * 8])
 # Minted by these check keys once: minting is random. Spelled in halves, for secret scanners.

@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from keylatch.core.tokens import MacKeys
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch.tokens import MacKeys
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))  # where this runs as a program
 

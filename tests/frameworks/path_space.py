@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-from keylatch.model import FULL, ONLY_FULL, Requirement
-from keylatch.rules import parse_public, parse_rules
+from keylatch.core.decisions import FULL, ONLY_FULL, Requirement
+from keylatch.core.rules import parse_public, parse_rules
 
 PATHS: Final = (
     *("/healthz", "/secret", "/users/me", "/users/ada", "/docs/page", "/v1/batch"),
@@ -172,7 +172,7 @@ def environ_of(target: Target) -> dict[str, Any]:
 
 
 class TextPolicy:
-    """What `keylatch.policy` did before it asked routers: it compared text. The broken twin."""
+    """The broken twin: what the policy did before it asked routers, when it compared text."""
 
     public_patterns: tuple[()] = ()
 

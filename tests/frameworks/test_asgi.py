@@ -23,11 +23,11 @@ from websockets.sync.client import connect
 
 from conftest import MakeEngine
 from keylatch.asgi import APIKeyMiddleware
+from keylatch.core.decisions import Principal
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.keyring import Created
-from keylatch.model import Principal
-from keylatch.store import Secrets, Store
+from keylatch.management.keyring import Created
+from keylatch.storage.store import Secrets, Store
 from servers import serving
 from wire import Header, asgi_request, http_scope, lifespan
 

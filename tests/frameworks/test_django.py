@@ -14,15 +14,15 @@ from django.urls import path, register_converter
 from django.utils.asyncio import async_unsafe
 
 from conftest import MakeEngine
+from keylatch.adapters.portal import Portal
+from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
+from keylatch.core.decisions import FULL, Principal
+from keylatch.core.tokens import Token
 from keylatch.django import APIKeyMiddleware, requires
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
-from keylatch.keyring import Created
-from keylatch.model import FULL, Principal
-from keylatch.portal import Portal
+from keylatch.management.keyring import Created
 from keylatch.testing import Keys
-from keylatch.tokens import Token
 from servers import error_without_package
 from test_metrics import decided
 

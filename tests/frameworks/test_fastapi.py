@@ -24,10 +24,10 @@ from websockets.sync.client import connect
 from conftest import MakeEngine
 from keylatch import ConfigurationError, Engine, Principal
 from keylatch.asgi import Refused
+from keylatch.core.decisions import Deny, Reason
+from keylatch.core.policy import Policy
 from keylatch.fastapi import APIKey, APIKeyMiddleware, permissions_of
-from keylatch.keyring import Created
-from keylatch.model import Deny, Reason
-from keylatch.policy import Policy
+from keylatch.management.keyring import Created
 from servers import error_without_package, serving
 from wire import Header, RawResponse, asgi_request, http_scope
 

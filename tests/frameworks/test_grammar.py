@@ -8,8 +8,8 @@ import pytest
 import fuzz_credentials
 import grammar
 from grammar import CASES, SERVERS, Keys, Server
-from keylatch.model import Reason
-from keylatch.tokens import Token
+from keylatch.core.decisions import Reason
+from keylatch.core.tokens import Token
 
 
 @pytest.fixture(scope="module")

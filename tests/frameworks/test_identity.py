@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keylatch.adapters.proxy_identity import UNIX, principal_from_headers
 from keylatch.asgi import ProxyIdentityMiddleware
+from keylatch.core.decisions import Principal, Reason
 from keylatch.errors import ConfigurationError
-from keylatch.identity import UNIX, principal_from_headers
-from keylatch.model import Principal, Reason
 from keylatch.wsgi import ProxyIdentityMiddleware as WSGIProxyIdentityMiddleware
-from keylatch_sidecar.proxies.answers import identity_headers
+from keylatch_sidecar.forward_auth.decision import identity_headers
 from wire import Header, asgi_request
 
 SOMEBODY = Principal("key_a", "Grüße, 日本 %0d", "acme", "SENDING", "live")

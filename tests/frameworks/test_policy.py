@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from keylatch.core.decisions import ANY_KEY, FULL, ONLY_FULL, Requirement
+from keylatch.core.paths import fold_path
+from keylatch.core.policy import Policy, route_path
 from keylatch.errors import ConfigurationError
-from keylatch.model import ANY_KEY, FULL, ONLY_FULL, Requirement
-from keylatch.paths import fold_path
-from keylatch.policy import Policy, route_path
 from wire import asgi_request
 
 EMAILS = Policy(
@@ -213,7 +213,7 @@ def test_what_no_unambiguous_path_can_match_is_a_mistake(wrong: str) -> None:
 @pytest.mark.parametrize("options", [[], ["-O"]])
 def test_mistakes_are_told_without_assertions_as_well(options: list[str]) -> None:
     """`python -O` takes away what Starlette asserts."""
-    code = "from keylatch.policy import Policy; Policy(['/docs/{page:foo}'])"
+    code = "from keylatch.core.policy import Policy; Policy(['/docs/{page:foo}'])"
     ended = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
     assert "ConfigurationError" in ended.stderr
     assert "/docs/{page:foo}" in ended.stderr

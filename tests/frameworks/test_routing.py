@@ -31,13 +31,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from werkzeug.test import Client as WSGIClient
 
 import test_django  # which sets Django up
+from keylatch.adapters.routing import find_framework
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.django import requires as django_requires
 from keylatch.errors import ConfigurationError
 from keylatch.fastapi import APIKey, permissions_of
 from keylatch.flask import permissions_of as flask_permissions_of
 from keylatch.flask import requires
-from keylatch.routing import find_framework
 from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from wire import asgi_request

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from keylatch.asgi import APIKeyMiddleware
-from keylatch.model import Principal
+from keylatch.core.decisions import Principal
 from keylatch.testing import Clock, Keys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from wire import asgi_request

@@ -15,11 +15,11 @@ from websockets.sync.client import ClientConnection, connect
 from chat_app import chat
 from conftest import Clock, MakeEngine
 from keylatch.asgi import APIKeyMiddleware
+from keylatch.core.decisions import Requirement
 from keylatch.engine import Engine
-from keylatch.keyring import Created
-from keylatch.model import Requirement
-from keylatch.revocation.watch import OpenConnections
-from keylatch.store import Store
+from keylatch.management.keyring import Created
+from keylatch.revocation.open_connections import OpenConnections
+from keylatch.storage.store import Store
 from servers import PostgresServer, eventually, serving
 
 seen: list[str] = []

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 import worker_wsgi
 from conftest import Clock, MakeEngine, Times
+from keylatch.adapters.portal import Portal
 from keylatch.asgi import APIKeyMiddleware as ASGIMiddleware
+from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
+from keylatch.core.decisions import Principal
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
-from keylatch.keyring import Created
-from keylatch.model import Principal
-from keylatch.portal import Portal
-from keylatch.tokens import Token
+from keylatch.management.keyring import Created
 from keylatch.wsgi import APIKeyMiddleware
 from servers import eventually, free_port
 from wire import Header, asgi_request

@@ -11,8 +11,8 @@ import schemathesis
 from schemathesis import AuthContext, CheckContext, Response
 from schemathesis.checks import CHECKS
 
+from keylatch.authentication.hashing import CHEAPEST, Hasher
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
 from keylatch.settings import Settings
 
 Case = schemathesis.Case[Any]

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from keylatch_sidecar.openapi import OPERATIONS
 
 TABLE = """

@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
-from keylatch.tokens import Token
 from keylatch_sidecar.app import create_app
 from servers import serving
 from test_unsent import KEYS, created, error

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from conftest import Clock, MakeEngine, Sidecar, sidecar_on
 from keylatch.asgi import APIKeyMiddleware as ASGIMiddleware
-from keylatch.keyring import Created
-from keylatch.usage.clients import family_of, network_of
+from keylatch.management.keyring import Created
+from keylatch.usage.client_info import family_of, network_of
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from servers import eventually
 from shell import Operator

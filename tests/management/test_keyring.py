@@ -3,10 +3,10 @@
 import pytest
 
 from conftest import Clock
+from keylatch.core.decisions import Allow, Deny, KeyRecord, Principal, Reason, principal_of
 from keylatch.engine import Engine
-from keylatch.keyring import InvalidValue, Keyring, NotPermitted
-from keylatch.model import Allow, Deny, KeyRecord, Principal, Reason, principal_of
-from keylatch.revocation.feed import Receipt
+from keylatch.management.keyring import InvalidValue, Keyring, NotPermitted
+from keylatch.revocation.invalidations import Receipt
 
 pytestmark = pytest.mark.anyio
 

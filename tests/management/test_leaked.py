@@ -12,19 +12,19 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conftest import Clock, MakeEngine, Sidecar, sidecar_on
-from keylatch import tokens
-from keylatch.drafts import InvalidKeyState, NewKey
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.authentication.lookup import Owner
+from keylatch.core import tokens
+from keylatch.core.imported_tokens import ImportedToken
+from keylatch.core.tokens import MacKeys, Token, has_valid_checksum
+from keylatch.core.validation import InvalidKeyState, NewKey
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, StoreUnavailable
-from keylatch.foreign import ImportedToken
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
-from keylatch.lookup import Owner
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
-from keylatch.store import Found
-from keylatch.tokens import MacKeys, Token, has_valid_checksum
+from keylatch.storage.store import Found
+from keylatch_sidecar.api.leaks import ReportQueue
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.leaked import ReportQueue
 from servers import eventually
 from wire import RawResponse, exchange, http_scope, parse_response
 

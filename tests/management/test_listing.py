@@ -14,13 +14,13 @@ from openapi_schema_validator import OAS31Validator
 from conftest import Sidecar, StoreTests
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.keyring import Created, NewKey
-from keylatch.revocation.feed import MAX_SEQ
-from keylatch.sql.lists import Page
-from keylatch.store import Store
+from keylatch.management.keyring import Created, NewKey
+from keylatch.revocation.invalidations import MAX_SEQ
+from keylatch.storage.listing import Page
+from keylatch.storage.store import Store
+from keylatch_sidecar.api import pagination
+from keylatch_sidecar.api.pagination import CURSOR_SCHEMAS, encode_cursor
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.management import listing
-from keylatch_sidecar.management.listing import CURSOR_SCHEMAS, encode_cursor
 from servers import PostgresServer
 from shell import Operator
 from test_store import NOW, record
@@ -72,8 +72,8 @@ def test_a_list_without_a_limit_is_as_it_was(
     short = client.get(path)
     assert "link" not in short.headers
     assert short.headers["content-length"] == str(len(short.content))
-    monkeypatch.setattr(listing, "PAGE_SIZE", 4)
-    monkeypatch.setattr(listing, "_SLICE", 3)
+    monkeypatch.setattr(pagination, "PAGE_SIZE", 4)
+    monkeypatch.setattr(pagination, "_SLICE", 3)
     long = client.get(path)
     assert "link" not in long.headers
     assert without_uses(long) == without_uses(short)

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from conftest import Sidecar
-from keylatch.keyring import Created
-from keylatch_sidecar.management.bodies import iso
+from keylatch.management.keyring import Created
+from keylatch_sidecar.api.schemas import iso
 from test_docs import examples
 from test_unsent import KEYS, bearer, created
 

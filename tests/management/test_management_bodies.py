@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from conftest import Sidecar
-from keylatch.keyring import Created
-from keylatch_sidecar.management import bodies
+from keylatch.management.keyring import Created
+from keylatch_sidecar.api import schemas
 
 UNSENT, SENDOOK = "/v1/api-keys", "/v1/api_keys"
 JSON = "application/json"
@@ -208,7 +208,7 @@ def test_a_body_has_to_arrive_in_time(
     sidecar: Sidecar, admin_key: Created, call: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """408 in the dialect's words, the connection is closed, and nothing was changed."""
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(schemas, "BODY_SECONDS", 0.1)
     raw_connection = RawConnection(sidecar, admin_key)
     before = raw_connection.all_keys()
     body = (piece for piece in [b'{"name":', b'"CI"'])  # and not what ends it

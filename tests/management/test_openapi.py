@@ -14,11 +14,11 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.drafts import InvalidValue, validate_name
-from keylatch.keyring import Created
+from keylatch.core.validation import InvalidValue, validate_name
+from keylatch.management.keyring import Created
+from keylatch_sidecar.api.schemas import NAME_PATTERN
 from keylatch_sidecar.app import ROUTES
-from keylatch_sidecar.management.bodies import NAME_PATTERN
-from keylatch_sidecar.proxies import ext_authz, verify
+from keylatch_sidecar.forward_auth import ext_authz, verify
 
 AS_JSON = {"Content-Type": "application/json"}
 EXT_AUTHZ = f"{ext_authz.PATH}/{{path}}"

@@ -16,18 +16,18 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from conftest import Clock, MakeEngine
-from keylatch.drafts import CallerRefused, InvalidKeyState, NewKey, NotPermitted
+from keylatch.authentication.hashing import Hasher
+from keylatch.core.decisions import KeyRecord, Principal, Reason, principal_of, secret_version_of
+from keylatch.core.imported_tokens import ImportedToken
+from keylatch.core.validation import CallerRefused, InvalidKeyState, NewKey, NotPermitted
 from keylatch.engine import Engine
-from keylatch.foreign import ImportedToken
-from keylatch.hashing import Hasher
-from keylatch.keyring import Created, Keyring
-from keylatch.model import KeyRecord, Principal, Reason, principal_of, secret_version_of
+from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
-from keylatch.sql import authorization, changes
-from keylatch.sql.authorization import Actor, Authority
-from keylatch.sql.database import Database
-from keylatch.sql.schema import keys
-from keylatch.store import Store
+from keylatch.storage import authorization, changes
+from keylatch.storage.authorization import Actor, Authority
+from keylatch.storage.database import Database
+from keylatch.storage.schema import keys
+from keylatch.storage.store import Store
 from servers import PostgresServer
 from test_store import record
 

@@ -18,11 +18,11 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
 from conftest import Times
+from keylatch.authentication.hashing import Hasher
 from keylatch.engine import Engine
-from keylatch.hashing import Hasher
-from keylatch.keyring import Created, Keyring
+from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
-from keylatch.sql.schema import invalidations, keys
+from keylatch.storage.schema import invalidations, keys
 from servers import PostgresServer
 from wire import RawResponse, parse_response
 

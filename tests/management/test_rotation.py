@@ -8,14 +8,14 @@ import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import Clock, MakeEngine, StoreTests
-from keylatch.caches.cache import Entry, entry_of
-from keylatch.drafts import InvalidKeyState, InvalidValue, NotPermitted
+from keylatch.caches.local_cache import Entry, entry_of
+from keylatch.core.decisions import Allow, Deny, Reason, principal_of
+from keylatch.core.tokens import Token
+from keylatch.core.validation import InvalidKeyState, InvalidValue, NotPermitted
 from keylatch.engine import Engine
-from keylatch.keyring import Created, Rotated
-from keylatch.model import Allow, Deny, Reason, principal_of
-from keylatch.sql.authorization import Actor
-from keylatch.store import Found, Store
-from keylatch.tokens import Token
+from keylatch.management.keyring import Created, Rotated
+from keylatch.storage.authorization import Actor
+from keylatch.storage.store import Found, Store
 from servers import PostgresServer
 from test_engine import WatchedHasher, WatchedStore, bearer, create, with_other_secret
 from test_store import NOW, record
@@ -164,7 +164,7 @@ class TestTheGrace:
             entry.allow = replace(entry.allow, expires_at=None)
             return entry
 
-        monkeypatch.setattr("keylatch.lookup.entry_of", forgetful)
+        monkeypatch.setattr("keylatch.authentication.lookup.entry_of", forgetful)
         assert await is_good(engine, key.token)
         clock.tick(GRACE * 10)
         with pytest.raises(AssertionError):

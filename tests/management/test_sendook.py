@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from servers import require_program
 
 KEYS = "/v1/api_keys"

@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
+from keylatch.core.decisions import Decision
 from keylatch.engine import Engine
-from keylatch.keyring import Created
-from keylatch.model import Decision
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
+from keylatch_sidecar.api.schemas import iso
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.management.bodies import iso
 from servers import require_program, serving
 
 KEYS = "/v1/api-keys"

@@ -8,7 +8,7 @@ import requests
 from unsent import unsent, unsentHTTPError
 
 from conftest import Sidecar
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 
 
 @pytest.fixture

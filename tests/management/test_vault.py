@@ -17,15 +17,15 @@ import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import Clock, MakeEngine, StoreTests, Times, wait_until
+from keylatch.core.decisions import Allow, Deny, Reason
+from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, StoreUnavailable
-from keylatch.model import Allow, Deny, Reason
-from keylatch.revocation.news import Notice, Signer
+from keylatch.management.store_secrets import SHARED_CACHE_SECONDS, SecretInUse
+from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
-from keylatch.sql.vault import KINDS
-from keylatch.store import Poll, Store
-from keylatch.tokens import MacKeys, Token
-from keylatch.vault import SHARED_CACHE_SECONDS, SecretInUse
+from keylatch.storage.secrets import KINDS
+from keylatch.storage.store import Poll, Store
 from servers import PostgresServer, RedisServer
 from shell import Operator
 
@@ -399,7 +399,7 @@ def test_the_command_line_rotates_and_retires(
     assert (
         "less than 300 seconds ago" in operator.run("secrets", "retire", retired["pepper"]).stderr
     )
-    monkeypatch.setattr("keylatch.vault.SHARED_CACHE_SECONDS", 0)
+    monkeypatch.setattr("keylatch.management.store_secrets.SHARED_CACHE_SECONDS", 0)
     assert operator.run("secrets", "retire", retired["pepper"]).exit_code == 0
     refused = operator.run("secrets", "retire", retired["mac"])
     assert (refused.exit_code, "1 live keys are older" in refused.stderr) == (1, True)

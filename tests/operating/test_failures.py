@@ -11,15 +11,15 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from conftest import Clock, MakeEngine
+from keylatch.adapters.view_permissions import any_of, refusal_of
 from keylatch.asgi import APIKeyMiddleware
-from keylatch.demands import any_of, refusal_of
+from keylatch.core.decisions import Reason
+from keylatch.core.tokens import MacKeys
 from keylatch.engine import Engine
-from keylatch.keyring import Created
-from keylatch.model import Reason
-from keylatch.store import Store
-from keylatch.telemetry.failures import FailureLog, address_of
+from keylatch.management.keyring import Created
+from keylatch.storage.store import Store
+from keylatch.telemetry.failure_log import FailureLog, address_of
 from keylatch.testing import Keys
-from keylatch.tokens import MacKeys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.settings import ProxySettings
@@ -177,7 +177,7 @@ async def test_by_default_nothing_is_logged(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Addresses are data about people; and a flood writes nothing."""
-    assert engine.failures is None
+    assert engine.log_failure is None
     await refused_in_all_ways(protected(engine), engine, "/")
     await refused_in_all_ways(create_app(engine), engine, "/v1/api-keys")
     assert lines(caplog) == []

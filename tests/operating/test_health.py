@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.keyring import Created
-from keylatch.telemetry.condition import Health
+from keylatch.management.keyring import Created
+from keylatch.telemetry.health import Health
 from servers import PostgresServer, RedisServer, eventually, free_port
 
 UNSENT, SENDOOK = "/v1/api-keys", "/v1/api_keys"

@@ -14,17 +14,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import Clock, MakeEngine, Sidecar, wait_until
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.decisions import Allow, Deny, Reason, Requirement
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from keylatch.metrics import Collector
-from keylatch.model import Allow, Deny, Reason, Requirement
 from keylatch.settings import Settings
-from keylatch.sql.changes import advance
-from keylatch.store import Invalidation, Poll, Store
-from keylatch.telemetry.meter import Counter, Histogram
-from keylatch.usage.uses import UsageRecorder
+from keylatch.storage.changes import advance
+from keylatch.storage.store import Invalidation, Poll, Store
+from keylatch.telemetry.counters import Counter, Histogram
+from keylatch.usage.recorder import UsageRecorder
 from keylatch_sidecar.metrics import Page, merged
 from servers import PostgresServer, eventually, free_port
 from shell import Operator, wait_for_exit
@@ -349,7 +349,7 @@ async def test_caches_and_uses_are_counted(make_engine: MakeEngine, clock: Clock
 @pytest.mark.anyio
 async def test_lost_uses_are_counted() -> None:
     """Beyond 50,000 keys that wait, a use is lost; and told."""
-    from keylatch.caches.cache import UsageCounter
+    from keylatch.caches.local_cache import UsageCounter
 
     async def write(uses: object, tally: object) -> None:
         raise StoreUnavailable("down")

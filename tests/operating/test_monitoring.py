@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from keylatch.hashing import POOLS
+from keylatch.authentication.hashing import POOLS
 from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
-from keylatch.telemetry.condition import ComponentHealth
-from keylatch.telemetry.meter import LIMITS, STAGES, Counters
+from keylatch.telemetry.counters import LIMITS, STAGES, Counters
+from keylatch.telemetry.health import ComponentHealth
 
 FOLDER = Path(__file__).parents[2] / "deploy/monitoring"
 README = (FOLDER / "README.md").read_text()

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keylatch.tokens import MacKeys, Token, has_valid_checksum
+from keylatch.core.tokens import MacKeys, Token, has_valid_checksum
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "scanning"
 GITLEAKS = tomllib.loads((FOLDER / "gitleaks.toml").read_text())

@@ -12,11 +12,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from conftest import MakeEngine
+from keylatch.core.decisions import ONLY_FULL, Allow, DeferredDeny, Deny, Reason
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.keyring import Created
-from keylatch.model import ONLY_FULL, Allow, DeferredDeny, Deny, Reason
-from keylatch.store import Found, NotFound, Store
+from keylatch.management.keyring import Created
+from keylatch.storage.store import Found, NotFound, Store
 from servers import error_without_package
 
 pytestmark = pytest.mark.anyio

@@ -22,16 +22,16 @@ from starlette.types import ASGIApp
 
 import test_django  # which sets Django up
 from conftest import Clock, MakeEngine, sidecar_on
+from keylatch.adapters.portal import Portal
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.django import requires
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.keyring import Created
 from keylatch.logs import JSONLines
-from keylatch.portal import Portal
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
-from keylatch.store import Found, NotFound, Store
-from keylatch.telemetry.trail import REQUEST_TRACE, request_id
+from keylatch.storage.store import Found, NotFound, Store
+from keylatch.telemetry.request_trace import REQUEST_TRACE, request_id
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from servers import eventually, free_port
 from shell import Operator, wait_for_exit

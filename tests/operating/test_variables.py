@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from keylatch import variables
+from keylatch import _variables
+from keylatch._variables import find_unknown
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
-from keylatch.variables import find_unknown
 from keylatch_sidecar.settings import BenchSettings, ProxySettings, TestSettings
 from servers import eventually, free_port
 from shell import Operator, wait_for_exit
@@ -106,7 +106,7 @@ def test_every_variable_of_the_project_is_known() -> None:
     """Those of the sidecar, its commands and these tests, so that one file serves app and sidecar;
     the known ones are the fields, and nothing else."""
     kinds = (Settings, ProxySettings, BenchSettings, TestSettings)
-    names = {variables.variable_name(name) for kind in kinds for name in kind.model_fields}
+    names = {_variables.variable_name(name) for kind in kinds for name in kind.model_fields}
     assert find_unknown(dict.fromkeys(names, "x")) == []
     assert "KEYLATCH_REQUIRE_SERVICES" in names
 
@@ -119,7 +119,7 @@ def test_a_process_that_never_heard_of_the_sidecar_knows_its_variables() -> None
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "keylatch_sidecar.cli" not in done.stdout.split()
+    assert "keylatch_sidecar.cli.program" not in done.stdout.split()
 
 
 def test_the_middleware_starts_with_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ import pytest
 from flask import Flask
 
 import keylatch
+from keylatch.core.tokens import SCAN_PATTERN
 from keylatch.django import get_asgi_application
 from keylatch.settings import Settings
-from keylatch.tokens import SCAN_PATTERN
 from keylatch_sidecar.app import ROUTES
-from keylatch_sidecar.proxies import ext_authz, verify
+from keylatch_sidecar.forward_auth import ext_authz, verify
 from keylatch_sidecar.settings import ProxySettings
 from servers import serving
 
@@ -171,8 +171,8 @@ def test_the_requirements_that_are_claimed_have_their_tests() -> None:
 @pytest.mark.parametrize(
     ("heading", "folder", "unlisted"),
     [
-        ("| file |", "middleware/keylatch", ["sql/migrations"]),
-        ("| file of the sidecar |", "sidecar/keylatch_sidecar", ["bench", "doctor"]),
+        ("| file |", "middleware/keylatch", ["storage/migrations"]),
+        ("| file of the sidecar |", "sidecar/keylatch_sidecar", ["operations/doctor"]),
     ],
 )
 def test_the_files_are_in_the_architecture(heading: str, folder: str, unlisted: list[str]) -> None:

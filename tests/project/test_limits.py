@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from keylatch_sidecar import limits
-from keylatch_sidecar.limits import Limits
-from keylatch_sidecar.proxies.any_method import AnyMethod
+from keylatch_sidecar.http_server import limits
+from keylatch_sidecar.http_server.http_methods import AnyMethod
+from keylatch_sidecar.http_server.limits import Limits
 
 ROOT = Path(__file__).parents[2]
 SECTION = (ROOT / "SECURITY.md").read_text().partition("\n## Limits\n")[2].partition("\n## ")[0]

@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from keylatch.settings import Settings
-from keylatch_sidecar.cli import cli
+from keylatch_sidecar.cli.program import cli
 from keylatch_sidecar.settings import ProxySettings
 from proxies import DEPLOY, IDENTITY
 

@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 from starlette.types import Receive, Scope, Send
 
 from keylatch.engine import Engine
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
 from servers import eventually, free_port, require_program, serving
 from wire import RawResponse, send

@@ -15,7 +15,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from proxies import (
     IDENTITY,
     FaultInjector,

@@ -17,7 +17,7 @@ from h2.events import (
     StreamReset,
 )
 
-from keylatch.keyring import Created
+from keylatch.management.keyring import Created
 from proxies import (
     IDENTITY,
     FaultInjector,

@@ -16,13 +16,13 @@ from typing import Any, cast
 
 import pytest
 
-from keylatch_sidecar.limits import MAX_DESCRIPTORS, Limits
-from keylatch_sidecar.proxies.bounded import LimitedProtocol
-from keylatch_sidecar.proxies.connections import (
+from keylatch_sidecar.http_server.connections import (
     Connections,
     descriptor_limit,
     raise_descriptor_limit,
 )
+from keylatch_sidecar.http_server.limits import MAX_DESCRIPTORS, Limits
+from keylatch_sidecar.http_server.protocol import LimitedProtocol
 from raw_lines import HOST, is_silent, rest_of
 from servers import eventually, free_port
 from shell import SCRIPT, Operator

@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 import test_envoy
-from keylatch_sidecar.proxies.check_messages import CheckRequest, CheckResponse
-from keylatch_sidecar.proxies.grpc_authz import SERVICE
+from keylatch_sidecar.forward_auth.ext_authz_grpc import SERVICE
+from keylatch_sidecar.forward_auth.protobuf import CheckRequest, CheckResponse
 from proxies import (
     DEPLOY,
     FaultInjector,

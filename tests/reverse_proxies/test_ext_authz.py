@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from conftest import Clock, MakeEngine, Sidecar
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
-from keylatch.tokens import Token
+from keylatch.management.keyring import Created
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.proxies import answers as proxies
+from keylatch_sidecar.forward_auth import decision as proxies
 from keylatch_sidecar.settings import ProxySettings
 from wire import Header, RawResponse, asgi_request, exchange, send
 

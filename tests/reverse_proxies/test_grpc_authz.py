@@ -22,18 +22,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import MakeEngine
+from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
+from keylatch.core.refusals import Refusal
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
-from keylatch.keyring import Created
-from keylatch.refusals import Refusal
-from keylatch.store import Store
-from keylatch.tokens import Token
+from keylatch.management.keyring import Created
+from keylatch.storage.store import Store
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.limits import GRPC_HEADERS, GRPC_MESSAGE_BYTES
-from keylatch_sidecar.proxies import answers as proxies
-from keylatch_sidecar.proxies import grpc_authz
-from keylatch_sidecar.proxies.answers import ForwardAuth
-from keylatch_sidecar.proxies.check_messages import (
+from keylatch_sidecar.forward_auth import decision as proxies
+from keylatch_sidecar.forward_auth import ext_authz_grpc
+from keylatch_sidecar.forward_auth.decision import ForwardAuth
+from keylatch_sidecar.forward_auth.original_request import OriginalRequest
+from keylatch_sidecar.forward_auth.protobuf import (
     OVERWRITE,
     CheckQuery,
     CheckRequest,
@@ -42,7 +42,7 @@ from keylatch_sidecar.proxies.check_messages import (
     deny,
     parse_check_request,
 )
-from keylatch_sidecar.proxies.facts import OriginalRequest
+from keylatch_sidecar.http_server.limits import GRPC_HEADERS, GRPC_MESSAGE_BYTES
 from keylatch_sidecar.settings import ProxySettings
 from servers import error_without_package, free_port
 from wire import Header, RawResponse, asgi_request
@@ -58,7 +58,7 @@ async def served(
 ) -> AsyncIterator[grpc.aio.Channel]:
     """A connection to a server of this engine's."""
     address = address or f"127.0.0.1:{free_port()}"
-    server = await grpc_authz.serve(ForwardAuth(engine), engine, address, **limits)
+    server = await ext_authz_grpc.serve(ForwardAuth(engine), engine, address, **limits)
     try:
         async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
             yield channel
@@ -110,7 +110,7 @@ async def ask(channel: grpc.aio.Channel, request: Any) -> Any:
 
 
 async def call(
-    channel: grpc.aio.Channel, message: bytes, method: str = f"/{grpc_authz.SERVICE}/Check"
+    channel: grpc.aio.Channel, message: bytes, method: str = f"/{ext_authz_grpc.SERVICE}/Check"
 ) -> bytes:
     """Bytes to bytes, as they are on the wire."""
     check: Any = channel.unary_unary(method)
@@ -487,12 +487,12 @@ async def test_an_address_that_is_taken_is_an_error(engine: Engine, tmp_path: Pa
     address = f"127.0.0.1:{free_port()}"
     async with served(engine, address):
         with pytest.raises(OSError, match=f"cannot listen on {address}"):
-            await grpc_authz.serve(ForwardAuth(engine), engine, address)
+            await ext_authz_grpc.serve(ForwardAuth(engine), engine, address)
     place = f"unix:{tmp_path}/missing/grpc.sock"
     with pytest.raises(OSError, match=f"cannot listen on {place}"):
-        await grpc_authz.serve(ForwardAuth(engine), engine, place)
+        await ext_authz_grpc.serve(ForwardAuth(engine), engine, place)
     servers = [
-        await grpc_authz.serve(ForwardAuth(engine), engine, address, is_shared=True)
+        await ext_authz_grpc.serve(ForwardAuth(engine), engine, address, is_shared=True)
         for _ in range(2)
     ]
     for server in servers:
@@ -505,7 +505,7 @@ async def test_a_server_that_stops_answers_first(make_engine: MakeEngine, full: 
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     address = f"127.0.0.1:{free_port()}"
-    server = await grpc_authz.serve(ForwardAuth(engine), engine, address)
+    server = await ext_authz_grpc.serve(ForwardAuth(engine), engine, address)
     async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
         asking = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
         await hasher.asked.wait()
@@ -708,8 +708,9 @@ def test_the_official_bytes_are_written() -> None:
 def test_it_says_what_to_install() -> None:
     """And nobody who does not use it has to."""
     for package in ("grpc", "google.protobuf"):
-        said = error_without_package(package, "import keylatch_sidecar.proxies.grpc_authz")
+        said = error_without_package(package, "import keylatch_sidecar.forward_auth.ext_authz_grpc")
         assert said.endswith("pip install 'keylatch[grpc]'")
-    program = "import sys, keylatch_sidecar.cli, keylatch_sidecar.app; print('grpc' in sys.modules)"
+    imports = "import sys, keylatch_sidecar.cli.program, keylatch_sidecar.app"
+    program = f"{imports}; print('grpc' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout == "False\n"

@@ -18,7 +18,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from keylatch_sidecar.limits import HEAD_BYTES
+from keylatch_sidecar.http_server.limits import HEAD_BYTES
 from raw_lines import (
     CHUNKED,
     GET,

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MakeEngine, Sidecar
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.decisions import FULL, Principal
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
-from keylatch.model import FULL, Principal
+from keylatch.management.keyring import Created
 from keylatch_sidecar.app import create_app
-from keylatch_sidecar.proxies.answers import identity_headers
-from keylatch_sidecar.proxies.verify import requirement_from_query
+from keylatch_sidecar.forward_auth.decision import identity_headers
+from keylatch_sidecar.forward_auth.verify import requirement_from_query
 from wire import asgi_request, exchange, expected_response, parse_response, send
 
 NAME = 'Grüße, "ASGI"/日本 %0d%0aX-Evil: 1'

@@ -7,10 +7,10 @@ import pytest
 
 from conftest import Clock
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.feed import Invalidations, Receipt
+from keylatch.revocation.invalidations import Invalidations, Receipt
 from keylatch.revocation.lease import Lease
-from keylatch.revocation.news import Notice
-from keylatch.store import Invalidation, InvalidationBatch, Poll
+from keylatch.revocation.notices import Notice
+from keylatch.storage.store import Invalidation, InvalidationBatch, Poll
 
 pytestmark = pytest.mark.anyio
 X = 1.0

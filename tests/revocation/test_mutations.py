@@ -16,13 +16,13 @@ import pytest
 from sqlalchemy import Connection, update
 
 import worker_verdicts
-from keylatch.drafts import NewKey
+from keylatch.core.decisions import principal_of, secret_version_of
+from keylatch.core.imported_tokens import ImportedToken
+from keylatch.core.validation import NewKey
 from keylatch.engine import Engine
-from keylatch.foreign import ImportedToken
-from keylatch.keyring import Created, Keyring
-from keylatch.model import principal_of, secret_version_of
+from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
-from keylatch.sql.schema import keys
+from keylatch.storage.schema import keys
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio

@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 
 from conftest import Clock
+from keylatch.core.decisions import Allow, Deny, KeyRecord, Reason
 from keylatch.engine import Engine
-from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, KeyRecord, Reason
-from keylatch.revocation.feed import Invalidations
-from keylatch.revocation.news import Notice, Signer
+from keylatch.management.keyring import Created
+from keylatch.revocation.invalidations import Invalidations
+from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
-from keylatch.store import Invalidation, InvalidationBatch, Store
+from keylatch.storage.store import Invalidation, InvalidationBatch, Store
 from servers import PostgresServer, RedisServer, eventually
 from test_lease import Members, Process, X
 
@@ -126,7 +126,7 @@ class TestFeed:
 
     def test_what_was_heard_goes_with_the_tombstones(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the floor takes their place, nothing is acknowledged by hearsay any more."""
-        monkeypatch.setattr("keylatch.revocation.feed._MAX_TOMBSTONES", 1)
+        monkeypatch.setattr("keylatch.revocation.invalidations._MAX_TOMBSTONES", 1)
         feed, _ = feed_at(5)
         feed.add_pending(news(5, (6, "key_a", None), (7, "key_b", None)))
         feed.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))

@@ -16,15 +16,15 @@ import httpx
 import pytest
 
 from conftest import MakeEngine, extend_redis_timeouts
-from keylatch import argon2id
-from keylatch.caches.breaker import CircuitBreaker, connect
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.caches.redis_client import CircuitBreaker, connect
 from keylatch.caches.shared_cache import SharedCache
+from keylatch.core import argon2id
+from keylatch.core.decisions import Allow, Deny, Reason
+from keylatch.core.tokens import SECRET_LENGTH, MacKeys, Token
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, Reason
+from keylatch.management.keyring import Created
 from keylatch.settings import Settings
-from keylatch.tokens import SECRET_LENGTH, MacKeys, Token
 from keylatch_sidecar.app import create_app
 from servers import RedisServer, eventually, serving
 

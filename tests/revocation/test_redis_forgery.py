@@ -16,18 +16,18 @@ import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import MakeEngine
-from keylatch import argon2id
+from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
+from keylatch.authentication.lookup import Lookup
 from keylatch.caches import shared_cache
-from keylatch.caches.cache import Entry, NegativeEntry, entry_of
+from keylatch.caches.local_cache import Entry, NegativeEntry, entry_of
+from keylatch.core import argon2id
+from keylatch.core.decisions import PREVIOUS_SUFFIX, Allow, Deny, KeyRecord, Reason
+from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher, VerifyResult
-from keylatch.keyring import Created
-from keylatch.lookup import Lookup
-from keylatch.model import PREVIOUS_SUFFIX, Allow, Deny, KeyRecord, Reason
-from keylatch.revocation.feed import MAX_SEQ
-from keylatch.store import Found, Secrets, Store
-from keylatch.telemetry.meter import L2
-from keylatch.tokens import MacKeys, Token
+from keylatch.management.keyring import Created
+from keylatch.revocation.invalidations import MAX_SEQ
+from keylatch.storage.store import Found, Secrets, Store
+from keylatch.telemetry.counters import L2
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio

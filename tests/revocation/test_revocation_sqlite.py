@@ -17,7 +17,7 @@ import worker_checks
 from conftest import Times
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
-from keylatch.keyring import Keyring
+from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
 from worker_checks import ACCEPTED, REFUSED
 

@@ -13,14 +13,14 @@ import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import MakeEngine
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.decisions import Allow, Deny, Reason
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.keyring import Created
-from keylatch.model import Allow, Deny, Reason
-from keylatch.revocation.feed import MAX_SEQ
+from keylatch.management.keyring import Created
+from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.settings import Settings
-from keylatch.store import Secrets, Store
-from keylatch_sidecar import copies
+from keylatch.storage.store import Secrets, Store
+from keylatch_sidecar.operations import backup
 from servers import PostgresServer, RedisServer, eventually
 
 pytestmark = pytest.mark.anyio
@@ -82,7 +82,7 @@ def store_url(kind: str, request: pytest.FixtureRequest, store_url: str) -> str:
 def copy(kind: str, store_url: str, request: pytest.FixtureRequest) -> Copy:
     if kind == "template":
         return lambda: copied_database(store_url, request.getfixturevalue("postgres"))
-    how = shutil.copy if kind == "cp" else copies.create_backup
+    how = shutil.copy if kind == "cp" else backup.create_backup
     return lambda: copied_file(store_url, how)
 
 

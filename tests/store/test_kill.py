@@ -15,9 +15,9 @@ from rich.progress import track
 
 import worker_writes
 from conftest import MakeEngine, Times
+from keylatch.core.decisions import Allow
 from keylatch.engine import Engine
-from keylatch.model import Allow
-from keylatch.store import Store
+from keylatch.storage.store import Store
 from servers import PostgresServer
 
 pytestmark = pytest.mark.long

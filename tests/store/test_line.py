@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from sqlalchemy.engine import make_url
 
-from keylatch.sql.line import ConnectionPool
-from keylatch.sql.postgresql import PostgreSQL
+from keylatch.storage.libpq_pool import ConnectionPool
+from keylatch.storage.postgresql import PostgreSQL
 from proxy import Proxy
 from servers import PostgresServer, eventually
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from keylatch.errors import ConfigurationError
-from keylatch.sql.mounts import mounts, mounts_over
-from keylatch.store import database_of
+from keylatch.storage.mounts import mounts, mounts_over
+from keylatch.storage.store import database_of
 
 ROOT = "overlay / overlay rw 0 0\n"
 REFUSED = (
@@ -30,7 +30,7 @@ class Table:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self._file = folder / "mounts"
         self._file.write_text(ROOT)
-        monkeypatch.setattr("keylatch.sql.mounts._MOUNT_TABLE", self._file)
+        monkeypatch.setattr("keylatch.storage.mounts._MOUNT_TABLE", self._file)
 
     def say(self, *lines: str, first: str = ROOT) -> None:
         text = first + "".join(f"{line} rw,relatime 0 0\n" for line in lines)
@@ -108,7 +108,7 @@ def test_a_system_without_the_table_is_not_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Only Linux has one."""
-    monkeypatch.setattr("keylatch.sql.mounts._MOUNT_TABLE", tmp_path / "missing")
+    monkeypatch.setattr("keylatch.storage.mounts._MOUNT_TABLE", tmp_path / "missing")
     assert warnings_of("/data/keys.db") == []
 
 
@@ -135,7 +135,7 @@ def test_a_mount_of_one_file_is_refused(table: Table, end: str) -> None:
 
 OPEN = """
 import asyncio, sys
-from keylatch.store import Store
+from keylatch.storage.store import Store
 from keylatch.errors import ConfigurationError
 async def opened(url):
     store = Store(url)

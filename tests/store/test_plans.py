@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from keylatch.sql import changes, leases, lists, questions, rotations
-from keylatch.sql.authorization import stored_key
-from keylatch.sql.database import Database
-from keylatch.sql.deeds import page_of_events, prune_events
-from keylatch.sql.quotas import Quotas, check_changes, check_quota
-from keylatch.sql.schema import invalidations
-from keylatch.store import Store, database_of
-from keylatch.usage.tally import DAY_MS, Client, UsageBatch, add_batch, prune_usage, usage_of
+from keylatch.storage import changes, leases, listing, queries, rotation
+from keylatch.storage.audit import page_of_events, prune_events
+from keylatch.storage.authorization import stored_key
+from keylatch.storage.database import Database
+from keylatch.storage.quotas import Quotas, check_changes, check_quota
+from keylatch.storage.schema import invalidations
+from keylatch.storage.store import Store, database_of
+from keylatch.storage.usage import DAY_MS, Client, UsageBatch, add_batch, prune_usage, usage_of
 from servers import PostgresServer
 from test_store import NOW, record
 
@@ -33,29 +33,33 @@ TODAY = NOW // DAY_MS
 SEEN = Client("192.0.2.0/24", "curl", NOW)
 TALLY = UsageBatch("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
 ASKED: dict[str, Callable[[Connection], object]] = {
-    "a cold look-up": lambda c: c.execute(questions.FIND.statement, {"key_id": ONE}).all(),
+    "a cold look-up": lambda c: c.execute(queries.FIND.statement, {"key_id": ONE}).all(),
     "a cold look-up of a token from elsewhere": lambda c: c.execute(
-        questions.FIND_BY_LOCATOR.statement, dict.fromkeys(questions.LOCATOR_PARAMETERS, "seam:a_b")
+        queries.FIND_BY_LOCATOR.statement, dict.fromkeys(queries.LOCATOR_PARAMETERS, "seam:a_b")
     ).all(),
     "keys from elsewhere": lambda c: changes.import_keys(
         c, [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
     ),
-    "one of an organisation": lambda c: lists.get_key(c, "org1", ONE),
-    "the first page": lambda c: lists.page_of_keys(c, "big", 100, True, False, None),
-    "the first page, oldest first": lambda c: lists.page_of_keys(c, "big", 100, False, False, None),
-    "a page": lambda c: lists.page_of_keys(c, "big", 100, True, False, 2_000),
-    "a page, oldest first": lambda c: lists.page_of_keys(c, "big", 100, False, False, 2_000),
-    "a page with deleted keys": lambda c: lists.page_of_keys(c, "big", 100, True, True, 2_000),
+    "one of an organisation": lambda c: listing.get_key(c, "org1", ONE),
+    "the first page": lambda c: listing.page_of_keys(c, "big", 100, True, False, None),
+    "the first page, oldest first": lambda c: listing.page_of_keys(
+        c, "big", 100, False, False, None
+    ),
+    "a page": lambda c: listing.page_of_keys(c, "big", 100, True, False, 2_000),
+    "a page, oldest first": lambda c: listing.page_of_keys(c, "big", 100, False, False, 2_000),
+    "a page with deleted keys": lambda c: listing.page_of_keys(c, "big", 100, True, True, 2_000),
     "uses": lambda c: changes.record_last_used(c, {ONE: NOW}),
     "counts of uses": lambda c: add_batch(c, {ONE: NOW}, TALLY),
     "uses of a key": lambda c: usage_of(c, "org1", ONE, TODAY - 29),
-    "keys that nobody uses": lambda c: lists.page_of_keys(c, "big", 9, True, False, 2_000, NOW - 1),
+    "keys that nobody uses": lambda c: listing.page_of_keys(
+        c, "big", 9, True, False, 2_000, NOW - 1
+    ),
     "old counts": lambda c: prune_usage(c, TODAY),
     "a better hash": lambda c: changes.replace_hash(c, ONE, "old", "new"),
     "a change": lambda c: changes.change_key(c, "org1", ONE, NOW, {"name": "new"}),
     "a new key": lambda c: changes.add_key(c, record("key_new", "org1"), "hashed"),
     "what happened": lambda c: c.execute(
-        questions.INVALIDATIONS_SINCE.statement, {"since": KEYS + LOG - 9}
+        queries.INVALIDATIONS_SINCE.statement, {"since": KEYS + LOG - 9}
     ).all(),
     "who lags": lambda c: c.execute(leases.LAGGARDS.statement, {"seq": 5}).all(),
     "pruning": changes.prune_invalidations,
@@ -65,10 +69,10 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "the audit log": lambda c: page_of_events(c, "big", 100),
     "more of the audit log": lambda c: page_of_events(c, "big", 100, None, 9_000),
     "the audit log of an environment": lambda c: page_of_events(c, "big", 9, environment="test"),
-    "keys of an environment": lambda c: lists.page_of_keys(
+    "keys of an environment": lambda c: listing.page_of_keys(
         c, "big", 9, True, False, 2_000, environment="test"
     ),
-    "what a key created": lambda c: rotations._descendants(c, "org1", ONE),
+    "what a key created": lambda c: rotation._descendants(c, "org1", ONE),
     "the acting key": lambda c: stored_key(c, "org1", ONE),
     "limits": lambda c: check_quota(c, "big", NOW, Quotas(KEYS, 100), new_keys=1),
 }

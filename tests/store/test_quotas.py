@@ -11,13 +11,13 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
 from conftest import StoreTests
-from keylatch.drafts import QuotaExceeded
-from keylatch.sql import changes
-from keylatch.sql.authorization import Actor
-from keylatch.sql.quotas import HOUR_MS, Quotas, check_quota
-from keylatch.sql.schema import keys
-from keylatch.store import Store
-from keylatch.usage.tally import DAY_MS
+from keylatch.core.validation import QuotaExceeded
+from keylatch.storage import changes
+from keylatch.storage.authorization import Actor
+from keylatch.storage.quotas import HOUR_MS, Quotas, check_quota
+from keylatch.storage.schema import keys
+from keylatch.storage.store import Store
+from keylatch.storage.usage import DAY_MS
 from servers import PostgresServer
 from test_store import NOW, record
 
@@ -236,7 +236,7 @@ class QuotaContract(StoreTests):
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Those from before the time that the setting names, and of these not the newest line."""
-        monkeypatch.setattr("keylatch.sql.deeds._PRUNE_BATCH", 4)
+        monkeypatch.setattr("keylatch.storage.audit._PRUNE_BATCH", 4)
         store.audit_days = 30
         for number in range(10):
             at = NOW + (0 if number < 7 else 29 * DAY_MS)

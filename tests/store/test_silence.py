@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
+from keylatch.core.decisions import KeyRecord
 from keylatch.errors import StoreUnavailable
-from keylatch.model import KeyRecord
-from keylatch.sql.authorization import Actor
-from keylatch.sql.postgresql import PostgreSQL
-from keylatch.store import NotFound, Store
-from keylatch.usage.tally import ALLOWED, DAY_MS, Client, UsageBatch
+from keylatch.storage.authorization import Actor
+from keylatch.storage.postgresql import PostgreSQL
+from keylatch.storage.store import NotFound, Store
+from keylatch.storage.usage import ALLOWED, DAY_MS, Client, UsageBatch
 from proxy import Proxy
 from servers import PostgresServer
 from test_store import NOW, record

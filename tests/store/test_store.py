@@ -14,10 +14,10 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
 from conftest import StoreTests
+from keylatch.core.decisions import KeyRecord
 from keylatch.errors import ConfigurationError, StoreIncompatible, StoreUnavailable
-from keylatch.model import KeyRecord
-from keylatch.sql import schema
-from keylatch.store import Found, NotFound, Store, database_of
+from keylatch.storage import schema
+from keylatch.storage.store import Found, NotFound, Store, database_of
 from servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
@@ -146,7 +146,7 @@ class StoreContract(StoreTests):
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who asks for more than the log still holds is told that it is not complete."""
-        monkeypatch.setattr("keylatch.sql.changes._MAX_INVALIDATIONS", 2)
+        monkeypatch.setattr("keylatch.storage.changes._MAX_INVALIDATIONS", 2)
         for number in range(5):
             _, last = await store.add(record(f"key_{number}"), "hashed")
         await store.run_maintenance(NOW)
@@ -223,7 +223,7 @@ class TestSQLite(LastingStoreContract):
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Also one of another process, also after the log was truncated, and nothing else does."""
-        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
+        monkeypatch.setattr("keylatch.storage.sqlite._CHECKPOINT_BYTES", 1)
         program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2])"
         program += "; c.commit(); c.execute('PRAGMA wal_checkpoint(TRUNCATE)'); c.close()"
         change = "UPDATE keylatch_meta SET seq = seq + 1"
@@ -246,7 +246,7 @@ class TestSQLite(LastingStoreContract):
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """A system that does not tell where the index is costs microseconds, and no key."""
-        monkeypatch.setattr("keylatch.sql.wal_index._MAPS", tmp_path / "missing")
+        monkeypatch.setattr("keylatch.storage.wal_index._MAPS", tmp_path / "missing")
         unaided = Store(url)
         await unaided.open(NOW)
         assert unaided.data_version() is None
@@ -258,7 +258,7 @@ class TestSQLite(LastingStoreContract):
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After checks, the log can still be truncated: nobody holds on to an old snapshot."""
-        monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
+        monkeypatch.setattr("keylatch.storage.sqlite._CHECKPOINT_BYTES", 1)
         await store.add(record(), "hashed")
         store.sequence_nowait()
         store.invalidations_since_nowait(0)
@@ -286,7 +286,7 @@ class TestSQLite(LastingStoreContract):
     ) -> None:
         """Who cannot write within the busy time is told so; reads and checks go on."""
         await store.close()  # connections with another busy time
-        monkeypatch.setattr("keylatch.sql.sqlite._BUSY_SECONDS", 0.05)
+        monkeypatch.setattr("keylatch.storage.sqlite._BUSY_SECONDS", 0.05)
         await store.open(NOW)
         holder = sqlite3.connect(tmp_path / "keys.db", isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
@@ -373,6 +373,6 @@ class TestPostgreSQL(LastingStoreContract):
 def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra, a PostgreSQL store says what to install, before anything is imported."""
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "keylatch.sql.postgresql", raising=False)
+    monkeypatch.delitem(sys.modules, "keylatch.storage.postgresql", raising=False)
     with pytest.raises(ConfigurationError, match=r"keylatch\[postgres\]"):
         database_of("postgresql://localhost/keys")

@@ -17,10 +17,10 @@ import pytest
 
 import worker_stranger
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.sql.migrations import upgrade
-from keylatch.sql.sqlite import SQLite
-from keylatch.sql.store_file import StoreFile, create_private
-from keylatch.store import Store, database_of, file_of
+from keylatch.storage.migrations import upgrade
+from keylatch.storage.sqlite import SQLite
+from keylatch.storage.store import Store, database_of, file_of
+from keylatch.storage.store_file import StoreFile, create_private
 from servers import eventually
 
 ENDS = ("", "-wal", "-shm", "-lock")
@@ -207,7 +207,7 @@ async def test_a_link_is_resolved_once(
 ) -> None:
     """The log is beside the file that the link leads to; looked for beside the link, it would grow
     for ever. What is committed under one name is seen under the other."""
-    monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr("keylatch.storage.sqlite._CHECKPOINT_BYTES", 1)
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "link.db"
     link.symlink_to(path)
@@ -230,11 +230,11 @@ async def test_a_twin_that_does_not_resolve_links_is_caught(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It looks for the log beside the link, finds none, and lets the log grow."""
-    monkeypatch.setattr("keylatch.sql.sqlite._CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr("keylatch.storage.sqlite._CHECKPOINT_BYTES", 1)
     link = tmp_path / "link.db"
     link.symlink_to(path)
     with monkeypatch.context() as patched:
-        patched.setattr("keylatch.sql.store_file.os.path.realpath", os.path.abspath)
+        patched.setattr("keylatch.storage.store_file.os.path.realpath", os.path.abspath)
         store = Store(f"sqlite:///{link}")
     os.close(create_private(path))
     await store.open(0)

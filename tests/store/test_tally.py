@@ -16,11 +16,8 @@ from sqlalchemy import Connection, update
 
 import worker_wsgi
 from conftest import Clock, MakeEngine, StoreTests
-from keylatch.caches.cache import UsageCounter
-from keylatch.engine import Engine
-from keylatch.errors import StoreUnavailable
-from keylatch.keyring import Created
-from keylatch.model import (
+from keylatch.caches.local_cache import UsageCounter
+from keylatch.core.decisions import (
     Allow,
     DeferredDeny,
     Deny,
@@ -29,11 +26,14 @@ from keylatch.model import (
     Requirement,
     principal_of,
 )
-from keylatch.sql.schema import keys
-from keylatch.store import Store, database_of
-from keylatch.tokens import MacKeys
-from keylatch.usage import tally as tallies
-from keylatch.usage.tally import (
+from keylatch.core.tokens import MacKeys
+from keylatch.engine import Engine
+from keylatch.errors import StoreUnavailable
+from keylatch.management.keyring import Created
+from keylatch.storage import usage as tallies
+from keylatch.storage.schema import keys
+from keylatch.storage.store import Store, database_of
+from keylatch.storage.usage import (
     ALLOWED,
     DAY_MS,
     RETENTION_DAYS,
@@ -43,8 +43,8 @@ from keylatch.usage.tally import (
     KeyUsage,
     UsageBatch,
 )
-from keylatch.usage.unstored import CAPACITY
-from keylatch.usage.uses import UsageRecorder
+from keylatch.usage.buffer import CAPACITY
+from keylatch.usage.recorder import UsageRecorder
 from servers import PostgresServer
 from test_engine import bearer, with_other_secret
 from test_fork import forking

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from keylatch.sql import questions
-from keylatch.sql.sqlite import SQLite
-from keylatch.sql.threads import ThreadPool
-from keylatch.store import Store
+from keylatch.storage import queries
+from keylatch.storage.sqlite import SQLite
+from keylatch.storage.store import Store
+from keylatch.storage.threads import ThreadPool
 from test_store import NOW, record
 
 pytestmark = pytest.mark.anyio
@@ -52,7 +52,7 @@ def held(gate: threading.Event) -> Callable[[Connection], bool]:
 
 
 async def ask(database: SQLite) -> int:
-    return len(await database.fetch(questions.FIND, key_id="key_a"))
+    return len(await database.fetch(queries.FIND, key_id="key_a"))
 
 
 @pytest.mark.parametrize("kind", [SQLite, OnePool])

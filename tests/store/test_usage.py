@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
-from keylatch.caches.cache import UsageCounter
+from keylatch.caches.local_cache import UsageCounter
 from keylatch.errors import StoreUnavailable
-from keylatch.usage.tally import UsageBatch
-from keylatch.usage.uses import UsageRecorder
+from keylatch.storage.usage import UsageBatch
+from keylatch.usage.recorder import UsageRecorder
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from keylatch_sidecar.limits import HEAD_BYTES, Limits
-from keylatch_sidecar.proxies.any_method import AnyMethod
+from keylatch_sidecar.http_server.http_methods import AnyMethod
+from keylatch_sidecar.http_server.limits import HEAD_BYTES, Limits
 from servers import serving
 
 HOST = b" HTTP/1.1\r\nHost: test\r\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from keylatch_sidecar.cli import main
+from keylatch_sidecar.cli.program import main
 
 SCRIPT = Path(sys.executable).parent / "keylatch"
 

@@ -15,10 +15,10 @@ import time
 from array import array
 from pathlib import Path
 
+from keylatch.core.decisions import Allow, Deny, Reason
 from keylatch.engine import Engine
-from keylatch.model import Allow, Deny, Reason
-from keylatch.revocation.counter import SequenceFreshness
-from keylatch.revocation.feed import Invalidations
+from keylatch.revocation.invalidations import Invalidations
+from keylatch.revocation.sequence import SequenceFreshness
 from keylatch.settings import Settings
 
 REFUSED, ACCEPTED, UNDECIDED = range(3)

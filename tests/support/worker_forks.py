@@ -13,9 +13,9 @@ import socket
 import sys
 from typing import Any
 
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.decisions import Allow
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.model import Allow
 from keylatch.settings import Settings
 
 

@@ -17,12 +17,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.decisions import Allow
+from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
-from keylatch.hashing import CHEAPEST, Hasher
-from keylatch.model import Allow
-from keylatch.revocation.news import Notice, Signer
+from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
-from keylatch.tokens import MacKeys, Token
 
 _OLDER = 40
 _PAUSE_SECONDS = 0.01

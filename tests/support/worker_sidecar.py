@@ -10,11 +10,11 @@ from typing import Any
 
 import uvicorn
 
+from keylatch.authentication.hashing import Cost, Hasher
 from keylatch.engine import Engine
-from keylatch.hashing import Cost, Hasher
 from keylatch.settings import Settings
-from keylatch.sql import authorization
-from keylatch.sql.authorization import Authority
+from keylatch.storage import authorization
+from keylatch.storage.authorization import Authority
 from keylatch_sidecar.app import create_app
 
 

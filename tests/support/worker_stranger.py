@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from keylatch.errors import StoreUnavailable
-from keylatch.store import Store
+from keylatch.storage.store import Store
 
 ACCOUNT = 65534
 ENDS = ("", "-wal", "-shm", "-lock", "-journal")

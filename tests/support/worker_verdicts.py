@@ -6,8 +6,8 @@ python worker_verdicts.py STORE
 import asyncio
 import sys
 
+from keylatch.core.decisions import Allow
 from keylatch.engine import Engine
-from keylatch.model import Allow
 from keylatch.settings import Settings
 
 

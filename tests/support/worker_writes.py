@@ -14,11 +14,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from keylatch.core.decisions import KeyRecord
 from keylatch.engine import Engine
-from keylatch.model import KeyRecord
 from keylatch.settings import Settings
-from keylatch.sql.authorization import OPERATOR, Actor
-from keylatch.store import Store
+from keylatch.storage.authorization import OPERATOR, Actor
+from keylatch.storage.store import Store
 
 
 class HastyStore(Store):

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from keylatch import argon2id
-from keylatch.caches.breaker import CircuitBreaker
+from keylatch.caches.redis_client import CircuitBreaker
+from keylatch.core import argon2id
+from keylatch.core.tokens import Token
 from keylatch.telemetry.repeated_warning import RepeatedWarning
-from keylatch.tokens import Token
 
 TTL_SECONDS: Final = 300
 _MAC_BYTES: Final = 32

@@ -27,11 +27,11 @@ from contextlib import suppress
 from typing import Final
 
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.feed import MAX_SEQ, Invalidations, Receipt
-from keylatch.revocation.news import Notice
-from keylatch.store import Poll, Store
-from keylatch.telemetry.condition import ComponentHealth, Health
-from keylatch.telemetry.meter import Counter
+from keylatch.revocation.invalidations import MAX_SEQ, Invalidations, Receipt
+from keylatch.revocation.notices import Notice
+from keylatch.storage.store import Poll, Store
+from keylatch.telemetry.counters import Counter
+from keylatch.telemetry.health import ComponentHealth, Health
 
 _EXPIRY_MARGIN: Final = 0.98
 _RECENT_FRACTION: Final = 0.75  # of X are left: the next poll is still to come
@@ -52,7 +52,7 @@ def boottime() -> float:
 
 
 class Lease:
-    """See `keylatch.revocation.feed.Freshness`.
+    """See `keylatch.revocation.invalidations.Freshness`.
 
     Args:
         store: on PostgreSQL.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from keylatch.telemetry.meter import Counter
+from keylatch.telemetry.counters import Counter
 
 SILENCE_SECONDS: Final = 3600.0
 """An occurrence is logged whatever its number if no line was written for this long."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from opentelemetry import trace
 
-from keylatch.model import Allow, Decision, DeferredDeny
+from keylatch.core.decisions import Allow, Decision, DeferredDeny
 
 
 class Tracing:

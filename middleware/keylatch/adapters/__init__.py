@@ -1,0 +1,1 @@
+"""What the middlewares of all frameworks share."""

@@ -1,0 +1,160 @@
+"""The way from threads to the event loop: for WSGI, where no loop runs.
+
+Each process has one loop on one thread, started by the first who needs it, so after any fork. It
+hosts the engine's background work, and many threads that miss on one key meet there in one flight.
+"""
+
+import asyncio
+import atexit
+import concurrent.futures
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from multiprocessing.util import Finalize
+from typing import Any, Final, TypeVar
+
+from keylatch.core.decisions import ANY_KEY, Decision, Requirement
+from keylatch.core.tokens import Token
+from keylatch.engine import Engine
+from keylatch.errors import ConfigurationError
+
+T = TypeVar("T")
+
+_SHUTDOWN_SECONDS: Final = 10.0
+
+log = logging.getLogger("keylatch")
+
+
+class Portal:
+    """An event loop on a thread of its own, for one engine.
+
+    What was used is stored when the process exits in order: at the end of the interpreter, or of a
+    worker that `multiprocessing` started.
+
+    Args:
+        engine: runs on that loop alone.
+
+    Raises:
+        ConfigurationError: threads are not threads in this process.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        _refuse_green_threads()
+        self._engine = engine
+        self._reset_state()
+        reference = weakref.ref(self)
+
+        def after_fork_in_child() -> None:
+            alive = reference()
+            if alive is not None:
+                alive._reset_state()
+
+        os.register_at_fork(after_in_child=after_fork_in_child)
+
+    @classmethod
+    def for_engine(cls, engine: Engine) -> "Portal":
+        """The one of this engine: several middlewares may share it, and so meet on one loop."""
+        portal = _PORTALS.get(engine)
+        if portal is None:
+            portal = _PORTALS[engine] = cls(engine)
+        return portal
+
+    def _reset_state(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._pending: set[concurrent.futures.Future[Any]] = set()
+
+    def authenticate(self, values: Sequence[bytes], requirement: Requirement = ANY_KEY) -> Decision:
+        """`Engine.authenticate` for a thread: a hit is answered in it, without any hop."""
+        cached = self._engine.check_cached(values, requirement)
+        return self.check(cached, requirement) if isinstance(cached, Token) else cached
+
+    def check(self, token: Token, requirement: Requirement) -> Decision:
+        """`Engine.check` for a thread, which waits."""
+        return self.run(self._engine.check(token, requirement))
+
+    async def authenticate_from_loop(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision:
+        """The same for an event loop that is not the engine's own; it never waits."""
+        cached = self._engine.check_cached(values, requirement)
+        if not isinstance(cached, Token):
+            return cached
+        return await asyncio.wrap_future(self.submit(self._engine.check(cached, requirement)))
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        """Run work on the loop; never waits."""
+        with self._lock:  # or `close` could stop the loop before the work is on it
+            if self._loop is None:
+                self._loop = self._start_loop()
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run work on the loop, and wait for its result."""
+        return self.submit(coroutine).result()
+
+    def close(self) -> None:
+        """Stop the engine, storing what was used, and end the thread; a later call begins anew."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is None or thread is None:
+            return
+        concurrent.futures.wait(tuple(self._pending), _SHUTDOWN_SECONDS)
+        try:
+            asyncio.run_coroutine_threadsafe(self._engine.stop(), loop).result(_SHUTDOWN_SECONDS)
+        except TimeoutError:
+            log.warning("the last usage counts were not stored before the shutdown timeout")
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        atexit.unregister(self.close)
+        self._exit_finalizer.cancel()
+
+    def _start_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=_run, args=(loop,), name="keylatch-portal", daemon=True
+        )
+        self._thread.start()
+        atexit.register(self.close)
+        # A child of multiprocessing leaves without atexit.
+        self._exit_finalizer = Finalize(None, self.close, exitpriority=100)
+        return loop
+
+
+_PORTALS: Final = weakref.WeakValueDictionary[Engine, Portal]()
+
+
+def close_all() -> None:
+    """Store what was used in this process; each engine begins anew with the next request."""
+    for portal in tuple(_PORTALS.values()):
+        portal.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _refuse_green_threads() -> None:
+    for library, module in (("gevent", "gevent.monkey"), ("eventlet", "eventlet.patcher")):
+        patched = getattr(sys.modules.get(module), "is_module_patched", None)
+        patched = patched or getattr(sys.modules.get(module), "is_monkey_patched", None)
+        if patched is not None and patched("threading" if library == "gevent" else "thread"):
+            raise ConfigurationError(
+                [
+                    (
+                        f"{library} replaced Python's threads, and no event loop runs in those",
+                        "use gunicorn's gthread workers, or an ASGI server",
+                    )
+                ]
+            )

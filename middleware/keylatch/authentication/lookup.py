@@ -1,0 +1,221 @@
+"""Finding out what a token is: the store, then Redis, then argon2. It decides nothing.
+
+What a process meets for the first time it reads in the store. Redis can only save it the hash: see
+`shared_cache`.
+
+An error anywhere on the way goes to the caller, and nothing is remembered of it.
+
+A token that was made elsewhere finds its key by its locators and not by an id, and Redis knows
+nothing of those. Only the store can tell a made-up one from a real one, so a bounded number is
+looked up at a time.
+"""
+
+import contextlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from keylatch.authentication.hashing import Hasher
+from keylatch.caches.local_cache import Entry, NegativeEntry, entry_of
+from keylatch.caches.shared_cache import SharedCache
+from keylatch.core import imported_tokens
+from keylatch.core.argon2id import has_digest_format
+from keylatch.core.decisions import (
+    PREVIOUS_SUFFIX,
+    KeyRecord,
+    Reason,
+    secret_version_of,
+    unusable_reason,
+)
+from keylatch.core.tokens import Token, is_native
+from keylatch.errors import HashingBusy, KeylatchError
+from keylatch.revocation.invalidations import Freshness, Invalidations
+from keylatch.storage.schema import NO_ID
+from keylatch.storage.store import Found, NotFound, Store
+from keylatch.telemetry.counters import L2, STORE, Counters
+
+_MAX_IMPORTED_LOOKUPS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The key that a token belongs to.
+
+    Args:
+        record: of the key, whatever its state.
+        is_usable: False: its secret opens nothing and never will, because the key was deleted, or
+            rotated and the grace is over.
+        is_previous: whether it is the secret before the last rotation.
+    """
+
+    record: KeyRecord
+    is_usable: bool
+    is_previous: bool = False
+
+    @property
+    def secret(self) -> int:
+        """Which of the key's secrets it is."""
+        return secret_version_of(self.record, self.is_previous)
+
+
+@dataclass(frozen=True, slots=True)
+class _Secret:
+    """One that is good for a key, as the store holds it.
+
+    Args:
+        name: the key's id, or that with `PREVIOUS_SUFFIX` behind it.
+        hash: of it.
+        is_previous: whether it is the one before the last rotation.
+    """
+
+    name: str
+    hash: str = field(repr=False)
+    is_previous: bool = False
+
+
+class Lookup:
+    """Looks tokens up for one process.
+
+    Args:
+        store: an opened store.
+        shared_cache: the shared cache, if there is one.
+        hasher: verifies, and makes outdated hashes anew.
+        invalidations: knows the store's epoch.
+        freshness: tells the time.
+        environment: the only one whose keys are welcome; None: all of them.
+        start_soon: runs work that no request waits for.
+        counters: counts how long that takes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shared_cache: SharedCache | None,
+        hasher: Hasher,
+        invalidations: Invalidations,
+        freshness: Freshness,
+        environment: str | None,
+        start_soon: Callable[[Coroutine[Any, Any, None]], None],
+        counters: Counters,
+    ) -> None:
+        self._store = store
+        self._shared_cache = shared_cache
+        self._hasher = hasher
+        self._invalidations = invalidations
+        self._freshness = freshness
+        self._environment = environment
+        self._start_soon = start_soon
+        self._imported_lookups = 0  # being looked up
+        self._counters = counters
+
+    async def fetch(self, token: Token) -> tuple[Entry | NegativeEntry, str]:
+        """What the token is, by the store, and what proved that: `L2` or `STORE`.
+
+        Raises:
+            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
+        """
+        with self._counters.stage(STORE):
+            found = await self._find(token)
+        if isinstance(found, NotFound):
+            # Of another shape, it names no key, whatever stands where an id would be.
+            key_id = token.key_id if is_native(token) else NO_ID
+            return NegativeEntry(Reason.UNKNOWN, key_id, NO_ID, found.as_of), STORE
+        unusable = self._unusable(found)
+        if unusable is not None:
+            return unusable, STORE
+        secret, source = await self._match_secret(token, self._valid_secrets(found))
+        if secret is None:
+            return _negative_entry(Reason.WRONG_SECRET, found), STORE
+        # Once more: a hash takes its time, and the key may have expired meanwhile.
+        entry = entry_of(token.fingerprint, found.record, found.as_of, secret.is_previous)
+        return self._unusable(found) or entry, source
+
+    async def identify(self, token: Token) -> Owner | None:
+        """The key whose secret this token is, whatever has become of it since; None: there is none.
+
+        Raises:
+            StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
+        """
+        found = await self._find(token)
+        if isinstance(found, NotFound):
+            return None
+        if await self._hasher.verify(found.hash, token):
+            return Owner(found.record, found.record.deleted_at is None)
+        if found.previous_hash is None:
+            return None
+        if not await self._hasher.verify(found.previous_hash, token):
+            return None
+        grace = found.record.grace_ends_at(self._freshness.now_ms())
+        return Owner(found.record, found.record.deleted_at is None and grace is not None, True)
+
+    def _valid_secrets(self, found: Found) -> list[_Secret]:
+        """The present one, and while its grace runs the one before."""
+        secrets = [_Secret(found.record.id, found.hash)]
+        is_in_grace = found.record.grace_ends_at(self._freshness.now_ms()) is not None
+        if found.previous_hash is not None and is_in_grace:
+            name = found.record.id + PREVIOUS_SUFFIX
+            secrets.append(_Secret(name, found.previous_hash, is_previous=True))
+        return secrets
+
+    async def _match_secret(
+        self, token: Token, secrets: list[_Secret]
+    ) -> tuple[_Secret | None, str]:
+        """Which of these a token is, and who proved it."""
+        if self._shared_cache is not None and is_native(token):
+            for secret in secrets:
+                if has_digest_format(secret.hash) and await self._is_in_shared_cache(
+                    self._shared_cache, token, secret
+                ):
+                    return secret, L2
+        for secret in secrets:
+            if await self._matches(secret, token):
+                return secret, STORE
+        return None, STORE
+
+    async def _is_in_shared_cache(
+        self, shared_cache: SharedCache, token: Token, secret: _Secret
+    ) -> bool:
+        with self._counters.stage(L2):
+            return await shared_cache.proves(
+                token, secret.name, secret.hash, self._invalidations.epoch
+            )
+
+    async def _matches(self, secret: _Secret, token: Token) -> bool:
+        with self._counters.stage("hash"):
+            verified = await self._hasher.verify(secret.hash, token)
+        if not verified:
+            return False
+        if not secret.is_previous and self._hasher.needs_rehash(secret.hash):
+            self._start_soon(self._rehash(token, secret.name, secret.hash))
+        elif self._shared_cache is not None and is_native(token) and isinstance(verified, bytes):
+            epoch = self._invalidations.epoch
+            put = self._shared_cache.put(token, secret.name, secret.hash, verified, epoch)
+            self._start_soon(put)
+        return True
+
+    async def _find(self, token: Token) -> Found | NotFound:
+        if is_native(token):
+            return await self._store.find(token.key_id)
+        if self._imported_lookups == _MAX_IMPORTED_LOOKUPS:
+            raise HashingBusy(
+                f"{_MAX_IMPORTED_LOOKUPS} lookups of imported tokens are under way: limit reached",
+                "a client may be sending invalid tokens",
+            )
+        self._imported_lookups += 1
+        try:
+            return await self._store.find_by_locator(imported_tokens.locators(token))
+        finally:
+            self._imported_lookups -= 1
+
+    def _unusable(self, found: Found) -> NegativeEntry | None:
+        """Why a key opens nothing, even with its secret."""
+        reason = unusable_reason(found.record, self._freshness.now_ms(), self._environment)
+        return None if reason is None else _negative_entry(reason, found)
+
+    async def _rehash(self, token: Token, key_id: str, old: str) -> None:
+        with contextlib.suppress(KeylatchError):  # the next use tries again
+            await self._store.replace_hash(key_id, old, await self._hasher.rehash(token))
+
+
+def _negative_entry(reason: Reason, found: Found) -> NegativeEntry:
+    return NegativeEntry(reason, found.record.id, found.record.organization_id, found.as_of)

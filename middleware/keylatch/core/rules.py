@@ -1,0 +1,220 @@
+"""What an app says of its routes: public paths and rules, read once when it starts, and what
+views declare.
+
+The law of this file: everything wrong is collected, none of it raised, and nothing is asked.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from keylatch.core.decisions import FULL, ONLY_FULL, PERMISSION_PATTERN, Requirement
+from keylatch.core.paths import compile_pattern, fold_path, overlaps, shape, to_starlette_path
+
+Mistakes = list[tuple[str, str]]
+
+
+class _PseudoMethod(str):
+    """A method that no request can name: it equals only itself, and no text."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+
+WEBSOCKET: Final = _PseudoMethod("WEBSOCKET")
+"""What `public` names where a WebSocket needs no key. Rules say GET, by which it is opened."""
+ANY_METHOD: Final = "*"
+"""Of what is mounted, with methods and paths of its own."""
+_IMPLIED_BY_GET: Final = {"HEAD": "HEAD follows it", str(WEBSOCKET): "a WebSocket is opened by it"}
+_REQUIREMENT_ATTRIBUTE: Final = "keylatch_requirement"
+_METHOD: Final = re.compile(r"[A-Z]+")
+_PATH_HINT: Final = "such as /healthz, /docs/{page} or POST /signup"
+
+
+def declare(view: Callable[..., Any], requirement: Requirement) -> None:
+    """Mark a view with what it asks; `functools.wraps` carries the mark on."""
+    setattr(view, _REQUIREMENT_ATTRIBUTE, requirement)
+
+
+def required_by(view: object, method: str) -> Requirement | None:
+    """What a view asks of a request with this method, or None where it declares nothing.
+
+    Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
+    methods are asked. HEAD follows GET, as in `policy`.
+    """
+    name = "get" if method == "HEAD" else method.lower()
+    name = getattr(view, "actions", {}).get(name, name)
+    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
+    for owner in (view, getattr(of_class, name, None)):
+        requirement = getattr(owner, _REQUIREMENT_ATTRIBUTE, None)
+        if isinstance(requirement, Requirement):
+            return requirement
+    return None
+
+
+class DeclaredRule(str):
+    """A rule that repeats what a view declares. It opens no view that declares nothing."""
+
+    __slots__ = ()
+
+
+class DeclaredRules(dict[str, Sequence[str]]):
+    """Rules that are read from views.
+
+    Args:
+        rules: permission → rules, each a `DeclaredRule`.
+        undeclared: the routes whose views declare nothing, spelled as rules are.
+    """
+
+    def __init__(self, rules: Mapping[str, Sequence[str]], undeclared: Sequence[str]) -> None:
+        super().__init__(rules)
+        self.undeclared = undeclared
+
+
+class Rule:
+    """A route as it is named, and what it asks of a key.
+
+    Args:
+        method: of requests.
+        path: with parameters spelled Starlette's way.
+        permissions: any one suffices; none: it is public.
+        is_declared: whether it only repeats what views declare.
+    """
+
+    def __init__(
+        self, method: str, path: str, permissions: Iterable[str] = (), is_declared: bool = False
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.named = frozenset(permissions)
+        self.is_declared = is_declared
+        self.requirement = any_of(self.named)
+        self.matches = compile_pattern(path).fullmatch
+        self.shape = shape(path)
+        self.folded_path = fold_path(path)
+
+
+@functools.lru_cache(maxsize=1024)
+def any_of(permissions: frozenset[str]) -> Requirement:
+    """What a route asks that is named for these permissions; for none: FULL."""
+    return (
+        Requirement(permissions | {FULL}, " ".join(sorted(permissions)))
+        if permissions
+        else ONLY_FULL
+    )
+
+
+def find_exposed_views(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
+    """The views that declare nothing and that public paths with parameters open, if none of these
+    spells the view's own path: that is the app's own choice."""
+    public = list(public)
+    named_shapes = {(str(rule.method), rule.shape) for rule in public}
+    routes = [each.partition(" ") for each in undeclared]
+    return [
+        (
+            f"public path {rule.method} {rule.path} opens {method} {path}, which declares nothing",
+            f'name "{method} {path}" in public as well, or declare a permission there',
+        )
+        for rule in public
+        for method, _, path in routes
+        if str(rule.method) == ("GET" if method == "HEAD" else method)
+        if (str(rule.method), shape(path)) not in named_shapes
+        and overlaps(rule.path, to_starlette_path(path) or path)
+    ]
+
+
+def find_exposed_heads(public: Iterable[Rule], undeclared: Collection[str]) -> Mistakes:
+    """The views for HEAD that declare nothing and that public paths for GET open, although another
+    view answers GET there and declares something."""
+    heads = [each.partition(" ")[2] for each in undeclared if each.startswith("HEAD ")]
+    return [
+        (
+            f"public path GET {rule.path} opens HEAD {path}, which declares nothing",
+            "declare a permission there, as the view for GET does",
+        )
+        for path in heads
+        if f"GET {path}" not in undeclared
+        for rule in public
+        if rule.method == "GET" and rule.shape == shape(path)
+    ]
+
+
+def find_exposed_mounts(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
+    """The mounted apps that cannot be looked into and that public paths with parameters open, if
+    these do not spell the place where the app is mounted."""
+    mounts = [each.removeprefix(f"{ANY_METHOD} ") for each in undeclared if each[0] == ANY_METHOD]
+    return [
+        (
+            f"public path {rule.method} {rule.path} opens what is mounted at {mount_path}",
+            "name the mount's path in it, or change it",
+        )
+        for mount_path in (mount.removesuffix("/{path:path}") for mount in mounts)
+        for rule in public
+        if not rule.path.startswith(f"{mount_path}/")
+        and overlaps(rule.path, f"{mount_path}/{{path:path}}")
+    ]
+
+
+def parse_public(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, str]]:
+    """Methods and paths. One without a method is for reading: GET, which HEAD follows."""
+    if isinstance(paths, str):
+        mistakes.append((f"public={paths!r} is one string", f"write public=[{paths!r}]"))
+        return []
+    found = []
+    for each in paths:
+        method, path = each.split(" ", 1) if " " in each else ("GET", each)
+        starlette_path = to_starlette_path(path)
+        if method == "HEAD":
+            mistakes.append((f"public path {each!r}", "name GET: HEAD follows it"))
+        elif not _METHOD.fullmatch(method) or starlette_path is None or ":path}" in starlette_path:
+            mistakes.append((f"public path {each!r}", _PATH_HINT))
+        else:
+            found.append((WEBSOCKET if method == str(WEBSOCKET) else method, starlette_path))
+    return found
+
+
+def parse_rules(
+    permissions: Mapping[str, Iterable[str]], grantable: Collection[str] | None, mistakes: Mistakes
+) -> list[Rule]:
+    permissions_by_route: dict[tuple[str, str], set[str]] = {}
+    configured: set[tuple[str, str]] = set()
+    for permission, rules in permissions.items():
+        if not re.fullmatch(PERMISSION_PATTERN, permission):
+            mistakes.append((f"permission {permission!r}", f"a word matching {PERMISSION_PATTERN}"))
+        elif grantable is not None and permission not in grantable:
+            problem = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
+            mistakes.append((f"permission {permission!r} {problem}", "add it there, or correct it"))
+        if isinstance(rules, str):
+            mistakes.append((f"the rules of {permission} are one string", f"write [{rules!r}]"))
+            continue
+        for rule in rules:
+            route = _parse_rule(rule, permission, mistakes)
+            if route is not None:
+                permissions_by_route.setdefault(route, set()).add(permission)
+                if not isinstance(rule, DeclaredRule):
+                    configured.add(route)
+    return [
+        Rule(*route, permissions_by_route[route], route not in configured)
+        for route in permissions_by_route
+    ]
+
+
+def _parse_rule(rule: str, permission: str, mistakes: Mistakes) -> tuple[str, str] | None:
+    method, _, path = rule.partition(" ")
+    starlette_path = to_starlette_path(path)
+    if method in _IMPLIED_BY_GET:  # taken for GET, it would open more than it names
+        hint = f"name GET: {_IMPLIED_BY_GET[method]}"
+        mistakes.append((f"rule {rule!r} of {permission}", hint))
+    elif not _METHOD.fullmatch(method) or starlette_path is None:
+        hint = 'such as "POST /v1/emails" or "GET /v1/emails/{id}"'
+        mistakes.append((f"rule {rule!r} of {permission}", hint))
+    else:
+        return method, starlette_path
+    return None

@@ -1,0 +1,1 @@
+"""Creates, lists, changes and deletes keys, and rotates the store's own secrets."""

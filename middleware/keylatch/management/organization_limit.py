@@ -1,0 +1,59 @@
+"""How much of what all organisations share one of them may use at the same time (a bulkhead)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from keylatch.core.validation import QuotaExceeded
+
+_RETRY_AFTER_SECONDS: Final = 1
+
+
+@dataclass(slots=True)
+class _Slots:
+    """Of one organisation: who works or waits, and the places for those that work."""
+
+    semaphore: asyncio.Semaphore
+    count: int = 0
+
+
+class OrganizationLimit:
+    """Some pieces of work of an organisation at once, some more that wait their turn, and no more.
+
+    It belongs to one event loop.
+
+    Args:
+        max_active: under way at the same time, for each organisation.
+        max_waiting: how many more may wait, for each organisation.
+    """
+
+    def __init__(self, max_active: int, max_waiting: int) -> None:
+        self._max_active = max_active
+        self._limit = max_active + max_waiting
+        self._slots: dict[str, _Slots] = {}
+
+    @asynccontextmanager
+    async def slot(self, organization_id: str) -> AsyncIterator[None]:
+        """`async with limit.slot("acme"): …` waits until it is the organisation's turn.
+
+        Raises:
+            QuotaExceeded: too many of the organisation wait already.
+        """
+        slots = self._slots.get(organization_id) or _Slots(asyncio.Semaphore(self._max_active))
+        if slots.count >= self._limit:
+            raise QuotaExceeded(
+                f"The organisation has {self._limit} new secrets under way: wait for some of them",
+                _RETRY_AFTER_SECONDS,
+                limit="hashes",
+            )
+        self._slots[organization_id] = slots
+        slots.count += 1
+        try:
+            async with slots.semaphore:
+                yield
+        finally:
+            slots.count -= 1
+            if not slots.count:
+                del self._slots[organization_id]

@@ -1,0 +1,90 @@
+"""SQLite's witness: every check reads the store's counter, so the commit is the invalidation.
+
+No process needs to be told and none needs to be waited for (X = 0).
+"""
+
+import threading
+from collections.abc import Callable
+
+from keylatch.errors import StoreUnavailable
+from keylatch.revocation.invalidations import MAX_SEQ, Invalidations, Receipt
+from keylatch.storage.store import Store
+from keylatch.telemetry.health import ComponentHealth
+
+
+class SequenceFreshness:
+    """See `keylatch.revocation.invalidations.Freshness`.
+
+    Args:
+        store: on SQLite.
+        invalidations: to keep current.
+        clock: seconds since the Unix epoch.
+    """
+
+    def __init__(
+        self, store: Store, invalidations: Invalidations, clock: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._invalidations = invalidations
+        self._clock = clock
+        self._read_data_version = store.data_version  # asked at every check
+        self.clear()
+
+    def clear(self) -> None:
+        self._lock = threading.Lock()
+        self._data_version: bytes | None = None
+
+    def now_if_fresh(self) -> float | None:
+        data_version = self._read_data_version()  # before the counter is read
+        if (
+            data_version is not None and data_version == self._data_version
+        ) or self._try_revalidate():
+            return self._clock() * 1000
+        return None
+
+    def component_health(self) -> ComponentHealth:
+        return ComponentHealth("lease", "off")
+
+    def is_fresh(self) -> bool:
+        return self.now_if_fresh() is not None
+
+    def _try_revalidate(self) -> bool:
+        # One thread at a time: whoever learned less, later, would take the feed back.
+        with self._lock:
+            data_version = self._read_data_version()
+            seq = self._store.sequence_nowait()
+            if seq is None:
+                return False
+            if seq != self._invalidations.seq:
+                batch = self._store.invalidations_since_nowait(self._invalidations.seq)
+                if batch is None:
+                    return False
+                self._invalidations.apply(batch)
+            self._data_version = data_version
+            return True
+
+    async def begin(self) -> None:
+        self._data_version = None
+        self._invalidations.begin(await self._store.invalidations_since(MAX_SEQ))
+        await self.revalidate()
+
+    async def revalidate(self) -> None:
+        if self.is_fresh():
+            return
+        await self._store.ping()  # on a thread, where there is time to wait for a lock
+        if not self.is_fresh():
+            raise StoreUnavailable(
+                "the store's sequence number cannot be read", "see the lines above"
+            )
+
+    async def run(self) -> None:
+        return None
+
+    async def wait_until_acknowledged(self, seq: int, *, wait: bool = True) -> Receipt:
+        return Receipt(seq, acknowledged=0, members=0, bound_seconds=0.0)
+
+    async def end(self) -> None:
+        return None
+
+    def now_ms(self) -> int:
+        return int(self._clock() * 1000)

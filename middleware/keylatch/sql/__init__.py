@@ -1,1 +1,0 @@
-"""What is asked of the database, and how: the tables, every statement once, and two drivers."""

@@ -1,0 +1,98 @@
+"""The store in this process's memory: for tests of apps, never for keys that shall live on.
+
+It is SQLite, so it holds what the store on a file holds; work runs at once, in the caller's thread.
+"""
+
+import secrets
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from sqlalchemy import StaticPool, create_engine, event
+
+from keylatch.errors import StoreUnavailable
+from keylatch.storage.database import Query, Rows, Work, translate_errors
+
+T = TypeVar("T")
+
+
+class Memory:
+    """One connection, one after the other; see `keylatch.storage.database.Database`."""
+
+    is_shared = False
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._identity = secrets.token_hex(16)
+        self._engine = create_engine(
+            "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+        )
+        event.listen(self._engine, "connect", _configure)
+        event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+
+    async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
+        return self.fetch_nowait(query, **parameters)
+
+    async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
+        return self._run(work)
+
+    async def write(
+        self,
+        work: Work[T],
+        *,
+        durable: bool = True,
+        seconds: float | None = None,
+        is_urgent: bool = False,
+    ) -> T:
+        return self._run(work)
+
+    def pools(self) -> Mapping[str, int]:
+        return {}
+
+    def fetch_nowait(self, query: Query, **parameters: Any) -> Rows:
+        return self._run(
+            lambda connection: [
+                tuple(row) for row in connection.execute(query.statement, parameters)
+            ]
+        )
+
+    def _run(self, work: Work[T]) -> T:
+        with (
+            self._lock,
+            translate_errors(sqlite3.Error, "the store is in memory"),
+            self._engine.begin() as connection,
+        ):
+            return work(connection)
+
+    def data_version(self) -> bytes | None:
+        return None
+
+    async def identity(self) -> str:
+        return self._identity
+
+    async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
+        raise StoreUnavailable(
+            "a store in memory has no LISTEN", "it serves one process and needs none"
+        )
+
+    async def run_maintenance(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None  # it lives as long as the object
+
+    def before_fork(self) -> None:
+        return None
+
+    def after_fork_in_parent(self) -> None:
+        return None
+
+    def after_fork_in_child(self) -> None:
+        return None
+
+
+def _configure(raw: sqlite3.Connection, record: object) -> None:
+    raw.isolation_level = None  # sqlite3 must not begin transactions on its own
+    raw.execute("PRAGMA foreign_keys = ON")

@@ -1,0 +1,142 @@
+"""What an organisation's own keys may add to the store: live keys, and changes in an hour.
+
+The law of this file: it reads, and writes nothing. A change counts once it holds the counter row
+(`changes.advance`), so it sees every change that was committed before, and of changes at the same
+time no more commit than there is room for (READ COMMITTED on PostgreSQL; SQLite has one writer).
+
+What only takes access away is never checked: deleting, revoking, disabling, demoting, the end of a
+rotation. Nor is what operators do.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, Select, case, func, literal, select
+
+from keylatch.core.validation import QuotaExceeded
+from keylatch.storage.schema import audit, keys
+
+HOUR_MS: Final = 3_600_000
+_KEY_PREFIX: Final = "key_"  # of an actor in the audit log that is no operator
+_REVOKING_ACTIONS: Final = (
+    "key.delete",
+    "key.rotate.cancel",
+    "key.rotate.finish",
+    "organization.revoke",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """Limits of each organisation; 0: none.
+
+    Args:
+        max_keys: live keys, disabled and expired ones included, for creating one by a key.
+        max_changes: changes by keys within an hour, for another one by a key.
+    """
+
+    max_keys: int = 0
+    max_changes: int = 0
+
+
+def check_quota(
+    connection: Connection,
+    organization_id: str,
+    now_ms: int,
+    quotas: Quotas,
+    *,
+    changes: int = 1,
+    new_keys: int = 0,
+) -> None:
+    """Whether so many changes that add so many keys are within the limits.
+
+    Raises:
+        QuotaExceeded: they are not.
+    """
+    check_changes(connection, organization_id, now_ms, quotas.max_changes, more=changes)
+    if new_keys:
+        check_keys(connection, organization_id, quotas.max_keys, more=new_keys)
+
+
+def check_keys(connection: Connection, organization_id: str, limit: int, more: int = 0) -> None:
+    """Whether an organisation that gets `more` keys has at most so many live ones (0: no limit).
+
+    Raises:
+        QuotaExceeded: it would have more. Waiting does not help.
+    """
+    if limit and _live_keys(connection, organization_id, limit + 1) + more > limit:
+        raise QuotaExceeded(
+            f"The organisation may have {limit:,} API keys: delete those that it does not need",
+            None,
+            limit="keys",
+        )
+
+
+def check_changes(
+    connection: Connection, organization_id: str, now_ms: int, limit: int, more: int = 0
+) -> None:
+    """Whether an organisation's keys make at most so many changes within an hour (0: no limit),
+    with `more` of them. Those that end access are not counted among these; but all together may be
+    twice as many, or who has many keys could hide changes behind deletions.
+
+    Raises:
+        QuotaExceeded: they make more.
+    """
+    if not limit:
+        return
+    recent = _recent_changes(organization_id, now_ms - HOUR_MS, 2 * limit + 1)
+    counted = recent.subquery()
+    ended = func.coalesce(func.sum(counted.c.ends_access), 0)
+    total, revoking = connection.execute(select(func.count(), ended).select_from(counted)).one()
+    if total - revoking + more <= limit and total + more <= 2 * limit:
+        return
+    entries = connection.execute(recent).all()
+    allowed_at = max(
+        _allowed_at([line.at for line in entries if not line.ends_access], limit, more),
+        _allowed_at([line.at for line in entries], 2 * limit, more),
+    )
+    raise QuotaExceeded(
+        f"The organisation's API keys may make {limit:,} changes an hour",
+        max(1, -(-(allowed_at - now_ms) // 1000)),
+        limit="changes",
+    )
+
+
+def _allowed_at(times: list[int], limit: int, more: int) -> int:
+    """When enough of these changes are an hour old for `more`; 0: there is room."""
+    excess = len(times) + more - limit
+    return sorted(times)[excess - 1] + HOUR_MS if excess > 0 else 0
+
+
+def _live_keys(connection: Connection, organization_id: str, at_most: int) -> int:
+    """How many live keys an organisation has, counted up to a number, in an index."""
+    live = select(literal(1)).where(
+        keys.c.organization_id == organization_id, keys.c.deleted_at.is_(None)
+    )
+    counted = select(func.count()).select_from(live.limit(at_most).subquery())
+    found: int = connection.execute(counted).scalar_one()
+    return found
+
+
+def _recent_changes(organization_id: str, since: int, limit: int) -> Select[Any]:
+    """When keys changed something after a time, and whether that ended access, among the newest
+    lines of the organisation's log.
+
+    No more lines are looked at than matter: what an operator writes in the same hour, a million
+    lines of an import say, must not make each change read all of it. While an operator writes more
+    lines than the keys, some of the keys' changes are not counted.
+    """
+    organization = audit.c.organization_id
+    newest = (
+        select(audit.c.at, audit.c.actor, audit.c.action)
+        # Were it "equal", PostgreSQL might walk the log of all from its end, because it cannot know
+        # that a large organisation's lines are far from there.
+        .where(organization.between(organization_id, organization_id))
+        .order_by(organization.desc(), audit.c.id.desc())
+        .limit(limit)
+        .subquery()
+    )
+    ends_access = case((newest.c.action.in_(_REVOKING_ACTIONS), 1), else_=0)
+    return select(newest.c.at, ends_access.label("ends_access")).where(
+        newest.c.at > since, newest.c.actor.startswith(_KEY_PREFIX, autoescape=True)
+    )

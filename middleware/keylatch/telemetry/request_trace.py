@@ -1,0 +1,146 @@
+"""What one check leaves behind where that is asked for: a request id for the log, how long its
+stages took, and who knew. Nothing of it is made unless `KEYLATCH_TIMING` or `KEYLATCH_LOG` say so.
+
+A refusal tells how long it took, as any stop watch does, and not who knew: that would tell whoever
+tries tokens which of them name a key.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final, Protocol, TypeVar
+
+from keylatch.core.decisions import ANY_KEY, Allow, Decision, Requirement
+from keylatch.core.tokens import SECRET_LENGTH, Token, redact_tokens
+
+Header = tuple[bytes, bytes]
+T = TypeVar("T")
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:=+/-]{1,64}")
+_LONG_WORD: Final = re.compile(rf"[A-Za-z0-9]{{{SECRET_LENGTH},}}")  # a ULID has 26
+_HEX: Final = re.compile(r"[0-9a-f]+|[0-9A-F]+")
+_CACHE_STATUS: Final = {
+    "l1": b"keylatch; hit",
+    "l2": b"keylatch; hit; detail=l2",
+    "store": b"keylatch; fwd=miss; detail=store",
+}
+
+REQUEST_TRACE: Final[ContextVar["RequestTrace | None"]] = ContextVar(
+    "keylatch_request_trace", default=None
+)
+
+
+class RequestTrace:
+    """Of one request.
+
+    Args:
+        request_id: tells its lines in the log from those of others.
+    """
+
+    __slots__ = ("is_allowed", "request_id", "seconds", "source", "stages")
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.is_allowed: bool | None = None
+        self.source = "l1"  # a hit says nothing; whoever else decides does
+        self.seconds = 0.0
+        self.stages: list[tuple[str, float]] = []
+
+    def record_decision(self, decision: object, seconds: float) -> None:
+        """A check took so long, or went so far: a token is still to be looked up."""
+        self.seconds += seconds
+        if not isinstance(decision, Token):
+            self.is_allowed = isinstance(decision, Allow)
+
+    def headers(self) -> list[Header]:
+        """`Server-Timing` (W3C) in milliseconds, and `Cache-Status` (RFC 9211); none where no key
+        was asked for."""
+        if self.is_allowed is None:
+            return []
+        timing = [f"keylatch;dur={self.seconds * 1000:.3f}"]
+        cache_status = []
+        if self.is_allowed:
+            timing += [f"keylatch-{name};dur={seconds * 1000:.3f}" for name, seconds in self.stages]
+            if self.source in _CACHE_STATUS:
+                cache_status.append((b"cache-status", _CACHE_STATUS[self.source]))
+        return [(b"server-timing", ", ".join(timing).encode()), *cache_status]
+
+
+@contextmanager
+def tracing_request(headers: Iterable[Header]) -> Iterator[RequestTrace]:
+    """The trail of the request with these headers, until the end of the block."""
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    trace = RequestTrace(request_id(given.decode("latin-1")))
+    token = REQUEST_TRACE.set(trace)
+    try:
+        yield trace
+    finally:
+        REQUEST_TRACE.reset(token)
+
+
+def request_id(given: str) -> str:
+    """The caller's `X-Request-Id` if it is short, plain and no part of a token; else a new one."""
+    if _REQUEST_ID.fullmatch(given) and not _may_be_secret(given):
+        return given
+    return secrets.token_hex(8)
+
+
+def _may_be_secret(given: str) -> bool:
+    words = _LONG_WORD.findall(given)
+    return redact_tokens(given) != given or any(not _HEX.fullmatch(word) for word in words)
+
+
+class Authenticator(Protocol):
+    """What an engine does for an adapter."""
+
+    def check_cached(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision | Token:
+        """The verdict, or the token where it takes waiting."""
+
+    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
+        """The verdict."""
+
+
+class TracedAuthenticator:
+    """An engine's checks, timed for the trail.
+
+    Args:
+        authenticator: the engine.
+    """
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    def check_cached(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision | Token:
+        return time_check(lambda: self._authenticator.check_cached(values, requirement))
+
+    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
+        return await time_awaited_check(self._authenticator.check(token, requirement))
+
+
+def time_check(check: Callable[[], T]) -> T:
+    """What a check returns; the trail learns how long it took."""
+    started_at = time.perf_counter()
+    decision = check()
+    _record_decision(decision, started_at)
+    return decision
+
+
+async def time_awaited_check(check: Awaitable[T]) -> T:
+    """The same of a check that is awaited."""
+    started_at = time.perf_counter()
+    decision = await check
+    _record_decision(decision, started_at)
+    return decision
+
+
+def _record_decision(decision: object, started_at: float) -> None:
+    trace = REQUEST_TRACE.get()
+    if trace is not None:
+        trace.record_decision(decision, time.perf_counter() - started_at)

@@ -1,0 +1,197 @@
+"""Uses: noted on the request's path by one attribute and one tick, stored later by a task.
+
+When a key was last used coalesces (each key knows its newest time, and waits once); how often it
+was let in is ticked by a counter that it has while it waits. All is flushed half a second after
+the first use, then at most every five seconds, or as soon as 1,000 keys wait. What was counted
+belongs to the day of its flush. A crash loses at most the last 5.5 seconds; a graceful stop loses
+nothing.
+
+A tick is one call into C, so no thread comes between its reading and its writing. A thread may
+still be stopped between taking the counter and ticking it, while a flush takes the counter away:
+so each flush looks at the counters of the one before once more.
+"""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, TypeAlias
+
+from keylatch.caches.local_cache import UsageCounter
+from keylatch.core.decisions import ClientGetter, Reason
+from keylatch.errors import StoreUnavailable
+from keylatch.storage.usage import ALLOWED, DAY_MS, Client, UsageBatch
+from keylatch.telemetry.health import Health
+from keylatch.usage.buffer import CAPACITY, UsageBuffer
+from keylatch.usage.client_info import family_of, network_of
+
+_FIRST_FLUSH_SECONDS: Final = 0.5
+_INTERVAL_SECONDS: Final = 5.0
+_FLUSH_AT_KEYS: Final = 1_000
+
+Ticks: TypeAlias = "itertools.count[int]"
+Write = Callable[[Mapping[str, int], UsageBatch], Awaitable[None]]
+
+
+class UsageRecorder:
+    """The uses that the store does not know yet.
+
+    Args:
+        write: stores when keys were last used (id → milliseconds), and a tally, once; may raise
+            `StoreUnavailable`, then both are kept and tried again.
+        sleep: waits for so many seconds; a test moves it.
+        now_ms: the time, in milliseconds since the epoch: it says what day it is.
+    """
+
+    def __init__(
+        self,
+        write: Write,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        now_ms: Callable[[], int] = lambda: int(time.time() * 1000),
+    ) -> None:
+        self._write = write
+        self._sleep = sleep
+        self._now_ms = now_ms
+        self.health = Health("usage counts wait for the store", "usage counts are stored again")
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """After a fork: the parent flushes what it noted."""
+        self._lock = threading.Lock()  # threads note while the loop takes what was noted
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pending: list[tuple[UsageCounter, Ticks]] = []
+        self._refusals: dict[tuple[str, Reason], int] = {}
+        self._clients: dict[str, Client] = {}
+        self._dropped = itertools.count()  # uses for which there was no place
+        self._drained: list[tuple[str, Ticks, int]] = []  # counters, and up to where they were read
+        self._buffer = UsageBuffer()
+        self._has_pending = asyncio.Event()
+        self._is_full = asyncio.Event()
+        self.health.clear()
+
+    @property
+    def pending(self) -> int:
+        """Keys whose use is not stored yet."""
+        return len(self._pending) + self._buffer.pending_keys
+
+    def record(self, counter: UsageCounter, now_ms: float) -> None:
+        """A key was let in; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
+        counter.used_at = now_ms
+        next(counter.ticks or self._add_pending(counter))
+
+    def record_last_used(self, counter: UsageCounter, now_ms: float) -> None:
+        """A good key was used for something that it may not do."""
+        counter.used_at = now_ms
+        if counter.ticks is None:
+            self._add_pending(counter)
+
+    def record_refusal(self, key_id: str, reason: Reason) -> None:
+        """A token of this key was refused. Beyond 50,000 of them, new pairs are not counted."""
+        with self._lock:
+            count = self._refusals.get((key_id, reason), 0)
+            if count or len(self._refusals) < CAPACITY:
+                self._refusals[key_id, reason] = count + 1
+                if not count and len(self._refusals) == 1:
+                    self._set_event(self._has_pending)
+            else:
+                next(self._dropped)
+
+    def record_client(self, key_id: str, caller: ClientGetter) -> None:
+        """After `record`: whence; the first time between two flushes is kept, and none is asked for
+        after that."""
+        if key_id in self._clients:
+            return
+        host, agent = caller()
+        client = Client(network_of(host), family_of(agent), self._now_ms())
+        with self._lock:
+            if len(self._clients) < CAPACITY:
+                self._clients[key_id] = client
+
+    @property
+    def dropped(self) -> int:
+        """Uses that were not counted so far, because too many keys were waiting."""
+        return self._buffer.dropped
+
+    def _add_pending(self, counter: UsageCounter) -> Ticks:
+        """What counts the key's uses until the next flush."""
+        with self._lock:
+            if counter.ticks is None:
+                if len(self._pending) >= CAPACITY:
+                    return self._dropped
+                counter.ticks = itertools.count()
+                self._pending.append((counter, counter.ticks))
+                if len(self._pending) == 1:
+                    self._set_event(self._has_pending)
+                elif len(self._pending) == _FLUSH_AT_KEYS + 1:
+                    self._set_event(self._is_full)
+            return counter.ticks
+
+    def _set_event(self, event: asyncio.Event) -> None:
+        if self._loop is None or self._loop.is_closed():
+            event.set()  # nobody waits for it yet
+        else:
+            self._loop.call_soon_threadsafe(event.set)
+
+    async def run(self) -> None:
+        """Flush again and again, until cancelled."""
+        with self._lock:  # events belong to the loop on which somebody waited for them
+            self._loop = asyncio.get_running_loop()
+            self._has_pending, self._is_full = asyncio.Event(), asyncio.Event()
+            if self._pending or self._refusals or not self._buffer.is_empty:
+                self._has_pending.set()
+        while True:
+            await self._has_pending.wait()
+            await self._sleep(_FIRST_FLUSH_SECONDS)
+            await self.flush()
+            await self._wait_for_flush()
+
+    async def flush(self) -> None:
+        """Store what is waiting. What cannot be stored waits on."""
+        self._drain()
+        self._has_pending.clear()
+        self._is_full.clear()
+        try:
+            while not self._buffer.is_empty:
+                await self._write(*self._buffer.next_batch())
+                self._buffer.mark_stored()
+        except StoreUnavailable as error:
+            self.health.record_failure(error.message, error.hint)
+            self._has_pending.set()
+        except BaseException:
+            self._has_pending.set()
+            raise
+        else:
+            self.health.record_success()
+
+    def _drain(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, []
+            refusals, self._refusals = self._refusals, {}
+            clients, self._clients = self._clients, {}
+            dropped, self._dropped = self._dropped, itertools.count()
+        buffer, day = self._buffer, self._now_ms() // DAY_MS
+        drained, self._drained = self._drained, []
+        for key_id, ticks, counted in drained:
+            buffer.add_count((key_id, day, ALLOWED), next(ticks) - counted)
+        for counter, ticks in pending:
+            counter.ticks = None  # before it is read: whoever uses it meanwhile adds it again
+            buffer.add_last_used(counter.secret_id, int(counter.used_at))
+            count = next(ticks)
+            buffer.add_count((counter.key_id, day, ALLOWED), count)
+            self._drained.append((counter.key_id, ticks, count + 1))
+        for (key_id, reason), count in refusals.items():
+            buffer.add_count((key_id, day, reason.name), count)
+        buffer.add_clients(clients)
+        buffer.drop(next(dropped))
+        buffer.day = day
+
+    async def _wait_for_flush(self) -> None:
+        """Wait for the interval, or until many keys wait."""
+        is_full = asyncio.create_task(self._is_full.wait())
+        slept = asyncio.ensure_future(self._sleep(_INTERVAL_SECONDS))
+        try:
+            await asyncio.wait({is_full, slept}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            is_full.cancel()
+            slept.cancel()

@@ -1,0 +1,50 @@
+"""The page: one file that needs no other, from nowhere, in light and dark.
+
+Pictures are part of it, once for each theme. Nothing in it runs, and it may not ask anybody.
+"""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from keylatch_bench import report
+from keylatch_bench.comparison import Change
+from keylatch_bench.figures import Results
+from keylatch_bench.plots import Picture
+
+
+def render(
+    results: Results,
+    pictures: Sequence[Picture],
+    moves: Sequence[Change] = (),
+    differences: Sequence[str] = (),
+) -> str:
+    """The HTML.
+
+    Args:
+        results: of this run.
+        pictures: of them.
+        moves: what moved since another.
+        differences: why the two may not be compared like with like.
+    """
+    template = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string((Path(__file__).parent / "page.html").read_text())
+    return template.render(
+        summary=report.summary(results),
+        warnings=report.warnings(results),
+        remarks=report.remarks(results),
+        rows=report.rows(results),
+        headings=report.HEADINGS,
+        results=results,
+        pictures=[(each.name, _data_url(each.light), _data_url(each.dark)) for each in pictures],
+        moves=moves,
+        moved=report.change_summary(moves),
+        differences=differences,
+    )
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{b64encode(png).decode('ascii')}"

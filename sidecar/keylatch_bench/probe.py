@@ -1,0 +1,115 @@
+"""The revocation probe: a key is used on all lines without a pause, and revoked meanwhile.
+
+It asks what keylatch promises: no check that begins after the answer of the DELETE is accepted.
+A beginning is read from the clock before the check is sent, and the answer of the DELETE after it
+was read, so a check counts against keylatch only if it certainly began after it.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from keylatch_bench.figures import Revocation
+from keylatch_bench.load import Client, Credential, check
+
+_USES_BEFORE: Final = 5
+_USES_AFTER: Final = 5
+_PATIENCE_SECONDS: Final = 4.0
+
+
+@dataclass(slots=True)
+class _ClientLog:
+    """What one line saw."""
+
+    accepted: list[int] = field(default_factory=list)
+    """When each accepted check began."""
+    refused_at: int | None = None
+    refused: int = 0
+    unexpected: int = 0
+
+
+async def revoke_in_use(
+    clients: Sequence[Client],
+    credential: Credential,
+    delete: Callable[[], Awaitable[None]],
+    rate: float,
+    *,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Revocation:
+    """Use a key on all lines at `rate` checks a second, revoke it, and see what happens.
+
+    Args:
+        clients: idle ones.
+        credential: of the key.
+        delete: revokes it, and returns when that is answered.
+        rate: of all lines together.
+        clock: nanoseconds that never go back.
+        sleep: waits between two checks on a line.
+    """
+    logs = [_ClientLog() for _ in clients]
+    interval = len(clients) / rate
+    enough = asyncio.Event()
+    users = [
+        asyncio.create_task(_use_key(*each, credential, interval, enough, clock, sleep))
+        for each in zip(clients, logs, strict=True)
+    ]
+    try:
+        await _wait_until(
+            lambda: all(len(each.accepted) >= _USES_BEFORE for each in logs), clock, sleep
+        )
+        sent = clock()
+        await delete()
+        answered = clock()
+        await _wait_until(lambda: all(each.refused > _USES_AFTER for each in logs), clock, sleep)
+        enough.set()
+        await asyncio.wait(users, timeout=_PATIENCE_SECONDS)
+    finally:
+        for user in users:
+            user.cancel()
+        await asyncio.gather(*users, return_exceptions=True)
+    accepted = [began for each in logs for began in each.accepted]
+    refused = [each.refused_at for each in logs if each.refused_at is not None]
+    return Revocation(
+        delete_ns=answered - sent,
+        last_accepted_ns=max(accepted, default=sent) - answered,
+        everywhere_ns=max(refused) - sent if len(refused) == len(clients) else None,
+        accepted_after=sum(began > answered for began in accepted),
+        unexpected=sum(each.unexpected for each in logs),
+    )
+
+
+async def _use_key(
+    client: Client,
+    log: _ClientLog,
+    credential: Credential,
+    interval: float,
+    enough: asyncio.Event,
+    clock: Callable[[], int],
+    sleep: Callable[[float], Awaitable[None]],
+) -> None:
+    while not enough.is_set():
+        began = clock()
+        outcome = await check(client, credential)
+        now = clock()
+        if outcome == 200:
+            log.accepted.append(began)
+        elif outcome == 401 and log.accepted:
+            log.refused += 1
+            log.refused_at = log.refused_at or now
+        else:
+            log.unexpected += 1
+        await sleep(max(0.0, interval - (now - began) / 1e9))
+
+
+async def _wait_until(
+    condition: Callable[[], bool],
+    clock: Callable[[], int],
+    sleep: Callable[[float], Awaitable[None]],
+) -> None:
+    """Return when it is so, or when that takes too long."""
+    deadline = clock() + int(_PATIENCE_SECONDS * 1e9)
+    while not condition() and clock() < deadline:
+        await sleep(0.002)

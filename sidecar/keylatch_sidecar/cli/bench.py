@@ -1,0 +1,192 @@
+"""`keylatch bench`: what was typed, and how the run is told. The work is `keylatch_bench`.
+
+Exit codes: 0 measured, 1 a check was accepted after the answer of a DELETE, 2 wrong usage, nobody
+there, or something could not be taken back. A key is never an argument.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from keylatch._variables import variable_name
+from keylatch.core import credentials
+from keylatch.core.decisions import Reason
+from keylatch.settings import Settings
+from keylatch_bench.connection import Address, Unusable
+from keylatch_bench.load import Credential
+from keylatch_bench.plan import OutOfBounds, Plan
+from keylatch_sidecar.cli import output
+from keylatch_sidecar.cli.options import JSONOption
+from keylatch_sidecar.settings import BenchSettings
+
+if TYPE_CHECKING:
+    from keylatch_bench.comparison import Change
+    from keylatch_bench.figures import Results
+    from keylatch_bench.session import Target
+
+KEY_VARIABLE: Final = variable_name("bench_key")
+DEFAULTS: Final = Plan()
+
+Given = Mapping[str, str | None]
+"""Options by name; None: not given."""
+
+
+def bench(
+    url: Annotated[str | None, typer.Argument(help="Of a sidecar: http://127.0.0.1:8700")] = None,
+    uds: Annotated[Path | None, typer.Option(help="Or its Unix socket.")] = None,
+    # No environment variables here: this talks only to what it was pointed at.
+    store: Annotated[
+        str | None, typer.Option(help="The sidecar's store; without a sidecar, in process.")
+    ] = None,
+    redis: Annotated[str | None, typer.Option(help="The sidecar's Redis.")] = None,
+    store_file: Annotated[
+        str | None, typer.Option(help="A file with the store's URL, which may have a password.")
+    ] = None,
+    redis_file: Annotated[str | None, typer.Option(help="The same for Redis.")] = None,
+    seconds: Annotated[float, typer.Option(help="Load for each tier.")] = DEFAULTS.seconds,
+    rate: Annotated[int, typer.Option(help="Checks a second, open loop.")] = DEFAULTS.rate,
+    flood_rate: Annotated[
+        int, typer.Option(help="Made-up tokens a second in the flood tier.")
+    ] = DEFAULTS.flood_rate,
+    connections: Annotated[
+        int, typer.Option(help="Kept to the sidecar; as many again for the flood.")
+    ] = DEFAULTS.connections,
+    keys: Annotated[int, typer.Option(help="Keys to make at most.")] = DEFAULTS.keys,
+    revocations: Annotated[
+        int, typer.Option(help="How often to revoke a key.")
+    ] = DEFAULTS.revocations,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("keylatch-bench"),
+    compare: Annotated[
+        Path | None, typer.Option(help="results.json of an earlier run: what moved?")
+    ] = None,
+    as_json: JSONOption = False,
+) -> None:
+    """Measure what authentication costs here, and when a revoke is true.
+
+    Without --store, keys are made with a FULL key from KEYLATCH_BENCH_KEY or standard input.
+    """
+    try:
+        from keylatch_bench import comparison, figures, page, plots, report, session
+    except ImportError as error:
+        message = f"{error.name} is missing"
+        output.fail(message, "pip install 'keylatch[bench]'", output.ERROR)
+    try:
+        plan = Plan(seconds, rate, flood_rate, connections, keys, revocations)
+        stores = {"store": store, "store_file": store_file}
+        caches = {"redis": redis, "redis_file": redis_file}
+        target = _target(url, uds, stores, caches)
+        before = None if compare is None else comparison.read(compare)
+        out.mkdir(parents=True, exist_ok=True)
+    except OutOfBounds as error:
+        output.fail(str(error), "keylatch bench --help", output.ERROR)
+    except Unusable as error:
+        output.fail(error.message, error.hint, output.ERROR)
+    except OSError as error:
+        message = f"cannot write to {out}: {error.strerror or error}"
+        output.fail(message, "another --out", output.ERROR)
+    output.stderr.print(report.bounds(target, plan), soft_wrap=True)
+    try:
+        with _Bar(plan.expected_seconds) as bar:
+            results = session.run(target, plan, bar)
+    except session.Failed as failure:
+        _print_keys_left(failure.results)
+        output.fail(failure.message, failure.hint, output.ERROR)
+    moves: list[Change] = []
+    differences: list[str] = []
+    if before is not None:
+        moves = comparison.compare(before, results.as_json())
+        differences = comparison.differences(before, results.as_json())
+    figures.write(results, out / "results.json")
+    pictures = plots.pictures(results)
+    plots.write(pictures, out)
+    (out / "report.html").write_text(page.render(results, pictures, moves, differences))
+    console = Console(highlight=False, markup=False, stderr=as_json)
+    report.print_to(console, results)
+    if before is not None:
+        report.print_comparison(console, moves, differences)
+    if as_json:
+        output.print_json(results.as_json() | _as_json(moves, differences))
+    wrote = f"Wrote {out / 'report.html'}, results.json and {len(pictures)} plots."
+    output.stderr.print(wrote, soft_wrap=True)
+    _print_keys_left(results)
+    if results.keys_left:
+        raise typer.Exit(output.ERROR)
+    if results.accepted_after:
+        raise typer.Exit(output.REFUSED)
+
+
+def _target(url: str | None, uds: Path | None, stores: Given, caches: Given) -> "Target":
+    from keylatch_bench.session import Target
+
+    has_store, has_cache = any(stores.values()), any(caches.values())
+    if url is not None and uds is not None:
+        raise Unusable("a URL and --uds are two places", "give one of them")
+    if url is None and uds is None and not has_store:
+        raise Unusable("there is nothing to measure", "give a sidecar's URL, --uds or --store")
+    if has_cache and not has_store:
+        raise Unusable("--redis alone is of no use", "give --store as well, that of the sidecar")
+    place = (
+        Address(uds=uds) if uds is not None else Address.from_url(url) if url is not None else None
+    )
+    if has_store:
+        caches = caches if has_cache else {"redis": ""}
+        return Target(place, Settings.load(**stores, **caches))
+    return Target(place, None, _admin_credential())
+
+
+def _admin_credential() -> Credential:
+    """The FULL key, from the environment or from standard input."""
+    key = BenchSettings().bench_key.encode()
+    if not key and not sys.stdin.isatty():
+        key = sys.stdin.buffer.readline(1024)
+    value = b"Bearer " + key.strip()
+    if isinstance(credentials.read([value]), Reason):
+        raise Unusable(
+            "there is no key to make keys with",
+            f"a FULL key in {KEY_VARIABLE} or on standard input, or --store",
+        )
+    return Credential(value, 200)
+
+
+def _print_keys_left(results: "Results") -> None:
+    if results.keys_left:
+        key_ids = " ".join(results.keys_left)
+        message = f"{len(results.keys_left)} keys could not be taken back: {key_ids}"
+        output.print_error(
+            message, "keylatch keys revoke ID for each; they also expire by themselves"
+        )
+
+
+def _as_json(moves: "list[Change]", differences: list[str]) -> dict[str, Any]:
+    if not moves:
+        return {}
+    return {"comparison": {"moves": [asdict(move) for move in moves], "differences": differences}}
+
+
+class _Bar:
+    """The progress bar; it draws only when it is told something, never while load is running."""
+
+    def __init__(self, seconds: float) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        self._progress = Progress(
+            *columns, console=output.stderr, transient=True, auto_refresh=False
+        )
+        self._task = self._progress.add_task("connecting", total=seconds)
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def step(self, what: str, done: float) -> None:
+        """So much more is done, and this comes next."""
+        self._progress.update(self._task, advance=done, description=what or None)
+        self._progress.refresh()

@@ -1,0 +1,201 @@
+"""A file of keys to make, as JSON lines or CSV: read whole, and every mistake in it told at once.
+
+    {"name": "ci", "organization": "acme", "expiresAt": "2030-01-01T00:00:00Z"}
+    {"name": "old", "scheme": "usesend", "clientId": "k3j9x0a1b2", "hash": "…"}
+
+The second one is a key that was made elsewhere; `foreign_lines` knows what such lines say. The law
+of this file: nothing is made here, and no value is repeated in an error, because somebody may have
+put tokens into the file.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TextIO
+
+from keylatch.core.decisions import FULL
+from keylatch.core.imported_tokens import ImportedToken
+from keylatch.core.tokens import redact_tokens
+from keylatch.core.validation import LIVE, InvalidValue, NewKey
+from keylatch_sidecar.api import schemas
+from keylatch_sidecar.api.errors import InvalidInput, Problem
+from keylatch_sidecar.importing import external_keys
+
+FORMATS: Final = ("jsonl", "csv")
+FIELDS: Final = ("name", "organization", "permission", "environment", "expiresAt")
+_ALIASES: Final = {"expires": "expiresAt", "organizationId": "organization"}
+_IMPORT_FIELDS: Final = external_keys.FIELDS | {"token", "secret", "partialToken"}
+_MAX_LINE_CHARACTERS: Final = schemas.MAX_BODY_BYTES
+
+
+class Row(schemas.Body):
+    """A line of the file; what it leaves out is the command's to say."""
+
+    name: str
+    organization: str | None = None
+    permission: str | None = None
+    environment: str | None = None
+    expires_at: schemas.Instant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What counts for lines that do not say."""
+
+    organization: str = "default"
+    permission: str = FULL
+    environment: str = LIVE
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedKey:
+    """A key to be made, and the line that asks for it."""
+
+    line: int
+    new_key: NewKey
+    imported_token: ImportedToken | None = None
+    """Where it was made elsewhere: what is known of it."""
+    scheme: str = ""
+
+
+class FileErrors(Exception):
+    """The file cannot be imported as it is.
+
+    Args:
+        messages: what is wrong, each with its line.
+    """
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(f"{len(messages)} mistakes")
+        self.told = messages
+
+
+def read(
+    stream: TextIO,
+    file_format: str,
+    defaults: Defaults,
+    validate: Callable[[NewKey], list[InvalidValue]],
+    first_line: int = 1,
+) -> list[NumberedKey]:
+    """The keys that a file asks for, in its order.
+
+    Args:
+        stream: the file's text; a line feed is what ends its lines.
+        file_format: one of `FORMATS`.
+        defaults: for what lines leave out.
+        validate: what no key may be; see `Keyring.faults`.
+        first_line: lines before this one are checked and left out.
+
+    Raises:
+        Mistakes: with every line that is wrong.
+    """
+    keys: list[NumberedKey] = []
+    messages: list[str] = []
+    lines: dict[str, int] = {}
+    rows = _read_csv(stream) if file_format == "csv" else _read_json_lines(stream)
+    for line, row in rows:
+        try:
+            if isinstance(row, Problem):
+                raise row
+            scheme = str(row.get("scheme", ""))
+            common, imported_token = _split_imported(row)
+            new_key = _new_key(schemas.validated(_with_canonical_names(common), Row), defaults)
+            if (
+                imported_token is not None
+                and lines.setdefault(imported_token.locator, line) != line
+            ):
+                raise Problem(400, f"is the same key as line {lines[imported_token.locator]}")
+        except Problem as problem:
+            errors = [f"{fault.path}: {fault.message}" for fault in problem.faults]
+            messages += (f"line {line}: {message}" for message in errors or [problem.message])
+            continue
+        messages += (f"line {line}: {fault}" for fault in validate(new_key))
+        if line >= first_line:
+            keys.append(NumberedKey(line, new_key, imported_token, scheme))
+    if messages:
+        raise FileErrors([redact_tokens(each) for each in messages])
+    return keys
+
+
+def _read_json_lines(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
+    for line, text in enumerate(_text_lines(stream), start=1):
+        if text.strip():
+            yield line, _parse_object(text)
+
+
+def _parse_object(text: str) -> dict[str, Any] | Problem:
+    if len(text) > _MAX_LINE_CHARACTERS:
+        return Problem(400, f"has more than {_MAX_LINE_CHARACTERS} characters")
+    try:
+        content = json.loads(text, object_pairs_hook=schemas.without_duplicates)
+    except Problem as problem:
+        return problem
+    except (ValueError, RecursionError):
+        return Problem(400, "is not JSON")
+    return content if isinstance(content, dict) else Problem(400, "is no JSON object")
+
+
+def _read_csv(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
+    reader = csv.reader(_text_lines(stream), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if "name" not in header:
+            yield 1, Problem(400, f"is no header: it names columns, of {', '.join(FIELDS)}")
+            return
+        for cells in reader:
+            if cells:
+                yield reader.line_num, _parse_record(header, cells)
+    except csv.Error:
+        yield reader.line_num, Problem(400, "is not CSV: a quote does not end, or goes on after it")
+
+
+def _parse_record(header: list[str], cells: list[str]) -> dict[str, Any] | Problem:
+    if len(cells) != len(header):
+        return Problem(400, f"has {len(cells)} cells for {len(header)} columns")
+    pairs = [(name, cell) for name, cell in zip(header, cells, strict=True) if cell]
+    try:
+        return schemas.without_duplicates(pairs)
+    except Problem as problem:
+        return problem
+
+
+def _text_lines(stream: TextIO) -> Iterator[str]:
+    """Its lines; a byte order mark is what spreadsheets put at the head of UTF-8."""
+    for number, text in enumerate(stream):
+        yield text.removeprefix("\ufeff") if number == 0 else text
+
+
+def _split_imported(row: dict[str, Any]) -> tuple[dict[str, Any], ImportedToken | None]:
+    if "scheme" in row:
+        return external_keys.parse(row, frozenset((*FIELDS, *_ALIASES)))
+    if not _IMPORT_FIELDS.isdisjoint(row):
+        message = 'an imported key needs a "scheme"; without one, a new key is minted'
+        raise schemas.invalid_input([InvalidInput(min(_IMPORT_FIELDS.intersection(row)), message)])
+    return row, None
+
+
+def _with_canonical_names(row: dict[str, Any]) -> dict[str, Any]:
+    named = {name: value for name, value in row.items() if name not in _ALIASES}
+    for alias, name in _ALIASES.items():
+        if alias in row:
+            if name in row:
+                raise schemas.invalid_input([InvalidInput(name, f"is there twice, as {alias} too")])
+            named[name] = row[alias]
+    return named
+
+
+def _new_key(row: Row, defaults: Defaults) -> NewKey:
+    # Interned: a million lines name few organisations.
+    return NewKey(
+        sys.intern(_value_or_default(row.organization, defaults.organization)),
+        row.name,
+        sys.intern(_value_or_default(row.permission, defaults.permission)),
+        sys.intern(_value_or_default(row.environment, defaults.environment)),
+        schemas.milliseconds_of(row.expires_at),
+    )
+
+
+def _value_or_default(value: str | None, default: str) -> str:
+    return default if value is None else value

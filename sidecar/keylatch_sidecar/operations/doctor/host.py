@@ -1,0 +1,50 @@
+"""This host: what a hash costs here."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from keylatch.authentication.hashing import OWASP_MINIMUM, Hasher
+from keylatch.core.tokens import MacKeys
+from keylatch.settings import Settings
+from keylatch_sidecar.operations.doctor.finding import Finding, ok, warning
+
+_ROUNDS: Final = 3
+_SLOW_SECONDS: Final = 0.1
+
+
+def check_pepper_file(settings: Settings) -> Iterator[Finding]:
+    """Whether what is signed in Redis takes more than what the store holds."""
+    if settings.warnings:
+        message = "every account of this host may read it"
+        yield warning("pepper file", message, "chmod o-r, and a new secret in it")
+    elif settings.pepper_file:
+        yield ok("pepper file", "set: a copy of the store does not suffice to sign for Redis")
+    elif settings.redis:
+        yield ok("pepper file", "none: an attacker who has read the store can sign for Redis")
+
+
+async def check_hashing(settings: Settings) -> list[Finding]:
+    """What a cold key costs here, beside the rest of a request."""
+    if settings.hasher == "sha256":
+        return [ok("hashing", "SHA-256: nothing to speak of")]
+    hasher = Hasher("argon2id", OWASP_MINIMUM, workers=1)
+    token = MacKeys([b"doctor" * 4]).mint("kl", "live")
+    durations = []
+    for _ in range(_ROUNDS):
+        started_at = time.perf_counter()
+        await hasher.hash(token)
+        durations.append(time.perf_counter() - started_at)
+    await asyncio.to_thread(hasher.close)
+    processors = os.cpu_count() or 1
+    shortest, mebibytes = min(durations), OWASP_MINIMUM.memory_kib // 1024 * processors
+    message = (
+        f"argon2id takes {shortest * 1000:.0f} ms: {processors / shortest:,.0f} cold keys a second"
+        f" on {processors} processors, with {mebibytes} MiB"
+    )
+    if shortest > _SLOW_SECONDS:
+        hint = "KEYLATCH_HASHER=sha256 is as safe for tokens that keylatch made"
+        return [warning("hashing", message, hint)]
+    return [ok("hashing", message)]
