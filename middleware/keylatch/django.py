@@ -74,7 +74,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
     """Lets a request pass if it carries a good key, as `request.api_key`.
 
     KEYLATCH has the arguments of `keylatch.adapters.middleware.BaseMiddleware`. A key without FULL
-    may call what `permissions` names for it, and the views that say `requires`. Name this middleware
+    may call what `permissions` names for it, and views with `requires`. Name this middleware
     first: what stands before it sees requests that nobody has checked. Only one that chooses
     `request.urlconf` belongs before it, because the view is looked up there. What one after it
     changes (the path, the method, the language, the URLconf) can close a view and open none: the

@@ -93,7 +93,8 @@ class ProxyIdentityMiddleware(ProxyIdentity[WSGIApplication]):
     """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
 
     The arguments are those of `keylatch.adapters.proxy_identity.ProxyIdentity`. Servers fold
-    look-alike spellings into one name and join their values with commas, which no identity holds: both are refused.
+    look-alike spellings into one name and join their values with commas. No identity holds a comma,
+    so both are refused.
     """
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
