@@ -2,12 +2,12 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# Tests that load the machine by themselves: one after the other, when the others are done.
+# Tests that load the machine on their own run one after the other, after all other tests.
 ALONE := $(patsubst %,tests/revocation/test_%.py,chaos fork redis_faults revocation_sqlite) \
   $(patsubst %,tests/store/test_%.py,kill silence)
 
-# What the lock files are made of. `make LOCKED=0 …` installs what pyproject.toml allows instead, without
-# hashes: where a mirror lacks a file that is in them.
+# The extras in the lock files. `make LOCKED=0 …` installs any version that pyproject.toml allows, without
+# hashes, for mirrors that lack a file of the lock files.
 LOCKED ?= 1
 EXTRAS := demo,postgres,grpc,bench
 COMMA := ,
@@ -16,7 +16,7 @@ LOCK = $(RELEASE)/uv pip compile --quiet --universal --python-version 3.11 --gen
   --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: demo serve test test-all check prove chaos grammar bench bench-peers lock dist sbom clean
+.PHONY: demo serve test test-all check prove chaos grammar bench bench-peers figures lock dist sbom clean
 
 demo: .venv/demo            ## a sidecar, a protected app, a first key, and curl lines to try
 	@$(BIN)/python deploy/example/demo.py
@@ -25,38 +25,41 @@ serve: .venv/demo           ## the sidecar on 127.0.0.1:8700, keys in ./keylatch
 	@$(BIN)/keylatch serve
 
 ifeq ($(KEYLATCH_REQUIRE_SERVICES),1)
-test: test-all              ## what CI calls: everything, and a missing server fails
+test: test-all              ## called by CI: all tests; a missing server is a failure
 else
-test: .venv/dev             ## the quick tests: what is marked `long` is left to test-all and CI
+test: .venv/dev             ## the quick tests; tests marked `long` run in test-all and in CI
 	@$(BIN)/python -m pytest -n auto --dist loadfile -m 'not long'
 endif
 
-test-all: .venv/dev         ## all tests; those that need a missing server are skipped and named
+test-all: .venv/dev         ## all tests; a test whose server is missing is skipped, and the summary names the server
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE:%=--ignore=%)
 	@$(BIN)/python -m pytest $(ALONE)
 
-check: .venv/dev            ## lint, types, and who may import whom
+check: .venv/dev            ## lint, types and import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-prove: .venv/dev            ## every state of the lease protocol, and what each of its rules is for
+prove: .venv/dev            ## explore every state of the lease protocol, and break each of its rules
 	@$(BIN)/python proofs/prove.py
 
-chaos: .venv/dev            ## 20 minutes of random faults, and what was promised meanwhile
+chaos: .venv/dev            ## 20 minutes of random faults, with the promises checked all the while
 	@$(BIN)/python chaos/run.py
 
-grammar: .venv/dev          ## what seven servers make of 144 requests, cell by cell
+grammar: .venv/dev          ## how seven servers read 144 requests, cell by cell
 	@$(BIN)/python tests/frameworks/grammar.py
 
-bench: .venv/dev            ## what an L1 hit costs, side by side with what you would write yourself
+bench: .venv/dev            ## the cost of an L1 hit, beside a middleware that you would write yourself
 	@$(BIN)/python benchmarks/l1_hit.py
 
-bench-peers: .venv/dev      ## protected ÷ open with keylatch and with what one would pick instead (needs wrk)
+bench-peers: .venv/dev      ## requests/s with keys ÷ without, for keylatch and nine alternatives (needs wrk)
 	@$(BIN)/python benchmarks/peers/compare.py --json peers.json --plot peers.png
 
-lock: .venv-release/ready   ## requirements/*.lock, after pyproject.toml has changed; UPGRADE=1 takes newer versions
+figures: .venv/dev          ## what the code itself measures: modules, import levels, files of each journey, words
+	@$(BIN)/python benchmarks/code_figures.py
+
+lock: .venv-release/ready   ## write requirements/*.lock after a change of pyproject.toml; UPGRADE=1 takes newer versions
 	@$(LOCK) pyproject.toml --extra $(subst $(COMMA), --extra ,$(EXTRAS)) --group dev -o requirements/dev.lock
 	@$(LOCK) --group proxies --constraint requirements/dev.lock -o requirements/proxies.lock
 	@$(LOCK) --group release -o requirements/release.lock
@@ -68,7 +71,7 @@ dist: .venv-release/ready   ## wheel and sdist of this version in dist/, from a 
 	@$(MAKE) --no-print-directory sbom
 	@cd dist && sha256sum keylatch* > SHA256SUMS && cat SHA256SUMS
 
-sbom: .venv-release/ready   ## what keylatch depends on, as CycloneDX, in dist/
+sbom: .venv-release/ready   ## the dependencies of keylatch as a CycloneDX file in dist/
 	@mkdir -p dist && rm -rf dist/venv && $(RELEASE)/python -m venv dist/venv
 	@dist/venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.lock
 	@dist/venv/bin/pip uninstall --quiet --yes pip
