@@ -25,7 +25,9 @@ from servers import serving
 ROOT = Path(__file__).parents[2]
 PLACES = [str(ROOT / "tests" / each) for each in ("project", "support")]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/README.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[a-z]*/**/README.md")]
+)
 
 
 def examples() -> list[str]:
@@ -168,23 +170,39 @@ def test_the_requirements_that_are_claimed_have_their_tests() -> None:
     assert len(unknown_tests(made_up)) == 2
 
 
-@pytest.mark.parametrize(
-    ("heading", "folder", "unlisted"),
-    [
-        ("| file |", "middleware/keylatch", ["storage/migrations"]),
-        ("| file of the sidecar |", "sidecar/keylatch_sidecar", ["operations/doctor"]),
-    ],
-)
-def test_the_files_are_in_the_architecture(heading: str, folder: str, unlisted: list[str]) -> None:
-    """`ls` and the tables tell the same story."""
-    table = (ROOT / "ARCHITECTURE.md").read_text().partition(heading)[2].partition("\n\n")[0]
-    first_cells = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
-    told = set(re.findall(r"`([\w/]+?)/?`", first_cells))
-    paths = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")]
-    here = {str(path.with_suffix("")) for path in paths if not path.stem.startswith("__")}
-    here |= {str(path.parent) for path in paths} - {"."}
-    within = tuple(f"{each}/" for each in unlisted)
-    assert told == {each for each in here if not each.startswith(within)}
+@pytest.mark.parametrize("package", ["middleware/keylatch", "sidecar/keylatch_sidecar"])
+def test_every_package_is_in_the_architecture(package: str) -> None:
+    """The tables of "Boundaries" have each folder, and no other."""
+    rows = set(re.findall(r"^\| `(\w+)` \|", _table_of(package), re.MULTILINE))
+    assert rows == {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+
+
+def _table_of(package: str) -> str:
+    """The table below the line that begins with the package's name."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    return text.partition(f"\n`{Path(package).name}`, ")[2].partition("|\n\n")[0]
+
+
+def test_every_design_page_is_linked_from_the_architecture() -> None:
+    """A page without a link is not found; a link without a page is another test's."""
+    linked = set(re.findall(r"\]\((docs/[\w./-]+)\)", (ROOT / "ARCHITECTURE.md").read_text()))
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/design").glob("*.md")}
+    assert len(pages) > 10
+    assert pages | {"docs/glossary.md"} <= linked
+
+
+def test_every_word_of_the_glossary_has_a_source() -> None:
+    """One row for each word, in alphabetical order; what it names in the code exists."""
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE
+    )[2:]
+    words = [re.sub(r"\W", "", word).lower() for word, _, _ in rows]
+    assert 30 <= len(words) == len(set(words))
+    assert words == sorted(words)
+    code = "".join(path.read_text() for path in (ROOT / "middleware").rglob("*.py"))
+    code += "".join(path.read_text() for path in (ROOT / "sidecar").rglob("*.py"))
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0] + row[1])}
+    assert [name for name in sorted(named) if not re.search(rf"\b{name}\b", code)] == []
 
 
 def test_one_version() -> None:
