@@ -5,6 +5,9 @@ rewritten, `python benchmarks/glossary_words.py --counts > tests/project/words_l
 """
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -118,3 +121,19 @@ def test_levels_are_the_longest_chain() -> None:
     """Counted in modules; a circle ends it."""
     assert levels({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == 3
     assert levels({"a": {"b"}, "b": {"a"}}) == 2
+
+
+@pytest.mark.long
+def test_the_files_of_each_journey_are_few() -> None:
+    """On SQLite with Redis. A reader follows a hit through so many files, and no more."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/code_figures.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = dict(re.findall(r"^files of a (.+?) +(\d+)$", done.stdout, re.MULTILINE))
+    assert found.keys() == {"hit", "cold check", "DELETE"}
+    assert int(found["hit"]) <= 12
+    assert int(found["cold check"]) <= 28
+    assert int(found["DELETE"]) <= 33
