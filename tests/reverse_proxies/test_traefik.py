@@ -165,7 +165,7 @@ def test_without_the_entry_points_middleware_anybody_could_call_a_public_route_a
     proxy: ProxyStack,
 ) -> None:
     """Why it is on the entry point: ForwardAuth removes what a client claims, and is not there."""
-    mistake = {"middlewares: [remove-identity@file]": "middlewares: []"}
+    mistake = {"middlewares: [nobody@file]": "middlewares: []"}
     lie = b"X-Keylatch-Key-Id: evil"
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert identity(echoed(send(other.url, b"GET /healthz", lie))) == {
@@ -230,7 +230,7 @@ def test_a_name_that_is_misspelled_lets_nobody_in(proxy: ProxyStack, name: str) 
     assert proxy.app.request_count == asked
 
 
-@pytest.mark.parametrize("name", ["remove-identity@file", "no-upgrade"])
+@pytest.mark.parametrize("name", ["nobody@file", "no-upgrade"])
 def test_where_all_routers_need_the_name_nobody_is_served(proxy: ProxyStack, name: str) -> None:
     """404 for all, which is what Traefik says of every path that it has no router for."""
     asked = proxy.app.request_count
