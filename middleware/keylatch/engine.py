@@ -387,6 +387,8 @@ def _not_opened() -> StoreUnavailable:
 
 def _register_fork_hooks(engine: Engine) -> None:
     """Servers fork workers from a process that may have opened a store already."""
+    if not hasattr(os, "register_at_fork"):
+        return  # Windows has no fork
     reference = weakref.ref(engine)
 
     def call(hook: Callable[[Engine], None]) -> None:
