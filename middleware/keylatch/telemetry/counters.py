@@ -7,15 +7,12 @@ values than this file and `Reason` name: no key, no organisation, no path, and n
 
 import itertools
 import threading
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, assert_never
 
 from keylatch.core.decisions import Allow, Decision, Reason
-from keylatch.telemetry.request_trace import REQUEST_TRACE
+from keylatch.telemetry.events import Decided, Event, StageEnded
 
 # Where a decision was made.
 L1: Final = "l1"
@@ -31,7 +28,9 @@ ALLOW: Final = "allow"
 LIMITS: Final = ("hashes", "changes", "keys")
 """Of an organisation, for what its keys change: see `drafts.QuotaExceeded`."""
 
-STAGES: Final = ("parse", L1, L2, STORE, "hash")
+PARSE: Final = "parse"
+HASH: Final = "hash"
+STAGES: Final = (PARSE, L1, L2, STORE, HASH)
 STAGE_BUCKETS: Final = tuple(
     digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)
 )  # 1 us to 5 s
@@ -130,20 +129,20 @@ class Counters:
         """How often the store was found to be another than it was."""
         self.limited = {limit: Counter() for limit in LIMITS}
         """Changes by keys that were refused, by the limit that was reached."""
-        self.span: Callable[[str], AbstractContextManager[None]] | None = None
-        """Makes a span around a stage, where somebody wants that."""
 
-    def count_decision(self, decision: Decision, source: str) -> None:
-        """A request was judged, by what was known there. A hit that is let in is counted by a step
-        of `hits`."""
-        if isinstance(decision, Allow):
-            count = self.hits if source == L1 else self._decisions[ALLOW, source]
-        else:
-            count = self._decisions[decision.reason.name.lower(), source]
-        count.add()
-        request_trace = REQUEST_TRACE.get()
-        if request_trace is not None:
-            request_trace.source = source
+    def on_event(self, event: Event) -> None:
+        match event:
+            case Decided():
+                self._counter_of(event.decision, event.source).add()
+            case StageEnded():
+                self.stages[event.stage].observe(event.seconds)
+            case _:
+                assert_never(event)
+
+    def _counter_of(self, decision: Decision, source: str) -> Counter:
+        if not isinstance(decision, Allow):
+            return self._decisions[decision.reason.name.lower(), source]
+        return self.hits if source == L1 else self._decisions[ALLOW, source]
 
     def decisions(self) -> Iterator[tuple[str, str, int]]:
         """Verdict or reason, tier, and how many."""
@@ -154,46 +153,6 @@ class Counters:
     def is_parse_sampled(self) -> bool:
         """Whether this header is one of those whose reading is timed: strangers come in floods."""
         return not next(self._parses) % _PARSE_SAMPLE_INTERVAL
-
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """`with counters.stage("store"): …` counts how long the block takes."""
-        stage = Stage(name, self.stages[name])
-        return stage if self.span is None else _nested(self.span(name), stage)
-
-    def parse_stage(self) -> "Stage":
-        """The stage that is no part of asking anybody, and so has no span."""
-        return Stage("parse", self.stages["parse"])
-
-
-class Stage:
-    """How long a block takes, errors and cancellation included."""
-
-    __slots__ = ("_histogram", "_name", "_started_at")
-
-    def __init__(self, name: str, histogram: Histogram) -> None:
-        self._name = name
-        self._histogram = histogram
-
-    def __enter__(self) -> None:
-        self._started_at = time.perf_counter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        seconds = time.perf_counter() - self._started_at
-        self._histogram.observe(seconds)
-        request_trace = REQUEST_TRACE.get()
-        if request_trace is not None:
-            request_trace.stages.append((self._name, seconds))
-
-
-@contextmanager
-def _nested(outer: AbstractContextManager[None], inner: "Stage") -> Iterator[None]:
-    with outer, inner:
-        yield
 
 
 def _possible_decisions() -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -15,6 +15,7 @@ from typing import Final, Protocol, TypeVar
 
 from keylatch.core.decisions import ANY_KEY, Allow, Decision, Requirement
 from keylatch.core.tokens import SECRET_LENGTH, Token, redact_tokens
+from keylatch.telemetry.events import Decided, Event, StageEnded
 
 Header = tuple[bytes, bytes]
 T = TypeVar("T")
@@ -67,6 +68,18 @@ class RequestTrace:
             if self.source in _CACHE_STATUS:
                 cache_status.append((b"cache-status", _CACHE_STATUS[self.source]))
         return [(b"server-timing", ", ".join(timing).encode()), *cache_status]
+
+
+def on_event(event: Event) -> None:
+    """Record an event in the trace of the current request, if that is traced."""
+    trace = REQUEST_TRACE.get()
+    if trace is None:
+        return
+    match event:
+        case Decided():
+            trace.source = event.source
+        case StageEnded():
+            trace.stages.append((event.stage, event.seconds))
 
 
 @contextmanager
