@@ -1,8 +1,8 @@
-"""What one engine has seen, in plain numbers: `metrics` hands them out when somebody asks.
+"""The counters and histograms of one engine; `metrics` exports them.
 
-The law of this file: counting waits for nobody and asks nobody. A hit costs one step of a counter
-that needs no lock; whoever reads it takes the step back into account. No label here can have more
-values than this file and `Reason` name: no key, no organisation, no path, and never a token.
+The law of this file: counting does no I/O. A hit takes one step of a counter that needs no lock; a
+read takes a step as well and subtracts it. Label values come from this file and from `Reason`
+alone: no key, no organisation, no path, and never a token.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from typing import Final, assert_never
 from keylatch.core.decisions import Allow, Decision, Reason
 from keylatch.telemetry.events import Decided, Event, StageEnded
 
-# Where a decision was made.
+# The source of a decision.
 L1: Final = "l1"
 L2: Final = "l2"
 STORE: Final = "store"
@@ -26,7 +26,7 @@ NONE: Final = "none"
 ALLOW: Final = "allow"
 
 LIMITS: Final = ("hashes", "changes", "keys")
-"""Of an organisation, for what its keys change: see `drafts.QuotaExceeded`."""
+"""Limits on changes by an organisation's keys: see `validation.QuotaExceeded`."""
 
 PARSE: Final = "parse"
 HASH: Final = "hash"
@@ -39,7 +39,7 @@ PROPAGATION_BUCKETS: Final = tuple(
 )  # 0.1 ms to 50 s
 
 TIMED_HITS: Final = 64
-"""So many hits are timed each time uses are stored."""
+"""How many hits are timed after each flush of usage."""
 _PARSE_SAMPLE_INTERVAL: Final = 16
 
 _SOURCES: Final = {
@@ -52,9 +52,9 @@ _SOURCES: Final = {
 
 
 class Counter:
-    """A number that goes up, from any thread, without a lock.
+    """A number that only increases; any thread may add to it, without a lock.
 
-    `next(count.steps)` adds one: a single step of C, so no two threads take the same.
+    `next(counter.steps)` adds one: a single call into C, which no other thread interrupts.
     """
 
     __slots__ = ("_lock", "_reads", "steps")
@@ -65,12 +65,11 @@ class Counter:
         self._lock = threading.Lock()
 
     def add(self) -> None:
-        """One more."""
         next(self.steps)
 
     @property
     def value(self) -> int:
-        """How many so far. To look is a step as well."""
+        """The number so far; reading takes a step as well."""
         with self._lock:
             steps = next(self.steps) - self._reads
             self._reads += 1
@@ -78,10 +77,10 @@ class Counter:
 
 
 class Histogram:
-    """How many durations were at most so long.
+    """Durations, counted in buckets.
 
     Args:
-        bounds: in seconds, ascending.
+        bounds: upper bounds of the buckets, in seconds, ascending.
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -91,13 +90,12 @@ class Histogram:
         self._lock = threading.Lock()
 
     def observe(self, seconds: float) -> None:
-        """One more."""
         with self._lock:
             self._counts[bisect_left(self._bounds, seconds)] += 1
             self._sum += seconds
 
     def read(self) -> tuple[list[tuple[str, float]], float]:
-        """Pairs of (bound, how many were at most that), and the sum of all of them in seconds."""
+        """Pairs of (upper bound, cumulative count), and the sum of all durations in seconds."""
         with self._lock:
             counts, total = list(self._counts), self._sum
         bounds = [f"{bound:g}" for bound in self._bounds] + ["+Inf"]
@@ -105,14 +103,14 @@ class Histogram:
 
 
 class Counters:
-    """The numbers of one engine. A forked child gets a new one."""
+    """The numbers of one engine. A forked child begins with a new object."""
 
     def __init__(self) -> None:
         self.hits = Counter()
-        """Allowed by L1: most of what happens."""
+        """Requests that L1 allowed; a hit steps it directly, by `steps`."""
         self.steps = self.hits.steps
         self.hits_to_time = 0
-        """How many of the hits that come next are timed."""
+        """How many of the next hits are timed."""
         self._decisions = {
             (decision, source): Counter()
             for decision, sources in _possible_decisions()
@@ -122,13 +120,13 @@ class Counters:
         self._parses = itertools.count()
         self.stages = {name: Histogram(STAGE_BUCKETS) for name in STAGES}
         self.propagation = Histogram(PROPAGATION_BUCKETS)
-        """From the commit of a change until no process decides against it any more."""
+        """From the commit of a change until every process applies it."""
         self.accepted_after_revocation = Counter()
-        """Keys found to have been accepted after a change that this process could know of."""
+        """Keys that were accepted after a change that this process could know of."""
         self.restores = Counter()
-        """How often the store was found to be another than it was."""
+        """How often the store was found to be restored from a backup."""
         self.limited = {limit: Counter() for limit in LIMITS}
-        """Changes by keys that were refused, by the limit that was reached."""
+        """Changes by keys that were refused, by the limit they reached."""
 
     def on_event(self, event: Event) -> None:
         match event:
@@ -145,19 +143,20 @@ class Counters:
         return self.hits if source == L1 else self._decisions[ALLOW, source]
 
     def decisions(self) -> Iterator[tuple[str, str, int]]:
-        """Verdict or reason, tier, and how many."""
+        """Decision (`allow` or the reason), source, and number."""
         yield ALLOW, L1, self.hits.value
         for (decision, source), count in self._decisions.items():
             yield decision, source, count.value
 
     def is_parse_sampled(self) -> bool:
-        """Whether this header is one of those whose reading is timed: strangers come in floods."""
+        """Whether the parsing of this header is timed: one in 16, because any client can send
+        invalid headers at a high rate."""
         return not next(self._parses) % _PARSE_SAMPLE_INTERVAL
 
 
 def _possible_decisions() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Verdict or reason, and where it can be found: every pair is told from the start, because
-    what appears with a 1 has no rate."""
+    """Each decision and its possible sources. All pairs are exported from the start with 0: the
+    rate of a series that first appears with 1 misses that increase."""
     yield ALLOW, (L1, L2, STORE)
     for reason in Reason:
         sources = (L1, L2, STORE, NEGATIVE_CACHE)
