@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 from cachetools import TTLCache
@@ -95,10 +94,9 @@ class _PreviousSecretEntry(_RotatedEntry):
     def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
         super().__init__(fingerprint, record, as_of)
         self._secret_id = record.id + PREVIOUS_SUFFIX
-        self.allow = replace(self.allow, principal=principal_of(record, is_previous=True))
         # The key itself may expire before the grace ends.
         ends_at = min(self._grace_ends_at, record.expires_at or self._grace_ends_at)
-        self.allow = replace(self.allow, expires_at=ends_at)
+        self.allow = Allow(principal_of(record, is_previous=True), ends_at)
 
     @property
     def secret_id(self) -> str:

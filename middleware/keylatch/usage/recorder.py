@@ -169,21 +169,24 @@ class UsageRecorder:
             refusals, self._refusals = self._refusals, {}
             clients, self._clients = self._clients, {}
             dropped, self._dropped = self._dropped, itertools.count()
-        buffer, day = self._buffer, self._now_ms() // DAY_MS
-        drained, self._drained = self._drained, []
-        for key_id, ticks, counted in drained:
-            buffer.add_count((key_id, day, ALLOWED), next(ticks) - counted)
-        for counter, ticks in pending:
-            counter.ticks = None  # before it is read: a use from now on adds it again
-            buffer.add_last_used(counter.secret_id, int(counter.used_at))
-            count = next(ticks)
-            buffer.add_count((counter.key_id, day, ALLOWED), count)
-            self._drained.append((counter.key_id, ticks, count + 1))
+        buffer = self._buffer
+        buffer.day = day = self._now_ms() // DAY_MS
+        self._drain_ticks(pending, day)
         for (key_id, reason), count in refusals.items():
             buffer.add_count((key_id, day, reason.name), count)
         buffer.add_clients(clients)
         buffer.drop(next(dropped))
-        buffer.day = day
+
+    def _drain_ticks(self, pending: list[tuple[UsageCounter, Ticks]], day: int) -> None:
+        drained, self._drained = self._drained, []
+        for key_id, ticks, counted in drained:
+            self._buffer.add_count((key_id, day, ALLOWED), next(ticks) - counted)
+        for counter, ticks in pending:
+            counter.ticks = None  # before it is read: a use from now on adds it again
+            self._buffer.add_last_used(counter.secret_id, int(counter.used_at))
+            count = next(ticks)
+            self._buffer.add_count((counter.key_id, day, ALLOWED), count)
+            self._drained.append((counter.key_id, ticks, count + 1))
 
     async def _wait_for_flush(self) -> None:
         """Wait for the interval, or until many keys are pending."""
