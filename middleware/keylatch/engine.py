@@ -10,6 +10,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from keylatch._background import EngineTasks
@@ -35,7 +36,9 @@ from keylatch.revocation.sequence import SequenceFreshness
 from keylatch.settings import Settings
 from keylatch.storage.store import Found, Secrets, Store
 from keylatch.storage.usage import UsageBatch
+from keylatch.telemetry import request_trace
 from keylatch.telemetry.counters import TIMED_HITS, Counters
+from keylatch.telemetry.events import Events
 from keylatch.telemetry.failure_log import FailureLog
 from keylatch.telemetry.health import ComponentHealth, Health
 from keylatch.usage.recorder import UsageRecorder
@@ -99,7 +102,13 @@ class Engine(Authenticator):
         self._usage = UsageRecorder(self._store_usage, now_ms=self.now_ms)
         self.records_clients = settings.clients == "on"
         """Whether adapters say whence a key that was let in was used: see `see`."""
+        tracing = _tracing() if settings.tracing == "on" else None
         self._diagnostics = Diagnostics(
+            Events(
+                lambda event: self.counters.on_event(event),
+                request_trace.on_event,
+                span=nullcontext if tracing is None else tracing.stage,
+            ),
             RevocationMonitor(
                 self.store,
                 lambda secret: self._l1.by_secret_id(secret),
@@ -113,7 +122,7 @@ class Engine(Authenticator):
                 recovery_seconds=_RECOVERY_SECONDS,
                 clock=clock,
             ),
-            _tracing() if settings.tracing == "on" else None,
+            tracing,
             FailureLog(timer) if settings.log_failures == "on" else None,
         )
         self._inherited: list[object] = []
@@ -123,8 +132,6 @@ class Engine(Authenticator):
 
     def _reset_counters(self) -> None:
         self.counters = Counters()
-        if self._diagnostics.tracing is not None:
-            self.counters.span = self._diagnostics.tracing.stage
         self._sample_timings()
 
     def _sample_timings(self) -> None:
@@ -193,7 +200,7 @@ class Engine(Authenticator):
             self._freshness,
             self._environment,
             self._tasks.start_soon,
-            self.counters,
+            self._diagnostics.events,
         )
         mac_keys = MacKeys(secrets.mac_keys)
         self._keyring = Keyring(
@@ -387,6 +394,8 @@ def _not_opened() -> StoreUnavailable:
 
 def _register_fork_hooks(engine: Engine) -> None:
     """Servers fork workers from a process that may have opened a store already."""
+    if not hasattr(os, "register_at_fork"):
+        return  # Windows has no fork
     reference = weakref.ref(engine)
 
     def call(hook: Callable[[Engine], None]) -> None:

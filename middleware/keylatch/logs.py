@@ -1,10 +1,9 @@
-"""Log records as JSON, a line each: for machines that read logs.
+"""Log records as JSON Lines.
 
     handler.setFormatter(JSONLines())
 
-Each line has `time`, `level`, `logger`, `message`, and `requestId` where a request is being
-answered. Messages hold no token, by the rules of whoever writes them; whatever looks like one all
-the same is made unusable here, whoever wrote it.
+Each record has `time`, `level`, `logger`, `message`, and within a request `requestId`. No message
+of keylatch holds a token; tokens in messages of the app or of its libraries are redacted here.
 """
 
 import json
@@ -17,7 +16,7 @@ from keylatch.telemetry.request_trace import REQUEST_TRACE
 
 
 class JSONLines(logging.Formatter):
-    """One JSON object a line, in ASCII."""
+    """One JSON object for each record, in ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -37,15 +36,15 @@ class JSONLines(logging.Formatter):
         return self.redact(json.dumps(line))
 
     def redact(self, line: str) -> str:
-        """The line with every token in it made unusable."""
+        """The line with the secrets of all tokens removed."""
         return redact_tokens(line)
 
 
 def configuration(level: str = "WARNING") -> dict[str, Any]:
-    """For `logging.config.dictConfig`: everything as JSON on standard error.
+    """For `logging.config.dictConfig`: JSON on standard error.
 
     Args:
-        level: of keylatch's own loggers.
+        level: of keylatch's loggers.
     """
     return {
         "version": 1,

@@ -52,7 +52,8 @@ class Portal:
             if alive is not None:
                 alive._reset_state()
 
-        os.register_at_fork(after_in_child=after_fork_in_child)
+        if hasattr(os, "register_at_fork"):  # Windows has no fork
+            os.register_at_fork(after_in_child=after_fork_in_child)
 
     @classmethod
     def for_engine(cls, engine: Engine) -> "Portal":

@@ -39,7 +39,8 @@ from keylatch.revocation.notifier import Notifier
 from keylatch.revocation.open_connections import OpenConnections
 from keylatch.storage.schema import STORE_SECRETS_ID
 from keylatch.storage.store import Store
-from keylatch.telemetry.counters import HEADER, L1, MAC, NEGATIVE_CACHE, NONE, Counters
+from keylatch.telemetry.counters import HEADER, L1, MAC, NEGATIVE_CACHE, NONE, PARSE, Counters
+from keylatch.telemetry.events import Decided, Events
 from keylatch.telemetry.failure_log import FailureLog
 from keylatch.telemetry.health import Health
 from keylatch.usage.recorder import UsageRecorder
@@ -55,6 +56,7 @@ class Diagnostics:
     """What looks on beside the path of checks. It is one attribute of the engine, because CPython
     reads an object of 30 attributes or more slower, and a hit reads many."""
 
+    events: Events
     revocation_monitor: RevocationMonitor
     health: Health
     tracing: "Tracing | None"
@@ -118,7 +120,7 @@ class Authenticator(ABC):
 
     def _read_credential(self, values: Sequence[bytes]) -> Token | Reason:
         if self.counters.is_parse_sampled():
-            with self.counters.parse_stage():
+            with self._diagnostics.events.stage(PARSE, has_span=False):
                 credential = credentials.read(values)
         else:
             credential = credentials.read(values)
@@ -176,7 +178,7 @@ class Authenticator(ABC):
         return allow
 
     def _count_decision(self, decision: Decision, source: str) -> Decision:
-        self.counters.count_decision(decision, source)
+        self._diagnostics.events.observe(Decided(decision, source))
         return decision
 
     def _still_valid(self, entry: Entry) -> bool:
@@ -229,7 +231,7 @@ class Authenticator(ABC):
         """A request could not be judged, for a reason that has nothing to do with its key."""
         self._diagnostics.health.record_failure(message)
         deny = Deny(Reason.UNAVAILABLE)
-        self.counters.count_decision(deny, NONE)
+        self._diagnostics.events.observe(Decided(deny, NONE))
         return deny
 
     async def _check_store(self, token: Token, requirement: Requirement) -> Decision:

@@ -32,7 +32,8 @@ from keylatch.errors import HashingBusy, KeylatchError
 from keylatch.revocation.invalidations import Freshness, Invalidations
 from keylatch.storage.schema import NO_ID
 from keylatch.storage.store import Found, NotFound, Store
-from keylatch.telemetry.counters import L2, STORE, Counters
+from keylatch.telemetry.counters import HASH, L2, STORE
+from keylatch.telemetry.events import Events
 
 _MAX_IMPORTED_LOOKUPS: Final = 32
 
@@ -84,7 +85,7 @@ class Lookup:
         freshness: tells the time.
         environment: the only one whose keys are welcome; None: all of them.
         start_soon: runs work that no request waits for.
-        counters: counts how long that takes.
+        events: observes how long each stage takes.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Lookup:
         freshness: Freshness,
         environment: str | None,
         start_soon: Callable[[Coroutine[Any, Any, None]], None],
-        counters: Counters,
+        events: Events,
     ) -> None:
         self._store = store
         self._shared_cache = shared_cache
@@ -106,7 +107,7 @@ class Lookup:
         self._environment = environment
         self._start_soon = start_soon
         self._imported_lookups = 0  # being looked up
-        self._counters = counters
+        self._events = events
 
     async def fetch(self, token: Token) -> tuple[Entry | NegativeEntry, str]:
         """What the token is, by the store, and what proved that: `L2` or `STORE`.
@@ -114,7 +115,7 @@ class Lookup:
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
-        with self._counters.stage(STORE):
+        with self._events.stage(STORE):
             found = await self._find(token)
         if isinstance(found, NotFound):
             # Of another shape, it names no key, whatever stands where an id would be.
@@ -175,13 +176,13 @@ class Lookup:
     async def _is_in_shared_cache(
         self, shared_cache: SharedCache, token: Token, secret: _Secret
     ) -> bool:
-        with self._counters.stage(L2):
+        with self._events.stage(L2):
             return await shared_cache.proves(
                 token, secret.name, secret.hash, self._invalidations.epoch
             )
 
     async def _matches(self, secret: _Secret, token: Token) -> bool:
-        with self._counters.stage("hash"):
+        with self._events.stage(HASH):
             verified = await self._hasher.verify(secret.hash, token)
         if not verified:
             return False

@@ -1,1 +1,1 @@
-"""What is remembered of keys: in this process (L1), and in Redis for all of them (L2)."""
+"""Caches of keys: in the process (L1), and in Redis for all processes of a deployment (L2)."""

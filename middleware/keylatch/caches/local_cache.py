@@ -1,11 +1,11 @@
-"""L1: what this process remembers, in two bounded maps. It holds digests, never tokens.
+"""L1: the cache of one process, two bounded maps. It holds digests, never tokens.
 
-Keys that exist and tokens that fit none are kept apart, so a spray of bad tokens evicts no good
-key. A key is found by the fingerprint of its token, which proves it, and by its id, which tells
-that another secret is wrong. While the grace of a rotation runs, a key has two entries. Nothing
-here expires by being told so: each use asks `Invalidations` whether the entry may be used, and
-`evaluate` whether its key has expired. Threads may share it: a hit takes no lock: a thread that
-is preempted while holding a lock makes all the others queue.
+Entries of keys and negative entries are separate, so many invalid tokens evict no valid key. An
+entry is found by the fingerprint of its token, which proves the secret, and by the id of its key,
+which shows that another secret is wrong. While the grace of a rotation runs, a key has two entries.
+An invalidation removes nothing here: each use asks `Invalidations` whether the entry may be used,
+and `evaluate` whether the key has expired. The cache is thread-safe, and a hit takes no lock: a
+thread that is preempted while it holds a lock makes all others wait.
 """
 
 import itertools
@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 from cachetools import TTLCache
@@ -26,11 +25,9 @@ _SECOND_CHANCES: Final = 16
 
 
 class UsageCounter:
-    """When a key was last used, and what counts its uses while they wait to be stored: see `usage`.
-    A counter for each entry, needed or not, would make L1 a sixth larger.
+    """The last use of a key, and the counter of its uses until the next flush: see `usage`.
 
-    Args:
-        key_id: the key.
+    The counter exists only while uses are pending: one for each entry would make L1 a sixth larger.
     """
 
     __slots__ = ("key_id", "ticks", "used_at")
@@ -42,17 +39,17 @@ class UsageCounter:
 
     @property
     def secret_id(self) -> str:
-        """By which of the key's secrets: the key's id, or that with `PREVIOUS_SUFFIX` behind it."""
+        """The secret that was used: the key's id, with `PREVIOUS_SUFFIX` for the previous one."""
         return self.key_id
 
 
 class Entry(UsageCounter):
-    """A key that was good when it was read, and whose secret was proven.
+    """A usable key whose secret was verified.
 
     Args:
         fingerprint: of its token.
-        record: it had no flaw.
-        as_of: the sequence number at which that was so.
+        record: of the key, which was usable at `as_of`.
+        as_of: the sequence number at which the record was read.
     """
 
     __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "version")
@@ -62,22 +59,21 @@ class Entry(UsageCounter):
         self.fingerprint = fingerprint
         self.allow = Allow(principal_of(record), record.expires_at)
         self.as_of = as_of
-        self.considered_at = 0.0  # when it was last spared, see `_Entries`
-        self.version: object = None  # of the feed, by which it was last found to be true
+        self.considered_at = 0.0  # `used_at` when it last got a second chance, see `_Entries`
+        self.version: object = None  # of `Invalidations` when this entry was last validated
 
     @property
     def organization_id(self) -> str:
-        """Whose key it is."""
         return self.allow.principal.organization_id
 
     @property
     def grace_ends_at(self) -> int:
-        """Until when the key has another good secret, in milliseconds since the epoch."""
+        """The end of a rotation's grace, in milliseconds since the epoch; 0: there is none."""
         return 0
 
 
 class _RotatedEntry(Entry):
-    """One of a key that was rotated with a grace. Few are, and 50,000 need not carry its end."""
+    """An entry of a key that was rotated with a grace. Few are, so only these hold its end."""
 
     __slots__ = ("_grace_ends_at",)
 
@@ -91,17 +87,16 @@ class _RotatedEntry(Entry):
 
 
 class _PreviousSecretEntry(_RotatedEntry):
-    """Its secret is the one before the rotation."""
+    """An entry for the secret before the rotation."""
 
     __slots__ = ("_secret_id",)
 
     def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
         super().__init__(fingerprint, record, as_of)
         self._secret_id = record.id + PREVIOUS_SUFFIX
-        self.allow = replace(self.allow, principal=principal_of(record, is_previous=True))
-        # The key's own end may have been moved since.
+        # The key itself may expire before the grace ends.
         ends_at = min(self._grace_ends_at, record.expires_at or self._grace_ends_at)
-        self.allow = replace(self.allow, expires_at=ends_at)
+        self.allow = Allow(principal_of(record, is_previous=True), ends_at)
 
     @property
     def secret_id(self) -> str:
@@ -109,7 +104,7 @@ class _PreviousSecretEntry(_RotatedEntry):
 
 
 def entry_of(fingerprint: bytes, record: KeyRecord, as_of: int, is_previous: bool = False) -> Entry:
-    """An entry; `is_previous`: the secret is the one before the last rotation."""
+    """An entry; `is_previous`: for the secret before the last rotation."""
     if record.previous_expires_at is None:
         return Entry(fingerprint, record, as_of)
     kind = _PreviousSecretEntry if is_previous else _RotatedEntry
@@ -117,18 +112,18 @@ def entry_of(fingerprint: bytes, record: KeyRecord, as_of: int, is_previous: boo
 
 
 class _Entries:
-    """Keys by fingerprint and by id, a bounded number of them.
+    """A bounded number of entries, by fingerprint and by secret id.
 
-    Least recently used, more or less: the oldest goes, unless it was used since it was last
-    considered (second chance). So a hit leaves the order alone. Only a few get a second chance at
-    a time: going through all of them would hold up the event loop. Two plain dictionaries and a
-    queue take half of what a cache of cachetools and a second index take, and there are 50,000.
+    Eviction is "second chance", an approximation of LRU: the oldest entry goes, unless it was used
+    since it was last considered. So a hit does not change the order. One eviction gives a limited
+    number of second chances, because a pass over all entries would block the event loop. Two
+    dictionaries and a queue take half the memory of a cachetools cache with a second index.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._entries: dict[str, Entry] = {}
-        self._queue: deque[Entry] = deque()  # oldest first; who is gone already is passed over
+        self._queue: deque[Entry] = deque()  # oldest first; may hold removed entries
         self.by_fingerprint: dict[bytes, Entry] = {}
         self.by_secret_id = self._entries.get
 
@@ -136,19 +131,18 @@ class _Entries:
         return len(self._entries)
 
     def add(self, entry: Entry) -> None:
-        """Keep a key; what was known of it goes."""
+        """Add an entry in place of the one for the same secret."""
         self.remove(entry.secret_id)
         while len(self._entries) >= self._size:
             self._evict_one()
         self._entries[entry.secret_id] = self.by_fingerprint[entry.fingerprint] = entry
         self._queue.append(entry)
-        if len(self._queue) > 2 * self._size:  # keys that change again and again leave many
+        if len(self._queue) > 2 * self._size:  # keys that change often leave many
             self._queue = deque(filter(self._is_live, self._queue))
 
     def remove(self, secret_id: str) -> None:
-        """Forget a key, or its previous secret."""
         entry = self._entries.pop(secret_id, None)
-        # After a rotation the same secret may have got another entry.
+        # After a rotation, another entry may have taken the same fingerprint.
         if entry is not None and self.by_fingerprint.get(entry.fingerprint) is entry:
             del self.by_fingerprint[entry.fingerprint]
 
@@ -170,13 +164,13 @@ class _Entries:
 
 
 class NegativeEntry:
-    """A token that is no usable key, and why.
+    """A token that is not accepted (negative caching, RFC 2308).
 
     Args:
-        reason: why.
-        key_id: the key that it belongs to, or whose id it carries; empty: it names none.
-        organization_id: whose key that is; empty: there is no such key.
-        as_of: the sequence number at which that was so.
+        reason: the reason for the refusal.
+        key_id: the key that the token belongs to or names; empty: it names none.
+        organization_id: of that key; empty: there is no such key.
+        as_of: the sequence number at which that was read.
     """
 
     __slots__ = ("as_of", "key_id", "organization_id", "reason")
@@ -192,8 +186,8 @@ class LocalCache:
     """L1.
 
     Args:
-        size: keys to remember.
-        timer: seconds that never go back; a test moves it.
+        size: the maximum number of entries of keys.
+        timer: seconds, monotonic.
     """
 
     def __init__(self, size: int = 50_000, timer: Callable[[], float] = time.monotonic) -> None:
@@ -202,8 +196,7 @@ class LocalCache:
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
-        """Begin anew, with a lock that nobody holds: in a forked child, a thread of the parent may
-        have held the old one."""
+        """Clear the cache, with a new lock: a thread of the parent may have held the old one."""
         self._lock = threading.Lock()
         self._reset_entries()
 
@@ -213,26 +206,25 @@ class LocalCache:
             _MAX_NEGATIVE_ENTRIES, _NEGATIVE_TTL_SECONDS, self._timer
         )
         self.by_fingerprint = self._entries.by_fingerprint.get
-        """The entry for a token's fingerprint, or None."""
+        """The entry for the fingerprint of a token, or None."""
         self.by_secret_id = self._entries.by_secret_id
-        """The entry for a key's id and its present secret, or None."""
+        """The entry for a secret id, or None; the id of a key is that of its current secret."""
 
     def negative_entry(self, fingerprint: bytes) -> NegativeEntry | None:
-        """The absence for a token's fingerprint, or None."""
+        """The negative entry for the fingerprint of a token, or None."""
         with self._lock:
             return self._negative_entries.get(fingerprint)
 
     def add(self, entry: Entry) -> None:
-        """Keep a key."""
         with self._lock:
             self._entries.add(entry)
 
     def add_negative(self, fingerprint: bytes, entry: NegativeEntry) -> None:
-        """Keep, for ten seconds at most, that a token is no usable key.
+        """Add a negative entry, for at most ten seconds.
 
-        Where that is the key's fault and not the token's, what was known of the key until then
-        goes: a stale entry would hide the absence, and every check of a revoked key would ask the
-        store. What was read later stays, however long the absence was on its way.
+        If the key is unusable, and not only the secret wrong, the key's entries are removed: a
+        stale entry would be found first, and every check of a revoked key would query the store.
+        Entries that were read after this one stay.
         """
         with self._lock:
             self._negative_entries[fingerprint] = entry
@@ -246,11 +238,10 @@ class LocalCache:
             self._entries.remove(secret_id)
 
     def sizes(self) -> tuple[int, int]:
-        """How many keys and how many absences are remembered."""
+        """The number of entries of keys, and of negative entries."""
         with self._lock:
             return len(self._entries), len(self._negative_entries)
 
     def clear(self) -> None:
-        """Forget everything."""
         with self._lock:
             self._reset_entries()

@@ -1,7 +1,7 @@
-"""The one gate to Redis: one attempt within 50 ms, then nobody tries for a second.
+"""Calls to Redis: one attempt of at most 50 ms; after a failure no call for one second.
 
-Redis down must never be auth down, so every failure here is a plain None. (redis-py's own
-defaults retry for 57 s on a paused server.)
+An outage of Redis must not become an outage of authentication, so every failure is None. (With its
+own defaults redis-py retries for 57 s if the server is paused.)
 """
 
 import asyncio
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS: Final = 0.05
 _OPEN_SECONDS: Final = 1.0
 _RECOVERY_SECONDS: Final = 5.0
 FAILURES: Final = (RedisError, OSError, TimeoutError)
-"""What a broken Redis raises."""
+"""What redis-py raises if Redis fails."""
 
 
 def connect(url: str, **options: Any) -> "Redis":
@@ -37,7 +37,7 @@ def connect(url: str, **options: Any) -> "Redis":
         "socket_connect_timeout": TIMEOUT_SECONDS,
         "retry": Retry(NoBackoff(), 0),
     }
-    # A herd of cold keys waits for a connection instead of being refused one.
+    # Many cold keys at once wait for a connection; an ordinary pool would raise an error.
     pool = BlockingConnectionPool.from_url(
         url, max_connections=8, timeout=TIMEOUT_SECONDS, **{**defaults, **options}
     )
@@ -45,12 +45,12 @@ def connect(url: str, **options: Any) -> "Redis":
 
 
 class CircuitBreaker:
-    """After a failure, nobody tries for a second; then one does, and the others go without.
+    """After a failure it is open: no call for one second, then one caller tries (half-open).
 
     Args:
-        timer: seconds that never go back.
+        timer: seconds, monotonic.
         clock: seconds since the Unix epoch.
-        timeout_seconds: what one attempt may take.
+        timeout_seconds: the limit of one attempt.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class CircuitBreaker:
         self._open_until = 0.0
 
     async def attempt(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        """What the call returns, or None: it failed, took too long, or was not tried.
+        """The result of a call, or None: it failed, timed out, or the breaker is open.
 
-        A call that takes too long is cancelled, and redis-py (6.2 and later) then drops the
-        connection, so nobody finds an answer on it that was meant for another. No task is made for
-        it: that would cost three turns of the event loop, as much as the question itself.
+        A call that times out is cancelled, and redis-py (6.2 and later) then closes the connection,
+        so a late reply is never read as the reply to another command. The call runs in the caller's
+        task: a new task would take three turns of the event loop, as long as the command itself.
         """
         if not self.try_acquire():
             return None
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 result = await call()
-        except ResponseError:  # it answers; somebody put a value of another type there
+        except ResponseError:  # Redis answers: another program stored a value of another type
             self.record_success()
             return None
         except FAILURES as error:
@@ -92,24 +92,22 @@ class CircuitBreaker:
         return result
 
     def try_acquire(self) -> bool:
-        """Whether the caller may try now."""
+        """Whether the caller may call Redis now."""
         if not self._open_until:
             return True
         if self._timer() < self._open_until:
             return False
-        self._open_until = self._timer() + _OPEN_SECONDS  # this caller tries, others go without
+        self._open_until = self._timer() + _OPEN_SECONDS  # this caller tries, the others do not
         return True
 
     def record_failure(self) -> None:
-        """Note a failure."""
         self._open_until = self._timer() + _OPEN_SECONDS
 
     def record_success(self) -> None:
-        """Note a success."""
         self._open_until = 0.0
         self.health.record_success()
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody tries, or one does on probation."""
+        """Whether calls are suspended, or one caller tries (half-open)."""
         return bool(self._open_until)

@@ -1,19 +1,21 @@
-"""L2: what the processes of a deployment save each other through Redis: argon2. Never the truth.
+"""L2: results of argon2 that the processes of a deployment share through Redis.
 
     keylatch:{epoch}:{key id}            ->  32 bytes MAC, then 32 bytes: a preimage, encrypted
     keylatch:{epoch}:{key id}:previous   ->  the same for the secret before the last rotation
 
-What a key may do, and whether it lives, a process reads in the store and nowhere else. The store
-holds the digest of what argon2id made of the token (see `argon2id`). Redis holds that *preimage*,
-encrypted with a key that takes the whole token: HMAC-SHA256(HMAC-SHA256(pepper, token), hash). So a
-value says nothing by itself. It proves that this very token is that of this very row, or nothing,
-whatever wrote it: even with the store, its pepper and all of Redis at hand no value can be made
-for another token, because that takes the preimage. Values that are old, of another key, or of a
-copy of the store are therefore misses as well.
+The law of this file: Redis spares a hash and decides nothing. A process reads the permissions and
+the state of a key in the store alone.
 
-Redis holds no token, and who reads it can try none without the store. The MAC (key derived from the
-pepper, RFC 2104) covers the name and the value: it tells noise and forgeries, which are counted,
-from what keylatch wrote. `epoch` says which database it is (see `Store`).
+The store holds a digest of the output of argon2id (see `argon2id`). Redis holds that output, the
+*preimage*, encrypted under a key that needs the whole token: HMAC-SHA256(HMAC-SHA256(pepper,
+token), hash). So a value alone reveals nothing, and it proves only that this token belongs to this
+row of the store, whatever program wrote it. Even an attacker with the store, its pepper and write
+access to Redis cannot make a value for another token, because that needs the preimage. Values that
+are outdated, of another key, or of a copy of the store are misses for the same reason.
+
+Redis holds no token, and a reader of Redis cannot test guessed tokens without the store. The MAC
+(key derived from the pepper, RFC 2104) covers name and value: it distinguishes values of keylatch
+from others, which are counted. `epoch` identifies the database (see `Store`).
 """
 
 import asyncio
@@ -34,20 +36,20 @@ _MAC_BYTES: Final = 32
 _BYTES: Final = _MAC_BYTES + argon2id.PREIMAGE_BYTES
 
 _MAX_BATCH: Final = 256
-"""Keys in one question at most: Redis answers nobody else meanwhile."""
+"""Names in one MGET at most: Redis runs no other command meanwhile."""
 
 log = logging.getLogger("keylatch")
 
 
 @dataclass(frozen=True, slots=True)
 class _PendingGet:
-    """A name that somebody wants the value of, and waits."""
+    """A name whose value a check waits for."""
 
     name: str
     future: "asyncio.Future[object]"
 
     def set_result(self, value: object) -> None:
-        if not self.future.done():  # he may have left
+        if not self.future.done():  # the waiter may be cancelled
             self.future.set_result(value)
 
 
@@ -55,33 +57,28 @@ class SharedCache:
     """L2.
 
     Args:
-        client: an asyncio Redis client; see `breaker.connect`.
-        peppers: the store's peppers: the first one writes, all of them read.
-        breaker: every failure is a miss.
+        client: an asyncio Redis client; see `redis_client.connect`.
+        peppers: the store's peppers: the first one signs, all of them verify.
+        breaker: turns every failure into a miss.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        peppers: Sequence[bytes],
-        breaker: CircuitBreaker,
-    ) -> None:
+    def __init__(self, client: Any, peppers: Sequence[bytes], breaker: CircuitBreaker) -> None:
         self._client = client
         self.set_peppers(peppers)
-        self.breaker = self._breaker = breaker
+        self.breaker = breaker
         self._forgeries = RepeatedWarning(
             log,
             "a value in Redis has no valid MAC of this store: do all"
             " processes have the same KEYLATCH_PEPPER_FILE?",
         )
         self.forged = self._forgeries.count
-        """Values that were not written with one of the peppers."""
+        """Values without a valid MAC."""
         self._is_fetching = False
         self._pending: list[_PendingGet] = []
         self._batch: asyncio.Task[None] | None = None
 
     def set_peppers(self, peppers: Sequence[bytes]) -> None:
-        """Use these from now on: they were rotated."""
+        """Use these peppers from now on, after a rotation."""
         self._peppers = tuple(peppers)
         self._mac_keys = tuple(
             hmac.digest(pepper, b"keylatch: MAC of shared cache values", "sha256")
@@ -89,12 +86,12 @@ class SharedCache:
         )
 
     async def proves(self, token: Token, secret_id: str, hashed: str, epoch: str) -> bool:
-        """Whether Redis holds what proves that a token is that of a stored hash.
+        """Whether Redis holds a proof that a token matches a stored hash.
 
         Args:
-            token: as it was presented.
-            secret_id: of which secret: the key's id, or that with `PREVIOUS_SUFFIX` behind it.
-            hashed: what the store holds of that secret.
+            token: from the request.
+            secret_id: of the secret: the key's id, with `PREVIOUS_SUFFIX` for the previous one.
+            hashed: the hash of that secret in the store.
             epoch: of the store.
         """
         name = _name(epoch, secret_id)
@@ -104,23 +101,22 @@ class SharedCache:
     async def put(
         self, token: Token, secret_id: str, hashed: str, preimage: bytes, epoch: str
     ) -> None:
-        """Save the others argon2 for a token that was verified; the arguments as in `proves`."""
+        """Store the preimage of a verified token for other processes; arguments as in `proves`."""
         pad = _pad(self._peppers[0], token, hashed)
         await self._set(_name(epoch, secret_id), _xor(preimage, pad))
 
     async def invalidate(self, key_id: str, epoch: str) -> None:
-        """Overwrite what is of no use any more, because the key changed."""
+        """Overwrite the value of a key that has changed."""
         await self._set(_name(epoch, key_id), bytes(argon2id.PREIMAGE_BYTES))
 
     async def close(self) -> None:
-        """Let the connections go."""
         await self._client.aclose()
 
     async def _get(self, name: str) -> object:
-        """What Redis holds under a name; whatever is no bytes is a miss.
+        """The value of a name in Redis; anything but bytes is a miss.
 
-        One who comes alone asks at once. Those who come meanwhile are asked for together when that
-        is answered: a herd of cold keys is two questions, and not as many connections as there are.
+        The first call sends a GET at once. Calls that arrive before its reply share one MGET after
+        it: many cold keys at once take two commands, instead of one connection each.
         """
         if self._is_fetching:
             request = _PendingGet(name, asyncio.get_running_loop().create_future())
@@ -128,7 +124,7 @@ class SharedCache:
             return await request.future
         self._is_fetching = True
         try:
-            return await self._breaker.attempt(lambda: self._client.get(name))
+            return await self.breaker.attempt(lambda: self._client.get(name))
         finally:
             if self._pending:
                 self._batch = asyncio.create_task(self._fetch_pending(), name="keylatch-batch")
@@ -141,18 +137,18 @@ class SharedCache:
             while self._pending:
                 batch, self._pending = self._pending[:_MAX_BATCH], self._pending[_MAX_BATCH:]
                 names = [request.name for request in batch]
-                values = await self._breaker.attempt(partial(self._client.mget, names))
-                for question, value in zip(batch, values or [None] * len(batch), strict=True):
-                    question.set_result(value)
+                values = await self.breaker.attempt(partial(self._client.mget, names))
+                for request, value in zip(batch, values or [None] * len(batch), strict=True):
+                    request.set_result(value)
         finally:
             self._is_fetching = False
-            for question in [*batch, *self._pending]:  # whatever went wrong, nobody is left to wait
-                question.set_result(None)
+            for request in [*batch, *self._pending]:  # after an error or a cancellation
+                request.set_result(None)
             self._pending = []
 
     async def _set(self, name: str, body: bytes) -> None:
         signed = _mac(self._mac_keys[0], name, body) + body
-        await self._breaker.attempt(lambda: self._client.set(name, signed, ex=TTL_SECONDS))
+        await self.breaker.attempt(lambda: self._client.set(name, signed, ex=TTL_SECONDS))
 
     def _verify(self, name: str, raw: bytes, token: Token, hashed: str) -> bool:
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
@@ -172,7 +168,7 @@ def _tag(pepper: bytes, token: Token) -> str:
 
 
 def _pad(pepper: bytes, token: Token, hashed: str) -> bytes:
-    # For one token and one hash, which has a salt of its own: no two preimages share it.
+    # Each hash has its own salt, so no two preimages share a pad.
     return hmac.digest(_tag(pepper, token).encode(), hashed.encode(), "sha256")
 
 

@@ -1,6 +1,6 @@
-"""Single flight: of many who want the same thing at once, one fetches and all receive it.
+"""Single flight: concurrent fetches of one key share one call and its result.
 
-The work runs in a task of its own, so a leader whose client hangs up takes nobody down with it.
+The call runs in its own task, so a caller that is cancelled does not cancel it for the others.
 """
 
 import asyncio
@@ -11,18 +11,19 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[T]):
-    """The fetches under way in this process."""
+    """The fetches in flight in this process."""
 
     def __init__(self) -> None:
         self._in_flight: dict[Hashable, asyncio.Task[T]] = {}
 
     async def do(self, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> T:
-        """The result of `fetch`, shared with everybody who asks for `key` meanwhile.
+        """The result of `fetch`, shared with all concurrent calls for the same `key`.
 
-        A result may be older than the call: whoever joins late judges it as if it were cached.
+        The fetch may have begun before this call, so its result has to be validated like a cached
+        one.
         """
         task = self._in_flight.get(key)
-        # Done is over, although the loop may not have come to `_on_done` yet.
+        # A finished task is not joined, even if the loop has not called `_on_done` yet.
         if task is None or task.done():
             task = asyncio.create_task(_run(fetch), name="keylatch-single-flight")
             self._in_flight[key] = task
@@ -30,14 +31,14 @@ class SingleFlight(Generic[T]):
         return await asyncio.shield(task)
 
     def after_fork_in_child(self) -> None:
-        """After a fork: the parent's tasks are not here."""
+        """Drop the parent's tasks: they do not run in the child."""
         self._in_flight = {}
 
     def _on_done(self, key: Hashable, task: asyncio.Task[T]) -> None:
         if self._in_flight.get(key) is task:
             del self._in_flight[key]
         if not task.cancelled():
-            task.exception()  # its waiters have it; all of them may have hung up
+            task.exception()  # mark it as retrieved: all waiters may be cancelled
 
 
 async def _run(fetch: Callable[[], Awaitable[T]]) -> T:

@@ -33,6 +33,9 @@ from keylatch.storage.store import Poll, Store
 from keylatch.telemetry.counters import Counter
 from keylatch.telemetry.health import ComponentHealth, Health
 
+_BOOTTIME: Final[int | None] = getattr(
+    time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC_RAW", None)
+)
 _EXPIRY_MARGIN: Final = 0.98
 _RECENT_FRACTION: Final = 0.75  # of X are left: the next poll is still to come
 _MAX_WAIT_FACTOR: Final = 1.1
@@ -47,8 +50,15 @@ log = logging.getLogger("keylatch")
 
 
 def boottime() -> float:
-    """Seconds since the machine booted, suspended time included."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    """Seconds since the machine booted, suspended time included.
+
+    macOS: CLOCK_MONOTONIC_RAW goes on while the machine sleeps (clock_gettime(3)); Python's
+    `time.monotonic` does not. Windows: `time.monotonic` does (GetTickCount64, from Python 3.13 on
+    QueryPerformanceCounter). On every other system, no machine that holds leases may be suspended.
+    """
+    if _BOOTTIME is None:
+        return time.monotonic()
+    return time.clock_gettime(_BOOTTIME)
 
 
 class Lease:

@@ -12,15 +12,19 @@ file, so an account that may only read the lock file could hold it for ever.
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from keylatch.errors import ConfigurationError
+from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.storage.mounts import mounts, mounts_over
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 PRIVATE: Final = 0o600
 _SQLITE_SUFFIXES: Final = ("-wal", "-shm", "-journal")
@@ -30,6 +34,10 @@ _LOCK_SUFFIX: Final = "-lock"
 _UNUSABLE_LOCK: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR)
 """Why a lock file cannot be opened that another account, or nothing of keylatch's, has made."""
 _ATTEMPTS: Final = 100
+_NO_POSIX_LOCKS: Final = (
+    "a SQLite store needs POSIX locks and permissions, which Windows does not have",
+    "run the app in WSL or in a container; tests with keylatch.testing run here",
+)
 
 
 def create_private(path: Path) -> int:
@@ -89,7 +97,11 @@ class StoreFile:
 
         Raises:
             OSError: it cannot be created.
+            StoreUnavailable: the system has no POSIX locks. An app that is only tested there,
+                with `keylatch.testing`, never comes here.
         """
+        if fcntl is None:
+            raise StoreUnavailable(*_NO_POSIX_LOCKS)
         if self._is_empty():
             with self.exclusive_lock(wait=True):  # then no other process is creating it
                 if self._is_empty():

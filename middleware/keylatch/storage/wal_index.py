@@ -17,10 +17,20 @@ _MAPS: Final = Path("/proc/self/maps")
 _MREMAP_MAYMOVE: Final = 1
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
-_libc: Final = ctypes.CDLL(None)
-_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
-_libc.mremap.restype = ctypes.c_void_p
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+def _load_libc() -> ctypes.CDLL | None:
+    """The C library if it has mremap(2): only Linux's has."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+        libc.mremap.restype = ctypes.c_void_p
+        libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    except (AttributeError, TypeError):  # macOS has no mremap; Windows needs a library's name
+        return None
+    return libc
+
+
+_libc: Final = _load_libc()
 
 
 class WalIndex:
@@ -30,15 +40,17 @@ class WalIndex:
     our own, and goes when the last reader has gone.
 
     Args:
+        libc: the C library.
         address: where this process has the index mapped.
 
     Raises:
         OSError: it cannot be mapped once more.
     """
 
-    def __init__(self, address: int) -> None:
+    def __init__(self, libc: ctypes.CDLL, address: int) -> None:
+        self._libc = libc
         # An old size of 0 makes a second mapping of the same shared pages: mremap(2).
-        self._address = _libc.mremap(address, 0, mmap.PAGESIZE, _MREMAP_MAYMOVE)
+        self._address = libc.mremap(address, 0, mmap.PAGESIZE, _MREMAP_MAYMOVE)
         if self._address == _MAP_FAILED:
             raise OSError("the index cannot be mapped once more")
         self.header = (ctypes.c_char * _HEADER_BYTES).from_address(self._address)
@@ -50,12 +62,14 @@ class WalIndex:
 
     def __del__(self) -> None:
         if self._address != _MAP_FAILED:
-            _libc.munmap(self._address, mmap.PAGESIZE)
+            self._libc.munmap(self._address, mmap.PAGESIZE)
 
     @classmethod
     def of(cls, database: Path) -> "WalIndex | None":
         """The index of a database that this process has open and has read from; None where the
-        system does not tell."""
+        system does not tell, or has no mremap(2)."""
+        if _libc is None:
+            return None
         shm = database.with_name(database.name + "-shm")
         try:
             inode = str(shm.stat().st_ino)
@@ -65,7 +79,7 @@ class WalIndex:
                 if (mapped, permissions, name) == (inode, "rw-s", [str(shm)]) and not int(
                     offset, 16
                 ):
-                    return cls(int(address_range.partition("-")[0], 16))
+                    return cls(_libc, int(address_range.partition("-")[0], 16))
         except OSError:
             return None
         return None

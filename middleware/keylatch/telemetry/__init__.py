@@ -1,1 +1,1 @@
-"""What a process tells of itself, gathered where it happens; `metrics` and `logs` show it."""
+"""Telemetry of one process: events, counters, health and traces; `metrics` and `logs` export it."""

@@ -1,23 +1,20 @@
-"""What one engine has seen, in plain numbers: `metrics` hands them out when somebody asks.
+"""The counters and histograms of one engine; `metrics` exports them.
 
-The law of this file: counting waits for nobody and asks nobody. A hit costs one step of a counter
-that needs no lock; whoever reads it takes the step back into account. No label here can have more
-values than this file and `Reason` name: no key, no organisation, no path, and never a token.
+The law of this file: counting does no I/O. A hit takes one step of a counter that needs no lock; a
+read takes a step as well and subtracts it. Label values come from this file and from `Reason`
+alone: no key, no organisation, no path, and never a token.
 """
 
 import itertools
 import threading
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, assert_never
 
 from keylatch.core.decisions import Allow, Decision, Reason
-from keylatch.telemetry.request_trace import REQUEST_TRACE
+from keylatch.telemetry.events import Decided, Event, StageEnded
 
-# Where a decision was made.
+# The source of a decision.
 L1: Final = "l1"
 L2: Final = "l2"
 STORE: Final = "store"
@@ -29,9 +26,11 @@ NONE: Final = "none"
 ALLOW: Final = "allow"
 
 LIMITS: Final = ("hashes", "changes", "keys")
-"""Of an organisation, for what its keys change: see `drafts.QuotaExceeded`."""
+"""Limits on changes by an organisation's keys: see `validation.QuotaExceeded`."""
 
-STAGES: Final = ("parse", L1, L2, STORE, "hash")
+PARSE: Final = "parse"
+HASH: Final = "hash"
+STAGES: Final = (PARSE, L1, L2, STORE, HASH)
 STAGE_BUCKETS: Final = tuple(
     digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)
 )  # 1 us to 5 s
@@ -40,7 +39,7 @@ PROPAGATION_BUCKETS: Final = tuple(
 )  # 0.1 ms to 50 s
 
 TIMED_HITS: Final = 64
-"""So many hits are timed each time uses are stored."""
+"""How many hits are timed after each flush of usage."""
 _PARSE_SAMPLE_INTERVAL: Final = 16
 
 _SOURCES: Final = {
@@ -53,9 +52,9 @@ _SOURCES: Final = {
 
 
 class Counter:
-    """A number that goes up, from any thread, without a lock.
+    """A number that only increases; any thread may add to it, without a lock.
 
-    `next(count.steps)` adds one: a single step of C, so no two threads take the same.
+    `next(counter.steps)` adds one: a single call into C, which no other thread interrupts.
     """
 
     __slots__ = ("_lock", "_reads", "steps")
@@ -66,12 +65,11 @@ class Counter:
         self._lock = threading.Lock()
 
     def add(self) -> None:
-        """One more."""
         next(self.steps)
 
     @property
     def value(self) -> int:
-        """How many so far. To look is a step as well."""
+        """The number so far; reading takes a step as well."""
         with self._lock:
             steps = next(self.steps) - self._reads
             self._reads += 1
@@ -79,10 +77,10 @@ class Counter:
 
 
 class Histogram:
-    """How many durations were at most so long.
+    """Durations, counted in buckets.
 
     Args:
-        bounds: in seconds, ascending.
+        bounds: upper bounds of the buckets, in seconds, ascending.
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -92,13 +90,12 @@ class Histogram:
         self._lock = threading.Lock()
 
     def observe(self, seconds: float) -> None:
-        """One more."""
         with self._lock:
             self._counts[bisect_left(self._bounds, seconds)] += 1
             self._sum += seconds
 
     def read(self) -> tuple[list[tuple[str, float]], float]:
-        """Pairs of (bound, how many were at most that), and the sum of all of them in seconds."""
+        """Pairs of (upper bound, cumulative count), and the sum of all durations in seconds."""
         with self._lock:
             counts, total = list(self._counts), self._sum
         bounds = [f"{bound:g}" for bound in self._bounds] + ["+Inf"]
@@ -106,14 +103,14 @@ class Histogram:
 
 
 class Counters:
-    """The numbers of one engine. A forked child gets a new one."""
+    """The numbers of one engine. A forked child begins with a new object."""
 
     def __init__(self) -> None:
         self.hits = Counter()
-        """Allowed by L1: most of what happens."""
+        """Requests that L1 allowed; a hit steps it directly, by `steps`."""
         self.steps = self.hits.steps
         self.hits_to_time = 0
-        """How many of the hits that come next are timed."""
+        """How many of the next hits are timed."""
         self._decisions = {
             (decision, source): Counter()
             for decision, sources in _possible_decisions()
@@ -123,82 +120,43 @@ class Counters:
         self._parses = itertools.count()
         self.stages = {name: Histogram(STAGE_BUCKETS) for name in STAGES}
         self.propagation = Histogram(PROPAGATION_BUCKETS)
-        """From the commit of a change until no process decides against it any more."""
+        """From the commit of a change until every process applies it."""
         self.accepted_after_revocation = Counter()
-        """Keys found to have been accepted after a change that this process could know of."""
+        """Keys that were accepted after a change that this process could know of."""
         self.restores = Counter()
-        """How often the store was found to be another than it was."""
+        """How often the store was found to be restored from a backup."""
         self.limited = {limit: Counter() for limit in LIMITS}
-        """Changes by keys that were refused, by the limit that was reached."""
-        self.span: Callable[[str], AbstractContextManager[None]] | None = None
-        """Makes a span around a stage, where somebody wants that."""
+        """Changes by keys that were refused, by the limit they reached."""
 
-    def count_decision(self, decision: Decision, source: str) -> None:
-        """A request was judged, by what was known there. A hit that is let in is counted by a step
-        of `hits`."""
-        if isinstance(decision, Allow):
-            count = self.hits if source == L1 else self._decisions[ALLOW, source]
-        else:
-            count = self._decisions[decision.reason.name.lower(), source]
-        count.add()
-        request_trace = REQUEST_TRACE.get()
-        if request_trace is not None:
-            request_trace.source = source
+    def on_event(self, event: Event) -> None:
+        match event:
+            case Decided():
+                self._counter_of(event.decision, event.source).add()
+            case StageEnded():
+                self.stages[event.stage].observe(event.seconds)
+            case _:
+                assert_never(event)
+
+    def _counter_of(self, decision: Decision, source: str) -> Counter:
+        if not isinstance(decision, Allow):
+            return self._decisions[decision.reason.name.lower(), source]
+        return self.hits if source == L1 else self._decisions[ALLOW, source]
 
     def decisions(self) -> Iterator[tuple[str, str, int]]:
-        """Verdict or reason, tier, and how many."""
+        """Decision (`allow` or the reason), source, and number."""
         yield ALLOW, L1, self.hits.value
         for (decision, source), count in self._decisions.items():
             yield decision, source, count.value
 
     def is_parse_sampled(self) -> bool:
-        """Whether this header is one of those whose reading is timed: strangers come in floods."""
+        """Whether the parsing of this header is timed: one in 16, because any client can send
+        invalid headers at a high rate."""
         return not next(self._parses) % _PARSE_SAMPLE_INTERVAL
-
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """`with counters.stage("store"): …` counts how long the block takes."""
-        stage = Stage(name, self.stages[name])
-        return stage if self.span is None else _nested(self.span(name), stage)
-
-    def parse_stage(self) -> "Stage":
-        """The stage that is no part of asking anybody, and so has no span."""
-        return Stage("parse", self.stages["parse"])
-
-
-class Stage:
-    """How long a block takes, errors and cancellation included."""
-
-    __slots__ = ("_histogram", "_name", "_started_at")
-
-    def __init__(self, name: str, histogram: Histogram) -> None:
-        self._name = name
-        self._histogram = histogram
-
-    def __enter__(self) -> None:
-        self._started_at = time.perf_counter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        seconds = time.perf_counter() - self._started_at
-        self._histogram.observe(seconds)
-        request_trace = REQUEST_TRACE.get()
-        if request_trace is not None:
-            request_trace.stages.append((self._name, seconds))
-
-
-@contextmanager
-def _nested(outer: AbstractContextManager[None], inner: "Stage") -> Iterator[None]:
-    with outer, inner:
-        yield
 
 
 def _possible_decisions() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Verdict or reason, and where it can be found: every pair is told from the start, because
-    what appears with a 1 has no rate."""
+    """Each decision and its possible sources. All pairs are exported from the start with 0: the
+    rate of a series that first appears with 1 misses that increase."""
     yield ALLOW, (L1, L2, STORE)
     for reason in Reason:
         sources = (L1, L2, STORE, NEGATIVE_CACHE)

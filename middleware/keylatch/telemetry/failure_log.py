@@ -1,7 +1,8 @@
-"""Refused requests in the log, where `KEYLATCH_LOG_FAILURES` says so: the address and the reason.
+"""Log messages about refused requests (`KEYLATCH_LOG_FAILURES=on`): the address and the reason.
 
-The law of this file: a line holds no token, no id and no other text that a client sent, because
-made-up tokens would write the log; and a flood costs ten lines a second, and a count.
+The law of this file: a message holds no token, no id and no other text of the client, because a
+client could write any text to the log with it; and there are at most ten messages a second, then a
+count.
 """
 
 import ipaddress
@@ -13,7 +14,7 @@ from typing import Final
 
 from keylatch.core.decisions import ClientGetter, Reason
 
-_MAX_LINES_PER_SECOND: Final = 10
+_MAX_PER_SECOND: Final = 10
 _MAX_ADDRESS_LENGTH: Final = 64
 _UNDECIDED: Final = (Reason.UNAVAILABLE, Reason.BUSY)
 
@@ -21,10 +22,10 @@ log = logging.getLogger("keylatch.failures")
 
 
 class FailureLog:
-    """Of one engine, from any thread.
+    """The failures of one engine; thread-safe.
 
     Args:
-        timer: seconds that never go back.
+        timer: seconds, monotonic.
     """
 
     def __init__(self, timer: Callable[[], float] = time.monotonic) -> None:
@@ -32,21 +33,21 @@ class FailureLog:
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
-        """After a fork: the parent has its own lines to tell of."""
+        """Reset the count of suppressed messages: the parent logs its own."""
         self._lock = threading.Lock()
         self._second = -1
         self._logged = 0
         self._suppressed = 0
 
-    def add(self, reason: Reason, caller: ClientGetter) -> None:
-        """A request is refused. What could not be decided is no failure of its caller."""
+    def add(self, reason: Reason, client: ClientGetter) -> None:
+        """Log a refusal, unless keylatch could not decide (503): that is no failure of a client."""
         if reason in _UNDECIDED or not self._is_within_limit():
             return
         self.flush()
-        log.warning("refused a request from %s: %s", address_of(caller()[0]), reason.name.lower())
+        log.warning("refused a request from %s: %s", address_of(client()[0]), reason.name.lower())
 
     def flush(self) -> None:
-        """Say how many were left out since this was last said, if any were."""
+        """Log how many messages were suppressed since the last call, if any."""
         with self._lock:
             count, self._suppressed = self._suppressed, 0
         if count:
@@ -57,14 +58,14 @@ class FailureLog:
             second = int(self._timer())
             if second != self._second:
                 self._second, self._logged = second, 0
-            has_room = self._logged < _MAX_LINES_PER_SECOND
+            has_room = self._logged < _MAX_PER_SECOND
             self._logged += has_room
             self._suppressed += not has_room
             return has_room
 
 
 def address_of(host: str | None) -> str:
-    """The address if it is one: a server that believes `X-Forwarded-For` hands on any text."""
+    """The address, if it is valid: a server that trusts `X-Forwarded-For` may pass on any text."""
     try:
         return str(ipaddress.ip_address((host or "")[:_MAX_ADDRESS_LENGTH].partition("%")[0]))
     except ValueError:

@@ -1,8 +1,8 @@
-"""How the parts of a check are: well or not, and since when; the log says so when it changes, once.
+"""The health of the components of an engine, and since when; each change is logged once.
 
-A request that meets a part which is known to be unwell adds nothing to the log: a flood of them
-would bury what else is wrong. The log says why in the part's own words; whoever asks over HTTP gets
-one of ours, because a driver's may name hosts and users.
+A request that meets a component already known as unhealthy logs nothing: many such requests would
+hide other messages. The log has the error of the driver; an answer over HTTP has a fixed text,
+because a driver's error may name hosts and users.
 """
 
 import logging
@@ -20,13 +20,13 @@ log = logging.getLogger("keylatch")
 
 @dataclass(frozen=True, slots=True)
 class ComponentHealth:
-    """How a part is.
+    """The state of a component, as health endpoints show it.
 
     Args:
-        name: of the part.
-        state: `degraded`: keys are still decided on; `off`: there is none.
-        since: when that began, in seconds since the Unix epoch; None: there is none.
-        reason: what is the matter, for everybody to read; empty where nothing is.
+        name: of the component.
+        state: `degraded`: keys are still checked; `off`: not configured.
+        since: of the state, in seconds since the Unix epoch; None: not configured.
+        reason: a fixed text; empty if the component is healthy.
     """
 
     name: str
@@ -36,14 +36,14 @@ class ComponentHealth:
 
 
 class Health:
-    """Of one part, as those find it whom it serves.
+    """The health of one component, from the results of its calls.
 
     Args:
-        failure_message: what the log says when it is no longer well; followed by why.
-        recovery_message: what the log says when it is well again.
-        recovery_seconds: healthy again only after so long without a failure: else a part that
-            serves and fails in turns would fill the log.
-        recovers_by_time: whether it is well after that time even if nobody has needed it since.
+        failure_message: logged when it becomes unhealthy, followed by the error.
+        recovery_message: logged when it is healthy again.
+        recovery_seconds: it is healthy again only after so long without a failure: a component that
+            fails and succeeds in turns would fill the log.
+        recovers_by_time: whether it is healthy after that time without a success, too.
         clock: seconds since the Unix epoch.
     """
 
@@ -64,13 +64,12 @@ class Health:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is known, so nothing is wrong."""
+        """Return to healthy, as before the first call."""
         self.failures = Counter()
         self._is_healthy = True
         self._since = self._failed_at = self._clock()
 
     def record_failure(self, reason: str, hint: str = "") -> None:
-        """It failed somebody."""
         self.failures.add()
         was_healthy, self._is_healthy = self.is_healthy, False
         self._failed_at = self._clock()
@@ -79,7 +78,6 @@ class Health:
             log.warning("%s: %s%s", self._failure_message, reason, f"; {hint}" if hint else "")
 
     def record_success(self) -> None:
-        """It served somebody."""
         if self._is_healthy or not self._is_recovery_over():
             return
         now = self._clock()
@@ -88,12 +86,12 @@ class Health:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it serves, as far as anybody knows."""
+        """Whether it is healthy, as far as its calls have shown."""
         return self._is_healthy or (self._recovers_by_time and self._is_recovery_over())
 
     @property
     def since(self) -> float:
-        """Since when that is so, in seconds since the Unix epoch."""
+        """When the present state began, in seconds since the Unix epoch."""
         if self._is_healthy or not self.is_healthy:
             return self._since
         return self._failed_at + self._recovery_seconds
@@ -101,7 +99,7 @@ class Health:
     def component_health(
         self, name: str, state_if_unhealthy: State, reason: str
     ) -> ComponentHealth:
-        """As a part that is in that state, for that reason, while it is not well."""
+        """The state to report: `state_if_unhealthy` with `reason` while it is unhealthy."""
         if self.is_healthy:
             return ComponentHealth(name, "ok", self.since)
         return ComponentHealth(name, state_if_unhealthy, self.since, reason)

@@ -1,8 +1,8 @@
-"""A log line that clients can cause at will: written the 1st, 2nd, 4th, 8th, … time, with a count.
+"""A message that clients can cause at will: logged the 1st, 2nd, 4th, 8th, … time, with a count.
 
-The log of a flood grows with the logarithm of its size (`LOG_EVERY_POW_2` of Abseil's logging). A
-flood cannot silence what comes later either: a line is also written where the last one is an hour
-old. The arguments of a line are those of the latest occurrence.
+So the log grows with the logarithm of the number of requests (`LOG_EVERY_POW_2` of Abseil's
+logging). Occurrences long after many others are not lost: a message is also logged if the last one
+is an hour old. Its arguments are those of the latest occurrence.
 """
 
 import logging
@@ -14,17 +14,17 @@ from typing import Final
 from keylatch.telemetry.counters import Counter
 
 SILENCE_SECONDS: Final = 3600.0
-"""An occurrence is logged whatever its number if no line was written for this long."""
+"""An occurrence is logged whatever its number if none was logged for this long."""
 
 
 class RepeatedWarning:
-    """One kind of log line; thread-safe.
+    """One kind of message; thread-safe.
 
     Args:
-        logger: writes the lines.
-        message: a format string; from the second line on the count follows.
+        logger: logs the message.
+        message: a format string; the count follows from the second message on.
         level: of `logging`.
-        timer: monotonic, in seconds.
+        timer: seconds, monotonic.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class RepeatedWarning:
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.count = Counter()
-        """How often it occurred, logged or not."""
+        """The number of occurrences, logged or not."""
         self._logger = logger
         self._message = message
         self._level = level
@@ -44,7 +44,7 @@ class RepeatedWarning:
         self._lock = threading.Lock()
 
     def add(self, *args: object) -> None:
-        """It occurred once more; `args` are for the text."""
+        """Count an occurrence; `args` are for the format string."""
         with self._lock:
             self.count.add()
             count = self.count.value

@@ -1,8 +1,8 @@
-"""What one check leaves behind where that is asked for: a request id for the log, how long its
-stages took, and who knew. Nothing of it is made unless `KEYLATCH_TIMING` or `KEYLATCH_LOG` say so.
+"""The trace of one request: an id for its log messages, the duration and the source of its check.
 
-A refusal tells how long it took, as any stop watch does, and not who knew: that would tell whoever
-tries tokens which of them name a key.
+Traces exist only with `KEYLATCH_TIMING=on` or `KEYLATCH_LOG=json`. The headers of a refusal show
+its duration, which a client can measure anyway, but not its source: that would show to a client
+that tries tokens which of them name a key.
 """
 
 import re
@@ -15,6 +15,7 @@ from typing import Final, Protocol, TypeVar
 
 from keylatch.core.decisions import ANY_KEY, Allow, Decision, Requirement
 from keylatch.core.tokens import SECRET_LENGTH, Token, redact_tokens
+from keylatch.telemetry.events import Decided, Event, StageEnded
 
 Header = tuple[bytes, bytes]
 T = TypeVar("T")
@@ -34,10 +35,10 @@ REQUEST_TRACE: Final[ContextVar["RequestTrace | None"]] = ContextVar(
 
 
 class RequestTrace:
-    """Of one request.
+    """The trace of one request.
 
     Args:
-        request_id: tells its lines in the log from those of others.
+        request_id: identifies its log messages.
     """
 
     __slots__ = ("is_allowed", "request_id", "seconds", "source", "stages")
@@ -45,19 +46,19 @@ class RequestTrace:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.is_allowed: bool | None = None
-        self.source = "l1"  # a hit says nothing; whoever else decides does
+        self.source = "l1"  # a hit observes no event, every other decision does
         self.seconds = 0.0
         self.stages: list[tuple[str, float]] = []
 
     def record_decision(self, decision: object, seconds: float) -> None:
-        """A check took so long, or went so far: a token is still to be looked up."""
+        """Record the result of a check; a token: the check has to go on, with a lookup."""
         self.seconds += seconds
         if not isinstance(decision, Token):
             self.is_allowed = isinstance(decision, Allow)
 
     def headers(self) -> list[Header]:
-        """`Server-Timing` (W3C) in milliseconds, and `Cache-Status` (RFC 9211); none where no key
-        was asked for."""
+        """`Server-Timing` (W3C, in milliseconds) and `Cache-Status` (RFC 9211); empty if the
+        request needed no key."""
         if self.is_allowed is None:
             return []
         timing = [f"keylatch;dur={self.seconds * 1000:.3f}"]
@@ -69,9 +70,21 @@ class RequestTrace:
         return [(b"server-timing", ", ".join(timing).encode()), *cache_status]
 
 
+def on_event(event: Event) -> None:
+    """Record an event in the trace of the current request, if that is traced."""
+    trace = REQUEST_TRACE.get()
+    if trace is None:
+        return
+    match event:
+        case Decided():
+            trace.source = event.source
+        case StageEnded():
+            trace.stages.append((event.stage, event.seconds))
+
+
 @contextmanager
 def tracing_request(headers: Iterable[Header]) -> Iterator[RequestTrace]:
-    """The trail of the request with these headers, until the end of the block."""
+    """Trace the request with these headers until the end of the block."""
     given = next((value for name, value in headers if name == b"x-request-id"), b"")
     trace = RequestTrace(request_id(given.decode("latin-1")))
     token = REQUEST_TRACE.set(trace)
@@ -82,7 +95,7 @@ def tracing_request(headers: Iterable[Header]) -> Iterator[RequestTrace]:
 
 
 def request_id(given: str) -> str:
-    """The caller's `X-Request-Id` if it is short, plain and no part of a token; else a new one."""
+    """The client's `X-Request-Id` if it is short, plain and no part of a token; else a new one."""
     if _REQUEST_ID.fullmatch(given) and not _may_be_secret(given):
         return given
     return secrets.token_hex(8)
@@ -94,23 +107,19 @@ def _may_be_secret(given: str) -> bool:
 
 
 class Authenticator(Protocol):
-    """What an engine does for an adapter."""
+    """The part of an engine that adapters call."""
 
     def check_cached(
         self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
     ) -> Decision | Token:
-        """The verdict, or the token where it takes waiting."""
+        """The decision, or the token if a lookup is needed."""
 
     async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
-        """The verdict."""
+        """The decision, after a lookup."""
 
 
 class TracedAuthenticator:
-    """An engine's checks, timed for the trail.
-
-    Args:
-        authenticator: the engine.
-    """
+    """Times the checks of an engine for the request's trace."""
 
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
@@ -124,23 +133,25 @@ class TracedAuthenticator:
         return await time_awaited_check(self._authenticator.check(token, requirement))
 
 
-def time_check(check: Callable[[], T]) -> T:
-    """What a check returns; the trail learns how long it took."""
-    started_at = time.perf_counter()
+def time_check(check: Callable[[], T], timer: Callable[[], float] = time.perf_counter) -> T:
+    """The result of a check, recorded in the request's trace with its duration."""
+    started_at = timer()
     decision = check()
-    _record_decision(decision, started_at)
+    _record_decision(decision, timer() - started_at)
     return decision
 
 
-async def time_awaited_check(check: Awaitable[T]) -> T:
-    """The same of a check that is awaited."""
-    started_at = time.perf_counter()
+async def time_awaited_check(
+    check: Awaitable[T], timer: Callable[[], float] = time.perf_counter
+) -> T:
+    """`time_check` for a check that is awaited."""
+    started_at = timer()
     decision = await check
-    _record_decision(decision, started_at)
+    _record_decision(decision, timer() - started_at)
     return decision
 
 
-def _record_decision(decision: object, started_at: float) -> None:
+def _record_decision(decision: object, seconds: float) -> None:
     trace = REQUEST_TRACE.get()
     if trace is not None:
-        trace.record_decision(decision, time.perf_counter() - started_at)
+        trace.record_decision(decision, seconds)

@@ -1,7 +1,7 @@
-"""Spans of OpenTelemetry, for checks that had to ask: extra `[otel]`, `KEYLATCH_TRACING=on`.
+"""Spans of OpenTelemetry for checks that need a lookup: extra `[otel]`, `KEYLATCH_TRACING=on`.
 
-A hit in L1 makes none: it takes less time than its span would. Which tracer provider there is, and
-so where spans go, is the app's affair. Imported only where it is switched on.
+A hit in L1 has no span: the span would take longer than the hit. The app sets the tracer provider,
+and with it where spans are exported. This module is imported only if tracing is on.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,9 @@ from keylatch.core.decisions import Allow, Decision, DeferredDeny
 
 
 class Tracing:
-    """The spans of one engine: `keylatch.check`, and below it one for each stage.
+    """The spans of one engine: `keylatch.check`, with a child for each stage.
 
-    The name of a key is an attribute only where it was let in; why it was not is one too, because
-    whoever sees spans may see that.
+    Attributes: the id of a key if it was allowed, else the reason, which operators may see.
     """
 
     def __init__(self) -> None:
@@ -24,16 +23,14 @@ class Tracing:
 
     @contextmanager
     def check(self) -> Iterator[Callable[[Decision], None]]:
-        """A span around a check; call what it yields with the decision."""
+        """A span around a check; it yields a function that sets the decision."""
         with self._tracer.start_as_current_span("keylatch.check") as span:
 
             def set_decision(decision: Decision) -> None:
                 if isinstance(decision, Allow):
                     span.set_attribute("keylatch.decision", "allow")
                     span.set_attribute("keylatch.key_id", decision.principal.key_id)
-                elif isinstance(
-                    decision, DeferredDeny
-                ):  # the view that it asks for is not known yet
+                elif isinstance(decision, DeferredDeny):  # the requirement is not final yet
                     span.set_attribute("keylatch.decision", "deferred")
                 else:
                     span.set_attribute("keylatch.decision", decision.reason.name.lower())
@@ -42,7 +39,7 @@ class Tracing:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A span around a stage; of an error it tells the kind, because texts may name hosts."""
+        """A span around a stage; it has the type of an error, but no text that may name hosts."""
         with self._tracer.start_as_current_span(
             f"keylatch.{name}", record_exception=False, set_status_on_exception=False
         ) as span:

@@ -1,1 +1,1 @@
-"""Uses: noted on the request's path, and on their way to the store beside it."""
+"""Usage of keys: recorded by checks, and stored by a background task."""

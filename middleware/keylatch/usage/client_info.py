@@ -1,9 +1,9 @@
-"""Where a key is used from, cut down to what an operator needs to say "that is not us".
+"""The client of a key: its network and its software, enough to recognize an unknown client.
 
 The law of this file: no full address and no free text leaves it. A network of 256 IPv4 addresses
-or an IPv6 site (/48) tells one's own servers from somebody else's, and no person from another in
-the same street; of a user agent only the first product's name is left (RFC 9110 section 10.1.5),
-because the rest is anything that a client cares to send.
+or an IPv6 site (/48) distinguishes an organisation's own servers from others, but not one person
+from a neighbour. Of a user agent only the name of the first product is kept (RFC 9110 section
+10.1.5), because the rest may be any text.
 """
 
 import ipaddress
@@ -11,12 +11,12 @@ import re
 from typing import Final
 
 _PREFIX: Final = {4: 24, 6: 48}
-_MAX_LENGTH: Final = 128  # of what is looked at
+_MAX_LENGTH: Final = 128  # longer values are cut or ignored
 _PRODUCT: Final = re.compile(r"[A-Za-z][A-Za-z0-9._+-]{0,31}(?=[/ ]|$)")
 
 
 def network_of(host: str | None) -> str | None:
-    """The network that an address is in; None where that is no address, as of a Unix socket."""
+    """The network of an address; None if it is no address, as for a Unix socket."""
     if not host or len(host) > _MAX_LENGTH:
         return None
     try:
@@ -30,6 +30,6 @@ def network_of(host: str | None) -> str | None:
 
 
 def family_of(agent: str | None) -> str | None:
-    """The first product's name in a user agent; None where there is none."""
+    """The name of the first product in a user agent, or None."""
     product = _PRODUCT.match((agent or "")[:_MAX_LENGTH])
     return product[0] if product else None

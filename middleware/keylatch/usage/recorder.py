@@ -1,14 +1,13 @@
-"""Uses: noted on the request's path by one attribute and one tick, stored later by a task.
+"""Usage: a check sets one attribute and steps one counter; a background task stores both.
 
-When a key was last used coalesces (each key knows its newest time, and waits once); how often it
-was let in is ticked by a counter that it has while it waits. All is flushed half a second after
-the first use, then at most every five seconds, or as soon as 1,000 keys wait. What was counted
-belongs to the day of its flush. A crash loses at most the last 5.5 seconds; a graceful stop loses
-nothing.
+Last uses coalesce: each entry holds its newest time, and is pending once. Uses are counted by a
+counter that an entry has while it is pending. A flush follows half a second after the first use,
+then at most every five seconds, or as soon as 1,000 keys are pending. Counts belong to the day of
+their flush. A crash loses at most the last 5.5 seconds; a graceful stop loses nothing.
 
-A tick is one call into C, so no thread comes between its reading and its writing. A thread may
-still be stopped between taking the counter and ticking it, while a flush takes the counter away:
-so each flush looks at the counters of the one before once more.
+A step of a counter is one call into C, so threads need no lock for it. But a thread may be
+preempted after it took the counter and before it steps it, and a flush may detach the counter in
+between: therefore each flush reads the counters of the previous flush again.
 """
 
 import asyncio
@@ -35,13 +34,13 @@ Write = Callable[[Mapping[str, int], UsageBatch], Awaitable[None]]
 
 
 class UsageRecorder:
-    """The uses that the store does not know yet.
+    """Records uses, and flushes them to the store.
 
     Args:
-        write: stores when keys were last used (id → milliseconds), and a tally, once; may raise
-            `StoreUnavailable`, then both are kept and tried again.
-        sleep: waits for so many seconds; a test moves it.
-        now_ms: the time, in milliseconds since the epoch: it says what day it is.
+        write: stores last uses (key id → milliseconds) and a batch of counts, once; if it raises
+            `StoreUnavailable`, both are kept and written again.
+        sleep: waits, in seconds.
+        now_ms: the time, in milliseconds since the epoch, which determines the day.
     """
 
     def __init__(
@@ -57,14 +56,14 @@ class UsageRecorder:
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
-        """After a fork: the parent flushes what it noted."""
-        self._lock = threading.Lock()  # threads note while the loop takes what was noted
+        """Drop pending usage: the parent stores it."""
+        self._lock = threading.Lock()  # other threads record while the event loop drains
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pending: list[tuple[UsageCounter, Ticks]] = []
         self._refusals: dict[tuple[str, Reason], int] = {}
         self._clients: dict[str, Client] = {}
-        self._dropped = itertools.count()  # uses for which there was no place
-        self._drained: list[tuple[str, Ticks, int]] = []  # counters, and up to where they were read
+        self._dropped = itertools.count()  # uses beyond `CAPACITY`
+        self._drained: list[tuple[str, Ticks, int]] = []  # with what was read of each
         self._buffer = UsageBuffer()
         self._has_pending = asyncio.Event()
         self._is_full = asyncio.Event()
@@ -72,22 +71,23 @@ class UsageRecorder:
 
     @property
     def pending(self) -> int:
-        """Keys whose use is not stored yet."""
+        """The number of keys whose last use is not stored yet."""
         return len(self._pending) + self._buffer.pending_keys
 
     def record(self, counter: UsageCounter, now_ms: float) -> None:
-        """A key was let in; never waits. Beyond 50,000 waiting keys, new ones are not noted."""
+        """Record an allowed use, without waiting. Beyond 50,000 pending keys, uses of others are
+        only counted as dropped."""
         counter.used_at = now_ms
         next(counter.ticks or self._add_pending(counter))
 
     def record_last_used(self, counter: UsageCounter, now_ms: float) -> None:
-        """A good key was used for something that it may not do."""
+        """Record a use of a valid key that lacks the permission: its time, and no count."""
         counter.used_at = now_ms
         if counter.ticks is None:
             self._add_pending(counter)
 
     def record_refusal(self, key_id: str, reason: Reason) -> None:
-        """A token of this key was refused. Beyond 50,000 of them, new pairs are not counted."""
+        """Count a refusal of a key. Beyond 50,000 pairs of key and reason, new ones are dropped."""
         with self._lock:
             count = self._refusals.get((key_id, reason), 0)
             if count or len(self._refusals) < CAPACITY:
@@ -98,8 +98,7 @@ class UsageRecorder:
                 next(self._dropped)
 
     def record_client(self, key_id: str, caller: ClientGetter) -> None:
-        """After `record`: whence; the first time between two flushes is kept, and none is asked for
-        after that."""
+        """Record the client of an allowed use; only the first one between two flushes is read."""
         if key_id in self._clients:
             return
         host, agent = caller()
@@ -110,11 +109,11 @@ class UsageRecorder:
 
     @property
     def dropped(self) -> int:
-        """Uses that were not counted so far, because too many keys were waiting."""
+        """Uses that were not counted because too many keys were pending."""
         return self._buffer.dropped
 
     def _add_pending(self, counter: UsageCounter) -> Ticks:
-        """What counts the key's uses until the next flush."""
+        """The counter of the key's uses until the next flush."""
         with self._lock:
             if counter.ticks is None:
                 if len(self._pending) >= CAPACITY:
@@ -129,13 +128,13 @@ class UsageRecorder:
 
     def _set_event(self, event: asyncio.Event) -> None:
         if self._loop is None or self._loop.is_closed():
-            event.set()  # nobody waits for it yet
+            event.set()  # no task waits for it
         else:
             self._loop.call_soon_threadsafe(event.set)
 
     async def run(self) -> None:
-        """Flush again and again, until cancelled."""
-        with self._lock:  # events belong to the loop on which somebody waited for them
+        """Flush repeatedly, until cancelled."""
+        with self._lock:  # an asyncio event belongs to the loop on which it was first awaited
             self._loop = asyncio.get_running_loop()
             self._has_pending, self._is_full = asyncio.Event(), asyncio.Event()
             if self._pending or self._refusals or not self._buffer.is_empty:
@@ -147,7 +146,7 @@ class UsageRecorder:
             await self._wait_for_flush()
 
     async def flush(self) -> None:
-        """Store what is waiting. What cannot be stored waits on."""
+        """Store pending usage. If the store fails, it stays pending."""
         self._drain()
         self._has_pending.clear()
         self._is_full.clear()
@@ -170,24 +169,27 @@ class UsageRecorder:
             refusals, self._refusals = self._refusals, {}
             clients, self._clients = self._clients, {}
             dropped, self._dropped = self._dropped, itertools.count()
-        buffer, day = self._buffer, self._now_ms() // DAY_MS
-        drained, self._drained = self._drained, []
-        for key_id, ticks, counted in drained:
-            buffer.add_count((key_id, day, ALLOWED), next(ticks) - counted)
-        for counter, ticks in pending:
-            counter.ticks = None  # before it is read: whoever uses it meanwhile adds it again
-            buffer.add_last_used(counter.secret_id, int(counter.used_at))
-            count = next(ticks)
-            buffer.add_count((counter.key_id, day, ALLOWED), count)
-            self._drained.append((counter.key_id, ticks, count + 1))
+        buffer = self._buffer
+        buffer.day = day = self._now_ms() // DAY_MS
+        self._drain_ticks(pending, day)
         for (key_id, reason), count in refusals.items():
             buffer.add_count((key_id, day, reason.name), count)
         buffer.add_clients(clients)
         buffer.drop(next(dropped))
-        buffer.day = day
+
+    def _drain_ticks(self, pending: list[tuple[UsageCounter, Ticks]], day: int) -> None:
+        drained, self._drained = self._drained, []
+        for key_id, ticks, counted in drained:
+            self._buffer.add_count((key_id, day, ALLOWED), next(ticks) - counted)
+        for counter, ticks in pending:
+            counter.ticks = None  # before it is read: a use from now on adds it again
+            self._buffer.add_last_used(counter.secret_id, int(counter.used_at))
+            count = next(ticks)
+            self._buffer.add_count((counter.key_id, day, ALLOWED), count)
+            self._drained.append((counter.key_id, ticks, count + 1))
 
     async def _wait_for_flush(self) -> None:
-        """Wait for the interval, or until many keys wait."""
+        """Wait for the interval, or until many keys are pending."""
         is_full = asyncio.create_task(self._is_full.wait())
         slept = asyncio.ensure_future(self._sleep(_INTERVAL_SECONDS))
         try:
