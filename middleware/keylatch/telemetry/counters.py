@@ -106,14 +106,18 @@ class Histogram:
 
 
 class Counters:
-    """The numbers of one engine. A forked child gets a new one."""
+    """The numbers of one engine."""
 
     def __init__(self) -> None:
+        self.span: Callable[[str], AbstractContextManager[None]] | None = None
+        """Makes a span around a stage, where somebody wants that."""
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """After a fork: count from 0."""
         self.hits = Counter()
         """Allowed by L1: most of what happens."""
         self.steps = self.hits.steps
-        self.hits_to_time = 0
-        """How many of the hits that come next are timed."""
         self._decisions = {
             (decision, source): Counter()
             for decision, sources in _possible_decisions()
@@ -130,8 +134,6 @@ class Counters:
         """How often the store was found to be another than it was."""
         self.limited = {limit: Counter() for limit in LIMITS}
         """Changes by keys that were refused, by the limit that was reached."""
-        self.span: Callable[[str], AbstractContextManager[None]] | None = None
-        """Makes a span around a stage, where somebody wants that."""
 
     def count_decision(self, decision: Decision, source: str) -> None:
         """A request was judged, by what was known there. A hit that is let in is counted by a step

@@ -8,13 +8,13 @@ tries tokens which of them name a key.
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
-from keylatch.core.decisions import ANY_KEY, Allow, Decision, Requirement
-from keylatch.core.tokens import SECRET_LENGTH, Token, redact_tokens
+from keylatch.core.decisions import Allow, Deny
+from keylatch.core.tokens import SECRET_LENGTH, redact_tokens
 
 Header = tuple[bytes, bytes]
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class RequestTrace:
     def record_decision(self, decision: object, seconds: float) -> None:
         """A check took so long, or went so far: a token is still to be looked up."""
         self.seconds += seconds
-        if not isinstance(decision, Token):
+        if isinstance(decision, Allow | Deny):
             self.is_allowed = isinstance(decision, Allow)
 
     def headers(self) -> list[Header]:
@@ -91,37 +91,6 @@ def request_id(given: str) -> str:
 def _may_be_secret(given: str) -> bool:
     words = _LONG_WORD.findall(given)
     return redact_tokens(given) != given or any(not _HEX.fullmatch(word) for word in words)
-
-
-class Authenticator(Protocol):
-    """What an engine does for an adapter."""
-
-    def check_cached(
-        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
-    ) -> Decision | Token:
-        """The verdict, or the token where it takes waiting."""
-
-    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
-        """The verdict."""
-
-
-class TracedAuthenticator:
-    """An engine's checks, timed for the trail.
-
-    Args:
-        authenticator: the engine.
-    """
-
-    def __init__(self, authenticator: Authenticator) -> None:
-        self._authenticator = authenticator
-
-    def check_cached(
-        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
-    ) -> Decision | Token:
-        return time_check(lambda: self._authenticator.check_cached(values, requirement))
-
-    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
-        return await time_awaited_check(self._authenticator.check(token, requirement))
 
 
 def time_check(check: Callable[[], T]) -> T:
