@@ -211,10 +211,11 @@ class Engine:
         self._tasks.stop_with_loop(self.stop)
 
     def _open(self, secrets: Secrets) -> _Opened:
-        mac_keys, signer = MacKeys(secrets.mac_keys), Signer(secrets.peppers)
-        shared_cache, notifier = self._open_redis(secrets, signer)
+        mac_keys = MacKeys(secrets.mac_keys)
         lease = self._freshness if isinstance(self._freshness, Lease) else None
-        if lease is not None and notifier is None:
+        signer = None if lease is None else Signer(secrets.peppers)
+        shared_cache, notifier = self._open_redis(secrets, signer)
+        if signer is not None and notifier is None:
             notifier = StoreNotifier(self.store, signer)
         lookup = Lookup(
             self.store,
@@ -237,19 +238,19 @@ class Engine:
         )
         now_ms = self._freshness.now_ms
         keyring = Keyring(self.store, self.hasher, mac_keys, self.settings, now_ms, propagation)
-        pepper_users = (signer,) if shared_cache is None else (shared_cache, signer)
-        self._keyset.begin(secrets, mac_keys, *pepper_users)
+        pepper_users = [user for user in (shared_cache, signer) if user is not None]
+        self._keyset.begin(secrets, mac_keys, pepper_users)
         return _Opened(lookup, keyring, propagation, shared_cache, notifier)
 
     def _open_redis(
-        self, secrets: Secrets, signer: Signer
+        self, secrets: Secrets, signer: Signer | None
     ) -> tuple[SharedCache | None, Notifier | None]:
         if self._redis is None and not self.settings.redis:
             return None, None
         breaker = CircuitBreaker(self._timer, self._clock)
         client = self._redis or connect(self.settings.redis)
         shared_cache = SharedCache(client, secrets.peppers, breaker)
-        if not self.store.is_shared:
+        if signer is None:
             return shared_cache, None
         subscriber = self._redis or connect(self.settings.redis, socket_timeout=None)
         channel = f"keylatch:{self._invalidations.epoch}:invalidations"

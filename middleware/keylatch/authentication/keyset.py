@@ -45,10 +45,12 @@ class Keyset:
         self.mac_keys: MacKeys | None = None
         self.as_of = 0
         """The sequence number at which the secrets were read."""
-        self._pepper_users: tuple[UsesPeppers, ...] = ()
+        self._pepper_users: Sequence[UsesPeppers] = ()
         self._single_flight: SingleFlight[None] = SingleFlight()
 
-    def begin(self, secrets: Secrets, mac_keys: MacKeys, *pepper_users: UsesPeppers) -> None:
+    def begin(
+        self, secrets: Secrets, mac_keys: MacKeys, pepper_users: Sequence[UsesPeppers]
+    ) -> None:
         """Use the secrets of an opened store.
 
         Args:
