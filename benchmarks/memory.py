@@ -62,14 +62,14 @@ async def filled(folder: str, entries: int, traced: bool) -> dict[str, Any]:
         numbers = range(start, min(start + BATCH, entries))
         drafts = [NewKey(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
         tokens += [each.token for each in await keyring.create_many(drafts)]
-    await engine.check(tokens[-1])  # whatever the first look-up needs
+    await engine.authenticator.check_token(tokens[-1])  # whatever the first look-up needs
     await engine._usage.flush()
     gc.collect()
     if traced:
         tracemalloc.start()
     before = size_of("self", "Rss")
     for token in tokens[:-1]:
-        if not isinstance(await engine.check(token), Allow):
+        if not isinstance(await engine.authenticator.check_token(token), Allow):
             raise SystemExit("error: a key was not accepted\nhint: see the lines above")
     await engine._usage.flush()
     gc.collect()

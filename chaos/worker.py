@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from channel import Channel
 from checker import ACCEPTED, REFUSED, UNDECIDED, Checker
+from keylatch.authentication.authenticator import CacheMiss
 from keylatch.authentication.hashing import CHEAPEST, Hasher
 from keylatch.core import credentials
 from keylatch.core.decisions import Allow, Decision, KeyRecord, Reason
@@ -39,11 +40,11 @@ class KeylatchSubject:
         self.stop = engine.stop
 
     def check_cached(self, token: str) -> int | None:
-        verdict = self._engine.check_token_cached(_read(token))
-        return None if verdict is None else _outcome(verdict)
+        outcome = self._engine.authenticator.check_token_cached(_read(token))
+        return None if isinstance(outcome, CacheMiss) else _outcome(outcome)
 
     async def check(self, token: str) -> int:
-        return _outcome(await self._engine.check(_read(token)))
+        return _outcome(await self._engine.authenticator.check_token(_read(token)))
 
     def after_fork_in_child(self) -> None:
         return None  # an engine notices by itself

@@ -1,8 +1,8 @@
-"""What an engine does in the background: loops that a stop ends, errands that a stop waits for."""
+"""The background tasks of an engine: loops that a stop cancels, and finite tasks that it awaits."""
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 _SHUTDOWN_SECONDS: Final = 1.0
@@ -17,6 +17,8 @@ class EngineTasks:
         self._loops: list[asyncio.Task[None]] = []
         self._finite_tasks: set[asyncio.Task[None]] = set()
         self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     def start_loop(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work that goes on until it is cancelled."""
@@ -24,7 +26,7 @@ class EngineTasks:
         self._loops.append(self._create_task(work))
 
     def start_soon(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work that no request waits for, but a stop does, for a moment. Any thread may ask."""
+        """Run finite work that no request waits for, from any thread; `stop` waits a second."""
         if self._event_loop is None or asyncio._get_running_loop() is self._event_loop:
             self._finite_tasks.add(self._create_task(work))
         else:
@@ -32,8 +34,27 @@ class EngineTasks:
                 lambda: self._finite_tasks.add(self._create_task(work))
             )
 
+    def stop_with_loop(self, stop_engine: Callable[[], Awaitable[None]]) -> None:
+        """Stop the engine when its event loop ends first.
+
+        `asyncio.run`, test clients and pytest plugins cancel all tasks of a loop and await them
+        before they close it: so a cancelled task can still store uses and close connections.
+        """
+        self._watcher = self._create_task(self._watch_loop(stop_engine))
+
+    async def _watch_loop(self, stop_engine: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            if not self._is_stopping:
+                await stop_engine()
+            raise
+
     async def stop(self) -> None:
-        """Cancel the loops, and give errands a second to finish."""
+        """Cancel the loops, and give the finite tasks a second."""
+        self._is_stopping = True
+        if self._watcher is not None and self._watcher is not asyncio.current_task():
+            self._watcher.cancel()
         for loop in self._loops:
             loop.cancel()
         if self._finite_tasks:

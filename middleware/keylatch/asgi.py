@@ -16,13 +16,13 @@ from keylatch.adapters.middleware import BaseMiddleware
 from keylatch.adapters.proxy_identity import Peer, ProxyIdentity
 from keylatch.adapters.routing import ASGIRouter
 from keylatch.adapters.websocket import run_until
+from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core import credentials
 from keylatch.core.credentials import is_identity_header
 from keylatch.core.decisions import DeferredDeny, Deny
 from keylatch.core.policy import route_path
 from keylatch.core.refusals import Refusal
 from keylatch.core.rules import WEBSOCKET
-from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
@@ -70,7 +70,7 @@ class APIKeyMiddleware(BaseMiddleware[ASGIApp]):
             scope["user"], scope["auth"] = UnauthenticatedUser(), AuthCredentials()
         else:
             decision = self._authenticator.check_cached(values, requirement)
-            if isinstance(decision, Token):
+            if isinstance(decision, CacheMiss):
                 decision = await self._authenticator.check(decision, requirement)
             if isinstance(decision, Deny):
                 if isinstance(decision, DeferredDeny):

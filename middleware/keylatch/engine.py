@@ -1,7 +1,10 @@
-"""An engine: what `Authenticator` uses, opened and closed, and what goes on beside them.
+"""An engine: owns, opens and closes everything that one process needs to decide on keys.
 
-An engine belongs to one event loop and, after a fork, starts over as if it were new. Nothing is
-opened before `start` or the first `check`.
+    async with Engine(Settings.load()) as engine:
+        decision = await engine.authenticate([b"Bearer " + token])
+
+An engine belongs to one event loop at a time, and starts over after a fork. Nothing is opened
+before `start` or the first cache miss. `engine.authenticator` decides.
 """
 
 import asyncio
@@ -9,38 +12,44 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from keylatch._background import EngineTasks
-from keylatch.authentication.authenticator import Authenticator, Diagnostics
+from keylatch.authentication.authenticator import Authenticator
 from keylatch.authentication.hashing import Hasher
+from keylatch.authentication.keyset import Keyset
 from keylatch.authentication.lookup import Lookup
-from keylatch.caches.local_cache import Entry, LocalCache, NegativeEntry
+from keylatch.caches.local_cache import LocalCache
 from keylatch.caches.redis_client import CircuitBreaker, connect
 from keylatch.caches.shared_cache import SharedCache
-from keylatch.caches.single_flight import SingleFlight
-from keylatch.core.decisions import KeyRecord
+from keylatch.core.decisions import ANY_KEY, ClientGetter, Decision, Reason, Requirement
+from keylatch.core.refusals import LogFailure
 from keylatch.core.tokens import MacKeys
-from keylatch.errors import KeylatchError, StoreUnavailable
+from keylatch.errors import KeylatchError, StoreUnavailable, WrongEventLoop
 from keylatch.management.keyring import Keyring
 from keylatch.management.store_secrets import StoreSecrets
-from keylatch.revocation.invalidations import Freshness, Invalidations, Receipt
+from keylatch.revocation.freshness import Freshness
+from keylatch.revocation.invalidations import Invalidations
 from keylatch.revocation.lease import Lease, boottime
 from keylatch.revocation.monitor import RevocationMonitor
-from keylatch.revocation.notices import Notice, Signer
+from keylatch.revocation.notices import Signer
 from keylatch.revocation.notifier import Notifier, RedisNotifier, StoreNotifier
 from keylatch.revocation.open_connections import OpenConnections
+from keylatch.revocation.propagation import Propagation
 from keylatch.revocation.sequence import SequenceFreshness
 from keylatch.settings import Settings
 from keylatch.storage.store import Found, Secrets, Store
 from keylatch.storage.usage import UsageBatch
 from keylatch.telemetry import request_trace
-from keylatch.telemetry.counters import TIMED_HITS, Counters
+from keylatch.telemetry.counters import Counters
 from keylatch.telemetry.events import Events
 from keylatch.telemetry.failure_log import FailureLog
 from keylatch.telemetry.health import ComponentHealth, Health
+from keylatch.telemetry.stats import LeaseStats, RedisStats, Stats
 from keylatch.usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
@@ -53,23 +62,34 @@ _RECOVERY_SECONDS: Final = 5.0
 log = logging.getLogger("keylatch")
 
 
-def _retrieve_exception(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.exception()  # nobody may be left to wait
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What a start opens and a stop closes."""
+
+    lookup: Lookup
+    keyring: Keyring
+    propagation: Propagation
+    shared_cache: SharedCache | None
+    notifier: Notifier | None
 
 
-class Engine(Authenticator):
-    """Resolves tokens for one process: opens and closes what `Authenticator` uses, and runs
-    the background tasks.
+class Engine:
+    """Everything that one process needs to decide on keys.
 
     Args:
         settings: see `Settings.load`.
         clock: seconds since the Unix epoch.
-        timer: seconds that never go back.
-        store: one to use instead of opening `settings.store`.
-        hasher: one to use instead of what the settings name.
-        redis: a client to use instead of connecting to `settings.redis`.
+        timer: seconds that never go back and never stand still.
+        store: used instead of `settings.store`.
+        hasher: used instead of the one that the settings name.
+        redis: a client that is used instead of connecting to `settings.redis`.
+
+    Attributes:
+        authenticator: decides on credentials.
+        records_clients: whether adapters call `record_client`.
     """
+
+    authenticator_class: ClassVar[type[Authenticator]] = Authenticator
 
     def __init__(
         self,
@@ -84,69 +104,52 @@ class Engine(Authenticator):
         self.settings = settings
         self.store = store or Store(settings.store, external_peppers=settings.file_peppers)
         self.hasher = hasher or Hasher(settings.hasher)
+        self.counters = Counters()
+        self.records_clients = settings.clients == "on"
         self._clock = clock
         self._timer = timer
         self._redis = redis
-        self._environment = settings.environment or None
         self._l1 = LocalCache(timer=timer)
-        self._open_connections = OpenConnections(
-            lambda: self._freshness.is_fresh(), self._is_still_allowed, settings.lease / 4
-        )
-        self._invalidations = Invalidations(self._on_restore, self._open_connections.on_change)
+        self._open_connections = OpenConnections(settings.lease / 4)
+        self._invalidations = Invalidations(self._on_restore, self._open_connections)
         self._freshness: Freshness = SequenceFreshness(self.store, self._invalidations, clock)
         if self.store.is_shared:
-            self._freshness = Lease(
-                self.store, self._invalidations, settings.lease, self._publish, clock, timer
-            )
-        self._single_flight: SingleFlight[tuple[Entry | NegativeEntry, str]] = SingleFlight()
-        self._usage = UsageRecorder(self._store_usage, now_ms=self.now_ms)
-        self.records_clients = settings.clients == "on"
-        """Whether adapters say whence a key that was let in was used: see `see`."""
+            self._freshness = Lease(self.store, self._invalidations, settings.lease, clock, timer)
+        self._keyset = Keyset(self.store, self._invalidations, self._freshness)
+        self._usage = UsageRecorder(self._store_usage, now_ms=self._freshness.now_ms)
+        self._revocation_monitor = RevocationMonitor(
+            self.store,
+            self._l1,
+            self._freshness.now_ms,
+            settings.lease * 1000 if self.store.is_shared else 0.0,
+            self.counters,
+        )
+        self._failures = FailureLog(timer) if settings.log_failures == "on" else None
         tracing = _tracing() if settings.tracing == "on" else None
-        self._diagnostics = Diagnostics(
-            Events(
-                lambda event: self.counters.on_event(event),
-                request_trace.on_event,
-                span=nullcontext if tracing is None else tracing.stage,
-            ),
-            RevocationMonitor(
-                self.store,
-                lambda secret: self._l1.by_secret_id(secret),
-                self.now_ms,
-                settings.lease * 1000 if self.store.is_shared else 0.0,
-                lambda: self.counters.accepted_after_revocation.add(),
-            ),
-            Health(
-                "checks are refused with 503",
-                "checks are answered again",
-                recovery_seconds=_RECOVERY_SECONDS,
-                clock=clock,
-            ),
+        self._events = Events(
+            self.counters.on_event,
+            request_trace.on_event,
+            span=nullcontext if tracing is None else tracing.stage,
+        )
+        self.authenticator = self.authenticator_class(
+            self._l1,
+            self._invalidations,
+            self._freshness,
+            self._keyset,
+            self._usage,
+            self.counters,
+            self._events,
+            _check_health(clock),
             tracing,
-            FailureLog(timer) if settings.log_failures == "on" else None,
+            self._started,
         )
         self._inherited: list[object] = []
-        self._reset_counters()
         self._reset_state()
         _register_fork_hooks(self)
 
-    def _reset_counters(self) -> None:
-        self.counters = Counters()
-        self._sample_timings()
-
-    def _sample_timings(self) -> None:
-        """Time the hits that come next. Until then no request has that many values, so none can
-        pass without a clock: so that the others pay for one comparison that they make anyway."""
-        self.counters.hits_to_time, self._fast_field_count = TIMED_HITS, -1
-
     def _reset_state(self) -> None:
-        self._mac_keys: MacKeys | None = None
-        self._secrets_as_of = 0
-        self._secrets_single_flight: SingleFlight[None] = SingleFlight()
-        self._keyring: Keyring | None = None
-        self._lookup: Lookup | None = None
-        self._l2: SharedCache | None = None
-        self._notifier: Notifier | None = None
+        self._opened: _Opened | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._start_task: asyncio.Task[None] | None = None
         self._retry_start_at = 0.0
         self._has_logged_failure = False
@@ -154,17 +157,31 @@ class Engine(Authenticator):
 
     # Lifecycle
 
+    async def __aenter__(self) -> "Engine":
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
     async def start(self) -> None:
         """Open the store (setting up an empty one) and start the background tasks.
 
-        Whoever calls while a start is under way waits for it. A store that cannot be reached is
-        logged once and tried again by later requests, every tenth of a second at most: an app
-        whose database is late still starts, and answers 503 until then.
+        A call during a start waits for that start. A store that cannot be reached is logged once,
+        and later requests try again, at most every tenth of a second: an app whose database is late
+        starts, and answers 503 until then.
 
         Raises:
             StoreIncompatible: the store was made by a newer keylatch.
+            WrongEventLoop: the engine is started on another event loop.
         """
-        if self._mac_keys is not None:
+        self._enter_event_loop()
+        if self._opened is not None:
             return
         if self._start_task is None:
             self._start_task = asyncio.create_task(self._start(), name="keylatch-start")
@@ -188,102 +205,221 @@ class Engine(Authenticator):
             self._start_task = None
         for warning in (*self.store.warnings, *self.settings.warnings):
             log.warning(warning)
-        self._open_redis(secrets)
-        self._diagnostics.revocation_monitor.begin(
-            self._invalidations.seq, self._invalidations.epoch
-        )
-        self._lookup = Lookup(
-            self.store,
-            self._l2,
-            self.hasher,
-            self._invalidations,
-            self._freshness,
-            self._environment,
-            self._tasks.start_soon,
-            self._diagnostics.events,
-        )
-        mac_keys = MacKeys(secrets.mac_keys)
-        self._keyring = Keyring(
-            self.store, self.hasher, mac_keys, self.settings, self.now_ms, self._propagate
-        )
-        self._secrets_as_of = secrets.as_of
-        self._mac_keys = mac_keys  # last: from here on the engine counts as started
+        self._revocation_monitor.begin(self._invalidations.seq, self._invalidations.epoch)
+        self._opened = opened = self._open(secrets)
         for coroutine in (
             self._usage.run(),
             self._run_maintenance(),
             self._freshness.run(),
-            self._open_connections.run(),
+            self._open_connections.run(self._freshness, self.authenticator),
         ):
             self._tasks.start_loop(coroutine)
-        if isinstance(self._freshness, Lease):
-            self._notifier = self._notifier or StoreNotifier(self.store, Signer(secrets.peppers))
-            self._tasks.start_loop(self._notifier.subscribe(self._freshness.on_notice))
+        if isinstance(self._freshness, Lease) and opened.notifier is not None:
+            self._tasks.start_loop(opened.notifier.subscribe(self._freshness.on_notice))
+        self._tasks.stop_with_loop(self.stop)
 
-    def _open_redis(self, secrets: Secrets) -> None:
+    def _open(self, secrets: Secrets) -> _Opened:
+        mac_keys = MacKeys(secrets.mac_keys)
+        lease = self._freshness if isinstance(self._freshness, Lease) else None
+        signer = None if lease is None else Signer(secrets.peppers)
+        shared_cache, notifier = self._open_redis(secrets, signer)
+        if signer is not None and notifier is None:
+            notifier = StoreNotifier(self.store, signer)
+        lookup = Lookup(
+            self.store,
+            shared_cache,
+            self.hasher,
+            self._invalidations,
+            self._freshness,
+            self.settings.environment or None,
+            self._tasks,
+            self._events,
+        )
+        propagation = Propagation(
+            self.store,
+            self._invalidations,
+            self.counters.propagation,
+            shared_cache=shared_cache,
+            lease=lease,
+            notifier=notifier,
+            timer=self._timer,
+        )
+        now_ms = self._freshness.now_ms
+        keyring = Keyring(self.store, self.hasher, mac_keys, self.settings, now_ms, propagation)
+        pepper_users = [user for user in (shared_cache, signer) if user is not None]
+        self._keyset.begin(secrets, mac_keys, pepper_users)
+        return _Opened(lookup, keyring, propagation, shared_cache, notifier)
+
+    def _open_redis(
+        self, secrets: Secrets, signer: Signer | None
+    ) -> tuple[SharedCache | None, Notifier | None]:
         if self._redis is None and not self.settings.redis:
-            return
+            return None, None
         breaker = CircuitBreaker(self._timer, self._clock)
         client = self._redis or connect(self.settings.redis)
-        self._l2 = SharedCache(client, secrets.peppers, breaker)
-        if self.store.is_shared:
-            listener = self._redis or connect(self.settings.redis, socket_timeout=None)
-            channel = f"keylatch:{self._invalidations.epoch}:invalidations"
-            self._notifier = RedisNotifier(
-                client, listener, breaker, channel, Signer(secrets.peppers)
-            )
+        shared_cache = SharedCache(client, secrets.peppers, breaker)
+        if signer is None:
+            return shared_cache, None
+        subscriber = self._redis or connect(self.settings.redis, socket_timeout=None)
+        channel = f"keylatch:{self._invalidations.epoch}:invalidations"
+        return shared_cache, RedisNotifier(client, subscriber, breaker, channel, signer)
 
     async def stop(self) -> None:
-        """Flush what was used, stop the background tasks, close what was opened."""
+        """Store the recorded uses, stop the background tasks, close what was opened. The engine can
+        be started again, on any event loop."""
+        if self._enter_event_loop():
+            await self._store_abandoned_usage()
         await self._tasks.stop()
         self._flush_failures()
-        if self._mac_keys is not None:
+        opened = self._opened
+        if opened is not None:
             await self._usage.flush()
             await self._freshness.end()
-        if self._notifier is not None:
-            await self._notifier.close()
-        if self._l2 is not None:
-            await self._l2.close()
+            if opened.notifier is not None:
+                await opened.notifier.close()
+            if opened.shared_cache is not None:
+                await opened.shared_cache.close()
         self.hasher.close()
         await self.store.close()
+        self._clear_caches()
+
+    def _clear_caches(self) -> None:
         self._l1.clear()
         self._invalidations.clear()
         self._freshness.clear()
+        self._keyset.clear()
         self._reset_state()
 
+    def _enter_event_loop(self) -> bool:
+        """Bind the engine to the running event loop; True if the previous one was closed without
+        a stop.
+
+        `asyncio.run` and its like cancel all tasks before they close their loop, and that stops the
+        engine (`EngineTasks.stop_with_loop`). A loop that was closed otherwise cannot close
+        connections any more: they are abandoned, as after a fork. The recorded uses are kept.
+        """
+        loop, previous = asyncio.get_running_loop(), self._event_loop
+        if previous is not None and previous is not loop and not previous.is_closed():
+            raise WrongEventLoop(
+                "this engine is started on another event loop: create one Engine for each event "
+                "loop, or await engine.stop() there first",
+                "an ASGI app and a WSGI app in one process need an Engine each",
+            )
+        is_abandoned = previous is not None and previous is not loop
+        if is_abandoned:
+            log.warning("the event loop was closed before engine.stop(): starting again")
+            self.store.after_fork_in_child()
+            self.authenticator.after_fork_in_child()
+            self._open_connections.after_fork_in_child()
+            self._clear_caches()
+        self._event_loop = loop
+        return is_abandoned
+
+    async def _store_abandoned_usage(self) -> None:
+        if self._usage.pending:
+            await self.start()
+
     def after_fork_in_child(self) -> None:
-        """After a fork: nothing of the parent's is used, and nothing of it is closed."""
-        self._inherited += [self._l2, self._notifier, self._tasks]
+        """In the child of a fork: use nothing of the parent's, and close nothing of it."""
+        self._inherited += [self._opened, self._tasks, self._event_loop]
         self.store.after_fork_in_child()
         self.hasher.after_fork_in_child()
         self._l1.after_fork_in_child()
-        self._invalidations.clear()
-        self._freshness.clear()
-        self._single_flight.after_fork_in_child()
+        self.counters.after_fork_in_child()
+        self.authenticator.after_fork_in_child()
         self._usage.after_fork_in_child()
         self._open_connections.after_fork_in_child()
-        if self._diagnostics.failures is not None:
-            self._diagnostics.failures.after_fork_in_child()
-        self._reset_counters()
-        self._reset_state()
+        if self._failures is not None:
+            self._failures.after_fork_in_child()
+        self._clear_caches()
+
+    async def _started(self) -> Lookup:
+        """The look-up of the started engine.
+
+        Raises:
+            StoreUnavailable: the store could not be opened.
+            WrongEventLoop: the engine is started on another event loop.
+        """
+        self._enter_event_loop()
+        if self._opened is None and self._timer() >= self._retry_start_at:
+            await self.start()
+        return self._require_opened().lookup
+
+    def _require_opened(self) -> _Opened:
+        if self._opened is None:
+            raise StoreUnavailable("the store could not be opened yet", "see the log")
+        return self._opened
+
+    # For apps and adapters
+
+    async def authenticate(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> Decision:
+        """Decide by the values of a request's `Authorization` fields."""
+        return await self.authenticator.authenticate(values, requirement)
+
+    def revocation_event(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
+    ) -> AbstractContextManager[asyncio.Event]:
+        """After an allow: an event that is set when the same check would be denied, because the key
+        was revoked or changed, or has expired. An outage does not set it."""
+        token = self.authenticator.read_credential(values)
+        if isinstance(token, Reason):  # allowed without a key
+            return nullcontext(asyncio.Event())
+        return self._open_connections.track(token, requirement)
+
+    def record_client(self, key_id: str, client: ClientGetter) -> None:
+        """After an allow, if `records_clients`: record where the request came from."""
+        self._usage.record_client(key_id, client)
+
+    @property
+    def log_failure(self) -> LogFailure | None:
+        """Logs a refused request; None: refused requests are not logged."""
+        return None if self._failures is None else self._failures.add
+
+    def now_ms(self) -> int:
+        """The time that expiry is judged at: the store's, in milliseconds since the epoch."""
+        return self._freshness.now_ms()
+
+    async def keyring(self) -> Keyring:
+        """Manages the keys of the store.
+
+        Raises:
+            StoreUnavailable: the store could not be opened yet.
+        """
+        await self.start()
+        keyring = self._require_opened().keyring
+        await self._keyset.refresh()  # new tokens are made with the newest secrets
+        return keyring
+
+    async def store_secrets(self) -> StoreSecrets:
+        """Rotates the store's own secrets.
+
+        Raises:
+            StoreUnavailable: the store could not be opened yet.
+        """
+        await self.keyring()
+        return StoreSecrets(self.store, self._require_opened().propagation, self._clock)
+
+    # Health and numbers
 
     async def ready(self) -> None:
         """Return if a key could be checked now.
 
         Raises:
-            KeylatchError: why not.
+            KeylatchError: the reason why not.
         """
         await self.keyring()
         await self.store.ping()
 
     def components(self) -> list[ComponentHealth]:
-        """How the parts are, as far as is known without asking any of them. Of these, only `store`
-        and `lease` are needed to decide on keys."""
-        shared_cache, lease = self._l2, self._freshness.component_health()
-        if self._mac_keys is None and self.store.health.is_healthy:
-            lease = ComponentHealth("lease", "off")  # not started, and nobody has asked for that
+        """The health of the components, as last observed. Checks need only `store` and `lease`."""
+        opened, lease = self._opened, self._freshness.component_health()
+        if opened is None and self.store.health.is_healthy:
+            lease = ComponentHealth("lease", "off")  # not started, and no start has failed
         redis = ComponentHealth("redis", "off")
-        if shared_cache is not None:
-            redis = shared_cache.breaker.health.component_health(
+        if opened is not None and opened.shared_cache is not None:
+            redis = opened.shared_cache.breaker.health.component_health(
                 "redis", "degraded", "Redis does not answer"
             )
         return [
@@ -298,54 +434,57 @@ class Engine(Authenticator):
             ),
         ]
 
-    async def ensure_started(self) -> Lookup:
-        if self._lookup is None and self._timer() >= self._retry_start_at:
-            await self.start()
-        if self._lookup is None:
-            raise _not_opened()
-        return self._lookup
+    def stats(self) -> Stats:
+        """The numbers that `keylatch.metrics` exports, without waiting."""
+        counters, (keys, negative_entries) = self.counters, self._l1.sizes()
+        return Stats(
+            decisions={(what, source): count for what, source, count in counters.decisions()},
+            limited={limit: count.value for limit, count in counters.limited.items()},
+            stages={name: each.read() for name, each in counters.stages.items()},
+            propagation=counters.propagation.read(),
+            accepted_after_revocation=counters.accepted_after_revocation.value,
+            restores=counters.restores.value,
+            cached={
+                "keys": keys,
+                "negative_entries": negative_entries,
+                "tombstones": self._invalidations.tombstone_count,
+            },
+            components=tuple(self.components()),
+            lease=self._lease_stats(),
+            redis=self._redis_stats(),
+            hashes_waiting=self.hasher.waiting,
+            hashes_in_progress=self.hasher.in_flight,
+            hash_pools=self.hasher.in_flight_by_pool(),
+            hashes_rejected=self.hasher.health.failures.value,
+            usage_pending=self._usage.pending,
+            usage_dropped=self._usage.dropped,
+            store_errors={
+                "read": self.store.health.failures.value,
+                "write": self.store.failed_writes.value,
+            },
+            store_pools=self.store.pools(),
+            open_websockets=self._open_connections.count,
+        )
 
-    async def keyring(self) -> Keyring:
-        """What management calls.
+    def _lease_stats(self) -> LeaseStats | None:
+        lease = self._freshness
+        if self._opened is None or not isinstance(lease, Lease):
+            return None
+        return LeaseStats(lease.age_seconds, lease.seconds_left, lease.memberships_lost.value)
 
-        Raises:
-            StoreUnavailable: the store could not be opened yet.
-        """
-        await self.start()
-        if self._keyring is None:
-            raise _not_opened()
-        await self._refresh_secrets()  # what is made now is made with the newest
-        return self._keyring
+    def _redis_stats(self) -> RedisStats | None:
+        shared_cache = None if self._opened is None else self._opened.shared_cache
+        if shared_cache is None:
+            return None
+        breaker = shared_cache.breaker
+        return RedisStats(breaker.is_open, breaker.health.failures.value, shared_cache.forged.value)
 
-    async def store_secrets(self) -> StoreSecrets:
-        """What rotates the store's own secrets.
-
-        Raises:
-            StoreUnavailable: the store could not be opened yet.
-        """
-        await self.keyring()
-        return StoreSecrets(self.store, self._freshness.wait_until_acknowledged, self._clock)
-
-    # Changes, and the background
-
-    async def _propagate(self, record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
-        """A change is committed: tell whom it concerns, and wait until all decide by it."""
-        began = time.perf_counter()
-        if self._l2 is not None and record is not None:
-            await self._l2.invalidate(record.id, self._invalidations.epoch)
-        receipt = await self._freshness.wait_until_acknowledged(seq, wait=wait)
-        if wait:
-            self.counters.propagation.observe(time.perf_counter() - began)
-        return receipt
+    # In the background
 
     async def _store_usage(self, last_used: Mapping[str, int], batch: UsageBatch) -> None:
         await self.store.record_last_used(last_used, batch)
-        await self._diagnostics.revocation_monitor.check(last_used)
-        self._sample_timings()
-
-    async def _publish(self, notice: Notice | None) -> None:
-        if self._notifier is not None:
-            await self._notifier.publish(notice)
+        await self._revocation_monitor.check(last_used)
+        self.authenticator.sample_timings()
 
     def _on_restore(self, key_ids: list[str]) -> None:
         self.counters.restores.add()
@@ -369,17 +508,26 @@ class Engine(Authenticator):
             self._flush_failures()
             try:
                 await self._freshness.revalidate()
-                await self._refresh_secrets()
+                await self._keyset.refresh()
                 await self.store.run_maintenance(self._now_ms())
             except KeylatchError as error:
                 log.warning("maintenance failed: %s", error.message)
 
     def _flush_failures(self) -> None:
-        if self._diagnostics.failures is not None:
-            self._diagnostics.failures.flush()
+        if self._failures is not None:
+            self._failures.flush()
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _check_health(clock: Callable[[], float]) -> Health:
+    return Health(
+        "checks are refused with 503",
+        "checks are answered again",
+        recovery_seconds=_RECOVERY_SECONDS,
+        clock=clock,
+    )
 
 
 def _tracing() -> "Tracing":
@@ -388,8 +536,9 @@ def _tracing() -> "Tracing":
     return Tracing()
 
 
-def _not_opened() -> StoreUnavailable:
-    return StoreUnavailable("the store could not be opened yet", "see the log")
+def _retrieve_exception(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # all callers of `start` may have been cancelled
 
 
 def _register_fork_hooks(engine: Engine) -> None:

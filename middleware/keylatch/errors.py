@@ -6,7 +6,8 @@ The world failed (catch `KeylatchError`)::
     ├── StoreUnavailable          the store cannot be reached or does not answer in time
     ├── HashingBusy               the hash queue is full: try again in a moment
     ├── HashingFailed             a stored hash cannot be read, or there is no memory for argon2
-    └── StoreIncompatible         the store was made by a newer keylatch
+    ├── StoreIncompatible         the store was made by a newer keylatch
+    └── WrongEventLoop            the engine is started on another event loop
 
 You called me wrong::
 
@@ -39,6 +40,10 @@ class StoreUnavailable(KeylatchError):
 
 class StoreIncompatible(KeylatchError):
     """The store's tables are newer than this version of keylatch understands."""
+
+
+class WrongEventLoop(KeylatchError):
+    """An engine was used on another event loop than the one it is started on."""
 
 
 class HashingBusy(KeylatchError):

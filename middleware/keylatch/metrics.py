@@ -2,8 +2,8 @@
 
     REGISTRY.register(Collector(engine))
 
-Nothing is registered here, and nothing is counted here: the numbers come from `Counters` and the
-components, read at each scrape. Labels have few values, all of them named in the code.
+This module registers and counts nothing: it reads `Engine.stats()` at each scrape. Labels have few
+values, all of them named in the code.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,78 +19,50 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector as _Collector
 
 from keylatch.engine import Engine
-from keylatch.revocation.lease import Lease
-from keylatch.telemetry.counters import Histogram
+from keylatch.telemetry.stats import HistogramReading, LeaseStats, RedisStats, Stats
 
-Samples = Iterable[tuple[tuple[str, ...], float | Histogram]]
+Samples = Iterable[tuple[tuple[str, ...], float | HistogramReading]]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A metric: its name, what it says, its labels, and where its values are."""
+    """A metric: its type, name, help text and label names, and how its samples are read."""
 
     kind: type[CounterMetricFamily] | type[GaugeMetricFamily] | type[HistogramMetricFamily]
     name: str
     help: str
     labels: tuple[str, ...]
-    read: Callable[[Engine], Samples]
+    read: Callable[[Stats], Samples]
 
 
-def _one(read: Callable[[Engine], float | None]) -> Callable[[Engine], Samples]:
-    def samples(engine: Engine) -> Samples:
-        value = read(engine)
+def _one(read: Callable[[Stats], float | None]) -> Callable[[Stats], Samples]:
+    def samples(stats: Stats) -> Samples:
+        value = read(stats)
         return [] if value is None else [((), value)]
 
     return samples
 
 
-def _decisions(engine: Engine) -> Samples:
-    return [((decision, source), count) for decision, source, count in engine.counters.decisions()]
+def _by_label(
+    read: Callable[[Stats], Mapping[str, int] | Mapping[str, HistogramReading]],
+) -> Callable[[Stats], Samples]:
+    return lambda stats: [((label,), value) for label, value in read(stats).items()]
 
 
-def _stages(engine: Engine) -> Samples:
-    return [((name,), histogram) for name, histogram in engine.counters.stages.items()]
-
-
-def _cache_entries(engine: Engine) -> Samples:
-    keys, negative_entries = engine._l1.sizes()
-    return [
-        (("keys",), keys),
-        (("negative_entries",), negative_entries),
-        (("tombstones",), engine._invalidations.tombstone_count),
-    ]
-
-
-def _components(engine: Engine) -> Samples:
+def _components(stats: Stats) -> Samples:
     return [
         ((component.name,), float(component.state == "ok"))
-        for component in engine.components()
+        for component in stats.components
         if component.state != "off"
     ]
 
 
-def _lease(read: Callable[[Lease], float]) -> Callable[[Engine], Samples]:
-    def read_if_started(engine: Engine) -> float | None:
-        is_started = engine._mac_keys is not None
-        freshness = engine._freshness
-        return read(freshness) if is_started and isinstance(freshness, Lease) else None
-
-    return _one(read_if_started)
+def _lease(read: Callable[[LeaseStats], float]) -> Callable[[Stats], Samples]:
+    return _one(lambda stats: None if stats.lease is None else read(stats.lease))
 
 
-def _redis(read: Callable[..., float]) -> Callable[[Engine], Samples]:
-    return _one(lambda engine: None if engine._l2 is None else read(engine._l2))
-
-
-def _pools(read: Callable[[Engine], Mapping[str, int]]) -> Callable[[Engine], Samples]:
-    return lambda engine: [((name,), in_progress) for name, in_progress in read(engine).items()]
-
-
-def _store_errors(engine: Engine) -> Samples:
-    return [
-        (("read",), engine.store.health.failures.value),
-        (("write",), engine.store.failed_writes.value),
-    ]
+def _redis(read: Callable[[RedisStats], float]) -> Callable[[Stats], Samples]:
+    return _one(lambda stats: None if stats.redis is None else read(stats.redis))
 
 
 COUNTER, GAUGE, HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -101,21 +73,21 @@ FAMILIES: Final = (
         "keylatch_decisions_total",
         "Decisions on requests: `allow` or the reason for refusal, and the source of the decision.",
         ("decision", "source"),
-        _decisions,
+        lambda stats: stats.decisions.items(),
     ),
     Family(
         HISTOGRAM,
         "keylatch_stage_seconds",
         "Duration of each stage of a check; sampled: 64 L1 hits every few seconds, 1 header in 16.",
         ("stage",),
-        _stages,
+        _by_label(lambda stats: stats.stages),
     ),
     Family(
         GAUGE,
         "keylatch_cache_entries",
         "Entries in this process's caches: keys, negative entries, tombstones.",
         ("type",),
-        _cache_entries,
+        _by_label(lambda stats: stats.cached),
     ),
     Family(
         GAUGE,
@@ -143,133 +115,132 @@ FAMILIES: Final = (
         "keylatch_lease_membership_lost_total",
         "Times another process removed this process's lease membership (PostgreSQL).",
         (),
-        _lease(lambda lease: lease.memberships_lost.value),
+        _lease(lambda lease: lease.memberships_lost),
     ),
     Family(
         HISTOGRAM,
         "keylatch_propagation_seconds",
         "Time from the commit of a change made in this process until every process applies it.",
         (),
-        lambda engine: [((), engine.counters.propagation)],
+        lambda stats: [((), stats.propagation)],
     ),
     Family(
         COUNTER,
         "keylatch_accepted_after_revocation_total",
         "Keys accepted after a revocation or change that this process could know of: must stay 0.",
         (),
-        _one(lambda engine: engine.counters.accepted_after_revocation.value),
+        _one(lambda stats: stats.accepted_after_revocation),
     ),
     Family(
         GAUGE,
         "keylatch_hashes_waiting",
         "Hashes in the queue.",
         (),
-        _one(lambda engine: engine.hasher.waiting),
+        _one(lambda stats: stats.hashes_waiting),
     ),
     Family(
         GAUGE,
         "keylatch_hashes_in_progress",
         "Hashes being computed or queued.",
         (),
-        _one(lambda engine: engine.hasher.in_flight),
+        _one(lambda stats: stats.hashes_in_progress),
     ),
     Family(
         GAUGE,
         "keylatch_hash_pool_in_progress",
         "Hashes computed or queued, by pool: checks, imported (tokens), management, upgrades.",
         ("pool",),
-        _pools(lambda engine: engine.hasher.in_flight_by_pool()),
+        _by_label(lambda stats: stats.hash_pools),
     ),
     Family(
         COUNTER,
         "keylatch_hashes_rejected_total",
         "Checks rejected with 503 because the hash queue was full.",
         (),
-        _one(lambda engine: engine.hasher.health.failures.value),
+        _one(lambda stats: stats.hashes_rejected),
     ),
     Family(
         GAUGE,
         "keylatch_redis_breaker_open",
         "1 while the circuit breaker for Redis is open.",
         (),
-        _redis(lambda shared: float(shared.breaker.is_open)),
+        _redis(lambda redis: float(redis.breaker_is_open)),
     ),
     Family(
         COUNTER,
         "keylatch_redis_errors_total",
         "Calls to Redis that failed or timed out.",
         (),
-        _redis(lambda shared: shared.breaker.health.failures.value),
+        _redis(lambda redis: redis.errors),
     ),
     Family(
         COUNTER,
         "keylatch_redis_forged_total",
         "Values in Redis without a valid MAC of this store.",
         (),
-        _redis(lambda shared: shared.forged.value),
+        _redis(lambda redis: redis.forged),
     ),
     Family(
         GAUGE,
         "keylatch_usage_pending",
         "Keys whose usage is not stored yet.",
         (),
-        _one(lambda engine: engine._usage.pending),
+        _one(lambda stats: stats.usage_pending),
     ),
     Family(
         COUNTER,
         "keylatch_usage_dropped_total",
         "Uses that were not counted because too many keys were pending.",
         (),
-        _one(lambda engine: engine._usage.dropped),
+        _one(lambda stats: stats.usage_dropped),
     ),
     Family(
         COUNTER,
         "keylatch_store_errors_total",
         "Reads and writes that the store did not answer.",
         ("operation",),
-        _store_errors,
+        _by_label(lambda stats: stats.store_errors),
     ),
     Family(
         GAUGE,
         "keylatch_store_pool_in_progress",
         "Operations in progress: checks, reads, writes (SQLite); checks, management (PostgreSQL).",
         ("pool",),
-        _pools(lambda engine: engine.store.pools()),
+        _by_label(lambda stats: stats.store_pools),
     ),
     Family(
         COUNTER,
         "keylatch_changes_limited_total",
         "Changes by keys refused with 429: too many hashes at once, changes an hour, or keys.",
         ("limit",),
-        lambda engine: [((name,), count.value) for name, count in engine.counters.limited.items()],
+        _by_label(lambda stats: stats.limited),
     ),
     Family(
         COUNTER,
         "keylatch_store_restored_total",
         "Times the store was found restored from a backup: revoked keys may be active again.",
         (),
-        _one(lambda engine: engine.counters.restores.value),
+        _one(lambda stats: stats.restores),
     ),
     Family(
         GAUGE,
         "keylatch_open_websockets",
         "Open WebSockets that are closed when their key is revoked.",
         (),
-        _one(lambda engine: engine._open_connections.count),
+        _one(lambda stats: stats.open_websockets),
     ),
 )
 
 
 class Collector(_Collector):
-    """For a registry of `prometheus_client`.
+    """For a registry of `prometheus_client`, one per registry.
 
-    One of them per registry: several engines are told apart by the label `engine`.
-
+        Collector(engine)
         Collector(api=engine, console=other)
 
     Args:
-        engine: whose numbers they are.
-        named: several engines by name.
+        engine: its numbers are exported.
+        named: several engines; the label `engine` has their names.
     """
 
     def __init__(self, engine: Engine | None = None, /, **named: Engine) -> None:
@@ -283,21 +254,19 @@ class Collector(_Collector):
             self._engines.append(((), engine))
 
     def describe(self) -> Iterator[Metric]:
-        """The names alone: whoever registers two of them is told at once."""
+        """The names alone, so that the registry refuses a second collector at once."""
         for family in FAMILIES:
             yield family.kind(family.name, family.help)
 
     def collect(self) -> Iterator[Metric]:
         """The numbers now."""
+        stats = [(name, engine.stats()) for name, engine in self._engines]
         for family in FAMILIES:
             metric: Any = family.kind(
                 family.name, family.help, labels=(*self._label, *family.labels)
             )
-            for name, engine in self._engines:
-                for labels, value in family.read(engine):
-                    if isinstance(value, Histogram):
-                        buckets, total = value.read()
-                        metric.add_metric([*name, *labels], buckets, total)
-                    else:
-                        metric.add_metric([*name, *labels], value)
+            for name, each in stats:
+                for labels, value in family.read(each):
+                    values = value if isinstance(value, tuple) else (value,)
+                    metric.add_metric([*name, *labels], *values)
             yield metric

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from keylatch.adapters.middleware import BaseMiddleware
+from keylatch.authentication.authenticator import Authenticator, CacheMiss
 from keylatch.authentication.hashing import Hasher
 from keylatch.core.decisions import (
     ANY_KEY,
@@ -35,7 +36,6 @@ from keylatch.core.decisions import (
 )
 from keylatch.core.decisions import missing_scope as _missing_scope
 from keylatch.core.decisions import principal_of as _principal
-from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
@@ -208,8 +208,25 @@ class Keys:
             return _run_in_thread(managed())
 
 
+class _Authenticator(Authenticator):
+    """The real authenticator; inside `everyone_is` it allows every request."""
+
+    keys: Keys
+
+    def _check_cached(
+        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY, /
+    ) -> Decision | CacheMiss:
+        principal = self.keys._everyone
+        if principal is None:
+            return super()._check_cached(values, requirement)
+        return _evaluate(principal, requirement)
+
+
 class _Engine(Engine):
-    """The real one on the test's store and clock; and everybody may be somebody."""
+    """The real engine on the test's store and clock."""
+
+    authenticator_class = _Authenticator
+    authenticator: _Authenticator
 
     def __init__(self, keys: Keys) -> None:
         super().__init__(
@@ -219,15 +236,7 @@ class _Engine(Engine):
             store=keys._store,
             hasher=Hasher("sha256"),
         )
-        self._keys = keys
-
-    def check_cached(
-        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
-    ) -> Decision | Token:
-        principal = self._keys._everyone
-        if principal is None:
-            return super().check_cached(values, requirement)
-        return _evaluate(principal, requirement)
+        self.authenticator.keys = keys
 
 
 def _evaluate(principal: Principal, requirement: Requirement) -> Decision:

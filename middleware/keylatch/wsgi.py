@@ -6,7 +6,7 @@ What this process knows is answered in the calling thread; the rest is asked thr
 """
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from http import HTTPStatus
@@ -20,9 +20,9 @@ from keylatch.adapters.middleware import BaseMiddleware
 from keylatch.adapters.portal import Portal
 from keylatch.adapters.proxy_identity import Peer, ProxyIdentity
 from keylatch.adapters.routing import WSGIRouter
-from keylatch.core.decisions import ANY_KEY, Decision, DeferredDeny, Deny, Requirement
+from keylatch.authentication.authenticator import CacheMiss
+from keylatch.core.decisions import Decision, DeferredDeny, Deny, Requirement
 from keylatch.core.refusals import Refusal
-from keylatch.core.tokens import Token
 from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
 
 _TRACED: Final = "keylatch.traced"
@@ -38,10 +38,6 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
 
     def _on_engine_bound(self) -> None:
         self._portal = Portal.for_engine(self.engine)
-        # Not through the portal: amid real requests each call in between costs.
-        self._check_cached = (
-            self._authenticate_timed if self._traces_requests else self.engine.check_cached
-        )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if self._traces_requests and _TRACED not in environ:
@@ -53,9 +49,9 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
         if requirement is None:
             environ[PRINCIPAL] = UnauthenticatedUser()
             return self._app(environ, start_response)
-        decision = self._check_cached(authorization(environ), requirement)
-        if isinstance(decision, Token):
-            decision = self._portal.check(decision, requirement)
+        decision = self._authenticator.check_cached(authorization(environ), requirement)
+        if isinstance(decision, CacheMiss):
+            decision = self._check_miss(decision, requirement)
         if isinstance(decision, DeferredDeny):
             requirement = self._policy.routed_requirement(method, path, environ, self._router)
             decision = time_check(partial(decision.decide, requirement))
@@ -70,10 +66,8 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
     def _make_router(self, app: WSGIApplication) -> WSGIRouter:
         return WSGIRouter(app)
 
-    def _authenticate_timed(
-        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
-    ) -> Decision:
-        return time_check(lambda: self._portal.authenticate(values, requirement))
+    def _check_miss(self, miss: CacheMiss, requirement: Requirement) -> Decision:
+        return time_check(lambda: self._portal.check(miss, requirement))
 
     def _call_traced(
         self, environ: WSGIEnvironment, start_response: StartResponse

@@ -18,7 +18,8 @@ from keylatch.core.decisions import KeyRecord
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
 from keylatch.management.keyring import Keyring
-from keylatch.revocation.invalidations import MAX_SEQ, Receipt
+from keylatch.revocation.invalidations import MAX_SEQ
+from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.settings import Settings
 from keylatch.storage.store import Found, Secrets, Store
 from keylatch_bench.connection import Address, Connection, Unusable
@@ -135,7 +136,7 @@ class StoreKeyFactory:
         engine, secrets = await self._open()
         hasher, check_keys = self._hashers[scheme], MacKeys(secrets.mac_keys)
         keyring = Keyring(
-            engine.store, hasher, check_keys, self._settings, _now_ms, _no_propagation
+            engine.store, hasher, check_keys, self._settings, _now_ms, _NoPropagation()
         )
         created = await keyring.create(ORGANIZATION, name, expires_at=int(expires_at * 1000))
         return Key(created.record.id, ORGANIZATION, created.token)
@@ -217,8 +218,16 @@ async def _is_in_redis(store: Store, shared: SharedCache, key: Key, epoch: str) 
     return await shared.proves(key.token, key.id, found.hash, epoch)
 
 
-async def _no_propagation(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
-    raise AssertionError("this keyring only makes keys")
+class _NoPropagation(Propagation):
+    """For a keyring that only creates keys: a new key invalidates nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def publish(
+        self, seq: int, record: KeyRecord | None = None, wait: bool = True
+    ) -> Receipt:
+        raise AssertionError("this keyring only creates keys")
 
 
 def _now_ms() -> int:

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core.decisions import Allow, Decision
 from keylatch.core.refusals import ANSWERS
-from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch_bench.connection import Address, Connection, Unusable
@@ -95,18 +95,19 @@ class EngineClient:
         self._task: asyncio.Task[None] | None = None
 
     def check(self, credential: Credential, on_outcome: Callable[[Outcome], None]) -> None:
-        known = self._engine.check_cached([credential.value] if credential.value else [])
-        if isinstance(known, Token):
-            self._task = asyncio.create_task(self._check_miss(known, on_outcome))
+        values = [credential.value] if credential.value else []
+        outcome = self._engine.authenticator.check_cached(values)
+        if isinstance(outcome, CacheMiss):
+            self._task = asyncio.create_task(self._check_miss(outcome, on_outcome))
         else:
-            on_outcome(_status(known))
+            on_outcome(_status(outcome))
 
     def cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    async def _check_miss(self, token: Token, on_outcome: Callable[[Outcome], None]) -> None:
-        on_outcome(_status(await self._engine.check(token)))
+    async def _check_miss(self, miss: CacheMiss, on_outcome: Callable[[Outcome], None]) -> None:
+        on_outcome(_status(await self._engine.authenticator.check(miss)))
 
 
 def _status(decision: Decision) -> Outcome:

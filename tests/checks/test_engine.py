@@ -13,6 +13,7 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from sqlalchemy import Connection
 
 from conftest import Clock, MakeEngine
+from keylatch.authentication.authenticator import CacheMiss
 from keylatch.authentication.hashing import CHEAPEST, Cost, Hasher, VerifyResult
 from keylatch.core import tokens
 from keylatch.core.decisions import Allow, Deny, Reason, Requirement, principal_of
@@ -139,10 +140,10 @@ class TestLookupOrder:
     ) -> None:
         """The first check asks the store and argon2; all further ones neither."""
         created = await create(engine)
-        assert engine.check_token_cached(created.token) is None
+        assert isinstance(engine.authenticator.check_token_cached(created.token), CacheMiss)
         for _ in range(5):
             assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
-        assert isinstance(engine.check_token_cached(created.token), Allow)
+        assert isinstance(engine.authenticator.check_token_cached(created.token), Allow)
         assert (store.finds, hasher.verified) == (1, 1)
 
     async def test_a_hit_never_suspends(self, engine: Engine) -> None:
@@ -170,7 +171,7 @@ class TestLookupOrder:
         """Tokens that this store never minted are refused by check_token_cached alone."""
         stranger = tokens.MacKeys([b"s" * 32]).mint("kl", "live")
         for token in (stranger, Token("rubbish"), Token("kl_live_a_b"), Token("x" * 500)):
-            assert engine.check_token_cached(token) == Deny(Reason.FORGED)
+            assert engine.authenticator.check_token_cached(token) == Deny(Reason.FORGED)
         assert (store.finds, hasher.verified) == (0, 0)
 
     async def test_a_known_id_with_a_wrong_secret_costs_no_hash(
@@ -180,8 +181,8 @@ class TestLookupOrder:
         created = await create(engine)
         await engine.authenticate(bearer(created.token))
         wrong = await with_other_secret(store, created.token)
-        assert engine.check_token_cached(wrong) == Deny(Reason.WRONG_SECRET)
-        assert isinstance(engine.check_token_cached(created.token), Allow)
+        assert engine.authenticator.check_token_cached(wrong) == Deny(Reason.WRONG_SECRET)
+        assert isinstance(engine.authenticator.check_token_cached(created.token), Allow)
         assert hasher.verified == 1
 
     async def test_a_wrong_secret_for_a_cold_id_is_hashed_once(
@@ -325,9 +326,9 @@ class TestRevocation:
         created = await create(engine, expires_at=expires_at)
         await engine.authenticate(bearer(created.token))
         clock.tick(59.999)
-        assert isinstance(engine.check_token_cached(created.token), Allow)
+        assert isinstance(engine.authenticator.check_token_cached(created.token), Allow)
         clock.tick(0.001)
-        assert engine.check_token_cached(created.token) == Deny(Reason.EXPIRED)
+        assert engine.authenticator.check_token_cached(created.token) == Deny(Reason.EXPIRED)
         assert store.finds == 1
 
     async def test_a_key_that_was_just_created_is_not_hidden(
@@ -534,7 +535,7 @@ class TestPostgreSQL:
         assert changed is not None
         receipt = changed.receipt
         assert (receipt.acknowledged, receipt.members, receipt.bound_seconds) == (2, 2, 0.0)
-        assert engine.check_token_cached(created.token) is None
+        assert isinstance(engine.authenticator.check_token_cached(created.token), CacheMiss)
         assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
 
     async def test_a_read_in_flight_cannot_revive_a_revoked_key(

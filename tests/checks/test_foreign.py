@@ -307,8 +307,8 @@ class ForeignContract(StoreTests):
         )
         assert all(isinstance(verdict, Allow) for verdict in verdicts)
         assert (store.asked, hasher.verified) == (1, 1)
-        assert isinstance(engine.check_cached(bearer(key.token)), Allow)
-        assert isinstance(engine.check_token_cached(Token(key.token)), Allow)
+        assert isinstance(engine.authenticator.check_cached(bearer(key.token)), Allow)
+        assert isinstance(engine.authenticator.check_token_cached(Token(key.token)), Allow)
 
     async def test_made_up_tokens_cost_no_hash(
         self, engine: Engine, other: Engine, store: CountingStore, hasher: CountingHasher

@@ -125,9 +125,8 @@ def test_no_token_of_a_stranger_changes_what_is_known(
         if token not in scene.tokens:
             assert isinstance(scene.check(token), Deny)
     assert scene.known == known
-    assert all(
-        isinstance(scene.engine.check_token_cached(Token(token)), Allow) for token in scene.tokens
-    )
+    check = scene.engine.authenticator.check_token_cached
+    assert all(isinstance(check(Token(token)), Allow) for token in scene.tokens)
 
 
 class Naming(Lookup):
@@ -166,7 +165,7 @@ def test_a_wrong_secret_under_a_known_id_evicts_nothing_and_asks_nobody(scene: S
     for token in scene.tokens[:3]:
         for _ in range(3):
             made_up = stranger.mint("kl", "live", "key_" + token.split("_")[2])
-            assert scene.engine.check_token_cached(made_up) in (
+            assert scene.engine.authenticator.check_token_cached(made_up) in (
                 Deny(Reason.WRONG_SECRET),
                 Deny(Reason.FORGED),  # while the key has two secrets
             )

@@ -124,19 +124,20 @@ class ImportContract(StoreTests):
         importer, process = engines
         keyring = await importer.keyring()
         known = (await keyring.create("acme", "known")).token
-        assert isinstance(await process.check(known), Allow)
+        assert isinstance(await process.authenticator.check_token(known), Allow)
         token = keyring._mac_keys.mint("kl", "live")
-        assert await process.check(token) == Deny(Reason.UNKNOWN)
+        assert await process.authenticator.check_token(token) == Deny(Reason.UNKNOWN)
         settings = importer.settings
+        assert importer._opened is not None
         foreseeing = Keyring(
             *(importer.store, importer.hasher, Foreseen(token), settings),
-            *(importer.now_ms, importer._propagate),
+            *(importer.now_ms, importer._opened.propagation),
         )
         await foreseeing.create_many([NewKey("acme", "foreseen")])
         clock.tick(2)  # on PostgreSQL: no lease is older than the import
-        believed = isinstance(await process.check(token), Allow)
+        believed = isinstance(await process.authenticator.check_token(token), Allow)
         forbidden_store(process)
-        return believed, isinstance(process.check_token_cached(known), Allow)
+        return believed, isinstance(process.authenticator.check_token_cached(known), Allow)
 
     async def test_the_command_imports_into_this_store(self, url: str, operator: Operator) -> None:
         """Its tokens, and no others, open what its lines say; each batch is printed."""
@@ -417,7 +418,7 @@ async def test_argon2id_hashes_a_batch_without_filling_the_queue(
     keyring = await engine.keyring()
     made = await keyring.create_many([NewKey("acme", f"key {n}") for n in range(12)])
     for each in made:
-        assert isinstance(await engine.check(each.token), Allow)
+        assert isinstance(await engine.authenticator.check_token(each.token), Allow)
     assert await keyring.create_many([]) == []
     with pytest.raises(InvalidValue, match="permission"):
         await keyring.create_many([NewKey("acme", "good"), NewKey("acme", "bad", "ROOT")])

@@ -172,11 +172,16 @@ async def test_a_token_that_went_bad_before_it_was_watched_ends_at_once() -> Non
     """Between the check and the watch there is a gap; what falls into it is found."""
     answers = iter([False])
 
-    async def is_good(token: Any, wanted: Requirement) -> bool:
-        return next(answers)
+    class Checker:
+        async def is_still_allowed(self, token: Any, requirement: Requirement) -> bool:
+            return next(answers)
 
-    watch = OpenConnections(lambda: None, is_good, 60)
-    looking = asyncio.create_task(watch.run())
+    class Fresh:
+        def is_fresh(self) -> bool:
+            return True
+
+    watch = OpenConnections(60)
+    looking = asyncio.create_task(watch.run(Fresh(), Checker()))  # type: ignore[arg-type]
     with watch.track("token", Requirement()) as event:  # type: ignore[arg-type]
         await asyncio.wait_for(event.wait(), 10)
     looking.cancel()
@@ -190,11 +195,11 @@ async def test_an_outage_ends_nothing(make_engine: MakeEngine, store_url: str) -
     values = [b"Bearer " + key.token.reveal().encode()]
     await engine.authenticate(values)
     token = key.token
-    assert await engine._is_still_allowed(token, Requirement())
+    assert await engine.authenticator.is_still_allowed(token, Requirement())
     await engine.store.close()
     engine._l1.clear()
     engine.store = make_engine().store
-    engine._lookup = None
+    engine._opened = None
     engine._retry_start_at = float("inf")
-    assert await engine._is_still_allowed(token, Requirement())
+    assert await engine.authenticator.is_still_allowed(token, Requirement())
     await engine.stop()

@@ -6,7 +6,7 @@ from conftest import Clock
 from keylatch.core.decisions import Allow, Deny, KeyRecord, Principal, Reason, principal_of
 from keylatch.engine import Engine
 from keylatch.management.keyring import InvalidValue, Keyring, NotPermitted
-from keylatch.revocation.invalidations import Receipt
+from keylatch.revocation.propagation import Propagation, Receipt
 
 pytestmark = pytest.mark.anyio
 
@@ -151,11 +151,12 @@ async def test_a_test_key_does_not_touch_live_keys(keyring: Keyring) -> None:
 async def test_an_organisation_is_disabled_and_enabled(keyring: Keyring, engine: Engine) -> None:
     """All of its keys go with it and come back with it; an unknown one is not made."""
     created = await keyring.create("acme", "ci")
-    assert isinstance(await engine.check(created.token), Allow)
+    check = engine.authenticator.check_token
+    assert isinstance(await check(created.token), Allow)
     assert await keyring.set_organization_active("acme", False)
-    assert await engine.check(created.token) == Deny(Reason.ORGANIZATION_DISABLED)
+    assert await check(created.token) == Deny(Reason.ORGANIZATION_DISABLED)
     assert await keyring.set_organization_active("acme", True)
-    assert isinstance(await engine.check(created.token), Allow)
+    assert isinstance(await check(created.token), Allow)
     assert await keyring.set_organization_active("nobody", False) is None
 
 
@@ -164,16 +165,22 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
     delete, whose first announcement may have been lost."""
     heard: list[tuple[str, bool]] = []
 
-    async def announce(record: KeyRecord | None, seq: int, wait: bool) -> Receipt:
-        assert record is not None
-        stored = await engine.store.get("acme", record.id)
-        heard.append((record.name, stored == record))
-        return Receipt(seq, 0, 0, 0.0)
+    class Announced(Propagation):
+        def __init__(self) -> None:
+            pass
+
+        async def publish(
+            self, seq: int, record: KeyRecord | None = None, wait: bool = True
+        ) -> Receipt:
+            assert record is not None
+            stored = await engine.store.get("acme", record.id)
+            heard.append((record.name, stored == record))
+            return Receipt(seq, 0, 0, 0.0)
 
     plain = await engine.keyring()
     created = await plain.create("acme", "ci")
     keyring = Keyring(
-        engine.store, engine.hasher, plain._mac_keys, engine.settings, engine.now_ms, announce
+        engine.store, engine.hasher, plain._mac_keys, engine.settings, engine.now_ms, Announced()
     )
     await keyring.change("acme", created.record.id, name="renamed")
     await keyring.change("acme", created.record.id, active=False)

@@ -12,6 +12,7 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conftest import Clock, MakeEngine, Sidecar, sidecar_on
+from keylatch.authentication.authenticator import Authenticator
 from keylatch.authentication.hashing import CHEAPEST, Hasher
 from keylatch.authentication.lookup import Owner
 from keylatch.core import tokens
@@ -228,7 +229,7 @@ def test_the_new_secret_ends_the_key(sidecar: Sidecar, admin_key: Created) -> No
 # What is done about it, in this process
 
 
-class Counting(Engine):
+class CountingAuthenticator(Authenticator):
     """Counts what a report costs, and has the store fail where it is told to."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
@@ -246,6 +247,13 @@ class Counting(Engine):
         if self.troubles:
             raise self.troubles.pop(0)
         return await super().identify(token)
+
+
+class Counting(Engine):
+    """An engine with it."""
+
+    authenticator_class = CountingAuthenticator
+    authenticator: CountingAuthenticator
 
 
 @pytest.fixture
@@ -282,7 +290,7 @@ async def with_another_secret(engine: Engine, key: Created) -> Token:
     body = text[:-41] + forger.mint("kl", "live").reveal()[-41:-14]
     body += tokens._mac(check_keys[0], body)
     forged = Token(body + tokens._crc(body))
-    assert engine.may_exist(forged)
+    assert engine.authenticator.may_exist(forged)
     assert forged.key_id == key.record.id
     return forged
 
@@ -294,12 +302,16 @@ async def test_an_id_is_not_enough(counting: Counting) -> None:
     key, reports = await created(counting), ReportQueue(counting)
     await reports.enqueue([await with_another_secret(counting, key)])
     await done(reports)
-    assert counting.asked == [key.record.id]
+    assert counting.authenticator.asked == [key.record.id]
     assert not await is_revoked(counting, key)
 
 
 class AcceptsAnyScheme(Counting):
     """The broken twin: it takes the keyed check for a proof."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.authenticator.identify = self.identify  # type: ignore[method-assign]
 
     async def identify(self, token: Token) -> Owner | None:
         found = await self.store.find(token.key_id)
@@ -327,7 +339,7 @@ async def test_a_flood_of_strangers_costs_no_store_and_no_hash(counting: Countin
     flood = [UNKNOWN_TOKENS.mint("kl", "live") for _ in range(1_000)]
     await reports.enqueue(flood + [key.token] * 1_000)
     await done(reports)
-    assert counting.asked == [key.record.id]
+    assert counting.authenticator.asked == [key.record.id]
     assert await is_revoked(counting, key)
 
 
@@ -337,7 +349,7 @@ async def test_a_report_outlasts_an_outage(
 ) -> None:
     """It is tried again until the store has answered."""
     key, reports = await created(counting), ReportQueue(counting, retry_seconds=0)
-    counting.troubles = [StoreUnavailable("the store is away")] * 3
+    counting.authenticator.troubles = [StoreUnavailable("the store is away")] * 3
     await reports.enqueue([key.token])
     await done(reports)
     assert await is_revoked(counting, key)
@@ -351,7 +363,7 @@ async def test_a_report_outlasts_an_outage(
 async def test_a_rotation_that_is_taken_back_in_between_saves_nothing(counting: Counting) -> None:
     """The secret is the key's again, so the key ends."""
     key, reports = await created(counting), ReportQueue(counting)
-    counting.troubles = [InvalidKeyState("No rotation of the API key is under way")]
+    counting.authenticator.troubles = [InvalidKeyState("No rotation of the API key is under way")]
     await reports.enqueue([key.token])
     await done(reports)
     assert await is_revoked(counting, key)
@@ -364,7 +376,7 @@ async def test_a_report_that_cannot_be_looked_into_is_named(
 ) -> None:
     """It holds up no other, and an operator finds the id and what to do."""
     first, second, reports = await created(counting), await created(counting), ReportQueue(counting)
-    counting.troubles = [trouble]
+    counting.authenticator.troubles = [trouble]
     await reports.enqueue([first.token, second.token])
     await done(reports)
     assert await is_revoked(counting, second)
@@ -380,7 +392,7 @@ async def test_a_report_that_is_left_at_the_end_is_named(
 ) -> None:
     """A process that ends during an outage says which keys somebody has to revoke."""
     key, reports = await created(counting), ReportQueue(counting, retry_seconds=60)
-    counting.troubles = [StoreUnavailable("the store is away")]
+    counting.authenticator.troubles = [StoreUnavailable("the store is away")]
     await reports.enqueue([key.token])
     await reports.close()
     wrong = "was reported as leaked and may not be revoked: this process is stopping"
@@ -393,7 +405,7 @@ async def test_a_report_that_is_left_at_the_end_is_named(
 async def test_more_reports_than_there_is_room_for_are_refused(counting: Counting) -> None:
     """503 to everybody: a report that is answered has a place."""
     key, reports = await created(counting), ReportQueue(counting, retry_seconds=60, max_pending=1)
-    counting.troubles = [StoreUnavailable("the store is away")]
+    counting.authenticator.troubles = [StoreUnavailable("the store is away")]
     await reports.check_capacity()
     await reports.enqueue([key.token])
     with pytest.raises(StoreUnavailable):
@@ -425,7 +437,7 @@ async def test_keys_that_were_made_elsewhere_are_revoked_as_well(counting: Count
     record = await (await counting.keyring()).get("acme", key_id)
     assert record is not None
     assert (record.revoked_reason, record.deleted_at is None) == ("leaked", False)
-    assert len(counting.asked) == 2, "what no header can hold is no token"
+    assert len(counting.authenticator.asked) == 2, "what no header can hold is no token"
 
 
 @pytest.mark.long
@@ -436,7 +448,7 @@ async def test_a_flood_of_what_could_be_from_elsewhere_holds_up_no_other(
     """It has a line of its own, which has an end; and no name, which could be half a secret."""
     await import_token(counting, external_token(1))
     key, reports = await created(counting), ReportQueue(counting, retry_seconds=60)
-    counting.troubles = [StoreUnavailable("the store is away")] * 2
+    counting.authenticator.troubles = [StoreUnavailable("the store is away")] * 2
     await reports.enqueue([external_token(number) for number in range(2_000)])
     await reports.enqueue([key.token])
     await reports.check_capacity()
@@ -458,7 +470,7 @@ async def test_a_flood_of_reports_fills_no_log(
     lines, with the count."""
     await import_token(counting, external_token(1))
     reports = ReportQueue(counting, retry_seconds=60)
-    counting.troubles = [StoreUnavailable("the store is away")]
+    counting.authenticator.troubles = [StoreUnavailable("the store is away")]
     await reports.enqueue([external_token(number) for number in range(10_000)])
     await asyncio.sleep(0)
     await reports.close()
@@ -476,7 +488,7 @@ async def test_a_key_that_is_reported_many_times_is_named_once(
     """Many tokens that look like one key, at the end of a process, are one line."""
     key = await created(counting)
     reports = ReportQueue(counting, retry_seconds=60)
-    counting.troubles = [StoreUnavailable("the store is away")]
+    counting.authenticator.troubles = [StoreUnavailable("the store is away")]
     tokens = [await with_another_secret(counting, key) for _ in range(50)]
     await reports.enqueue([key.token, *tokens])
     await reports.close()
@@ -497,13 +509,13 @@ async def looks_before_the_answer(app: ASGIApp, engine: Counting, token: Token) 
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
-            looks.append(engine.vouched + len(engine.asked))
+            looks.append(engine.authenticator.vouched + len(engine.authenticator.asked))
         await asyncio.sleep(0)  # whoever waits for the loop gets it
 
     scope = http_scope(PATH, [(b"content-type", b"application/json")], method="POST")
     await app(scope, receive, send)
     [at_the_answer] = looks
-    assert engine.vouched > 0, "and then it is looked at"
+    assert engine.authenticator.vouched > 0, "and then it is looked at"
     return at_the_answer
 
 

@@ -468,14 +468,14 @@ class TestAnOldSecret:
         """A key that was rotated between the look-up of a leaked token and its revocation stays."""
         keyring = await engine.keyring()
         key = await keyring.create(ORG, "ci")
-        owner = await engine.identify(key.token)
+        owner = await engine.authenticator.identify(key.token)
         assert owner is not None
         rotated = await keyring.rotate(ORG, key.record.id)
         assert rotated is not None
         with pytest.raises(InvalidKeyState):
             await keyring.revoke_secret(owner.record, owner.secret)
         assert await is_allowed(engine, Created(rotated.record, rotated.token))
-        assert await engine.identify(key.token) is None
+        assert await engine.authenticator.identify(key.token) is None
 
     async def test_each_check_says_by_which_secret_it_was(self, engine: Engine) -> None:
         """From the store, from this process's cache, and after a rotation was cancelled."""

@@ -269,8 +269,8 @@ class TestCosts:
             assert await is_good(engine, key.token)
             assert await is_good(engine, new.token)
         assert store.finds == 2
-        assert isinstance(engine.check_token_cached(key.token), Allow)
-        assert isinstance(engine.check_token_cached(new.token), Allow)
+        assert isinstance(engine.authenticator.check_token_cached(key.token), Allow)
+        assert isinstance(engine.authenticator.check_token_cached(new.token), Allow)
 
     @pytest.mark.parametrize("order", ["old first", "new first"])
     async def test_redis_knows_both(

@@ -17,6 +17,7 @@ import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from conftest import Clock, MakeEngine, StoreTests, Times, wait_until
+from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core.decisions import Allow, Deny, Reason
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
@@ -125,7 +126,7 @@ class TestPostgreSQL(VaultContract):
         await create(cut)
         stranger = MacKeys([b"s" * 32]).mint("kl", "live")
         miscopied = Token(stranger.reveal()[:-12] + stranger.reveal()[-12:].swapcase())
-        assert cut.check_token_cached(stranger) == Deny(Reason.FORGED)
+        assert cut.authenticator.check_token_cached(stranger) == Deny(Reason.FORGED)
 
         async def fail(*args: Any, **kwargs: Any) -> Poll:
             raise StoreUnavailable("cut off by the test")
@@ -249,8 +250,9 @@ class Processes:
         """Whether a new process lets a token in, and how many values it took for forged."""
         engine = self.new(pepper_file)
         verdict = await engine.authenticate(bearer(token))
-        assert engine._l2 is not None
-        forged = engine._l2.forged.value
+        assert engine._opened is not None
+        assert engine._opened.shared_cache is not None
+        forged = engine._opened.shared_cache.forged.value
         await engine.stop()
         return isinstance(verdict, Allow), forged
 
@@ -325,7 +327,7 @@ async def test_whoever_has_not_read_the_new_secrets_yet_refuses_nobody(
     async def fail() -> Any:
         raise StoreUnavailable("broken by the test")
 
-    assert there.check_token_cached(new) is None
+    assert isinstance(there.authenticator.check_token_cached(new), CacheMiss)
     monkeypatch.setattr(there.store, "secrets", fail)
     assert await there.authenticate(bearer(new)) == Deny(Reason.UNAVAILABLE)
     monkeypatch.undo()
@@ -494,7 +496,9 @@ async def rotate_in_one_step(url: str, redis: str) -> None:
     for _ in range(5):  # now and then the other one happens to look just then
         await engine.store.add_pending_secrets(KINDS, NOW)
         await engine.store.promote_secrets(KINDS, NOW)
-        await engine._publish(None)
+        assert engine._opened is not None
+        assert engine._opened.notifier is not None
+        await engine._opened.notifier.publish(None)
         await asyncio.sleep(0.6)
     await engine.stop()
 

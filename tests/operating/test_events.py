@@ -1,7 +1,5 @@
 """Telemetry events: what is observed, in which order, and that a hit observes none."""
 
-from dataclasses import replace
-
 import pytest
 
 from conftest import Clock, MakeEngine
@@ -18,9 +16,7 @@ async def test_a_cold_check_observes_its_stages_and_its_decision(make_engine: Ma
     values = [f"Bearer {created.token.reveal()}".encode()]
     observed: list[Event] = []
     events = Events(observed.append)
-    engine._diagnostics = replace(engine._diagnostics, events=events)
-    assert engine._lookup is not None
-    engine._lookup._events = events
+    engine.authenticator._events = (await engine._started())._events = events
     decision: Decision = await engine.authenticate(values)
     stages = [event.stage for event in observed if isinstance(event, StageEnded)]
     assert [stage for stage in stages if stage != "parse"] == ["store", "hash"]

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import Clock, MakeEngine, Sidecar, wait_until
+from keylatch.authentication.authenticator import Authenticator
 from keylatch.authentication.hashing import CHEAPEST, Hasher
 from keylatch.core.decisions import Allow, Deny, Reason, Requirement
 from keylatch.engine import Engine
@@ -211,11 +212,17 @@ def test_labels_have_few_values(make_engine: MakeEngine) -> None:
 # What must stay 0
 
 
-class Deaf(Engine):
+class DeafAuthenticator(Authenticator):
     """The broken twin: what it has accepted once, it accepts for ever."""
 
     def _still_valid(self, entry: Any) -> bool:
         return True
+
+
+class Deaf(Engine):
+    """An engine with it."""
+
+    authenticator_class = DeafAuthenticator
 
 
 class Moved(Store):

@@ -7,10 +7,12 @@ import pytest
 
 from conftest import Clock
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.invalidations import Invalidations, Receipt
+from keylatch.revocation.invalidations import Invalidations
 from keylatch.revocation.lease import Lease
 from keylatch.revocation.notices import Notice
+from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.storage.store import Invalidation, InvalidationBatch, Poll
+from keylatch.telemetry.counters import Histogram
 
 pytestmark = pytest.mark.anyio
 X = 1.0
@@ -99,7 +101,13 @@ class Process:
 
     def __init__(self, store: Members, clock: Clock) -> None:
         self.feed = Invalidations(lambda touched: None)
-        self.lease = Lease(store, self.feed, X, self.publish, clock, clock)  # type: ignore[arg-type]
+        self.lease = Lease(store, self.feed, X, clock, clock)  # type: ignore[arg-type]
+        self.propagation = Propagation(
+            *(store, self.feed, Histogram(())),  # type: ignore[arg-type]
+            lease=self.lease,
+            notifier=self,
+            timer=clock,
+        )
         self.others: list[Process] = []
         self.deaf = False
 
@@ -107,6 +115,12 @@ class Process:
         for other in self.others:
             if not other.deaf:
                 other.lease.on_notice(notice)
+
+    async def subscribe(self, on_notice: object) -> None:
+        raise AssertionError("the others call each other")
+
+    async def close(self) -> None:
+        return None
 
     def believes(self, key_id: str, as_of: int) -> bool:
         return self.lease.is_fresh() and self.feed.accepts(key_id, "acme", as_of)
@@ -174,7 +188,7 @@ async def test_a_revoke_waits_until_everybody_knows(
     read_at = store.seq
     assert all(process.believes("key_a", read_at) for process in processes)
     seq = store.commit("key_a")
-    receipt = await processes[0].lease.wait_until_acknowledged(seq)
+    receipt = await processes[0].propagation.publish(seq)
     assert receipt == Receipt(seq, acknowledged=3, members=3, bound_seconds=0.0)
     assert not any(process.believes("key_a", read_at) for process in processes)
 
@@ -184,7 +198,7 @@ async def test_a_revoke_that_does_not_wait_says_how_long_it_may_take(
 ) -> None:
     """The receipt bounds it by X, and the bell has rung."""
     seq = store.commit("key_a")
-    receipt = await processes[0].lease.wait_until_acknowledged(seq, wait=False)
+    receipt = await processes[0].propagation.publish(seq, wait=False)
     assert receipt.bound_seconds == X
     assert receipt.acknowledged == 0
 
@@ -198,7 +212,7 @@ async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
     read_at = store.seq
     store.cut_off.add(lost.lease._member)
     began = clock()
-    receipt = await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
+    receipt = await processes[0].propagation.publish(store.commit("key_a"))
     assert (receipt.acknowledged, receipt.members) == (2, 3)
     assert X <= clock() - began <= X * 1.2
     assert not lost.believes("key_a", read_at)
@@ -211,9 +225,9 @@ async def test_a_dead_process_costs_one_revoke(
 ) -> None:
     """The second revoke after a kill -9 does not wait for it any more."""
     await store.join("killed", seconds=X)
-    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
+    await processes[0].propagation.publish(store.commit("key_a"))
     began = clock()
-    receipt = await processes[0].lease.wait_until_acknowledged(store.commit("key_b"))
+    receipt = await processes[0].propagation.publish(store.commit("key_b"))
     assert clock() - began < X / 4
     assert (receipt.acknowledged, receipt.members) == (3, 3)
 
@@ -228,7 +242,7 @@ async def test_a_hundred_that_left_cost_nothing(
         await old.lease.end()
         assert not old.lease.is_fresh()
     began = clock()
-    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
+    await processes[0].propagation.publish(store.commit("key_a"))
     assert clock() - began < X / 4
     assert len(store.members) == 3
 
@@ -244,7 +258,7 @@ async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
         store.members["slow"][0] += 1  # it asks, but what it learns never arrives
 
     store.on_poll = granted
-    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
+    await processes[0].propagation.publish(store.commit("key_a"))
     for _ in range(3):
         await processes[1].lease.renew()
     assert "slow" in store.members
@@ -274,7 +288,7 @@ async def test_a_silent_bell_only_costs_time(
         process.deaf = True
     seq = store.commit("key_a")
     await asyncio.gather(*(process.lease.renew() for process in processes))
-    receipt = await processes[0].lease.wait_until_acknowledged(seq)
+    receipt = await processes[0].propagation.publish(seq)
     assert receipt.acknowledged == 3
 
 
@@ -288,7 +302,7 @@ async def test_a_bell_costs_the_store_one_question_of_each(
     store.reads = 0
     store.commit("key_made_before")
     seq = store.commit("key_a")
-    await processes[0].lease.wait_until_acknowledged(seq)
+    await processes[0].propagation.publish(seq)
     assert sorted(polls) == sorted(process.lease._member for process in processes)
     assert store.reads == 1
     for process in processes:
@@ -339,7 +353,7 @@ async def test_silence_counts_from_after_the_first_look(
 
     store.laggards = slow_look  # type: ignore[method-assign]
     committed_at = clock()
-    await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
+    await processes[0].propagation.publish(store.commit("key_a"))
     assert committed_at + X <= clock() <= committed_at + 1.25 * X
     assert "slow" in store.members
 
@@ -356,6 +370,6 @@ async def test_a_revoke_whose_looks_all_fail_waits_for_time_alone(
 
     store.laggards = fail  # type: ignore[method-assign]
     committed_at = clock()
-    receipt = await processes[0].lease.wait_until_acknowledged(store.commit("key_a"))
+    receipt = await processes[0].propagation.publish(store.commit("key_a"))
     assert clock() >= committed_at + X
     assert receipt.bound_seconds == 0.0

@@ -214,7 +214,7 @@ class TestAcknowledging:
         store.commit("key_a")
         seq = store.commit("key_b")
         victim.lease.on_notice(told)
-        await revoker.lease.wait_until_acknowledged(seq)
+        await revoker.propagation.publish(seq)
         return victim.believes("key_a", read_at)
 
     @pytest.mark.long

@@ -166,8 +166,8 @@ async def newcomers(make_engine: MakeEngine, server: FakeServer) -> AsyncIterato
     for engine in engines:
         await engine.start()
     twin = engines[1]
-    assert twin._lookup is not None
-    twin._lookup.__class__ = Trusting
+    assert twin._opened is not None
+    twin._opened.lookup.__class__ = Trusting
     yield engines
     for engine in engines:
         await engine.stop()
@@ -219,8 +219,9 @@ async def test_what_the_pepper_has_signed_must_fit_the_row(
     token = attacker.minted(victim.record.id)
     await attacker.write(token, victim.record)
     await attacker.redis.delete(f"twin:{victim.record.id}")
-    assert twin._l2 is not None
-    twin._l2.__class__ = Credulous
+    assert twin._opened is not None
+    assert twin._opened.shared_cache is not None
+    twin._opened.shared_cache.__class__ = Credulous
     assert await sound.authenticate(bearer(token)) == Deny(Reason.WRONG_SECRET)
     assert isinstance(await twin.authenticate(bearer(token)), Allow)
 
@@ -364,7 +365,7 @@ async def test_redis_refuses_no_key(
     await attacker.sign(attacker.minted(key.record.id), key.record.id, hashed, b"x" * 32)
     assert isinstance(await sound.authenticate(bearer(key.token)), Allow)
     await sound.stop()
-    assert sound._l2 is None
+    assert sound._opened is None
     hasher = CountingHasher()
     after = Engine(sound.settings, hasher=hasher, redis=FakeAsyncRedis(server=server))
     assert isinstance(await after.authenticate(bearer(key.token)), Allow)

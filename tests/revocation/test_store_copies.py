@@ -108,8 +108,9 @@ async def test_a_copy_revives_nothing(make_engine: MakeEngine, copy: Copy) -> No
     for process in (original, newcomer):
         assert await process.authenticate(bearer(revoked)) == Deny(Reason.REVOKED)
         assert isinstance(await process.authenticate(bearer(kept)), Allow)
-        assert process._l2 is not None
-        assert process._l2.forged.value == 0
+        assert process._opened is not None
+        assert process._opened.shared_cache is not None
+        assert process._opened.shared_cache.forged.value == 0
         await process.stop()
     more = set(await FakeAsyncRedis(server=server).keys()) - names
     assert len([name for name in more if kept.record.id.encode() in name]) == 1
@@ -229,7 +230,7 @@ async def test_a_copys_bell_is_not_the_originals(
     await asyncio.sleep(0.2)
     assert original._invalidations._floor_and_tombstones == known
     assert original._invalidations.pending == ()
-    assert isinstance(original.check_token_cached(key.token), Allow)
+    assert isinstance(original.authenticator.check_token_cached(key.token), Allow)
     assert await copy.authenticate(bearer(key)) == Deny(Reason.REVOKED)
     assert "backup" not in caplog.text
 

@@ -44,7 +44,7 @@ class AlwaysFreshEngine(Engine):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._freshness = AlwaysFresh(self.store, self._invalidations, time.time)
+        self._freshness.__class__ = AlwaysFresh
 
 
 class NeverInvalidatedEngine(Engine):
@@ -52,8 +52,7 @@ class NeverInvalidatedEngine(Engine):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._invalidations = NeverInvalidated(lambda touched: None)
-        self._freshness = SequenceFreshness(self.store, self._invalidations, time.time)
+        self._invalidations.__class__ = NeverInvalidated
 
 
 ENGINES = {

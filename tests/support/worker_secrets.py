@@ -16,40 +16,50 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.authentication.keyset import Keyset
+from keylatch.caches.shared_cache import SharedCache
 from keylatch.core.decisions import Allow
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
-from keylatch.revocation.notices import Notice, Signer
+from keylatch.revocation.notices import Notice
+from keylatch.revocation.notifier import Notifier
 from keylatch.settings import Settings
 
 _OLDER = 40
 _PAUSE_SECONDS = 0.01
 
 
+class OldKeyset(Keyset):
+    """Never reads the secrets again, and calls forged what they did not make."""
+
+    async def refresh(self) -> None:
+        return None
+
+    def proves_forged(self, token: Token, as_of: int) -> bool:
+        return self.mac_keys is not None
+
+
 class NeverReloadsSecrets(Engine):
     """A broken twin: never reads its secrets again, and refuses what they did not make."""
 
-    async def _refresh_secrets(self) -> None:
-        return None
-
-    def _is_forged(self, mac_keys: MacKeys, token: Token) -> bool:
-        return not mac_keys.verify_mac(token)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._keyset.__class__ = OldKeyset
 
 
 class WithoutNotifier(Engine):
     """A process that the bell does not reach: it looks by itself, every X/4."""
 
-    def _open_redis(self, secrets: object) -> None:
-        super()._open_redis(secrets)  # type: ignore[arg-type]
-        self._notifier = NullNotifier()
+    def _open_redis(self, *given: Any) -> tuple[SharedCache | None, Notifier | None]:
+        shared_cache, _ = super()._open_redis(*given)
+        return shared_cache, NullNotifier()
 
 
 class NullNotifier:
     """No bell."""
-
-    signer = Signer([b"k" * 32])
 
     async def publish(self, notice: Notice | None) -> None:
         return None

@@ -6,13 +6,13 @@ An adapter is a `BaseMiddleware` that translates requests and answers of one pro
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
+from keylatch.authentication.authenticator import Authenticator, TracedAuthenticator
 from keylatch.core.policy import Policy
 from keylatch.core.refusals import Refusals
 from keylatch.core.routes import Router
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
-from keylatch.telemetry.request_trace import Authenticator, TracedAuthenticator
 
 App = TypeVar("App")
 
@@ -118,8 +118,9 @@ class BaseMiddleware(Generic[App]):
     def _bind_engine(self) -> None:
         self._refusals = Refusals(self._realm, log_failure=self.engine.log_failure)
         self._traces_requests = self.engine.settings.traces_requests
-        self._authenticator: Authenticator = (
-            TracedAuthenticator(self.engine) if self._traces_requests else self.engine
+        authenticator = self.engine.authenticator
+        self._authenticator: Authenticator | TracedAuthenticator = (
+            TracedAuthenticator(authenticator) if self._traces_requests else authenticator
         )
 
     def _make_router(self, app: App) -> Router[Any]:

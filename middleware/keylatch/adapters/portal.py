@@ -16,8 +16,8 @@ from collections.abc import Coroutine, Sequence
 from multiprocessing.util import Finalize
 from typing import Any, Final, TypeVar
 
+from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core.decisions import ANY_KEY, Decision, Requirement
-from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
 
@@ -71,21 +71,22 @@ class Portal:
 
     def authenticate(self, values: Sequence[bytes], requirement: Requirement = ANY_KEY) -> Decision:
         """`Engine.authenticate` for a thread: a hit is answered in it, without any hop."""
-        cached = self._engine.check_cached(values, requirement)
-        return self.check(cached, requirement) if isinstance(cached, Token) else cached
+        outcome = self._engine.authenticator.check_cached(values, requirement)
+        return self.check(outcome, requirement) if isinstance(outcome, CacheMiss) else outcome
 
-    def check(self, token: Token, requirement: Requirement) -> Decision:
-        """`Engine.check` for a thread, which waits."""
-        return self.run(self._engine.check(token, requirement))
+    def check(self, miss: CacheMiss, requirement: Requirement) -> Decision:
+        """`Authenticator.check` for a thread, which waits."""
+        return self.run(self._engine.authenticator.check(miss, requirement))
 
     async def authenticate_from_loop(
         self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
     ) -> Decision:
         """The same for an event loop that is not the engine's own; it never waits."""
-        cached = self._engine.check_cached(values, requirement)
-        if not isinstance(cached, Token):
-            return cached
-        return await asyncio.wrap_future(self.submit(self._engine.check(cached, requirement)))
+        authenticator = self._engine.authenticator
+        outcome = authenticator.check_cached(values, requirement)
+        if not isinstance(outcome, CacheMiss):
+            return outcome
+        return await asyncio.wrap_future(self.submit(authenticator.check(outcome, requirement)))
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
         """Run work on the loop; never waits."""

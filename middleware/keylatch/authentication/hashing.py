@@ -1,16 +1,17 @@
-"""Hashes of tokens: argon2id or SHA-256, self-describing, computed on threads, never on a loop.
+"""Hashes of tokens: argon2id or SHA-256, self-describing, computed on threads, never on the event
+loop.
 
 A minted token holds 160 random bits, so against cracking argon2 adds nothing to SHA-256; it
-insures against weak keys that were imported from elsewhere (RFC 9106; OWASP's minimum profile).
-The pool is bounded and so is its queue: who comes when it is full is told so at once, because a
-queue of 25 ms hashes would otherwise turn a flood into seconds of waiting for everybody.
+protects weak imported keys (RFC 9106; OWASP's minimum profile). The pool and its queue are bounded:
+a request that finds the queue full is refused at once, because a queue of 25 ms hashes would turn a
+flood into seconds of waiting for every request.
 
-Tokens that were made elsewhere lack the keyed check, so a stranger who knows the public part of one
-can make a process hash. They have a lane of their own, and keylatch's tokens wait for none of them.
+Imported tokens have no MAC, so a client that knows the public part of one can make a process hash.
+They have a pool of their own, and no token of keylatch waits for them.
 
 Management hashes as well: new tokens, one at a time or a thousand, and better hashes of old ones.
-Both have lanes of their own with fewer threads, so a tenant that creates keys without pause takes
-no place in the queue from another tenant's check, and less processor time than the checks.
+Both have pools of their own with fewer threads, so an organisation that creates keys without pause
+takes no place in the queue of checks, and less processor time than the checks.
 """
 
 import asyncio
@@ -43,9 +44,8 @@ _SHA256: Final = "$sha256$"
 _RECOVERY_SECONDS: Final = 5.0
 
 POOLS: Final = ("checks", "imported", "management", "upgrades")
-"""What threads hash for: checks of keylatch's own tokens and of those that were made elsewhere, new
-tokens, and better hashes of old ones."""
-
+"""What is hashed: keylatch's own tokens and imported ones in checks, new tokens, and better hashes
+of old ones."""
 
 __all__ = ["CHEAPEST", "OWASP_MINIMUM", "Cost", "Hasher", "VerifyResult"]
 
@@ -54,17 +54,18 @@ CHEAPEST: Final = Cost(memory_kib=8, passes=1)
 """For tests only."""
 
 VerifyResult = bool | bytes
-"""Whether a hash is that of a token; where it has a preimage (see `argon2id`), that says yes."""
+"""Whether a hash is that of a token; True is given as the preimage where the hash has one (see
+`argon2id`)."""
 
 
 class Hasher:
     """Makes hashes of one scheme and verifies those of every scheme it knows.
 
     Args:
-        scheme: how new hashes are made.
+        scheme: of new hashes.
         cost: of argon2id.
-        workers: threads that hash at the same time for checks; one for each processor by default.
-        queue: how many more may wait, in each lane, before `HashingBusy` is raised.
+        workers: threads that hash for checks; one for each processor by default.
+        queue: how many hashes may wait in each pool before `HashingBusy` is raised.
         management_workers: threads that hash new tokens; half of `workers` by default.
     """
 
@@ -88,7 +89,7 @@ class Hasher:
             recovers_by_time=True,
         )
         self._check_pool = _HashPool("keylatch-hash", workers, queue, self.health)
-        # Whether others fill these says nothing of the checks of keylatch's own keys.
+        # Full queues of these pools do not concern the checks of keylatch's own keys.
         self._imported_pool = _HashPool("keylatch-hash-imported", half, queue)
         self._management_pool = _HashPool("keylatch-hash-new", management_workers or half, queue)
         self._upgrade_pool = _HashPool("keylatch-hash-upgrade", 1, queue)
@@ -104,24 +105,24 @@ class Hasher:
 
     @property
     def in_flight(self) -> int:
-        """Hashes that are being computed, or wait for it."""
+        """Hashes that are computed or queued."""
         return sum(pool.in_flight for pool in self._pools)
 
     def in_flight_by_pool(self) -> Mapping[str, int]:
-        """The same by what they are for: see `POOLS`."""
+        """`in_flight` by pool: see `POOLS`."""
         return {name: pool.in_flight for name, pool in zip(POOLS, self._pools, strict=True)}
 
     async def hash(self, token: Token) -> str:
         """A self-describing hash of a new token.
 
         Raises:
-            HashingBusy: the queue for new tokens is full; that for checks may be empty.
+            HashingBusy: the queue for new tokens is full; the queue of checks may be empty.
         """
         return await self._hash(token, self._management_pool)
 
     async def hash_all(self, tokens: Sequence[Token]) -> list[str]:
-        """A hash of each new token: as many at a time as there are threads for them, so that who
-        comes meanwhile finds places in the queue."""
+        """A hash of each new token: as many at a time as the pool has threads, so that the queue
+        keeps room for other new tokens."""
         if self._scheme == "sha256":
             return [_sha256(token) for token in tokens]
         hashes: list[str] = []
@@ -136,7 +137,7 @@ class Hasher:
         first time at once: that fills neither the queue of checks nor that of new tokens.
 
         Raises:
-            HashingBusy: the queue is full; nothing is lost, because the old hash stays good.
+            HashingBusy: the queue is full; nothing is lost, because the old hash is kept.
         """
         return await self._hash(token, self._upgrade_pool)
 
@@ -163,11 +164,11 @@ class Hasher:
         return await pool.run(lambda: _verify(stored, token))
 
     def needs_rehash(self, stored: str) -> bool:
-        """Whether a hash should be made anew at its next use: weaker scheme or other cost.
+        """Whether a hash should be replaced at its next use: weaker scheme or other cost.
 
-        A change from argon2id to sha256 leaves old hashes alone: that would weaken them. Another
-        system's are always made anew: its tokens are random and long, and its hashes are slow. So
-        is argon2's own output, which has no preimage.
+        A change from argon2id to sha256 keeps old hashes: replacing would weaken them. Hashes of
+        other systems are always replaced: their tokens are random and long, and their hashes slow.
+        So is argon2's own output, which has no preimage.
         """
         if imported_tokens.is_imported_hash(stored):
             return True
@@ -176,19 +177,19 @@ class Hasher:
         return stored.startswith(_SHA256) or argon2id.needs_rehash(stored, self._cost)
 
     def close(self) -> None:
-        """Let the threads go; those that still hash finish on their own."""
+        """End the threads; those that still hash finish by themselves."""
         for pool in self._pools:
             pool.close()
 
     def after_fork_in_child(self) -> None:
-        """After a fork: the parent's threads are not here, so start over without touching them."""
+        """After a fork: the parent's threads do not exist here; start over without them."""
         for pool in self._pools:
             pool.reset()
         self.health.clear()
 
 
 class _HashPool:
-    """Threads, and a queue before them that is full at some point."""
+    """A bulkhead: threads and a bounded queue."""
 
     def __init__(self, name: str, workers: int, queue: int, health: Health | None = None) -> None:
         self._name = name
@@ -213,7 +214,7 @@ class _HashPool:
 
     @property
     def in_flight(self) -> int:
-        completed = self._completed.value  # before what has begun: never fewer than none
+        completed = self._completed.value  # read first, so the difference is never negative
         return self._submitted.value - completed
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -238,7 +239,7 @@ class _HashPool:
             self._executor = ThreadPoolExecutor(self.workers, thread_name_prefix=self._name)
         self._submitted.add()
         future = self._executor.submit(work)
-        # Released when the thread is done, not when its waiter is: a cancelled request's hash
+        # Released when the thread is done, not when its caller is: the hash of a cancelled request
         # still occupies the pool.
         future.add_done_callback(lambda _: release())
         return await asyncio.wrap_future(future)

@@ -1,20 +1,19 @@
-"""Finding out what a token is: the store, then Redis, then argon2. It decides nothing.
+"""Looks a token up: the store, then Redis, then the hash. It decides nothing.
 
-What a process meets for the first time it reads in the store. Redis can only save it the hash: see
+A process reads every uncached key in the store. Redis can only save it the hash: see
 `shared_cache`.
 
-An error anywhere on the way goes to the caller, and nothing is remembered of it.
+The law of this file: an error goes to the caller, and is not cached.
 
-A token that was made elsewhere finds its key by its locators and not by an id, and Redis knows
-nothing of those. Only the store can tell a made-up one from a real one, so a bounded number is
-looked up at a time.
+An imported token finds its key by its locators and not by an id, and Redis holds no such key. Only
+the store can tell a forged one from a real one, so a bounded number is looked up at a time.
 """
 
 import contextlib
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
+from keylatch._background import EngineTasks
 from keylatch.authentication.hashing import Hasher
 from keylatch.caches.local_cache import Entry, NegativeEntry, entry_of
 from keylatch.caches.shared_cache import SharedCache
@@ -29,7 +28,8 @@ from keylatch.core.decisions import (
 )
 from keylatch.core.tokens import Token, is_native
 from keylatch.errors import HashingBusy, KeylatchError
-from keylatch.revocation.invalidations import Freshness, Invalidations
+from keylatch.revocation.freshness import Freshness
+from keylatch.revocation.invalidations import Invalidations
 from keylatch.storage.schema import NO_ID
 from keylatch.storage.store import Found, NotFound, Store
 from keylatch.telemetry.counters import HASH, L2, STORE
@@ -44,7 +44,7 @@ class Owner:
 
     Args:
         record: of the key, whatever its state.
-        is_usable: False: its secret opens nothing and never will, because the key was deleted, or
+        is_usable: False: its secret is never accepted again, because the key was deleted, or
             rotated and the grace is over.
         is_previous: whether it is the secret before the last rotation.
     """
@@ -55,18 +55,18 @@ class Owner:
 
     @property
     def secret(self) -> int:
-        """Which of the key's secrets it is."""
+        """The version of the secret, see `secret_version_of`."""
         return secret_version_of(self.record, self.is_previous)
 
 
 @dataclass(frozen=True, slots=True)
 class _Secret:
-    """One that is good for a key, as the store holds it.
+    """An accepted secret of a key, as the store holds it.
 
     Args:
-        name: the key's id, or that with `PREVIOUS_SUFFIX` behind it.
-        hash: of it.
-        is_previous: whether it is the one before the last rotation.
+        name: the key's id, with `PREVIOUS_SUFFIX` for the secret before the last rotation.
+        hash: of the token.
+        is_previous: whether it is the secret before the last rotation.
     """
 
     name: str
@@ -79,13 +79,13 @@ class Lookup:
 
     Args:
         store: an opened store.
-        shared_cache: the shared cache, if there is one.
-        hasher: verifies, and makes outdated hashes anew.
-        invalidations: knows the store's epoch.
+        shared_cache: Redis, if it is configured.
+        hasher: verifies hashes, and replaces outdated ones.
+        invalidations: name the epoch under which Redis holds values.
         freshness: tells the time.
-        environment: the only one whose keys are welcome; None: all of them.
-        start_soon: runs work that no request waits for.
-        events: observes how long each stage takes.
+        environment: only its keys are accepted; None: the keys of all environments.
+        tasks: run work that no request waits for.
+        events: observe the duration of each stage.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Lookup:
         invalidations: Invalidations,
         freshness: Freshness,
         environment: str | None,
-        start_soon: Callable[[Coroutine[Any, Any, None]], None],
+        tasks: EngineTasks,
         events: Events,
     ) -> None:
         self._store = store
@@ -105,12 +105,12 @@ class Lookup:
         self._invalidations = invalidations
         self._freshness = freshness
         self._environment = environment
-        self._start_soon = start_soon
-        self._imported_lookups = 0  # being looked up
+        self._tasks = tasks
+        self._imported_lookups = 0  # in progress
         self._events = events
 
     async def fetch(self, token: Token) -> tuple[Entry | NegativeEntry, str]:
-        """What the token is, by the store, and what proved that: `L2` or `STORE`.
+        """The cache entry for a token, and what verified its secret: `L2` or `STORE`.
 
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
@@ -118,7 +118,7 @@ class Lookup:
         with self._events.stage(STORE):
             found = await self._find(token)
         if isinstance(found, NotFound):
-            # Of another shape, it names no key, whatever stands where an id would be.
+            # A token of another format names no key, whatever stands in place of an id.
             key_id = token.key_id if is_native(token) else NO_ID
             return NegativeEntry(Reason.UNKNOWN, key_id, NO_ID, found.as_of), STORE
         unusable = self._unusable(found)
@@ -127,12 +127,12 @@ class Lookup:
         secret, source = await self._match_secret(token, self._valid_secrets(found))
         if secret is None:
             return _negative_entry(Reason.WRONG_SECRET, found), STORE
-        # Once more: a hash takes its time, and the key may have expired meanwhile.
+        # Again, because the key may have expired while the hash was computed.
         entry = entry_of(token.fingerprint, found.record, found.as_of, secret.is_previous)
         return self._unusable(found) or entry, source
 
     async def identify(self, token: Token) -> Owner | None:
-        """The key whose secret this token is, whatever has become of it since; None: there is none.
+        """The key whose secret this token is, whatever its state; None: there is none.
 
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
@@ -150,7 +150,7 @@ class Lookup:
         return Owner(found.record, found.record.deleted_at is None and grace is not None, True)
 
     def _valid_secrets(self, found: Found) -> list[_Secret]:
-        """The present one, and while its grace runs the one before."""
+        """The current secret, and the previous one during its grace."""
         secrets = [_Secret(found.record.id, found.hash)]
         is_in_grace = found.record.grace_ends_at(self._freshness.now_ms()) is not None
         if found.previous_hash is not None and is_in_grace:
@@ -161,7 +161,7 @@ class Lookup:
     async def _match_secret(
         self, token: Token, secrets: list[_Secret]
     ) -> tuple[_Secret | None, str]:
-        """Which of these a token is, and who proved it."""
+        """Which of the secrets the token is, and what verified it."""
         if self._shared_cache is not None and is_native(token):
             for secret in secrets:
                 if has_digest_format(secret.hash) and await self._is_in_shared_cache(
@@ -187,11 +187,11 @@ class Lookup:
         if not verified:
             return False
         if not secret.is_previous and self._hasher.needs_rehash(secret.hash):
-            self._start_soon(self._rehash(token, secret.name, secret.hash))
+            self._tasks.start_soon(self._rehash(token, secret.name, secret.hash))
         elif self._shared_cache is not None and is_native(token) and isinstance(verified, bytes):
             epoch = self._invalidations.epoch
             put = self._shared_cache.put(token, secret.name, secret.hash, verified, epoch)
-            self._start_soon(put)
+            self._tasks.start_soon(put)
         return True
 
     async def _find(self, token: Token) -> Found | NotFound:
@@ -209,7 +209,7 @@ class Lookup:
             self._imported_lookups -= 1
 
     def _unusable(self, found: Found) -> NegativeEntry | None:
-        """Why a key opens nothing, even with its secret."""
+        """The reason why a key is not accepted, even with its secret."""
         reason = unusable_reason(found.record, self._freshness.now_ms(), self._environment)
         return None if reason is None else _negative_entry(reason, found)
 

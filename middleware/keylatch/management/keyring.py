@@ -12,7 +12,7 @@ more, and `NotPermitted`; then nothing was changed. None: an operator, who is bo
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ from keylatch.core.validation import (
     validate_reason,
 )
 from keylatch.management.organization_limit import OrganizationLimit
-from keylatch.revocation.invalidations import Receipt
+from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.settings import Settings
 from keylatch.storage.authorization import OPERATOR, Actor
 from keylatch.storage.quotas import Quotas
@@ -62,8 +62,6 @@ __all__ = [
 _LONGEST_ACTOR: Final = 100
 _HASHES_AT_ONCE: Final = 4
 _HASHES_WAITING: Final = 16
-
-Propagate = Callable[[KeyRecord | None, int, bool], Awaitable[Receipt]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +116,7 @@ class Keyring:
         mac_keys: mint new tokens.
         settings: prefix of new tokens and the permissions that may be given.
         now_ms: the store's time, which expiry is judged by; milliseconds since the Unix epoch.
-        propagate: called with each changed key (None: an organisation), its number and `wait`,
-            after the commit; waits until all processes decide by it, if its last argument says so.
+        propagation: publishes every change after its commit.
     """
 
     def __init__(
@@ -129,7 +126,7 @@ class Keyring:
         mac_keys: MacKeys,
         settings: Settings,
         now_ms: Callable[[], int],
-        propagate: Propagate,
+        propagation: Propagation,
     ) -> None:
         self._store = store
         self._hasher = hasher
@@ -137,7 +134,7 @@ class Keyring:
         self._prefix = settings.prefix
         self._rules = KeyValidator(settings.grantable, settings.allowed_environments)
         self._now_ms = now_ms
-        self._propagate = propagate
+        self._propagation = propagation
         self._operator = OPERATOR.name
         self._quotas = Quotas(settings.max_keys, settings.max_changes)
         self._limit = OrganizationLimit(_HASHES_AT_ONCE, _HASHES_WAITING)
@@ -245,7 +242,7 @@ class Keyring:
             ]
         )
         seq, existing = await self._store.import_many(made, by=actor)
-        await self._propagate(None, seq, True)
+        await self._propagation.publish(seq)
         results = []
         for record, _ in made:
             key_id, is_deleted = existing.get(str(record.locator), (record.id, False))
@@ -448,7 +445,7 @@ class Keyring:
         if deleted is None:
             return None
         record, count, seq = deleted
-        return Changed(record, await self._propagate(record, seq, wait), count)
+        return Changed(record, await self._propagation.publish(seq, record, wait), count)
 
     async def revoke_secret(
         self,
@@ -606,7 +603,7 @@ class Keyring:
         count, seq = await self._store.revoke_all(
             organization_id, self.now_ms(), reason, by=self._actor(by)
         )
-        return Revoked(count, await self._propagate(None, seq, wait))
+        return Revoked(count, await self._propagation.publish(seq, None, wait))
 
     async def set_organization_active(
         self,
@@ -624,7 +621,7 @@ class Keyring:
         seq = await self._store.change_organization(
             organization_id, self.now_ms(), active, by=self._actor(by)
         )
-        return None if seq is None else await self._propagate(None, seq, wait)
+        return None if seq is None else await self._propagation.publish(seq, None, wait)
 
     async def events(
         self,
@@ -677,7 +674,7 @@ class Keyring:
 
     async def _propagated(self, changed: tuple[KeyRecord, int], wait: bool) -> Changed:
         record, seq = changed
-        return Changed(record, await self._propagate(record, seq, wait))
+        return Changed(record, await self._propagation.publish(seq, record, wait))
 
     async def _hash(
         self, token: Token, organization_id: str, by: Principal | None, new_keys: int = 0

@@ -10,11 +10,11 @@ new. What was made with its predecessor is read until that is retired.
 A rotation that was cut off in between is finished by the next one.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from keylatch.caches.shared_cache import TTL_SECONDS
-from keylatch.revocation.invalidations import Receipt
+from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.storage.audit import OPERATOR
 from keylatch.storage.secrets import KINDS, SecretInfo
 from keylatch.storage.store import Store
@@ -43,18 +43,18 @@ class StoreSecrets:
 
     Args:
         store: whose secrets.
-        wait_until_acknowledged: see `feed.Freshness`.
+        propagation: waits until every process knows a change.
         clock: seconds since the Unix epoch.
     """
 
     def __init__(
         self,
         store: Store,
-        wait_until_acknowledged: Callable[[int], Awaitable[Receipt]],
+        propagation: Propagation,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._wait_until_acknowledged = wait_until_acknowledged
+        self._propagation = propagation
         self._clock = clock
 
     async def list(self) -> Sequence[SecretInfo]:
@@ -70,10 +70,10 @@ class StoreSecrets:
         Raises:
             StoreUnavailable: repeat it; it goes on where it was.
         """
-        await self._wait_until_acknowledged(
+        await self._propagation.publish(
             await self._store.add_pending_secrets(kinds, self._now_ms(), by=by)
         )
-        return await self._wait_until_acknowledged(
+        return await self._propagation.publish(
             await self._store.promote_secrets(kinds, self._now_ms(), by=by)
         )
 
@@ -103,7 +103,7 @@ class StoreSecrets:
         )
         if seq is None:
             raise SecretInUse("there is no such secret any more", "keylatch secrets list")
-        return await self._wait_until_acknowledged(seq)
+        return await self._propagation.publish(seq)
 
     async def _find_retirable(self, secret_id: int) -> tuple[SecretInfo, SecretInfo]:
         """A secret that may go, and the one that came after it."""

@@ -1,33 +1,29 @@
-"""PostgreSQL's witness: the store grants leases, and a change waits for whoever holds one.
+"""Freshness on PostgreSQL: the store grants leases, and a change waits for every lease member.
 
-A process may believe its feed until X after it *asked* (`t0`, taken before the question leaves).
-It asks every X/4. One question is one transaction on the primary: it acknowledges what was learned
-last time, counts the grant on the process's own row in `members`, and reads what changed. A replica
-cannot do that, so it grants nothing. When the bell rings with news that follow on what is known,
-their tombstones are kept at once and the next question acknowledges them; any other bell makes it
-read what changed at once, and acknowledge that with the question that follows.
+A process may use its caches until one lease period after it *requested* the lease (the time is
+taken before the query is sent). It polls the store four times in a lease period. One poll is one
+transaction on the primary: it acknowledges what the previous poll returned, counts the grant on the
+process's own row in `keylatch_members`, and reads what changed. A replica cannot write, so it
+grants nothing. A notice whose rows follow on the known ones adds their tombstones at once, and the
+next poll acknowledges them; any other notice makes the process read the changes at once and
+acknowledge them with the poll that follows.
 
-A revoke commits, reads what changed, rings with that, and waits until every member has acknowledged
-its sequence number, at most
-X: by then every lease that was asked for before the commit is over, and every later one came
-with the tombstone. Members that did not acknowledge and whose count of grants stood still for X
-hold no lease; their rows are removed, so a process that died costs one revoke X, once. Whoever
-finds its row gone holds no lease either and joins again under a new name.
+`propagation` waits for acknowledgements and removes the rows of members that hold no lease. A
+process that finds its row removed holds no lease either, and joins again under a new name.
 
 Clocks: durations only, from CLOCK_BOOTTIME, which goes on while a machine is suspended. Rates may
-differ by 1 %, so holders give up 2 % early. No wall clock is compared with another.
+differ by 1 %, so a holder stops 2 % early. No wall clock is compared with another.
 """
 
 import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Final
 
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.invalidations import MAX_SEQ, Invalidations, Receipt
+from keylatch.revocation.invalidations import MAX_SEQ, Invalidations
 from keylatch.revocation.notices import Notice
 from keylatch.storage.store import Poll, Store
 from keylatch.telemetry.counters import Counter
@@ -37,14 +33,8 @@ _BOOTTIME: Final[int | None] = getattr(
     time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC_RAW", None)
 )
 _EXPIRY_MARGIN: Final = 0.98
-_RECENT_FRACTION: Final = 0.75  # of X are left: the next poll is still to come
-_MAX_WAIT_FACTOR: Final = 1.1
+_RECENT_FRACTION: Final = 0.75  # of the lease period is left: the next poll is still to come
 _COALESCE_SECONDS: Final = 0.005
-_MIN_POLL_SECONDS: Final = 0.001
-_MAX_POLL_SECONDS: Final = 0.025
-_NOTICE_REACH: Final = 8
-"""Lines of the log that a bell tells at most: others may not know of what was committed before,
-and whoever cannot follow on what is told has to read."""
 
 log = logging.getLogger("keylatch")
 
@@ -62,13 +52,12 @@ def boottime() -> float:
 
 
 class Lease:
-    """See `keylatch.revocation.invalidations.Freshness`.
+    """The lease of one process; see `keylatch.revocation.freshness.Freshness`.
 
     Args:
         store: on PostgreSQL.
-        invalidations: to keep current.
-        lease_seconds: X.
-        publish: rings the bell, with news where there are some.
+        invalidations: kept complete while the lease lasts.
+        seconds: the lease period.
         clock: seconds since the Unix epoch, until the store's own time is known.
         timer: seconds that never go back and never stand still.
     """
@@ -77,15 +66,13 @@ class Lease:
         self,
         store: Store,
         invalidations: Invalidations,
-        lease_seconds: float,
-        publish: Callable[[Notice | None], Awaitable[None]],
+        seconds: float,
         clock: Callable[[], float] = time.time,
         timer: Callable[[], float] = boottime,
     ) -> None:
         self._store = store
         self._invalidations = invalidations
-        self._lease_seconds = lease_seconds
-        self._publish = publish
+        self.seconds = seconds
         self._clock = clock
         self._timer = timer
         self.health = Health("lease not renewed", "lease renewed again", clock=clock)
@@ -102,20 +89,19 @@ class Lease:
         self._requested_at = 0.0
         self.health.clear()
         self.memberships_lost = Counter()
-        """How often this process was taken for dead."""
+        """How often another process removed this process's membership."""
 
     @property
     def age_seconds(self) -> float:
-        """How long ago it was asked for the lease that it holds, or held last."""
+        """Seconds since the process requested the lease that it holds, or held last."""
         return self._timer() - self._requested_at if self._requested_at else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """How long the lease still runs; 0 without one."""
+        """Seconds until the lease expires; 0 without a lease."""
         return max(0.0, self._expires_at - self._timer())
 
     def component_health(self) -> ComponentHealth:
-        """How it is about the lease."""
         if self.is_fresh():
             return self.health.component_health("lease", "degraded", "the lease cannot be renewed")
         since = self.health.since
@@ -138,22 +124,20 @@ class Lease:
         return int((self._timer() + self._store_clock_offset) * 1000)
 
     def on_notice(self, notice: Notice | None = None) -> None:
-        """The bell rang."""
+        """A notice was received; None: one without rows, or without a valid MAC."""
         if notice is None or not self._invalidations.add_pending(notice):
             self._must_poll = True
         self._notified.set()
 
     async def begin(self) -> None:
-        self._invalidations.begin(
-            await self._store.invalidations_since(MAX_SEQ, self._lease_seconds)
-        )
+        self._invalidations.begin(await self._store.invalidations_since(MAX_SEQ, self.seconds))
         await self.renew()
 
     async def revalidate(self) -> None:
         if not self.is_fresh():
             await self.renew()
         if not self.is_fresh():
-            # The answer took longer than the lease lasts: it is good for nobody.
+            # The answer took longer than one lease period, so its grant has expired already.
             raise StoreUnavailable(
                 "the store answers slower than one lease period", "is KEYLATCH_LEASE too short?"
             )
@@ -161,7 +145,7 @@ class Lease:
     async def run(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(self._lease_seconds / 4):
+                async with asyncio.timeout(self.seconds / 4):
                     await self._notified.wait()
             except TimeoutError:
                 pass
@@ -172,7 +156,7 @@ class Lease:
                 self.health.record_success()
             except StoreUnavailable as error:
                 self.health.record_failure(error.message, error.hint)
-            if was_notified:  # many may ring in a row
+            if was_notified:  # notices come in bursts
                 await asyncio.sleep(_COALESCE_SECONDS)
 
     async def _handle_notice(self) -> None:
@@ -184,10 +168,10 @@ class Lease:
 
     async def _renew_and_acknowledge(self) -> None:
         if await self.renew():
-            await self.renew()  # acknowledges what was just learned
+            await self.renew()  # acknowledges the changes that were just read
 
     async def end(self) -> None:
-        while self._renewal is not None:  # a question under way would join again
+        while self._renewal is not None:  # a poll in flight would join again
             await asyncio.wait([self._renewal])
         self._expires_at = 0.0
         member, self._member = self._member, ""
@@ -198,24 +182,24 @@ class Lease:
                 log.warning(
                     "could not remove this member on shutdown; "
                     "the next revocation will wait up to %g s for it",
-                    self._lease_seconds,
+                    self.seconds,
                 )
 
-    # Asking
+    # Polling the store
 
     async def renew(self, *, changes_only: bool = False) -> bool:
-        """Ask the store, in a question that leaves after this call; True if there is something to
-        acknowledge after it.
+        """Poll the store with a query that is sent after this call; True if the poll returned
+        changes that the next one has to acknowledge.
 
-        At most one question is under way and one waits; whoever comes while the first is under
-        way shares the second, because the first may have read before they came.
+        At most one poll is in flight and one is queued. A call that comes while the first is in
+        flight shares the second, because the first may have read before that call.
 
         Args:
-            changes_only: no renewal while the lease is recent: all get notice at once, and to read
-                is a fraction of what a grant costs the store.
+            changes_only: read the changes without a grant while the lease is recent: all members
+                get a notice at once, and reading costs the store a fraction of a grant.
 
         Raises:
-            StoreUnavailable: nothing was learned.
+            StoreUnavailable: the store did not answer.
         """
         if self._renewal is None:
             self._renewal = self._start_renewal(None, changes_only)
@@ -235,33 +219,30 @@ class Lease:
 
     def _on_renewal_done(self, task: asyncio.Task[bool]) -> None:
         if not task.cancelled():
-            task.exception()  # its waiters have it; nobody may be left to wait
+            task.exception()  # retrieved: all callers may have been cancelled
         if self._renewal is task:
             self._renewal, self._next_renewal = self._next_renewal, None
 
     async def _renew(self, previous: asyncio.Task[bool] | None, changes_only: bool) -> bool:
         if previous is not None:
             await asyncio.wait([previous])
-        # Not while a lease grows old: bells without end shall not keep it from being renewed.
         seq, pending, min_seq = (
             self._invalidations.seq,
             self._invalidations.pending,
             self._invalidations.pending_seq,
         )
-        if (
-            changes_only
-            and self._expires_at - self._timer() > self._lease_seconds * _RECENT_FRACTION
-        ):
-            batch = await self._store.invalidations_since(seq, self._lease_seconds)
+        # Only while the lease is recent: endless notices must not keep it from being renewed.
+        if changes_only and self._expires_at - self._timer() > self.seconds * _RECENT_FRACTION:
+            batch = await self._store.invalidations_since(seq, self.seconds)
             self._invalidations.apply(batch, min_seq)
             return batch.seq != seq
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)
-                await self._store.join(member, self._lease_seconds)
+                await self._store.join(member, self.seconds)
                 self._member = member
             requested_at = self._timer()  # before the query is sent
-            poll = await self._store.poll(self._member, seq, self._lease_seconds, pending)
+            poll = await self._store.poll(self._member, seq, self.seconds, pending)
             if poll.is_member:
                 self._apply_grant(poll, requested_at, min_seq)
                 return poll.acknowledged_seq != poll.batch.seq
@@ -273,70 +254,8 @@ class Lease:
         )
 
     def _apply_grant(self, poll: Poll, requested_at: float, min_seq: int) -> None:
-        """Tombstones and lease, in one step of the event loop."""
+        """Apply tombstones and lease in one step of the event loop."""
         self._invalidations.apply(poll.batch, min_seq)
         self._requested_at = requested_at
-        self._expires_at = requested_at + self._lease_seconds * _EXPIRY_MARGIN
+        self._expires_at = requested_at + self.seconds * _EXPIRY_MARGIN
         self._store_clock_offset = poll.store_seconds - requested_at
-
-    # Waiting for the others
-
-    async def wait_until_acknowledged(self, seq: int, *, wait: bool = True) -> Receipt:
-        committed_at = self._timer()
-        await self._publish_notice(seq)
-        if not wait:
-            return Receipt(seq, acknowledged=0, members=0, bound_seconds=self._lease_seconds)
-        laggards: dict[str, int] | None = None
-        grants: dict[str, int] = {}  # of those who lagged at the first look
-        counted_at = committed_at
-        members = 0
-        while True:
-            try:
-                laggards, members = await self._store.laggards(seq, self._lease_seconds)
-                if not laggards:
-                    break
-                if not grants:
-                    # Read after the look: a grant that it has counted was made before this.
-                    grants, counted_at = laggards, self._timer()
-            except StoreUnavailable:
-                pass  # the change is committed; time alone will do
-            now = self._timer()
-            if now >= counted_at + self._lease_seconds:
-                await self._remove_laggards(grants, seq)
-                break
-            if now >= committed_at + self._lease_seconds * _MAX_WAIT_FACTOR:
-                break  # the first look was late: enough for the answer, not for removing anybody
-            await asyncio.sleep(_poll_interval(now - committed_at, len(laggards or ()), members))
-        acknowledged = members - len(laggards or ())
-        return Receipt(seq, acknowledged, members, bound_seconds=0.0)
-
-    async def _publish_notice(self, seq: int) -> None:
-        """Ring with what the log says, read once for all."""
-        since = max(0, seq - _NOTICE_REACH)
-        notice = None
-        with suppress(StoreUnavailable):  # then all have to look
-            notice = Notice(
-                since, await self._store.invalidations_since(since, self._lease_seconds / 4)
-            )
-        self.on_notice(notice)  # this process is one of those who must know
-        await self._publish(notice)
-
-    async def _remove_laggards(self, laggards: dict[str, int], seq: int) -> None:
-        """Remove members who acknowledged nothing and were granted nothing for X."""
-        try:
-            removed = await self._store.remove_members(laggards, seq, self._lease_seconds / 4)
-        except StoreUnavailable:
-            return  # the next revoke tries again
-        if removed:
-            log.warning(
-                "removed %d lease members that did not acknowledge for %g s",
-                removed,
-                self._lease_seconds,
-            )
-
-
-def _poll_interval(elapsed: float, lagging: int, members: int) -> float:
-    """Seconds until the next look: half of what the others seem to need, if they go on as so far.
-    Close to the end, and no hammering where somebody is dead."""
-    needed = elapsed * lagging / (members - lagging) if lagging < members else elapsed
-    return min(max(_MIN_POLL_SECONDS, elapsed / 20, min(needed, elapsed) / 2), _MAX_POLL_SECONDS)

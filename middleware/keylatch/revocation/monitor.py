@@ -1,72 +1,73 @@
-"""Was what was let in still good? Looked at again, off the path, with eyes of its own.
+"""Detects keys that were accepted after a revocation, independently of the checks.
 
-Checks believe the feed, its witness and what they have remembered of both. Whether they are right
-to, nobody on their path can say. So whenever uses are stored, the log of changes is read once more,
-by a question of its own and into a book of its own: key or organisation, sequence number, and the
-moment at which this process could know. A key that was let in later than that, by an entry that is
-older than the change, was accepted after its revocation: that must never be, and is counted.
+Checks rely on `Invalidations`, `Freshness` and cached entries, and cannot tell whether those are
+right. So whenever uses are stored, the monitor reads the log of changes with a query of its own and
+into a table of its own: key or organisation, sequence number, and the time at which this process
+could know. A key that was accepted later than that, by an entry older than the change, was accepted
+after its revocation: this must never happen, and is counted.
 
-It cannot raise a false alarm: no clocks of two machines are compared, and whoever was late by a
-thread's pause is within the grace. It can miss what is over before it looks (within seconds), and
-keys that are no longer remembered: it finds what goes on being wrong, not what was wrong once.
+It raises no false alarm: it compares no clocks of two machines, and a paused thread is within the
+grace. It can miss a fault that ends before the monitor runs (within seconds), and keys that have
+left the cache: it finds faults that last, not single ones.
 """
 
 import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from keylatch.caches.local_cache import Entry
+from keylatch.caches.local_cache import Entry, LocalCache
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.queries import InvalidationBatch
 from keylatch.storage.store import Store
+from keylatch.telemetry.counters import Counters
 
 GRACE_MS: Final = 1_000.0
-"""A thread may be paused between looking at the clock and letting somebody in."""
+"""A thread may be paused between reading the clock and allowing a request."""
 _MAX_CHANGES: Final = 100_000
 
 log = logging.getLogger("keylatch")
 
 
 class RevocationMonitor:
-    """At the keys that one process has let in.
+    """Monitors the keys that one process accepts.
 
     Args:
-        store: whose log of changes counts.
-        entry_of: what the process remembers of a key id.
-        now_ms: the time that uses are noted in.
-        bound_ms: how long after a commit a process may decide by what was before.
-        on_violation: called for each key that was accepted too late.
+        store: its log of changes is compared.
+        l1: the entries by which the process accepts keys.
+        now_ms: the time by which uses are recorded.
+        bound_ms: how long after a commit a process may decide by the state before it.
+        counters: count the keys that were accepted too late.
     """
 
     def __init__(
         self,
         store: Store,
-        entry_of: Callable[[str], Entry | None],
+        l1: LocalCache,
         now_ms: Callable[[], float],
         bound_ms: float,
-        on_violation: Callable[[], None],
+        counters: Counters,
     ) -> None:
         self._store = store
-        self._entry_of = entry_of
+        self._l1 = l1
         self._now_ms = now_ms
         self._grace_ms = bound_ms + GRACE_MS
-        self._on_violation = on_violation
+        self._counters = counters
         self.begin(0, "")
 
     def begin(self, seq: int, epoch: str) -> None:
-        """Know of no change up to this one."""
+        """Monitor the changes after this sequence number."""
         self._seq = seq
         self._epoch = epoch
         self._floor = (0, 0.0)
         self._changed: dict[str, tuple[int, float]] = {}
 
     async def check(self, last_used: Mapping[str, int]) -> None:
-        """Judge uses (key id → milliseconds) by what was known before them, and learn what is new
-        for the next ones."""
+        """Compare uses (key id → milliseconds) with the changes that were known before them, then
+        read the new changes for the next call."""
         for key_id, used_at in last_used.items():
-            entry = self._entry_of(key_id)
+            entry = self._l1.by_secret_id(key_id)
             if entry is not None and self._is_violation(entry, used_at):
-                self._on_violation()
+                self._counters.accepted_after_revocation.add()
                 log.critical(
                     "accepted key %s after it was revoked or changed: please report this",
                     key_id,

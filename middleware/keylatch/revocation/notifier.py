@@ -1,8 +1,8 @@
-"""The bell: "something changed": either what, under seal, or "go and look". Its loss is survived.
+"""Notifiers: publish to every process that the log has new rows. A lost notice does no harm.
 
-It rings through Redis where there is one, else through the store. It makes a revoke known in
-milliseconds; without it, every process still looks four times in the length of a lease. Whatever
-does not bear the seal is a call to look.
+Notices go through Redis where it is configured, else through PostgreSQL. With them a revocation
+takes effect in milliseconds; without them every process still polls four times in a lease period. A
+payload without rows, or without a valid MAC, makes a process poll the store.
 """
 
 import asyncio
@@ -21,21 +21,18 @@ OnNotice = Callable[[Notice | None], None]
 
 
 class Notifier(Protocol):
-    """One of the two bells."""
-
-    signer: Signer
-    """Of this store."""
+    """Publishes notices and receives those of other processes."""
 
     async def publish(self, notice: Notice | None) -> None:
-        """Tell every process the news, or to look; may be lost, never raises, takes 50 ms at
-        most."""
+        """Send a notice to every process; None: have them poll. It may be lost, never raises, and
+        takes 50 ms at most."""
 
     async def subscribe(self, on_notice: OnNotice) -> None:
-        """Call `on_notice` whenever it rings, with its notice or None if it has none, and whenever
-        the line is up again; until cancelled."""
+        """Call `on_notice` with every notice, with None for a payload without rows or valid MAC,
+        and with None after every connect; until cancelled."""
 
     async def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
 
 
 class RedisNotifier:
@@ -46,7 +43,7 @@ class RedisNotifier:
         subscriber: a client without a read timeout, for the subscription.
         breaker: see `CircuitBreaker`.
         channel: of this store.
-        signer: of this store.
+        signer: signs and verifies with the store's peppers.
     """
 
     def __init__(
@@ -56,10 +53,10 @@ class RedisNotifier:
         self._subscriber = subscriber
         self._breaker = breaker
         self._channel = channel
-        self.signer = signer
+        self._signer = signer
 
     async def publish(self, notice: Notice | None) -> None:
-        signed = self.signer.sign(notice)
+        signed = self._signer.sign(notice)
         await self._breaker.attempt(lambda: self._client.publish(self._channel, signed))
 
     async def subscribe(self, on_notice: OnNotice) -> None:
@@ -76,9 +73,9 @@ class RedisNotifier:
         while True:
             message = await subscription.get_message(timeout=_PING_SECONDS)
             if message is not None:
-                on_notice(self.signer.verify(message["data"]))
+                on_notice(self._signer.verify(message["data"]))
             else:
-                await subscription.ping()  # a line that died in silence fails here
+                await subscription.ping()  # fails if the connection is dead
 
     async def close(self) -> None:
         await self._subscriber.aclose()
@@ -89,11 +86,11 @@ class StoreNotifier:
 
     def __init__(self, store: Store, signer: Signer) -> None:
         self._store = store
-        self.signer = signer
+        self._signer = signer
 
     async def publish(self, notice: Notice | None) -> None:
         try:
-            await self._store.notify(self.signer.sign(notice).decode())
+            await self._store.notify(self._signer.sign(notice).decode())
         except StoreUnavailable:
             return
 
@@ -101,7 +98,7 @@ class StoreNotifier:
         while True:
             try:
                 await self._store.listen(
-                    lambda payload: on_notice(self.signer.verify(payload.encode()))
+                    lambda payload: on_notice(self._signer.verify(payload.encode()))
                 )
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_SECONDS)

@@ -1,37 +1,37 @@
-"""Open connections: whoever let one in by a key is told when that key is good no more.
+"""Open connections: closes them when the key that allowed them is no longer valid.
 
-A request is judged once, when it starts; a WebSocket stays open. So the same tombstones that end
-cached entries end connections: at news from the feed, and each second for keys that expire.
+A request is decided once, when it starts; a WebSocket stays open. So the tombstones that invalidate
+cached entries also end connections: after every applied change, and each second for keys that
+expire.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Protocol
 
 from keylatch.core.decisions import Requirement
 from keylatch.core.tokens import Token
+from keylatch.revocation.freshness import Freshness
 
 _EXPIRY_SECONDS: Final = 1.0
+
+
+class ChecksTokens(Protocol):
+    """Decides again on a token: `Authenticator`."""
+
+    async def is_still_allowed(self, token: Token, requirement: Requirement) -> bool:
+        """Whether a token that was allowed is allowed now, or cannot be decided on."""
 
 
 class OpenConnections:
     """The open connections of one process.
 
     Args:
-        refresh: brings the feed up to date, where that takes no waiting.
-        is_good: whether a token is still good for what it was let in for; an outage ends nothing.
-        poll_seconds: how often to look while somebody is watched.
+        poll_seconds: how often to look for changes while a connection is open.
     """
 
-    def __init__(
-        self,
-        refresh: Callable[[], object],
-        is_good: Callable[[Token, Requirement], Awaitable[bool]],
-        poll_seconds: float,
-    ) -> None:
-        self._refresh = refresh
-        self._is_good = is_good
+    def __init__(self, poll_seconds: float) -> None:
         self._poll_seconds = poll_seconds
         self.after_fork_in_child()
 
@@ -48,29 +48,29 @@ class OpenConnections:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """How many are tracked."""
         return len(self._connections)
 
     def on_change(self) -> None:
-        """Something changed."""
-        if self._connections:  # else nobody waits, and this may be a thread without a loop
+        """Changes were applied; from any thread."""
+        if self._connections:  # without connections, there may be no event loop either
             self._changed.set()
 
     @contextmanager
     def track(self, token: Token, requirement: Requirement) -> Iterator[asyncio.Event]:
-        """An event that is set once the token is good no more; watched until the block ends."""
+        """An event that is set once the token is no longer allowed, until the end of the block."""
         ended = asyncio.Event()
         self._connections[ended] = (token, requirement)
         self._not_empty.set()
-        self._changed.set()  # it may have been revoked since it was let in
+        self._changed.set()  # it may have been revoked since it was allowed
         try:
             yield ended
         finally:
             self._connections.pop(ended, None)
 
-    async def run(self) -> None:
-        """Look after them, until cancelled."""
-        self._new_events()  # they belong to the loop on which somebody waited for them
+    async def run(self, freshness: Freshness, authenticator: ChecksTokens) -> None:
+        """Check the connections, until cancelled."""
+        self._new_events()  # an event belongs to the loop that first waits for it
         checked_at = 0.0
         while True:
             if not self._connections:
@@ -80,15 +80,15 @@ class OpenConnections:
                 async with asyncio.timeout(self._poll_seconds):
                     await self._changed.wait()
             except TimeoutError:
-                self._refresh()  # changes reach `on_change`
+                freshness.is_fresh()  # applies changes, which call `on_change`
             now = asyncio.get_running_loop().time()
             if self._changed.is_set() or now >= checked_at + _EXPIRY_SECONDS:
                 self._changed.clear()
                 checked_at = now
-                await self._check_all()
+                await self._check_all(authenticator)
 
-    async def _check_all(self) -> None:
+    async def _check_all(self, authenticator: ChecksTokens) -> None:
         for ended, (token, requirement) in tuple(self._connections.items()):
-            if not await self._is_good(token, requirement):
+            if not await authenticator.is_still_allowed(token, requirement):
                 self._connections.pop(ended, None)
                 ended.set()

@@ -1,23 +1,22 @@
-"""SQLite's witness: every check reads the store's counter, so the commit is the invalidation.
-
-No process needs to be told and none needs to be waited for (X = 0).
+"""Freshness on SQLite: every check reads the store's sequence number, so the commit is the
+invalidation. No process needs a notice, and a change waits for none: the lease period is 0.
 """
 
 import threading
 from collections.abc import Callable
 
 from keylatch.errors import StoreUnavailable
-from keylatch.revocation.invalidations import MAX_SEQ, Invalidations, Receipt
+from keylatch.revocation.invalidations import MAX_SEQ, Invalidations
 from keylatch.storage.store import Store
 from keylatch.telemetry.health import ComponentHealth
 
 
 class SequenceFreshness:
-    """See `keylatch.revocation.invalidations.Freshness`.
+    """See `keylatch.revocation.freshness.Freshness`.
 
     Args:
         store: on SQLite.
-        invalidations: to keep current.
+        invalidations: kept complete.
         clock: seconds since the Unix epoch.
     """
 
@@ -27,7 +26,7 @@ class SequenceFreshness:
         self._store = store
         self._invalidations = invalidations
         self._clock = clock
-        self._read_data_version = store.data_version  # asked at every check
+        self._read_data_version = store.data_version  # called at every check
         self.clear()
 
     def clear(self) -> None:
@@ -35,7 +34,7 @@ class SequenceFreshness:
         self._data_version: bytes | None = None
 
     def now_if_fresh(self) -> float | None:
-        data_version = self._read_data_version()  # before the counter is read
+        data_version = self._read_data_version()  # before the sequence number
         if (
             data_version is not None and data_version == self._data_version
         ) or self._try_revalidate():
@@ -49,7 +48,8 @@ class SequenceFreshness:
         return self.now_if_fresh() is not None
 
     def _try_revalidate(self) -> bool:
-        # One thread at a time: whoever learned less, later, would take the feed back.
+        # One thread at a time: a thread that read an older state and applied it later would undo
+        # what another one has applied.
         with self._lock:
             data_version = self._read_data_version()
             seq = self._store.sequence_nowait()
@@ -71,7 +71,7 @@ class SequenceFreshness:
     async def revalidate(self) -> None:
         if self.is_fresh():
             return
-        await self._store.ping()  # on a thread, where there is time to wait for a lock
+        await self._store.ping()  # on a thread, which may wait for a lock
         if not self.is_fresh():
             raise StoreUnavailable(
                 "the store's sequence number cannot be read", "see the lines above"
@@ -79,9 +79,6 @@ class SequenceFreshness:
 
     async def run(self) -> None:
         return None
-
-    async def wait_until_acknowledged(self, seq: int, *, wait: bool = True) -> Receipt:
-        return Receipt(seq, acknowledged=0, members=0, bound_seconds=0.0)
 
     async def end(self) -> None:
         return None

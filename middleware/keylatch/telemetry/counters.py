@@ -103,14 +103,16 @@ class Histogram:
 
 
 class Counters:
-    """The numbers of one engine. A forked child begins with a new object."""
+    """The numbers of one engine."""
 
     def __init__(self) -> None:
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """Count from 0."""
         self.hits = Counter()
         """Requests that L1 allowed; a hit steps it directly, by `steps`."""
         self.steps = self.hits.steps
-        self.hits_to_time = 0
-        """How many of the next hits are timed."""
         self._decisions = {
             (decision, source): Counter()
             for decision, sources in _possible_decisions()

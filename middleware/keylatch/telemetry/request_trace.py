@@ -8,13 +8,13 @@ that tries tokens which of them name a key.
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
-from keylatch.core.decisions import ANY_KEY, Allow, Decision, Requirement
-from keylatch.core.tokens import SECRET_LENGTH, Token, redact_tokens
+from keylatch.core.decisions import Allow, Deny
+from keylatch.core.tokens import SECRET_LENGTH, redact_tokens
 from keylatch.telemetry.events import Decided, Event, StageEnded
 
 Header = tuple[bytes, bytes]
@@ -51,9 +51,9 @@ class RequestTrace:
         self.stages: list[tuple[str, float]] = []
 
     def record_decision(self, decision: object, seconds: float) -> None:
-        """Record the result of a check; a token: the check has to go on, with a lookup."""
+        """Record the result of a check; after a cache miss the check goes on."""
         self.seconds += seconds
-        if not isinstance(decision, Token):
+        if isinstance(decision, Allow | Deny):
             self.is_allowed = isinstance(decision, Allow)
 
     def headers(self) -> list[Header]:
@@ -104,33 +104,6 @@ def request_id(given: str) -> str:
 def _may_be_secret(given: str) -> bool:
     words = _LONG_WORD.findall(given)
     return redact_tokens(given) != given or any(not _HEX.fullmatch(word) for word in words)
-
-
-class Authenticator(Protocol):
-    """The part of an engine that adapters call."""
-
-    def check_cached(
-        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
-    ) -> Decision | Token:
-        """The decision, or the token if a lookup is needed."""
-
-    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
-        """The decision, after a lookup."""
-
-
-class TracedAuthenticator:
-    """Times the checks of an engine for the request's trace."""
-
-    def __init__(self, authenticator: Authenticator) -> None:
-        self._authenticator = authenticator
-
-    def check_cached(
-        self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
-    ) -> Decision | Token:
-        return time_check(lambda: self._authenticator.check_cached(values, requirement))
-
-    async def check(self, token: Token, requirement: Requirement = ANY_KEY) -> Decision:
-        return await time_awaited_check(self._authenticator.check(token, requirement))
 
 
 def time_check(check: Callable[[], T], timer: Callable[[], float] = time.perf_counter) -> T:

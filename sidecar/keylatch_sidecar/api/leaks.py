@@ -133,14 +133,14 @@ class ReportQueue:
         Raises:
             StoreUnavailable: the store does not answer, or too many reports wait for it.
         """
-        await self._engine.ensure_available()
+        await self._engine.authenticator.ensure_available()
         if len(self._pending) >= self._max_pending:
             raise StoreUnavailable("too many leak reports are pending", "")
 
     async def enqueue(self, tokens: Sequence[Token]) -> None:
         """Put those whose key the store could have into the line."""
         for token in filter(_is_valid_credential, tokens):
-            if not self._engine.may_exist(token):
+            if not self._engine.authenticator.may_exist(token):
                 continue
             if is_native(token):
                 self._pending.setdefault(token.fingerprint, token)
@@ -198,7 +198,7 @@ def _is_valid_credential(token: Token) -> bool:
 
 
 async def _revoke_reported(engine: Engine, token: Token) -> None:
-    owner = await engine.identify(token)
+    owner = await engine.authenticator.identify(token)
     if owner is not None and owner.is_usable:
         await revoke((await engine.keyring()).as_operator(_ACTOR), owner)
         log.warning("%s was reported as leaked and is revoked", owner.record.id)

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from keylatch.revocation.invalidations import Receipt
+from keylatch.revocation.propagation import Receipt
 from keylatch_sidecar.api.errors import InvalidInput
 from keylatch_sidecar.api.schemas import JSON, ResponseBody, invalid_input
 

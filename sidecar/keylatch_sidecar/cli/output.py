@@ -11,7 +11,7 @@ from rich.table import Table
 
 from keylatch.core.decisions import KeyRecord
 from keylatch.core.tokens import Token
-from keylatch.revocation.invalidations import Receipt
+from keylatch.revocation.propagation import Receipt
 from keylatch_sidecar.api.unsent import describe
 
 T = TypeVar("T")

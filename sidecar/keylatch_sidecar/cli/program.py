@@ -425,7 +425,9 @@ def verify(
         )
     requirement = all_of(permission or ())
     settings = Settings.load(store=store, redis=redis)
-    decision = with_engine(settings, lambda engine: engine.check(token, requirement))
+    decision = with_engine(
+        settings, lambda engine: engine.authenticator.check_token(token, requirement)
+    )
     if isinstance(decision, Allow):
         output.stderr.print(
             f"Allowed: {decision.principal.key_id} ({decision.principal.permission})"

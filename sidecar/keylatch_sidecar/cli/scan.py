@@ -159,7 +159,7 @@ def _is_missing(store: str) -> bool:
 
 async def _look_up(engine: Engine, token: Token, revoke: bool) -> TokenResult:
     try:
-        owner = await engine.identify(token)
+        owner = await engine.authenticator.identify(token)
     except (HashingBusy, HashingFailed) as error:  # of this one token; the others can be told
         output.print_error(f"{token.key_id}: {error.message}", error.hint)
         return _UNDETERMINED

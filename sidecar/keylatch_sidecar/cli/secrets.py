@@ -12,7 +12,7 @@ from rich.table import Table
 
 from keylatch.engine import Engine
 from keylatch.management.store_secrets import SecretInUse
-from keylatch.revocation.invalidations import Receipt
+from keylatch.revocation.propagation import Receipt
 from keylatch.settings import Settings
 from keylatch.storage.secrets import KINDS, SecretInfo
 from keylatch_sidecar.api.schemas import iso

@@ -19,6 +19,7 @@ from urllib.parse import quote
 from starlette.types import Message, Receive, Scope, Send
 
 from keylatch.asgi import client_info_of, refuse
+from keylatch.authentication.authenticator import Authenticator, CacheMiss, TracedAuthenticator
 from keylatch.core.decisions import (
     ONLY_FULL,
     PERMISSION_PATTERN,
@@ -30,10 +31,8 @@ from keylatch.core.decisions import (
     Requirement,
 )
 from keylatch.core.refusals import Header, Refusal, Refusals
-from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.telemetry.repeated_warning import RepeatedWarning
-from keylatch.telemetry.request_trace import Authenticator, TracedAuthenticator
 from keylatch_sidecar.forward_auth.original_request import (
     NO_REQUEST,
     OriginalRequest,
@@ -76,9 +75,9 @@ class ForwardAuth:
 
     def __init__(self, engine: Engine, cache_seconds: int = 0) -> None:
         self._engine = engine
-        self._authenticator: Authenticator = (
-            TracedAuthenticator(engine) if engine.settings.traces_requests else engine
-        )
+        self._authenticator: Authenticator | TracedAuthenticator = engine.authenticator
+        if engine.settings.traces_requests:
+            self._authenticator = TracedAuthenticator(engine.authenticator)
         self._cache_seconds = cache_seconds
         self._refusals = Refusals(engine.settings.realm, 401, engine.log_failure)
         self._misconfigured = RepeatedWarning(
@@ -106,7 +105,7 @@ class ForwardAuth:
         original = source(scope)
         caller = _NO_CALLER if self._engine.log_failure is None else partial(client_info_of, scope)
         outcome = self._check_cached(original, values, requirement, caller)
-        if isinstance(outcome, Token):
+        if isinstance(outcome, CacheMiss):
             outcome = await self._check(original, outcome, requirement, caller)
         if isinstance(outcome, Refusal):
             await refuse(outcome, scope, receive, send)
@@ -130,7 +129,7 @@ class ForwardAuth:
             caller: whence it came, as far as the proxy can be believed.
         """
         outcome = self._check_cached(original, values, requirement, caller)
-        if isinstance(outcome, Token):
+        if isinstance(outcome, CacheMiss):
             return await self._check(original, outcome, requirement, caller)
         return outcome
 
@@ -140,27 +139,31 @@ class ForwardAuth:
         values: Sequence[bytes],
         requirement: Requirement,
         caller: ClientGetter,
-    ) -> Allow | Refusal | Token:
-        """`decide` without waiting; the token where that does not suffice."""
+    ) -> Allow | Refusal | CacheMiss:
+        """`decide` without waiting."""
         if original is None:
             self._misconfigured.add()
             return _MISCONFIGURED
-        cached = self._authenticator.check_cached(values, requirement)
-        return cached if isinstance(cached, Token) else self._to_outcome(original, cached, caller)
+        decision = self._authenticator.check_cached(values, requirement)
+        if isinstance(decision, CacheMiss):
+            return decision
+        return self._to_outcome(original, decision, caller)
 
     async def _check(
         self,
         original: OriginalRequest | None,
-        token: Token,
+        miss: CacheMiss,
         requirement: Requirement,
         caller: ClientGetter,
     ) -> Allow | Refusal:
         """`decide` within the deadline."""
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                decision = await self._authenticator.check(token, requirement)
+                decision = await self._authenticator.check(miss, requirement)
         except TimeoutError:
-            decision = self._engine.deny_unavailable(f"no decision within {DEADLINE_SECONDS} s")
+            decision = self._engine.authenticator.deny_unavailable(
+                f"no decision within {DEADLINE_SECONDS} s"
+            )
         return self._to_outcome(original or NO_REQUEST, decision, caller)
 
     def _to_outcome(
