@@ -100,7 +100,7 @@ class APIKeyMiddleware(BaseMiddleware[ASGIApp]):
         return ASGIRouter(app, _is_keylatch_middleware)
 
     async def _call_traced(self, scope: Scope, receive: Receive, send: Send) -> None:
-        adds_headers = self.engine.settings.timing == "on"
+        adds_headers = self.engine.settings.timing
         with tracing_request(scope["headers"]) as trace:
             traced_send = with_headers(trace, send) if adds_headers else send
             await self({**scope, _TRACED: True}, receive, traced_send)

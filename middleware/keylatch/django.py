@@ -178,7 +178,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
             return self._with_headers(trace, await self._call_async(request))
 
     def _with_headers(self, trace: RequestTrace, response: Any) -> Any:
-        if self.engine.settings.timing == "on":
+        if self.engine.settings.timing:
             for name, value in trace.headers():
                 _append_header(response, name.decode(), value.decode())
         return response

@@ -97,7 +97,7 @@ class Engine(Authenticator):
             )
         self._single_flight: SingleFlight[tuple[Entry | NegativeEntry, str]] = SingleFlight()
         self._usage = UsageRecorder(self._store_usage, now_ms=self.now_ms)
-        self.records_clients = settings.clients == "on"
+        self.records_clients = settings.clients
         """Whether adapters say whence a key that was let in was used: see `see`."""
         self._diagnostics = Diagnostics(
             RevocationMonitor(
@@ -113,8 +113,8 @@ class Engine(Authenticator):
                 recovery_seconds=_RECOVERY_SECONDS,
                 clock=clock,
             ),
-            _tracing() if settings.tracing == "on" else None,
-            FailureLog(timer) if settings.log_failures == "on" else None,
+            _tracing() if settings.tracing else None,
+            FailureLog(timer) if settings.log_failures else None,
         )
         self._inherited: list[object] = []
         self._reset_counters()

@@ -80,7 +80,7 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
     ) -> Iterable[bytes]:
         environ[_TRACED] = True
         with request_trace_of(environ) as trace:
-            if self.engine.settings.timing == "on":
+            if self.engine.settings.timing:
                 start_response = _with_headers(trace, start_response)
             return self(environ, start_response)
 

@@ -64,11 +64,11 @@ class BaseMiddleware(Generic[App]):
         environment: str | None = None,
         lease: float | None = None,
         hasher: str | None = None,
-        clients: str | None = None,
+        clients: bool | None = None,
         log: str | None = None,
-        log_failures: str | None = None,
-        timing: str | None = None,
-        tracing: str | None = None,
+        log_failures: bool | None = None,
+        timing: bool | None = None,
+        tracing: bool | None = None,
         engine: Engine | None = None,
     ) -> None:
         mistakes: list[tuple[str, str]] = []
@@ -92,7 +92,7 @@ class BaseMiddleware(Generic[App]):
                     tracing=tracing,
                 )
             )
-            grantable = engine.settings.grantable
+            grantable = engine.settings.permissions
         except ConfigurationError as error:
             mistakes += error.mistakes
         try:
