@@ -42,7 +42,7 @@ from keylatch.adapters.languages import language_of, override_language
 from keylatch.adapters.middleware import BaseMiddleware
 from keylatch.adapters.portal import Portal, close_all
 from keylatch.adapters.routing import has_encoded_slash, is_unambiguous_environ
-from keylatch.adapters.view_permissions import any_of, refusal_of
+from keylatch.adapters.view_permissions import all_of, any_of, refusal_of
 from keylatch.core.decisions import (
     FULL,
     Decision,
@@ -291,16 +291,27 @@ def get_asgi_application() -> Callable[..., Awaitable[None]]:
 
 
 def requires(*permissions: str) -> Callable[[View], View]:
-    """Let a view be called by keys with any one of these permissions, and by FULL.
+    """A decorator for a view that requires all of these permissions; FULL includes every one.
 
-    For functions and, with `method_decorator`, for the methods of classes; sync or async. The
-    middleware reads it; the view itself refuses with the very same answer.
+    For functions and, with `method_decorator`, for methods of classes; sync or async. The
+    middleware reads the declaration; the view checks again and refuses with the same response.
 
     Raises:
-        ConfigurationError: naming every word that is no permission.
+        ConfigurationError: names every malformed permission.
     """
-    requirement = any_of(permissions)
+    return _guard(all_of(permissions))
 
+
+def requires_any(*permissions: str) -> Callable[[View], View]:
+    """As `requires`, for a view that requires any one of these permissions.
+
+    Raises:
+        ConfigurationError: names every malformed permission.
+    """
+    return _guard(any_of(permissions))
+
+
+def _guard(requirement: Requirement) -> Callable[[View], View]:
     def decorate(view: View) -> View:
         @functools.wraps(view)
         def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:

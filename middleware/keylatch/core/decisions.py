@@ -6,7 +6,7 @@ since the Unix epoch (UTC).
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, NoReturn, TypeAlias
@@ -248,7 +248,10 @@ class Requirement:
 
     @classmethod
     def all_of(cls, permissions: Sequence[str]) -> "Requirement":
-        """Demands that add up: a key must satisfy each; FULL satisfies all."""
+        """All of these permissions; for none of them: any key.
+
+        A key has one permission, so two different ones leave FULL, which includes all.
+        """
         if not permissions:
             return ANY_KEY
         distinct = set(permissions)
@@ -256,6 +259,17 @@ class Requirement:
             return ONLY_FULL
         sufficient = {FULL} | (distinct if len(distinct) == 1 else set())
         return cls(frozenset(sufficient), " ".join(sorted(distinct)))
+
+    @classmethod
+    def any_of(cls, permissions: Iterable[str]) -> "Requirement":
+        """Any one of these permissions, or FULL; for none of them: FULL."""
+        return _any_of(frozenset(permissions))
+
+
+@functools.lru_cache(maxsize=1024)  # `Policy` combines the permissions of rules for each request
+def _any_of(permissions: frozenset[str]) -> Requirement:
+    scope = " ".join(sorted(permissions))
+    return Requirement(permissions | {FULL}, scope) if permissions else ONLY_FULL
 
 
 ANY_KEY: Final = Requirement()

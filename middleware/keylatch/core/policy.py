@@ -22,7 +22,6 @@ from keylatch.core.rules import (
     WEBSOCKET,
     Mistakes,
     Rule,
-    any_of,
     find_exposed_heads,
     find_exposed_mounts,
     find_exposed_views,
@@ -213,8 +212,8 @@ class Policy:
         declares = route.requirement is not None and route.requirement.permissions is not None
         rules = self._matching(self._rule_patterns, target)
         permissions = [rule.named for rule in rules if declares or not rule.is_declared]
-        by_rules = any_of(frozenset().union(*permissions))
-        return _all_of([by_rules, *others, *filter(None, [route.requirement])])
+        by_rules = Requirement.any_of(frozenset().union(*permissions))
+        return _intersection([by_rules, *others, *filter(None, [route.requirement])])
 
     def _is_public_view(self, public: Sequence[Rule], route: Route) -> bool:
         """Whether a public path opens a view that declares nothing. Where views declare, it does
@@ -290,7 +289,9 @@ class Policy:
         if exact is not None:
             return exact
         permissions = [rule.named for rule in self._matching(self._rule_patterns, target)]
-        return any_of(frozenset().union(*permissions)) if is_canonical(path) else ONLY_FULL
+        if not is_canonical(path):
+            return ONLY_FULL
+        return Requirement.any_of(frozenset().union(*permissions))
 
 
 def _rule_method(method: str) -> str:
@@ -309,11 +310,11 @@ def route_path(scope: Mapping[str, Any]) -> str:
     return path[len(root) :] if path.startswith(root + "/") else path
 
 
-def _all_of(requirements: Sequence[Requirement]) -> Requirement:
-    """Demands that must all be satisfied; where only FULL does, the last names what is missing."""
+def _intersection(requirements: Sequence[Requirement]) -> Requirement:
+    """What satisfies each of these; where only FULL does, the last one names the scope."""
     permissions = [each.permissions for each in requirements if each.permissions is not None]
     common = frozenset.intersection(*permissions) - {FULL}
     if common:
-        return any_of(common)
+        return Requirement.any_of(common)
     scopes = [each.scope for each in requirements if each.permissions is not None]
     return Requirement(ONLY_FULL.permissions, scopes[-1])

@@ -4,12 +4,11 @@ views declare.
 The law of this file: everything wrong is collected, none of it raised, and nothing is asked.
 """
 
-import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from keylatch.core.decisions import FULL, ONLY_FULL, PERMISSION_PATTERN, Requirement
+from keylatch.core.decisions import PERMISSION_PATTERN, Requirement
 from keylatch.core.paths import compile_pattern, fold_path, overlaps, shape, to_starlette_path
 
 Mistakes = list[tuple[str, str]]
@@ -95,20 +94,10 @@ class Rule:
         self.path = path
         self.named = frozenset(permissions)
         self.is_declared = is_declared
-        self.requirement = any_of(self.named)
+        self.requirement = Requirement.any_of(self.named)
         self.matches = compile_pattern(path).fullmatch
         self.shape = shape(path)
         self.folded_path = fold_path(path)
-
-
-@functools.lru_cache(maxsize=1024)
-def any_of(permissions: frozenset[str]) -> Requirement:
-    """What a route asks that is named for these permissions; for none: FULL."""
-    return (
-        Requirement(permissions | {FULL}, " ".join(sorted(permissions)))
-        if permissions
-        else ONLY_FULL
-    )
 
 
 def find_exposed_views(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
@@ -180,17 +169,23 @@ def parse_public(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, st
     return found
 
 
+def permission_mistakes(permission: str, grantable: Collection[str] | None = None) -> Mistakes:
+    """What is wrong with a permission that a rule or a view names."""
+    if not re.fullmatch(PERMISSION_PATTERN, permission):
+        return [(f"permission {permission!r}", f"a word matching {PERMISSION_PATTERN}")]
+    if grantable is not None and permission not in grantable:
+        problem = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
+        return [(f"permission {permission!r} {problem}", "add it there, or correct it")]
+    return []
+
+
 def parse_rules(
     permissions: Mapping[str, Iterable[str]], grantable: Collection[str] | None, mistakes: Mistakes
 ) -> list[Rule]:
     permissions_by_route: dict[tuple[str, str], set[str]] = {}
     configured: set[tuple[str, str]] = set()
     for permission, rules in permissions.items():
-        if not re.fullmatch(PERMISSION_PATTERN, permission):
-            mistakes.append((f"permission {permission!r}", f"a word matching {PERMISSION_PATTERN}"))
-        elif grantable is not None and permission not in grantable:
-            problem = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
-            mistakes.append((f"permission {permission!r} {problem}", "add it there, or correct it"))
+        mistakes += permission_mistakes(permission, grantable)
         if isinstance(rules, str):
             mistakes.append((f"the rules of {permission} are one string", f"write [{rules!r}]"))
             continue
