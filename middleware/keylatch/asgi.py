@@ -7,7 +7,7 @@ nothing else. Scopes are copied, never written on.
 """
 
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,9 +23,11 @@ from keylatch.core.policy import route_path
 from keylatch.core.refusals import Refusal
 from keylatch.core.rules import WEBSOCKET
 from keylatch.core.tokens import Token
-from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
+
+if TYPE_CHECKING:
+    from keylatch.engine import Engine
 
 _TRACED: Final = "keylatch.traced"
 _RESPONSE_STARTS: Final = (
@@ -202,7 +204,7 @@ async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -
 
 
 async def _run_lifespan(
-    app: ASGIApp, engine: Engine, scope: Scope, receive: Receive, send: Send
+    app: ASGIApp, engine: "Engine", scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Start the engine before the app starts and stop it after the app has stopped.
 
@@ -235,7 +237,7 @@ async def _run_lifespan(
 
 
 async def _finish_lifespan(
-    engine: Engine, receive: Receive, send: Send, received: str, sent: str
+    engine: "Engine", receive: Receive, send: Send, received: str, sent: str
 ) -> None:
     """Take the events that the app left, and give the answers that it owes."""
     if not received:
@@ -250,7 +252,7 @@ async def _finish_lifespan(
         await send({"type": "lifespan.shutdown.complete"})
 
 
-async def _start(engine: Engine, send: Send) -> None:
+async def _start(engine: "Engine", send: Send) -> None:
     try:
         await engine.start()
     except KeylatchError as error:

@@ -14,12 +14,14 @@ import threading
 import weakref
 from collections.abc import Coroutine, Sequence
 from multiprocessing.util import Finalize
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from keylatch.core.decisions import ANY_KEY, Decision, Requirement
 from keylatch.core.tokens import Token
-from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from keylatch.engine import Engine
 
 T = TypeVar("T")
 
@@ -41,7 +43,7 @@ class Portal:
         ConfigurationError: threads are not threads in this process.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: "Engine") -> None:
         _refuse_green_threads()
         self._engine = engine
         self._reset_state()
@@ -55,7 +57,7 @@ class Portal:
         os.register_at_fork(after_in_child=after_fork_in_child)
 
     @classmethod
-    def for_engine(cls, engine: Engine) -> "Portal":
+    def for_engine(cls, engine: "Engine") -> "Portal":
         """The one of this engine: several middlewares may share it, and so meet on one loop."""
         portal = _PORTALS.get(engine)
         if portal is None:
@@ -129,7 +131,7 @@ class Portal:
         return loop
 
 
-_PORTALS: Final = weakref.WeakValueDictionary[Engine, Portal]()
+_PORTALS: Final["weakref.WeakValueDictionary[Engine, Portal]"] = weakref.WeakValueDictionary()
 
 
 def close_all() -> None:

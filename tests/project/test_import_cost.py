@@ -1,0 +1,48 @@
+"""Importing a middleware imports what a check needs: no database toolkit, no command line."""
+
+import subprocess
+import sys
+
+import pytest
+
+import keylatch
+
+HEAVY = {
+    *("alembic", "sqlalchemy", "redis", "psycopg", "pydantic", "pydantic_settings"),
+    *("prometheus_client", "opentelemetry", "typer", "rich", "uvicorn", "httptools", "uvloop"),
+    *("keylatch_sidecar", "keylatch_bench"),
+}
+MODULES = ["", ".asgi", ".wsgi", ".flask", ".django", ".fastapi", ".logs"]
+
+
+def loaded_by(program: str) -> set[str]:
+    """The modules of a fresh process after a program."""
+    program = f"{program}\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_middleware_imports_what_a_check_needs(module: str) -> None:
+    """SQLAlchemy, pydantic and their like are imported when a middleware is built."""
+    own = loaded_by("import fastapi") if module == ".fastapi" else set()
+    assert loaded_by(f"import keylatch{module}") & HEAVY <= own
+
+
+def test_the_store_decides_what_is_imported() -> None:
+    """SQLite without Redis needs neither a client of Redis nor PostgreSQL's driver; an existing
+    store needs no Alembic, and no engine needs the sidecar's packages."""
+    build = "APIKeyMiddleware(None, store='sqlite:////nowhere/keys.db', redis='')"
+    loaded = loaded_by(f"from keylatch.asgi import APIKeyMiddleware\n{build}")
+    assert loaded & HEAVY == {"sqlalchemy", "pydantic", "pydantic_settings"}
+
+
+def test_every_public_name_is_imported_on_first_use() -> None:
+    """From the module that defines it, once; any other name is an error."""
+    assert set(keylatch._MODULE_OF) == set(keylatch.__all__)
+    assert {*keylatch.__all__, "__version__"} <= set(dir(keylatch))
+    for name, module in keylatch._MODULE_OF.items():
+        assert getattr(keylatch, name) is getattr(sys.modules[module], name)
+    with pytest.raises(AttributeError, match="no attribute 'Stroe'"):
+        keylatch.Stroe  # type: ignore[attr-defined]  # noqa: B018
