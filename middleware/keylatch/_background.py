@@ -1,4 +1,4 @@
-"""What an engine does in the background: loops that a stop ends, errands that a stop waits for."""
+"""The background tasks of an engine: loops, and short tasks that a stop waits for."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ log = logging.getLogger("keylatch")
 
 
 class EngineTasks:
-    """The background tasks of one engine; all of them run on its event loop."""
+    """The background tasks of one engine, all on its event loop."""
 
     def __init__(self) -> None:
         self._loops: list[asyncio.Task[None]] = []
@@ -19,12 +19,12 @@ class EngineTasks:
         self._event_loop: asyncio.AbstractEventLoop | None = None
 
     def start_loop(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work that goes on until it is cancelled."""
+        """Run a coroutine that ends only when `stop` cancels it."""
         self._event_loop = asyncio.get_running_loop()
         self._loops.append(self._create_task(work))
 
     def start_soon(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work that no request waits for, but a stop does, for a moment. Any thread may ask."""
+        """Run a coroutine that only `stop` waits for, up to a second. Thread-safe."""
         if self._event_loop is None or asyncio._get_running_loop() is self._event_loop:
             self._finite_tasks.add(self._create_task(work))
         else:
@@ -33,7 +33,7 @@ class EngineTasks:
             )
 
     async def stop(self) -> None:
-        """Cancel the loops, and give errands a second to finish."""
+        """Cancel the loops; wait up to a second for the other tasks."""
         for loop in self._loops:
             loop.cancel()
         if self._finite_tasks:

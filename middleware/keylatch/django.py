@@ -1,4 +1,4 @@
-"""Django: one line in MIDDLEWARE, one setting, and `request.api_key` says who calls.
+"""Django: a middleware, a setting, and `request.api_key` as the principal of the request.
 
     MIDDLEWARE = ["keylatch.django.APIKeyMiddleware", ...]
     KEYLATCH = {"store": "sqlite:///keys.db", "public": ["/healthz"]}
@@ -6,9 +6,9 @@
     @requires("SENDING")
     def send_email(request): ...
 
-Under ASGI the event loop never waits: what this process does not know is asked through the portal,
-because Django may run several loops. Take `get_asgi_application` from here: Django's own knows no
-lifespan events, so under uvicorn nobody would store the last uses when the server stops.
+Under ASGI a cache miss goes through the portal and never blocks an event loop: Django may run
+several loops. Use `get_asgi_application` from this module: Django's own does not support lifespan
+events, so under uvicorn the last usage counts would be lost when the server stops.
 """
 
 import asyncio
@@ -71,17 +71,18 @@ _SETTING_NAMES: Final = tuple(
 
 
 class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
-    """Lets a request pass if it carries a good key, as `request.api_key`.
+    """Passes a request to the view if it carries a valid key: `request.api_key` is its principal.
 
     KEYLATCH has the arguments of `keylatch.adapters.middleware.BaseMiddleware`. A key without FULL
-    may call what `permissions` names for it, and views with `requires`. Name this middleware
-    first: what stands before it sees requests that nobody has checked. Only one that chooses
-    `request.urlconf` belongs before it, because the view is looked up there. What one after it
-    changes (the path, the method, the language, the URLconf) can close a view and open none: the
-    request is judged again by the view that Django has chosen.
+    can call the routes that `permissions` names for it, and views with `requires`.
+
+    Name this middleware first: a middleware before it sees requests that are not yet checked. Only
+    a middleware that sets `request.urlconf` belongs before it, because the view is looked up there.
+    If a later middleware changes the path, the method, the language or the URLconf, that can close
+    a view but never open one: the request is decided again for the view that Django has chosen.
 
     Raises:
-        ConfigurationError: naming every wrong setting and rule, and every view that declares
+        ConfigurationError: names every wrong setting and rule, and every view that declares
             nothing and that a public path with parameters opens without spelling its route.
     """
 
@@ -102,7 +103,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
             mistakes += error.mistakes
         else:
             methods = sorted({rule.method for rule in self._policy.public_patterns})
-            if methods:  # else the URLconf is not imported before the first request
+            if methods:  # otherwise the first request imports the URLconf, not the start
                 mistakes += self._policy.find_exposed(_undeclared_routes(methods))
         if mistakes:
             raise ConfigurationError(mistakes)
@@ -154,7 +155,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return refusal or await self._app(request)
 
     def _check_view(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
-        """Judge again, now that Django has resolved the path."""
+        """Decide again, now that Django has resolved the path."""
         user = request.META[PRINCIPAL]
         permission = user.permission if isinstance(user, Principal) else ""
         if permission == FULL:
@@ -167,7 +168,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return None if refusal is None else refuse(refusal, request)
 
     async def _check_view_async(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
-        return self._check_view(request)  # Django would run the other one in a thread
+        return self._check_view(request)  # Django would run the sync method in a thread
 
     def _call_sync_traced(self, request: HttpRequest) -> Any:
         with request_trace_of(request.META) as trace:
@@ -184,13 +185,13 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return response
 
     def close(self) -> None:
-        """Store what was used and let go of everything, until the next request comes."""
+        """Store the usage counts and stop the engine; the next request starts it again."""
         self._portal.close()
 
     def _requirement_for(self, request: HttpRequest) -> Requirement | None:
-        """What the rules ask of the key, so far; None where none is needed."""
+        """The requirement by the rules, not final; None: no key is needed."""
         strip_identity_headers(request.META)
-        request.__dict__.pop("headers", None)  # made of META once, if somebody has looked already
+        request.__dict__.pop("headers", None)  # Django caches it; it may predate the line above
         request.META[REFUSALS] = self._refusals
         request.META[PRINCIPAL] = request.api_key = UnauthenticatedUser()
         requirement = self._policy.requirement_for(
@@ -200,8 +201,8 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
 
     def _admit_or_refuse(self, request: HttpRequest, decision: Decision) -> HttpResponse | None:
         if isinstance(decision, DeferredDeny):
-            # Only for a good key that the rules do not let in, and only where the request is
-            # handled: the URLconf may be imported here, and a path converter may ask a database.
+            # Only for a valid key that the rules do not allow, and in the thread that handles the
+            # request: this may import the URLconf, and a path converter may query a database.
             method, path = request.method, request.path_info
             requirement = self._policy.routed_requirement(method, path, request, self._router)
             decision = time_check(functools.partial(decision.decide, requirement))
@@ -216,7 +217,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
 
 
 class URLconf:
-    """Which view a request gets to, by the URLconf that is in force for it."""
+    """The view of a request, by the URLconf that is active for it."""
 
     def is_unambiguous(self, request: HttpRequest) -> bool:
         raw = getattr(request, "scope", {}).get("raw_path")
@@ -234,7 +235,7 @@ class URLconf:
 
 
 class ResolvedURLconf(URLconf):
-    """The same, once Django has resolved the request itself."""
+    """The view that Django has already resolved."""
 
     def find(self, request: HttpRequest) -> Route | None:
         return route_from_django_match(request.resolver_match, str(request.method))
@@ -244,7 +245,7 @@ _RESOLVED_URLCONF: Final = ResolvedURLconf()
 
 
 def _undeclared_routes(methods: Sequence[str]) -> Iterator[str]:
-    """The routes of the project whose views declare nothing, spelled as rules are."""
+    """The routes whose views declare nothing, in the spelling of rules."""
     for route, view in _views(get_resolver().url_patterns):
         for method in methods:
             if required_by(view, method) is None:
@@ -252,7 +253,7 @@ def _undeclared_routes(methods: Sequence[str]) -> Iterator[str]:
 
 
 def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Each route and its view, with included URLconfs."""
+    """Each route and its view, including those of included URLconfs."""
     for each in patterns:
         route = prefix + str(each.pattern).removeprefix("^" if prefix else "")
         if hasattr(each, "url_patterns"):
@@ -261,20 +262,20 @@ def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, obj
             yield route, each.callback
 
 
-@functools.cache  # of the few that a policy knows
+@functools.cache  # a policy has few requirements
 def _not_final(requirement: Requirement) -> Requirement:
-    """The same, where the view may let in more."""
+    """The requirement, not final: the view may accept more permissions."""
     return replace(requirement, is_final=False)
 
 
 def _append_header(response: Any, name: str, value: str) -> None:
-    """Add a header whose value is a list. Django keeps one field of a name, so what the app said
-    and this share it (RFC 9110 section 5.3)."""
+    """Add a header whose value is a list. Django keeps one field per name, so the app's value and
+    this one share it (RFC 9110 section 5.3)."""
     response[name] = f"{response[name]}, {value}" if name in response else value
 
 
 def get_asgi_application() -> Callable[..., Awaitable[None]]:
-    """Django's own, and the lifespan events by which a server says that it stops."""
+    """Django's application, with support for lifespan events: at shutdown the engines stop."""
     app = asgi.get_asgi_application()
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -331,7 +332,7 @@ def _guard(requirement: Requirement) -> Callable[[View], View]:
 
 
 def refuse(refusal: Refusal, request: HttpRequest) -> HttpResponse:
-    """A refusal as Django's response, with nothing added."""
+    """A refusal as Django's response, without further headers."""
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in refusal.headers}
     body = b"" if request.method == "HEAD" else refusal.body
     return HttpResponse(body, status=refusal.status, headers=headers)

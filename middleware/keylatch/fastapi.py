@@ -1,4 +1,4 @@
-"""FastAPI: the key as a dependency, declared where the route is, and shown in OpenAPI.
+"""FastAPI: a dependency that returns the principal, checks scopes, and is shown in OpenAPI.
 
     api_key = APIKey()
     app.add_middleware(APIKeyMiddleware, permissions=permissions_of(app))
@@ -6,8 +6,8 @@
     @app.post("/v1/emails")
     async def send(key: Principal = Security(api_key, scopes=["SENDING"])) -> str: ...
 
-The middleware stays the guard: it has checked the key before FastAPI looks for a route, also where
-a route forgot the dependency. The dependency asks what the key may do here, and nothing else.
+The middleware checks the key before FastAPI chooses a route, also for a route without the
+dependency. The dependency only checks the scopes of the route.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,19 +41,19 @@ __all__ = ["APIKey", "APIKeyMiddleware", "permissions_of"]
 class APIKey(SecurityBase):
     """A dependency that returns the request's `keylatch.Principal`.
 
-    As `Security(api_key, scopes=["SENDING"])` it refuses keys that do not hold every scope; FULL
-    holds all. A refusal is the very answer that the middleware gives.
+    `Security(api_key, scopes=["SENDING"])` refuses keys that do not have all of the scopes; FULL
+    includes every one. The refusal is the same response as the middleware's.
 
     Args:
-        scheme_name: what OpenAPI and the Authorize dialog call it.
-        description: what they say about it, in Markdown.
-        bearer_format: what kind of token it is.
+        scheme_name: its name in OpenAPI and in the Authorize dialog.
+        description: its description there, in Markdown.
+        bearer_format: the kind of token, for OpenAPI.
 
     Raises:
-        RuntimeError: for a request that did not pass `APIKeyMiddleware`.
+        RuntimeError: the request did not pass `APIKeyMiddleware`.
     """
 
-    keylatch_requires_key = True  # what `frameworks.required_scopes` looks for
+    keylatch_requires_key = True  # for `frameworks.required_scopes`
 
     def __init__(
         self,
@@ -85,19 +85,19 @@ class APIKey(SecurityBase):
 
 
 def permissions_of(app: FastAPI) -> Mapping[str, Sequence[str]]:
-    """The middleware's `permissions=`, as the app's routes declare them.
+    """The middleware's `permissions=`, read from the app's routes.
 
-    A route is for the one permission that its `Security(api_key, scopes=[…])` names. With none, or
-    with several (a key has but one), it is for FULL. The routes are read when the middleware is
-    built, at the app's first call; those added later are for FULL.
+    A route requires the permission that its `Security(api_key, scopes=[…])` names. With none, or
+    with several (a key has only one), it requires FULL. The routes are read when the middleware is
+    built, at the app's first call; routes that are added later require FULL.
 
-    Rules know methods and paths, not the order of routes: where a route for FULL comes before one
-    whose path also matches, the start fails, until the former says `scopes=["FULL"]`. It fails as
-    well where a public path with parameters opens a route that asks for no key at all, unless it
-    spells that route's own path.
+    Rules match methods and paths and ignore the order of routes. If a route that requires FULL
+    precedes one whose path also matches, the middleware does not start until the former declares
+    `scopes=["FULL"]`. Nor does it start if a public path with parameters opens a route that has no
+    `APIKey` dependency, unless the public path is spelled exactly as that route's.
 
     Args:
-        app: with its included routers and whatever is mounted.
+        app: with its included routers and mounted apps.
     """
     return _Permissions(app)
 
@@ -128,25 +128,25 @@ class _Permissions(Mapping[str, Sequence[str]]):
 
     @property
     def undeclared(self) -> Sequence[str]:
-        """The routes that no public path may open by the way."""
+        """The routes that a public path with parameters must not open implicitly."""
         return [each.public_rule for each in _declarations(self._app.routes) if each.needs_no_key]
 
 
 @dataclass(frozen=True, slots=True)
 class _Declaration:
-    """What a route says of one method."""
+    """What a route declares for one method."""
 
     method: str
     path: str
     scopes: frozenset[str]
     kind: tuple[object, str]
-    """What the router tells apart and a rule does not: HEAD from GET, WebSockets, hosts."""
+    """What the router distinguishes and a rule does not: HEAD from GET, WebSockets, hosts."""
     needs_no_key: bool = False
-    """Whether the route does not even ask for a key."""
+    """Whether the route has no `APIKey` dependency."""
 
     @property
     def permission(self) -> str | None:
-        """The one that the middleware lets pass besides FULL."""
+        """The permission that suffices besides FULL; None: only FULL does."""
         if len(self.scopes) != 1 or self.method in ("HEAD", "OPTIONS"):
             return None
         return next(iter(self.scopes - {FULL}), None)
@@ -157,12 +157,12 @@ class _Declaration:
 
     @property
     def public_rule(self) -> str:
-        """As `public` names it."""
+        """In the spelling of `public`."""
         is_websocket = self.kind[1] == WEBSOCKET
         return f"{WEBSOCKET} {self.path}" if is_websocket else self.rule
 
     def is_matched_by(self, other: "_Declaration") -> bool:
-        """Whether the other's rule matches requests that are ours."""
+        """Whether the rule of another route matches requests of this one."""
         method = "GET" if self.method == "HEAD" else self.method
         return method in (ANY_METHOD, other.method) and overlaps(self.path, other.path)
 
@@ -170,7 +170,7 @@ class _Declaration:
 def _declarations(
     routes: Sequence[BaseRoute], prefix: str = "", host: object = None
 ) -> Iterator[_Declaration]:
-    """In the order in which the router tries them."""
+    """In the router's order."""
     for context in iter_route_contexts(routes):
         route = context.original_route
         path = prefix + (context.path or "")
@@ -188,7 +188,7 @@ def _declarations(
 
 
 def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
-    """Its methods, each with what it is asked over."""
+    """Each method with its kind: `http`, `HEAD` or a WebSocket."""
     if isinstance(context.original_route, WebSocketRoute):
         yield "GET", WEBSOCKET
         return
@@ -200,15 +200,14 @@ def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
 
 
 def _is_documentation(route: BaseRoute) -> bool:
-    """Whether FastAPI added it by itself, where nobody could declare anything."""
+    """Whether FastAPI added the route itself, so that it cannot declare anything."""
     return isinstance(route, Route) and route.endpoint.__module__ == "fastapi.applications"
 
 
 def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]:
-    """Each route for FULL whose requests the rule of another route would let pass.
+    """Each route that requires FULL and whose requests the rule of another route would allow.
 
-    One that names scopes looks after itself, as does a route that comes later: the router never
-    gets to it.
+    A route that names scopes checks them itself; the router does not reach one that comes later.
     """
     for place, opener in enumerate(declarations):
         if opener.permission is None:
@@ -217,6 +216,7 @@ def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]
             reached = at < place or closed.kind != opener.kind
             if not closed.scopes and reached and closed.is_matched_by(opener):
                 yield (
-                    f"{closed.rule} is for FULL, but {opener.rule} of {opener.permission} opens it",
+                    f"{closed.rule} requires FULL, but {opener.rule} "
+                    f"of {opener.permission} opens it",
                     f'declare Security(api_key, scopes=["{FULL}"]) there, or change a path',
                 )

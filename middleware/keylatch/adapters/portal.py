@@ -1,7 +1,7 @@
-"""The way from threads to the event loop: for WSGI, where no loop runs.
+"""Runs the engine on an event loop in a thread, as anyio's BlockingPortal, for WSGI and Django.
 
-Each process has one loop on one thread, started by the first who needs it, so after any fork. It
-hosts the engine's background work, and many threads that miss on one key meet there in one flight.
+The first cache miss starts the thread, so it starts after a fork. The engine's background tasks
+run on its loop, and threads that miss on the same key share one look-up there.
 """
 
 import asyncio
@@ -31,16 +31,16 @@ log = logging.getLogger("keylatch")
 
 
 class Portal:
-    """An event loop on a thread of its own, for one engine.
+    """An event loop in a thread, for one engine.
 
-    What was used is stored when the process exits in order: at the end of the interpreter, or of a
-    worker that `multiprocessing` started.
+    Usage counts are stored when the process exits normally: when the interpreter ends, or a worker
+    of `multiprocessing`.
 
     Args:
-        engine: runs on that loop alone.
+        engine: runs on this loop only.
 
     Raises:
-        ConfigurationError: threads are not threads in this process.
+        ConfigurationError: gevent or eventlet has replaced Python's threads.
     """
 
     def __init__(self, engine: "Engine") -> None:
@@ -58,7 +58,7 @@ class Portal:
 
     @classmethod
     def for_engine(cls, engine: "Engine") -> "Portal":
-        """The one of this engine: several middlewares may share it, and so meet on one loop."""
+        """The portal of an engine: middlewares that share an engine share its loop."""
         portal = _PORTALS.get(engine)
         if portal is None:
             portal = _PORTALS[engine] = cls(engine)
@@ -71,26 +71,26 @@ class Portal:
         self._pending: set[concurrent.futures.Future[Any]] = set()
 
     def authenticate(self, values: Sequence[bytes], requirement: Requirement = ANY_KEY) -> Decision:
-        """`Engine.authenticate` for a thread: a hit is answered in it, without any hop."""
+        """`Engine.authenticate` for a thread; a hit does not leave the thread."""
         cached = self._engine.check_cached(values, requirement)
         return self.check(cached, requirement) if isinstance(cached, Token) else cached
 
     def check(self, token: Token, requirement: Requirement) -> Decision:
-        """`Engine.check` for a thread, which waits."""
+        """`Engine.check` for a thread; blocks it."""
         return self.run(self._engine.check(token, requirement))
 
     async def authenticate_from_loop(
         self, values: Sequence[bytes], requirement: Requirement = ANY_KEY
     ) -> Decision:
-        """The same for an event loop that is not the engine's own; it never waits."""
+        """`Engine.authenticate` for another event loop; never blocks it."""
         cached = self._engine.check_cached(values, requirement)
         if not isinstance(cached, Token):
             return cached
         return await asyncio.wrap_future(self.submit(self._engine.check(cached, requirement)))
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
-        """Run work on the loop; never waits."""
-        with self._lock:  # or `close` could stop the loop before the work is on it
+        """Run a coroutine on the loop; does not wait for it."""
+        with self._lock:  # otherwise `close` could stop the loop before the coroutine is scheduled
             if self._loop is None:
                 self._loop = self._start_loop()
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -99,11 +99,11 @@ class Portal:
         return future
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run work on the loop, and wait for its result."""
+        """Run a coroutine on the loop and wait for its result."""
         return self.submit(coroutine).result()
 
     def close(self) -> None:
-        """Stop the engine, storing what was used, and end the thread; a later call begins anew."""
+        """Stop the engine, which stores usage counts, and the thread; a later call starts both."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
@@ -126,7 +126,7 @@ class Portal:
         )
         self._thread.start()
         atexit.register(self.close)
-        # A child of multiprocessing leaves without atexit.
+        # A child of multiprocessing exits without atexit.
         self._exit_finalizer = Finalize(None, self.close, exitpriority=100)
         return loop
 
@@ -135,7 +135,7 @@ _PORTALS: Final["weakref.WeakValueDictionary[Engine, Portal]"] = weakref.WeakVal
 
 
 def close_all() -> None:
-    """Store what was used in this process; each engine begins anew with the next request."""
+    """Stop all engines of this process, which stores usage counts; a request starts them again."""
     for portal in tuple(_PORTALS.values()):
         portal.close()
 
@@ -155,7 +155,7 @@ def _refuse_green_threads() -> None:
             raise ConfigurationError(
                 [
                     (
-                        f"{library} replaced Python's threads, and no event loop runs in those",
+                        f"{library} has replaced Python's threads; its own run no event loop",
                         "use gunicorn's gthread workers, or an ASGI server",
                     )
                 ]
