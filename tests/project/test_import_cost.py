@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import keylatch
+from keylatch_sidecar.__main__ import _PACKAGES
+from servers import error_without_package
 
 HEAVY = {
     *("alembic", "sqlalchemy", "redis", "psycopg", "pydantic", "pydantic_settings"),
@@ -46,3 +50,21 @@ def test_every_public_name_is_imported_on_first_use() -> None:
         assert getattr(keylatch, name) is getattr(sys.modules[module], name)
     with pytest.raises(AttributeError, match="no attribute 'Stroe'"):
         keylatch.Stroe  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_the_command_without_its_packages_says_what_to_install(package: str) -> None:
+    """An app needs none of them, so they are an extra."""
+    said = error_without_package(package, "from keylatch_sidecar.__main__ import main; main()")
+    assert said == "hint: pip install 'keylatch[sidecar]'"
+
+
+def test_the_packages_of_the_command_are_those_of_the_extra() -> None:
+    """So that the hint helps; another missing package is an error of its own."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    extra = tomllib.loads(text)["project"]["optional-dependencies"]["sidecar"]
+    names = {requirement.partition(">")[0].replace("-", "_") for requirement in extra}
+    assert names == _PACKAGES
+    assert "argon2 halted" in error_without_package(
+        "argon2", "import keylatch_sidecar.__main__ as m; m.main()"
+    )
