@@ -14,7 +14,7 @@ events, so under uvicorn the last usage counts would be lost when the server sto
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
@@ -23,7 +23,6 @@ try:
     from django.conf import settings
     from django.core import asgi
     from django.http import HttpRequest, HttpResponse
-    from django.urls import get_resolver
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("asgiref", "django"):
         raise
@@ -32,16 +31,10 @@ except ModuleNotFoundError as error:
 from starlette.authentication import UnauthenticatedUser
 from starlette.types import Receive, Scope, Send
 
+from keylatch.adapters.django_urlconf import ResolvedURLconf, URLconf, undeclared_routes
 from keylatch.adapters.environ import PRINCIPAL, REFUSALS, client_info_of
-from keylatch.adapters.frameworks import (
-    django_path_templates,
-    find_django_route,
-    route_from_django_match,
-)
-from keylatch.adapters.languages import language_of, override_language
 from keylatch.adapters.middleware import BaseMiddleware
 from keylatch.adapters.portal import Portal, close_all
-from keylatch.adapters.routing import has_encoded_slash, is_unambiguous_environ
 from keylatch.adapters.view_permissions import all_of, any_of, refusal_of
 from keylatch.core.decisions import (
     FULL,
@@ -53,8 +46,7 @@ from keylatch.core.decisions import (
     missing_scope,
 )
 from keylatch.core.refusals import Refusal
-from keylatch.core.routes import Route
-from keylatch.core.rules import declare, required_by
+from keylatch.core.rules import declare
 from keylatch.errors import ConfigurationError
 from keylatch.telemetry.request_trace import RequestTrace, time_awaited_check, time_check
 from keylatch.wsgi import (
@@ -65,6 +57,7 @@ from keylatch.wsgi import (
 
 View = TypeVar("View", bound=Callable[..., Any])
 
+_RESOLVED_URLCONF: Final = ResolvedURLconf()
 _SETTING_NAMES: Final = tuple(
     name for name in inspect.signature(BaseMiddleware).parameters if name != "app"
 )
@@ -104,7 +97,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         else:
             methods = sorted({rule.method for rule in self._policy.public_patterns})
             if methods:  # otherwise the first request imports the URLconf, not the start
-                mistakes += self._policy.find_exposed(_undeclared_routes(methods))
+                mistakes += self._policy.find_exposed(undeclared_routes(methods))
         if mistakes:
             raise ConfigurationError(mistakes)
         self._is_async = iscoroutinefunction(get_response)
@@ -214,52 +207,6 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
             caller = functools.partial(client_info_of, request.META)
             self.engine.record_client(decision.principal.key_id, caller)
         return None
-
-
-class URLconf:
-    """The view of a request, by the URLconf that is active for it."""
-
-    def is_unambiguous(self, request: HttpRequest) -> bool:
-        raw = getattr(request, "scope", {}).get("raw_path")
-        return not has_encoded_slash(raw) and is_unambiguous_environ(request.META)
-
-    def find(self, request: HttpRequest) -> Route | None:
-        return self.find_at(request, request.path_info)
-
-    def find_at(self, request: HttpRequest, path: str) -> Route | None:
-        with override_language(request, path):
-            return find_django_route(path, str(request.method), getattr(request, "urlconf", None))
-
-    def cache_key(self, request: HttpRequest) -> object:
-        return getattr(request, "urlconf", None), language_of(request), request.method
-
-
-class ResolvedURLconf(URLconf):
-    """The view that Django has already resolved."""
-
-    def find(self, request: HttpRequest) -> Route | None:
-        return route_from_django_match(request.resolver_match, str(request.method))
-
-
-_RESOLVED_URLCONF: Final = ResolvedURLconf()
-
-
-def _undeclared_routes(methods: Sequence[str]) -> Iterator[str]:
-    """The routes whose views declare nothing, in the spelling of rules."""
-    for route, view in _views(get_resolver().url_patterns):
-        for method in methods:
-            if required_by(view, method) is None:
-                yield from (f"{method} {each}" for each in django_path_templates(route))
-
-
-def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Each route and its view, including those of included URLconfs."""
-    for each in patterns:
-        route = prefix + str(each.pattern).removeprefix("^" if prefix else "")
-        if hasattr(each, "url_patterns"):
-            yield from _views(each.url_patterns, route)
-        else:
-            yield route, each.callback
 
 
 @functools.cache  # a policy has few requirements

@@ -9,15 +9,14 @@ as well, and so do exact rules for other paths of the same view, or for paths th
 letter case, a slash or a suffix. A path with two interpretations requires FULL.
 """
 
-import contextlib
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from keylatch.core.decisions import FULL, ONLY_FULL, Requirement
-from keylatch.core.paths import fold_path, is_canonical
-from keylatch.core.routes import NoRouter, Route, Router
+from keylatch.core.paths import is_canonical
+from keylatch.core.routes import NoRouter, Route, Router, Target
 from keylatch.core.rules import (
     WEBSOCKET,
     Mistakes,
@@ -27,25 +26,16 @@ from keylatch.core.rules import (
     find_exposed_views,
     parse_public,
     parse_rules,
+    rule_method,
 )
+from keylatch.core.same_view_rules import SameViewRules
 from keylatch.errors import ConfigurationError
 
 _FULL_BEFORE_ROUTING: Final = replace(ONLY_FULL, is_final=False)
 """FULL suffices; `Policy.routed_requirement` decides on other permissions."""
 _NO_ROUTER: Final = NoRouter()
-_MAX_CACHED_ROUTES: Final = 4096  # their key includes the host, which the client chooses
 
 log = logging.getLogger("keylatch")
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """A request that an exact rule does not decide."""
-
-    method: str
-    path: str
-    request: Any
-    router: Router[Any]
 
 
 class Policy:
@@ -78,9 +68,8 @@ class Policy:
         has_declared_rules = any(rule.is_declared for rule in rules)
         self._views_declare = views_decide or has_declared_rules or undeclared is not None
         self._has_warned = False
-        self._rule_routes: dict[object, Route | None] = {}
+        self._same_view_rules = SameViewRules(views_decide)
         self._exact: dict[str, dict[str, Requirement | None]] = {}
-        self._configured_rules: dict[str, list[Rule]] = {}
         self._rule_patterns: dict[str, list[Rule]] = {}
         self._public_patterns: dict[str, list[Rule]] = {}
         for rule in rules:
@@ -101,7 +90,7 @@ class Policy:
             return
         self._exact.setdefault(rule.path, {})[rule.method] = rule.requirement
         if not rule.is_declared:
-            self._configured_rules.setdefault(rule.method, []).append(rule)
+            self._same_view_rules.add(rule)
 
     def _add_public(self, method: str, path: str) -> None:
         by_method = self._exact.setdefault(path, {})
@@ -145,7 +134,7 @@ class Policy:
         method = "GET" if method == "HEAD" else method
         if exact is not None and method in exact:
             return exact[method] if router.is_unambiguous(request) else ONLY_FULL
-        target = _Target(method, path, request, router)
+        target = Target(method, path, request, router)
         return (
             self._websocket_requirement(target)
             if method == WEBSOCKET
@@ -156,13 +145,13 @@ class Policy:
         self, method: str, path: str, request: Any, router: Router[Any]
     ) -> Requirement:
         """The final requirement, for a valid key that does not satisfy `requirement_for`."""
-        target = _Target(_rule_method(method), path, request, router)
+        target = Target(rule_method(method), path, request, router)
         requirement = (
             self._route_requirement(target, []) if self._is_unambiguous(target) else ONLY_FULL
         )
         return requirement or ONLY_FULL
 
-    def _websocket_requirement(self, target: _Target) -> Requirement | None:
+    def _websocket_requirement(self, target: Target) -> Requirement | None:
         if (
             self._matching(self._public_patterns, target)
             and self._pattern_requirement(target) is None
@@ -171,7 +160,7 @@ class Policy:
         requirement = self.requirement_for("GET", target.path, target.request, target.router)
         return requirement or _FULL_BEFORE_ROUTING
 
-    def _pattern_requirement(self, target: _Target) -> Requirement | None:
+    def _pattern_requirement(self, target: Target) -> Requirement | None:
         public = self._matching(self._public_patterns, target)
         if not public and not self._matching(self._rule_patterns, target):
             return ONLY_FULL
@@ -179,16 +168,16 @@ class Policy:
             return ONLY_FULL
         return self._route_requirement(target, public) if public else _FULL_BEFORE_ROUTING
 
-    def _is_unambiguous(self, target: _Target) -> bool:
+    def _is_unambiguous(self, target: Target) -> bool:
         return is_canonical(target.path) and target.router.is_unambiguous(target.request)
 
-    def _route_requirement(self, target: _Target, public: Sequence[Rule]) -> Requirement | None:
+    def _route_requirement(self, target: Target, public: Sequence[Rule]) -> Requirement | None:
         """By the view that the router chooses. If that fails, the request requires FULL."""
         try:
             route = target.router.find(target.request)
             if route is None:
                 return self._exact_requirement(target) or ONLY_FULL
-            others = self._same_view_requirements(target, route)
+            others = self._same_view_rules.requirements_for(target, route)
         except Exception as error:  # noqa: BLE001
             self._warn_once(error)
             return ONLY_FULL
@@ -202,7 +191,7 @@ class Policy:
         return self._view_requirement(target, route, others)
 
     def _view_requirement(
-        self, target: _Target, route: Route, others: Sequence[Requirement]
+        self, target: Target, route: Route, others: Sequence[Requirement]
     ) -> Requirement:
         if self._views_decide and route.requirement is not None:
             return route.requirement
@@ -221,51 +210,11 @@ class Policy:
         is_spelled = any(each.shape in route.shapes for each in public)
         return is_spelled or not self._views_declare or not route.is_view
 
-    def _same_view_requirements(self, target: _Target, route: Route) -> list[Requirement]:
-        """The requirements of exact rules for the same view, under any path, and of exact rules for
-        a similar path: a middleware before the router may rewrite the path to theirs."""
-        rules = self._configured_rules.get(_rule_method(target.method))
-        if not rules:
-            return []
-        cache_key = target.router.cache_key(target.request) if route.is_view else None
-        text = fold_path(target.path)
-        return [
-            rule.requirement
-            for rule in rules
-            if self._is_same_view(
-                self._find_rule_route(rule, cache_key, target), route, rule.folded_path == text
-            )
-        ]
-
-    def _is_same_view(self, rule_route: Route | None, route: Route, is_same_text: bool) -> bool:
-        """Whether an exact rule names the view of a request. A similar path alone does not count in
-        Django: there the request is decided again for the chosen view."""
-        if rule_route is None or not rule_route.is_view:
-            return is_same_text
-        # Further arguments, such as the format in a suffix, do not make it another view.
-        is_same = (
-            rule_route.view == route.view
-            and rule_route.arguments.items() <= route.arguments.items()
-        )
-        return is_same or (is_same_text and not self._views_decide)
-
-    def _find_rule_route(self, rule: Rule, cache_key: object, target: _Target) -> Route | None:
-        """The route of an exact rule's path; None: none, or unknown."""
-        if cache_key is None:
-            return None
-        with contextlib.suppress(KeyError):
-            return self._rule_routes[cache_key, rule]
-        route = target.router.find_at(target.request, rule.path)
-        if len(self._rule_routes) >= _MAX_CACHED_ROUTES:
-            self._rule_routes.clear()
-        self._rule_routes[cache_key, rule] = route
-        return route
-
-    def _exact_requirement(self, target: _Target) -> Requirement | None:
+    def _exact_requirement(self, target: Target) -> Requirement | None:
         return self._exact.get(target.path, {}).get(target.method)
 
     @staticmethod
-    def _matching(rules: Mapping[str, Sequence[Rule]], target: _Target) -> list[Rule]:
+    def _matching(rules: Mapping[str, Sequence[Rule]], target: Target) -> list[Rule]:
         return [rule for rule in rules.get(target.method, ()) if rule.matches(target.path)]
 
     def _warn_once(self, error: Exception) -> None:
@@ -277,14 +226,14 @@ class Policy:
 
     def is_public(self, path: str, method: str = "GET") -> bool:
         """Whether a path needs no key, without a request."""
-        target = _Target(method, path, None, _NO_ROUTER)
+        target = Target(method, path, None, _NO_ROUTER)
         if method in self._exact.get(path, {}):
             return self._exact[path][method] is None
         return is_canonical(path) and bool(self._matching(self._public_patterns, target))
 
     def requirement_by_rules(self, method: str, path: str) -> Requirement:
         """The requirement by the rules alone. HEAD follows GET (RFC 9110 section 9.3.2)."""
-        target = _Target("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
+        target = Target("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
         exact = self._exact_requirement(target)
         if exact is not None:
             return exact
@@ -292,11 +241,6 @@ class Policy:
         if not is_canonical(path):
             return ONLY_FULL
         return Requirement.any_of(frozenset().union(*permissions))
-
-
-def _rule_method(method: str) -> str:
-    """The method by which rules match a request."""
-    return "GET" if method in ("HEAD", WEBSOCKET) else method
 
 
 def route_path(scope: Mapping[str, Any]) -> str:

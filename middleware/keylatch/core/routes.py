@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from keylatch.core.decisions import Requirement
 
@@ -58,3 +58,20 @@ class NoRouter:
 
     def cache_key(self, request: object) -> object:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A request and the router of its app.
+
+    Args:
+        method: as rules name it.
+        path: relative to the place where the app is mounted.
+        request: scope or environ; None: there is none.
+        router: of the app.
+    """
+
+    method: str
+    path: str
+    request: Any
+    router: Router[Any]

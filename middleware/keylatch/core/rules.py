@@ -99,6 +99,11 @@ class Rule:
         self.folded_path = fold_path(path)
 
 
+def rule_method(method: str) -> str:
+    """The method by which rules match a request."""
+    return "GET" if method in ("HEAD", WEBSOCKET) else method
+
+
 def find_exposed_views(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
     """The views that declare nothing and that a public path with parameters opens. A view whose
     own path is a public path is not included: the app has chosen that."""
