@@ -10,6 +10,7 @@ The middleware checks the key before FastAPI chooses a route, also for a route w
 dependency. The dependency only checks the scopes of the route.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,18 @@ from starlette.authentication import UnauthenticatedUser
 from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
-from keylatch.adapters.frameworks import required_scopes
+from keylatch.adapters.frameworks import required_by_dependencies
+from keylatch.adapters.view_permissions import any_of
 from keylatch.asgi import APIKeyMiddleware, Refused
-from keylatch.core.decisions import FULL, Deny, Principal, Reason, Requirement
+from keylatch.core.decisions import (
+    ANY_KEY,
+    FULL,
+    Deny,
+    Principal,
+    Reason,
+    Requirement,
+    missing_scope,
+)
 from keylatch.core.paths import overlaps
 from keylatch.core.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
 from keylatch.errors import ConfigurationError
@@ -53,7 +63,7 @@ class APIKey(SecurityBase):
         RuntimeError: the request did not pass `APIKeyMiddleware`.
     """
 
-    keylatch_requires_key = True  # for `frameworks.required_scopes`
+    keylatch_requirement = ANY_KEY  # for `frameworks.required_by_dependencies`
 
     def __init__(
         self,
@@ -76,20 +86,35 @@ class APIKey(SecurityBase):
                 "keylatch.fastapi.APIKey needs the middleware: "
                 "app.add_middleware(keylatch.asgi.APIKeyMiddleware, …)"
             )
-        granted = connection.auth.scopes
-        if all(scope in granted for scope in security_scopes.scopes):
-            return user
-        raise Refused(
-            Deny(Reason.INSUFFICIENT_SCOPE, Requirement.all_of(security_scopes.scopes).scope)
-        )
+        for requirement in (
+            Requirement.all_of(security_scopes.scopes),
+            self.keylatch_requirement,
+        ):
+            deny = missing_scope(user.permission, requirement)
+            if deny is not None:
+                raise Refused(deny)
+        return user
+
+    def requires_any(self, *permissions: str) -> "APIKey":
+        """A dependency that requires any one of these permissions.
+
+            Depends(api_key.requires_any("SENDING", "READING"))
+
+        Raises:
+            ConfigurationError: names every malformed permission.
+        """
+        other = copy.copy(self)
+        other.keylatch_requirement = any_of(permissions)
+        return other
 
 
 def permissions_of(app: FastAPI) -> Mapping[str, Sequence[str]]:
     """The middleware's `permissions=`, read from the app's routes.
 
-    A route requires the permission that its `Security(api_key, scopes=[…])` names. With none, or
-    with several (a key has only one), it requires FULL. The routes are read when the middleware is
-    built, at the app's first call; routes that are added later require FULL.
+    A route requires the permission that its `Security(api_key, scopes=[…])` names, or any one of
+    its `requires_any`. With none, or with several scopes (a key has only one), it requires FULL.
+    The routes are read when the middleware is built, at the app's first call; routes that are
+    added later require FULL.
 
     Rules match methods and paths and ignore the order of routes. If a route that requires FULL
     precedes one whose path also matches, the middleware does not start until the former declares
@@ -121,15 +146,16 @@ class _Permissions(Mapping[str, Sequence[str]]):
     def _rules(self) -> dict[str, list[str]]:
         rules: dict[str, list[str]] = {}
         for declaration in _declarations(self._app.routes):
-            if declaration.permission:
-                rule = DeclaredRule(declaration.rule)
-                rules.setdefault(declaration.permission, []).append(rule)
+            for permission in sorted(declaration.permissions):
+                rules.setdefault(permission, []).append(DeclaredRule(declaration.rule))
         return rules
 
     @property
     def undeclared(self) -> Sequence[str]:
         """The routes that a public path with parameters must not open implicitly."""
-        return [each.public_rule for each in _declarations(self._app.routes) if each.needs_no_key]
+        return [
+            each.public_rule for each in _declarations(self._app.routes) if each.requirement is None
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +164,22 @@ class _Declaration:
 
     method: str
     path: str
-    scopes: frozenset[str]
+    requirement: Requirement | None
+    """None: the route has no `APIKey` dependency."""
     kind: tuple[object, str]
     """What the router distinguishes and a rule does not: HEAD from GET, WebSockets, hosts."""
-    needs_no_key: bool = False
-    """Whether the route has no `APIKey` dependency."""
 
     @property
-    def permission(self) -> str | None:
-        """The permission that suffices besides FULL; None: only FULL does."""
-        if len(self.scopes) != 1 or self.method in ("HEAD", "OPTIONS"):
-            return None
-        return next(iter(self.scopes - {FULL}), None)
+    def permissions(self) -> frozenset[str]:
+        """The permissions that suffice besides FULL; those of a rule for GET suffice for HEAD."""
+        if self.requirement is None or self.method in ("HEAD", "OPTIONS"):
+            return frozenset()
+        return (self.requirement.permissions or frozenset()) - {FULL}
+
+    @property
+    def declares(self) -> bool:
+        """Whether the route names permissions, which it then checks itself."""
+        return self.requirement is not None and self.requirement.permissions is not None
 
     @property
     def rule(self) -> str:
@@ -179,12 +209,11 @@ def _declarations(
         elif isinstance(route, Mount) and context.routes:
             yield from _declarations(context.routes, path, host)
         elif isinstance(route, Mount):
-            yield _Declaration(ANY_METHOD, path + "/{path:path}", frozenset(), (host, "http"), True)
+            yield _Declaration(ANY_METHOD, path + "/{path:path}", None, (host, "http"))
         elif not _is_documentation(route):
-            scopes = required_scopes(getattr(context, "dependant", None))
+            requirement = required_by_dependencies(getattr(context, "dependant", None))
             for method, kind in _methods_of(context):
-                needs_no_key = scopes is None
-                yield _Declaration(method, path, scopes or frozenset(), (host, kind), needs_no_key)
+                yield _Declaration(method, path, requirement, (host, kind))
 
 
 def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
@@ -210,13 +239,13 @@ def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]
     A route that names scopes checks them itself; the router does not reach one that comes later.
     """
     for place, opener in enumerate(declarations):
-        if opener.permission is None:
+        if not opener.permissions:
             continue
         for at, closed in enumerate(declarations):
             reached = at < place or closed.kind != opener.kind
-            if not closed.scopes and reached and closed.is_matched_by(opener):
+            if not closed.declares and reached and closed.is_matched_by(opener):
                 yield (
                     f"{closed.rule} requires FULL, but {opener.rule} "
-                    f"of {opener.permission} opens it",
+                    f"of {' or '.join(sorted(opener.permissions))} opens it",
                     f'declare Security(api_key, scopes=["{FULL}"]) there, or change a path',
                 )

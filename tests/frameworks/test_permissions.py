@@ -22,6 +22,7 @@ from keylatch import flask as keylatch_flask
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.core.decisions import Principal
 from keylatch.django import requires, requires_any
+from keylatch.errors import ConfigurationError
 from keylatch.fastapi import APIKey, permissions_of
 from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
@@ -72,6 +73,19 @@ async def fastapi(keys: Keys, headers: dict[str, str]) -> int:
     @app.get("/x")
     async def view(
         key: Annotated[Principal, Security(api_key, scopes=["SENDING", "READING"])],
+    ) -> str:
+        return key.key_name
+
+    app.add_middleware(APIKeyMiddleware, engine=keys.engine(), permissions=permissions_of(app))
+    return await asgi_status(app, headers)
+
+
+async def fastapi_any(keys: Keys, headers: dict[str, str]) -> int:
+    app = FastAPI()
+
+    @app.get("/x")
+    async def view(
+        key: Annotated[Principal, Security(APIKey().requires_any("SENDING", "READING"))],
     ) -> str:
         return key.key_name
 
@@ -157,6 +171,7 @@ ALL = {
 }
 ANY = {
     "rules": starlette_rules,
+    "FastAPI": fastapi_any,
     "Flask": flask_with(keylatch_flask.requires_any),
     "Django": django_with(lambda: path("x", requires_any("SENDING", "READING")(page))),
     "REST framework": django_with(rest_page(requires_any("SENDING", "READING"))),
@@ -198,3 +213,20 @@ def test_a_view_that_names_no_permission_requires_full(declare: Callable[..., An
     ask = app.test_client().get
     assert ask("/x", headers=keys.create(permission="SENDING").headers).status_code == 403
     assert ask("/x", headers=keys.create().headers).status_code == 200
+
+
+def test_a_route_of_fastapi_combines_what_its_dependencies_require() -> None:
+    """Each must be satisfied; what is left is what the middleware is given."""
+    app, api_key = FastAPI(), APIKey()
+    either = Security(api_key.requires_any("SENDING", "READING"))
+    sending = Security(api_key, scopes=["SENDING"])
+    other = Security(api_key, scopes=["OTHER"])
+    app.add_api_route("/either", lambda: "x", dependencies=[either])
+    app.add_api_route("/one", lambda: "x", dependencies=[either, sending])
+    app.add_api_route("/none", lambda: "x", dependencies=[either, other])
+    assert permissions_of(app) == {
+        "READING": ["GET /either"],
+        "SENDING": ["GET /either", "GET /one"],
+    }
+    with pytest.raises(ConfigurationError, match="'sending'"):
+        api_key.requires_any("sending")

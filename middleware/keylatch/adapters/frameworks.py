@@ -52,8 +52,7 @@ def find_starlette_route(
         return find_in_app(route.app, scope, prefix)
     path = prefix + getattr(route, "path", "")
     view = getattr(route, "endpoint", None) or route
-    scopes = required_scopes(getattr(route, "dependant", None))
-    requirement = None if scopes is None else Requirement.all_of(sorted(scopes))
+    requirement = required_by_dependencies(getattr(route, "dependant", None))
     return Route(view, scope.get("path_params", {}), frozenset((shape(path),)), requirement)
 
 
@@ -91,16 +90,24 @@ def _find_without_route(
     return find_in_app(router.default, scope, prefix)
 
 
-def required_scopes(dependant: Any) -> frozenset[str] | None:
-    """The scopes of all `keylatch.fastapi.APIKey` dependencies; None: there is none."""
-    if dependant is None:
+def required_by_dependencies(dependant: Any) -> Requirement | None:
+    """What all `keylatch.fastapi.APIKey` dependencies together require; None: there is none."""
+    api_keys = list(_api_keys(dependant))
+    if not api_keys:
         return None
-    found = [required_scopes(each) for each in dependant.dependencies]
-    if getattr(dependant.call, "keylatch_requires_key", False):
+    scopes = {scope for _, scopes in api_keys for scope in scopes}
+    any_of = [requirement for requirement, _ in api_keys]
+    return Requirement.intersection([Requirement.all_of(sorted(scopes)), *any_of])
+
+
+def _api_keys(dependant: Any) -> Iterator[tuple[Requirement, Sequence[str]]]:
+    """Each such dependency: what it requires itself, and its scopes, also those of its parents."""
+    for each in getattr(dependant, "dependencies", ()):
+        yield from _api_keys(each)
+    requirement = getattr(getattr(dependant, "call", None), "keylatch_requirement", None)
+    if isinstance(requirement, Requirement):
         own = (*(dependant.parent_oauth_scopes or ()), *(dependant.own_oauth_scopes or ()))
-        found.append(frozenset(own))
-    required = [each for each in found if each is not None]
-    return frozenset[str]().union(*required) if required else None
+        yield requirement, own
 
 
 # Litestar

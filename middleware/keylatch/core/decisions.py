@@ -7,7 +7,7 @@ since the Unix epoch (UTC).
 import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -256,6 +256,16 @@ class Requirement:
             return ONLY_FULL
         sufficient = {FULL} | (distinct if len(distinct) == 1 else set())
         return cls(frozenset(sufficient), " ".join(sorted(distinct)))
+
+    @classmethod
+    def intersection(cls, requirements: Iterable["Requirement"]) -> "Requirement":
+        """What satisfies each of these; if only FULL does, the last one names the scope."""
+        limited = [each for each in requirements if each.permissions is not None]
+        if not limited:
+            return ANY_KEY
+        common = frozenset.intersection(*(each.permissions or frozenset() for each in limited))
+        common -= {FULL}
+        return cls.any_of(common) if common else replace(ONLY_FULL, scope=limited[-1].scope)
 
     @classmethod
     def any_of(cls, permissions: Iterable[str]) -> "Requirement":

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from keylatch.core.decisions import FULL, ONLY_FULL, Requirement
+from keylatch.core.decisions import ONLY_FULL, Requirement
 from keylatch.core.paths import is_canonical
 from keylatch.core.routes import NoRouter, Route, Router, Target
 from keylatch.core.rules import (
@@ -202,7 +202,7 @@ class Policy:
         rules = self._matching(self._rule_patterns, target)
         permissions = [rule.named for rule in rules if declares or not rule.is_declared]
         by_rules = Requirement.any_of(frozenset().union(*permissions))
-        return _intersection([by_rules, *others, *filter(None, [route.requirement])])
+        return Requirement.intersection([by_rules, *others, *filter(None, [route.requirement])])
 
     def _is_public_view(self, public: Sequence[Rule], route: Route) -> bool:
         """Whether a public path opens a view that declares nothing. In an app whose views declare,
@@ -252,13 +252,3 @@ def route_path(scope: Mapping[str, Any]) -> str:
     if path == root:
         return ""
     return path[len(root) :] if path.startswith(root + "/") else path
-
-
-def _intersection(requirements: Sequence[Requirement]) -> Requirement:
-    """What satisfies each of these; where only FULL does, the last one names the scope."""
-    permissions = [each.permissions for each in requirements if each.permissions is not None]
-    common = frozenset.intersection(*permissions) - {FULL}
-    if common:
-        return Requirement.any_of(common)
-    scopes = [each.scope for each in requirements if each.permissions is not None]
-    return Requirement(ONLY_FULL.permissions, scopes[-1])
