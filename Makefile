@@ -9,7 +9,7 @@ ALONE := $(patsubst %,tests/revocation/test_%.py,chaos fork redis_faults revocat
 # The extras in the lock files. `make LOCKED=0 …` installs any version that pyproject.toml allows, without
 # hashes, for mirrors that lack a file of the lock files.
 LOCKED ?= 1
-EXTRAS := demo,postgres,grpc,bench
+EXTRAS := sidecar,demo,postgres,grpc,bench
 COMMA := ,
 RELEASE := .venv-release/bin
 LOCK = $(RELEASE)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
@@ -63,7 +63,7 @@ lock: .venv-release/ready   ## write requirements/*.lock after a change of pypro
 	@$(LOCK) pyproject.toml --extra $(subst $(COMMA), --extra ,$(EXTRAS)) --group dev -o requirements/dev.lock
 	@$(LOCK) --group proxies --constraint requirements/dev.lock -o requirements/proxies.lock
 	@$(LOCK) --group release -o requirements/release.lock
-	@$(LOCK) pyproject.toml --extra postgres --extra grpc --extra otel -o requirements/runtime.lock
+	@$(LOCK) pyproject.toml --extra sidecar --extra postgres --extra grpc --extra otel -o requirements/runtime.lock
 
 dist: .venv-release/ready   ## wheel and sdist of this version in dist/, from a clean checkout
 	@git diff --quiet HEAD || { echo "error: there are changes that are not committed"; exit 1; }
@@ -90,7 +90,7 @@ clean:                      ## remove the virtual environments
 
 .venv/demo: .venv/bin/python pyproject.toml
 	@echo "Installing keylatch into .venv ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[sidecar,demo]'
 	@touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml requirements/dev.lock

@@ -34,7 +34,7 @@ from rich.progress import Progress
 
 from counted import counted
 from keylatch.authentication.hashing import Hasher
-from keylatch.caches.redis_client import FAILURES, connect
+from keylatch.caches.redis_client import connect, failures
 from keylatch.core import argon2id
 from keylatch.core.decisions import Allow, Deny, Reason
 from keylatch.core.tokens import MacKeys
@@ -148,7 +148,7 @@ async def l2_on(kind: str, rounds: int, redis: RedisServer, done: Done) -> list[
                 order = sorted(turn, reverse=len(spent["get"]) % 2 == 0)
                 try:
                     took = {name: await turn[name]() for name in order}
-                except FAILURES:
+                except failures():
                     took = {}
                 # The machine was so busy that Redis was late by its budget.
                 if not took or calls["verify"]:

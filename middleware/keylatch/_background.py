@@ -1,4 +1,4 @@
-"""The background tasks of an engine: loops that a stop cancels, and finite tasks that it awaits."""
+"""The background tasks of an engine: loops, and short tasks that a stop waits for."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ log = logging.getLogger("keylatch")
 
 
 class EngineTasks:
-    """The background tasks of one engine; all of them run on its event loop."""
+    """The background tasks of one engine, all on its event loop."""
 
     def __init__(self) -> None:
         self._loops: list[asyncio.Task[None]] = []
@@ -21,12 +21,12 @@ class EngineTasks:
         self._is_stopping = False
 
     def start_loop(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work that goes on until it is cancelled."""
+        """Run a coroutine that ends only when `stop` cancels it."""
         self._event_loop = asyncio.get_running_loop()
         self._loops.append(self._create_task(work))
 
     def start_soon(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run finite work that no request waits for, from any thread; `stop` waits a second."""
+        """Run a coroutine that only `stop` waits for, up to a second. Thread-safe."""
         if self._event_loop is None or asyncio._get_running_loop() is self._event_loop:
             self._finite_tasks.add(self._create_task(work))
         else:
@@ -51,7 +51,7 @@ class EngineTasks:
             raise
 
     async def stop(self) -> None:
-        """Cancel the loops, and give the finite tasks a second."""
+        """Cancel the loops; wait up to a second for the other tasks."""
         self._is_stopping = True
         if self._watcher is not None and self._watcher is not asyncio.current_task():
             self._watcher.cancel()

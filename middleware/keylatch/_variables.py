@@ -1,7 +1,7 @@
-"""The `KEYLATCH_*` variables: which there are, which name a file, and which nothing reads.
+"""The `KEYLATCH_*` variables: which are known, which name a file, and which are unknown.
 
-The law of this file: the known names are the fields of the settings classes, never a list of their
-own, and no message repeats a value, because a URL may hold a password.
+The law of this file: the known names are the fields of the settings classes, never a separate
+list, and no message repeats a value, because a URL may hold a password.
 """
 
 import difflib
@@ -21,11 +21,11 @@ _MAX_FILE_BYTES: Final = 65_536
 _STRICT_CUTOFF: Final = 0.85
 _LOOSE_CUTOFF: Final = 0.6
 
-# Imported only to learn its names, and only when a variable is found that is not known yet: one
-# file of variables is often given to the app and to the sidecar.
+# Imported only for its names, and only when a variable is unknown so far: an app and the sidecar
+# often read the same file of variables.
 _SIDECAR_PACKAGE: Final = "keylatch_sidecar"
 
-# What Kubernetes sets in every pod for a Service `keylatch` or `keylatch-…`
+# Kubernetes sets these in every pod for a Service `keylatch` or `keylatch-…`
 # (kubernetes.io/docs/concepts/services-networking/service, "Environment variables").
 _KUBERNETES_VARIABLE: Final = re.compile(
     r"KEYLATCH(_\w+)?(_SERVICE_HOST|_SERVICE_PORT(_\w+)?"
@@ -34,7 +34,7 @@ _KUBERNETES_VARIABLE: Final = re.compile(
 _KUBERNETES_ADDRESS: Final = re.compile(r"(tcp|udp|sctp)://")
 
 Mistake = tuple[str, str]
-"""What is wrong, and a hint."""
+"""An error and a hint."""
 
 
 class EnvironmentSettings(BaseSettings):
@@ -59,8 +59,10 @@ def variable_name(name: str) -> str:
 
 
 def find_unknown(environment: Mapping[str, str]) -> list[Mistake]:
-    """The variables that look like keylatch's and that nothing reads, each with the name that was
-    probably meant. Those that Kubernetes makes of a Service are left out."""
+    """The `KEYLATCH_*` variables that no settings class has, each with the most similar name.
+
+    Variables that Kubernetes sets for a Service are not included.
+    """
     candidates = [
         name
         for name in sorted(environment)
@@ -100,7 +102,7 @@ def _hint_for(name: str, names: Collection[str]) -> str:
         difflib.get_close_matches(word, words, 1, _STRICT_CUTOFF)
         or sorted((each for each in words if word.startswith(f"{each}_")), key=len)[-1:]
         or difflib.get_close_matches(word, words, 1, _LOOSE_CUTOFF)
-    )  # KEYLATCH_REDIS_URL is rather KEYLATCH_REDIS than KEYLATCH_REDIS_FILE
+    )  # for KEYLATCH_REDIS_URL this suggests KEYLATCH_REDIS, not KEYLATCH_REDIS_FILE
     if matches:
         return f"is {PREFIX}{matches[0]} meant?"
     return "unset it, or correct it: the README lists all settings"
@@ -109,17 +111,17 @@ def _hint_for(name: str, names: Collection[str]) -> str:
 def read_files(
     model: type[EnvironmentSettings], arguments: Mapping[str, Any], hints: Mapping[str, str]
 ) -> tuple[dict[str, str], list[Mistake]]:
-    """The settings that are in files: `KEYLATCH_STORE_FILE` names one that holds the store's URL.
+    """The settings in files: `KEYLATCH_STORE_FILE` names a file that contains the store's URL.
 
-    An argument, in either form, comes before a variable in either form.
+    An argument, in either form, takes precedence over a variable in either form.
 
     Args:
-        model: whose fields; `x_file` is such a file if there is a field `x` as well.
-        arguments: given by the caller.
-        hints: of each field.
+        model: the settings class; its field `x_file` names a file for its field `x`.
+        arguments: of the caller, by field.
+        hints: the allowed values, by field.
 
     Returns:
-        What to set, and what is wrong.
+        Values by field, and mistakes.
     """
     found: dict[str, str] = {}
     mistakes: list[Mistake] = []
@@ -128,7 +130,7 @@ def read_files(
         by_argument = {each for each in (name, file_name) if each in arguments}
         values = arguments if by_argument else _from_environment()
         if by_argument == {name}:
-            found[file_name] = ""  # whatever the environment says
+            found[file_name] = ""  # overrides the variable
         elif values.get(name) and values.get(file_name):
             mistakes.append(
                 _mistake(file_name, f"{variable_name(name)} is set as well", "set one of the two")
@@ -142,7 +144,7 @@ def read_files(
 
 
 def _from_environment() -> dict[str, str]:
-    """By field; letters of either case will do, as for pydantic."""
+    """By field; letter case does not matter, as in pydantic-settings."""
     names = {name: name.upper() for name in os.environ}
     return {
         upper.removeprefix(PREFIX).lower(): os.environ[name]
@@ -156,17 +158,17 @@ def _mistake(name: str, what: str, hint: str) -> Mistake:
 
 
 def _read_file(path: Path) -> str:
-    """What a file holds, without the end of its line.
+    """The only line of a file.
 
     Raises:
-        ValueError: it cannot be read, or holds anything else than one line.
+        ValueError: the file cannot be read, or does not contain exactly one line.
     """
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_FILE_BYTES).decode().strip("\r\n")
     except UnicodeDecodeError:
         raise ValueError("the file is not UTF-8 text") from None
-    except (OSError, ValueError) as error:  # without its name, which may be a URL by mistake
+    except (OSError, ValueError) as error:  # not with the name, which may be a URL by mistake
         reason = error.strerror if isinstance(error, OSError) else None
         raise ValueError(f"the file cannot be read: {reason or 'not a path'}") from None
     if not text.strip():
@@ -177,8 +179,8 @@ def _read_file(path: Path) -> str:
 
 
 def export_variables(settings: Mapping[str, str | None]) -> None:
-    """Set the variables of what was given, for processes that are started from here on. The other
-    form of the same setting is unset: it would be a mistake beside it, or come before it."""
+    """Set variables for child processes. The other form of the same setting (`x` and `x_file`) is
+    unset: both together would be a mistake."""
     for name, value in settings.items():
         if value is None:
             continue

@@ -1,13 +1,13 @@
-"""The ASGI middleware: one line around an app, one decision for each request.
+"""The ASGI middleware: decides on each request before the app is called.
 
     app.add_middleware(APIKeyMiddleware, store="sqlite:///keys.db", public=["/healthz"])
 
-It spells what `credentials`, `engine`, `policy` and `refusals` decide in terms of ASGI, and
-nothing else. Scopes are copied, never written on.
+It translates between ASGI and `credentials`, `policy`, the engine and `refusals`, and decides
+nothing itself. It copies scopes and never changes the server's.
 """
 
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,9 +23,11 @@ from keylatch.core.decisions import DeferredDeny, Deny
 from keylatch.core.policy import route_path
 from keylatch.core.refusals import Refusal
 from keylatch.core.rules import WEBSOCKET
-from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
+
+if TYPE_CHECKING:
+    from keylatch.engine import Engine
 
 _TRACED: Final = "keylatch.traced"
 _RESPONSE_STARTS: Final = (
@@ -36,10 +38,10 @@ _RESPONSE_STARTS: Final = (
 
 
 class Refused(Exception):
-    """Raised inside the app, before it has begun to answer: the middleware answers with a refusal.
+    """Raised by a view before the response has started: the middleware responds with the refusal.
 
     Args:
-        deny: why, and what would have sufficed.
+        deny: the reason, and the scope that would have sufficed.
     """
 
     def __init__(self, deny: Deny) -> None:
@@ -59,7 +61,7 @@ class APIKeyMiddleware(BaseMiddleware[ASGIApp]):
             else:
                 await self._app(scope, receive, send)
             return
-        if self._traces_requests and _TRACED not in scope:  # one test is all that a hit pays
+        if self._traces_requests and _TRACED not in scope:  # costs a hit one test
             await self._call_traced(scope, receive, send)
             return
         values, has_identity_headers = credentials.scan_headers(scope["headers"])
@@ -86,7 +88,7 @@ class APIKeyMiddleware(BaseMiddleware[ASGIApp]):
                 self.engine.record_client(decision.principal.key_id, partial(client_info_of, scope))
         try:
             if requirement is not None and scope["type"] == "websocket":
-                if not requirement.is_final:  # a key with FULL may be given less meanwhile
+                if not requirement.is_final:  # the key's permission can change while it is open
                     requirement = self._policy.routed_requirement(method, path, scope, self._router)
                 with self.engine.revocation_event(values, requirement) as ended:
                     await run_until(ended, self._app, scope, receive, send)
@@ -100,14 +102,14 @@ class APIKeyMiddleware(BaseMiddleware[ASGIApp]):
         return ASGIRouter(app, _is_keylatch_middleware)
 
     async def _call_traced(self, scope: Scope, receive: Receive, send: Send) -> None:
-        adds_headers = self.engine.settings.timing == "on"
+        adds_headers = self.engine.settings.timing
         with tracing_request(scope["headers"]) as trace:
             traced_send = with_headers(trace, send) if adds_headers else send
             await self({**scope, _TRACED: True}, receive, traced_send)
 
 
 class ProxyIdentityMiddleware(ProxyIdentity[ASGIApp]):
-    """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
+    """For an app behind a proxy that asks the sidecar: the principal, from the proxy's headers.
 
     The arguments are those of `keylatch.adapters.proxy_identity.ProxyIdentity`. Start uvicorn with
     `--no-proxy-headers`: otherwise the peer is the address in `X-Forwarded-For`.
@@ -139,16 +141,16 @@ class ProxyIdentityMiddleware(ProxyIdentity[ASGIApp]):
 
 
 def _is_keylatch_middleware(listed: object) -> bool:
-    """Whether one of Starlette's list of middlewares is keylatch's."""
+    """Whether an entry of Starlette's `user_middleware` is keylatch's."""
     cls = getattr(listed, "cls", None)
     return isinstance(cls, type) and issubclass(cls, BaseMiddleware | ProxyIdentity)
 
 
 def peer_of(scope: Scope) -> str | Peer:
-    """The address at the other end; without one, a Unix socket if the server says that it is one.
+    """The peer's address; without one, a Unix socket if the server reports one.
 
-    It says so in `server`: the socket's path, and no port (ASGI specification, HTTP connection
-    scope; granian: port "0"). hypercorn and daphne say nothing there.
+    The server reports it in `server`: the socket's path and no port (ASGI specification, HTTP
+    connection scope; granian: port "0"). hypercorn and daphne report nothing.
     """
     client, server = scope.get("client"), scope.get("server")
     if client and client[0]:
@@ -166,9 +168,9 @@ def client_info_of(scope: Scope) -> tuple[str | None, str | None]:
 
 
 def _copy(scope: Scope, has_identity_headers: bool) -> dict[str, Any]:
-    """A copy of the scope, without headers that pose as keylatch's."""
+    """A copy of the scope without identity headers."""
     copy = dict(scope)
-    # A list of our own in any case: uvicorn on httptools appends trailers to the one it gave away.
+    # Always a new list: uvicorn on httptools appends trailers to the one in the scope.
     copy["headers"] = [*scope["headers"]]
     if has_identity_headers:
         copy["headers"] = [each for each in copy["headers"] if not is_identity_header(each[0])]
@@ -176,7 +178,7 @@ def _copy(scope: Scope, has_identity_headers: bool) -> dict[str, Any]:
 
 
 def with_headers(trace: RequestTrace, send: Send) -> Send:
-    """Send, with what the trail tells among the headers."""
+    """A `send` that adds the trace's headers to the response."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] in _RESPONSE_STARTS:
@@ -187,7 +189,7 @@ def with_headers(trace: RequestTrace, send: Send) -> Send:
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send a refusal over HTTP, or over a WebSocket handshake as far as the server can."""
+    """Send a refusal, over a WebSocket handshake with status and body if the server supports it."""
     kind = "http"
     if scope["type"] == "websocket":
         if "websocket.http.response" not in scope.get("extensions", {}):
@@ -202,11 +204,11 @@ async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -
 
 
 async def _run_lifespan(
-    app: ASGIApp, engine: Engine, scope: Scope, receive: Receive, send: Send
+    app: ASGIApp, engine: "Engine", scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Start the engine before the app starts and stop it after the app has stopped.
+    """Start the engine before the app and stop it after the app.
 
-    An app that does not know lifespan events is spared them; the engine still gets its own.
+    If the app does not support lifespan events, the middleware answers them itself.
     """
     received = sent = ""
 
@@ -235,9 +237,9 @@ async def _run_lifespan(
 
 
 async def _finish_lifespan(
-    engine: Engine, receive: Receive, send: Send, received: str, sent: str
+    engine: "Engine", receive: Receive, send: Send, received: str, sent: str
 ) -> None:
-    """Take the events that the app left, and give the answers that it owes."""
+    """Receive the events that the app did not receive, and send the answers it did not send."""
     if not received:
         await receive()  # lifespan.startup
         await _start(engine, send)
@@ -250,12 +252,11 @@ async def _finish_lifespan(
         await send({"type": "lifespan.shutdown.complete"})
 
 
-async def _start(engine: Engine, send: Send) -> None:
+async def _start(engine: "Engine", send: Send) -> None:
     try:
         await engine.start()
     except KeylatchError as error:
-        # Said this way, because servers take a mere exception for "knows no lifespan events"
-        # and serve on.
+        # Servers treat an exception alone as "no lifespan support" and keep serving.
         message = f"error: {error.message}\nhint: {error.hint}"
         await send({"type": "lifespan.startup.failed", "message": message})
         raise

@@ -1,4 +1,4 @@
-"""Django: one line in MIDDLEWARE, one setting, and `request.api_key` says who calls.
+"""Django: a middleware, a setting, and `request.api_key` as the principal of the request.
 
     MIDDLEWARE = ["keylatch.django.APIKeyMiddleware", ...]
     KEYLATCH = {"store": "sqlite:///keys.db", "public": ["/healthz"]}
@@ -6,15 +6,15 @@
     @requires("SENDING")
     def send_email(request): ...
 
-Under ASGI the event loop never waits: what this process does not know is asked through the portal,
-because Django may run several loops. Take `get_asgi_application` from here: Django's own knows no
-lifespan events, so under uvicorn nobody would store the last uses when the server stops.
+Under ASGI a cache miss goes through the portal and never blocks an event loop: Django may run
+several loops. Use `get_asgi_application` from this module: Django's own does not support lifespan
+events, so under uvicorn the last usage counts would be lost when the server stops.
 """
 
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
@@ -23,7 +23,6 @@ try:
     from django.conf import settings
     from django.core import asgi
     from django.http import HttpRequest, HttpResponse
-    from django.urls import get_resolver
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("asgiref", "django"):
         raise
@@ -32,17 +31,11 @@ except ModuleNotFoundError as error:
 from starlette.authentication import UnauthenticatedUser
 from starlette.types import Receive, Scope, Send
 
+from keylatch.adapters.django_urlconf import ResolvedURLconf, URLconf, undeclared_routes
 from keylatch.adapters.environ import PRINCIPAL, REFUSALS, client_info_of
-from keylatch.adapters.frameworks import (
-    django_path_templates,
-    find_django_route,
-    route_from_django_match,
-)
-from keylatch.adapters.languages import language_of, override_language
 from keylatch.adapters.middleware import BaseMiddleware
 from keylatch.adapters.portal import Portal, close_all
-from keylatch.adapters.routing import has_encoded_slash, is_unambiguous_environ
-from keylatch.adapters.view_permissions import any_of, refusal_of
+from keylatch.adapters.view_permissions import all_of, any_of, refusal_of
 from keylatch.core.decisions import (
     FULL,
     Decision,
@@ -53,8 +46,7 @@ from keylatch.core.decisions import (
     missing_scope,
 )
 from keylatch.core.refusals import Refusal
-from keylatch.core.routes import Route
-from keylatch.core.rules import declare, required_by
+from keylatch.core.rules import declare
 from keylatch.errors import ConfigurationError
 from keylatch.telemetry.request_trace import RequestTrace, time_awaited_check, time_check
 from keylatch.wsgi import (
@@ -65,23 +57,25 @@ from keylatch.wsgi import (
 
 View = TypeVar("View", bound=Callable[..., Any])
 
+_RESOLVED_URLCONF: Final = ResolvedURLconf()
 _SETTING_NAMES: Final = tuple(
     name for name in inspect.signature(BaseMiddleware).parameters if name != "app"
 )
 
 
 class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
-    """Lets a request pass if it carries a good key, as `request.api_key`.
+    """Passes a request to the view if it carries a valid key: `request.api_key` is its principal.
 
     KEYLATCH has the arguments of `keylatch.adapters.middleware.BaseMiddleware`. A key without FULL
-    may call what `permissions` names for it, and views with `requires`. Name this middleware
-    first: what stands before it sees requests that nobody has checked. Only one that chooses
-    `request.urlconf` belongs before it, because the view is looked up there. What one after it
-    changes (the path, the method, the language, the URLconf) can close a view and open none: the
-    request is judged again by the view that Django has chosen.
+    can call the routes that `permissions` names for it, and views with `requires`.
+
+    Name this middleware first: a middleware before it sees requests that are not yet checked. Only
+    a middleware that sets `request.urlconf` belongs before it, because the view is looked up there.
+    If a later middleware changes the path, the method, the language or the URLconf, that can close
+    a view but never open one: the request is decided again for the view that Django has chosen.
 
     Raises:
-        ConfigurationError: naming every wrong setting and rule, and every view that declares
+        ConfigurationError: names every wrong setting and rule, and every view that declares
             nothing and that a public path with parameters opens without spelling its route.
     """
 
@@ -102,8 +96,8 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
             mistakes += error.mistakes
         else:
             methods = sorted({rule.method for rule in self._policy.public_patterns})
-            if methods:  # else the URLconf is not imported before the first request
-                mistakes += self._policy.find_exposed(_undeclared_routes(methods))
+            if methods:  # otherwise the first request imports the URLconf, not the start
+                mistakes += self._policy.find_exposed(undeclared_routes(methods))
         if mistakes:
             raise ConfigurationError(mistakes)
         self._is_async = iscoroutinefunction(get_response)
@@ -154,7 +148,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return refusal or await self._app(request)
 
     def _check_view(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
-        """Judge again, now that Django has resolved the path."""
+        """Decide again, now that Django has resolved the path."""
         user = request.META[PRINCIPAL]
         permission = user.permission if isinstance(user, Principal) else ""
         if permission == FULL:
@@ -167,7 +161,7 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return None if refusal is None else refuse(refusal, request)
 
     async def _check_view_async(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
-        return self._check_view(request)  # Django would run the other one in a thread
+        return self._check_view(request)  # Django would run the sync method in a thread
 
     def _call_sync_traced(self, request: HttpRequest) -> Any:
         with request_trace_of(request.META) as trace:
@@ -178,19 +172,19 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
             return self._with_headers(trace, await self._call_async(request))
 
     def _with_headers(self, trace: RequestTrace, response: Any) -> Any:
-        if self.engine.settings.timing == "on":
+        if self.engine.settings.timing:
             for name, value in trace.headers():
                 _append_header(response, name.decode(), value.decode())
         return response
 
     def close(self) -> None:
-        """Store what was used and let go of everything, until the next request comes."""
+        """Store the usage counts and stop the engine; the next request starts it again."""
         self._portal.close()
 
     def _requirement_for(self, request: HttpRequest) -> Requirement | None:
-        """What the rules ask of the key, so far; None where none is needed."""
+        """The requirement by the rules, not final; None: no key is needed."""
         strip_identity_headers(request.META)
-        request.__dict__.pop("headers", None)  # made of META once, if somebody has looked already
+        request.__dict__.pop("headers", None)  # Django caches it; it may predate the line above
         request.META[REFUSALS] = self._refusals
         request.META[PRINCIPAL] = request.api_key = UnauthenticatedUser()
         requirement = self._policy.requirement_for(
@@ -200,8 +194,8 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
 
     def _admit_or_refuse(self, request: HttpRequest, decision: Decision) -> HttpResponse | None:
         if isinstance(decision, DeferredDeny):
-            # Only for a good key that the rules do not let in, and only where the request is
-            # handled: the URLconf may be imported here, and a path converter may ask a database.
+            # Only for a valid key that the rules do not allow, and in the thread that handles the
+            # request: this may import the URLconf, and a path converter may query a database.
             method, path = request.method, request.path_info
             requirement = self._policy.routed_requirement(method, path, request, self._router)
             decision = time_check(functools.partial(decision.decide, requirement))
@@ -215,66 +209,20 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return None
 
 
-class URLconf:
-    """Which view a request gets to, by the URLconf that is in force for it."""
-
-    def is_unambiguous(self, request: HttpRequest) -> bool:
-        raw = getattr(request, "scope", {}).get("raw_path")
-        return not has_encoded_slash(raw) and is_unambiguous_environ(request.META)
-
-    def find(self, request: HttpRequest) -> Route | None:
-        return self.find_at(request, request.path_info)
-
-    def find_at(self, request: HttpRequest, path: str) -> Route | None:
-        with override_language(request, path):
-            return find_django_route(path, str(request.method), getattr(request, "urlconf", None))
-
-    def cache_key(self, request: HttpRequest) -> object:
-        return getattr(request, "urlconf", None), language_of(request), request.method
-
-
-class ResolvedURLconf(URLconf):
-    """The same, once Django has resolved the request itself."""
-
-    def find(self, request: HttpRequest) -> Route | None:
-        return route_from_django_match(request.resolver_match, str(request.method))
-
-
-_RESOLVED_URLCONF: Final = ResolvedURLconf()
-
-
-def _undeclared_routes(methods: Sequence[str]) -> Iterator[str]:
-    """The routes of the project whose views declare nothing, spelled as rules are."""
-    for route, view in _views(get_resolver().url_patterns):
-        for method in methods:
-            if required_by(view, method) is None:
-                yield from (f"{method} {each}" for each in django_path_templates(route))
-
-
-def _views(patterns: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Each route and its view, with included URLconfs."""
-    for each in patterns:
-        route = prefix + str(each.pattern).removeprefix("^" if prefix else "")
-        if hasattr(each, "url_patterns"):
-            yield from _views(each.url_patterns, route)
-        else:
-            yield route, each.callback
-
-
-@functools.cache  # of the few that a policy knows
+@functools.cache  # a policy has few requirements
 def _not_final(requirement: Requirement) -> Requirement:
-    """The same, where the view may let in more."""
+    """The requirement, not final: the view may accept more permissions."""
     return replace(requirement, is_final=False)
 
 
 def _append_header(response: Any, name: str, value: str) -> None:
-    """Add a header whose value is a list. Django keeps one field of a name, so what the app said
-    and this share it (RFC 9110 section 5.3)."""
+    """Add a header whose value is a list. Django keeps one field per name, so the app's value and
+    this one share it (RFC 9110 section 5.3)."""
     response[name] = f"{response[name]}, {value}" if name in response else value
 
 
 def get_asgi_application() -> Callable[..., Awaitable[None]]:
-    """Django's own, and the lifespan events by which a server says that it stops."""
+    """Django's application, with support for lifespan events: at shutdown the engines stop."""
     app = asgi.get_asgi_application()
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -291,16 +239,27 @@ def get_asgi_application() -> Callable[..., Awaitable[None]]:
 
 
 def requires(*permissions: str) -> Callable[[View], View]:
-    """Let a view be called by keys with any one of these permissions, and by FULL.
+    """A decorator for a view that requires all of these permissions; FULL includes every one.
 
-    For functions and, with `method_decorator`, for the methods of classes; sync or async. The
-    middleware reads it; the view itself refuses with the very same answer.
+    For functions and, with `method_decorator`, for methods of classes; sync or async. The
+    middleware reads the declaration; the view checks again and refuses with the same response.
 
     Raises:
-        ConfigurationError: naming every word that is no permission.
+        ConfigurationError: names every malformed permission.
     """
-    requirement = any_of(permissions)
+    return _guard(all_of(permissions))
 
+
+def requires_any(*permissions: str) -> Callable[[View], View]:
+    """As `requires`, for a view that requires any one of these permissions.
+
+    Raises:
+        ConfigurationError: names every malformed permission.
+    """
+    return _guard(any_of(permissions))
+
+
+def _guard(requirement: Requirement) -> Callable[[View], View]:
     def decorate(view: View) -> View:
         @functools.wraps(view)
         def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
@@ -320,7 +279,7 @@ def requires(*permissions: str) -> Callable[[View], View]:
 
 
 def refuse(refusal: Refusal, request: HttpRequest) -> HttpResponse:
-    """A refusal as Django's response, with nothing added."""
+    """A refusal as Django's response, without further headers."""
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in refusal.headers}
     body = b"" if request.method == "HEAD" else refusal.body
     return HttpResponse(body, status=refusal.status, headers=headers)

@@ -1,12 +1,13 @@
-"""Django REST framework: the key that the middleware let in is `request.user`.
+"""Django REST framework: `request.user` is the principal of the key.
 
     REST_FRAMEWORK = {
         "DEFAULT_AUTHENTICATION_CLASSES": ["keylatch.django_rest.APIKeyAuthentication"],
         "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
     }
 
-`keylatch.django.APIKeyMiddleware` decides. What a view is for says `keylatch.django.requires`: on
-an `@api_view`, or with `method_decorator` on a class, on its methods or on a view set's actions.
+`keylatch.django.APIKeyMiddleware` decides. Views declare permissions with
+`keylatch.django.requires`: on an `@api_view`, or with `method_decorator` on a class, on its methods
+or on the actions of a view set.
 """
 
 from typing import Any
@@ -27,21 +28,21 @@ from keylatch.core.decisions import Deny, Principal, Reason
 
 
 class PrincipalUser(Principal):
-    """The principal, with the name by which REST framework's throttles count their users."""
+    """A principal with `pk`, by which REST framework's throttles count users."""
 
     @property
     def pk(self) -> str:
-        """The id of the key."""
+        """The key id."""
         return self.key_id
 
 
 class APIKeyAuthentication(BaseAuthentication):
     """`request.user` is the principal, `request.auth` its permission.
 
-    On a public path nobody is authenticated: a view that wants somebody there answers 401.
+    On a public path the request is not authenticated: a view that requires a user answers 401.
 
     Raises:
-        RuntimeError: the middleware has not seen this request.
+        RuntimeError: the middleware has not checked this request.
     """
 
     def authenticate(self, request: Any) -> tuple[PrincipalUser, str] | None:
@@ -53,6 +54,6 @@ class APIKeyAuthentication(BaseAuthentication):
         return PrincipalUser(**fields), principal.permission
 
     def authenticate_header(self, request: Any) -> str:
-        """The challenge that makes an answer a 401 (RFC 6750 section 3)."""
+        """The challenge; with it REST framework answers 401 and not 403 (RFC 6750 section 3)."""
         refusal = request.META[REFUSALS].refusal_for(Deny(Reason.MISSING))
         return str(dict(refusal.headers)[b"www-authenticate"].decode("latin-1"))

@@ -105,7 +105,7 @@ class Engine:
         self.store = store or Store(settings.store, external_peppers=settings.file_peppers)
         self.hasher = hasher or Hasher(settings.hasher)
         self.counters = Counters()
-        self.records_clients = settings.clients == "on"
+        self.records_clients = settings.clients
         self._clock = clock
         self._timer = timer
         self._redis = redis
@@ -124,8 +124,8 @@ class Engine:
             settings.lease * 1000 if self.store.is_shared else 0.0,
             self.counters,
         )
-        self._failures = FailureLog(timer) if settings.log_failures == "on" else None
-        tracing = _tracing() if settings.tracing == "on" else None
+        self._failures = FailureLog(timer) if settings.log_failures else None
+        tracing = _tracing() if settings.tracing else None
         self._events = Events(
             self.counters.on_event,
             request_trace.on_event,

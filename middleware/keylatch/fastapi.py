@@ -1,4 +1,4 @@
-"""FastAPI: the key as a dependency, declared where the route is, and shown in OpenAPI.
+"""FastAPI: a dependency that returns the principal, checks scopes, and is shown in OpenAPI.
 
     api_key = APIKey()
     app.add_middleware(APIKeyMiddleware, permissions=permissions_of(app))
@@ -6,10 +6,11 @@
     @app.post("/v1/emails")
     async def send(key: Principal = Security(api_key, scopes=["SENDING"])) -> str: ...
 
-The middleware stays the guard: it has checked the key before FastAPI looks for a route, also where
-a route forgot the dependency. The dependency asks what the key may do here, and nothing else.
+The middleware checks the key before FastAPI chooses a route, also for a route without the
+dependency. The dependency only checks the scopes of the route.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,18 @@ from starlette.authentication import UnauthenticatedUser
 from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
-from keylatch.adapters.frameworks import required_scopes
+from keylatch.adapters.frameworks import required_by_dependencies
+from keylatch.adapters.view_permissions import any_of
 from keylatch.asgi import APIKeyMiddleware, Refused
-from keylatch.core.decisions import FULL, Deny, Principal, Reason, Requirement
+from keylatch.core.decisions import (
+    ANY_KEY,
+    FULL,
+    Deny,
+    Principal,
+    Reason,
+    Requirement,
+    missing_scope,
+)
 from keylatch.core.paths import overlaps
 from keylatch.core.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
 from keylatch.errors import ConfigurationError
@@ -41,19 +51,19 @@ __all__ = ["APIKey", "APIKeyMiddleware", "permissions_of"]
 class APIKey(SecurityBase):
     """A dependency that returns the request's `keylatch.Principal`.
 
-    As `Security(api_key, scopes=["SENDING"])` it refuses keys that do not hold every scope; FULL
-    holds all. A refusal is the very answer that the middleware gives.
+    `Security(api_key, scopes=["SENDING"])` refuses keys that do not have all of the scopes; FULL
+    includes every one. The refusal is the same response as the middleware's.
 
     Args:
-        scheme_name: what OpenAPI and the Authorize dialog call it.
-        description: what they say about it, in Markdown.
-        bearer_format: what kind of token it is.
+        scheme_name: its name in OpenAPI and in the Authorize dialog.
+        description: its description there, in Markdown.
+        bearer_format: the kind of token, for OpenAPI.
 
     Raises:
-        RuntimeError: for a request that did not pass `APIKeyMiddleware`.
+        RuntimeError: the request did not pass `APIKeyMiddleware`.
     """
 
-    keylatch_requires_key = True  # what `frameworks.required_scopes` looks for
+    keylatch_requirement = ANY_KEY  # for `frameworks.required_by_dependencies`
 
     def __init__(
         self,
@@ -76,28 +86,43 @@ class APIKey(SecurityBase):
                 "keylatch.fastapi.APIKey needs the middleware: "
                 "app.add_middleware(keylatch.asgi.APIKeyMiddleware, …)"
             )
-        granted = connection.auth.scopes
-        if all(scope in granted for scope in security_scopes.scopes):
-            return user
-        raise Refused(
-            Deny(Reason.INSUFFICIENT_SCOPE, Requirement.all_of(security_scopes.scopes).scope)
-        )
+        for requirement in (
+            Requirement.all_of(security_scopes.scopes),
+            self.keylatch_requirement,
+        ):
+            deny = missing_scope(user.permission, requirement)
+            if deny is not None:
+                raise Refused(deny)
+        return user
+
+    def requires_any(self, *permissions: str) -> "APIKey":
+        """A dependency that requires any one of these permissions.
+
+            Depends(api_key.requires_any("SENDING", "READING"))
+
+        Raises:
+            ConfigurationError: names every malformed permission.
+        """
+        other = copy.copy(self)
+        other.keylatch_requirement = any_of(permissions)
+        return other
 
 
 def permissions_of(app: FastAPI) -> Mapping[str, Sequence[str]]:
-    """The middleware's `permissions=`, as the app's routes declare them.
+    """The middleware's `permissions=`, read from the app's routes.
 
-    A route is for the one permission that its `Security(api_key, scopes=[…])` names. With none, or
-    with several (a key has but one), it is for FULL. The routes are read when the middleware is
-    built, at the app's first call; those added later are for FULL.
+    A route requires the permission that its `Security(api_key, scopes=[…])` names, or any one of
+    its `requires_any`. With none, or with several scopes (a key has only one), it requires FULL.
+    The routes are read when the middleware is built, at the app's first call; routes that are
+    added later require FULL.
 
-    Rules know methods and paths, not the order of routes: where a route for FULL comes before one
-    whose path also matches, the start fails, until the former says `scopes=["FULL"]`. It fails as
-    well where a public path with parameters opens a route that asks for no key at all, unless it
-    spells that route's own path.
+    Rules match methods and paths and ignore the order of routes. If a route that requires FULL
+    precedes one whose path also matches, the middleware does not start until the former declares
+    `scopes=["FULL"]`. Nor does it start if a public path with parameters opens a route that has no
+    `APIKey` dependency, unless the public path is spelled exactly as that route's.
 
     Args:
-        app: with its included routers and whatever is mounted.
+        app: with its included routers and mounted apps.
     """
     return _Permissions(app)
 
@@ -121,35 +146,40 @@ class _Permissions(Mapping[str, Sequence[str]]):
     def _rules(self) -> dict[str, list[str]]:
         rules: dict[str, list[str]] = {}
         for declaration in _declarations(self._app.routes):
-            if declaration.permission:
-                rule = DeclaredRule(declaration.rule)
-                rules.setdefault(declaration.permission, []).append(rule)
+            for permission in sorted(declaration.permissions):
+                rules.setdefault(permission, []).append(DeclaredRule(declaration.rule))
         return rules
 
     @property
     def undeclared(self) -> Sequence[str]:
-        """The routes that no public path may open by the way."""
-        return [each.public_rule for each in _declarations(self._app.routes) if each.needs_no_key]
+        """The routes that a public path with parameters must not open implicitly."""
+        return [
+            each.public_rule for each in _declarations(self._app.routes) if each.requirement is None
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class _Declaration:
-    """What a route says of one method."""
+    """What a route declares for one method."""
 
     method: str
     path: str
-    scopes: frozenset[str]
+    requirement: Requirement | None
+    """None: the route has no `APIKey` dependency."""
     kind: tuple[object, str]
-    """What the router tells apart and a rule does not: HEAD from GET, WebSockets, hosts."""
-    needs_no_key: bool = False
-    """Whether the route does not even ask for a key."""
+    """What the router distinguishes and a rule does not: HEAD from GET, WebSockets, hosts."""
 
     @property
-    def permission(self) -> str | None:
-        """The one that the middleware lets pass besides FULL."""
-        if len(self.scopes) != 1 or self.method in ("HEAD", "OPTIONS"):
-            return None
-        return next(iter(self.scopes - {FULL}), None)
+    def permissions(self) -> frozenset[str]:
+        """The permissions that suffice besides FULL; those of a rule for GET suffice for HEAD."""
+        if self.requirement is None or self.method in ("HEAD", "OPTIONS"):
+            return frozenset()
+        return (self.requirement.permissions or frozenset()) - {FULL}
+
+    @property
+    def declares(self) -> bool:
+        """Whether the route names permissions, which it then checks itself."""
+        return self.requirement is not None and self.requirement.permissions is not None
 
     @property
     def rule(self) -> str:
@@ -157,12 +187,12 @@ class _Declaration:
 
     @property
     def public_rule(self) -> str:
-        """As `public` names it."""
+        """In the spelling of `public`."""
         is_websocket = self.kind[1] == WEBSOCKET
         return f"{WEBSOCKET} {self.path}" if is_websocket else self.rule
 
     def is_matched_by(self, other: "_Declaration") -> bool:
-        """Whether the other's rule matches requests that are ours."""
+        """Whether the rule of another route matches requests of this one."""
         method = "GET" if self.method == "HEAD" else self.method
         return method in (ANY_METHOD, other.method) and overlaps(self.path, other.path)
 
@@ -170,7 +200,7 @@ class _Declaration:
 def _declarations(
     routes: Sequence[BaseRoute], prefix: str = "", host: object = None
 ) -> Iterator[_Declaration]:
-    """In the order in which the router tries them."""
+    """In the router's order."""
     for context in iter_route_contexts(routes):
         route = context.original_route
         path = prefix + (context.path or "")
@@ -179,16 +209,15 @@ def _declarations(
         elif isinstance(route, Mount) and context.routes:
             yield from _declarations(context.routes, path, host)
         elif isinstance(route, Mount):
-            yield _Declaration(ANY_METHOD, path + "/{path:path}", frozenset(), (host, "http"), True)
+            yield _Declaration(ANY_METHOD, path + "/{path:path}", None, (host, "http"))
         elif not _is_documentation(route):
-            scopes = required_scopes(getattr(context, "dependant", None))
+            requirement = required_by_dependencies(getattr(context, "dependant", None))
             for method, kind in _methods_of(context):
-                needs_no_key = scopes is None
-                yield _Declaration(method, path, scopes or frozenset(), (host, kind), needs_no_key)
+                yield _Declaration(method, path, requirement, (host, kind))
 
 
 def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
-    """Its methods, each with what it is asked over."""
+    """Each method with its kind: `http`, `HEAD` or a WebSocket."""
     if isinstance(context.original_route, WebSocketRoute):
         yield "GET", WEBSOCKET
         return
@@ -200,23 +229,23 @@ def _methods_of(context: RouteContext) -> Iterator[tuple[str, str]]:
 
 
 def _is_documentation(route: BaseRoute) -> bool:
-    """Whether FastAPI added it by itself, where nobody could declare anything."""
+    """Whether FastAPI added the route itself, so that it cannot declare anything."""
     return isinstance(route, Route) and route.endpoint.__module__ == "fastapi.applications"
 
 
 def _shadowed(declarations: Sequence[_Declaration]) -> Iterator[tuple[str, str]]:
-    """Each route for FULL whose requests the rule of another route would let pass.
+    """Each route that requires FULL and whose requests the rule of another route would allow.
 
-    One that names scopes looks after itself, as does a route that comes later: the router never
-    gets to it.
+    A route that names scopes checks them itself; the router does not reach one that comes later.
     """
     for place, opener in enumerate(declarations):
-        if opener.permission is None:
+        if not opener.permissions:
             continue
         for at, closed in enumerate(declarations):
             reached = at < place or closed.kind != opener.kind
-            if not closed.scopes and reached and closed.is_matched_by(opener):
+            if not closed.declares and reached and closed.is_matched_by(opener):
                 yield (
-                    f"{closed.rule} is for FULL, but {opener.rule} of {opener.permission} opens it",
+                    f"{closed.rule} requires FULL, but {opener.rule} "
+                    f"of {' or '.join(sorted(opener.permissions))} opens it",
                     f'declare Security(api_key, scopes=["{FULL}"]) there, or change a path',
                 )

@@ -1,4 +1,4 @@
-"""Flask: which key calls, and which permission a route asks for, in Flask's own words.
+"""Flask: the request's principal, and a decorator for the permission that a view requires.
 
     @app.post("/v1/emails")
     @requires("SENDING")
@@ -7,8 +7,8 @@
 
     app.wsgi_app = APIKeyMiddleware(app.wsgi_app, permissions=permissions_of(app))  # the last line
 
-The middleware is that of `keylatch.wsgi`, and it decides. A permission is declared once, at its
-route; a route that declares none is for FULL only.
+The middleware is that of `keylatch.wsgi`; it reads the permissions from the views. A view that
+declares none requires FULL.
 """
 
 import functools
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("keylatch.flask needs the package flask: pip install flask") from error
 
-from keylatch.adapters.view_permissions import any_of, principal_of, refusal_of
+from keylatch.adapters.view_permissions import all_of, any_of, principal_of, refusal_of
 from keylatch.core.decisions import FULL, ONLY_FULL, Principal, Requirement
 from keylatch.core.paths import overlaps, to_starlette_path
 from keylatch.core.rules import DeclaredRule, DeclaredRules, declare, required_by
@@ -40,25 +40,36 @@ _PARAMETER: Final = re.compile(r"<(?:([A-Za-z_]\w*)(?:\(.*?\))?:)?([A-Za-z_]\w*)
 
 def _principal() -> Principal:
     if not has_request_context():
-        raise RuntimeError("api_key is known while a request is handled: use it inside a view")
+        raise RuntimeError("api_key exists only during a request: use it inside a view")
     return cast(Principal, principal_of(request.environ))
 
 
 api_key = cast(Principal, LocalProxy(_principal))
-"""The principal of the current request; on a public path nobody (`is_authenticated` is False)."""
+"""The principal of the current request; on a public path its `is_authenticated` is False."""
 
 
 def requires(*permissions: str) -> Callable[[View], View]:
-    """Let a view be called by keys with any one of these permissions, and by FULL.
+    """A decorator for a view that requires all of these permissions; FULL includes every one.
 
-    It stands below the route, so that `permissions_of` finds it. A key that may not call the view
-    is refused by the middleware; the view itself refuses with the very same answer.
+    Put it below the route decorator: then `permissions_of` finds it, and the middleware refuses
+    other keys before the view is called. The view checks again and refuses with the same response.
 
     Raises:
-        ConfigurationError: naming every word that is no permission.
+        ConfigurationError: names every malformed permission.
     """
-    requirement = any_of(permissions)
+    return _guard(all_of(permissions))
 
+
+def requires_any(*permissions: str) -> Callable[[View], View]:
+    """As `requires`, for a view that requires any one of these permissions.
+
+    Raises:
+        ConfigurationError: names every malformed permission.
+    """
+    return _guard(any_of(permissions))
+
+
+def _guard(requirement: Requirement) -> Callable[[View], View]:
     def decorate(view: View) -> View:
         @functools.wraps(view)
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -75,15 +86,16 @@ def requires(*permissions: str) -> Callable[[View], View]:
 
 
 def permissions_of(app: Flask) -> DeclaredRules:
-    """The routes that each permission may call, as their views declare it.
+    """The routes that each permission can call, as their views declare it: the middleware's
+    `permissions=`.
 
-    Call it when all routes are registered; later ones are for FULL only. The start fails as well
-    where a public path with parameters opens a view that declares nothing, unless it spells that
-    view's own path.
+    Call it when all routes are registered; later routes require FULL. The middleware does not
+    start if a public path with parameters opens a view that declares nothing, unless the public
+    path is spelled exactly as that view's route.
 
     Raises:
-        ConfigurationError: naming every route that declares nothing, although a route that does
-            also matches its path: Flask would tell them apart, rules do not.
+        ConfigurationError: names every route that declares nothing and whose path also matches a
+            route that declares a permission: Flask distinguishes the two, rules do not.
     """
     opened: dict[str, list[str]] = {}
     closed: list[str] = []
@@ -97,7 +109,7 @@ def permissions_of(app: Flask) -> DeclaredRules:
                 opened.setdefault(permission, []).append(DeclaredRule(route))
     mistakes = [
         (f"{bare} declares no permission, but {route} is for {permission} and matches it too",
-         f'put @requires("FULL") on the view of {bare}, or what else it is for')
+         f'put @requires("FULL"), or another permission, on the view of {bare}')
         for permission, routes in opened.items()
         for route, bare in itertools.product(routes, closed)
         if _overlap(route, bare)
@@ -108,8 +120,8 @@ def permissions_of(app: Flask) -> DeclaredRules:
 
 
 def _routes(app: Flask) -> Iterator[tuple[str, Requirement | None, bool]]:
-    """Each rule, spelled as `policy` reads it, what its view declares, and whether Flask added it
-    by itself, where nothing could be declared."""
+    """Each route in the spelling of rules, what its view declares, and whether it is Flask's own
+    `static` route, which cannot declare anything."""
 
     def parameter(match: re.Match[str]) -> str:
         kind, name = match.groups()
@@ -127,7 +139,7 @@ def _routes(app: Flask) -> Iterator[tuple[str, Requirement | None, bool]]:
 
 
 def _overlap(route: str, bare: str) -> bool:
-    """Whether the rule for a route opens one that declares nothing; in doubt it does."""
+    """Whether the rule for a route also matches one that declares nothing; in doubt, yes."""
     (method, path), (other, bare_path) = route.split(" ", 1), bare.split(" ", 1)
     return method == other and overlaps(
         to_starlette_path(path) or path, to_starlette_path(bare_path) or bare_path

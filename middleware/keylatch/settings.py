@@ -1,6 +1,6 @@
 """Settings: from keyword arguments, then `KEYLATCH_*` variables, then defaults.
 
-A wrong setting stops the start, and so does a variable that is none; all mistakes are listed at
+A wrong setting stops the start, and so does an unknown variable; all mistakes are reported at
 once, each with a hint. A store or Redis URL may hold a password, so no message repeats a value.
 """
 
@@ -9,12 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
-from redis.asyncio import ConnectionPool
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_settings import NoDecode
 
 from keylatch._variables import (
     EnvironmentSettings,
@@ -35,18 +33,18 @@ _HINTS: Final = {
     "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
     "pepper_file": "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
     "redis": "redis://host:6379/0, rediss:// for TLS, unix:///path.sock, or empty for none",
-    "store_file": "the path of a file that holds the store's URL and nothing else",
-    "redis_file": "the path of a file that holds the URL of Redis and nothing else",
-    "prefix": f"the first word of new tokens matches {PREFIX_PATTERN}",
+    "store_file": "the path of a file that contains the store's URL and nothing else",
+    "redis_file": "the path of a file that contains the Redis URL and nothing else",
+    "prefix": f"the first word of new tokens, matching {PREFIX_PATTERN}",
     "hasher": "argon2id or sha256",
     "lease": "seconds, more than 0 and at most 60",
-    "environment": f"matches {ENVIRONMENT_PATTERN}; empty: keys of every environment",
+    "environment": f"a word matching {ENVIRONMENT_PATTERN}; empty: keys of every environment",
     "permissions": f"comma-separated words matching {PERMISSION_PATTERN}, FULL among them",
     "environments": f"comma-separated words matching {ENVIRONMENT_PATTERN}; empty: any word",
-    "clients": "off, or on: keep each key's last network and user agent's name",
+    "clients": "off or on: store each key's last network and user agent name",
     "max_keys": "a whole number of live keys for each organisation; 0: no limit",
     "max_changes": "a whole number of changes for each organisation and hour; 0: no limit",
-    "audit_days": "whole days, 0 to 36500; 0: keep the audit log for ever",
+    "audit_days": "whole days, 0 to 36500; 0: never delete from the audit log",
     "log": "text or json",
     "log_failures": "off or on",
     "timing": "off or on",
@@ -55,75 +53,87 @@ _HINTS: Final = {
 }
 
 
+def _split(words: object) -> object:
+    if not isinstance(words, str):
+        return words
+    return tuple(word.strip() for word in words.split(",")) if words else ()
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""A sequence of words; in a variable they are separated by commas."""
+
+
 class Settings(EnvironmentSettings):
-    """What an engine needs to know. Build it with `load`, which explains every mistake."""
+    """The settings of an engine. Build it with `load`, which explains every mistake."""
 
     store: str = Field(default="sqlite:///keylatch.db", repr=False)
-    """Where keys live: `sqlite:///path.db` or `postgresql://…`."""
+    """Where keys are stored: `sqlite:///path.db` or `postgresql://…`."""
     redis: str = Field(default="", repr=False)
-    """Redis or Valkey URL of the shared cache; empty: work without."""
+    """Redis or Valkey URL of the shared cache; empty: no shared cache."""
     store_file: str = ""
-    """A file that holds `store`, which may have a password; empty: none."""
+    """A file that contains `store`, for a URL with a password; empty: none."""
     redis_file: str = ""
-    """A file that holds `redis`; empty: none."""
+    """A file that contains `redis`; empty: none."""
     pepper_file: str = ""
-    """A file with a secret that the store does not hold; see `peppers`. Empty: none."""
+    """A file with a secret that the store does not contain; empty: none."""
     prefix: str = "kl"
     """First word of new tokens."""
     hasher: Literal["argon2id", "sha256"] = "argon2id"
     """How new keys are hashed."""
     lease: float = Field(default=1.0, gt=0, le=60)
-    """X: seconds a process may trust its caches without hearing from the store."""
+    """Lease duration: seconds for which a process may use its caches without the store."""
     environment: str = ""
-    """The only environment whose keys are welcome; empty: all of them."""
-    permissions: str = "FULL,SENDING"
-    """The permissions that management may give to keys, separated by commas."""
-    environments: str = ""
-    """The environments that management may make keys for, separated by commas; empty: any."""
+    """The only environment whose keys are accepted; empty: all of them."""
+    permissions: Words = ("FULL", "SENDING")
+    """The permissions that a key can have."""
+    environments: Words = ()
+    """The environments that a key can be created for; empty: any word."""
     realm: str = "keylatch"
-    """The realm named in `WWW-Authenticate` (RFC 9110 section 11.5)."""
+    """The realm in `WWW-Authenticate` (RFC 9110 section 11.5)."""
 
     max_keys: int = Field(default=10_000, ge=0)
-    """Live keys that an organisation may have for a key to create another one; 0: no limit."""
+    """A key cannot create keys while its organisation has this many live ones; 0: no limit."""
     max_changes: int = Field(default=1_000, ge=0)
-    """Changes that an organisation's keys may make within an hour; 0: no limit."""
+    """Changes that the keys of an organisation can make within an hour; 0: no limit."""
     audit_days: int = Field(default=400, ge=0, le=36_500)
-    """How long the sidecar keeps the audit log; 0: for ever."""
+    """Days after which the sidecar deletes audit events; 0: never."""
 
-    clients: Literal["off", "on"] = "off"
-    """Whether to keep from which network and with what program each key was used last."""
+    clients: bool = False
+    """Store the network and the user agent that used each key last."""
     log: Literal["text", "json"] = "text"
-    """`json`: the sidecar logs JSON lines; everywhere, requests get an id for such lines."""
-    log_failures: Literal["off", "on"] = "off"
-    """`on`: a line in the log for each request that is refused because of its key, limited."""
-    timing: Literal["off", "on"] = "off"
-    """`on`: answers tell in headers how long the check took, and who knew."""
-
-    tracing: Literal["off", "on"] = "off"
-    """`on`: checks that ask somebody make spans of OpenTelemetry."""
+    """`json`: the sidecar logs JSON, and requests get an id for `keylatch.logs`."""
+    log_failures: bool = False
+    """Log each request that is refused because of its key, at a limited rate."""
+    timing: bool = False
+    """Add response headers with the duration of the check and what decided it."""
+    tracing: bool = False
+    """Create OpenTelemetry spans for checks that call Redis, the store or argon2."""
 
     @property
     def traces_requests(self) -> bool:
-        """Whether requests leave a trail."""
-        return self.log == "json" or self.timing == "on"
+        """Whether each request gets a `RequestTrace`."""
+        return self.log == "json" or self.timing
 
     @field_validator("store")
     @classmethod
     def _store_is_supported(cls, url: str) -> str:
-        url = url.strip()  # a blank that was copied along would name another file
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        url = url.strip()  # a trailing blank would name another file
         try:
             parsed = make_url(url)
-        except (ArgumentError, ValueError):  # of a bad port, quoting what may be a password
+        except (ArgumentError, ValueError):  # a bad port; the message quotes a possible password
             raise ValueError("not a database URL") from None
         backend = parsed.get_backend_name()
         if backend not in ("sqlite", "postgresql"):
             raise ValueError("neither sqlite nor postgresql")
-        if "@" in (parsed.host or ""):  # half of a password, which error messages would repeat
+        if "@" in (parsed.host or ""):  # part of a password, which error messages would repeat
             raise ValueError("an @ in a password is written %40")
         if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
             raise ValueError("an in-memory store loses every key when the process ends")
         if backend == "sqlite" and "?" in url:
-            raise ValueError("SQLite takes no options; a ? in a path is written %3F")
+            raise ValueError("a SQLite URL has no options; a ? in a path is written %3F")
         return url
 
     @field_validator("redis")
@@ -132,7 +142,9 @@ class Settings(EnvironmentSettings):
         url = url.strip()
         if not url:
             return url
-        try:  # make_connection opens nothing; it is what refuses unknown options
+        from redis.asyncio import ConnectionPool
+
+        try:  # make_connection opens nothing, but rejects unknown options
             ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
         except (ValueError, TypeError):  # both quote the URL
             raise ValueError("not a Redis URL") from None
@@ -147,10 +159,10 @@ class Settings(EnvironmentSettings):
 
     @property
     def file_peppers(self) -> tuple[bytes, ...]:
-        """What `pepper_file` holds.
+        """The secrets in `pepper_file`.
 
         Raises:
-            ConfigurationError: it cannot be read any more.
+            ConfigurationError: the file cannot be read any more.
         """
         try:
             return pepper_file.read(Path(self.pepper_file)) if self.pepper_file else ()
@@ -160,15 +172,15 @@ class Settings(EnvironmentSettings):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What an operator should know at start."""
+        """Warnings to log at start."""
         if self.pepper_file and pepper_file.is_world_readable(Path(self.pepper_file)):
             return ("KEYLATCH_PEPPER_FILE is world-readable: chmod o-r",)
         return ()
 
     @field_validator("tracing")
     @classmethod
-    def _tracing_is_installed(cls, tracing: str) -> str:
-        if tracing == "on" and find_spec("opentelemetry") is None:
+    def _tracing_is_installed(cls, tracing: bool) -> bool:
+        if tracing and find_spec("opentelemetry") is None:
             raise ValueError("the package opentelemetry-api is missing")
         return tracing
 
@@ -184,41 +196,27 @@ class Settings(EnvironmentSettings):
 
     @field_validator("permissions")
     @classmethod
-    def _permissions_are_words(cls, permissions: str) -> str:
-        words = [
-            _require_match(PERMISSION_PATTERN, word.strip()) for word in permissions.split(",")
-        ]
-        if "FULL" not in words:
+    def _permissions_are_words(cls, permissions: tuple[str, ...]) -> tuple[str, ...]:
+        if "FULL" not in permissions:
             raise ValueError("FULL is missing")
-        return ",".join(words)
+        return tuple(_require_match(PERMISSION_PATTERN, word) for word in permissions)
 
     @field_validator("environments")
     @classmethod
-    def _environments_are_words(cls, environments: str) -> str:
-        words = environments.split(",") if environments else []
-        return ",".join(_require_match(ENVIRONMENT_PATTERN, word.strip()) for word in words)
+    def _environments_are_words(cls, environments: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_require_match(ENVIRONMENT_PATTERN, word) for word in environments)
 
     @field_validator("realm")
     @classmethod
     def _realm_is_quotable(cls, realm: str) -> str:
         return _require_match(r"[ !#-\[\]-~]{1,64}", realm)
 
-    @property
-    def grantable(self) -> tuple[str, ...]:
-        """`permissions` as words."""
-        return tuple(self.permissions.split(","))
-
-    @property
-    def allowed_environments(self) -> tuple[str, ...]:
-        """`environments` as words; none: any word will do."""
-        return tuple(self.environments.split(",")) if self.environments else ()
-
     @classmethod
     def load(cls, **arguments: Any) -> "Settings":
-        """Settings from keyword arguments (None: not given) over the environment.
+        """Settings from keyword arguments (None: not given), then from the environment.
 
         Raises:
-            ConfigurationError: naming every wrong setting, with a hint for each.
+            ConfigurationError: names every wrong setting, with a hint for each.
         """
         return load_settings(cls, arguments, _HINTS, find_unknown(os.environ))
 
@@ -229,16 +227,16 @@ def load_settings(
     hints: Mapping[str, str],
     also_wrong: Iterable[Mistake] = (),
 ) -> S:
-    """Settings of this kind, from arguments (None: not given) over the environment.
+    """Settings from arguments (None: not given), then from the environment.
 
     Args:
         model: the settings class to build.
-        arguments: given by the caller.
-        hints: what each field may be.
-        also_wrong: mistakes that were found elsewhere, to be listed with those found here.
+        arguments: of the caller, by field.
+        hints: the allowed values, by field.
+        also_wrong: mistakes that the caller has found, to report with those found here.
 
     Raises:
-        ConfigurationError: naming every wrong setting, with a hint for each.
+        ConfigurationError: names every wrong setting, with a hint for each.
     """
     arguments = {name: value for name, value in arguments.items() if value is not None}
     in_files, mistakes = read_files(model, arguments, hints)
@@ -261,7 +259,7 @@ def load_settings(
 
 
 def _field_at_fault(name: str, in_files: Mapping[str, str]) -> str:
-    """The setting that a person has to look at for this field."""
+    """The setting to correct: the file's where the value came from a file."""
     return f"{name}_file" if in_files.get(name) else name
 
 

@@ -1,8 +1,8 @@
-"""The WSGI middleware: the same name, arguments and answers as the ASGI one, over the same engine.
+"""The WSGI middleware: the same name, arguments, responses and engine as the ASGI middleware.
 
     app.wsgi_app = APIKeyMiddleware(app.wsgi_app, store="sqlite:///keys.db", public=["/healthz"])
 
-What this process knows is answered in the calling thread; the rest is asked through the portal.
+A hit is decided in the calling thread; for a miss the thread waits for the portal's event loop.
 """
 
 import socket
@@ -31,7 +31,7 @@ _STATUS: Final = {int(status): f"{int(status)} {status.phrase}" for status in HT
 
 
 class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
-    """Lets a request pass if it carries a good key, as `environ["keylatch.principal"]`.
+    """Passes a request to the app if it carries a valid key: `environ["keylatch.principal"]`.
 
     The arguments are those of `keylatch.adapters.middleware.BaseMiddleware`, as for ASGI.
     """
@@ -74,21 +74,21 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
     ) -> Iterable[bytes]:
         environ[_TRACED] = True
         with request_trace_of(environ) as trace:
-            if self.engine.settings.timing == "on":
+            if self.engine.settings.timing:
                 start_response = _with_headers(trace, start_response)
             return self(environ, start_response)
 
     def close(self) -> None:
-        """Store what was used and let go of everything, until the next request comes."""
+        """Store the usage counts and stop the engine; the next request starts it again."""
         self._portal.close()
 
 
 class ProxyIdentityMiddleware(ProxyIdentity[WSGIApplication]):
-    """For an app behind a proxy that asks the sidecar: the same principal, from its headers.
+    """For an app behind a proxy that asks the sidecar: the principal, from the proxy's headers.
 
-    The arguments are those of `keylatch.adapters.proxy_identity.ProxyIdentity`. Servers fold
-    look-alike spellings into one name and join their values with commas. No identity holds a comma,
-    so both are refused.
+    The arguments are those of `keylatch.adapters.proxy_identity.ProxyIdentity`. Servers map
+    similar header names to one name and join their values with commas. No identity contains a
+    comma, so such requests are refused.
     """
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -111,21 +111,21 @@ class ProxyIdentityMiddleware(ProxyIdentity[WSGIApplication]):
 
 
 def strip_identity_headers(environ: WSGIEnvironment) -> None:
-    """Drop headers that pose as keylatch's; servers have folded their names already (RFC 3875
+    """Remove identity headers of the client; servers have already mapped their names (RFC 3875
     section 4.1.18)."""
-    if _IDENTITY in "\0".join(environ):  # one search and no loop: nearly nobody sends them
+    if _IDENTITY in "\0".join(environ):  # one search instead of a loop: they are rare
         for name in [name for name in environ if name.startswith(_IDENTITY)]:
             del environ[name]
 
 
 def authorization(environ: WSGIEnvironment) -> tuple[bytes, ...]:
-    """The value of `Authorization`, if there is one; several came joined by commas."""
+    """The value of `Authorization`; servers join several with commas."""
     value = environ.get("HTTP_AUTHORIZATION")
     return () if value is None else (value.encode("latin-1", "replace"),)
 
 
 def peer_of(environ: WSGIEnvironment) -> str | Peer:
-    """The address at the other end; without one, a Unix socket if the server says that it is."""
+    """The peer's address; without one, a Unix socket if the server reports one."""
     address: str = environ.get("REMOTE_ADDR") or ""
     if _is_unix_socket(environ, address):
         return Peer.UNIX_SOCKET
@@ -133,8 +133,8 @@ def peer_of(environ: WSGIEnvironment) -> str | Peer:
 
 
 def _is_unix_socket(environ: WSGIEnvironment, address: str) -> bool:
-    # PEP 3333 has no word for it, so each server has its own. gunicorn's SERVER_NAME and
-    # SERVER_PORT are what the client says in `Host`.
+    # PEP 3333 does not define this, so each server does it differently. gunicorn takes SERVER_NAME
+    # and SERVER_PORT from the client's `Host`.
     if "gunicorn.socket" in environ:
         return not address and environ["gunicorn.socket"].family == socket.AF_UNIX
     name, port = str(environ.get("SERVER_NAME", "")), str(environ.get("SERVER_PORT", ""))
@@ -146,7 +146,7 @@ def _is_unix_socket(environ: WSGIEnvironment, address: str) -> bool:
 
 
 def request_trace_of(environ: WSGIEnvironment) -> AbstractContextManager[RequestTrace]:
-    """The trail of the request, until the end of the block."""
+    """Traces the request until the end of the block."""
     given = environ.get("HTTP_X_REQUEST_ID", "").encode("latin-1", "replace")
     return tracing_request([(b"x-request-id", given)])
 
@@ -158,7 +158,7 @@ def path_of(environ: WSGIEnvironment) -> str:
 
 
 def _with_headers(trace: RequestTrace, start_response: StartResponse) -> StartResponse:
-    """The callable, with what the trail tells among the headers."""
+    """A `start_response` that adds the trace's headers."""
 
     def start_with_headers(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
         more = [(name.decode(), value.decode()) for name, value in trace.headers()]
@@ -170,7 +170,7 @@ def _with_headers(trace: RequestTrace, start_response: StartResponse) -> StartRe
 def refuse(
     refusal: Refusal, environ: WSGIEnvironment, start_response: StartResponse
 ) -> Iterable[bytes]:
-    """Answer with a refusal."""
+    """Respond with a refusal."""
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in refusal.headers]
     start_response(_STATUS[refusal.status], headers)
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [refusal.body]

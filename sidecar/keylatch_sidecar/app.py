@@ -132,7 +132,7 @@ def create_app(
 
     if not engine.settings.traces_requests:
         return app
-    return trace_requests(app, timing_headers=engine.settings.timing == "on")
+    return trace_requests(app, timing_headers=engine.settings.timing)
 
 
 def _is_served_here(scope: Scope, admin_address: ListenerAddress) -> bool:

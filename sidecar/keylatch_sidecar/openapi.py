@@ -90,7 +90,7 @@ class Refused(BaseModel):
 @operators_only
 async def document(request: Request) -> Response:
     """This document."""
-    return JSON(build(engine_of(request).settings.grantable))
+    return JSON(build(engine_of(request).settings.permissions))
 
 
 OPERATIONS: Final[dict[str, dict[str, Operation]]] = {

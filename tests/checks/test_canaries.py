@@ -228,7 +228,7 @@ class World:
 
     def _new_engine(self, redis: Any = None, **hasher: Any) -> Engine:
         return Engine(
-            Settings.load(store=self.store, redis="", log="json", timing="on"),
+            Settings.load(store=self.store, redis="", log="json", timing=True),
             hasher=Hasher("argon2id", CHEAPEST, **hasher),
             redis=None if redis is None else fakeredis.FakeAsyncRedis(server=redis),
         )

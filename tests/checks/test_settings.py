@@ -18,8 +18,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert settings.store == "sqlite:///keylatch.db"
     assert (settings.redis, settings.prefix, settings.hasher) == ("", "kl", "argon2id")
     assert (settings.lease, settings.environment, settings.realm) == (1.0, "", "keylatch")
-    assert settings.clients == "off"
-    assert settings.grantable == ("FULL", "SENDING")
+    assert settings.clients is False
+    assert settings.permissions == ("FULL", "SENDING")
 
 
 def test_arguments_come_before_variables_and_variables_before_defaults(
@@ -32,7 +32,7 @@ def test_arguments_come_before_variables_and_variables_before_defaults(
     monkeypatch.setenv("KEYLATCH_PERMISSIONS", "FULL, SENDING ,READING")
     settings = Settings.load(prefix="arg", redis="", lease=None)
     assert (settings.prefix, settings.redis, settings.lease) == ("arg", "", 0.5)
-    assert settings.grantable == ("FULL", "SENDING", "READING")
+    assert settings.permissions == ("FULL", "SENDING", "READING")
 
 
 def test_blanks_around_a_url_are_not_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +40,42 @@ def test_blanks_around_a_url_are_not_part_of_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("KEYLATCH_STORE", " sqlite:///keys.db \n")
     assert Settings.load(redis=" ").store == "sqlite:///keys.db"
     assert Settings.load(redis=" ").redis == ""
+
+
+@pytest.mark.parametrize("name", ["clients", "log_failures", "timing", "tracing"])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("on", True), ("true", True), ("1", True), ("off", False), ("False", False), ("0", False)],
+)
+def test_a_switch_is_a_boolean_in_python_and_a_word_in_a_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: bool
+) -> None:
+    """An argument comes before the variable, also when it is False."""
+    monkeypatch.setenv(f"KEYLATCH_{name.upper()}", text)
+    assert getattr(Settings.load(), name) is value
+    assert getattr(Settings.load(**{name: not value}), name) is not value
+
+
+@pytest.mark.parametrize("text", ["", "maybe", "2"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """With the variable's name and the words that it may be."""
+    monkeypatch.setenv("KEYLATCH_TIMING", text)
+    with pytest.raises(ConfigurationError, match="KEYLATCH_TIMING") as caught:
+        Settings.load()
+    assert [hint for _, hint in caught.value.mistakes] == ["off or on"]
+
+
+def test_words_are_a_sequence_in_python_and_separated_by_commas_in_a_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blanks around a word are not part of it; no text is no word."""
+    monkeypatch.setenv("KEYLATCH_ENVIRONMENTS", "live, test")
+    assert Settings.load().environments == ("live", "test")
+    monkeypatch.setenv("KEYLATCH_ENVIRONMENTS", "")
+    assert Settings.load().environments == ()
+    assert Settings.load(permissions=["FULL", "READING"]).permissions == ("FULL", "READING")
 
 
 WRONG = {
@@ -127,7 +163,7 @@ def test_a_lease_without_bounds_is_refused(lease: float | str) -> None:
 def test_a_word_is_what_it_must_be_or_a_mistake(name: str, text: str) -> None:
     """Nothing that could break a token, a challenge or a line of a log gets in."""
     try:
-        taken = getattr(Settings.load(**{name: text}), name)
+        taken = "".join(getattr(Settings.load(**{name: text}), name))
     except ConfigurationError:
         return
     assert taken.isascii()

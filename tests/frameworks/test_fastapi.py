@@ -459,7 +459,7 @@ def test_a_rule_that_opens_a_route_for_full_stops_the_start(closed: str, opened:
     app.add_api_route(opened, send)
     with pytest.raises(ConfigurationError, match=r'scopes=\["FULL"\]') as caught:
         Policy(permissions=permissions_of(app))
-    expected = f"GET {closed} is for FULL, but GET {opened} of SENDING opens it"
+    expected = f"GET {closed} requires FULL, but GET {opened} of SENDING opens it"
     assert [wrong for wrong, _ in caught.value.mistakes] == [expected]
 
 
@@ -546,7 +546,7 @@ def test_what_only_the_router_tells_apart_stops_the_start() -> None:
     app.router.routes.append(Mount("/later", StaticFiles(directory="tests")))
     with pytest.raises(ConfigurationError) as caught:
         list(permissions_of(app))
-    told = [wrong.split(" is for")[0] for wrong, _ in caught.value.mistakes]
+    told = [wrong.split(" requires")[0] for wrong, _ in caught.value.mistakes]
     assert told == ["HEAD /x", "GET /x", "* /x"]
 
 
@@ -557,7 +557,7 @@ def test_a_mounted_app_without_routes_is_for_full() -> None:
     app.add_api_route("/v1/{id}", send)
     assert list(permissions_of(app)) == ["SENDING"]
     app.add_api_route("/{tenant}/emails", send, methods=["POST"])
-    with pytest.raises(ConfigurationError, match=r"^\* /static/{path:path} is for FULL"):
+    with pytest.raises(ConfigurationError, match=r"^\* /static/{path:path} requires FULL"):
         list(permissions_of(app))
 
 

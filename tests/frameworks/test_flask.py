@@ -7,7 +7,7 @@ from flask import Blueprint, Flask, request
 from flask.views import MethodView, View
 
 from keylatch.errors import ConfigurationError
-from keylatch.flask import api_key, permissions_of, requires
+from keylatch.flask import api_key, permissions_of, requires, requires_any
 from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware
 from servers import error_without_package
@@ -57,7 +57,7 @@ def test_permissions_are_declared_once() -> None:
     emails = Blueprint("emails", __name__, url_prefix="/v1/emails")
 
     @emails.route("", methods=["GET", "POST"])
-    @requires("SENDING", "WRITING")
+    @requires_any("SENDING", "WRITING")
     def send() -> str:
         return who()
 
@@ -101,7 +101,7 @@ def test_a_key_may_call_what_its_permission_is_declared_for() -> None:
     app, keys = Flask("app"), Keys(permissions="FULL,SENDING,READING")
 
     @app.get("/emails/<int:number>")
-    @requires("READING", "SENDING")
+    @requires_any("READING", "SENDING")
     def email(number: int) -> str:
         return f"{number}"
 

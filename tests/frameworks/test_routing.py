@@ -646,7 +646,7 @@ def test_fastapi_does_not_start_where_a_public_path_opens_a_mount_unsaid() -> No
     app.mount("/admin", Slotted(PlainTextResponse("users")))
     for public in ("/admin/{page}", "/users/{id}"):
         assert AppClient(app, public=[public], permissions=permissions_of(app)) is not None
-    with pytest.raises(ConfigurationError, match="opens what is mounted at /admin"):
+    with pytest.raises(ConfigurationError, match="opens the app mounted at /admin"):
         AppClient(app, public=["/{section}/{page}"], permissions=permissions_of(app))
 
 

@@ -200,9 +200,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("clients", ["on", "off"])
+@pytest.mark.parametrize("clients", [True, False])
 async def test_clients_are_kept_only_if_one_says_so(
-    make_engine: MakeEngine, store_url: str, clients: str
+    make_engine: MakeEngine, store_url: str, clients: bool
 ) -> None:
     """Over ASGI: the first of many between two flushes, in one row; by default nothing at all."""
     engine = make_engine(clients=clients)
@@ -216,11 +216,11 @@ async def test_clients_are_kept_only_if_one_says_so(
         assert (await asgi_request(protected, "/", sent)).status == 200
     await engine.stop()
     kept = clients_in(store_url)
-    assert kept == ([("127.0.0.0/24", "curl")] if clients == "on" else [])
+    assert kept == ([("127.0.0.0/24", "curl")] if clients else [])
 
 
-@pytest.mark.parametrize("clients", ["on", "off"])
-def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: str) -> None:
+@pytest.mark.parametrize("clients", [True, False])
+def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: bool) -> None:
     """The same words, and only of keys that were let in."""
     engine = make_engine(clients=clients)
     protected = WSGIMiddleware(echo, engine=engine)
@@ -231,13 +231,13 @@ def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: str
     assert call(protected, HTTP_AUTHORIZATION="Bearer x", **whence)[0] == 401
     protected.close()
     kept = clients_in(store_url)
-    assert kept == ([("2001:db8:7::/48", "Mozilla")] if clients == "on" else [])
+    assert kept == ([("2001:db8:7::/48", "Mozilla")] if clients else [])
 
 
 @pytest.mark.long
 def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
     """Of the sidecar's own callers; a proxy that asks says nothing of whom it asks for."""
-    with sidecar_on(store_url, clock, clients="on") as sidecar:
+    with sidecar_on(store_url, clock, clients=True) as sidecar:
         admin_key, asked = sidecar.create("acme", "admin_key"), sidecar.create("acme", "asked for")
         with sidecar.client(admin_key) as client, sidecar.client(asked) as proxy:
             assert proxy.get("/verify").status_code == 200

@@ -49,7 +49,7 @@ async def made(engine: Engine, permission: str = "FULL") -> Created:
 
 @pytest.fixture
 async def logging_engine(make_engine: MakeEngine) -> Any:
-    engine = make_engine(log_failures="on")
+    engine = make_engine(log_failures=True)
     await engine.start()
     yield engine
     await engine.stop()
@@ -146,7 +146,7 @@ def test_over_wsgi_it_is_the_same(
         start_response("403 Forbidden", [])
         return []
 
-    engine = make_engine(log_failures="on")
+    engine = make_engine(log_failures=True)
     app = WSGIMiddleware(strict, engine=engine, permissions={"SENDING": ["GET /"]})
     try:
         token = app._portal.run(made(engine, "SENDING")).token.reveal()
@@ -159,7 +159,7 @@ def test_over_wsgi_it_is_the_same(
 
 def test_in_django_it_is_the_same(caplog: pytest.LogCaptureFixture) -> None:
     """Under WSGI and under ASGI."""
-    engine = Keys(log_failures="on").engine()
+    engine = Keys(log_failures=True).engine()
     with project(engine):
         sent = {"headers": {"Authorization": f"Bearer {UNKNOWN_TOKEN.reveal()}"}}
         assert Client().get("/", REMOTE_ADDR=HERE[0], **sent).status_code == 401
@@ -201,7 +201,7 @@ async def test_an_outage_is_no_failure_of_its_callers(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """503 has a log of its own."""
-    engine = make_engine(log_failures="on", store=Store("sqlite:////missing/keys.db"))
+    engine = make_engine(log_failures=True, store=Store("sqlite:////missing/keys.db"))
     answer = await asgi_request(protected(engine), "/", auth_header(UNKNOWN_TOKEN.reveal()), **ASK)
     await engine.stop()
     assert answer.status == 503

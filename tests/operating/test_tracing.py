@@ -68,7 +68,7 @@ async def test_a_miss_has_spans_and_a_hit_has_none(
     make_engine: MakeEngine, spans: InMemorySpanExporter
 ) -> None:
     """One for the check, and one for each who was asked; who joins a flight has his own."""
-    engine = make_engine(tracing="on")
+    engine = make_engine(tracing=True)
     created = await make(engine)
     verdicts = await asyncio.gather(*(engine.authenticate(header(created)) for _ in range(2)))
     assert all(isinstance(verdict, Allow) for verdict in verdicts)
@@ -91,7 +91,7 @@ async def test_a_refusal_names_no_key_and_an_error_no_host(
     make_engine: MakeEngine, spans: InMemorySpanExporter, store_url: str
 ) -> None:
     """Reasons are told, because operators see spans; what nobody proved is not."""
-    engine, broken = make_engine(tracing="on"), make_engine(tracing="on", store=Broken(store_url))
+    engine, broken = make_engine(tracing=True), make_engine(tracing=True, store=Broken(store_url))
     created = await make(engine)
     await (await engine.keyring()).delete("org", created.record.id)
     assert await engine.authenticate(header(created)) == Deny(Reason.REVOKED)
@@ -116,7 +116,7 @@ async def test_a_check_that_a_view_will_settle_says_so(
     make_engine: MakeEngine, spans: InMemorySpanExporter
 ) -> None:
     """The span ends before it is known what the view asks: it is no refusal yet."""
-    engine = make_engine(tracing="on")
+    engine = make_engine(tracing=True)
     keyring = await engine.keyring()
     created = await keyring.create("org", "a key", permission="SENDING")
     verdict = await engine.authenticate(header(created), replace(ONLY_FULL, is_final=False))

@@ -138,7 +138,7 @@ def durations(answer: httpx.Response) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 async def test_an_answer_tells_who_knew(kind: str, make_engine: MakeEngine) -> None:
     """The store at first, then this process; the app's own word stands before ours."""
-    caller = Caller(kind, make_engine(timing="on"))
+    caller = Caller(kind, make_engine(timing=True))
     created = await caller.create()
     token = created.token.reveal()
     first, second = await caller.get(token=token), await caller.get(token=token)
@@ -161,7 +161,7 @@ async def test_an_answer_tells_who_knew(kind: str, make_engine: MakeEngine) -> N
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_refusal_does_not_tell_who_knew(kind: str, make_engine: MakeEngine) -> None:
     """Whoever tries tokens would learn which of them name a key: all refusals look the same."""
-    caller = Caller(kind, make_engine(timing="on"))
+    caller = Caller(kind, make_engine(timing=True))
     created = await caller.create()
     token = created.token.reveal()
     assert (await caller.get(token=token)).status_code == 200
@@ -192,7 +192,7 @@ async def test_what_a_view_declares_belongs_to_the_check(
     kind: str, make_engine: MakeEngine
 ) -> None:
     """Who knew the key is told where the view lets it in, and not where it refuses."""
-    caller = Caller(kind, make_engine(timing="on"))
+    caller = Caller(kind, make_engine(timing=True))
     token = (await caller.create("SENDING")).token.reveal()
     first, second, refused = [await caller.get(to, token) for to in ("/sent", "/sent", "/")]
     assert cache_status(first) == ["app; hit", "keylatch; fwd=miss; detail=store"]
@@ -202,21 +202,21 @@ async def test_what_a_view_declares_belongs_to_the_check(
     await caller.end()
 
 
-@pytest.mark.parametrize("timing", ["on", "off"])
-def test_django_is_told_by_its_own_setting(timing: str, store_url: str) -> None:
+@pytest.mark.parametrize("timing", [True, False])
+def test_django_is_told_by_its_own_setting(timing: bool, store_url: str) -> None:
     """In the dict KEYLATCH, beside the store."""
     project = {"store": store_url, "timing": timing}
     with override_settings(MIDDLEWARE=["test_django.Remembered"], KEYLATCH=project):
         answer = Client().get("/")
     test_django.Remembered.opened.pop().close()
     assert answer.status_code == 401
-    assert ("Server-Timing" in answer.headers) is (timing == "on")
+    assert ("Server-Timing" in answer.headers) is timing
 
 
 def test_verify_tells_it_too(store_url: str, clock: Clock) -> None:
     """In the answer to the proxy; management has no check to tell of there."""
     with (
-        sidecar_on(store_url, clock, timing="on") as sidecar,
+        sidecar_on(store_url, clock, timing=True) as sidecar,
         sidecar.client(sidecar.create()) as client,
         sidecar.client() as anybody,
     ):
@@ -359,5 +359,5 @@ def test_serve_logs_json(operator: Operator, workers: str) -> None:
 def test_wrong_settings_are_told_together() -> None:
     """Each with what it may be."""
     with pytest.raises(ConfigurationError) as told:
-        Settings.load(log="xml", timing="yes")
+        Settings.load(log="xml", timing="maybe")
     assert {hint for _, hint in told.value.mistakes} == {"text or json", "off or on"}

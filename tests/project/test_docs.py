@@ -98,10 +98,18 @@ def test_the_settings_in_the_readme_are_the_settings() -> None:
     rows = re.findall(r"\| `KEYLATCH_(\w+)` \|.*\| (.*?) \|", README)
     described = {name.lower(): default.strip("`") for name, default in rows}
     real = {
-        name: "empty" if field.default == "" else str(field.default)
+        name: in_variable(field.default)
         for name, field in (Settings.model_fields | ProxySettings.model_fields).items()
     }
     assert described == real
+
+
+def in_variable(default: object) -> str:
+    """A default as a variable spells it."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    text = ",".join(default) if isinstance(default, tuple) else str(default)
+    return text or "empty"
 
 
 def test_the_routes_in_the_readme_are_served() -> None:

@@ -13,7 +13,7 @@ from rest_framework.throttling import UserRateThrottle
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
-from keylatch.django import requires
+from keylatch.django import requires, requires_any
 from keylatch.django_ninja import APIKeyAuth
 
 
@@ -116,7 +116,7 @@ urlpatterns = [
     path("v1/batch", requires("READING")(who)),
     path("v1/emails", requires("SENDING")(who)),
     path("v1/emails/<int:number>", requires("SENDING")(who)),
-    path("v1/emails/async", requires("SENDING", "READING")(who_async)),
+    path("v1/emails/async", requires_any("SENDING", "READING")(who_async)),
     path("v1/drafts", Drafts.as_view()),
     path("v1/drafts/async", AsyncDrafts.as_view()),
     path("v1/outbox", Outbox.as_view()),

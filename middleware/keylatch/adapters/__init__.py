@@ -1,1 +1,1 @@
-"""What the middlewares of all frameworks share."""
+"""Code that the middlewares of all frameworks share."""

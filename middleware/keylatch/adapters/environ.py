@@ -1,12 +1,12 @@
-"""The keys that keylatch adds to a WSGI `environ`, and what a refusal takes from it."""
+"""The keys that keylatch adds to a WSGI `environ`, and the client's address and user agent."""
 
 from typing import Final
 from wsgiref.types import WSGIEnvironment
 
 PRINCIPAL: Final = "keylatch.principal"
-"""Where in `environ` the principal is: PEP 3333 lets a middleware add keys of its own name."""
+"""The principal. PEP 3333 allows middlewares to add keys with names of their own."""
 REFUSALS: Final = "keylatch.refusals"
-"""Where in `environ` a view that asks for more finds the answers to refuse with."""
+"""The `Refusals` with which a view refuses a request."""
 
 
 def client_info_of(environ: WSGIEnvironment) -> tuple[str | None, str | None]:

@@ -1,8 +1,8 @@
-"""The routers of frameworks: each is asked which view it will choose, in its own words.
+"""Finds the view of a request with the routers of the supported frameworks.
 
 The law of this file: it imports no framework that the app has not imported, runs no view, and
-runs of the app's own code only what its router runs. The caller treats an exception as "for
-FULL": these are partly private interfaces, and a new version may have others.
+of the app's code runs only what the router runs. On an exception the caller requires FULL: some of
+these interfaces are private and may change in a new version.
 """
 
 import io
@@ -23,11 +23,11 @@ from keylatch.core.routes import Route
 from keylatch.core.rules import required_by
 
 FindInApp: TypeAlias = Callable[[Any, Any, str], Route | None]
-"""Asks the app that is mounted at a prefix."""
+"""Finds the route in the app that is mounted at a prefix."""
 
 
 def _is_instance(app: object, module: str, name: str) -> bool:
-    """Whether an object is of a class, if its module was imported already."""
+    """Whether an object is an instance of a class; False if its module is not imported."""
     cls = getattr(sys.modules.get(module), name, None)
     return isinstance(cls, type) and issubclass(type(app), cls)
 
@@ -38,9 +38,9 @@ def _is_instance(app: object, module: str, name: str) -> bool:
 def find_starlette_route(
     app: Starlette | Router, scope: Scope, prefix: str, find_in_app: FindInApp
 ) -> Route | None:
-    """The route that a Starlette or FastAPI app takes; None: none, or a redirect."""
+    """The route of a Starlette or FastAPI app; None: none, or a redirect."""
     router: Any = app.router if isinstance(app, Starlette) else app
-    scope = {**scope, "fastapi": dict(scope.get("fastapi", ()))}  # FastAPI writes on it
+    scope = {**scope, "fastapi": dict(scope.get("fastapi", ()))}  # FastAPI writes to it
     found = _first_match(router.routes, scope)
     if found is None:
         return _find_without_route(router, scope, prefix, find_in_app)
@@ -52,13 +52,12 @@ def find_starlette_route(
         return find_in_app(route.app, scope, prefix)
     path = prefix + getattr(route, "path", "")
     view = getattr(route, "endpoint", None) or route
-    scopes = required_scopes(getattr(route, "dependant", None))
-    requirement = None if scopes is None else Requirement.all_of(sorted(scopes))
+    requirement = required_by_dependencies(getattr(route, "dependant", None))
     return Route(view, scope.get("path_params", {}), frozenset((shape(path),)), requirement)
 
 
 def _first_match(routes: Sequence[BaseRoute], scope: Scope) -> tuple[Any, Scope] | None:
-    """The first route that matches, or else the first that does but for the method (405)."""
+    """The first route that matches; otherwise the first with another method (405)."""
     partial = None
     for route in routes:
         match, child = route.matches(scope)
@@ -70,7 +69,7 @@ def _first_match(routes: Sequence[BaseRoute], scope: Scope) -> tuple[Any, Scope]
 
 
 def _unwrap_included(route: Any, child: Scope, scope: Scope) -> tuple[Any, Scope]:
-    """The route within FastAPI's routers that are included in one another."""
+    """The route inside FastAPI's nested included routers."""
     while hasattr(route, "effective_candidates"):
         _, child, route, context = route._match(scope)
         if context is not None:
@@ -81,7 +80,7 @@ def _unwrap_included(route: Any, child: Scope, scope: Scope) -> tuple[Any, Scope
 def _find_without_route(
     router: Any, scope: Scope, prefix: str, find_in_app: FindInApp
 ) -> Route | None:
-    """What a router does without a route: FastAPI's static front ends, and an app by default."""
+    """Without a matching route: FastAPI's static front ends, or the router's default app."""
     if hasattr(router, "_match_low_priority"):
         match, _, route, _ = router._match_low_priority(scope)
         if match is not Match.NONE:
@@ -91,23 +90,31 @@ def _find_without_route(
     return find_in_app(router.default, scope, prefix)
 
 
-def required_scopes(dependant: Any) -> frozenset[str] | None:
-    """What FastAPI's dependencies ask of a key, all together; None: they ask for no key."""
-    if dependant is None:
+def required_by_dependencies(dependant: Any) -> Requirement | None:
+    """What all `keylatch.fastapi.APIKey` dependencies together require; None: there is none."""
+    api_keys = list(_api_keys(dependant))
+    if not api_keys:
         return None
-    found = [required_scopes(each) for each in dependant.dependencies]
-    if getattr(dependant.call, "keylatch_requires_key", False):  # a `keylatch.fastapi.APIKey`
+    scopes = {scope for _, scopes in api_keys for scope in scopes}
+    any_of = [requirement for requirement, _ in api_keys]
+    return Requirement.intersection([Requirement.all_of(sorted(scopes)), *any_of])
+
+
+def _api_keys(dependant: Any) -> Iterator[tuple[Requirement, Sequence[str]]]:
+    """Each such dependency: what it requires itself, and its scopes, also those of its parents."""
+    for each in getattr(dependant, "dependencies", ()):
+        yield from _api_keys(each)
+    requirement = getattr(getattr(dependant, "call", None), "keylatch_requirement", None)
+    if isinstance(requirement, Requirement):
         own = (*(dependant.parent_oauth_scopes or ()), *(dependant.own_oauth_scopes or ()))
-        found.append(frozenset(own))
-    required = [each for each in found if each is not None]
-    return frozenset[str]().union(*required) if required else None
+        yield requirement, own
 
 
 # Litestar
 
 
 def find_litestar_route(app: Any, scope: Scope, prefix: str) -> Route | None:
-    """As `ASGIRouter.__call__` does it."""
+    """As Litestar's `ASGIRouter.__call__` finds it."""
     from litestar.exceptions import HTTPException
     from litestar.utils import normalize_path
 
@@ -122,8 +129,8 @@ def find_litestar_route(app: Any, scope: Scope, prefix: str) -> Route | None:
 
 
 def litestar_selected_route(scope: Scope) -> Route | None:
-    """Inside of Litestar's own middleware the route is chosen already; not inside of an app that
-    is mounted on it."""
+    """The route that Litestar has already chosen, inside its own middleware; None inside an app
+    that is mounted on it."""
     if "litestar_app" not in scope or "route_handler" not in scope:
         return None
     template = str(scope.get("path_template", ""))
@@ -133,7 +140,7 @@ def litestar_selected_route(scope: Scope) -> Route | None:
 
 def _route_from_handler(handler: Any, arguments: Any, template: str) -> Route:
     is_app = getattr(handler, "is_mount", False) or getattr(handler, "is_static", False)
-    view = getattr(handler, "fn", handler)  # a handler is copied for each path
+    view = getattr(handler, "fn", handler)  # Litestar copies a handler for each path
     return Route(view, arguments, frozenset((shape(template),)), is_view=not is_app)
 
 
@@ -141,13 +148,13 @@ def _route_from_handler(handler: Any, arguments: Any, template: str) -> Route:
 
 
 def find_flask_route(app: Any, environ: WSGIEnvironment, prefix: str) -> Route | None:
-    """By the very adapter that Flask makes for a request."""
+    """With the URL adapter that Flask creates for a request."""
     request = app.request_class({**environ})
     return _match_werkzeug(app, app.create_url_adapter(request), request.method, prefix)
 
 
 def find_quart_route(app: Any, scope: Scope, prefix: str) -> Route | None:
-    """By the very request that Quart makes of a scope."""
+    """With the request that Quart creates from a scope."""
     if scope["type"] == "websocket":
         request = app.asgi_websocket_class(app, scope)._create_websocket_from_scope(None)
     else:
@@ -173,7 +180,7 @@ def _match_werkzeug(app: Any, adapter: Any, method: str, prefix: str) -> Route |
 
 
 def find_django_route(path: str, method: str, urlconf: Any, prefix: str = "") -> Route | None:
-    """As its handler resolves `request.path_info`, with REST framework's and Ninja's views."""
+    """As Django's handler resolves `request.path_info`; also for REST framework and Ninja."""
     from django.urls import Resolver404, resolve
 
     try:
@@ -184,7 +191,7 @@ def find_django_route(path: str, method: str, urlconf: Any, prefix: str = "") ->
 
 
 def route_from_django_match(match: Any, method: str, prefix: str = "") -> Route:
-    """What Django has resolved, as `request.resolver_match` has it."""
+    """The route of a `request.resolver_match`."""
     arguments = {**match.kwargs, **{str(at): value for at, value in enumerate(match.args)}}
     shapes = frozenset(shape(prefix + each) for each in django_path_templates(match.route))
     return Route(match.func, arguments, shapes, required_by(match.func, method))
@@ -193,12 +200,12 @@ def route_from_django_match(match: Any, method: str, prefix: str = "") -> Route:
 _CONVERTER: Final = re.compile(r"(?<!\?P)<(?:(\w+):)?(\w+)>")
 _DIGITS: Final = re.compile(r"\(\?P<(\w+)>(?:\\d|\[0-9\])\+\)")
 _GROUP: Final = re.compile(r"%\((\w+)\)s")
-_FIRST_PLACEHOLDER: Final = 0xE000  # no path has characters for private use
+_FIRST_PLACEHOLDER: Final = 0xE000  # private use area: no path has these characters
 
 
 def django_path_templates(route: str) -> Iterator[str]:
-    """A route that is made of `path` and `re_path`, in each way a rule may spell it; none for an
-    expression that Django could not reverse either."""
+    """A route of `path` and `re_path` in every spelling that a rule can have; none for an
+    expression that Django cannot reverse."""
     parameters: list[str] = []
 
     def to_placeholder(match: re.Match[str]) -> str:
@@ -215,7 +222,7 @@ def django_path_templates(route: str) -> Iterator[str]:
 
 
 def _expand_regex(expression: str) -> list[str]:
-    """What an expression matches, with its named groups as parameters."""
+    """The paths that an expression matches, with its named groups as parameters."""
     from django.utils.regex_helper import normalize
 
     try:
@@ -225,18 +232,18 @@ def _expand_regex(expression: str) -> list[str]:
 
 
 def find_django_handler_route(app: Any, request: Any, prefix: str) -> Route | None:
-    """Of a scope or an environ, where a middleware wraps Django as a whole."""
+    """For a scope or environ, if the middleware wraps Django's whole application."""
     is_scope = "type" in request
     wrapped = app.request_class(*(({**request}, io.BytesIO()) if is_scope else ({**request},)))
     with override_language(wrapped, wrapped.path_info):
         return find_django_route(wrapped.path_info, wrapped.method, None, prefix)
 
 
-# Which of them an app is
+# Dispatch by the app's class
 
 
 def is_framework(app: object) -> bool:
-    """Whether one of the readers above knows the app."""
+    """Whether a function above supports the app."""
     is_starlette = issubclass(type(app), Starlette | Router)
     return is_starlette or any(_is_instance(app, *each) for each in _FRAMEWORKS)
 
@@ -250,7 +257,7 @@ _FRAMEWORKS: Final = (LITESTAR, QUART, FLASK, DJANGO, DISPATCHER)
 
 
 def find_asgi_route(app: Any, scope: Scope, prefix: str, find_in_app: FindInApp) -> Route | None:
-    """What a framework's app will do with a scope."""
+    """The route that a framework's app chooses for a scope."""
     if isinstance(app, Starlette | Router):
         return find_starlette_route(app, scope, prefix, find_in_app)
     if _is_instance(app, *LITESTAR):
@@ -265,7 +272,7 @@ def find_asgi_route(app: Any, scope: Scope, prefix: str, find_in_app: FindInApp)
 def find_wsgi_route(
     app: Any, environ: WSGIEnvironment, prefix: str, find_in_app: FindInApp
 ) -> Route | None:
-    """What a framework's app will do with an environ."""
+    """The route that a framework's app chooses for an environ."""
     if _is_instance(app, *FLASK):
         return find_flask_route(app, environ, prefix)
     if _is_instance(app, *DJANGO):
@@ -278,7 +285,7 @@ def find_wsgi_route(
 def _find_dispatched(
     app: Any, environ: WSGIEnvironment, prefix: str, find_in_app: FindInApp
 ) -> Route | None:
-    """As werkzeug's dispatcher chooses the app with the longest prefix."""
+    """Werkzeug's dispatcher chooses the app with the longest prefix."""
     path = environ.get("PATH_INFO", "")
     prefixes = [path[:at] for at in range(len(path), -1, -1) if path[at : at + 1] in ("/", "")]
     mount_path = next((each for each in prefixes if each in app.mounts), "")

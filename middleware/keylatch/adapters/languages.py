@@ -1,8 +1,8 @@
-"""The language that Django resolves a path in: `i18n_patterns` and translated routes are other
-routes in another language.
+"""The language in which Django resolves a path: `i18n_patterns` and translated routes depend on it.
 
-The law of this file: it says what Django's `LocaleMiddleware` will activate, and activates it only
-for the moment of a question. It imports Django only in functions, for apps that have done so.
+The law of this file: it returns the language that Django's `LocaleMiddleware` will activate, and
+activates it only while a path is resolved. It imports Django only in functions, for apps that have
+imported it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def override_language(request: Any, path: str) -> AbstractContextManager[Any]:
-    """The language in which the request's `LocaleMiddleware` resolves a path."""
+    """Activates the language in which the request's `LocaleMiddleware` resolves a path."""
     from django.conf import settings
     from django.utils.translation import override
 
@@ -24,7 +24,7 @@ def override_language(request: Any, path: str) -> AbstractContextManager[Any]:
 
 
 def language_of(request: Any) -> str | None:
-    """The language of a request whose path names none."""
+    """The language of a request whose path does not name one."""
     from django.conf import settings
     from django.utils.translation import get_language, get_language_from_request
 
@@ -34,7 +34,7 @@ def language_of(request: Any) -> str | None:
 
 
 def _language_from_path(request: Any, path: str) -> str | None:
-    """As `LocaleMiddleware.process_request` has it."""
+    """As `LocaleMiddleware.process_request` does it."""
     from django.conf import settings
     from django.conf.urls.i18n import is_language_prefix_patterns_used
     from django.utils.translation import get_language_from_path
@@ -49,7 +49,7 @@ def _language_from_path(request: Any, path: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def _has_locale_middleware(middlewares: tuple[str, ...]) -> bool:
-    """Whether Django's middleware, or a class that is made of it, is among them."""
+    """Whether Django's middleware or a subclass of it is among them."""
     from django.middleware.locale import LocaleMiddleware
     from django.utils.module_loading import import_string
 

@@ -1,50 +1,52 @@
-"""What all adapters share: the arguments, and what is decided by them once.
+"""The base of the middlewares: their arguments, and what they build from these once.
 
-An adapter is a `BaseMiddleware` that translates requests and answers of one protocol.
+A middleware is a `BaseMiddleware` that translates the requests and responses of one protocol.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from keylatch.authentication.authenticator import Authenticator, TracedAuthenticator
 from keylatch.core.policy import Policy
 from keylatch.core.refusals import Refusals
 from keylatch.core.routes import Router
-from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
-from keylatch.settings import Settings
+
+if TYPE_CHECKING:
+    from keylatch.engine import Engine
 
 App = TypeVar("App")
 
 
 class BaseMiddleware(Generic[App]):
-    """Lets a request pass to the app if it carries a good key.
+    """Passes a request to the app if it carries a valid key.
 
     Args:
         app: the application to protect.
         store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
-        redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: work without.
-        store_file: a file that holds `store`; None: `KEYLATCH_STORE_FILE`.
-        redis_file: a file that holds `redis`; None: `KEYLATCH_REDIS_FILE`.
-        pepper_file: holds a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
-        public: what needs no key: `/healthz` and `/docs/{page}` for GET and HEAD, or with a method
-            `POST /signup`, `WEBSOCKET /chat`. What a rule names as it is, or a view declares, wins
-            over one with parameters.
-        permissions: what keys without FULL may call: permission → `["POST /v1/emails", …]`, with
-            parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`.
+        redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: no shared cache.
+        store_file: a file that contains `store`; None: `KEYLATCH_STORE_FILE`.
+        redis_file: a file that contains `redis`; None: `KEYLATCH_REDIS_FILE`.
+        pepper_file: contains a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
+        public: paths that need no key: `/healthz` and `/docs/{page}` for GET and HEAD, or with a
+            method `POST /signup`, `WEBSOCKET /chat`. A rule without parameters, and a permission
+            that a view declares, take precedence over a public path with parameters.
+        permissions: the routes that keys without FULL can call: permission → `["POST /v1/emails",
+            …]`, with parameters spelled `{id}`, `{id:int}`, `<id>` or `<int:id>`. Of a route that
+            is named for several permissions, any one suffices.
         realm: named in challenges; None: `KEYLATCH_REALM`.
-        environment: the only environment whose keys are welcome; None: `KEYLATCH_ENVIRONMENT`.
-        lease: seconds to trust caches without hearing from the store; None: `KEYLATCH_LEASE`.
-        clients: `on`: keep from which network each key was used last; None: `KEYLATCH_CLIENTS`.
+        environment: the only environment whose keys are accepted; None: `KEYLATCH_ENVIRONMENT`.
+        lease: seconds for which caches are used without the store; None: `KEYLATCH_LEASE`.
         hasher: `argon2id` or `sha256`, to upgrade hashes to; None: `KEYLATCH_HASHER`.
-        log_failures: `on`: log refused requests with their address; None: `KEYLATCH_LOG_FAILURES`.
+        clients: store the network that used each key last; None: `KEYLATCH_CLIENTS`.
         log: `json`: give each request an id for `keylatch.logs`; None: `KEYLATCH_LOG`.
-        timing: `on`: tell in headers how long checks took; None: `KEYLATCH_TIMING`.
-        tracing: `on`: make spans of OpenTelemetry; None: `KEYLATCH_TRACING`.
-        engine: one that is shared with others, instead of all of the settings above.
+        log_failures: log refused requests with their address; None: `KEYLATCH_LOG_FAILURES`.
+        timing: add response headers with the duration of checks; None: `KEYLATCH_TIMING`.
+        tracing: create OpenTelemetry spans; None: `KEYLATCH_TRACING`.
+        engine: an engine that is shared with others, instead of all of the settings above.
 
     Raises:
-        ConfigurationError: naming every wrong setting and rule.
+        ConfigurationError: names every wrong setting and rule.
     """
 
     _views_decide: ClassVar = False
@@ -64,35 +66,33 @@ class BaseMiddleware(Generic[App]):
         environment: str | None = None,
         lease: float | None = None,
         hasher: str | None = None,
-        clients: str | None = None,
+        clients: bool | None = None,
         log: str | None = None,
-        log_failures: str | None = None,
-        timing: str | None = None,
-        tracing: str | None = None,
-        engine: Engine | None = None,
+        log_failures: bool | None = None,
+        timing: bool | None = None,
+        tracing: bool | None = None,
+        engine: "Engine | None" = None,
     ) -> None:
         mistakes: list[tuple[str, str]] = []
         grantable = None
         try:
-            engine = engine or Engine(
-                Settings.load(
-                    store=store,
-                    redis=redis,
-                    store_file=store_file,
-                    redis_file=redis_file,
-                    pepper_file=pepper_file,
-                    realm=realm,
-                    environment=environment,
-                    lease=lease,
-                    hasher=hasher,
-                    clients=clients,
-                    log=log,
-                    log_failures=log_failures,
-                    timing=timing,
-                    tracing=tracing,
-                )
+            engine = engine or _load_engine(
+                store=store,
+                redis=redis,
+                store_file=store_file,
+                redis_file=redis_file,
+                pepper_file=pepper_file,
+                realm=realm,
+                environment=environment,
+                lease=lease,
+                hasher=hasher,
+                clients=clients,
+                log=log,
+                log_failures=log_failures,
+                timing=timing,
+                tracing=tracing,
             )
-            grantable = engine.settings.grantable
+            grantable = engine.settings.permissions
         except ConfigurationError as error:
             mistakes += error.mistakes
         try:
@@ -109,8 +109,8 @@ class BaseMiddleware(Generic[App]):
         self._bind_engine()
         self._on_engine_bound()
 
-    def use_engine(self, engine: Engine) -> None:
-        """Decide by another engine from now on: in an app's tests."""
+    def use_engine(self, engine: "Engine") -> None:
+        """Use another engine from now on: for an app's tests."""
         self.engine = engine
         self._bind_engine()
         self._on_engine_bound()
@@ -124,8 +124,16 @@ class BaseMiddleware(Generic[App]):
         )
 
     def _make_router(self, app: App) -> Router[Any]:
-        """What tells which view a request of this protocol will get to."""
+        """The router that says which view a request of this protocol reaches."""
         raise NotImplementedError
 
     def _on_engine_bound(self) -> None:
-        """What an adapter needs besides."""
+        """For what a subclass builds from the engine."""
+
+
+def _load_engine(**settings: Any) -> "Engine":
+    # Not at the top: an app that is imported and not called needs no SQLAlchemy and no pydantic.
+    from keylatch.engine import Engine
+    from keylatch.settings import Settings
+
+    return Engine(Settings.load(**settings))

@@ -1,7 +1,7 @@
-"""The way from threads to the event loop: for WSGI, where no loop runs.
+"""Runs the engine on an event loop in a thread, as anyio's BlockingPortal, for WSGI and Django.
 
-Each process has one loop on one thread, started by the first who needs it, so after any fork. It
-hosts the engine's background work, and many threads that miss on one key meet there in one flight.
+The first cache miss starts the thread, so it starts after a fork. The engine's background tasks
+run on its loop, and threads that miss on the same key share one look-up there.
 """
 
 import asyncio
@@ -14,12 +14,14 @@ import threading
 import weakref
 from collections.abc import Coroutine, Sequence
 from multiprocessing.util import Finalize
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core.decisions import ANY_KEY, Decision, Requirement
-from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from keylatch.engine import Engine
 
 T = TypeVar("T")
 
@@ -29,19 +31,19 @@ log = logging.getLogger("keylatch")
 
 
 class Portal:
-    """An event loop on a thread of its own, for one engine.
+    """An event loop in a thread, for one engine.
 
-    What was used is stored when the process exits in order: at the end of the interpreter, or of a
-    worker that `multiprocessing` started.
+    Usage counts are stored when the process exits normally: when the interpreter ends, or a worker
+    of `multiprocessing`.
 
     Args:
-        engine: runs on that loop alone.
+        engine: runs on this loop only.
 
     Raises:
-        ConfigurationError: threads are not threads in this process.
+        ConfigurationError: gevent or eventlet has replaced Python's threads.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: "Engine") -> None:
         _refuse_green_threads()
         self._engine = engine
         self._reset_state()
@@ -56,8 +58,8 @@ class Portal:
             os.register_at_fork(after_in_child=after_fork_in_child)
 
     @classmethod
-    def for_engine(cls, engine: Engine) -> "Portal":
-        """The one of this engine: several middlewares may share it, and so meet on one loop."""
+    def for_engine(cls, engine: "Engine") -> "Portal":
+        """The portal of an engine: middlewares that share an engine share its loop."""
         portal = _PORTALS.get(engine)
         if portal is None:
             portal = _PORTALS[engine] = cls(engine)
@@ -89,8 +91,8 @@ class Portal:
         return await asyncio.wrap_future(self.submit(authenticator.check(outcome, requirement)))
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
-        """Run work on the loop; never waits."""
-        with self._lock:  # or `close` could stop the loop before the work is on it
+        """Run a coroutine on the loop; does not wait for it."""
+        with self._lock:  # otherwise `close` could stop the loop before the coroutine is scheduled
             if self._loop is None:
                 self._loop = self._start_loop()
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -99,11 +101,11 @@ class Portal:
         return future
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run work on the loop, and wait for its result."""
+        """Run a coroutine on the loop and wait for its result."""
         return self.submit(coroutine).result()
 
     def close(self) -> None:
-        """Stop the engine, storing what was used, and end the thread; a later call begins anew."""
+        """Stop the engine, which stores usage counts, and the thread; a later call starts both."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
@@ -126,16 +128,16 @@ class Portal:
         )
         self._thread.start()
         atexit.register(self.close)
-        # A child of multiprocessing leaves without atexit.
+        # A child of multiprocessing exits without atexit.
         self._exit_finalizer = Finalize(None, self.close, exitpriority=100)
         return loop
 
 
-_PORTALS: Final = weakref.WeakValueDictionary[Engine, Portal]()
+_PORTALS: Final["weakref.WeakValueDictionary[Engine, Portal]"] = weakref.WeakValueDictionary()
 
 
 def close_all() -> None:
-    """Store what was used in this process; each engine begins anew with the next request."""
+    """Stop all engines of this process, which stores usage counts; a request starts them again."""
     for portal in tuple(_PORTALS.values()):
         portal.close()
 
@@ -155,7 +157,7 @@ def _refuse_green_threads() -> None:
             raise ConfigurationError(
                 [
                     (
-                        f"{library} replaced Python's threads, and no event loop runs in those",
+                        f"{library} has replaced Python's threads; its own run no event loop",
                         "use gunicorn's gthread workers, or an ASGI server",
                     )
                 ]

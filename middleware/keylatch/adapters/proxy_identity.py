@@ -1,11 +1,12 @@
-"""Behind a proxy that asks the sidecar: the key's identity comes in headers, and only from there.
+"""Behind a proxy that asks the sidecar: the principal is read from the proxy's headers.
 
-Whoever can reach the app without the proxy could write these headers himself. So they count only
-from named peers, each spelled exactly once, and a request that lacks one of them is refused: a
-proxy may have dropped it (RFC 9110 section 7.6.1 lets a client name any header in `Connection`).
+A client that reaches the app without the proxy could send these headers itself. So they are read
+only from trusted peers, each must occur exactly once, and a request without one of them is refused:
+the proxy may have removed it (by RFC 9110 section 7.6.1 a client can name any header in
+`Connection`).
 
-The law of this file: a missing value grants nothing. That a peer has no address does not make it a
-Unix socket: a TCP connection that is reset before the server asks for its peer has none either.
+The law of this file: a missing value grants nothing. A peer without an address is not therefore a
+Unix socket: a TCP connection that is reset before the server reads its peer has none either.
 """
 
 import ipaddress
@@ -36,15 +37,15 @@ App = TypeVar("App")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 UNIX: Final = "unix"
-"""The name of `Peer.UNIX_SOCKET` in `trusted`."""
+"""`Peer.UNIX_SOCKET` in `trusted`."""
 
 
 class Peer(Enum):
     """A peer that has no address."""
 
     UNIX_SOCKET = "a Unix socket"
-    """The server says that the request came over one."""
-    UNKNOWN = "a peer that the server does not name"
+    """The server reports a Unix socket."""
+    UNKNOWN = "a peer that the server does not report"
 
 
 _PREFIX: Final = b"x-keylatch-"
@@ -60,20 +61,20 @@ log = logging.getLogger("keylatch")
 
 
 class ProxyIdentity(Generic[App]):
-    """Lets a request pass if a proxy says whose it is; the app finds the same principal as behind
-    `APIKeyMiddleware`.
+    """Passes a request to the app if a trusted proxy has sent its principal; the principal is the
+    same as behind `APIKeyMiddleware`.
 
     Args:
         app: the application.
         trusted: the proxy's addresses or networks (`10.0.0.7`, `10.0.0.0/24`), and `unix` for a
-            Unix socket, on servers that say that a request came over one: uvicorn, granian,
-            gunicorn and waitress; hypercorn and daphne do not. Identity from others is ignored.
-        public: what needs no key, as for `APIKeyMiddleware`.
-        permissions: as for `APIKeyMiddleware`; None: the proxy asks for them, route by route.
+            Unix socket, on servers that report one: uvicorn, granian, gunicorn and waitress;
+            hypercorn and daphne do not. Requests from other peers are refused.
+        public: paths that need no key, as for `APIKeyMiddleware`.
+        permissions: as for `APIKeyMiddleware`; None: the proxy requires them, route by route.
         realm: named in challenges.
 
     Raises:
-        ConfigurationError: naming every wrong peer and rule.
+        ConfigurationError: names every wrong peer and rule.
     """
 
     def __init__(
@@ -110,13 +111,13 @@ class ProxyIdentity(Generic[App]):
         path: str,
         request: Any,
     ) -> Decision | None:
-        """Whose request it is; None on a public path.
+        """The decision on a request; None on a public path.
 
         Args:
-            peer: the address at the other end, or what is known of one that has none.
+            peer: the peer's address; a `Peer` if it has none.
             headers: of the request.
             method: of the request.
-            path: as the app's own router sees it.
+            path: relative to the place where the app is mounted, as its router sees it.
             request: scope or environ, for the router.
         """
         requirement = self._policy.requirement_for(method, path, request, self._router)
@@ -135,7 +136,7 @@ class ProxyIdentity(Generic[App]):
         return missing_scope(principal.permission, requirement) or Allow(principal)
 
     def _make_router(self, app: App) -> Router[Any]:
-        """What tells which view a request of this protocol will get to."""
+        """The router that says which view a request of this protocol reaches."""
         raise NotImplementedError
 
     def _is_trusted_uncached(self, peer: str | Peer) -> bool:
@@ -151,12 +152,11 @@ class ProxyIdentity(Generic[App]):
 
 
 def principal_from_headers(headers: Sequence[Header]) -> Principal | Reason:
-    """The principal that identity headers speak of.
+    """The principal in the identity headers.
 
     Returns:
-        `Reason.MISSING` where one of them is missing or empty, `Reason.MALFORMED` where a header
-        came twice (joined by a comma, too) or is spelled in another way: the proxy did not
-        write it.
+        `Reason.MISSING` if one of them is missing or empty, `Reason.MALFORMED` if one occurs twice
+        (or is joined by a comma) or is spelled differently: then the proxy did not write it.
     """
     found: dict[bytes, bytes] = {}
     for name, value in headers:
@@ -166,7 +166,7 @@ def principal_from_headers(headers: Sequence[Header]) -> Principal | Reason:
                 return Reason.MALFORMED
             found[field] = value
     if not all(found.get(field) for field in _IDENTITY_FIELDS):
-        return Reason.MISSING  # no key is without: an app could take "" for what it allows
+        return Reason.MISSING  # every key has all of them; an app could accept an empty one
     key_id, key_name, organization_id, permission, environment = (
         found[field].decode("latin-1") for field in _IDENTITY_FIELDS
     )

@@ -1,7 +1,7 @@
-"""Which view the app behind a middleware will choose for a request: asked, not guessed.
+"""Finds the view that the app behind a middleware will call, by the app's own router.
 
-One class for each protocol, with the same methods. Finding the framework means to look through the
-middlewares in between, once; asking it is `frameworks`' part.
+One class for each protocol, with the same methods. This file finds the framework's app behind
+other middlewares, once; `frameworks` calls its router.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,16 +26,16 @@ _OVERRIDES_IN_ENVIRON: Final = frozenset(
     "HTTP_" + each.upper().replace("-", "_") for each in _METHOD_OVERRIDE_HEADERS
 )
 _NAME: Final = itemgetter(0)
-_MAX_DEPTH: Final = 24  # middlewares around an app; more are not looked through
+_MAX_DEPTH: Final = 24  # middlewares around an app; a deeper app is not found
 
 
 class ASGIRouter:
-    """Asks an ASGI app.
+    """The router of an ASGI app.
 
     Args:
-        app: what the middleware wraps: the app, or another middleware.
-        is_own_middleware: tells the middleware's class. Starlette's app in the scope
-            is the one in question only if it lists the middleware.
+        app: the app or middleware that keylatch's middleware wraps.
+        is_own_middleware: recognises keylatch's entry in Starlette's `user_middleware`. The app in
+            the scope is the wrapped one only if it lists the middleware.
     """
 
     def __init__(self, app: Any, is_own_middleware: Callable[[object], bool]) -> None:
@@ -57,7 +57,7 @@ class ASGIRouter:
 
     def find_at(self, scope: Scope, path: str) -> Route | None:
         hosts = [(name, value) for name, value in scope["headers"] if name == b"host"]
-        # Without a root path: a client of daphne chooses that, and it may begin the rule's path.
+        # Without a root path: daphne takes it from the client, and it may be a prefix of the rule.
         other = {**scope, "path": path, "raw_path": quote(path).encode(), "root_path": ""}
         other |= {"headers": hosts, "query_string": b""}
         app = scope["litestar_app"] if frameworks.litestar_selected_route(scope) else None
@@ -65,7 +65,7 @@ class ASGIRouter:
 
     def cache_key(self, scope: Scope) -> object:
         hosts = [value for name, value in scope["headers"] if name == b"host"]
-        count = len(getattr(self._root_app(scope), "routes", ()))  # more may be added
+        count = len(getattr(self._root_app(scope), "routes", ()))  # routes may be added later
         return count, scope.get("method"), *hosts
 
     def _find_in_app(self, app: Any, scope: Scope, prefix: str = "") -> Route | None:
@@ -86,10 +86,10 @@ class ASGIRouter:
 
 
 class WSGIRouter:
-    """Asks a WSGI app.
+    """The router of a WSGI app.
 
     Args:
-        app: what the middleware wraps: the app, or another middleware.
+        app: the app or middleware that keylatch's middleware wraps.
     """
 
     def __init__(self, app: Any) -> None:
@@ -121,15 +121,15 @@ class WSGIRouter:
 
 
 def has_encoded_slash(raw_path: bytes | None) -> bool:
-    """Whether a slash of the decoded path was none to those who read it encoded."""
+    """Whether the path has an encoded slash, which some routers decode and others do not."""
     if raw_path is None or b"%" not in raw_path:
         return False
     return b"%2f" in raw_path.partition(b"?")[0].lower()
 
 
 def is_unambiguous_environ(environ: Mapping[str, Any]) -> bool:
-    """Whether no slash was encoded, where the server says how the client spelled the path, and no
-    header names another method, which a middleware in between may take for the request's."""
+    """Whether the path has no encoded slash, as far as the server reports the raw path, and no
+    header overrides the method, which a middleware before the router may do."""
     if not environ.keys().isdisjoint(_OVERRIDES_IN_ENVIRON):
         return False
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
@@ -137,8 +137,8 @@ def is_unambiguous_environ(environ: Mapping[str, Any]) -> bool:
 
 
 def find_framework(app: Any) -> Any:
-    """The app of a known framework that is wrapped by middlewares; None: there is none, or there
-    are two, however far in, and which of them gets a request is not known."""
+    """The app of a known framework behind middlewares; None: there is none, or there are several,
+    and it is unknown which of them gets a request."""
     seen: dict[int, Any] = {}
     found: dict[int, Any] = {}
     level = {id(app): app}
@@ -151,12 +151,12 @@ def find_framework(app: Any) -> Any:
         )
         level = {id(each): each for each in wrapped if id(each) not in seen}
     for each in list(found.values()):
-        found.pop(id(getattr(each, "router", None)), None)  # an app and its own router are one
+        found.pop(id(getattr(each, "router", None)), None)  # an app and its router count once
     return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _wrapped_objects(app: Any) -> Iterator[Any]:
-    """What a callable may hand requests on to. Only looks: no property, no `__getattr__`."""
+    """The objects that a callable may pass requests to. Runs no property and no `__getattr__`."""
     inner: Iterable[Any] = ()
     if isinstance(app, dict):
         inner = app.values()

@@ -1,7 +1,8 @@
-"""What a view asks of a key: declared at the view, read at the door, asked again at the call.
+"""The permissions that a view requires: declared at the view, read by the middleware before the
+view is called, and checked again by the view.
 
-A framework's `requires` is spelled with these few functions. `environ` is that of WSGI, or Django's
-`request.META`. What a view does not declare is for FULL only.
+Each framework's `requires` is built from these functions. `environ` is that of WSGI, or Django's
+`request.META`. A view that declares nothing requires FULL.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,26 +11,50 @@ from typing import Any
 from starlette.authentication import UnauthenticatedUser
 
 from keylatch.adapters.environ import PRINCIPAL, REFUSALS, client_info_of
-from keylatch.core.decisions import Deny, Principal, Reason, Requirement, missing_scope
-from keylatch.core.policy import Policy
+from keylatch.core.decisions import (
+    ONLY_FULL,
+    Deny,
+    Principal,
+    Reason,
+    Requirement,
+    missing_scope,
+)
 from keylatch.core.refusals import Refusal, Refusals
+from keylatch.core.rules import permission_mistakes
+from keylatch.errors import ConfigurationError
+
+
+def all_of(permissions: Sequence[str]) -> Requirement:
+    """All of these permissions; for none of them: FULL.
+
+    Raises:
+        ConfigurationError: names every malformed permission.
+    """
+    _check_words(permissions)
+    return Requirement.all_of(permissions) if permissions else ONLY_FULL
 
 
 def any_of(permissions: Sequence[str]) -> Requirement:
-    """What a view asks that names these permissions: any one of them suffices, and FULL always.
+    """Any one of these permissions, or FULL.
 
     Raises:
-        ConfigurationError: naming every word that is no permission.
+        ConfigurationError: names every malformed permission.
     """
-    route = ["GET /"]
-    return Policy(permissions=dict.fromkeys(permissions, route)).requirement_by_rules("GET", "/")
+    _check_words(permissions)
+    return Requirement.any_of(permissions)
+
+
+def _check_words(permissions: Sequence[str]) -> None:
+    mistakes = [mistake for each in permissions for mistake in permission_mistakes(each)]
+    if mistakes:
+        raise ConfigurationError(mistakes)
 
 
 def principal_of(environ: Mapping[str, Any]) -> Principal | UnauthenticatedUser:
-    """Whom the middleware let in; on a public path: nobody.
+    """The principal of the request; unauthenticated on a public path.
 
     Raises:
-        RuntimeError: the middleware has not seen this request.
+        RuntimeError: no middleware has checked this request.
     """
     principal: Principal | UnauthenticatedUser | None = environ.get(PRINCIPAL)
     if principal is None:
@@ -42,7 +67,8 @@ def principal_of(environ: Mapping[str, Any]) -> Principal | UnauthenticatedUser:
 
 
 def refusal_of(environ: dict[str, Any], requirement: Requirement) -> Refusal | None:
-    """The refusal for a request that was let in and may not do this, or None if it may."""
+    """The refusal of a request that passed the middleware but does not satisfy the view; None if
+    it does."""
     principal = principal_of(environ)
     if isinstance(principal, Principal):
         deny = missing_scope(principal.permission, requirement)

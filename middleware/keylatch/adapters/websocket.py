@@ -1,6 +1,6 @@
-"""A WebSocket ends when the key that opened it does: closed with 1008 (RFC 6455 section 7.4.1).
+"""Closes a WebSocket with 1008 (RFC 6455 section 7.4.1) when its key is revoked or expires.
 
-The server then tells the app, as if the client had gone; what the app still sends goes nowhere.
+The server then sends the app a disconnect, as if the client had closed; sending raises `OSError`.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ _CLOSE: Final = {
 async def run_until(
     ended: asyncio.Event, app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Run the app on a WebSocket, and close that when the event is set."""
+    """Run the app on a WebSocket, and close the WebSocket when the event is set."""
     is_closed = False
 
     async def close() -> None:
         nonlocal is_closed
         await ended.wait()
         is_closed = True
-        with contextlib.suppress(Exception):  # the client may have been faster
+        with contextlib.suppress(Exception):  # the client may have closed first
             await send(_CLOSE)
 
     async def send_while_open(message: Message) -> None:

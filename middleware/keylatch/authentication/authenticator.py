@@ -7,14 +7,14 @@ The law of this file: an authenticator owns no connection and starts nothing. An
 `Reason.UNAVAILABLE` and writes nothing to any cache: an outage never looks like an invalid key.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from keylatch.authentication.keyset import Keyset
-from keylatch.authentication.lookup import Lookup, Owner
 from keylatch.caches.local_cache import Entry, LocalCache, NegativeEntry
 from keylatch.caches.single_flight import SingleFlight
 from keylatch.core import credentials
@@ -30,8 +30,6 @@ from keylatch.core.decisions import (
 )
 from keylatch.core.tokens import Token, fingerprint, is_native
 from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
-from keylatch.revocation.freshness import Freshness
-from keylatch.revocation.invalidations import Invalidations
 from keylatch.telemetry.counters import (
     HEADER,
     L1,
@@ -43,12 +41,16 @@ from keylatch.telemetry.counters import (
     Counters,
 )
 from keylatch.telemetry.events import Decided, Events
-from keylatch.telemetry.health import Health
 from keylatch.telemetry.request_trace import time_awaited_check, time_check
-from keylatch.usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
+    from keylatch.authentication.keyset import Keyset
+    from keylatch.authentication.lookup import Lookup, Owner
+    from keylatch.revocation.freshness import Freshness
+    from keylatch.revocation.invalidations import Invalidations
+    from keylatch.telemetry.health import Health
     from keylatch.telemetry.tracing import Tracing
+    from keylatch.usage.recorder import UsageRecorder
 
 _ATTEMPTS: Final = 3
 
@@ -113,7 +115,7 @@ class Authenticator:
         counters: Counters,
         events: Events,
         health: Health,
-        tracing: "Tracing | None",
+        tracing: Tracing | None,
         started: Callable[[], Awaitable[Lookup]],
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:

@@ -7,22 +7,25 @@ own defaults redis-py retries for 57 s if the server is paused.)
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
-
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from keylatch.telemetry.health import Health
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 T = TypeVar("T")
 
 TIMEOUT_SECONDS: Final = 0.05
 _OPEN_SECONDS: Final = 1.0
 _RECOVERY_SECONDS: Final = 5.0
-FAILURES: Final = (RedisError, OSError, TimeoutError)
-"""What redis-py raises if Redis fails."""
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """The exceptions of a Redis that does not answer; imports redis-py only when one is caught."""
+    from redis.exceptions import RedisError
+
+    return RedisError, OSError, TimeoutError
 
 
 def connect(url: str, **options: Any) -> "Redis":
@@ -32,6 +35,10 @@ def connect(url: str, **options: Any) -> "Redis":
         url: `redis://`, `rediss://` or `unix://`.
         options: of a redis-py connection; they override the defaults.
     """
+    from redis.asyncio import BlockingConnectionPool, Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
     defaults = {
         "socket_timeout": TIMEOUT_SECONDS,
         "socket_connect_timeout": TIMEOUT_SECONDS,
@@ -81,10 +88,10 @@ class CircuitBreaker:
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 result = await call()
-        except ResponseError:  # Redis answers: another program stored a value of another type
-            self.record_success()
-            return None
-        except FAILURES as error:
+        except failures() as error:
+            if _is_response(error):
+                self.record_success()
+                return None
             self.record_failure()
             self.health.record_failure(type(error).__name__, "is KEYLATCH_REDIS right?")
             return None
@@ -111,3 +118,10 @@ class CircuitBreaker:
     def is_open(self) -> bool:
         """Whether calls are suspended, or one caller tries (half-open)."""
         return bool(self._open_until)
+
+
+def _is_response(error: Exception) -> bool:
+    """Whether Redis has answered: the key holds a value of another type."""
+    from redis.exceptions import ResponseError
+
+    return isinstance(error, ResponseError)

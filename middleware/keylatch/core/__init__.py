@@ -1,1 +1,1 @@
-"""The rules, pure: no I/O, no clock, no lock."""
+"""The pure decisions: no I/O, no clock, no lock."""

@@ -2,10 +2,10 @@
 
     $argon2id$v=19$m=19456,t=2,p=1$<salt>$<SHA-256 of argon2id's 32 bytes>$sha256
 
-argon2id's output, the *preimage*, is stored nowhere in the clear. Only a process that has hashed
-the right token can know it, and any process that reads the row can test it for the price of one
-SHA-256. So a preimage that fits a row proves that its token was verified, whatever hands it over: a
-process that has run argon2id gives it to the others through Redis, encrypted with the token. An
+argon2id's output, the *preimage*, is never stored in plain text. Only a process that has hashed
+the right token knows it, and a process that reads the row can verify it with one SHA-256. So a
+preimage that matches a row proves that its token was verified, wherever the preimage comes from: a
+process that has run argon2id shares it with the others through Redis, encrypted with the token. An
 attacker who has read the store still has to run argon2id for each guess.
 
 The law of this file: no I/O, no clock, no lock.
@@ -34,7 +34,7 @@ _FORMAT: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The price of one argon2id hash (RFC 9106 section 3.1)."""
+    """The parameters of argon2id (RFC 9106 section 3.1)."""
 
     memory_kib: int = 19 * 1024
     passes: int = 2
@@ -42,12 +42,12 @@ class Cost:
 
 
 def has_digest_format(stored: str) -> bool:
-    """Whether a stored hash is of the form above, and not argon2's own output."""
+    """Whether a stored hash has the form above, and is not argon2's own output."""
     return _FORMAT.fullmatch(stored) is not None
 
 
 def needs_rehash(stored: str, cost: Cost) -> bool:
-    """Whether an argon2 hash is of another form or price. What is damaged is not: it is no hash."""
+    """Whether an argon2 hash has another form or cost; False for text that is not a hash."""
     if (match := _FORMAT.fullmatch(stored)) is not None:
         return _cost_of(match) != cost
     try:
@@ -58,7 +58,7 @@ def needs_rehash(stored: str, cost: Cost) -> bool:
 
 
 def hash_secret(text: str, cost: Cost) -> str:
-    """A new hash, of the form above."""
+    """A new hash in the form above."""
     salt = secrets.token_bytes(_SALT_BYTES)
     digest = hashlib.sha256(_compute(text, salt, cost)).digest()
     parameters = f"m={cost.memory_kib},t={cost.passes},p={cost.lanes}"
@@ -66,20 +66,20 @@ def hash_secret(text: str, cost: Cost) -> str:
 
 
 def compute_preimage(stored: str, text: str) -> bytes:
-    """What argon2id makes of the text with the salt and at the price of a stored hash.
+    """argon2id of the text, with the salt and the cost of a stored hash.
 
     Raises:
-        ValueError: the stored hash is of another form.
-        argon2.exceptions.HashingError: argon2 could not compute, for want of memory as a rule.
+        ValueError: the stored hash has another form.
+        argon2.exceptions.HashingError: argon2 failed, usually for lack of memory.
     """
     match = _FORMAT.fullmatch(stored)
     if match is None:
-        raise ValueError("not such a hash")
+        raise ValueError("not an argon2id hash of keylatch")
     return _compute(text, base64.b64decode(match[4] + "=="), _cost_of(match))
 
 
 def verify_preimage(stored: str, preimage: bytes) -> bool:
-    """Whether a stored hash is that of the preimage: then its token is the right one."""
+    """Whether the preimage belongs to a stored hash; then its token is the right one."""
     match = _FORMAT.fullmatch(stored)
     if match is None:
         return False
@@ -104,4 +104,4 @@ def _compute(text: str, salt: bytes, cost: Cost) -> bytes:
 
 
 def _base64(raw: bytes) -> str:
-    return base64.b64encode(raw).decode().rstrip("=")  # as argon2 does
+    return base64.b64encode(raw).decode().rstrip("=")  # without padding, as argon2 does

@@ -1,11 +1,12 @@
-"""From header values to one token, none, or a refusal: the grammar is ours, not the server's.
+"""Parses the values of `Authorization` into one token, none, or a refusal.
 
-Servers differ in what they hand over: two fields as two values (ASGI) or joined by a comma (WSGI),
-trailing blanks kept or stripped, values of two megabytes. So this file leans on none of them, and
-joins what came apart (RFC 9110 section 5.3): the same fields get the same answer everywhere. It
-knows RFC 6750 section 2.1 (`Bearer`, blanks, the characters of a b64token), RFC 9110 section 11.1
-(the scheme's letter case does not matter) and section 5.5 (blanks around a value are no part of
-it). It never guesses between two credentials and never looks into the query, a cookie or the body.
+Servers differ in the values they pass on: two fields as two values (ASGI) or joined by a comma
+(WSGI), trailing blanks kept or stripped, values of two megabytes. So this file relies on none of
+them and joins separate values (RFC 9110 section 5.3): the same fields get the same answer on every
+server. It implements RFC 6750 section 2.1 (`Bearer`, blanks, the characters of a b64token), RFC
+9110 section 11.1 (the letter case of the scheme does not matter) and section 5.5 (blanks around a
+value are not part of it). It never chooses between two credentials, and never reads the query, a
+cookie or the body.
 """
 
 import re
@@ -18,17 +19,17 @@ from keylatch.core.tokens import Token
 MAX_VALUE_BYTES: Final = 512
 
 _BEARER: Final = re.compile(rb"[ \t]*[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9\-._~+/=]+)[ \t]*")
-# RFC 9110 section 5.6.2: the characters that a scheme's name is made of, but for the quote, which
-# no scheme has and a badly quoted shell line does.
+# RFC 9110 section 5.6.2: the characters of a scheme's name, without the quote: no scheme has one,
+# but a shell command with wrong quoting sends one.
 _SCHEME: Final = re.compile(rb"[ \t]*([\w!#$%&*+.^`|~-]+)(?:[ \t]|\Z)")
 _QUOTED: Final = re.compile(rb'"[^"]*"')
-# Behind a comma another credential, or nothing; the parameters of Digest are `name = value`.
+# After a comma another credential, or nothing; the parameters of Digest are `name = value`.
 _NEXT_CREDENTIAL: Final = re.compile(
     rb",[ \t]*(?:[\w!#$%&*+.^`|~-]+(?:[ \t]+(?=[^=\s])|[ \t]*(?=,|\Z))|(?=,|\Z))"
 )
 
 
-# What Laravel Sanctum gives out: RFC 6750 has no bar.
+# The tokens of Laravel Sanctum; RFC 6750 does not allow the vertical bar.
 _BEARER_WITH_PIPE: Final = re.compile(
     rb"[ \t]*[Bb][Ee][Aa][Rr][Ee][Rr] +([0-9]{1,20}\|[A-Za-z0-9]{40,64})[ \t]*"
 )
@@ -38,12 +39,12 @@ def read(values: Sequence[bytes], *, allow_pipe: bool = False) -> Token | Reason
     """The one token among the values of a request's `Authorization` fields.
 
     Args:
-        values: one entry for each field, as it came over the wire.
+        values: one entry for each field, as received.
         allow_pipe: whether to accept Laravel Sanctum's tokens, `{number}|{40 to 64 characters}`.
 
     Returns:
-        the token, `Reason.MISSING` where no bearer credential was sent, or `Reason.MALFORMED`
-        where the value is ambiguous, too long, or not of the grammar.
+        the token, `Reason.MISSING` if no bearer credential was sent, or `Reason.MALFORMED` if the
+        value is ambiguous, too long, or does not match the grammar.
     """
     if not values:
         return Reason.MISSING
@@ -66,10 +67,10 @@ def read(values: Sequence[bytes], *, allow_pipe: bool = False) -> Token | Reason
 
 
 def scan_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[bytes], bool]:
-    """What `Authorization` says among a request's headers, and whether any of the others poses as
-    one of keylatch's.
+    """The values of `Authorization`, and whether another header is one of keylatch's identity
+    headers.
 
-    ASGI promises lower-case names; a server or test client that does not keep it changes nothing.
+    ASGI requires lower-case names; names in another case are recognised as well.
     """
     values = []
     has_identity_header = False
@@ -87,16 +88,16 @@ def scan_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[bytes], b
 
 _AUTHORIZATION: Final = b"authorization"
 _IGNORED_NAMES: Final[set[bytes]] = set()
-"""Names that were looked at before and are neither. Strangers may fill it with names of their own;
-then the others are looked at each time."""
+"""Names that are neither, so that they are examined once. Clients can fill it with arbitrary names;
+then further names are examined each time."""
 _MAX_IGNORED_NAMES: Final = 1_000
 _MAX_IGNORED_NAME_BYTES: Final = 64
 
 
 def is_identity_header(name: bytes) -> bool:
-    """Whether a request header's name could be read as one of keylatch's identity headers.
+    """Whether a header name could be read as one of keylatch's identity headers.
 
-    Any letter case and any mix of `-` and `_` counts: WSGI and CGI fold them into one name, and
-    whoever spells it the odd way would otherwise speak for a key (Django CVE-2015-0219).
+    In any letter case and with any mix of `-` and `_`: WSGI and CGI map these to one name, so a
+    client could otherwise impersonate a key with another spelling (Django CVE-2015-0219).
     """
     return name[:1] in b"xX" and name.replace(b"_", b"-").lower().startswith(b"x-keylatch-")

@@ -1,4 +1,4 @@
-"""What is known of a key, what is wanted of it, and the pure decision between the two.
+"""A key, what a request requires of it, and the pure decision between the two.
 
 The law of this file: no I/O, no clock, no lock. Time comes in as an argument, in milliseconds
 since the Unix epoch (UTC).
@@ -6,24 +6,24 @@ since the Unix epoch (UTC).
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final, NoReturn, TypeAlias
 
 from starlette.authentication import AuthCredentials, BaseUser
 
 FULL: Final = "FULL"
-"""The permission that may do everything."""
+"""The permission that includes all others."""
 PERMISSION_PATTERN: Final = r"[A-Z][A-Z0-9_]{0,31}"
-"""What a permission looks like, as a regular expression for the whole word."""
+"""A regular expression for the whole word."""
 PREVIOUS_SUFFIX: Final = ":previous"
-"""Behind a key's id: the secret before its last rotation."""
+"""After a key id: the secret before the key's last rotation."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """A key as the store knows it, without its hash. Times are milliseconds since the epoch."""
+    """A key as it is stored, without its hash. Times are milliseconds since the epoch."""
 
     id: str
     organization_id: str
@@ -42,35 +42,35 @@ class KeyRecord:
     metadata: str | None = None
     """A JSON object."""
     locator: str | None = None
-    """How a token that was made elsewhere finds its key."""
+    """How the token of an imported key finds the key; None: the key was not imported."""
     rotated_at: int | None = None
     previous_partial_token: str | None = None
     previous_expires_at: int | None = None
-    """When the secret before the last rotation ends."""
+    """When the secret before the last rotation stops being accepted."""
     previous_last_used: int | None = None
     previous_rotated_at: int | None = None
     """`rotated_at` of the secret before the last rotation."""
     created_by: str | None = None
-    """Id of the key that created it, or an operator (`AuditEvent.actor`); None: not recorded."""
+    """The id of the key, or the operator (`AuditEvent.actor`), that created it; None: unknown."""
 
     def grace_ends_at(self, now_ms: float) -> int | None:
-        """When the secret before the last rotation ends; None: it has ended, or there is none."""
+        """When the previous secret stops being accepted; None: it is not accepted now."""
         ends_at = self.previous_expires_at
         return ends_at if ends_at is not None and ends_at > now_ms else None
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
-    """What somebody did, as the audit log has it.
+    """An entry of the audit log.
 
     Args:
-        id: a number that grows.
+        id: increases with each event.
         at: milliseconds since the epoch.
-        actor: a key's id, or `cli:` and an account, or `operator`.
+        actor: a key id, or `cli:` and an account, or `operator`.
         action: such as `key.create`.
-        organization_id: whose key or organisation it was done to; None: the store.
-        key_id: the key, if it was one.
-        details: what was changed to what. Never a secret.
+        organization_id: the organisation of the changed key; None: the store was changed.
+        key_id: the changed key, if any.
+        details: the changed values. Never a secret.
     """
 
     id: int
@@ -83,9 +83,9 @@ class AuditEvent:
 
 
 class Principal(BaseUser):
-    """Who calls: what an app finds in `request.user` after a key was accepted.
+    """Who a request acts as after its key was accepted: `request.user`.
 
-    All requests with a key share one, so it cannot be changed.
+    All requests with a key share one object, so it is immutable.
     """
 
     __slots__ = (  # noqa: RUF023
@@ -103,8 +103,8 @@ class Principal(BaseUser):
     permission: str
     environment: str
     secret_version: int | None
-    """By which of the key's secrets the caller was authenticated: when that was made, as
-    `secret_version_of`; None: by something else than a secret, such as a proxy's headers."""
+    """The secret that authenticated the request, as `secret_version_of`; None: no secret did, but
+    for example a proxy's headers."""
 
     def __init__(
         self,
@@ -157,10 +157,7 @@ class Principal(BaseUser):
 
 
 class Scopes(tuple[str, ...]):
-    """The scopes of a principal, as Starlette's `@requires` asks for them.
-
-    A FULL key contains every scope, because FULL may do everything.
-    """
+    """The scopes of a principal, for Starlette's `@requires`; those of FULL contain every scope."""
 
     __slots__ = ()
 
@@ -169,8 +166,8 @@ class Scopes(tuple[str, ...]):
 
 
 class Credentials(AuthCredentials):
-    """What Starlette expects in `scope["auth"]`. All requests with a permission share one, so it
-    cannot be changed."""
+    """Starlette's `scope["auth"]`. All requests with a permission share one object, so it is
+    immutable."""
 
     def __init__(self, permission: str) -> None:
         self.__dict__["scopes"] = Scopes(("authenticated", permission))
@@ -181,7 +178,7 @@ class Credentials(AuthCredentials):
 
 @functools.lru_cache(maxsize=1024)
 def credentials_of(permission: str) -> AuthCredentials:
-    """What a principal with this permission may do."""
+    """The credentials of a principal with this permission."""
     return Credentials(permission)
 
 
@@ -189,16 +186,16 @@ _COMPARED_FIELDS: Final = Principal.__slots__[:-1]
 
 
 def secret_version_of(record: KeyRecord, is_previous: bool = False) -> int:
-    """Which of a key's secrets one is: when it was made by a rotation, in milliseconds since the
-    epoch and never twice the same for a key; 0: the key was created with it."""
+    """Identifies a secret of a key by the time of its rotation, in milliseconds since the epoch and
+    unique within the key; 0: the key was created with it."""
     rotated_at = record.previous_rotated_at if is_previous else record.rotated_at
     return rotated_at or 0
 
 
 def principal_of(record: KeyRecord, is_previous: bool = False) -> Principal:
-    """The principal that a request with this key becomes; `is_previous`: it came with the secret
+    """The principal of a request with this key; `is_previous`: it was authenticated by the secret
     before the last rotation."""
-    # Drivers make new strings for every row, and 50,000 keys in L1 have few different ones.
+    # Drivers create new strings for every row, and 50,000 keys in L1 have few different ones.
     return Principal(
         record.id,
         record.name,
@@ -210,7 +207,7 @@ def principal_of(record: KeyRecord, is_previous: bool = False) -> Principal:
 
 
 class Reason(Enum):
-    """Why a request is refused. Many reasons inside; outside few answers (`refusals`)."""
+    """Why a request is refused. `refusals` maps many reasons to few responses."""
 
     MISSING = "no credential was sent"
     MALFORMED = "the Authorization header is ambiguous or malformed"
@@ -229,15 +226,15 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What a request asks of a key.
+    """What a request requires of a key.
 
     Args:
-        permissions: those that suffice, any one of them; None: every valid key will do.
-        scope: what to name in the challenge of a refusal (RFC 6750 section 3).
-        environment: the only one whose keys are welcome; None: every one.
-        is_use: whether somebody calls with the key, and it does not merely keep something open.
-        is_final: whether this is all that suffices. Where more may, and finding out costs
-            something, a key that is good and not enough is `DeferredDeny`.
+        permissions: those that suffice, any one of them; None: every valid key does.
+        scope: the scope in the challenge of a refusal (RFC 6750 section 3).
+        environment: the only environment whose keys are accepted; None: all of them.
+        is_use: whether the check is a use of the key; False: it only keeps a connection open.
+        is_final: whether no other permission suffices. If more may suffice and finding out takes
+            the app's router, a valid key without these permissions gets `DeferredDeny`.
     """
 
     permissions: frozenset[str] | None = None
@@ -248,7 +245,10 @@ class Requirement:
 
     @classmethod
     def all_of(cls, permissions: Sequence[str]) -> "Requirement":
-        """Demands that add up: a key must satisfy each; FULL satisfies all."""
+        """All of these permissions; for none of them: any key.
+
+        A key has one permission, so two different ones leave FULL, which includes all.
+        """
         if not permissions:
             return ANY_KEY
         distinct = set(permissions)
@@ -257,25 +257,46 @@ class Requirement:
         sufficient = {FULL} | (distinct if len(distinct) == 1 else set())
         return cls(frozenset(sufficient), " ".join(sorted(distinct)))
 
+    @classmethod
+    def intersection(cls, requirements: Iterable["Requirement"]) -> "Requirement":
+        """What satisfies each of these; if only FULL does, the last one names the scope."""
+        limited = [each for each in requirements if each.permissions is not None]
+        if not limited:
+            return ANY_KEY
+        common = frozenset.intersection(*(each.permissions or frozenset() for each in limited))
+        common -= {FULL}
+        return cls.any_of(common) if common else replace(ONLY_FULL, scope=limited[-1].scope)
+
+    @classmethod
+    def any_of(cls, permissions: Iterable[str]) -> "Requirement":
+        """Any one of these permissions, or FULL; for none of them: FULL."""
+        return _any_of(frozenset(permissions))
+
+
+@functools.lru_cache(maxsize=1024)  # `Policy` combines the permissions of rules for each request
+def _any_of(permissions: frozenset[str]) -> Requirement:
+    scope = " ".join(sorted(permissions))
+    return Requirement(permissions | {FULL}, scope) if permissions else ONLY_FULL
+
 
 ANY_KEY: Final = Requirement()
 ONLY_FULL: Final = Requirement(frozenset((FULL,)), FULL)
-_MAX_CHALLENGE_SCOPES: Final = 8  # more of them would make a header that proxies refuse
+_MAX_CHALLENGE_SCOPES: Final = 8  # with more, the header is too long for some proxies
 
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """The request may pass, as this principal.
+    """The request is allowed, as this principal.
 
     Args:
-        principal: who calls.
-        expires_at: when the key ends, in milliseconds since the epoch; None: it does not.
+        principal: who the request acts as.
+        expires_at: when the key expires, in milliseconds since the epoch; None: never.
     """
 
     principal: Principal
     expires_at: int | None = None
     credentials: AuthCredentials = field(init=False, compare=False, repr=False)
-    """What Starlette expects in `scope["auth"]`."""
+    """Starlette's `scope["auth"]`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "credentials", credentials_of(self.principal.permission))
@@ -283,7 +304,7 @@ class Allow:
 
 @dataclass(frozen=True, slots=True)
 class Deny:
-    """The request may not pass. `scope` names what would have sufficed, where that is why."""
+    """The request is refused. `scope` names what would have sufficed, if that is the reason."""
 
     reason: Reason
     scope: str = ""
@@ -291,12 +312,12 @@ class Deny:
 
 @dataclass(frozen=True, slots=True)
 class DeferredDeny(Deny):
-    """The key is good, and its permission does not suffice by what was wanted so far.
+    """The key is valid, and its permission does not suffice by the rules evaluated so far.
 
-    Nothing is counted until it is settled; whoever does not know the word refuses.
+    Nothing is counted before `decide` is called; a caller that does not call it refuses.
 
     Args:
-        decide: evaluates and counts, by all that suffices; from any thread, and once.
+        decide: evaluates the final requirement and counts the decision; from any thread, once.
     """
 
     decide: "Callable[[Requirement], Decision]" = field(kw_only=True, compare=False, repr=False)
@@ -305,16 +326,16 @@ class DeferredDeny(Deny):
 Decision: TypeAlias = Allow | Deny
 
 ClientGetter: TypeAlias = "Callable[[], tuple[str | None, str | None]]"
-"""Says whence a request came: address and user agent, by the server's word."""
+"""Returns the client's address and user agent, as the server reports them."""
 
 
 def unusable_reason(record: KeyRecord, now_ms: float, environment: str | None) -> Reason | None:
-    """What makes the key unusable for everything, if anything does.
+    """Why the key is refused for every request; None: it is not.
 
     Args:
         record: the key.
-        now_ms: the time to judge its expiry at.
-        environment: the only environment whose keys are welcome; None: all of them.
+        now_ms: milliseconds since the epoch, for its expiry.
+        environment: the only environment whose keys are accepted; None: all of them.
     """
     if record.deleted_at is not None:
         return Reason.REVOKED
@@ -330,14 +351,14 @@ def unusable_reason(record: KeyRecord, now_ms: float, environment: str | None) -
 
 
 def missing_scope(permission: str, requirement: Requirement) -> Deny | None:
-    """The refusal for a usable key whose permission does not suffice, or None if it does."""
+    """The refusal of a valid key whose permission does not suffice; None if it does."""
     if requirement.permissions is None or permission in requirement.permissions:
         return None
     return Deny(Reason.INSUFFICIENT_SCOPE, requirement.scope)
 
 
 def evaluate(allow: Allow, now_ms: float, requirement: Requirement) -> Decision:
-    """Decide on a key that was good when it was read: only time and the request are left."""
+    """Decide on a key that was valid when it was read: only time and the request matter."""
     if allow.expires_at is not None and allow.expires_at <= now_ms:
         return Deny(Reason.EXPIRED)
     if requirement.environment not in (None, allow.principal.environment):

@@ -1,20 +1,20 @@
-"""Tokens that were made elsewhere: by what they find their key, and whether a hash is theirs.
+"""Tokens that another system created: how they find their key, and how they are verified.
 
-    scheme    token                          found by              what its system hashed
+    scheme    token                          locator               hashed by its system
     usesend   us_{10 of a-z0-9}_{32 hex}     us_{10}               scrypt of the 32
     sha256    any                            its own SHA-256       all of it
     sha512    any                            its own SHA-512       all of it
-    knox      hex, maybe with a prefix       its own SHA-512       all of it, as text or as bytes
+    knox      hex, optional prefix            its own SHA-512       all of it, as text or as bytes
     sanctum   {number}|{40 or more}          the number            SHA-256 of what is after the |
     django    {prefix}.{secret}              the prefix            all of it: PBKDF2 or SHA-512
     seam      {company}_{short}_{long}       {company}_{short}     SHA-256 of the long one
     argon2    {prefix}. or {prefix}_…        the prefix, or the    all of it
                                              first 8 characters
 
-The law of this file: no I/O, no clock, no lock, and no token raises anything, because strangers
-send what they like. A locator begins with its scheme, so those of two schemes never meet; it holds
-the public part of a token or a digest of all of it. A digest is as good as the token is random:
-whoever reads the store can try weak ones against it.
+The law of this file: no I/O, no clock, no lock, and no token raises an exception, because clients
+send arbitrary text. A locator begins with its scheme, so locators of two schemes never collide; it
+contains the public part of a token or a digest of the whole token. A digest protects only random
+tokens: a reader of the store can test weak ones against it.
 """
 
 import base64
@@ -28,14 +28,14 @@ from typing import Final
 from keylatch.core.tokens import Token
 
 MAX_LOCATORS: Final = 7
-"""No token has more of them."""
+"""The most locators that a token can have."""
 MAX_PUBLIC_PART_LENGTH: Final = 64
-"""Characters of a public part, at most."""
+"""In characters."""
 PUBLIC_PART_PATTERN: Final = rf"[A-Za-z0-9._~+/=-]{{1,{MAX_PUBLIC_PART_LENGTH}}}"
 PUBLIC_PART_LENGTH: Final = 8
-"""Of the public part of a token that has no separator: the common habit."""
+"""The length of the public part of a token without separator, by convention."""
 
-# What stored hashes begin with. SHA-256 of the whole token and argon2 are `hashing`'s own.
+# Prefixes of stored hashes. `hashing` verifies SHA-256 of the whole token and argon2 itself.
 USESEND: Final = "$usesend$"
 SHA512: Final = "$sha512$"
 KNOX: Final = "$knox$"
@@ -51,13 +51,13 @@ _PUBLIC_PART: Final = re.compile(PUBLIC_PART_PATTERN)
 
 @dataclass(frozen=True, slots=True)
 class ImportedToken:
-    """What is known of a key that was made elsewhere.
+    """The token of a key to import.
 
     Args:
-        locator: how its token finds it.
-        partial: what may be shown of its token.
-        hash: self-describing; empty where the token is known.
-        token: the token itself, which is hashed and then forgotten; None: nobody has it here.
+        locator: how the token finds the key.
+        partial: the part of the token that may be shown.
+        hash: self-describing; empty if the token is known.
+        token: the token, which is hashed and not stored; None: only its hash is known.
     """
 
     locator: str
@@ -67,7 +67,7 @@ class ImportedToken:
 
 
 def locators(token: Token) -> tuple[str, ...]:
-    """By what a token may find its key, whoever made it; what says most comes first."""
+    """The locators that a token may have, the most specific first."""
     return tuple(_locators(token.reveal()))
 
 
@@ -96,21 +96,21 @@ def _public_part_locator(scheme: str, public_part: str, text: str) -> Iterator[s
 
 
 def is_imported_hash(stored: str) -> bool:
-    """Whether a stored hash is another system's, and not one that keylatch makes."""
+    """Whether a stored hash is another system's and not of keylatch's own form."""
     return stored.startswith(_SCHEMES)
 
 
 def is_fast(stored: str) -> bool:
-    """Whether such a hash takes a microsecond, so that a thread hop would cost more."""
+    """Whether such a hash takes about a microsecond, less than a switch to a thread."""
     return stored.startswith(_FAST_SCHEMES)
 
 
 def verify(stored: str, token: Token) -> bool:
-    """Whether another system's hash is that of the token; slow unless `is_fast`.
+    """Whether another system's hash belongs to the token; slow unless `is_fast`.
 
     Raises:
         ValueError: the stored hash is damaged.
-        MemoryError: there is none to compute it in.
+        MemoryError: not enough memory for scrypt.
     """
     scheme = next(scheme for scheme in _VERIFIERS if stored.startswith(scheme))
     return _VERIFIERS[scheme](stored.removeprefix(scheme), token.reveal())
@@ -121,7 +121,7 @@ def _verify_usesend(stored: str, text: str) -> bool:
     match = _USESEND.fullmatch(text)
     if match is None:
         return False
-    # The salt is its hexadecimal text, not the bytes that it stands for.
+    # The salt is the hexadecimal text, not its bytes.
     computed = hashlib.scrypt(
         match[2].encode(), salt=salt.encode(), n=2**14, r=8, p=1, dklen=64, maxmem=2**26
     )
@@ -133,7 +133,7 @@ def _verify_sha512(stored: str, text: str) -> bool:
 
 
 def _verify_knox(stored: str, text: str) -> bool:
-    # Before its version 5 the bytes were hashed that the hexadecimal digits stand for.
+    # Before version 5, knox hashed the bytes of the hexadecimal digits.
     if _verify_sha512(stored, text):
         return True
     return _HEX.fullmatch(text) is not None and hmac.compare_digest(

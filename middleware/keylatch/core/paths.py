@@ -1,7 +1,7 @@
-"""Paths as text: how rules spell them, which are unambiguous, and which two mean the same.
+"""Paths as text: how rules spell them, which are unambiguous, and which are equivalent.
 
-The law of this file: no request and no framework; text in, text or a yes or no out. A path is
-decoded (RFC 3986 section 2.1), and begins below the place where the app is mounted.
+The law of this file: no request and no framework, only text. A path is decoded (RFC 3986 section
+2.1) and relative to the place where the app is mounted.
 """
 
 import re
@@ -19,22 +19,20 @@ _BRACE_PARAMETER: Final = re.compile(r"{([A-Za-z_]\w*)(?::([a-z]+))?}")
 _FLASK_CONVERTERS: Final = {"string": "str"}
 _FORBIDDEN_CHARACTERS: Final = frozenset("*?# <>{}")
 
-# What routers, servers and proxies read in different ways: control characters (`$` of a regular
-# expression also matches before a newline), backslashes, a percent sign that decoding has left
-# over, bytes that were not UTF-8, empty and dot segments.
+# Routers, servers and proxies interpret these differently: control characters (`$` of a regular
+# expression also matches before a newline), backslashes, a percent sign after decoding, bytes that
+# are not UTF-8, empty and dot segments.
 _AMBIGUOUS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\\%\ufffd\ud800-\udfff]|//|/\.\.?(?:[/;]|\Z)")
 _SUFFIX: Final = re.compile(r"\.[^./]*\Z")
 _PARAMETER: Final = re.compile(
     r"<(?:([A-Za-z_]\w*)(?:\(.*?\))?:)?[A-Za-z_]\w*>|{[A-Za-z_]\w*(?::([A-Za-z_]\w*))?}"
 )
-_NARROWING_CONVERTERS: Final = frozenset(
-    ("int", "float", "uuid")
-)  # of what rules can spell, those that narrow
+_NARROWING_CONVERTERS: Final = frozenset(("int", "float", "uuid"))
 _SEGMENT_PARAMETER: Final = re.compile(r"{\w+(:(str|int|float|uuid))?}")
 
 
 def to_starlette_path(path: str) -> str | None:
-    """The path of a rule with parameters spelled Starlette's way; None where it is no path."""
+    """The path of a rule with parameters in Starlette's spelling; None: it is not a path."""
     braced = _ANGLE_PARAMETER.sub(_to_braces, path)
     parameters = _BRACE_PARAMETER.findall(braced)
     literal = _BRACE_PARAMETER.sub("", braced)
@@ -54,20 +52,19 @@ def _to_braces(match: re.Match[str]) -> str:
 
 
 def compile_pattern(path: str) -> re.Pattern[str]:
-    """An expression whose `fullmatch` tells whether a rule matches; `path` as `to_starlette_path`
-    returns it."""
+    """An expression for `fullmatch`; `path` as `to_starlette_path` returns it."""
     return compile_path(path)[0]
 
 
 def is_canonical(path: str) -> bool:
-    """Whether all who read the path take it for the same one."""
+    """Whether routers, servers and proxies all interpret the path in the same way."""
     return path[:1] == "/" and _AMBIGUOUS.search(path) is None
 
 
 def has_unambiguous_root(path: str, root: str) -> bool:
-    """Whether all frameworks cut the same root path off: it begins the path, once, or does not
-    occur in it. Litestar cuts at its first occurrence, wherever that is; Quart a prefix within a
-    segment; a proxy and a server may each have added it."""
+    """Whether all frameworks remove the same root path: the path begins with it once, or does not
+    contain it. Litestar removes everything up to its first occurrence; Quart also removes a prefix
+    that ends within a segment; a proxy and a server may each have added it."""
     if not root.strip("/"):
         return True
     if path.startswith(root + "/"):
@@ -77,15 +74,15 @@ def has_unambiguous_root(path: str, root: str) -> bool:
 
 
 def fold_path(path: str) -> str:
-    """One text for paths that an app may take for the same one, although they differ in letter
-    case, Unicode form, a slash at the end, or a suffix such as `.json`."""
+    """The same text for paths that an app may treat as equal: they differ only in letter case,
+    Unicode form, a trailing slash, or a suffix such as `.json`."""
     folded = unicodedata.normalize("NFKC", path).casefold().rstrip("/")
     return _SUFFIX.sub("", folded)
 
 
 def shape(path: str) -> str:
-    """The path of a rule or a route without the names of its parameters, in any spelling. Two of
-    one shape match the same paths, for any kind that rules can spell."""
+    """The path of a rule or a route without the names of its parameters, in any spelling. Two paths
+    of the same shape match the same requests, for every converter that a rule can name."""
     return _PARAMETER.sub(_shape_parameter, path)
 
 
@@ -95,10 +92,10 @@ def _shape_parameter(match: re.Match[str]) -> str:
 
 
 def overlaps(one: str, other: str) -> bool:
-    """Whether some path matches both rules; where that is hard to tell, yes."""
+    """Whether some path matches both rules; in doubt, yes."""
     for pair in zip_longest(one.split("/"), other.split("/")):
         if any("{" in _SEGMENT_PARAMETER.sub("", segment or "") for segment in pair):
-            return True  # `path`, or a kind of the app's own: it may go beyond the next slash
+            return True  # `path`, or an app's own converter: it may match slashes
         if not _segments_overlap(*pair):
             return False
     return True

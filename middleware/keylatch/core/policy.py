@@ -1,66 +1,55 @@
-"""From a route to the permissions that suffice for it. Compiled once, looked up per request.
+"""Maps a route to the permissions that suffice for it. Compiled at start, looked up per request.
 
-FULL may do everything. Any other permission may call only the routes named for it, and none
-where none are named. Paths match as a whole, never by prefix: a prefix also opens the neighbours.
+FULL can call every route. Another permission can call only the routes that are named for it.
+Rules match whole paths, never prefixes: a prefix would also match other routes.
 
-A path that is named as it is decides alone. What only names with parameters open is decided by the
-view that the app's router chooses: what that declares, and what an exact rule for another path of
-it says, counts as well; so does one whose path is the same but for letter case, a slash or a
-suffix. A path that could be read in two ways is for FULL.
+A rule without parameters (an exact rule) alone decides its path. If only rules or public paths with
+parameters match, the view that the app's router chooses decides: the view's own declaration counts
+as well, and so do exact rules for other paths of the same view, or for paths that differ only in
+letter case, a slash or a suffix. A path with two interpretations requires FULL.
 """
 
-import contextlib
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
-from keylatch.core.decisions import FULL, ONLY_FULL, Requirement
-from keylatch.core.paths import fold_path, is_canonical
-from keylatch.core.routes import NoRouter, Route, Router
+from keylatch.core.decisions import ONLY_FULL, Requirement
+from keylatch.core.paths import is_canonical
+from keylatch.core.routes import NoRouter, Route, Router, Target
 from keylatch.core.rules import (
     WEBSOCKET,
     Mistakes,
     Rule,
-    any_of,
     find_exposed_heads,
     find_exposed_mounts,
     find_exposed_views,
     parse_public,
     parse_rules,
+    rule_method,
 )
+from keylatch.core.same_view_rules import SameViewRules
 from keylatch.errors import ConfigurationError
 
 _FULL_BEFORE_ROUTING: Final = replace(ONLY_FULL, is_final=False)
-"""FULL suffices; whether less does, `Policy.routed_requirement` says."""
+"""FULL suffices; `Policy.routed_requirement` decides on other permissions."""
 _NO_ROUTER: Final = NoRouter()
-_MAX_CACHED_ROUTES: Final = 4096  # routes of exact rules, by the host that a client names
 
 log = logging.getLogger("keylatch")
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """A request that the text of its path does not decide."""
-
-    method: str
-    path: str
-    request: Any
-    router: Router[Any]
-
-
 class Policy:
-    """Which paths are public, and which permission may call which route.
+    """The public paths, and the permissions that suffice for each route.
 
     Args:
-        public: what needs no key: `"/healthz"` for GET and HEAD, or `"POST /signup"`.
+        public: paths that need no key: `"/healthz"` for GET and HEAD, or `"POST /signup"`.
         permissions: permission → rules of the form `"POST /v1/emails/{id}"`.
         grantable: the permissions that keys can have; None: any word.
-        views_decide: whether what a view declares counts alone, whatever rules say, and each
-            request is judged again by the view that was chosen (Django).
+        views_decide: a view's declaration takes precedence over all rules, and each request is
+            decided again for the view that was chosen (Django).
 
     Raises:
-        ConfigurationError: naming every malformed path and rule, every unknown permission, and
+        ConfigurationError: names every malformed path and rule, every unknown permission, and
             every view that declares nothing and that a public path with parameters would open.
     """
 
@@ -79,9 +68,8 @@ class Policy:
         has_declared_rules = any(rule.is_declared for rule in rules)
         self._views_declare = views_decide or has_declared_rules or undeclared is not None
         self._has_warned = False
-        self._rule_routes: dict[object, Route | None] = {}
+        self._same_view_rules = SameViewRules(views_decide)
         self._exact: dict[str, dict[str, Requirement | None]] = {}
-        self._configured_rules: dict[str, list[Rule]] = {}
         self._rule_patterns: dict[str, list[Rule]] = {}
         self._public_patterns: dict[str, list[Rule]] = {}
         for rule in rules:
@@ -102,22 +90,22 @@ class Policy:
             return
         self._exact.setdefault(rule.path, {})[rule.method] = rule.requirement
         if not rule.is_declared:
-            self._configured_rules.setdefault(rule.method, []).append(rule)
+            self._same_view_rules.add(rule)
 
     def _add_public(self, method: str, path: str) -> None:
         by_method = self._exact.setdefault(path, {})
-        if method == "GET" and by_method.get("GET"):  # the rule stays that of the WebSocket
+        if method == "GET" and by_method.get("GET"):  # the rule still applies to WebSockets
             by_method.setdefault(WEBSOCKET, by_method["GET"])
         by_method[method] = None
 
     @property
     def public_patterns(self) -> list[Rule]:
-        """What is public and has parameters."""
+        """The public paths with parameters."""
         return [rule for rules in self._public_patterns.values() for rule in rules]
 
     def find_exposed(self, undeclared: Iterable[str]) -> Mistakes:
-        """The routes among these that only a public path with parameters speaks of, although it
-        does not spell them."""
+        """The mistakes for the routes that only a public path with parameters opens, unless
+        it is spelled exactly as the route."""
         named = {f"{on} {path}" for path, by_method in self._exact.items() for on in by_method}
         undeclared = list(undeclared)
         unnamed = [each for each in undeclared if each not in named]
@@ -134,19 +122,19 @@ class Policy:
     def requirement_for(
         self, method: str, path: str, request: Any = None, router: Router[Any] = _NO_ROUTER
     ) -> Requirement | None:
-        """What a request asks of a key; None where it needs none.
+        """The requirement of a request; None: it needs no key.
 
-        It is not final where a rule with parameters matches: FULL suffices, and whether less does
-        `routed_requirement` decides. HEAD follows GET (RFC 9110 section 9.3.2); a WebSocket does so
-        as well, but not where that is public.
+        If a rule with parameters matches, it is not final: FULL suffices, and `routed_requirement`
+        decides on other permissions. HEAD follows GET (RFC 9110 section 9.3.2); so does a
+        WebSocket, except that a public path for GET does not open WebSockets.
         """
         exact = self._exact.get(path)
-        if exact is None and not self._has_patterns:  # where most requests end: no call yet
+        if exact is None and not self._has_patterns:  # most requests return here, before any call
             return ONLY_FULL
         method = "GET" if method == "HEAD" else method
         if exact is not None and method in exact:
             return exact[method] if router.is_unambiguous(request) else ONLY_FULL
-        target = _Target(method, path, request, router)
+        target = Target(method, path, request, router)
         return (
             self._websocket_requirement(target)
             if method == WEBSOCKET
@@ -156,14 +144,14 @@ class Policy:
     def routed_requirement(
         self, method: str, path: str, request: Any, router: Router[Any]
     ) -> Requirement:
-        """What a request requires of a good key that does not satisfy `requirement_for`."""
-        target = _Target(_rule_method(method), path, request, router)
+        """The final requirement, for a valid key that does not satisfy `requirement_for`."""
+        target = Target(rule_method(method), path, request, router)
         requirement = (
             self._route_requirement(target, []) if self._is_unambiguous(target) else ONLY_FULL
         )
         return requirement or ONLY_FULL
 
-    def _websocket_requirement(self, target: _Target) -> Requirement | None:
+    def _websocket_requirement(self, target: Target) -> Requirement | None:
         if (
             self._matching(self._public_patterns, target)
             and self._pattern_requirement(target) is None
@@ -172,7 +160,7 @@ class Policy:
         requirement = self.requirement_for("GET", target.path, target.request, target.router)
         return requirement or _FULL_BEFORE_ROUTING
 
-    def _pattern_requirement(self, target: _Target) -> Requirement | None:
+    def _pattern_requirement(self, target: Target) -> Requirement | None:
         public = self._matching(self._public_patterns, target)
         if not public and not self._matching(self._rule_patterns, target):
             return ONLY_FULL
@@ -180,16 +168,16 @@ class Policy:
             return ONLY_FULL
         return self._route_requirement(target, public) if public else _FULL_BEFORE_ROUTING
 
-    def _is_unambiguous(self, target: _Target) -> bool:
+    def _is_unambiguous(self, target: Target) -> bool:
         return is_canonical(target.path) and target.router.is_unambiguous(target.request)
 
-    def _route_requirement(self, target: _Target, public: Sequence[Rule]) -> Requirement | None:
-        """By the view that the router chooses. Whatever goes wrong with that, FULL suffices."""
+    def _route_requirement(self, target: Target, public: Sequence[Rule]) -> Requirement | None:
+        """By the view that the router chooses. If that fails, the request requires FULL."""
         try:
             route = target.router.find(target.request)
             if route is None:
                 return self._exact_requirement(target) or ONLY_FULL
-            others = self._same_view_requirements(target, route)
+            others = self._same_view_rules.requirements_for(target, route)
         except Exception as error:  # noqa: BLE001
             self._warn_once(error)
             return ONLY_FULL
@@ -203,7 +191,7 @@ class Policy:
         return self._view_requirement(target, route, others)
 
     def _view_requirement(
-        self, target: _Target, route: Route, others: Sequence[Requirement]
+        self, target: Target, route: Route, others: Sequence[Requirement]
     ) -> Requirement:
         if self._views_decide and route.requirement is not None:
             return route.requirement
@@ -213,60 +201,20 @@ class Policy:
         declares = route.requirement is not None and route.requirement.permissions is not None
         rules = self._matching(self._rule_patterns, target)
         permissions = [rule.named for rule in rules if declares or not rule.is_declared]
-        by_rules = any_of(frozenset().union(*permissions))
-        return _all_of([by_rules, *others, *filter(None, [route.requirement])])
+        by_rules = Requirement.any_of(frozenset().union(*permissions))
+        return Requirement.intersection([by_rules, *others, *filter(None, [route.requirement])])
 
     def _is_public_view(self, public: Sequence[Rule], route: Route) -> bool:
-        """Whether a public path opens a view that declares nothing. Where views declare, it does
-        so only if it spells the view's own path: else it was not meant."""
+        """Whether a public path opens a view that declares nothing. In an app whose views declare,
+        only a public path that is spelled as the view's own route does."""
         is_spelled = any(each.shape in route.shapes for each in public)
         return is_spelled or not self._views_declare or not route.is_view
 
-    def _same_view_requirements(self, target: _Target, route: Route) -> list[Requirement]:
-        """What exact rules say of the same view, by whatever path they name it, and those whose
-        text is nearly the same: a middleware before the router may make the path theirs."""
-        rules = self._configured_rules.get(_rule_method(target.method))
-        if not rules:
-            return []
-        cache_key = target.router.cache_key(target.request) if route.is_view else None
-        text = fold_path(target.path)
-        return [
-            rule.requirement
-            for rule in rules
-            if self._is_same_view(
-                self._find_rule_route(rule, cache_key, target), route, rule.folded_path == text
-            )
-        ]
-
-    def _is_same_view(self, rule_route: Route | None, route: Route, is_same_text: bool) -> bool:
-        """Whether an exact rule speaks of what a request gets to. Its text does not count where
-        the view is certain: Django's is judged again once it is chosen."""
-        if rule_route is None or not rule_route.is_view:
-            return is_same_text
-        # What the path says besides, such as the format of a suffix, makes it no other view.
-        is_same = (
-            rule_route.view == route.view
-            and rule_route.arguments.items() <= route.arguments.items()
-        )
-        return is_same or (is_same_text and not self._views_decide)
-
-    def _find_rule_route(self, rule: Rule, cache_key: object, target: _Target) -> Route | None:
-        """Where the path of an exact rule leads; None: nowhere, or it is not known."""
-        if cache_key is None:
-            return None
-        with contextlib.suppress(KeyError):
-            return self._rule_routes[cache_key, rule]
-        route = target.router.find_at(target.request, rule.path)
-        if len(self._rule_routes) >= _MAX_CACHED_ROUTES:
-            self._rule_routes.clear()
-        self._rule_routes[cache_key, rule] = route
-        return route
-
-    def _exact_requirement(self, target: _Target) -> Requirement | None:
+    def _exact_requirement(self, target: Target) -> Requirement | None:
         return self._exact.get(target.path, {}).get(target.method)
 
     @staticmethod
-    def _matching(rules: Mapping[str, Sequence[Rule]], target: _Target) -> list[Rule]:
+    def _matching(rules: Mapping[str, Sequence[Rule]], target: Target) -> list[Rule]:
         return [rule for rule in rules.get(target.method, ()) if rule.matches(target.path)]
 
     def _warn_once(self, error: Exception) -> None:
@@ -277,29 +225,26 @@ class Policy:
             )
 
     def is_public(self, path: str, method: str = "GET") -> bool:
-        """Whether a path needs no key, by itself."""
-        target = _Target(method, path, None, _NO_ROUTER)
+        """Whether a path needs no key, without a request."""
+        target = Target(method, path, None, _NO_ROUTER)
         if method in self._exact.get(path, {}):
             return self._exact[path][method] is None
         return is_canonical(path) and bool(self._matching(self._public_patterns, target))
 
     def requirement_by_rules(self, method: str, path: str) -> Requirement:
-        """What rules ask of a key, by themselves. HEAD follows GET (RFC 9110 section 9.3.2)."""
-        target = _Target("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
+        """The requirement by the rules alone. HEAD follows GET (RFC 9110 section 9.3.2)."""
+        target = Target("GET" if method == "HEAD" else method, path, None, _NO_ROUTER)
         exact = self._exact_requirement(target)
         if exact is not None:
             return exact
         permissions = [rule.named for rule in self._matching(self._rule_patterns, target)]
-        return any_of(frozenset().union(*permissions)) if is_canonical(path) else ONLY_FULL
-
-
-def _rule_method(method: str) -> str:
-    """The method by which rules speak of a request."""
-    return "GET" if method in ("HEAD", WEBSOCKET) else method
+        if not is_canonical(path):
+            return ONLY_FULL
+        return Requirement.any_of(frozenset().union(*permissions))
 
 
 def route_path(scope: Mapping[str, Any]) -> str:
-    """The path as the app's own router sees it: below the place where the app is mounted."""
+    """The path as the app's router sees it: relative to the place where the app is mounted."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if not root:
@@ -307,13 +252,3 @@ def route_path(scope: Mapping[str, Any]) -> str:
     if path == root:
         return ""
     return path[len(root) :] if path.startswith(root + "/") else path
-
-
-def _all_of(requirements: Sequence[Requirement]) -> Requirement:
-    """Demands that must all be satisfied; where only FULL does, the last names what is missing."""
-    permissions = [each.permissions for each in requirements if each.permissions is not None]
-    common = frozenset.intersection(*permissions) - {FULL}
-    if common:
-        return any_of(common)
-    scopes = [each.scope for each in requirements if each.permissions is not None]
-    return Requirement(ONLY_FULL.permissions, scopes[-1])

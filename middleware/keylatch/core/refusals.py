@@ -1,7 +1,7 @@
-"""From a reason to status, headers and body: once, for all adapters.
+"""Maps a reason to status, headers and body, for all adapters.
 
-Many reasons inside, few answers outside: whoever presents a token that is not good learns nothing
-about why (RFC 6750 section 3.1). 503 is for what could not be decided; it never says 401.
+Many reasons have the same response: a client with an invalid token does not learn why it is
+invalid (RFC 6750 section 3.1). 503 means that the key could not be checked; it is never a 401.
 """
 
 import json
@@ -17,7 +17,7 @@ Header = tuple[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A complete answer. Header names are in lower case."""
+    """A complete response. Header names are in lower case."""
 
     status: int
     headers: tuple[Header, ...]
@@ -26,13 +26,13 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a reason says to the outside: status, error word, and one sentence."""
+    """The response to a reason: status, error code and one sentence."""
 
     status: int
     error: str
     description: str
     challenge: str | None = None
-    """The `error` attribute of the challenge; empty: a bare challenge; None: no challenge."""
+    """The `error` attribute of the challenge; empty: without it; None: no challenge."""
 
 
 _NO_CREDENTIAL: Final = Answer(
@@ -70,7 +70,7 @@ ANSWERS: Final = {
 
 
 def challenge(answer: Answer, realm: str, scope: str = "") -> str | None:
-    """The value of `WWW-Authenticate` (RFC 6750 section 3), or None for no challenge."""
+    """The value of `WWW-Authenticate` (RFC 6750 section 3); None: no challenge."""
     if answer.challenge is None:
         return None
     attributes = [f'realm="{realm}"']
@@ -82,17 +82,17 @@ def challenge(answer: Answer, realm: str, scope: str = "") -> str | None:
 
 
 LogFailure = Callable[[Reason, ClientGetter], None]
-"""Logs a refused request: why, and who sent it."""
+"""Logs a refused request: the reason and the client."""
 
 
 class Refusals:
-    """Builds refusals; the same reason gives the same bytes, kept ready.
+    """Builds and caches refusals; the same reason and scope always give the same bytes.
 
     Args:
         realm: named in every challenge.
         malformed_status: 400 by RFC 6750; 401 behind proxies, because nginx's `auth_request`
             turns 400 into 500.
-        log_failure: logs a refused request; None: they are not logged.
+        log_failure: logs a refused request; None: refusals are not logged.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Refusals:
         """The refusal for a `Deny`."""
 
     def refuse(self, deny: Deny, client: ClientGetter) -> Refusal:
-        """The refusal that a caller is answered; it is logged where that is switched on."""
+        """The refusal for a `Deny`; also logs it, if refusals are logged."""
         if self._log_failure is not None:
             self._log_failure(deny.reason, client)
         return self.refusal_for(deny)

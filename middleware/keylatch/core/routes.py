@@ -1,8 +1,8 @@
-"""What the policy asks of the framework's router, and what a router answers."""
+"""The interface between the policy and a framework's router."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from keylatch.core.decisions import Requirement
 
@@ -11,14 +11,14 @@ Request = TypeVar("Request", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a router chooses for a request.
+    """The route that a router chooses for a request.
 
     Args:
-        view: what will be called; two are the same if they are equal.
-        arguments: what the path says, by the names of its parameters.
-        shapes: the route's path as `paths.shape` has it, in each way a rule may spell it.
-        requirement: what the view declares; None: it declares nothing.
-        is_view: whether `view` is a view. If not, it is an app with paths of its own.
+        view: the callable; equal views are the same view.
+        arguments: the path's parameters, by name.
+        shapes: the route's path as `paths.shape`, in every spelling that a rule can have.
+        requirement: the requirement that the view declares; None: it declares nothing.
+        is_view: False: `view` is an app with paths of its own.
     """
 
     view: object
@@ -29,23 +29,23 @@ class Route:
 
 
 class Router(Protocol[Request]):
-    """What `policy` asks about a request, whatever the protocol."""
+    """The router of an app, for one protocol."""
 
     def is_unambiguous(self, request: Request) -> bool:
-        """Whether path and method have one meaning, as far as they themselves cannot tell."""
+        """Whether nothing in the request besides path and method makes these ambiguous."""
 
     def find(self, request: Request) -> Route | None:
-        """What will be called; None: nothing, or a redirect. It may raise anything."""
+        """The route of the request; None: none, or a redirect. It may raise any exception."""
 
     def find_at(self, request: Request, path: str) -> Route | None:
-        """The same for another path, on the same host; nothing else of the request counts."""
+        """The route of another path on the same host; nothing else of the request matters."""
 
     def cache_key(self, request: Request) -> object:
-        """By what `find_at` differs for one path and method."""
+        """What the result of `find_at` depends on besides path and method."""
 
 
 class NoRouter:
-    """For paths that come without a request: the app is unknown, and so is everything in it."""
+    """For paths without a request: the app and its views are unknown."""
 
     def is_unambiguous(self, request: object) -> bool:
         return True
@@ -58,3 +58,20 @@ class NoRouter:
 
     def cache_key(self, request: object) -> object:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A request and the router of its app.
+
+    Args:
+        method: as rules name it.
+        path: relative to the place where the app is mounted.
+        request: scope or environ; None: there is none.
+        router: of the app.
+    """
+
+    method: str
+    path: str
+    request: Any
+    router: Router[Any]

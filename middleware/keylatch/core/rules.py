@@ -1,22 +1,20 @@
-"""What an app says of its routes: public paths and rules, read once when it starts, and what
-views declare.
+"""Public paths and rules, parsed once at start, and the requirements that views declare.
 
-The law of this file: everything wrong is collected, none of it raised, and nothing is asked.
+The law of this file: mistakes are collected and returned, never raised; no router is called.
 """
 
-import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from keylatch.core.decisions import FULL, ONLY_FULL, PERMISSION_PATTERN, Requirement
+from keylatch.core.decisions import PERMISSION_PATTERN, Requirement
 from keylatch.core.paths import compile_pattern, fold_path, overlaps, shape, to_starlette_path
 
 Mistakes = list[tuple[str, str]]
 
 
 class _PseudoMethod(str):
-    """A method that no request can name: it equals only itself, and no text."""
+    """A method that no request can have: it equals only itself, and no text."""
 
     __slots__ = ()
     __hash__ = object.__hash__
@@ -29,9 +27,9 @@ class _PseudoMethod(str):
 
 
 WEBSOCKET: Final = _PseudoMethod("WEBSOCKET")
-"""What `public` names where a WebSocket needs no key. Rules say GET, by which it is opened."""
+"""In `public`, a WebSocket that needs no key. Rules name GET, the method of the handshake."""
 ANY_METHOD: Final = "*"
-"""Of what is mounted, with methods and paths of its own."""
+"""The method of a mounted app, which has methods and paths of its own."""
 _IMPLIED_BY_GET: Final = {"HEAD": "HEAD follows it", str(WEBSOCKET): "a WebSocket is opened by it"}
 _REQUIREMENT_ATTRIBUTE: Final = "keylatch_requirement"
 _METHOD: Final = re.compile(r"[A-Z]+")
@@ -39,15 +37,15 @@ _PATH_HINT: Final = "such as /healthz, /docs/{page} or POST /signup"
 
 
 def declare(view: Callable[..., Any], requirement: Requirement) -> None:
-    """Mark a view with what it asks; `functools.wraps` carries the mark on."""
+    """Set the requirement of a view; `functools.wraps` copies it to decorated views."""
     setattr(view, _REQUIREMENT_ATTRIBUTE, requirement)
 
 
 def required_by(view: object, method: str) -> Requirement | None:
-    """What a view asks of a request with this method, or None where it declares nothing.
+    """The requirement that a view declares for a method; None: it declares nothing.
 
-    Of a class-based view (`view_class`; `cls` and `actions` in Django REST framework) also its
-    methods are asked. HEAD follows GET, as in `policy`.
+    The methods of a class-based view (`view_class`; `cls` and `actions` in Django REST framework)
+    can declare as well. HEAD follows GET, as in `policy`.
     """
     name = "get" if method == "HEAD" else method.lower()
     name = getattr(view, "actions", {}).get(name, name)
@@ -60,17 +58,17 @@ def required_by(view: object, method: str) -> Requirement | None:
 
 
 class DeclaredRule(str):
-    """A rule that repeats what a view declares. It opens no view that declares nothing."""
+    """A rule that was read from a view. It does not open views that declare nothing."""
 
     __slots__ = ()
 
 
 class DeclaredRules(dict[str, Sequence[str]]):
-    """Rules that are read from views.
+    """Rules that were read from views.
 
     Args:
         rules: permission → rules, each a `DeclaredRule`.
-        undeclared: the routes whose views declare nothing, spelled as rules are.
+        undeclared: the routes whose views declare nothing, in the spelling of rules.
     """
 
     def __init__(self, rules: Mapping[str, Sequence[str]], undeclared: Sequence[str]) -> None:
@@ -79,13 +77,13 @@ class DeclaredRules(dict[str, Sequence[str]]):
 
 
 class Rule:
-    """A route as it is named, and what it asks of a key.
+    """A method and a path, and what they require of a key.
 
     Args:
         method: of requests.
-        path: with parameters spelled Starlette's way.
-        permissions: any one suffices; none: it is public.
-        is_declared: whether it only repeats what views declare.
+        path: with parameters in Starlette's spelling.
+        permissions: any one suffices; none: the rule is public.
+        is_declared: whether the rule was only read from views.
     """
 
     def __init__(
@@ -95,25 +93,20 @@ class Rule:
         self.path = path
         self.named = frozenset(permissions)
         self.is_declared = is_declared
-        self.requirement = any_of(self.named)
+        self.requirement = Requirement.any_of(self.named)
         self.matches = compile_pattern(path).fullmatch
         self.shape = shape(path)
         self.folded_path = fold_path(path)
 
 
-@functools.lru_cache(maxsize=1024)
-def any_of(permissions: frozenset[str]) -> Requirement:
-    """What a route asks that is named for these permissions; for none: FULL."""
-    return (
-        Requirement(permissions | {FULL}, " ".join(sorted(permissions)))
-        if permissions
-        else ONLY_FULL
-    )
+def rule_method(method: str) -> str:
+    """The method by which rules match a request."""
+    return "GET" if method in ("HEAD", WEBSOCKET) else method
 
 
 def find_exposed_views(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
-    """The views that declare nothing and that public paths with parameters open, if none of these
-    spells the view's own path: that is the app's own choice."""
+    """The views that declare nothing and that a public path with parameters opens. A view whose
+    own path is a public path is not included: the app has chosen that."""
     public = list(public)
     named_shapes = {(str(rule.method), rule.shape) for rule in public}
     routes = [each.partition(" ") for each in undeclared]
@@ -131,8 +124,8 @@ def find_exposed_views(public: Iterable[Rule], undeclared: Iterable[str]) -> Mis
 
 
 def find_exposed_heads(public: Iterable[Rule], undeclared: Collection[str]) -> Mistakes:
-    """The views for HEAD that declare nothing and that public paths for GET open, although another
-    view answers GET there and declares something."""
+    """The views for HEAD that declare nothing and that a public path for GET opens, although
+    another view declares a permission for GET there."""
     heads = [each.partition(" ")[2] for each in undeclared if each.startswith("HEAD ")]
     return [
         (
@@ -147,12 +140,12 @@ def find_exposed_heads(public: Iterable[Rule], undeclared: Collection[str]) -> M
 
 
 def find_exposed_mounts(public: Iterable[Rule], undeclared: Iterable[str]) -> Mistakes:
-    """The mounted apps that cannot be looked into and that public paths with parameters open, if
-    these do not spell the place where the app is mounted."""
+    """The mounted apps of unknown frameworks that a public path with parameters opens without
+    naming the mount path."""
     mounts = [each.removeprefix(f"{ANY_METHOD} ") for each in undeclared if each[0] == ANY_METHOD]
     return [
         (
-            f"public path {rule.method} {rule.path} opens what is mounted at {mount_path}",
+            f"public path {rule.method} {rule.path} opens the app mounted at {mount_path}",
             "name the mount's path in it, or change it",
         )
         for mount_path in (mount.removesuffix("/{path:path}") for mount in mounts)
@@ -163,7 +156,7 @@ def find_exposed_mounts(public: Iterable[Rule], undeclared: Iterable[str]) -> Mi
 
 
 def parse_public(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, str]]:
-    """Methods and paths. One without a method is for reading: GET, which HEAD follows."""
+    """Methods and paths. Without a method, a path is for GET, which HEAD follows."""
     if isinstance(paths, str):
         mistakes.append((f"public={paths!r} is one string", f"write public=[{paths!r}]"))
         return []
@@ -180,17 +173,23 @@ def parse_public(paths: Iterable[str], mistakes: Mistakes) -> list[tuple[str, st
     return found
 
 
+def permission_mistakes(permission: str, grantable: Collection[str] | None = None) -> Mistakes:
+    """What is wrong with a permission that a rule or a view names."""
+    if not re.fullmatch(PERMISSION_PATTERN, permission):
+        return [(f"permission {permission!r}", f"a word matching {PERMISSION_PATTERN}")]
+    if grantable is not None and permission not in grantable:
+        problem = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
+        return [(f"permission {permission!r} {problem}", "add it there, or correct it")]
+    return []
+
+
 def parse_rules(
     permissions: Mapping[str, Iterable[str]], grantable: Collection[str] | None, mistakes: Mistakes
 ) -> list[Rule]:
     permissions_by_route: dict[tuple[str, str], set[str]] = {}
     configured: set[tuple[str, str]] = set()
     for permission, rules in permissions.items():
-        if not re.fullmatch(PERMISSION_PATTERN, permission):
-            mistakes.append((f"permission {permission!r}", f"a word matching {PERMISSION_PATTERN}"))
-        elif grantable is not None and permission not in grantable:
-            problem = f"is none of KEYLATCH_PERMISSIONS ({', '.join(grantable)})"
-            mistakes.append((f"permission {permission!r} {problem}", "add it there, or correct it"))
+        mistakes += permission_mistakes(permission, grantable)
         if isinstance(rules, str):
             mistakes.append((f"the rules of {permission} are one string", f"write [{rules!r}]"))
             continue
@@ -209,7 +208,7 @@ def parse_rules(
 def _parse_rule(rule: str, permission: str, mistakes: Mistakes) -> tuple[str, str] | None:
     method, _, path = rule.partition(" ")
     starlette_path = to_starlette_path(path)
-    if method in _IMPLIED_BY_GET:  # taken for GET, it would open more than it names
+    if method in _IMPLIED_BY_GET:  # read as GET, it would open more than it names
         hint = f"name GET: {_IMPLIED_BY_GET[method]}"
         mistakes.append((f"rule {rule!r} of {permission}", hint))
     elif not _METHOD.fullmatch(method) or starlette_path is None:

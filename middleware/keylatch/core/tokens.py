@@ -1,13 +1,13 @@
-"""Tokens: how they are minted, recognised and kept from showing themselves.
+"""Tokens: their format, minting, MAC and CRC, and a class that does not reveal them by accident.
 
     {prefix}_{environment}_{id}_{secret}{check}{crc}
      a-z0-9   a-z0-9        12   27      8      6     base62
 
-The law of this file: no I/O, no clock. A token is read from its right end, where every part
-has a fixed length, so a prefix of any length parses the same way. The CRC-32 lets secret
-scanners tell a leaked key from noise with `SCAN_PATTERN` alone; the keyed check lets a process
-refuse a made-up token without asking anybody. Neither proves anything about a key: only its
-hash in the store does.
+The law of this file: no I/O, no clock. A token is parsed from its right end, where every part has
+a fixed length, so the length of the prefix does not matter. The CRC-32 lets secret scanners
+distinguish a token from noise with `SCAN_PATTERN` alone; the check, a truncated MAC, lets a process
+refuse a forged token without a look-up. Neither proves anything about a key: only the hash in
+the store does.
 """
 
 import hashlib
@@ -38,22 +38,22 @@ PREFIX_PATTERN: Final = r"[a-z][a-z0-9]{1,15}"
 ENVIRONMENT_PATTERN: Final = r"[a-z][a-z0-9]{0,15}"
 
 SCAN_PATTERN: Final = r"\b[a-z][a-z0-9]{1,15}_[a-z][a-z0-9]{0,15}_[A-Za-z0-9]{12}_[A-Za-z0-9]{41}\b"
-"""Finds keylatch tokens in text; `has_valid_checksum` tells them from noise by their CRC-32."""
+"""Finds keylatch tokens in text; `has_valid_checksum` rejects noise by the CRC-32."""
 
 
 _TOKEN_IN_TEXT: Final = re.compile(rf"_[A-Za-z0-9]{{{ID_LENGTH}}}_[A-Za-z0-9]{{{_TAIL_LENGTH}}}")
 
 
 def redact_tokens(text: str) -> str:
-    """The text with every token in it made unusable, also where several are glued together."""
+    """The text with the secret part of every token removed, also of adjacent tokens."""
     return _TOKEN_IN_TEXT.sub("_...", text)
 
 
 class Token:
-    """A token as somebody presented or minted it, which cannot show itself by accident.
+    """A token that does not reveal itself by accident.
 
-    `repr`, `str`, `format` and pickles hold the partial form only; `reveal()` is the one way
-    to the text.
+    `repr`, `str`, `format` and pickles contain only the partial form; `reveal()` alone returns the
+    text.
     """
 
     __slots__ = ("_text",)
@@ -62,7 +62,7 @@ class Token:
         self._text = text
 
     def reveal(self) -> str:
-        """The whole token: for the create answer, and for nothing else."""
+        """The whole token, to show it once, when it is created."""
         return self._text
 
     @property
@@ -72,18 +72,18 @@ class Token:
 
     @property
     def fingerprint(self) -> bytes:
-        """Of `Bearer {token}`, the value of the field that nearly all clients send: what in-process
-        caches hold instead of it."""
+        """The fingerprint of `Bearer {token}`, the header value of nearly all clients: the key of
+        the in-process caches."""
         return fingerprint(b"Bearer " + self._text.encode())
 
     @property
     def key_id(self) -> str:
-        """The public id of the key that this token claims to be."""
+        """The key id in the token, which may be forged."""
         return _KEY_ID_PREFIX + self._text[_ID_SLICE]
 
     @property
     def partial(self) -> str:
-        """`{prefix}_...{last 4}`, or `...` where the text has no keylatch shape."""
+        """`{prefix}_...{last 4}`; `...` if the text is not a well-formed token."""
         if not is_well_formed(self):
             return "..."
         return f"{self._text.partition('_')[0]}_...{self._text[-4:]}"
@@ -105,17 +105,17 @@ class Token:
 
 
 def fingerprint(value: bytes) -> bytes:
-    """The first 128 bits of a header value's BLAKE2b (RFC 7693): whoever wants to hit that of one
-    of 50,000 keys by chance has 2**112 tries before him.
+    """The first 128 bits of a header value's BLAKE2b (RFC 7693): to match one of 50,000 keys by
+    chance takes 2**112 attempts.
 
-    Not SHA-256, which hashlib leaves to OpenSSL: amid real requests, whose data push everything out
-    of the processor's caches, that takes 2.4 us and this 0.8.
+    Not SHA-256, which hashlib leaves to OpenSSL: between real requests, whose data evict everything
+    from the processor's caches, that takes 2.4 us and BLAKE2b 0.8 us.
     """
     return _blake2b(value).digest()[:16]
 
 
 def is_well_formed(token: Token) -> bool:
-    """Whether shape, length and CRC-32 are those of a keylatch token, whoever minted it."""
+    """Whether format, length and CRC-32 are those of a keylatch token, of any store."""
     text = token._text
     return (
         len(text) <= MAX_LENGTH
@@ -125,18 +125,18 @@ def is_well_formed(token: Token) -> bool:
 
 
 def is_native(token: Token) -> bool:
-    """Whether a token has the shape of keylatch's own, whatever its checks say: then it is judged
-    as one of them, and never as one that was made elsewhere."""
+    """Whether a token has keylatch's format, even with a wrong MAC or CRC: then it is never treated
+    as the token of an imported key."""
     return len(token._text) <= MAX_LENGTH and _TOKEN_PATTERN.fullmatch(token._text) is not None
 
 
 def has_valid_checksum(text: str) -> bool:
-    """Whether a match of `SCAN_PATTERN` is a keylatch token (its CRC-32 fits) and not noise."""
+    """Whether a match of `SCAN_PATTERN` is a keylatch token, by its CRC-32, and not noise."""
     return is_well_formed(Token(text))
 
 
 class MacKeys:
-    """The keys of the keyed check: the first one mints, all of them vouch.
+    """The keys of the MAC: the first one mints tokens, all of them verify.
 
     Args:
         keys: secrets of at least 16 bytes, from the store.
@@ -148,21 +148,21 @@ class MacKeys:
         self.set_keys(keys)
 
     def set_keys(self, keys: Sequence[bytes]) -> None:
-        """Use these from now on: they were rotated."""
+        """Replace the keys, after a rotation."""
         if not keys or any(len(key) < 16 for key in keys):
             raise ValueError("at least one MAC key of 16 bytes or more is needed")
         self._keys = tuple(keys)
 
     def mint(self, prefix: str, environment: str, key_id: str | None = None) -> Token:
-        """A new token from the operating system's CSPRNG.
+        """A new token, from the operating system's CSPRNG.
 
         Args:
             prefix: its first word.
             environment: its second word.
-            key_id: of the key that gets a new secret; None: a new key.
+            key_id: the key that gets a new secret; None: a new key.
 
         Raises:
-            ValueError: prefix or environment have another form than the token grammar allows.
+            ValueError: the grammar does not allow the prefix or the environment.
         """
         if not re.fullmatch(PREFIX_PATTERN, prefix):
             raise ValueError(f"a token prefix matches {PREFIX_PATTERN}")
@@ -176,7 +176,7 @@ class MacKeys:
         return Token(body + _crc(body))
 
     def verify_mac(self, token: Token) -> bool:
-        """Whether this store minted the token; a stranger is refused in about a microsecond."""
+        """Whether this store minted the token; takes about a microsecond."""
         if not is_well_formed(token):
             return False
         body = token._text[: -MAC_LENGTH - CRC_LENGTH]

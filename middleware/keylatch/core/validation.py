@@ -1,6 +1,6 @@
-"""What a key may be, before it is one: values that are refused, and who may give which rights.
+"""Validates the values of keys, and which rights a key may grant.
 
-The law of this file: no I/O, no clock. Every refusal names the argument at fault; none repeats it.
+The law of this file: no I/O, no clock. Every error names the wrong field; none repeats its value.
 """
 
 import json
@@ -28,20 +28,20 @@ _UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_40
 # The year 9999 is the last that ISO 8601 writes with four digits.
 _MAX_EXPIRY_MS: Final = 253_402_300_799_999
 
-# Categories of code points that have no place in a name: controls, surrogates, line separators.
+# Unicode categories that a name must not contain: controls, surrogates, line separators.
 _FORBIDDEN_CATEGORIES: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
-# Unicode TR 36: these make a name read as another one.
+# Unicode TR 36: these display a name as a different one.
 _BIDI_CONTROLS: Final = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
 
 
 class InvalidValue(ValueError):
-    """A value that no key may have.
+    """A value that a key cannot have.
 
     Args:
-        field: the argument at fault.
-        message: what it must be instead.
+        field: the wrong field.
+        message: what its value must be.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -51,14 +51,14 @@ class InvalidValue(ValueError):
 
 
 class NotPermitted(Exception):
-    """The caller's key may not do this: it would give more rights than it has, say."""
+    """The caller's key may not do this, for example grant more rights than it has."""
 
 
 class CallerRefused(Exception):
-    """The caller's key, or the secret by which it came, is not valid any more.
+    """The caller's key, or the secret that authenticated the request, is not valid any more.
 
     Args:
-        reason: why a request with it is refused now.
+        reason: why a request with it is refused.
     """
 
     def __init__(self, reason: Reason) -> None:
@@ -67,16 +67,16 @@ class CallerRefused(Exception):
 
 
 class InvalidKeyState(Exception):
-    """The key is not in a state in which this can be done: it was deleted, say."""
+    """The key's state does not allow this: it was deleted, for example."""
 
 
 class QuotaExceeded(Exception):
-    """The caller's organisation has as much as it may have; nothing was changed.
+    """The caller's organisation has reached a limit; nothing was changed.
 
     Args:
-        message: for people, in one sentence.
-        retry_after_seconds: when there will be room again; None: waiting does not help.
-        limit: which one: `hashes`, `changes` or `keys`.
+        message: one sentence, for people.
+        retry_after_seconds: until the limit allows it again; None: waiting does not help.
+        limit: `hashes`, `changes` or `keys`.
     """
 
     def __init__(self, message: str, retry_after_seconds: int | None, *, limit: str) -> None:
@@ -88,7 +88,7 @@ class QuotaExceeded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key to be made; see `Keyring.create`."""
+    """A key to create; see `Keyring.create`."""
 
     organization_id: str
     name: str
@@ -99,11 +99,11 @@ class NewKey:
 
 
 class KeyValidator:
-    """Checks new keys and changes.
+    """Validates new keys and changes.
 
     Args:
-        permissions: those that a key may be given.
-        environments: those that a key may be for; empty: every well-formed word.
+        permissions: the permissions that a key can have.
+        environments: the environments that a key can have; empty: every well-formed word.
     """
 
     def __init__(self, permissions: Collection[str], environments: Collection[str]) -> None:
@@ -111,7 +111,7 @@ class KeyValidator:
         self._environments = environments
 
     def validate(self, new_key: NewKey, now_ms: int) -> list[InvalidValue]:
-        """Everything that is wrong with a key to be made."""
+        """All errors of a key to create."""
         checks: list[Callable[[], object]] = [
             lambda: _validate_pattern(
                 "organization", ORGANIZATION_PATTERN, new_key.organization_id
@@ -131,19 +131,19 @@ class KeyValidator:
         return errors
 
     def validate_permission(self, permission: str) -> None:
-        """Raises `InvalidValue` for a permission that may not be given."""
+        """Raises `InvalidValue` for a permission that a key cannot have."""
         if permission not in self._grantable:
             raise InvalidValue("permission", f"must be one of {', '.join(self._grantable)}")
 
     def validate_environment(self, environment: str) -> None:
-        """Raises `InvalidValue` for a word that names no environment."""
+        """Raises `InvalidValue` for an environment that a key cannot have."""
         _validate_pattern("environment", ENVIRONMENT_PATTERN, environment)
         if self._environments and environment not in self._environments:
             raise InvalidValue("environment", f"must be one of {', '.join(self._environments)}")
 
 
 def validate_expiry(expires_at: int | None, now_ms: int) -> None:
-    """Raises `InvalidValue` for an end that has come already."""
+    """Raises `InvalidValue` for an expiry in the past."""
     if expires_at is not None and expires_at <= now_ms:
         raise InvalidValue("expiresAt", "must lie in the future")
 
@@ -152,7 +152,7 @@ def parse_duration_ms(duration: str, field: str = "expiresIn") -> int:
     """Milliseconds of a duration such as `90d`, `12h`, `30m`, `2s` or `1w`.
 
     Raises:
-        InvalidValue: it is none.
+        InvalidValue: it is not a duration.
     """
     match = _DURATION_PATTERN.fullmatch(duration)
     if match is None:
@@ -161,10 +161,10 @@ def parse_duration_ms(duration: str, field: str = "expiresIn") -> int:
 
 
 def expiry_after(duration: str, now_ms: int, field: str = "expiresIn") -> int:
-    """When such a duration from now ends, in milliseconds since the epoch.
+    """The end of a duration from now, in milliseconds since the epoch.
 
     Raises:
-        InvalidValue: it is none, or ends beyond the year 9999.
+        InvalidValue: it is not a duration, or ends after the year 9999.
     """
     expires_at = now_ms + parse_duration_ms(duration, field)
     if expires_at > _MAX_EXPIRY_MS:
@@ -173,25 +173,25 @@ def expiry_after(duration: str, now_ms: int, field: str = "expiresIn") -> int:
 
 
 def validate_grace(seconds: int) -> None:
-    """Raises `InvalidValue` for a grace that no rotation may have."""
+    """Raises `InvalidValue` for a grace that a rotation cannot have."""
     if not 0 <= seconds <= MAX_GRACE_SECONDS:
         raise InvalidValue("graceSeconds", f"must be from 0 to {MAX_GRACE_SECONDS}")
 
 
 def validate_name(name: str) -> str:
-    """The name without blanks around it.
+    """The name without surrounding blanks.
 
     Raises:
-        InvalidValue: it is empty, too long, or holds control characters or a token.
+        InvalidValue: it is empty, too long, or contains control characters or a token.
     """
     return _validate_text("name", name, MAX_NAME_LENGTH)
 
 
 def validate_reason(reason: str | None) -> str | None:
-    """Why a key was revoked, without blanks around it.
+    """The reason of a revocation without surrounding blanks.
 
     Raises:
-        InvalidValue: it is empty, too long, or holds control characters or a token.
+        InvalidValue: it is empty, too long, or contains control characters or a token.
     """
     return None if reason is None else _validate_text("reason", reason, MAX_REASON_LENGTH)
 
@@ -200,7 +200,7 @@ def serialize_metadata(metadata: Metadata | None) -> str | None:
     """Metadata as it is stored: a JSON object of scalars.
 
     Raises:
-        InvalidValue: it nests, is too large, or holds a token.
+        InvalidValue: it is nested, too large, or contains a token.
     """
     if metadata is None:
         return None
@@ -215,15 +215,15 @@ def serialize_metadata(metadata: Metadata | None) -> str | None:
 
 
 def has_access_to_environment(by: Principal | KeyRecord, environment: str) -> bool:
-    """Whether a key sees and changes keys of an environment: those for `live` do in all of them."""
+    """Whether a key can see and change keys of an environment; keys for `live` can in all."""
     return by.environment in (LIVE, environment)
 
 
 def check_may_grant(by: Principal | KeyRecord, permission: str, environment: str) -> None:
-    """A key gives no more than it has: neither another permission, nor a way into `live`.
+    """A key grants no more than it has: no other permission, and no key for `live`.
 
     Raises:
-        NotPermitted: it would.
+        NotPermitted: it would grant more.
     """
     if by.permission not in (FULL, permission):
         raise NotPermitted("a key cannot give more rights than its own")
@@ -232,14 +232,14 @@ def check_may_grant(by: Principal | KeyRecord, permission: str, environment: str
 
 
 def check_may_grant_until(by: KeyRecord, expires_at: int | None) -> None:
-    """A key that expires gives no rights that outlast it.
+    """A key that expires grants no rights beyond its own expiry.
 
     Args:
-        by: the acting key.
+        by: the key that grants.
         expires_at: when the rights end, in milliseconds since the epoch; None: never.
 
     Raises:
-        NotPermitted: they would outlast it.
+        NotPermitted: they would end later.
     """
     if by.expires_at is not None and (expires_at is None or expires_at > by.expires_at):
         raise NotPermitted("a key that expires cannot give rights that outlast it")

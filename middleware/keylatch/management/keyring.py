@@ -132,7 +132,7 @@ class Keyring:
         self._hasher = hasher
         self._mac_keys = mac_keys
         self._prefix = settings.prefix
-        self._rules = KeyValidator(settings.grantable, settings.allowed_environments)
+        self._rules = KeyValidator(settings.permissions, settings.environments)
         self._now_ms = now_ms
         self._propagation = propagation
         self._operator = OPERATOR.name

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from keylatch.caches.redis_client import FAILURES, CircuitBreaker
+from keylatch.caches.redis_client import CircuitBreaker, failures
 from keylatch.errors import StoreUnavailable
 from keylatch.revocation.notices import Notice, Signer
 from keylatch.storage.store import Store
@@ -66,7 +66,7 @@ class RedisNotifier:
                     await subscription.subscribe(self._channel)
                     on_notice(None)
                     await self._receive(subscription, on_notice)
-            except FAILURES:
+            except failures():
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _receive(self, subscription: Any, on_notice: OnNotice) -> None:

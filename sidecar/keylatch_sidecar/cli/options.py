@@ -101,7 +101,7 @@ ClientsOption = Annotated[
     typer.Option(
         "--clients",
         envvar="KEYLATCH_CLIENTS",
-        help="on: keep from which network each key was used last.",
+        help="Store the network that used each key last: on or off.",
         show_default="off",
     ),
 ]
@@ -125,7 +125,7 @@ TimingOption = Annotated[
     typer.Option(
         "--timing",
         envvar="KEYLATCH_TIMING",
-        help="Tell in headers how long checks took: on or off.",
+        help="Add response headers with the duration of checks: on or off.",
         show_default="off",
     ),
 ]
@@ -134,7 +134,7 @@ TracingOption = Annotated[
     typer.Option(
         "--tracing",
         envvar="KEYLATCH_TRACING",
-        help="Make spans of OpenTelemetry: on or off.",
+        help="Create OpenTelemetry spans: on or off.",
         show_default="off",
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from redis.exceptions import AuthenticationError, ResponseError
 
-from keylatch.caches.redis_client import FAILURES, TIMEOUT_SECONDS, connect
+from keylatch.caches.redis_client import TIMEOUT_SECONDS, connect, failures
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
 
 _SECONDS: Final = 2.0
@@ -31,7 +31,7 @@ async def examine(url: str) -> list[Finding]:
     except AuthenticationError:
         message = "it does not take this user and password"
         return [failure("Redis", message, "is the password in KEYLATCH_REDIS right, and encoded?")]
-    except FAILURES as error:
+    except failures() as error:
         message = f"does not answer ({type(error).__name__}): everything works without it, slower"
         return [failure("Redis", message, "is it up, and KEYLATCH_REDIS right?")]
     finally:
