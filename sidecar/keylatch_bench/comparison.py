@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from keylatch_bench.connection import Unusable
-from keylatch_bench.figures import PERCENTILES, SCHEMA, label, readable
 from keylatch_bench.plan import TIERS
+from keylatch_bench.results import PERCENTILES, SCHEMA, label, readable
 
 FEWEST_ROUNDS: Final = 4
 LEAST_CHANGE: Final = 0.05

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from keylatch_bench.load import Credential, Outcome
+from keylatch_bench.load_generator import Credential, Outcome
 
 LOST: Final = "connection lost"
 UNREACHABLE: Final = "cannot connect"
@@ -124,7 +124,7 @@ class _Stream(asyncio.Protocol):
 
 
 class Connection:
-    """See `keylatch_bench.load.Client`.
+    """See `keylatch_bench.load_generator.Client`.
 
     Args:
         address: whom to ask.

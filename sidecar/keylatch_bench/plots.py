@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from keylatch_bench import report
-from keylatch_bench.figures import Results, median, percentiles, readable
 from keylatch_bench.plan import COLD, DESCRIPTIONS, L1, TIERS
+from keylatch_bench.results import Results, median, percentiles, readable
 
 _DPI: Final = 130
 _TITLE_LETTERS: Final = 76

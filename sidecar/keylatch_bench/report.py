@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from keylatch_bench.comparison import FASTER, SLOWER, Change
-from keylatch_bench.figures import MAX, PERCENTILES, Results, label, median, readable
-from keylatch_bench.figures import percentiles as percentiles_of
 from keylatch_bench.plan import DESCRIPTIONS, FLOOD, L1, STORE, TIERS, Plan
+from keylatch_bench.results import MAX, PERCENTILES, Results, label, median, readable
+from keylatch_bench.results import percentiles as percentiles_of
 
 HEADINGS = (*map(label, PERCENTILES), MAX)
 _GENERATOR_IS_THE_LIMIT = 0.9

@@ -22,14 +22,15 @@ from hypothesis import strategies as st
 from keylatch.core.tokens import SCAN_PATTERN, MacKeys
 from keylatch.errors import StoreUnavailable
 from keylatch.settings import Settings
-from keylatch_bench import comparison, figures, page, plan, plots, report
+from keylatch_bench import comparison, html_report, plan, plots, report
 from keylatch_bench.comparison import FASTER, NOISE, SLOWER, UNKNOWN
-from keylatch_bench.load import UNANSWERED, Credential, OpenLoop, Outcome, drive
-from keylatch_bench.makers import ORGANIZATION, StoreKeyFactory
+from keylatch_bench.key_factories import ORGANIZATION, StoreKeyFactory
+from keylatch_bench.load_generator import UNANSWERED, Credential, OpenLoop, Outcome, drive
 from keylatch_bench.plan import OutOfBounds, Plan
-from keylatch_bench.probe import revoke_in_use
-from keylatch_bench.supply import Key, Scheme, TemporaryKeys
-from keylatch_bench.tiers import NEEDS
+from keylatch_bench.results import Results, Revocation, Tier, histogram, percentiles, readable
+from keylatch_bench.revocation_probe import revoke_in_use
+from keylatch_bench.scenarios import NEEDS
+from keylatch_bench.temporary_keys import Key, Scheme, TemporaryKeys
 from keylatch_sidecar.cli.bench import bench
 from proxies import SidecarProcess
 from servers import RedisServer, eventually, free_port
@@ -80,10 +81,10 @@ def closed_loop(count: int, interval: int) -> list[int]:
 def test_a_stall_of_the_server_shows_in_p99() -> None:
     """One second out of ten: a tenth of all requests was due in it, and half of those waited
     longer than half a second. A closed loop sees one slow answer in a thousand, and no p99."""
-    found = figures.percentiles(figures.histogram(open_loop(1_000, 10 * MS)))
+    found = percentiles(histogram(open_loop(1_000, 10 * MS)))
     assert found["p50"] == pytest.approx(MS, rel=0.01)
     assert (found["p99"] or 0) > 850 * MS
-    overlooked = figures.percentiles(figures.histogram(closed_loop(1_000, 10 * MS)))
+    overlooked = percentiles(histogram(closed_loop(1_000, 10 * MS)))
     assert overlooked["p99"] == pytest.approx(MS, rel=0.01)
 
 
@@ -119,7 +120,7 @@ def test_what_is_not_answered_is_counted_with_the_time_that_it_took_at_least() -
     assert (turn.outcomes, turn.unexpected) == ({UNANSWERED: 20}, 20)
     assert deaf.asked == deaf.given_up == 1
     assert min(turn.latencies) >= 50 * MS
-    tier = figures.Tier(1_000)
+    tier = Tier(1_000)
     tier.add(turn)
     assert (tier.unexpected, tier.per_second) == (20, 1_000 if tier.keeps_up else 0)
 
@@ -157,10 +158,10 @@ def test_nothing_goes_beyond_its_bounds(name: str) -> None:
 
 def test_a_percentile_needs_as_many_checks_as_it_speaks_of() -> None:
     """The p99.9 of a hundred checks would be the slowest of them under another name."""
-    found = figures.percentiles(figures.histogram(range(MS, 101 * MS, MS)))
+    found = percentiles(histogram(range(MS, 101 * MS, MS)))
     assert found["p99.9"] is None
     assert found["p99"] == pytest.approx(99 * MS, rel=0.01)
-    assert figures.readable(found["p99.9"]) == "-"
+    assert readable(found["p99.9"]) == "-"
 
 
 # Comparisons
@@ -205,7 +206,7 @@ class Sidecar:
         self.is_revoked = True
 
 
-def probed(late: int) -> figures.Revocation:
+def probed(late: int) -> Revocation:
     """A revocation while a moved clock lets a millisecond go by at each look."""
     time = itertools.count(0, MS)
     doors = [Sidecar(), Sidecar()]
@@ -218,7 +219,7 @@ def probed(late: int) -> figures.Revocation:
     async def sleep(_: float) -> None:
         await asyncio.sleep(0)
 
-    async def probe() -> figures.Revocation:
+    async def probe() -> Revocation:
         return await revoke_in_use(
             doors, GOOD, delete, 1_000, clock=lambda: next(time), sleep=sleep
         )
@@ -231,7 +232,7 @@ def test_a_check_that_is_accepted_after_the_answer_is_caught() -> None:
     kept, broken = probed(late=0), probed(late=3)
     assert (kept.accepted_after, kept.last_accepted_ns < 0) == (0, True)
     assert (broken.accepted_after, broken.last_accepted_ns > 0) == (3, True)
-    results = figures.Results("a test", {}, revocations=[kept, broken])
+    results = Results("a test", {}, revocations=[kept, broken])
     assert "3 checks that began after the answer of a DELETE were ACCEPTED" in report.summary(
         results
     )
@@ -320,7 +321,7 @@ def test_keys_that_cannot_be_taken_back_are_named() -> None:
         maker.is_broken = True
         await supply.revoke_all()
         assert sorted(supply.active) == sorted(key.id for key in keys)
-        results = figures.Results("a test", {}, keys_left=supply.active)
+        results = Results("a test", {}, keys_left=supply.active)
         [told] = report.warnings(results)
         assert "could not be taken back" in told
         assert all(key.id in told for key in keys)
@@ -579,11 +580,11 @@ def test_what_went_wrong_is_on_the_page() -> None:
     """Unexpected statuses, missing answers, and a rate that was not kept: never hidden."""
     turn = asyncio.run(drive([Echo()], itertools.repeat(GOOD), 1_000, 20))
     turn.outcomes[503] = 2
-    tier = figures.Tier(1_000)
+    tier = Tier(1_000)
     tier.add(turn)
     tier.unexpected, tier.keeps_up = 2, False
-    results = figures.Results("a test", {}, tiers={"L1": tier}, skipped=dict(NEEDS))
-    html = page.render(results, plots.pictures(results))
+    results = Results("a test", {}, tiers={"L1": tier}, skipped=dict(NEEDS))
+    html = html_report.render(results, plots.pictures(results))
     for told in (
         "2 answers were not",
         "2 x 503",

@@ -19,16 +19,16 @@ from keylatch.core import credentials
 from keylatch.core.decisions import Reason
 from keylatch.settings import Settings
 from keylatch_bench.connection import Address, Unusable
-from keylatch_bench.load import Credential
+from keylatch_bench.load_generator import Credential
 from keylatch_bench.plan import OutOfBounds, Plan
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import JSONOption
 from keylatch_sidecar.settings import BenchSettings
 
 if TYPE_CHECKING:
+    from keylatch_bench.benchmark import Target
     from keylatch_bench.comparison import Change
-    from keylatch_bench.figures import Results
-    from keylatch_bench.session import Target
+    from keylatch_bench.results import Results
 
 KEY_VARIABLE: Final = variable_name("bench_key")
 DEFAULTS: Final = Plan()
@@ -72,7 +72,8 @@ def bench(
     Without --store, keys are made with a FULL key from KEYLATCH_BENCH_KEY or standard input.
     """
     try:
-        from keylatch_bench import comparison, figures, page, plots, report, session
+        from keylatch_bench import benchmark, comparison, html_report, plots, report
+        from keylatch_bench import results as figures
     except ImportError as error:
         message = f"{error.name} is missing"
         output.fail(message, "pip install 'keylatch[bench]'", output.ERROR)
@@ -93,8 +94,8 @@ def bench(
     output.stderr.print(report.bounds(target, plan), soft_wrap=True)
     try:
         with _Bar(plan.expected_seconds) as bar:
-            results = session.run(target, plan, bar)
-    except session.Failed as failure:
+            results = benchmark.run(target, plan, bar)
+    except benchmark.Failed as failure:
         _print_keys_left(failure.results)
         output.fail(failure.message, failure.hint, output.ERROR)
     moves: list[Change] = []
@@ -105,7 +106,7 @@ def bench(
     figures.write(results, out / "results.json")
     pictures = plots.pictures(results)
     plots.write(pictures, out)
-    (out / "report.html").write_text(page.render(results, pictures, moves, differences))
+    (out / "report.html").write_text(html_report.render(results, pictures, moves, differences))
     console = Console(highlight=False, markup=False, stderr=as_json)
     report.print_to(console, results)
     if before is not None:
@@ -122,7 +123,7 @@ def bench(
 
 
 def _target(url: str | None, uds: Path | None, stores: Given, caches: Given) -> "Target":
-    from keylatch_bench.session import Target
+    from keylatch_bench.benchmark import Target
 
     has_store, has_cache = any(stores.values()), any(caches.values())
     if url is not None and uds is not None:

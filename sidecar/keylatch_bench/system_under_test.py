@@ -15,7 +15,7 @@ from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch_bench.connection import Address, Connection, Unusable
-from keylatch_bench.load import Client, Credential, Outcome, check
+from keylatch_bench.load_generator import Client, Credential, Outcome, check
 
 _PROXY_HEADERS: Final = (
     b"",
@@ -88,7 +88,7 @@ class Sidecar:
 
 
 class EngineClient:
-    """See `keylatch_bench.load.Client`."""
+    """See `keylatch_bench.load_generator.Client`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

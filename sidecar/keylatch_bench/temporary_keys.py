@@ -15,7 +15,7 @@ from typing import Final, Literal, Protocol, TypeVar
 from keylatch.core.tokens import Token
 from keylatch.errors import KeylatchError
 from keylatch_bench.connection import Unusable
-from keylatch_bench.load import Credential
+from keylatch_bench.load_generator import Credential
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -19,14 +19,14 @@ from keylatch.errors import KeylatchError
 from keylatch.settings import Settings
 from keylatch_bench import plan as plans
 from keylatch_bench.connection import Address, Unusable
-from keylatch_bench.figures import Results, Tier, machine
-from keylatch_bench.load import Credential
-from keylatch_bench.makers import SidecarKeyFactory, StoreKeyFactory
+from keylatch_bench.key_factories import SidecarKeyFactory, StoreKeyFactory
+from keylatch_bench.load_generator import Credential
 from keylatch_bench.plan import Plan
-from keylatch_bench.probe import revoke_in_use
-from keylatch_bench.subjects import InProcess, Sidecar, Subject
-from keylatch_bench.supply import KeyFactory, TemporaryKeys
-from keylatch_bench.tiers import NEEDS, Tiers
+from keylatch_bench.results import Results, Tier, machine
+from keylatch_bench.revocation_probe import revoke_in_use
+from keylatch_bench.scenarios import NEEDS, Tiers
+from keylatch_bench.system_under_test import InProcess, Sidecar, Subject
+from keylatch_bench.temporary_keys import KeyFactory, TemporaryKeys
 
 _REVOKE_SECONDS: Final = 120.0
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from hdrh.histogram import HdrHistogram
 
-from keylatch_bench.load import Measurement, Outcome
+from keylatch_bench.load_generator import Measurement, Outcome
 
 SCHEMA: Final = "keylatch-bench/1"
 PERCENTILES: Final = (50.0, 90.0, 99.0, 99.9)

@@ -22,8 +22,8 @@ from keylatch.revocation.invalidations import MAX_SEQ, Receipt
 from keylatch.settings import Settings
 from keylatch.storage.store import Found, Secrets, Store
 from keylatch_bench.connection import Address, Connection, Unusable
-from keylatch_bench.load import Credential
-from keylatch_bench.supply import Key, Scheme
+from keylatch_bench.load_generator import Credential
+from keylatch_bench.temporary_keys import Key, Scheme
 from keylatch_sidecar.api.schemas import iso
 
 ORGANIZATION: Final = "keylatch-bench"
@@ -49,7 +49,7 @@ REFUSALS: Final = {
 
 
 class SidecarKeyFactory:
-    """See `keylatch_bench.supply.KeyFactory`; hashes are what the sidecar makes.
+    """See `keylatch_bench.temporary_keys.KeyFactory`; hashes are what the sidecar makes.
 
     Args:
         address: where it manages keys.
@@ -110,7 +110,7 @@ class SidecarKeyFactory:
 
 
 class StoreKeyFactory:
-    """See `keylatch_bench.supply.KeyFactory`.
+    """See `keylatch_bench.temporary_keys.KeyFactory`.
 
     Where processes hold leases, an engine is a member whom every DELETE waits for. So it lives only
     while it is needed, unless it is the engine under test itself.

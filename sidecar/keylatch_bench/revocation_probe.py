@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from keylatch_bench.figures import Revocation
-from keylatch_bench.load import Client, Credential, check
+from keylatch_bench.load_generator import Client, Credential, check
+from keylatch_bench.results import Revocation
 
 _USES_BEFORE: Final = 5
 _USES_AFTER: Final = 5

@@ -13,11 +13,11 @@ from typing import Final
 from keylatch.core.tokens import MacKeys
 from keylatch_bench import plan
 from keylatch_bench.connection import Unusable
-from keylatch_bench.load import Credential, Measurement, check, drive, saturate
-from keylatch_bench.makers import StoreKeyFactory
+from keylatch_bench.key_factories import StoreKeyFactory
+from keylatch_bench.load_generator import Credential, Measurement, check, drive, saturate
 from keylatch_bench.plan import Plan
-from keylatch_bench.subjects import Subject
-from keylatch_bench.supply import Key, Scheme, TemporaryKeys
+from keylatch_bench.system_under_test import Subject
+from keylatch_bench.temporary_keys import Key, Scheme, TemporaryKeys
 
 _MADE_UP: Final = 500
 """So many different ones: none of them is remembered anywhere, so they may come again."""

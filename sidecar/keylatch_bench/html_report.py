@@ -11,8 +11,8 @@ import jinja2
 
 from keylatch_bench import report
 from keylatch_bench.comparison import Change
-from keylatch_bench.figures import Results
 from keylatch_bench.plots import Picture
+from keylatch_bench.results import Results
 
 
 def render(
@@ -31,7 +31,7 @@ def render(
     """
     template = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    ).from_string((Path(__file__).parent / "page.html").read_text())
+    ).from_string((Path(__file__).parent / "html_report.html").read_text())
     return template.render(
         summary=report.summary(results),
         warnings=report.warnings(results),
