@@ -1,7 +1,7 @@
-"""What each tier sends, and how its keys come to be known, or unknown, where it needs them so.
+"""The requests of each scenario, and the preparation of caches that they need.
 
-A key that the sidecar has seen cannot be made unseen from outside. So L2, store and cold spend a
-new key on each check: what is measured is always its first sight.
+A client cannot remove a key from the caches of a sidecar. So L2, store and cold use a new key for
+every check: the check measured is always the first one of its key.
 """
 
 import asyncio
@@ -12,15 +12,15 @@ from typing import Final
 
 from keylatch.core.tokens import MacKeys
 from keylatch_bench import plan
-from keylatch_bench.connection import Unusable
+from keylatch_bench.errors import BenchError
 from keylatch_bench.key_factories import StoreKeyFactory
 from keylatch_bench.load_generator import Credential, Measurement, check, drive, saturate
 from keylatch_bench.plan import Plan
-from keylatch_bench.system_under_test import Subject
+from keylatch_bench.system_under_test import SystemUnderTest
 from keylatch_bench.temporary_keys import Key, Scheme, TemporaryKeys
 
-_MADE_UP: Final = 500
-"""So many different ones: none of them is remembered anywhere, so they may come again."""
+_FORGED_TOKENS: Final = 500
+"""Number of different forged tokens. No cache keeps them, so they can be sent repeatedly."""
 _SECRET_BEGINS: Final = -41
 
 NEEDS: Final = {
@@ -34,150 +34,152 @@ _SCHEMES: Final[dict[str, Scheme]] = {
 }
 
 
-def made_up() -> list[Credential]:
-    """Tokens of the right form that no store has minted."""
-    stranger = MacKeys([os.urandom(32)])
+def forged_tokens() -> list[Credential]:
+    """Well-formed tokens with the MAC of a random key."""
+    mac_keys = MacKeys([os.urandom(32)])
     return [
-        Credential(b"Bearer " + stranger.mint("kl", "live").reveal().encode(), 401)
-        for _ in range(_MADE_UP)
+        Credential(b"Bearer " + mac_keys.mint("kl", "live").reveal().encode(), 401)
+        for _ in range(_FORGED_TOKENS)
     ]
 
 
 def with_wrong_secret(key: Key) -> Credential:
-    """The id of a key that exists, and not its secret."""
+    """A token with the id of this key and a wrong secret."""
     text = key.token.reveal()
     other = "1" if text[_SECRET_BEGINS] == "0" else "0"
     wrong = text[:_SECRET_BEGINS] + other + text[_SECRET_BEGINS + 1 :]
     return Credential(b"Bearer " + wrong.encode(), 401)
 
 
-class Tiers:
-    """The keys of all tiers, and their turns.
+class Scenarios:
+    """Prepares and measures the scenarios.
 
     Args:
-        plan: how many of what.
-        subject: what is measured.
-        supply: where keys come from.
-        store: makes keys in the store, and puts them into Redis, if there is one.
-        skipped: filled with what cannot be measured → what to add.
+        plan: rates and numbers of checks.
+        system: what is measured.
+        keys: creates keys.
+        store: creates keys in the store and entries in Redis; None: not accessible.
+        skipped: gets each scenario that cannot be measured → what is missing.
     """
 
     def __init__(
         self,
         plan: Plan,
-        subject: Subject,
-        supply: TemporaryKeys,
+        system: SystemUnderTest,
+        keys: TemporaryKeys,
         store: StoreKeyFactory | None,
         skipped: dict[str, str],
     ) -> None:
         self._plan = plan
-        self._subject = subject
-        self._supply = supply
+        self._system = system
+        self._keys = keys
         self._store = store
         self._skipped = skipped
         self._warm: list[Key] = []
         self._unused: dict[str, Iterator[Key]] = {}
         self._in_redis: list[Key] = []
         self._refused: list[Credential] = []
-        self._made_up = made_up()
+        self._forged = forged_tokens()
 
     @property
     def names(self) -> list[str]:
-        """The tiers that can be measured, in order."""
-        return [tier for tier in plan.TIERS if tier not in self._skipped]
+        """The scenarios that can be measured, in order."""
+        return [scenario for scenario in plan.SCENARIOS if scenario not in self._skipped]
 
     def key_count(self) -> int:
         """How many keys `prepare` will make."""
-        fresh = sum(self._plan.checks(tier) for tier in self.names if tier in plan.UNCACHED)
+        fresh = sum(
+            self._plan.checks(scenario) for scenario in self.names if scenario in plan.UNCACHED
+        )
         return plan.WARM_KEYS + fresh * self._plan.rounds
 
     async def prepare(self, on_created: Callable[[int], None]) -> None:
-        """Make all keys; `on_created` is called with how many after every few.
+        """Create all keys; `on_created` gets the number of keys in each batch.
 
         Raises:
-            Unusable, KeylatchError: they cannot be made, or are no keys where they are checked.
+            BenchError, KeylatchError: a key cannot be created, or is not accepted by the target.
         """
-        self._warm = await self._supply.create(plan.WARM_KEYS, on_created=on_created)
-        outcome = await self._subject.first_check(self._warm[0].credential)
+        self._warm = await self._keys.create(plan.WARM_KEYS, on_created=on_created)
+        outcome = await self._system.first_check(self._warm[0].credential)
         if outcome != 200:
-            wrong = f"a key that was just made is answered with {outcome}"
+            wrong = f"the check of a new key is answered with {outcome}"
             hint = "is KEYLATCH_ENVIRONMENT set there?"
             if self._store is not None:
                 hint = "are --store and the sidecar's store the same?"
-            raise Unusable(wrong, hint)
+            raise BenchError(wrong, hint)
         if plan.L2 in self.names:
             await self._try_redis()
-        for tier in self.names:
-            if tier in plan.UNCACHED:
-                count = self._plan.checks(tier) * self._plan.rounds
-                self._unused[tier] = iter(
-                    await self._supply.create(count, _SCHEMES[tier], on_created)
+        for scenario in self.names:
+            if scenario in plan.UNCACHED:
+                count = self._plan.checks(scenario) * self._plan.rounds
+                self._unused[scenario] = iter(
+                    await self._keys.create(count, _SCHEMES[scenario], on_created)
                 )
 
     async def _try_redis(self) -> None:
-        """A key that was checked over there must be in the Redis that we were given."""
-        assert self._store is not None  # noqa: S101 - or L2 would have been skipped
+        """Skip L2 unless a key checked by the target appears in the given Redis."""
+        assert self._store is not None  # noqa: S101 - without a store L2 is skipped
         for _ in range(plan.REDIS_TRIES):
-            [key] = await self._supply.create(1, "argon2id")
-            await check(self._subject.clients[0], key.credential)
+            [key] = await self._keys.create(1, "argon2id")
+            await check(self._system.clients[0], key.credential)
             if await self._store.is_in_redis(key):
                 return
         self._skipped[plan.L2] = "that --redis does not answer, or is not the sidecar's"
 
     async def prepare_round(self) -> None:
-        """Let every line know the warm keys again, fill Redis, revoke a key to be refused."""
+        """Warm the caches behind every connection, write entries to Redis, and revoke one key."""
         if plan.L2 in self.names and self._store is not None:
             count = self._plan.checks(plan.L2)
             self._in_redis = list(itertools.islice(self._unused[plan.L2], count))
             if not await self._store.write_to_redis(self._in_redis):
-                self._skipped[plan.L2] = "that --redis stopped answering meanwhile"
-        [revoked] = await self._supply.create(1, "sha256")
-        await check(self._subject.clients[0], revoked.credential)
-        # It also tells every process how far the store has come, so that what was put into Redis
-        # is not too new to be believed.
-        await self._supply.revoke(revoked)
+                self._skipped[plan.L2] = "that --redis stopped answering during the run"
+        [revoked] = await self._keys.create(1, "sha256")
+        await check(self._system.clients[0], revoked.credential)
+        # The revocation also brings every process up to the current sequence number; entries in
+        # Redis that are newer than what a process has read are not used.
+        await self._keys.revoke(revoked)
         self._refused = [
             Credential(revoked.credential.value, 401),
             with_wrong_secret(self._warm[0]),
             Credential(b"", 401),
         ]
         for _ in range(2):
-            for line in self._subject.clients:
+            for client in self._system.clients:
                 for key in self._warm:
-                    await check(line, key.credential)
+                    await check(client, key.credential)
                 for credential in self._refused:
-                    await check(line, credential)
-        for line in self._subject.flood_clients:
-            await check(line, self._made_up[0])
+                    await check(client, credential)
+        for client in self._system.flood_clients:
+            await check(client, self._forged[0])
 
-    async def measure(self, tier: str) -> Measurement:
-        """One tier's turn in a round."""
-        rate, count = self._plan.rate_of(tier), self._plan.checks(tier)
-        return await drive(self._subject.clients, self._credentials(tier), rate, count)
+    async def measure(self, scenario: str) -> Measurement:
+        """Measure one scenario for one round."""
+        rate, count = self._plan.rate_of(scenario), self._plan.checks(scenario)
+        return await drive(self._system.clients, self._credentials(scenario), rate, count)
 
     async def measure_with_flood(self) -> tuple[Measurement, Measurement]:
-        """L1's turn once more, and that of the made-up tokens beside it."""
-        lines, wanted = self._subject.flood_clients, self._plan
+        """Measure L1 while forged tokens are sent."""
+        clients, limits = self._system.flood_clients, self._plan
         checks, flood = await asyncio.gather(
             self.measure(plan.FLOOD),
-            drive(lines, itertools.cycle(self._made_up), wanted.flood_rate, wanted.made_up),
+            drive(clients, itertools.cycle(self._forged), limits.flood_rate, limits.forged),
         )
         return checks, flood
 
     async def measure_saturated(self) -> Measurement:
-        """As many checks of known keys as the lines can carry."""
-        seconds, most = self._plan.round_seconds, self._plan.most_saturated
-        return await saturate(self._subject.clients, self._credentials(plan.L1), seconds, most)
+        """Measure L1 at unlimited rate."""
+        seconds, maximum = self._plan.round_seconds, self._plan.max_saturated
+        return await saturate(self._system.clients, self._credentials(plan.L1), seconds, maximum)
 
-    def _credentials(self, tier: str) -> Iterator[Credential]:
-        if tier == plan.REFUSED:
+    def _credentials(self, scenario: str) -> Iterator[Credential]:
+        if scenario == plan.REFUSED:
             kinds = (itertools.repeat(each) for each in self._refused)
-            made_up = itertools.cycle(self._made_up)
-            return itertools.chain.from_iterable(zip(made_up, *kinds, strict=False))
-        if tier == plan.L2:
+            forged = itertools.cycle(self._forged)
+            return itertools.chain.from_iterable(zip(forged, *kinds, strict=False))
+        if scenario == plan.L2:
             return _of(self._in_redis)
-        if tier in plan.UNCACHED:
-            return (key.credential for key in self._unused[tier])
+        if scenario in plan.UNCACHED:
+            return (key.credential for key in self._unused[scenario])
         return itertools.cycle(list(_of(self._warm)))
 
 

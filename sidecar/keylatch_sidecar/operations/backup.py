@@ -98,7 +98,7 @@ def create_backup(source: Path, target: Path) -> int:
     except (sqlite3.Error, OSError) as error:
         unfinished.unlink(missing_ok=True)
         hint = f"is {target.parent} a folder with room, and {source} a store?"
-        raise BackupError(f"no backup was made: {error}", hint) from None
+        raise BackupError(f"no backup was created: {error}", hint) from None
     return count
 
 
