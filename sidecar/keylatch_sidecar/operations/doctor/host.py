@@ -41,8 +41,8 @@ async def check_hashing(settings: Settings) -> list[Finding]:
     processors = os.cpu_count() or 1
     shortest, mebibytes = min(durations), OWASP_MINIMUM.memory_kib // 1024 * processors
     message = (
-        f"argon2id takes {shortest * 1000:.0f} ms: {processors / shortest:,.0f} uncached keys per second"
-        f" on {processors} processors, with {mebibytes} MiB"
+        f"argon2id takes {shortest * 1000:.0f} ms: {processors / shortest:,.0f} uncached keys per"
+        f" second on {processors} processors, with {mebibytes} MiB"
     )
     if shortest > _SLOW_SECONDS:
         hint = "KEYLATCH_HASHER=sha256 is as safe for tokens that keylatch minted"
