@@ -86,13 +86,6 @@ class Scenarios:
         """The scenarios that can be measured, in order."""
         return [scenario for scenario in plan.SCENARIOS if scenario not in self._skipped]
 
-    def key_count(self) -> int:
-        """How many keys `prepare` will make."""
-        fresh = sum(
-            self._plan.checks(scenario) for scenario in self.names if scenario in plan.UNCACHED
-        )
-        return plan.WARM_KEYS + fresh * self._plan.rounds
-
     async def prepare(self, on_created: Callable[[int], None]) -> None:
         """Create all keys; `on_created` gets the number of keys in each batch.
 
