@@ -18,10 +18,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from keylatch_bench.benchmark import selector_loop
 from keylatch_bench.connection import Address, Connection
-from keylatch_bench.figures import histogram
-from keylatch_bench.load import Credential, drive
-from keylatch_bench.session import selector_loop
+from keylatch_bench.load_generator import Credential, drive
+from keylatch_bench.results import histogram
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "p99.9": 99.9, "max": 100}
 

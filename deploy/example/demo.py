@@ -1,6 +1,6 @@
-"""`make demo`: a sidecar and a protected app on one SQLite file, a first key, and what to try.
+"""`make demo`: a sidecar and a protected app on one SQLite file, two keys, and requests to try.
 
-Everything lives in a temporary folder and ends with Ctrl-C.
+All files are in a temporary folder, which Ctrl-C removes.
 """
 
 import os
@@ -19,7 +19,7 @@ KEYLATCH = str(Path(sys.executable).with_name("keylatch"))
 
 
 def free_port(preferred: int) -> int:
-    """The wanted port if it is free, else any other."""
+    """The preferred port if it is free, else another one."""
     for port in (preferred, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -32,7 +32,7 @@ def free_port(preferred: int) -> int:
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when the server answers; end with its log if it does not."""
+    """Return when the server answers; exit with its log if it does not."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -40,11 +40,11 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)
-    raise SystemExit(f"error: {url} did not come up\n{log.read_text()}")
+    raise SystemExit(f"error: {url} does not answer\n{log.read_text()}")
 
 
 def create_key(environment: dict[str, str], name: str, permission: str) -> str:
-    """The token of a new key."""
+    """Create a key; return its token."""
     command = [KEYLATCH, "keys", "create", "--name", name, "--permission", permission]
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
@@ -53,7 +53,7 @@ def create_key(environment: dict[str, str], name: str, permission: str) -> str:
 
 
 def main() -> None:
-    """Start everything, print what to try, and wait for Ctrl-C."""
+    """Start both servers, print the requests to try, and wait for Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="keylatch-demo-") as name:
         folder = Path(name)
@@ -74,7 +74,7 @@ def main() -> None:
                         env=environment,
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        start_new_session=True,  # Ctrl-C is for us; we stop them in order
+                        start_new_session=True,  # Ctrl-C reaches only this script
                     )
                 processes.append(process)
                 wait_until_up(url, process, log)
@@ -83,7 +83,7 @@ def main() -> None:
             print(story(sidecar, app, full, sending), flush=True)
             while all(process.poll() is None for process in processes):
                 time.sleep(0.2)
-            raise SystemExit("error: a server ended by itself")
+            raise SystemExit("error: a server has exited")
         except KeyboardInterrupt:
             print("\nStopped.")
         finally:
@@ -94,9 +94,9 @@ def main() -> None:
 
 
 def story(sidecar: str, app: str, full: str, sending: str) -> str:
-    """What a newcomer can paste, line by line."""
+    """Requests to paste into a shell, one after the other."""
     return f"""
-A key, for you alone:
+Two keys:
 
   KEY={full}
   SENDING={sending}
@@ -106,24 +106,24 @@ Paste the two lines above into another terminal, then try:
 # call the protected app
   curl -i {app}/v1/me -H "Authorization: Bearer $KEY"
 
-# without a key, it refuses
+# without a key it answers with 401
   curl -i {app}/v1/me
 
-# list the keys: lastUsed shows within seconds
+# list the keys: lastUsed is updated within seconds
   curl -s {sidecar}/v1/api-keys -H "Authorization: Bearer $KEY"
 
 # a SENDING key may send and nothing else
   curl -i -X POST {app}/v1/emails -H "Authorization: Bearer $SENDING"
   curl -i {app}/v1/me -H "Authorization: Bearer $SENDING"
 
-# revoke the key (its id is the third of the parts between underscores)
+# revoke the key (the third part of the token is its id)
   ID=key_$(echo "$KEY" | cut -d_ -f3)
   curl -i -X DELETE {sidecar}/v1/api-keys/$ID -H "Authorization: Bearer $KEY"
 
-# the very next call is refused
+# the next request is refused
   curl -i {app}/v1/me -H "Authorization: Bearer $KEY"
 
-Ctrl-C stops everything."""
+Ctrl-C stops both servers."""
 
 
 if __name__ == "__main__":

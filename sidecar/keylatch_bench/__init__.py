@@ -1,7 +1,11 @@
-"""`keylatch bench`: what authentication costs those who run it, and when a revoke is true.
+"""The load tool `keylatch bench`: measures the cost of authentication and the time of revocations.
 
-The law of this package: load is bounded in count and time before it starts, goes only where the
-operator pointed, and every key that was made is taken back. What was refused or went wrong is
-counted and shown; what could not be measured says what to add. Nothing here is imported by the
-sidecar, and what the extra `keylatch[bench]` brings only when results are written.
+`benchmark` runs a `plan`: it creates `temporary_keys` with `key_factories`, drives `scenarios` with
+the `load_generator` against the `system_under_test`, and revokes keys with the `revocation_probe`.
+The `results` are written by `report`, `plots` and `html_report`; `comparison` compares two runs.
+
+The law of this package: the number of requests and the duration are bounded before the start,
+requests go only to the target that the operator named, and every key that was created is revoked.
+Wrong answers and errors are counted and shown; a scenario that cannot be measured is reported with
+what is missing. The sidecar imports this package only in `keylatch_sidecar.cli.bench`.
 """

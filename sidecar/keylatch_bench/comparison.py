@@ -1,9 +1,9 @@
-"""Two runs side by side: what moved, and whether the noise between rounds explains it.
+"""Compares two runs: which figures changed by more than the noise between rounds.
 
-The rule is one that can be checked by eye: a figure moved if every round of one run lies beyond
-every round of the other, and the medians differ by a twentieth or more. Were both runs alike, five
-rounds against five would fall apart so by chance once in 126 times. It says nothing about what
-changed between the two days: another machine, or another load on it, moves everything.
+The rule can be verified by eye: a figure changed if every round of one run is above every round of
+the other and the medians differ by 5 % or more. If both runs were equal, five rounds would be
+separated from five others by chance in 1 of 126 comparisons. The rule does not find the cause:
+another machine, or other load on it, changes every figure.
 """
 
 import json
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from keylatch_bench.connection import Unusable
-from keylatch_bench.figures import PERCENTILES, SCHEMA, label, readable
-from keylatch_bench.plan import TIERS
+from keylatch_bench.errors import BenchError
+from keylatch_bench.plan import SCENARIOS
+from keylatch_bench.results import PERCENTILES, SCHEMA, label, readable
 
 FEWEST_ROUNDS: Final = 4
 LEAST_CHANGE: Final = 0.05
@@ -38,7 +38,7 @@ class Change:
 def classify(
     before: Sequence[float], after: Sequence[float], *, less_is_better: bool = True
 ) -> str:
-    """What is to be said of a figure that came out so in the rounds of two runs."""
+    """The direction of a change, from the values of the rounds of two runs."""
     if min(len(before), len(after)) < FEWEST_ROUNDS:
         return UNKNOWN
     then, now = statistics.median(before), statistics.median(after)
@@ -52,43 +52,46 @@ def classify(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote.
+    """The results of an earlier run.
 
     Raises:
-        Unusable: it cannot be read, or is something else.
+        BenchError: the file cannot be read, or has another format.
     """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise Unusable(f"{path} cannot be read as JSON", "results.json of an earlier run") from None
+        raise BenchError(
+            f"{path} cannot be read as JSON", "give results.json of an earlier run"
+        ) from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         wrong = f"{path} was not written by this version of keylatch bench"
-        raise Unusable(wrong, f"its schema must be {SCHEMA}")
+        raise BenchError(wrong, f"its schema must be {SCHEMA}")
     return content
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Why the two may not be compared like with like."""
-    told = []
+    """Differences in settings, machine and target, which make a comparison unreliable."""
+    found = []
     for part in ("settings", "machine"):
         for name, value in after[part].items():
             earlier = before[part].get(name)
             if name != "loadAverage" and earlier != value:
-                told.append(f"{name}: {earlier} then, {value} now")
+                found.append(f"{name}: {earlier} then, {value} now")
     if before["target"] != after["target"]:
-        told.append(f"target: {before['target']} then, {after['target']} now")
-    return told
+        found.append(f"target: {before['target']} then, {after['target']} now")
+    return found
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Every figure that both runs have, as their JSON tells them."""
+    """Every figure that both runs have, from their JSON."""
     moves = []
-    for tier in TIERS:
-        if tier in before["tiers"] and tier in after["tiers"]:
-            moves += _tier_changes(tier, before["tiers"][tier], after["tiers"][tier])
+    for name in SCENARIOS:
+        if name in before["scenarios"] and name in after["scenarios"]:
+            then, now = before["scenarios"][name], after["scenarios"][name]
+            moves += _scenario_changes(name, then, now)
     then, now = (run["saturated"]["answeredPerSecond"] for run in (before, after))
     if then and now:
-        moves.append(_change("L1 checks a second, at most", then, now, rate=True))
+        moves.append(_change("L1 checks/s at unlimited rate", then, now, rate=True))
     for name, key in (("DELETE", "delete_ns"), ("refused everywhere", "everywhere_ns")):
         then, now = (
             [each[key] for each in run["revocations"] if each[key] is not None]
@@ -99,9 +102,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     return moves
 
 
-def _tier_changes(tier: str, before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+def _scenario_changes(scenario: str, before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     moves = []
-    for percentile in map(label, PERCENTILES):  # the longest one says little of two runs
+    for percentile in map(label, PERCENTILES):  # the maximum varies too much between runs
         then, now = (
             [
                 each["percentilesNs"][percentile]
@@ -111,7 +114,7 @@ def _tier_changes(tier: str, before: dict[str, Any], after: dict[str, Any]) -> l
             for run in (before, after)
         )
         if then and now:
-            moves.append(_change(f"{tier} {percentile}", then, now))
+            moves.append(_change(f"{scenario} {percentile}", then, now))
     return moves
 
 
@@ -119,5 +122,5 @@ def _change(name: str, before: list[float], after: list[float], *, rate: bool = 
     then, now = statistics.median(before), statistics.median(after)
     shown = [f"{value:,.0f}/s" if rate else readable(value) for value in (then, now)]
     ratio = now / max(then, 1e-9)
-    said = classify(before, after, less_is_better=not rate)
-    return Change(name, shown[0], shown[1], ratio, said)
+    direction = classify(before, after, less_is_better=not rate)
+    return Change(name, shown[0], shown[1], ratio, direction)

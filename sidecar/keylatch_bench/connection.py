@@ -1,8 +1,8 @@
-"""One keep-alive connection to a sidecar, and where that is. Nothing but what was pointed at.
+"""A keep-alive connection to a sidecar, and the address of the sidecar.
 
-It writes the fewest bytes that a proxy would, and reads with httptools: a generator that is slow
-itself would measure itself. A connection that breaks is made anew by the next check, which
-then takes as long as that takes.
+A request has the fewest bytes that a proxy would send, and responses are parsed with httptools: a
+slow load generator would measure itself. After a connection is lost the next check reconnects, and
+its latency includes that.
 """
 
 import asyncio
@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from keylatch_bench.load import Credential, Outcome
+from keylatch_bench.errors import BenchError
+from keylatch_bench.load_generator import Credential, Outcome
 
 LOST: Final = "connection lost"
 UNREACHABLE: Final = "cannot connect"
@@ -24,23 +25,9 @@ _CONNECT_SECONDS: Final = 5.0
 _CALL_SECONDS: Final = 30.0
 
 
-class Unusable(Exception):
-    """It cannot be measured; an error and a hint for the operator.
-
-    Args:
-        message: what is wrong, in one line, without secrets.
-        hint: what to do about it.
-    """
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a sidecar answers: a URL's host and port, or a Unix socket."""
+    """The address of a sidecar: host and port of a URL, or a Unix socket."""
 
     host: str = "localhost"
     port: int = 80
@@ -50,20 +37,20 @@ class Address:
 
     @classmethod
     def from_url(cls, url: str) -> "Address":
-        """The place that a URL names.
+        """The address in a URL.
 
         Raises:
-            Unusable: it names none.
+            BenchError: the URL is malformed or has more than an address.
         """
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:
-            raise Unusable("that is no URL", "like http://127.0.0.1:8700") from None
+            raise BenchError("that is not a URL", "like http://127.0.0.1:8700") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Unusable("that is no URL of HTTP", "like http://127.0.0.1:8700")
+            raise BenchError("that is not an HTTP URL", "like http://127.0.0.1:8700")
         if parts.username is not None or parts.query or parts.fragment:
-            raise Unusable("the URL holds more than a place", "like http://127.0.0.1:8700")
+            raise BenchError("the URL has more than an address", "like http://127.0.0.1:8700")
         is_tls = parts.scheme == "https"
         return cls(parts.hostname, port or (443 if is_tls else 80), parts.path.rstrip("/"), is_tls)
 
@@ -74,10 +61,10 @@ class Address:
         return f"http{'s' if self.is_tls else ''}://{host}:{self.port}{self.prefix}"
 
     async def connect(self, protocol: asyncio.Protocol) -> None:
-        """Give the protocol a connection.
+        """Connect the protocol.
 
         Raises:
-            OSError: nobody is there.
+            OSError: the connection failed.
         """
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(_CONNECT_SECONDS):
@@ -89,7 +76,7 @@ class Address:
 
 
 class _Stream(asyncio.Protocol):
-    """One connection while it lasts; what it reads goes to the line that opened it."""
+    """One TCP connection; its responses go to the `Connection` that opened it."""
 
     def __init__(self, connection: "Connection") -> None:
         self._connection = connection
@@ -98,7 +85,7 @@ class _Stream(asyncio.Protocol):
         self.body: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - streams are all we ask for
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - all connections are streams
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -124,10 +111,10 @@ class _Stream(asyncio.Protocol):
 
 
 class Connection:
-    """See `keylatch_bench.load.Client`.
+    """See `keylatch_bench.load_generator.Client`.
 
     Args:
-        address: whom to ask.
+        address: of the sidecar.
     """
 
     def __init__(self, address: Address) -> None:
@@ -144,7 +131,7 @@ class Connection:
         """Connect, unless it is connected.
 
         Raises:
-            OSError: nobody is there.
+            OSError: the connection failed.
         """
         if self._stream is None:
             stream = _Stream(self)
@@ -153,7 +140,7 @@ class Connection:
 
     @property
     def request_headers(self) -> bytes:
-        """Header lines that this sidecar expects of proxies."""
+        """Header fields that this sidecar expects of proxies."""
         return self._request_headers
 
     @request_headers.setter
@@ -168,7 +155,7 @@ class Connection:
             self._send(self._check + b"\r\n", on_outcome)
 
     def cancel(self) -> None:
-        """Hang up; the next check connects anew."""
+        """Close the connection; the next check reconnects."""
         self._on_outcome = None
         if self._opening is not None:
             self._opening.cancel()
@@ -177,10 +164,10 @@ class Connection:
     async def call(
         self, method: str, path: str, credential: bytes, content: Any = None, fields: str = ""
     ) -> tuple[int, bytes]:
-        """Any other request; its status and the body of its answer.
+        """Send another request; return status and body of the response.
 
         Raises:
-            Unusable: there was no answer.
+            BenchError: there was no response.
         """
         body = b"" if content is None else json.dumps(content).encode()
         start = f"{method} {self._address.prefix}{path} HTTP/1.1\r\n".encode() + self._host
@@ -201,20 +188,20 @@ class Connection:
             outcome, answer = f"no answer in {_CALL_SECONDS:g} s", b""
         finally:
             if not response.done() or response.cancelled():
-                self.cancel()  # what comes late must not be taken for the next answer
+                self.cancel()  # or a late response would be that of the next request
         if isinstance(outcome, str):
-            raise Unusable(f"{self._address}: {outcome}", "does a sidecar listen there?")
+            raise BenchError(f"{self._address}: {outcome}", "does a sidecar listen there?")
         return outcome, answer
 
     def receive_response(self, status: int, body: list[bytes], is_kept_alive: bool) -> None:
-        """The answer is complete."""
+        """Handle a complete response."""
         self._body = body
         if not is_kept_alive:
-            self._abort()  # first: whoever is told may send the next one
+            self._abort()  # before the callback, which may send the next request
         self._complete(status)
 
     def disconnect(self, stream: _Stream, why: str) -> None:
-        """The connection is gone, or of no use."""
+        """Handle a lost or unusable connection."""
         if stream is self._stream:
             self._abort()
             self._complete(why)

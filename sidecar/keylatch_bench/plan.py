@@ -1,21 +1,21 @@
-"""What a run will do at most, decided before it does anything. No I/O, no clock.
+"""The bounds of a run, computed before it starts. No I/O, no clock.
 
-Tiers whose checks must be the first sight of a key (L2, store, cold) spend a new key on each, so
-their rate follows from how many keys may be made; the others run at the rate that was asked for.
+Scenarios that measure the first check of a key (L2, store, cold) use a new key for every check, so
+the number of keys limits their rate; the others run at the rate that the operator gave.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 L1, L2, STORE, COLD, REFUSED, FLOOD = "L1", "L2", "store", "cold", "refused", "flood"
-TIERS: Final = (L1, L2, STORE, COLD, REFUSED, FLOOD)
+SCENARIOS: Final = (L1, L2, STORE, COLD, REFUSED, FLOOD)
 DESCRIPTIONS: Final = {
-    L1: "a key that this process knows",
-    L2: "first sight of a key that Redis knows",
-    STORE: "first sight of a key: the store is asked, SHA-256",
-    COLD: "first sight of a key: the store is asked, argon2",
-    REFUSED: "made up, wrong secret, revoked, no credential",
-    FLOOD: "L1 while made-up tokens pour in",
+    L1: "a key in the local cache",
+    L2: "first check of a key that is in Redis",
+    STORE: "first check of a key: store and SHA-256",
+    COLD: "first check of a key: store and argon2",
+    REFUSED: "forged, wrong secret, revoked, no credential",
+    FLOOD: "L1 while forged tokens are sent",
 }
 UNCACHED: Final = (L2, STORE, COLD)
 
@@ -23,13 +23,13 @@ ROUNDS: Final = 5
 WARM_KEYS: Final = 8
 REDIS_TRIES: Final = 3
 GRACE_SECONDS: Final = 10.0
-"""How long the last answers of a round are waited for."""
+"""How long to wait for the last responses of a round."""
 KEYS_LIVE_BEYOND_SECONDS: Final = 900.0
-"""Keys expire by themselves so long after the run should have ended, whatever happens to it."""
+"""Keys expire this long after the time limit of the run."""
 
-_COLD_PER_SECOND: Final = 10  # a quarter of a processor's argon2, so that nobody queues for it
+_COLD_PER_SECOND: Final = 10  # a quarter of one processor's argon2 hashes, so that none is queued
 _UNCACHED_PER_SECOND: Final = 200
-_PROBES_PER_LINE: Final = 200
+_PROBES_PER_CLIENT: Final = 200
 _PROBES_PER_SECOND: Final = 2_000
 _SATURATED_PER_SECOND: Final = 100_000
 _PREPARATION_SECONDS: Final = 120.0
@@ -47,21 +47,21 @@ BOUNDS: Final = {
 
 
 class OutOfBounds(ValueError):
-    """A run that would be longer or harder than this tool allows."""
+    """A run that exceeds the bounds of this tool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run.
+    """The parameters of a run.
 
     Args:
-        seconds: of load for each tier, over all rounds.
-        rate: checks a second, open loop.
-        flood_rate: made-up tokens a second, beside the checks of the flood tier.
-        connections: to the sidecar, or checks at a time in process.
-        keys: to make at most.
-        revocations: how often the probe revokes a key.
-        rounds: every tier takes a turn in each.
+        seconds: duration of each scenario, over all rounds.
+        rate: checks per second, open loop.
+        flood_rate: forged tokens per second during the flood scenario.
+        connections: to the sidecar, or concurrent checks in process.
+        keys: maximum number of keys to create.
+        revocations: number of keys that the probe revokes.
+        rounds: in each, every scenario is measured once.
     """
 
     seconds: float = 10.0
@@ -82,63 +82,63 @@ class Plan:
 
     @property
     def round_seconds(self) -> float:
-        """How long a tier's turn is."""
+        """Duration of a scenario in each round."""
         return self.seconds / self.rounds
 
     @property
     def _spare_keys(self) -> int:
-        # One to manage with, those that are warm, one to revoke in each round and in each probe,
-        # some that tell whether the sidecar uses the Redis that was given.
+        # The others: an admin key, the warm keys, one to revoke in each round and in each probe,
+        # and those that show whether the sidecar uses the given Redis.
         return self.keys - 1 - REDIS_TRIES - WARM_KEYS - self.rounds - self.revocations
 
-    def checks(self, tier: str) -> int:
-        """How many a tier makes in each round."""
+    def checks(self, scenario: str) -> int:
+        """Checks of a scenario in each round."""
         wanted = round(self.rate * self.round_seconds)
-        if tier in UNCACHED:
-            fastest = _COLD_PER_SECOND if tier == COLD else _UNCACHED_PER_SECOND
-            share = self._spare_keys * _SHARES[tier] / sum(_SHARES.values()) / self.rounds
+        if scenario in UNCACHED:
+            fastest = _COLD_PER_SECOND if scenario == COLD else _UNCACHED_PER_SECOND
+            share = self._spare_keys * _SHARES[scenario] / sum(_SHARES.values()) / self.rounds
             wanted = min(wanted, int(share), round(fastest * self.round_seconds))
         return max(1, wanted)
 
-    def rate_of(self, tier: str) -> float:
-        """Checks a second in a tier."""
-        return self.checks(tier) / self.round_seconds
+    def rate_of(self, scenario: str) -> float:
+        """Checks per second of a scenario."""
+        return self.checks(scenario) / self.round_seconds
 
     @property
-    def made_up(self) -> int:
-        """How many made-up tokens a flood sends in each round."""
+    def forged(self) -> int:
+        """Forged tokens that the flood sends in each round."""
         return max(1, round(self.flood_rate * self.round_seconds))
 
     @property
-    def most_saturated(self) -> int:
-        """No more checks than this go out in a round's turn without a rate."""
+    def max_saturated(self) -> int:
+        """Maximum number of checks at unlimited rate in each round."""
         return round(_SATURATED_PER_SECOND * self.round_seconds)
 
     @property
     def probe_rate(self) -> int:
-        """Checks a second while a key is revoked: each line looks often, to see when it is so."""
-        return min(_PROBES_PER_SECOND, _PROBES_PER_LINE * self.connections)
+        """Checks per second while a key is revoked; more give a finer resolution in time."""
+        return min(_PROBES_PER_SECOND, _PROBES_PER_CLIENT * self.connections)
 
     @property
-    def most_requests(self) -> int:
-        """No more checks than this are sent, warming up and probing included."""
-        checks = sum(self.checks(tier) for tier in TIERS)
-        load = self.rounds * (checks + self.made_up + self.most_saturated)
+    def max_requests(self) -> int:
+        """Maximum number of checks, including warm-up and probes."""
+        checks = sum(self.checks(scenario) for scenario in SCENARIOS)
+        load = self.rounds * (checks + self.forged + self.max_saturated)
         warming = self.rounds * self.connections * 2 * (WARM_KEYS + 3)
         return load + warming + round(self.revocations * _PROBE_SECONDS) * self.probe_rate
 
     @property
     def expected_seconds(self) -> float:
-        """About how long it takes."""
-        return self.seconds * (len(TIERS) + 1) + self.revocations * 1.0 + self.keys * 0.03 + 5
+        """Expected duration of the run."""
+        return self.seconds * (len(SCENARIOS) + 1) + self.revocations * 1.0 + self.keys * 0.03 + 5
 
     @property
-    def most_seconds(self) -> float:
-        """After this long, measuring stops and what was made is taken back."""
-        rounds = self.rounds * (len(TIERS) + 1) * (self.round_seconds + GRACE_SECONDS / 4)
+    def max_seconds(self) -> float:
+        """Time limit, after which measuring stops and the keys are revoked."""
+        rounds = self.rounds * (len(SCENARIOS) + 1) * (self.round_seconds + GRACE_SECONDS / 4)
         return rounds + self.revocations * _PROBE_SECONDS + _PREPARATION_SECONDS
 
     @property
     def key_seconds(self) -> float:
-        """How long the keys of a run live if nobody takes them back."""
-        return self.most_seconds + KEYS_LIVE_BEYOND_SECONDS
+        """Time to live of the keys if they are not revoked."""
+        return self.max_seconds + KEYS_LIVE_BEYOND_SECONDS

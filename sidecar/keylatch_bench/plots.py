@@ -1,7 +1,7 @@
-"""Pictures of a run: what a check costs, how many are carried, when a revoke is true.
+"""Plots of a run: latency, throughput and revocation.
 
-A title is the finding, an axis names its unit, tiers come in the order in which they are asked. The
-colours (Okabe and Ito's) can be told apart by everybody, in a light and a dark theme.
+The title states the finding, and axes name their units. The colours are Okabe and Ito's, which are
+distinguishable with colour blindness, in a light and a dark theme.
 """
 
 import io
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from keylatch_bench import report
-from keylatch_bench.figures import Results, median, percentiles, readable
-from keylatch_bench.plan import COLD, DESCRIPTIONS, L1, TIERS
+from keylatch_bench.plan import COLD, DESCRIPTIONS, L1, SCENARIOS
+from keylatch_bench.results import Results, median, percentiles, readable
 
 _DPI: Final = 130
 _TITLE_LETTERS: Final = 76
@@ -26,8 +26,6 @@ _LAST: Final = "last accepted check began"
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours."""
-
     paper: str
     ink: str
     faint: str
@@ -84,12 +82,12 @@ def _log_time(axes: Axes) -> None:
 
 
 def latency(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Percentiles of each tier, on a logarithmic axis."""
-    names = [tier for tier in TIERS if tier in results.tiers]
+    """Percentiles of each scenario, on a logarithmic axis."""
+    names = [scenario for scenario in SCENARIOS if scenario in results.scenarios]
     figure, axes = _blank(theme, _costs(results), 1.9 + 0.62 * max(1, len(names)))
     _log_time(axes)
     for row, name in enumerate(names):
-        times = percentiles(results.tiers[name].latencies)
+        times = percentiles(results.scenarios[name].latencies)
         known: dict[str, int] = {key: value for key, value in times.items() if value is not None}
         if not known:
             continue
@@ -114,32 +112,32 @@ def latency(results: Results, theme: Theme = LIGHT) -> Figure:
                 ha="left", fontsize=9, color=theme.ink,
             )  # fmt: skip
     _rows(axes, [f"{name}\n{_short(name)}" for name in names])
-    axes.set_xlabel("time from when a check was due until its answer (log)", color=theme.ink)
+    axes.set_xlabel("time from when a check was due until its response (log)", color=theme.ink)
     axes.margins(x=0.12)
     _legend(axes, theme)
     return figure
 
 
 def _costs(results: Results) -> str:
-    """The title: what a known key costs, and what one costs that nobody knows."""
+    """The title: the cost of a cached key, and of one that no cache has."""
     title = report.cost(results)
-    if COLD not in results.tiers:
+    if COLD not in results.scenarios:
         return title
-    cold = percentiles(results.tiers[COLD].latencies)["p50"]
-    return f"{title};\n{readable(cold)} at the median when it is seen for the first time"
+    cold = percentiles(results.scenarios[COLD].latencies)["p50"]
+    return f"{title};\n{readable(cold)} at the median for the first check of a key"
 
 
-def _short(tier: str) -> str:
-    return textwrap.fill(DESCRIPTIONS[tier], 32)
+def _short(scenario: str) -> str:
+    return textwrap.fill(DESCRIPTIONS[scenario], 32)
 
 
 def throughput(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Answers a second of each tier beside what was due, and the most that can be carried."""
-    names = [tier for tier in TIERS if tier in results.tiers]
+    """Responses per second of each scenario, the rate that was due, and the maximum."""
+    names = [scenario for scenario in SCENARIOS if scenario in results.scenarios]
     most = median(results.saturated)
-    slow = [name for name in names if not results.tiers[name].keeps_up]
-    title = f"At most {most:,.0f} checks of known keys a second" if most else "Throughput"
-    title += f"; {', '.join(slow)} did not keep up" if slow else "; every tier kept up"
+    slow = [name for name in names if not results.scenarios[name].keeps_up]
+    title = f"At most {most:,.0f} checks of cached keys per second" if most else "Throughput"
+    title += f"; {', '.join(slow)} did not keep up" if slow else "; every scenario kept up"
     figure, axes = _blank(theme, title, 1.7 + 0.46 * (len(names) + bool(most)))
     axes.set_xscale("log")
     labels = []
@@ -148,21 +146,21 @@ def throughput(results: Results, theme: Theme = LIGHT) -> Figure:
         axes.scatter(results.saturated, [0] * len(results.saturated), color=theme.most, s=16,
                      zorder=3, label="a round")  # fmt: skip
         _at_the_end(axes, theme, max(most, *results.saturated), 0, f"{most:,.0f}/s")
-        labels.append(f"{L1}, as fast as it goes")
+        labels.append(f"{L1}, unlimited rate")
     for row, name in enumerate(names, start=len(labels)):
-        tier = results.tiers[name]
-        colour = theme.more if tier.keeps_up else theme.bad
-        axes.barh(row, tier.per_second, color=colour, height=0.55)
-        axes.scatter(tier.rate, row, marker="|", s=260, color=theme.ink, zorder=3, linewidths=2,
+        scenario = results.scenarios[name]
+        colour = theme.more if scenario.keeps_up else theme.bad
+        axes.barh(row, scenario.per_second, color=colour, height=0.55)
+        axes.scatter(scenario.rate, row, marker="|", s=260, color=theme.ink, zorder=3, linewidths=2,
                      label="due" if row == len(names) else None)  # fmt: skip
-        said = f"{tier.per_second:,.0f}/s of {tier.rate:,.0f}/s due"
-        _at_the_end(axes, theme, max(tier.per_second, tier.rate), row, said)
+        text = f"{scenario.per_second:,.0f}/s of {scenario.rate:,.0f}/s due"
+        _at_the_end(axes, theme, max(scenario.per_second, scenario.rate), row, text)
         labels.append(name)
     _rows(axes, labels)
-    axes.set_xlim(1, 12 * max([most or 1, *(results.tiers[name].rate for name in names)]))
+    axes.set_xlim(1, 12 * max([most or 1, *(results.scenarios[name].rate for name in names)]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("answers a second (log)", color=theme.ink)
+    axes.set_xlabel("responses per second (log)", color=theme.ink)
     _legend(axes, theme)
     return figure
 
@@ -175,14 +173,14 @@ def _at_the_end(axes: Axes, theme: Theme, x: float, row: int, text: str) -> None
 
 
 def revocation(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Each DELETE on a time line: its answer, the last check that got in, refused everywhere."""
+    """For each DELETE the times of its response, the last accepted check, and the last refusal."""
     title = report.capitalize(report.revocation(results))
     promise = report.capitalize(report.acceptance_after_delete(results))
     figure, axes = _blank(theme, f"{title}\n{promise}", 2.2 + 0.3 * len(results.revocations))
     for row, each in enumerate(results.revocations):
         once: Callable[[str], Any] = lambda text, row=row: text if row == 0 else None  # type: ignore[misc]  # noqa: E731
         answered = each.delete_ns / 1e6
-        axes.barh(row, answered, color=theme.more, height=0.5, label=once("DELETE under way"))
+        axes.barh(row, answered, color=theme.more, height=0.5, label=once("DELETE in progress"))
         began = (each.delete_ns + each.last_accepted_ns) / 1e6
         colour = theme.bad if each.accepted_after else theme.good
         axes.scatter(
@@ -190,7 +188,7 @@ def revocation(results: Results, theme: Theme = LIGHT) -> Figure:
         )
         if each.everywhere_ns is not None:
             axes.scatter(each.everywhere_ns / 1e6, row, marker="D", color=theme.most, zorder=3,
-                         s=34, label=once("every connection had been refused"))  # fmt: skip
+                         s=34, label=once("refused on every connection"))  # fmt: skip
     axes.axvline(0, color=theme.ink, linewidth=1)
     _rows(axes, [f"{number + 1}" for number in range(len(results.revocations))])
     axes.set_ylabel("revocation", color=theme.ink)

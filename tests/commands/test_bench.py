@@ -22,14 +22,22 @@ from hypothesis import strategies as st
 from keylatch.core.tokens import SCAN_PATTERN, MacKeys
 from keylatch.errors import StoreUnavailable
 from keylatch.settings import Settings
-from keylatch_bench import comparison, figures, page, plan, plots, report
+from keylatch_bench import comparison, html_report, plan, plots, report
 from keylatch_bench.comparison import FASTER, NOISE, SLOWER, UNKNOWN
-from keylatch_bench.load import UNANSWERED, Credential, OpenLoop, Outcome, drive
-from keylatch_bench.makers import ORGANIZATION, StoreKeyFactory
+from keylatch_bench.key_factories import ORGANIZATION, StoreKeyFactory
+from keylatch_bench.load_generator import UNANSWERED, Credential, OpenLoop, Outcome, drive
 from keylatch_bench.plan import OutOfBounds, Plan
-from keylatch_bench.probe import revoke_in_use
-from keylatch_bench.supply import Key, Scheme, TemporaryKeys
-from keylatch_bench.tiers import NEEDS
+from keylatch_bench.results import (
+    Results,
+    Revocation,
+    ScenarioResult,
+    histogram,
+    percentiles,
+    readable,
+)
+from keylatch_bench.revocation_probe import revoke_in_use
+from keylatch_bench.scenarios import NEEDS
+from keylatch_bench.temporary_keys import Key, Scheme, TemporaryKeys
 from keylatch_sidecar.cli.bench import bench
 from proxies import SidecarProcess
 from servers import RedisServer, eventually, free_port
@@ -80,10 +88,10 @@ def closed_loop(count: int, interval: int) -> list[int]:
 def test_a_stall_of_the_server_shows_in_p99() -> None:
     """One second out of ten: a tenth of all requests was due in it, and half of those waited
     longer than half a second. A closed loop sees one slow answer in a thousand, and no p99."""
-    found = figures.percentiles(figures.histogram(open_loop(1_000, 10 * MS)))
+    found = percentiles(histogram(open_loop(1_000, 10 * MS)))
     assert found["p50"] == pytest.approx(MS, rel=0.01)
     assert (found["p99"] or 0) > 850 * MS
-    overlooked = figures.percentiles(figures.histogram(closed_loop(1_000, 10 * MS)))
+    overlooked = percentiles(histogram(closed_loop(1_000, 10 * MS)))
     assert overlooked["p99"] == pytest.approx(MS, rel=0.01)
 
 
@@ -119,9 +127,9 @@ def test_what_is_not_answered_is_counted_with_the_time_that_it_took_at_least() -
     assert (turn.outcomes, turn.unexpected) == ({UNANSWERED: 20}, 20)
     assert deaf.asked == deaf.given_up == 1
     assert min(turn.latencies) >= 50 * MS
-    tier = figures.Tier(1_000)
-    tier.add(turn)
-    assert (tier.unexpected, tier.per_second) == (20, 1_000 if tier.keeps_up else 0)
+    scenario = ScenarioResult(1_000)
+    scenario.add(turn)
+    assert (scenario.unexpected, scenario.per_second) == (20, 1_000 if scenario.keeps_up else 0)
 
 
 # Bounds
@@ -141,10 +149,10 @@ def test_a_plan_never_needs_more_keys_than_it_may_make(
         made = Plan(seconds=seconds, rate=rate, keys=keys, revocations=revocations)
     except OutOfBounds:
         return
-    first_sights = made.rounds * sum(made.checks(tier) for tier in plan.UNCACHED)
+    first_sights = made.rounds * sum(made.checks(scenario) for scenario in plan.UNCACHED)
     others = 1 + plan.REDIS_TRIES + plan.WARM_KEYS + made.rounds + made.revocations
     assert first_sights + others <= keys
-    assert all(made.checks(tier) <= max(1, rate * seconds) for tier in plan.TIERS)
+    assert all(made.checks(scenario) <= max(1, rate * seconds) for scenario in plan.SCENARIOS)
 
 
 @pytest.mark.parametrize("name", plan.BOUNDS)
@@ -157,10 +165,10 @@ def test_nothing_goes_beyond_its_bounds(name: str) -> None:
 
 def test_a_percentile_needs_as_many_checks_as_it_speaks_of() -> None:
     """The p99.9 of a hundred checks would be the slowest of them under another name."""
-    found = figures.percentiles(figures.histogram(range(MS, 101 * MS, MS)))
+    found = percentiles(histogram(range(MS, 101 * MS, MS)))
     assert found["p99.9"] is None
     assert found["p99"] == pytest.approx(99 * MS, rel=0.01)
-    assert figures.readable(found["p99.9"]) == "-"
+    assert readable(found["p99.9"]) == "-"
 
 
 # Comparisons
@@ -205,7 +213,7 @@ class Sidecar:
         self.is_revoked = True
 
 
-def probed(late: int) -> figures.Revocation:
+def probed(late: int) -> Revocation:
     """A revocation while a moved clock lets a millisecond go by at each look."""
     time = itertools.count(0, MS)
     doors = [Sidecar(), Sidecar()]
@@ -218,7 +226,7 @@ def probed(late: int) -> figures.Revocation:
     async def sleep(_: float) -> None:
         await asyncio.sleep(0)
 
-    async def probe() -> figures.Revocation:
+    async def probe() -> Revocation:
         return await revoke_in_use(
             doors, GOOD, delete, 1_000, clock=lambda: next(time), sleep=sleep
         )
@@ -231,8 +239,8 @@ def test_a_check_that_is_accepted_after_the_answer_is_caught() -> None:
     kept, broken = probed(late=0), probed(late=3)
     assert (kept.accepted_after, kept.last_accepted_ns < 0) == (0, True)
     assert (broken.accepted_after, broken.last_accepted_ns > 0) == (3, True)
-    results = figures.Results("a test", {}, revocations=[kept, broken])
-    assert "3 checks that began after the answer of a DELETE were ACCEPTED" in report.summary(
+    results = Results("a test", {}, revocations=[kept, broken])
+    assert "3 checks that began after the response to a DELETE were ACCEPTED" in report.summary(
         results
     )
 
@@ -320,9 +328,9 @@ def test_keys_that_cannot_be_taken_back_are_named() -> None:
         maker.is_broken = True
         await supply.revoke_all()
         assert sorted(supply.active) == sorted(key.id for key in keys)
-        results = figures.Results("a test", {}, keys_left=supply.active)
+        results = Results("a test", {}, keys_left=supply.active)
         [told] = report.warnings(results)
-        assert "could not be taken back" in told
+        assert "could not be revoked" in told
         assert all(key.id in told for key in keys)
 
     supplied(story)
@@ -393,16 +401,16 @@ def test_a_sidecar_is_measured_from_outside(operator: Operator, sidecar: Sidecar
     results = written(out, ending)
     assert json.loads(ending.stdout) == results
     assert results["skipped"] == NEEDS
-    assert set(results["tiers"]) == {"L1", "cold", "refused", "flood"}
-    for tier in results["tiers"].values():
-        assert (tier["unexpected"], len(tier["rounds"])) == (0, plan.ROUNDS)
-    assert set(results["tiers"]["L1"]["outcomes"]) == {"200"}
-    assert set(results["tiers"]["refused"]["outcomes"]) == {"401"}
+    assert set(results["scenarios"]) == {"L1", "cold", "refused", "flood"}
+    for scenario in results["scenarios"].values():
+        assert (scenario["unexpected"], len(scenario["rounds"])) == (0, plan.ROUNDS)
+    assert set(results["scenarios"]["L1"]["outcomes"]) == {"200"}
+    assert set(results["scenarios"]["refused"]["outcomes"]) == {"401"}
     assert [each["accepted_after"] for each in results["revocations"]] == [0, 0]
     assert all(each["everywhere_ns"] is not None for each in results["revocations"])
     assert results["keys"]["left"] == []
     assert living_keys(operator.folder / "keys.db") == ["admin_key"]
-    assert "makes at most 60 keys" in ending.stderr
+    assert "creates at most 60 keys" in ending.stderr
     moves = comparison.compare(results, results)
     assert {move.direction for move in moves} <= {NOISE, UNKNOWN}
     assert {move.ratio for move in moves} == {1.0}
@@ -416,8 +424,8 @@ def test_a_store_is_measured_in_process_and_compared(operator: Operator) -> None
     assert first.exit_code == 0, first.stderr
     results = written(out, first)
     assert results["skipped"] == {"L2": "give --redis"}
-    assert set(results["tiers"]) == {"L1", "store", "cold", "refused", "flood"}
-    assert all(tier["unexpected"] == 0 for tier in results["tiers"].values())
+    assert set(results["scenarios"]) == {"L1", "store", "cold", "refused", "flood"}
+    assert all(scenario["unexpected"] == 0 for scenario in results["scenarios"].values())
     assert "L2 was not measured: give --redis." in first.stdout
     second = operator.run(*words, "--compare", str(out / "results.json"))
     assert second.exit_code == 0, second.stderr
@@ -427,7 +435,7 @@ def test_a_store_is_measured_in_process_and_compared(operator: Operator) -> None
     assert living_keys(operator.database) == []
 
 
-def test_all_tiers_of_a_sidecar_are_prepared_through_its_store_and_redis(
+def test_all_scenarios_of_a_sidecar_are_prepared_through_its_store_and_redis(
     operator: Operator, redis_server: RedisServer
 ) -> None:
     """No key is needed. A Redis that the sidecar does not use is found out, and not measured under
@@ -441,8 +449,8 @@ def test_all_tiers_of_a_sidecar_are_prepared_through_its_store_and_redis(
         assert ending.exit_code == 0, ending.stderr
         results = written(out, ending)
         assert results["skipped"] == {}
-        assert set(results["tiers"]) == set(plan.TIERS)
-        assert all(tier["unexpected"] == 0 for tier in results["tiers"].values())
+        assert set(results["scenarios"]) == set(plan.SCENARIOS)
+        assert all(scenario["unexpected"] == 0 for scenario in results["scenarios"].values())
         assert living_keys(operator.folder / "keys.db") == []
         ending = operator.run(
             *words[:-1], "redis://127.0.0.1:1", *SHORT, "--revocations", "0", "--out", str(out)
@@ -468,8 +476,8 @@ def test_a_sidecar_that_dies_is_told_with_the_keys_that_are_left(
         sidecar.close()
     assert (ending.exit_code, ending.stdout) == (2, "")
     assert "Traceback" not in ending.stderr
-    assert "error: it was" not in ending.stderr
-    left = re.findall(r"key_\w+", ending.stderr.partition("could not be taken back:")[2])
+    assert "error: the run was" not in ending.stderr
+    left = re.findall(r"key_\w+", ending.stderr.partition("could not be revoked:")[2])
     assert len(left) > 10
     with closing(sqlite3.connect(operator.database)) as raw:
         query = "SELECT id, expires_at FROM keylatch_keys WHERE name LIKE 'keylatch bench %'"
@@ -488,7 +496,7 @@ def test_an_interrupted_run_takes_its_keys_back(operator: Operator, how: signal.
     process.send_signal(how)
     ending = wait_for_exit(process)
     assert (ending.exit_code, ending.stdout) == (2, ""), ending.stderr
-    assert "error: it was interrupted\nhint: " in ending.stderr
+    assert "error: the run was interrupted\nhint: " in ending.stderr
     assert "Traceback" not in ending.stderr
     assert living_keys(operator.database) == ["a key"]
 
@@ -498,21 +506,25 @@ NOBODY = f"http://127.0.0.1:{free_port()}"
 
 MISTAKES = {
     "nothing to measure": ([], UNKNOWN_TOKEN, "nothing to measure"),
-    "no URL": (["127.0.0.1:8700"], UNKNOWN_TOKEN, "no URL of HTTP"),
-    "a port that is none": (["http://127.0.0.1:99999"], UNKNOWN_TOKEN, "no URL"),
-    "a password in the URL": (["http://u:hunter2@127.0.0.1"], UNKNOWN_TOKEN, "more than a place"),
-    "a URL and a socket": ([NOBODY, "--uds", "/x"], UNKNOWN_TOKEN, "two places"),
+    "no URL": (["127.0.0.1:8700"], UNKNOWN_TOKEN, "not an HTTP URL"),
+    "a port that is none": (["http://127.0.0.1:99999"], UNKNOWN_TOKEN, "not a URL"),
+    "a password in the URL": (
+        ["http://u:hunter2@127.0.0.1"],
+        UNKNOWN_TOKEN,
+        "more than an address",
+    ),
+    "a URL and a socket": ([NOBODY, "--uds", "/x"], UNKNOWN_TOKEN, "two targets"),
     "nobody there": ([NOBODY], UNKNOWN_TOKEN, "cannot connect to http://127.0.0.1"),
     "no socket": (
         ["--uds", "/missing/keylatch.sock"],
         UNKNOWN_TOKEN,
         "cannot connect to unix:/missing",
     ),
-    "no key": ([NOBODY], "", "no key to make keys with"),
-    "two lines for a key": ([NOBODY], "x y", "no key to make keys with"),
+    "no key": ([NOBODY], "", "no key to create keys with"),
+    "two lines for a key": ([NOBODY], "x y", "no key to create keys with"),
     "a key as an argument": ([NOBODY, "--key", UNKNOWN_TOKEN], "", "never an argument"),
     "too long": ([NOBODY, "--seconds", "9999"], UNKNOWN_TOKEN, "--seconds is 0.2 to 600"),
-    "Redis alone": ([NOBODY, "--redis", "redis://x"], UNKNOWN_TOKEN, "of no use"),
+    "Redis alone": ([NOBODY, "--redis", "redis://x"], UNKNOWN_TOKEN, "--redis needs --store"),
     "no store": (["--store", "mysql://u:hunter2@db"], "", "neither sqlite nor postgresql"),
     "a password of the store": (
         *(["--store", "postgresql://u:hunter2@127.0.0.1:1/keys"], "", "never an argument"),
@@ -579,15 +591,15 @@ def test_what_went_wrong_is_on_the_page() -> None:
     """Unexpected statuses, missing answers, and a rate that was not kept: never hidden."""
     turn = asyncio.run(drive([Echo()], itertools.repeat(GOOD), 1_000, 20))
     turn.outcomes[503] = 2
-    tier = figures.Tier(1_000)
-    tier.add(turn)
-    tier.unexpected, tier.keeps_up = 2, False
-    results = figures.Results("a test", {}, tiers={"L1": tier}, skipped=dict(NEEDS))
-    html = page.render(results, plots.pictures(results))
+    scenario = ScenarioResult(1_000)
+    scenario.add(turn)
+    scenario.unexpected, scenario.keeps_up = 2, False
+    results = Results("a test", {}, scenarios={"L1": scenario}, skipped=dict(NEEDS))
+    html = html_report.render(results, plots.pictures(results))
     for told in (
-        "2 answers were not",
+        "2 responses were not",
         "2 x 503",
-        "L1: the answers did not keep up",
+        "L1: the responses did not keep up",
         *NEEDS.values(),
     ):
         assert told in html

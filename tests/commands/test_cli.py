@@ -26,7 +26,7 @@ def test_the_token_is_caught_by_a_shell_and_piped_to_verify(operator: Operator) 
     assert has_valid_checksum(token)
     key_id = "key_" + token.split("_")[2]
     created, allowed = shell.stderr.splitlines()
-    assert created == f"Created {key_id} (FULL) for default. The token above is shown this once."
+    assert created == f"Created {key_id} (FULL) for default. The token is not shown again."
     assert allowed == f"Allowed: {key_id} (FULL)"
 
 

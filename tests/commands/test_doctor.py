@@ -232,8 +232,8 @@ def test_wrong_settings_are_all_told(operator: Operator) -> None:
 def test_people_get_a_table(operator: Operator) -> None:
     """Each finding with its status, and hints where something has to be done."""
     told = operator.run("doctor", "--hasher", "argon2id").stdout
-    assert "cold keys a second" in told
-    assert "hint: the first start makes it" in told
+    assert "uncached keys per second" in told
+    assert "hint: the first start creates it" in told
 
 
 # Redis

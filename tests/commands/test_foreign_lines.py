@@ -48,10 +48,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scheme": "sha256", "hash": "A" * 42 + "B"}, "hash: must be 32 bytes"),  # two spellings
     ({"scheme": "sha256", "hash": "\x80"}, "hash: must be 32 bytes"),
     ({"scheme": "sha256", "hash": "\ud800" * 43}, "hash: must be 32 bytes"),
-    ({"scheme": "sha256", "hash": EMPTY}, "hash: is the hash of nothing"),
+    ({"scheme": "sha256", "hash": EMPTY}, "hash: is the hash of an empty token"),
     ({"scheme": "sha512", "hash": HEX64}, "hash: must be 64 bytes"),
-    ({"scheme": "sha256", "hash": HEX64, "salt": "x"}, "scheme: goes with hash, and with no other"),
-    ({"scheme": "sha256", "hash": HEX64, "key": "x"}, "scheme: goes with hash, and with no other"),
+    (
+        {"scheme": "sha256", "hash": HEX64, "salt": "x"},
+        "scheme: must come with hash, and with no other",
+    ),
+    (
+        {"scheme": "sha256", "hash": HEX64, "key": "x"},
+        "scheme: must come with hash, and with no other",
+    ),
     ({"scheme": "usesend", "clientId": "K3J9X0A1B2", "hash": "x"}, "clientId: must match"),
     ({"scheme": "usesend", "clientId": "k3j9x0a1b2", "hash": HEX128}, "hash: must match"),
     ({"scheme": "sanctum", "tokenId": 0, "hash": HEX64}, "tokenId: must match"),
@@ -93,7 +99,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             "prefix": NATIVE.rpartition("_")[0],
             "hash": PHC.format(m=64, t=1, p=1),
         },
-        "prefix: is that of a token that keylatch itself makes",
+        "prefix: is that of a token that keylatch itself mints",
     ),
     ({"scheme": "seam", "prefix": "a_b", "shortToken": "x", "hash": HEX64}, "prefix: must match"),
     ({"scheme": "seam", "prefix": "ab", "shortToken": "x_y", "hash": HEX64}, "shortToken: must"),
@@ -101,11 +107,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scheme": "raw", "key": "with blanks in it, and long"}, "key: must match"),
     ({"scheme": "raw", "key": "x" * 600}, "key: must match"),
     ({"scheme": "raw", "key": "abababababababababababab"}, "key: is too weak"),
-    ({"scheme": "raw", "key": NATIVE}, "key: has the shape of a token that keylatch itself makes"),
-    ({"scheme": "raw", "key": "3f" * 9 + "c0ffee57a1", "hash": HEX64}, "scheme: goes with key"),
+    ({"scheme": "raw", "key": NATIVE}, "key: has the form of a token that keylatch itself mints"),
+    (
+        {"scheme": "raw", "key": "3f" * 9 + "c0ffee57a1", "hash": HEX64},
+        "scheme: must come with key",
+    ),
     (
         {"scheme": "raw", "key": "0123456789abcdef0123", "name": "is 0123456789abcdef0123"},
-        "name: must not hold the key",
+        "name: must not contain the key",
     ),
     ({"scheme": "sha256", "hash": HEX64, "name": " "}, "name: must not be empty"),
     ({"scheme": "sha256", "hash": "0b" * 32, "permission": "ROOT"}, "permission: must be one of"),
@@ -185,7 +194,7 @@ def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
     outcome = operator.run("keys", "import", "-", "--batch", "3", stdin=typed)
     assert (outcome.exit_code, outcome.stderr) == (
         0,
-        "Created 1 keys. The tokens above are shown this once. Imported 15 keys.\n",
+        "Created 1 keys. The tokens are not shown again. Imported 15 keys.\n",
     )
     told = [json.loads(line) for line in outcome.stdout.splitlines()]
     assert [each["line"] for each in told] == list(range(1, 17))
@@ -252,7 +261,7 @@ def test_a_dry_run_says_what_would_become_of_each_line(operator: Operator) -> No
     outcome = operator.run("keys", "import", "-", "--dry-run", stdin=typed)
     assert (outcome.exit_code, outcome.stderr) == (
         0,
-        "The file asks for 3 keys; nothing was created.\n",
+        "The file has 3 keys; nothing was created.\n",
     )
     told = [json.loads(line) for line in outcome.stdout.splitlines()]
     assert [(each["line"], each["outcome"]) for each in told] == [(1, "exists"), (3, "new")]
@@ -307,7 +316,7 @@ def test_a_report_that_cannot_be_written_is_told_of(operator: Operator) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert "error: the results of lines 1 to 4 could not be written: No space left" in done.stderr
-    assert "they are imported; go on with --from-line 5\n" in done.stderr
+    assert "they are imported; continue with --from-line 5\n" in done.stderr
     assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 4
 
 

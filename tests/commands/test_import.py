@@ -18,7 +18,7 @@ from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.management.keyring import InvalidValue, Keyring, NewKey
 from keylatch.storage.store import Found, Store
-from keylatch_sidecar.importing import batches as intake
+from keylatch_sidecar.cli.key_import import warn_of_hashing_cost
 from servers import PostgresServer
 from shell import SCRIPT, Operator, Result
 from test_store import NOW, record
@@ -151,7 +151,7 @@ class ImportContract(StoreTests):
         outcome = await _in_thread(operator, "keys", "import", "-", "--batch", "10", stdin=text)
         assert (outcome.exit_code, outcome.stderr) == (
             0,
-            "Created 25 keys. The tokens above are shown this once.\n",
+            "Created 25 keys. The tokens are not shown again.\n",
         )
         made = [json.loads(line) for line in outcome.stdout.splitlines()]
         assert [each["line"] for each in made] == list(range(1, 26))
@@ -241,7 +241,7 @@ WRONG = {
     '{"name": 1}': "name: Input should be a valid string",
     '{"nme": "x", "name": "x"}': "nme: is no field of this body",
     "{}": "name: Field required",
-    "[]": "is no JSON object",
+    "[]": "is not a JSON object",
     "name": "is not JSON",
     "[" * 3_000: "is not JSON",
     '{"name": "' + "x" * 20_000 + '"}': "has more than 16384 characters",
@@ -291,8 +291,8 @@ def test_a_screenful_of_mistakes_is_enough(operator: Operator) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("acme,ci\nacme,laptop\n", "line 1: is no header"),
-        ("", "line 1: is no header"),
+        ("acme,ci\nacme,laptop\n", "line 1: is not a header"),
+        ("", "line 1: is not a header"),
         ("name,organization\nci\n", "line 2: has 1 cells for 2 columns"),
         ("name,hash\nci,x\n", "line 2: hash: an imported key needs"),
         ("name,name\nci,ci\n", "line 2: name: is there twice"),
@@ -344,7 +344,7 @@ def test_bytes_that_are_no_text_are_no_name(operator: Operator) -> None:
 def test_a_dry_run_makes_nothing(operator: Operator) -> None:
     """It checks the file, and says how many keys it asks for."""
     outcome = operator.run("keys", "import", "-", "--dry-run", stdin='{"name": "x"}\n' * 3)
-    assert outcome == Result(0, "", "The file asks for 3 keys; nothing was created.\n")
+    assert outcome == Result(0, "", "The file has 3 keys; nothing was created.\n")
     assert json.loads(operator.run("keys", "list", "--json").stdout) == []
 
 
@@ -387,7 +387,7 @@ def test_a_store_that_fails_halfway_is_told_with_the_line_to_go_on_from(
     assert outcome.exit_code == 2
     assert len(outcome.stdout.splitlines()) == 4
     assert "error: lines 5 to 6 were not created: the store failed: no more\n" in outcome.stderr
-    assert "go on with --from-line 5\n" in outcome.stderr
+    assert "continue with --from-line 5\n" in outcome.stderr
     assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 5
 
 
@@ -395,10 +395,10 @@ def test_the_cost_of_argon2id_is_told_before_it_is_paid(
     operator: Operator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A million keys take seven hours; a few are not worth a word."""
-    intake.warn_of_hashing_cost(1_000_000, "argon2id")
+    warn_of_hashing_cost(1_000_000, "argon2id")
     assert "417 processor minutes" in capsys.readouterr().err
-    intake.warn_of_hashing_cost(100, "argon2id")
-    intake.warn_of_hashing_cost(1_000_000, "sha256")
+    warn_of_hashing_cost(100, "argon2id")
+    warn_of_hashing_cost(1_000_000, "sha256")
     assert capsys.readouterr().err == ""
 
 

@@ -24,7 +24,7 @@ def test_a_rotation_prints_the_new_token_alone(operator: "Operator") -> None:
     done = operator.run("keys", "rotate", key["id"], "--grace", "1h")
     token = done.stdout.strip()
     assert (done.exit_code, len(done.stdout.splitlines())) == (0, 1)
-    assert "is good until" in done.stderr
+    assert "is valid until" in done.stderr
     assert token not in done.stderr
     assert verdict(operator, key["token"]) == verdict(operator, token) == 0
     assert shown(operator, key)["previous"]["partialToken"] == key["partialToken"]

@@ -56,7 +56,7 @@ def test_an_old_store_is_brought_up_to_date(operator: Operator, url: str, versio
     told = checked.stderr.splitlines()
     assert told[0] == f"The store is at version {version}, this keylatch needs {VERSION}:"
     assert [line.split()[0] for line in told[1:]] == [step.version for step in steps_after(version)]
-    assert all("Meanwhile wait: " in line for line in told[1:])
+    assert all("Blocked meanwhile: " in line for line in told[1:])
     done = operator.run("migrate")
     assert (done.exit_code, f"is at version {VERSION} now" in done.stderr) == (0, True)
     for words in (["migrate"], ["migrate", "--check"]):
@@ -64,7 +64,7 @@ def test_an_old_store_is_brought_up_to_date(operator: Operator, url: str, versio
             0, "", f"The store is at version {VERSION}: there is nothing to do.\n"
         )
     assert "key_a" in operator.run("keys", "list").stdout
-    assert operator.run("secrets", "list").stdout.count("makes everything new") == 2
+    assert operator.run("secrets", "list").stdout.count("used for new tokens and values") == 2
 
 
 def test_a_migration_gives_way_to_a_long_transaction(

@@ -205,7 +205,7 @@ def test_a_server_with_too_few_descriptors_does_not_start(operator: Operator, mo
         "",
         [
             f"error: {most} file descriptors are too few",
-            "hint: ulimit -n, or LimitNOFILE= of systemd: 64 at least",
+            "hint: ulimit -n, or LimitNOFILE= of systemd: at least 64",
         ],
     )
 

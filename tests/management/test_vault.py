@@ -396,7 +396,7 @@ def test_the_command_line_rotates_and_retires(
     assert roles.count(("mac", "enabled")) == 1
     assert set(listed[0]) == {"id", "kind", "since", "status"}
     table = operator.run("secrets", "list").stdout
-    assert table.count("verifies what it made") == 3
+    assert table.count("accepted") == 3
     retired = {each["kind"]: str(each["id"]) for each in listed if each["status"] == "enabled"}
     assert (
         "less than 300 seconds ago" in operator.run("secrets", "retire", retired["pepper"]).stderr

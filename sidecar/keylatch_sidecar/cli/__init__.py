@@ -1,1 +1,1 @@
-"""The commands of `keylatch`, a file for each family of them; `cli` puts them together."""
+"""The commands of `keylatch`, one file per family; `program` puts them together."""

@@ -1,4 +1,4 @@
-"""`keylatch audit`: who did what to which key, as a table or as JSON lines to keep elsewhere."""
+"""`keylatch audit`: prints audit events, as a table or as JSON lines for other log stores."""
 
 import json
 import sys
@@ -13,31 +13,32 @@ from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
 from keylatch_sidecar.api.audit import describe
 from keylatch_sidecar.cli import output
-from keylatch_sidecar.cli.options import RedisOption, StoreOption
+from keylatch_sidecar.cli.options import Given, setting_options
 from keylatch_sidecar.cli.session import with_keyring
 
 _PAGE = 500
 _DEFAULT_LIMIT = 50
 
 
+@setting_options("store", "redis")
 def audit(
     organization: Annotated[
-        str | None, typer.Option(help="Only this one's lines.", show_default="everybody's")
+        str | None, typer.Option(help="Only events of this organisation.", show_default="all")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Only what was done to this key.")] = None,
+    key: Annotated[str | None, typer.Option(help="Only events of this key.")] = None,
     limit: Annotated[
         int | None,
         typer.Option(
-            help="At most so many, the newest.", min=1, show_default="50; all as JSON lines"
+            help="Maximum number of events.", min=1, show_default="50; all with --json-lines"
         ),
     ] = None,
     json_lines: Annotated[
-        bool, typer.Option("--json-lines", help="One JSON object a line, on standard output.")
+        bool, typer.Option("--json-lines", help="Write one JSON object per line.")
     ] = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Show the audit log, the newest first."""
+    """Show audit events, newest first."""
     total = limit or (sys.maxsize if json_lines else _DEFAULT_LIMIT)
     table = Table(box=None)
     for heading in ("at", "actor", "action", "organisation", "key", "details"):
@@ -55,10 +56,10 @@ def audit(
                 return
             remaining, before = remaining - len(events), events[-1].id
 
-    with_keyring(Settings.load(store=store, redis=redis), run)
+    with_keyring(Settings.load(**given), run)
     if not json_lines:
         Console(highlight=False, markup=False).print(table)
-        output.stderr.print("JSON lines of all of it: keylatch audit --json-lines")
+        output.stderr.print("All events, as JSON lines: keylatch audit --json-lines")
 
 
 def _write(event: AuditEvent) -> None:
@@ -66,13 +67,7 @@ def _write(event: AuditEvent) -> None:
 
 
 def _cells(event: AuditEvent) -> list[str]:
-    line = describe(event)
-    details = ", ".join(f"{name}: {value}" for name, value in line.details.items())
-    return [
-        line.at,
-        line.actor,
-        line.action,
-        line.organization_id or "",
-        line.key_id or "",
-        details,
-    ]
+    shown = describe(event)
+    details = ", ".join(f"{name}: {value}" for name, value in shown.details.items())
+    ids = [shown.organization_id or "", shown.key_id or ""]
+    return [shown.at, shown.actor, shown.action, *ids, details]

@@ -1,11 +1,10 @@
-"""`keylatch bench`: what was typed, and how the run is told. The work is `keylatch_bench`.
+"""`keylatch bench`: options and output of the load tool `keylatch_bench`.
 
-Exit codes: 0 measured, 1 a check was accepted after the answer of a DELETE, 2 wrong usage, nobody
-there, or something could not be taken back. A key is never an argument.
+Exit codes: 0 measured, 1 a check that began after the response to a DELETE was accepted, 2 wrong
+usage, no target, or a key could not be revoked. A key is never an argument.
 """
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -18,64 +17,63 @@ from keylatch._variables import variable_name
 from keylatch.core import credentials
 from keylatch.core.decisions import Reason
 from keylatch.settings import Settings
-from keylatch_bench.connection import Address, Unusable
-from keylatch_bench.load import Credential
+from keylatch_bench.connection import Address
+from keylatch_bench.errors import BenchError
+from keylatch_bench.load_generator import Credential
 from keylatch_bench.plan import OutOfBounds, Plan
 from keylatch_sidecar.cli import output
-from keylatch_sidecar.cli.options import JSONOption
+from keylatch_sidecar.cli.options import Given, JSONOption
 from keylatch_sidecar.settings import BenchSettings
 
 if TYPE_CHECKING:
+    from keylatch_bench.benchmark import Target
     from keylatch_bench.comparison import Change
-    from keylatch_bench.figures import Results
-    from keylatch_bench.session import Target
+    from keylatch_bench.results import Results
 
 KEY_VARIABLE: Final = variable_name("bench_key")
 DEFAULTS: Final = Plan()
 
-Given = Mapping[str, str | None]
-"""Options by name; None: not given."""
-
 
 def bench(
-    url: Annotated[str | None, typer.Argument(help="Of a sidecar: http://127.0.0.1:8700")] = None,
-    uds: Annotated[Path | None, typer.Option(help="Or its Unix socket.")] = None,
-    # No environment variables here: this talks only to what it was pointed at.
+    url: Annotated[
+        str | None, typer.Argument(help="Sidecar, such as http://127.0.0.1:8700")
+    ] = None,
+    uds: Annotated[Path | None, typer.Option(help="Unix socket of a sidecar.")] = None,
+    # Not from the environment: requests go only to targets on the command line.
     store: Annotated[
-        str | None, typer.Option(help="The sidecar's store; without a sidecar, in process.")
+        str | None,
+        typer.Option(help="Store of the sidecar; without a sidecar, in process."),
     ] = None,
-    redis: Annotated[str | None, typer.Option(help="The sidecar's Redis.")] = None,
+    redis: Annotated[str | None, typer.Option(help="Redis of the sidecar.")] = None,
     store_file: Annotated[
-        str | None, typer.Option(help="A file with the store's URL, which may have a password.")
+        str | None, typer.Option(help="File with the URL of the store, which may have a password.")
     ] = None,
-    redis_file: Annotated[str | None, typer.Option(help="The same for Redis.")] = None,
-    seconds: Annotated[float, typer.Option(help="Load for each tier.")] = DEFAULTS.seconds,
-    rate: Annotated[int, typer.Option(help="Checks a second, open loop.")] = DEFAULTS.rate,
+    redis_file: Annotated[str | None, typer.Option(help="File with the URL of Redis.")] = None,
+    seconds: Annotated[float, typer.Option(help="Duration of each scenario.")] = DEFAULTS.seconds,
+    rate: Annotated[int, typer.Option(help="Checks per second, open loop.")] = DEFAULTS.rate,
     flood_rate: Annotated[
-        int, typer.Option(help="Made-up tokens a second in the flood tier.")
+        int, typer.Option(help="Forged tokens per second in the flood scenario.")
     ] = DEFAULTS.flood_rate,
     connections: Annotated[
-        int, typer.Option(help="Kept to the sidecar; as many again for the flood.")
+        int, typer.Option(help="Number of connections for checks; the flood has as many others.")
     ] = DEFAULTS.connections,
-    keys: Annotated[int, typer.Option(help="Keys to make at most.")] = DEFAULTS.keys,
+    keys: Annotated[int, typer.Option(help="Maximum number of keys to create.")] = DEFAULTS.keys,
     revocations: Annotated[
-        int, typer.Option(help="How often to revoke a key.")
+        int, typer.Option(help="Number of revocations to measure.")
     ] = DEFAULTS.revocations,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("keylatch-bench"),
     compare: Annotated[
-        Path | None, typer.Option(help="results.json of an earlier run: what moved?")
+        Path | None, typer.Option(help="results.json of an earlier run to compare with.")
     ] = None,
     as_json: JSONOption = False,
 ) -> None:
-    """Measure what authentication costs here, and when a revoke is true.
+    """Measure the cost of authentication, and how soon revocations take effect.
 
-    Without --store, keys are made with a FULL key from KEYLATCH_BENCH_KEY or standard input.
+    Without --store, keys are created with a FULL key from KEYLATCH_BENCH_KEY or standard input.
     """
-    try:
-        from keylatch_bench import comparison, figures, page, plots, report, session
-    except ImportError as error:
-        message = f"{error.name} is missing"
-        output.fail(message, "pip install 'keylatch[bench]'", output.ERROR)
+    _require_extra()
+    from keylatch_bench import benchmark, comparison, report
+
     try:
         plan = Plan(seconds, rate, flood_rate, connections, keys, revocations)
         stores = {"store": store, "store_file": store_file}
@@ -85,16 +83,16 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
     except OutOfBounds as error:
         output.fail(str(error), "keylatch bench --help", output.ERROR)
-    except Unusable as error:
+    except BenchError as error:
         output.fail(error.message, error.hint, output.ERROR)
     except OSError as error:
         message = f"cannot write to {out}: {error.strerror or error}"
         output.fail(message, "another --out", output.ERROR)
-    output.stderr.print(report.bounds(target, plan), soft_wrap=True)
+    output.stderr.print(report.bounds(target, plan))
     try:
         with _Bar(plan.expected_seconds) as bar:
-            results = session.run(target, plan, bar)
-    except session.Failed as failure:
+            results = benchmark.run(target, plan, bar)
+    except benchmark.BenchmarkFailed as failure:
         _print_keys_left(failure.results)
         output.fail(failure.message, failure.hint, output.ERROR)
     moves: list[Change] = []
@@ -102,18 +100,14 @@ def bench(
     if before is not None:
         moves = comparison.compare(before, results.as_json())
         differences = comparison.differences(before, results.as_json())
-    figures.write(results, out / "results.json")
-    pictures = plots.pictures(results)
-    plots.write(pictures, out)
-    (out / "report.html").write_text(page.render(results, pictures, moves, differences))
+    _write_report(results, moves, differences, out)
     console = Console(highlight=False, markup=False, stderr=as_json)
     report.print_to(console, results)
     if before is not None:
         report.print_comparison(console, moves, differences)
     if as_json:
         output.print_json(results.as_json() | _as_json(moves, differences))
-    wrote = f"Wrote {out / 'report.html'}, results.json and {len(pictures)} plots."
-    output.stderr.print(wrote, soft_wrap=True)
+    output.stderr.print(f"Wrote {out / 'report.html'}, results.json and the plots.")
     _print_keys_left(results)
     if results.keys_left:
         raise typer.Exit(output.ERROR)
@@ -121,16 +115,37 @@ def bench(
         raise typer.Exit(output.REFUSED)
 
 
+def _require_extra() -> None:
+    try:
+        from keylatch_bench import benchmark, html_report, plots  # noqa: F401
+    except ImportError as error:
+        message = f"{error.name} is missing"
+        output.fail(message, "pip install 'keylatch[bench]'", output.ERROR)
+
+
+def _write_report(
+    results: "Results", moves: "list[Change]", differences: list[str], folder: Path
+) -> None:
+    from keylatch_bench import html_report, plots
+    from keylatch_bench.results import write
+
+    write(results, folder / "results.json")
+    pictures = plots.pictures(results)
+    plots.write(pictures, folder)
+    page = html_report.render(results, pictures, moves, differences)
+    (folder / "report.html").write_text(page)
+
+
 def _target(url: str | None, uds: Path | None, stores: Given, caches: Given) -> "Target":
-    from keylatch_bench.session import Target
+    from keylatch_bench.benchmark import Target
 
     has_store, has_cache = any(stores.values()), any(caches.values())
     if url is not None and uds is not None:
-        raise Unusable("a URL and --uds are two places", "give one of them")
+        raise BenchError("a URL and --uds are two targets", "give one of them")
     if url is None and uds is None and not has_store:
-        raise Unusable("there is nothing to measure", "give a sidecar's URL, --uds or --store")
+        raise BenchError("there is nothing to measure", "give a sidecar's URL, --uds or --store")
     if has_cache and not has_store:
-        raise Unusable("--redis alone is of no use", "give --store as well, that of the sidecar")
+        raise BenchError("--redis needs --store", "give the store of the sidecar as well")
     place = (
         Address(uds=uds) if uds is not None else Address.from_url(url) if url is not None else None
     )
@@ -141,15 +156,15 @@ def _target(url: str | None, uds: Path | None, stores: Given, caches: Given) -> 
 
 
 def _admin_credential() -> Credential:
-    """The FULL key, from the environment or from standard input."""
+    """The FULL key from the environment or from standard input."""
     key = BenchSettings().bench_key.encode()
     if not key and not sys.stdin.isatty():
         key = sys.stdin.buffer.readline(1024)
     value = b"Bearer " + key.strip()
     if isinstance(credentials.read([value]), Reason):
-        raise Unusable(
-            "there is no key to make keys with",
-            f"a FULL key in {KEY_VARIABLE} or on standard input, or --store",
+        raise BenchError(
+            "there is no key to create keys with",
+            f"give a FULL key in {KEY_VARIABLE} or on standard input, or --store",
         )
     return Credential(value, 200)
 
@@ -157,10 +172,8 @@ def _admin_credential() -> Credential:
 def _print_keys_left(results: "Results") -> None:
     if results.keys_left:
         key_ids = " ".join(results.keys_left)
-        message = f"{len(results.keys_left)} keys could not be taken back: {key_ids}"
-        output.print_error(
-            message, "keylatch keys revoke ID for each; they also expire by themselves"
-        )
+        message = f"{len(results.keys_left)} keys could not be revoked: {key_ids}"
+        output.print_error(message, "keylatch keys revoke ID for each; otherwise they expire")
 
 
 def _as_json(moves: "list[Change]", differences: list[str]) -> dict[str, Any]:
@@ -170,7 +183,7 @@ def _as_json(moves: "list[Change]", differences: list[str]) -> dict[str, Any]:
 
 
 class _Bar:
-    """The progress bar; it draws only when it is told something, never while load is running."""
+    """A progress bar that is drawn only in `step`, never while load is running."""
 
     def __init__(self, seconds: float) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
@@ -187,6 +200,6 @@ class _Bar:
         self._progress.stop()
 
     def step(self, what: str, done: float) -> None:
-        """So much more is done, and this comes next."""
+        """See `keylatch_bench.benchmark.Progress`."""
         self._progress.update(self._task, advance=done, description=what or None)
         self._progress.refresh()

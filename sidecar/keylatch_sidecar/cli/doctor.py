@@ -1,6 +1,6 @@
 """`keylatch doctor`: prints the findings of `keylatch_sidecar.operations.doctor`.
 
-Exit codes: 0 all is well, or there are only warnings; 2 something fails.
+Exit codes: 0 no failures (there may be warnings), 2 at least one failure.
 """
 
 import asyncio
@@ -16,36 +16,22 @@ from rich.table import Table
 from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
 from keylatch_sidecar.cli import output
-from keylatch_sidecar.cli.options import (
-    HasherOption,
-    JSONOption,
-    LeaseOption,
-    RedisOption,
-    StoreOption,
-)
+from keylatch_sidecar.cli.options import Given, JSONOption, setting_options
 from keylatch_sidecar.operations.doctor.finding import Finding, Status, failure, worst_status
 from keylatch_sidecar.settings import ProxySettings
 
 _STYLES: Final = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
 
 
-def doctor(
-    as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
-    hasher: HasherOption = None,
-    lease: LeaseOption = None,
-) -> None:
-    """Examine settings, host, store and Redis, and say what to do. It changes nothing.
+@setting_options("store", "redis", "hasher", "lease")
+def doctor(as_json: JSONOption = False, *, given: Given) -> None:
+    """Examine settings, host, store and Redis, and suggest what to do. Nothing is changed.
 
     Run it as the user that runs keylatch, with the same settings.
     """
-    logging.getLogger("keylatch").setLevel(logging.CRITICAL)  # it is all in the table
+    logging.getLogger("keylatch").setLevel(logging.CRITICAL)  # the table has it all
     findings: list[Finding] = []
-    for load in (
-        lambda: Settings.load(store=store, redis=redis, hasher=hasher, lease=lease),
-        ProxySettings.load,
-    ):
+    for load in (lambda: Settings.load(**given), ProxySettings.load):
         try:
             load()
         except ConfigurationError as error:
@@ -53,8 +39,7 @@ def doctor(
     if not findings:
         from keylatch_sidecar.operations.doctor.examination import examine
 
-        settings = Settings.load(store=store, redis=redis, hasher=hasher, lease=lease)
-        findings = asyncio.run(examine(settings))
+        findings = asyncio.run(examine(Settings.load(**given)))
     if as_json:
         output.print_json(
             {

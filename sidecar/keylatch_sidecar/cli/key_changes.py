@@ -1,169 +1,104 @@
-"""`keylatch keys rotate`, `change`, `disable`, `revoke`: what may happen to a key that was made."""
+"""`keylatch keys rotate`, `change`, `disable`, `revoke`, …: changes to an existing key."""
 
-from collections.abc import Sequence
-from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 
 from keylatch.core.decisions import KeyRecord
-from keylatch.core.validation import InvalidValue, Scalar, expiry_after, parse_duration_ms
+from keylatch.core.validation import InvalidValue, parse_duration_ms
 from keylatch.management.keyring import Changed, Keyring, Rotated
 from keylatch.settings import Settings
 from keylatch_sidecar.api.receipts import revocation
-from keylatch_sidecar.api.schemas import Instant
-from keylatch_sidecar.api.schemas import milliseconds_of as milliseconds_of_instant
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import (
-    HasherOption,
+    ExpiresAtOption,
+    ExpiresInOption,
+    Given,
     JSONOption,
     KeyId,
-    OrganizationArgument,
+    MetadataOption,
     OwnerOption,
-    PrefixOption,
-    RedisOption,
-    StoreOption,
+    ReasonOption,
+    expiry_of,
+    metadata_of,
+    setting_options,
 )
-from keylatch_sidecar.cli.session import with_key, with_keyring
-
-ExpiresInOption = Annotated[
-    str | None, typer.Option("--expires-in", help="Such as 90d, 12h or 30m from now.")
-]
-ExpiresAtOption = Annotated[
-    str | None, typer.Option("--expires-at", help="ISO 8601, such as 2030-01-01T00:00:00Z.")
-]
-MetadataOption = Annotated[
-    list[str] | None, typer.Option("--metadata", metavar="NAME=VALUE", help="Repeatable.")
-]
-ReasonOption = Annotated[str | None, typer.Option("--reason", help="Why; kept with the key.")]
-_INSTANT: TypeAdapter[datetime] = TypeAdapter(Instant)
+from keylatch_sidecar.cli.session import with_key
 
 
-def register(keys: typer.Typer, organizations: typer.Typer) -> None:
-    """Add the commands to those that manage keys and organisations."""
-    keys.command()(rotate)
-    keys.command("cancel-rotation")(cancel_rotation)
-    keys.command("finish-rotation")(finish_rotation)
-    keys.command()(change)
-    keys.command()(disable)
-    keys.command()(enable)
-    keys.command()(revoke)
-    organizations.command("revoke")(revoke_all)
-
-
-def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> int | None:
-    """When a key shall end, in milliseconds since the epoch.
-
-    Raises:
-        InvalidValue: both are given, or one is none.
-    """
-    if expires_in is not None:
-        if expires_at is not None:
-            raise InvalidValue("--expires-in", "is instead of --expires-at, not beside it")
-        return expiry_after(expires_in, now_ms, "--expires-in")
-    if expires_at is None:
-        return None
-    try:
-        return milliseconds_of_instant(_INSTANT.validate_python(expires_at))
-    except ValidationError:
-        raise InvalidValue("--expires-at", "must be an ISO 8601 time with an offset") from None
-
-
-def metadata_of(pairs: Sequence[str] | None) -> dict[str, Scalar] | None:
-    """What `--metadata NAME=VALUE` says; None where it is not given.
-
-    Raises:
-        InvalidValue: there is no `=`.
-    """
-    if not pairs:
-        return None
-    if not all("=" in pair for pair in pairs):
-        raise InvalidValue("--metadata", "must be NAME=VALUE")
-    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
-
-
+@setting_options("store", "redis", "prefix", "hasher")
 def rotate(
     key_id: KeyId,
     grace: Annotated[
-        str, typer.Option(help="How long the present secret stays good: 24h, 30m, 0.")
+        str,
+        typer.Option(help="Time for which the present secret stays valid, such as 24h, 30m or 0."),
     ] = "1d",
     organization: OwnerOption = None,
     as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
-    prefix: PrefixOption = None,
-    hasher: HasherOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Give a key a new secret; its token alone goes to standard output, this once."""
-    settings = Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher)
+    """Give a key a new secret and write its token to standard output. It is not shown again."""
 
     async def run(keyring: Keyring, record: KeyRecord) -> Rotated | None:
         seconds = 0 if grace == "0" else parse_duration_ms(grace, "--grace") // 1000
         return await keyring.rotate(record.organization_id, record.id, grace_seconds=seconds)
 
-    rotated = with_key(settings, key_id, organization, run)
+    rotated = with_key(Settings.load(**given), key_id, organization, run)
     key = output.as_json(rotated.record)
     if as_json:
         output.print_json(key | {"token": rotated.token.reveal()})
         return
     output.print_token(rotated.token)
     ends = key["previous"]["expiresAt"] if key["previous"] else None
-    until = "has ended" if ends is None else f"is good until {ends}"
+    previous = "is no longer valid" if ends is None else f"is valid until {ends}"
     output.stderr.print(
         f"Rotated {rotated.record.id}: {output.propagation(rotated.receipt)}. "
-        f"The token above is shown this once; the one before {until}."
+        f"The token is not shown again; the previous one {previous}."
     )
 
 
+@setting_options("store", "redis")
 def cancel_rotation(
-    key_id: KeyId,
-    organization: OwnerOption = None,
-    as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    key_id: KeyId, organization: OwnerOption = None, as_json: JSONOption = False, *, given: Given
 ) -> None:
-    """While two secrets of a key are good: keep the old one, and end the new one."""
+    """Within the grace of a rotation: keep the previous secret and invalidate the new one."""
 
     async def run(keyring: Keyring, record: KeyRecord) -> Changed | None:
         return await keyring.cancel_rotation(record.organization_id, record.id)
 
-    settings = Settings.load(store=store, redis=redis)
-    _print_change(
-        "Went back to the old secret of", with_key(settings, key_id, organization, run), as_json
-    )
+    changed = with_key(Settings.load(**given), key_id, organization, run)
+    _print_change("Cancelled the rotation of", changed, as_json)
 
 
+@setting_options("store", "redis")
 def finish_rotation(
-    key_id: KeyId,
-    organization: OwnerOption = None,
-    as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    key_id: KeyId, organization: OwnerOption = None, as_json: JSONOption = False, *, given: Given
 ) -> None:
-    """While two secrets of a key are good: end the old one now."""
+    """Within the grace of a rotation: invalidate the previous secret now."""
 
     async def run(keyring: Keyring, record: KeyRecord) -> Changed | None:
         return await keyring.finish_rotation(record.organization_id, record.id)
 
-    settings = Settings.load(store=store, redis=redis)
-    _print_change("Ended the old secret of", with_key(settings, key_id, organization, run), as_json)
+    changed = with_key(Settings.load(**given), key_id, organization, run)
+    _print_change("Finished the rotation of", changed, as_json)
 
 
+@setting_options("store", "redis")
 def change(
     key_id: KeyId,
-    name: Annotated[str | None, typer.Option(help="What the key is for.")] = None,
+    name: Annotated[str | None, typer.Option(help="New name.")] = None,
     permission: Annotated[str | None, typer.Option(help="FULL or SENDING.")] = None,
     expires_in: ExpiresInOption = None,
     expires_at: ExpiresAtOption = None,
-    never_expires: Annotated[bool, typer.Option("--never-expires", help="No end.")] = False,
+    never_expires: Annotated[bool, typer.Option("--never-expires", help="Remove expiry.")] = False,
     metadata: MetadataOption = None,
     organization: OwnerOption = None,
     as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Change a key's name, permission, expiry or metadata."""
+    """Change the name, permission, expiry or metadata of a key."""
 
     async def run(keyring: Keyring, record: KeyRecord) -> Changed | None:
         values: dict[str, Any] = {"name": name, "permission": permission}
@@ -176,72 +111,49 @@ def change(
             raise InvalidValue("change", "give at least one of the options")
         return await keyring.change(record.organization_id, record.id, **values)
 
-    settings = Settings.load(store=store, redis=redis)
-    _print_live_change("Changed", with_key(settings, key_id, organization, run), as_json)
+    changed = with_key(Settings.load(**given), key_id, organization, run)
+    _print_live_change("Changed", changed, as_json)
 
 
+@setting_options("store", "redis")
 def disable(
-    key_id: KeyId,
-    organization: OwnerOption = None,
-    as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    key_id: KeyId, organization: OwnerOption = None, as_json: JSONOption = False, *, given: Given
 ) -> None:
-    """Refuse a key, at once, until it is enabled again."""
-    _set_active(key_id, False, organization, as_json, Settings.load(store=store, redis=redis))
+    """Refuse a key, with immediate effect, until it is enabled again."""
+    _set_active(key_id, False, organization, as_json, Settings.load(**given))
 
 
+@setting_options("store", "redis")
 def enable(
-    key_id: KeyId,
-    organization: OwnerOption = None,
-    as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    key_id: KeyId, organization: OwnerOption = None, as_json: JSONOption = False, *, given: Given
 ) -> None:
-    """Let a key in again."""
-    _set_active(key_id, True, organization, as_json, Settings.load(store=store, redis=redis))
+    """Accept a disabled key again."""
+    _set_active(key_id, True, organization, as_json, Settings.load(**given))
 
 
+@setting_options("store", "redis")
 def revoke(
     key_id: KeyId,
     reason: ReasonOption = None,
     descendants: Annotated[
-        bool, typer.Option("--descendants", help="Revoke what the key created as well.")
+        bool, typer.Option("--descendants", help="Also revoke keys that were created with it.")
     ] = False,
     organization: OwnerOption = None,
     as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Revoke a key, at once and finally."""
+    """Revoke a key, with immediate effect. This cannot be undone."""
 
     async def run(keyring: Keyring, record: KeyRecord) -> Changed | None:
         return await keyring.delete(
             record.organization_id, record.id, reason=reason, descendants=descendants
         )
 
-    changed = with_key(Settings.load(store=store, redis=redis), key_id, organization, run)
+    changed = with_key(Settings.load(**given), key_id, organization, run)
     _print_change("Revoked", changed, as_json)
     if descendants and not as_json:
-        output.stderr.print(f"{changed.count:,} keys were revoked in this change.")
-
-
-def revoke_all(
-    organization: OrganizationArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="There is no way back.")] = False,
-    reason: ReasonOption = None,
-    store: StoreOption = None,
-    redis: RedisOption = None,
-) -> None:
-    """Revoke every key of an organisation, at once and finally."""
-    if not yes:
-        message = "this ends every key of the organisation, for good"
-        output.fail(message, "--yes; or keylatch organizations disable", output.ERROR)
-    done = with_keyring(
-        Settings.load(store=store, redis=redis),
-        lambda keyring: keyring.revoke_all(organization, reason=reason),
-    )
-    output.stderr.print(f"Revoked {done.count:,} keys: {output.propagation(done.receipt)}.")
+        output.stderr.print(f"Revoked {changed.count:,} keys in total.")
 
 
 def _set_active(
@@ -256,7 +168,7 @@ def _set_active(
 
 def _print_live_change(word: str, changed: Changed, as_json: bool) -> None:
     if changed.record.deleted_at is not None:
-        output.fail("the key was deleted; that is final", "make another one", output.REFUSED)
+        output.fail("the key is revoked", "create a new key", output.REFUSED)
     _print_change(word, changed, as_json)
 
 

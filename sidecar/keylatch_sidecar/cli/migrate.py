@@ -1,6 +1,6 @@
-"""`keylatch migrate`: brings the store's tables up to date, as any start does, and says how.
+"""`keylatch migrate`: migrates the store's tables to the version that this keylatch needs.
 
-Exit codes: 0 they are, 1 they are not (with --check), 2 they are too new, or no store.
+Exit codes: 0 up to date, 1 not up to date (with --check), 2 newer than this keylatch or no store.
 """
 
 import asyncio
@@ -16,22 +16,25 @@ from keylatch.storage.migrations import Step, steps_after
 from keylatch.storage.schema import VERSION
 from keylatch.storage.store import Store, file_of
 from keylatch_sidecar.cli import output
-from keylatch_sidecar.cli.options import StoreOption
+from keylatch_sidecar.cli.options import Given, setting_options
 
 _UPGRADE_SECONDS: Final = 3_600.0
 
 
+@setting_options("store")
 def migrate(
     check: Annotated[
-        bool, typer.Option("--check", help="Only say what would be done; exit 1 if anything.")
+        bool,
+        typer.Option("--check", help="List pending migrations and exit with 1 if there are any."),
     ] = False,
-    store: StoreOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Bring the store's tables up to date, and say who waits meanwhile.
+    """Migrate the store's tables, after listing what each migration blocks meanwhile.
 
-    Every start does it too; on a large store, do it first, and give it the time it takes.
+    A starting process migrates too; migrate a large store beforehand, because it takes time.
     """
-    settings = Settings.load(store=store)
+    settings = Settings.load(**given)
     try:
         version = asyncio.run(_version(settings.store))
         steps = steps_after(version)
@@ -52,14 +55,14 @@ def _print_plan(version: str | None, steps: Sequence[Step]) -> None:
     at = f"at version {version}" if version else "empty"
     output.stderr.print(f"The store is {at}, this keylatch needs {VERSION}:")
     for step in steps:
-        waiting = f" Meanwhile wait: {step.blocks}." if version else ""
+        waiting = f" Blocked meanwhile: {step.blocks}." if version else ""
         output.stderr.print(f"  {step.version}  {step.purpose}{waiting}", soft_wrap=True)
 
 
 async def _version(url: str) -> str | None:
     file = file_of(url)
     if file is not None and not file.exists():
-        return None  # and looking shall not make it
+        return None  # opening it would create it
     store = Store(url)
     try:
         return await store.version()

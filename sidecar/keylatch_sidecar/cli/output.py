@@ -1,4 +1,4 @@
-"""How the command line speaks: data on standard output, words on standard error."""
+"""What commands print: data to standard output, messages to standard error."""
 
 import json
 import sys
@@ -32,15 +32,15 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def propagation(receipt: Receipt) -> str:
-    """How far a change has spread, in words."""
+    """The propagation of a change, as a phrase."""
     if not receipt.members:
         return "in force for every check that starts now"
     return f"acknowledged by {receipt.acknowledged} of {receipt.members} processes, in force"
 
 
 def require_found(found: T | None) -> T:
-    """What was found; ends where there is nothing."""
-    if found is None:  # what was asked for is not repeated: it could be a secret
+    """What was found; None ends the command."""
+    if found is None:  # the id is not repeated: it could be a secret
         fail("there is no such key", "keylatch keys list --organization …", REFUSED)
     return found
 
@@ -51,12 +51,12 @@ def as_json(record: KeyRecord) -> dict[str, Any]:
 
 
 def print_json(content: Any) -> None:
-    """JSON on standard output; ASCII, so that no terminal's encoding can break it."""
+    """JSON on standard output, in ASCII, which every terminal's encoding can represent."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
 def print_json_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) -> None:
-    """A part of a list as JSON; the parts make one array."""
+    """A part of a list as JSON; all parts together are one array."""
     text = json.dumps([as_json(record) for record in records], indent=2)
     if records:
         text = ("[" if is_first else ",") + text[1:-2] + ("\n]" if is_last else "")
@@ -64,7 +64,7 @@ def print_json_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) -
 
 
 def print_table_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) -> None:
-    """A part of a list as a table; one that goes on has columns of the same width in all parts."""
+    """A part of a list as a table; the parts of a longer list have the same column widths."""
     is_partial = not (is_first and is_last)
     table = Table(box=None, show_header=is_first)
     for heading, width in _COLUMNS.items():
@@ -82,37 +82,37 @@ def print_table_of(records: Sequence[KeyRecord], is_first: bool, is_last: bool) 
 
 
 def print_record(record: KeyRecord) -> None:
-    """One field a line."""
+    """One field per line."""
     for name, value in as_json(record).items():
         sys.stdout.write(f"{name}: {value}\n")
 
 
 def print_token(token: Token) -> None:
-    """A token alone, on standard output: `TOKEN=$(keylatch keys create …)`."""
+    """Only the token, on standard output: `TOKEN=$(keylatch keys create …)`."""
     sys.stdout.write(token.reveal() + "\n")
 
 
 def refuse_token_in_argument() -> NoReturn:
-    """Ends, without repeating it."""
+    """End the command, without repeating the argument."""
     print_error(
         "a token is never an argument: it is in your shell's history and in process lists now",
-        "revoke that key; verify reads tokens from standard input, ids look like key_…",
+        "revoke that key; verify reads tokens from standard input, key ids begin with key_",
     )
     sys.exit(ERROR)
 
 
 def refuse_password_in_argument() -> NoReturn:
-    """Ends, without repeating it."""
+    """End the command, without repeating the argument."""
     print_error(
         "a URL with a password is never an argument: it is in process lists now, for every account",
-        "set KEYLATCH_STORE or KEYLATCH_REDIS, or put the URL into a file and name that in"
-        " KEYLATCH_STORE_FILE or KEYLATCH_REDIS_FILE; and change the password",
+        "change the password; set KEYLATCH_STORE or KEYLATCH_REDIS, or put the URL into a file and"
+        " its path into KEYLATCH_STORE_FILE or KEYLATCH_REDIS_FILE",
     )
     sys.exit(ERROR)
 
 
 def fail(message: str, hint: str, code: int) -> NoReturn:
-    """Ends with an error and a hint."""
+    """End the command with an error and a hint."""
     print_error(message, hint)
     raise typer.Exit(code)
 

@@ -1,7 +1,7 @@
-"""`keylatch scan`: which tokens stand in files, and whether they are good for anything.
+"""`keylatch scan`: finds tokens in files and reports the state of their keys.
 
-Exit codes: 0 none is live, 1 one is, 2 that cannot be told. What is printed names the key and where
-its token stands; the token itself is never repeated.
+Exit codes: 0 no live token, 1 a live token, 2 undetermined. A report has the key's id and the place
+of its token, never the token.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from keylatch.errors import HashingBusy, HashingFailed, KeylatchError
 from keylatch.settings import Settings
 from keylatch_sidecar.api import leaks
 from keylatch_sidecar.cli import output
-from keylatch_sidecar.cli.options import JSONOption, RedisOption, StoreOption
+from keylatch_sidecar.cli.options import Given, JSONOption, setting_options
 from keylatch_sidecar.cli.session import keyring_of
 from keylatch_sidecar.operations.scanner import HISTORY, FoundToken, Scanner
 
@@ -34,7 +34,7 @@ _STANDARD_INPUT: Final = Path("-")
 
 
 class Status(StrEnum):
-    """What a token is good for."""
+    """The state of a token."""
 
     LIVE = "live"
     DISABLED = "disabled"
@@ -56,7 +56,7 @@ _STATUS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class TokenResult:
-    """What the store says of a token."""
+    """What the store knows about a token."""
 
     status: Status
     record: KeyRecord | None = None
@@ -66,31 +66,37 @@ class TokenResult:
 _UNDETERMINED: Final = TokenResult(Status.UNDETERMINED)
 
 
+@setting_options("store", "redis")
 def scan(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH…", help="Files and folders; - reads stdin.")
+        list[Path],
+        typer.Argument(metavar="PATH…", help="Files and folders; - reads standard input."),
     ],
-    offline: Annotated[bool, typer.Option("--offline", help="Ask no store.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not look up the tokens in the store.")
+    ] = False,
     revoke: Annotated[
-        bool, typer.Option("--revoke", help="Revoke those that are not revoked yet.")
+        bool, typer.Option("--revoke", help="Revoke the keys that are not revoked yet.")
     ] = False,
     include_all: Annotated[
-        bool, typer.Option("--all", help="Also what is binary, huge, or git's own.")
+        bool, typer.Option("--all", help="Include binary and large files, and git objects.")
     ] = False,
     as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Find keylatch tokens in files, and say which are live.
+    """Find keylatch tokens in files and show which are live.
 
-    Exits with 0 if none is, with 1 if one is, with 2 if that cannot be told. Git's history is
-    compressed: git log --all -p | keylatch scan -
+    Exit code: 0 none is live, 1 at least one is, 2 undetermined. Git compresses its history, so
+    scan it with: git log --all -p | keylatch scan -
     """
     if offline and revoke:
-        output.fail("--offline revokes nothing", "leave one of them out", output.ERROR)
-    settings = Settings.load(store=store, redis=redis)
+        output.fail(
+            "--offline and --revoke cannot be combined", "leave one of them out", output.ERROR
+        )
+    settings = Settings.load(**given)
     scanner = _scan_paths(paths, include_all)
-    tokens = {sighting.token.fingerprint: sighting.token for sighting in scanner.found}
+    tokens = {each.token.fingerprint: each.token for each in scanner.found}
     results = _all_undetermined(tokens) if offline else _look_up_all(settings, tokens, revoke)
     _print(scanner.found, results, as_json)
     for path, reason in scanner.unreadable:
@@ -128,11 +134,11 @@ def _all_undetermined(tokens: Iterable[bytes]) -> dict[bytes, TokenResult]:
 def _look_up_all(
     settings: Settings, tokens: dict[bytes, Token], revoke: bool
 ) -> dict[bytes, TokenResult]:
-    """What is known of each token; where the store does not answer, what is not."""
+    """The result for each token; `UNDETERMINED` where the store does not answer."""
     results = _all_undetermined(tokens)
     if not tokens:
         return results
-    if _is_missing(settings.store):  # it would be made, and know of no key
+    if _is_missing(settings.store):  # opening it would create it
         output.print_error("there is no such store", "is KEYLATCH_STORE right?")
         return results
     engine = Engine(settings)
@@ -160,7 +166,7 @@ def _is_missing(store: str) -> bool:
 async def _look_up(engine: Engine, token: Token, revoke: bool) -> TokenResult:
     try:
         owner = await engine.authenticator.identify(token)
-    except (HashingBusy, HashingFailed) as error:  # of this one token; the others can be told
+    except (HashingBusy, HashingFailed) as error:  # concerns this token only
         output.print_error(f"{token.key_id}: {error.message}", error.hint)
         return _UNDETERMINED
     if owner is None:
@@ -171,7 +177,7 @@ async def _look_up(engine: Engine, token: Token, revoke: bool) -> TokenResult:
     if revoke and owner.is_usable:
         try:
             await leaks.revoke(await keyring_of(engine), owner)
-        except InvalidKeyState:  # the key was rotated or deleted in between
+        except InvalidKeyState:  # rotated or revoked since the look-up
             return await _look_up(engine, token, revoke)
     return TokenResult(status, owner.record, is_revoked_now=revoke and owner.is_usable)
 
@@ -200,16 +206,16 @@ def _as_json(found: FoundToken, result: TokenResult) -> dict[str, Any]:
 
 
 def _describe(token: Token, result: TokenResult) -> str:
-    words = f"{token.key_id} {token.partial} {result.status}"
+    text = f"{token.key_id} {token.partial} {result.status}"
     if result.is_revoked_now:
-        words += ", revoked now"
+        text += ", revoked now"
     if result.record is not None:
-        words += f" ({result.record.name}, of {result.record.organization_id})"
-    return words
+        text += f" ({result.record.name}, of {result.record.organization_id})"
+    return text
 
 
 def _printable(path: str) -> str:
-    """A file's name without what could steer a terminal, or be a token."""
+    """A path without control characters and tokens."""
     shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
     return redact_tokens(shown)
@@ -225,4 +231,4 @@ def _print_summary(scanner: Scanner, results: Iterable[TokenResult]) -> None:
         )
         output.stderr.print(f"Skipped: {skipped}; --all scans them.")
     if scanner.skipped[HISTORY]:
-        output.stderr.print("What git has compressed: git log --all -p | keylatch scan -")
+        output.stderr.print("Scan the history of git with: git log --all -p | keylatch scan -")

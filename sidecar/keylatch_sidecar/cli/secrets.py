@@ -1,6 +1,6 @@
-"""`keylatch secrets`: the store's own secrets, listed, rotated and retired; none is ever shown.
+"""`keylatch secrets`: lists, rotates and retires the store's secrets; their values are never shown.
 
-Exit codes: 0 done, 1 it must stay or was not confirmed, 2 wrong usage or no store.
+Exit codes: 0 done, 1 the secret is in use or --yes is missing, 2 wrong usage or no store.
 """
 
 from collections.abc import Sequence
@@ -17,31 +17,24 @@ from keylatch.settings import Settings
 from keylatch.storage.secrets import KINDS, SecretInfo
 from keylatch_sidecar.api.schemas import iso
 from keylatch_sidecar.cli import output
-from keylatch_sidecar.cli.options import JSONOption, LeaseOption, RedisOption, StoreOption
+from keylatch_sidecar.cli.options import Given, JSONOption, setting_options
 from keylatch_sidecar.cli.session import account, with_engine
 
 _ROLES: Final = {
-    "primary": "makes everything new",
-    "enabled": "verifies what it made",
-    "pending": "not used yet: a rotation is not finished",
+    "primary": "used for new tokens and values",
+    "enabled": "accepted",
+    "pending": "not used yet: a rotation is unfinished",
 }
 
-secrets = typer.Typer(
-    help="The store's own secrets: the check key of tokens and the pepper of the shared cache.",
-    no_args_is_help=True,
-)
 
-
-@secrets.command("list")
-def list_secrets(
-    as_json: JSONOption = False, store: StoreOption = None, redis: RedisOption = None
-) -> None:
-    """List them by id and age; what they are is never shown."""
+@setting_options("store", "redis")
+def list_secrets(as_json: JSONOption = False, *, given: Given) -> None:
+    """List the secrets by id, kind, age and role. Their values are not shown."""
 
     async def run(engine: Engine) -> Sequence[SecretInfo]:
         return await (await engine.store_secrets()).list()
 
-    stored = with_engine(Settings.load(store=store, redis=redis), run)
+    stored = with_engine(Settings.load(**given), run)
     if as_json:
         output.print_json([_as_json(secret) for secret in stored])
         return
@@ -54,59 +47,63 @@ def list_secrets(
     Console(highlight=False, markup=False).print(table)
 
 
-@secrets.command()
+@setting_options("store", "redis", "lease")
 def rotate(
-    check_key: Annotated[bool, typer.Option("--check-key", help="Only that of tokens.")] = False,
-    pepper: Annotated[bool, typer.Option("--pepper", help="Only that of the cache.")] = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
-    lease: LeaseOption = None,
+    check_key: Annotated[
+        bool, typer.Option("--check-key", help="Only the MAC key of tokens.")
+    ] = False,
+    pepper: Annotated[
+        bool, typer.Option("--pepper", help="Only the pepper of the shared cache.")
+    ] = False,
+    *,
+    given: Given,
 ) -> None:
-    """Make all that is new with new secrets, while everything goes on; both, if none is named.
+    """Replace the MAC key and the pepper for new tokens and values, without downtime.
 
-    Old tokens and old values in Redis stay good. If it is cut off, run it again.
+    Existing tokens and values in Redis stay valid. After an interruption, run the command again.
     """
     named = [kind for kind, given in zip(KINDS, (check_key, pepper), strict=True) if given]
 
     async def run(engine: Engine) -> Receipt:
         return await (await engine.store_secrets()).rotate(named or KINDS, by=account())
 
-    receipt = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
+    receipt = with_engine(Settings.load(**given), run)
     what = " and ".join({"mac": "MAC key", "pepper": "pepper"}[kind] for kind in named or KINDS)
     output.stderr.print(f"Rotated {what}: {output.propagation(receipt)}.")
 
 
-@secrets.command()
+@setting_options("store", "redis", "lease")
 def retire(
-    secret_id: Annotated[int, typer.Argument(metavar="ID", help="As secrets list has it.")],
+    secret_id: Annotated[int, typer.Argument(metavar="ID", help="Id from secrets list.")],
     yes: Annotated[
-        bool, typer.Option("--yes", help="Also a check key, which tokens depend on.")
+        bool, typer.Option("--yes", help="Confirm for a MAC key, which tokens depend on.")
     ] = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
-    lease: LeaseOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Delete one that was replaced five minutes ago or earlier.
+    """Delete a secret that was replaced at least five minutes ago.
 
-    Tokens whose check was made with a retired check key are refused like made-up ones.
+    Tokens that were minted with a retired MAC key are refused like forged ones.
     """
 
     async def run(engine: Engine) -> Receipt | int:
-        vault = await engine.store_secrets()
-        dependants = await vault.count_dependent_keys(secret_id)
-        is_check = any(each.id == secret_id and each.kind == "mac" for each in await vault.list())
-        if is_check and not yes:
+        stored = await engine.store_secrets()
+        dependants = await stored.count_dependent_keys(secret_id)
+        is_mac_key = any(
+            each.id == secret_id and each.kind == "mac" for each in await stored.list()
+        )
+        if is_mac_key and not yes:
             return dependants
-        return await vault.retire(secret_id, by=account())
+        return await stored.retire(secret_id, by=account())
 
     try:
-        result = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
+        result = with_engine(Settings.load(**given), run)
     except SecretInUse as error:
         output.fail(error.message, error.hint, output.REFUSED)
     if isinstance(result, int):
         output.fail(
             f"{result:,} live keys are older than its successor: their tokens would be refused",
-            "give them new tokens first; --yes retires it all the same",
+            "rotate those keys first, or confirm with --yes",
             output.REFUSED,
         )
     output.stderr.print(f"Retired {secret_id}: {output.propagation(result)}.")

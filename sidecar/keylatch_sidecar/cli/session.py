@@ -1,4 +1,4 @@
-"""What a command does around its work: an engine for as long as it takes, and errors in words."""
+"""Runs the work of a command with an engine or a keyring, and reports its errors."""
 
 import asyncio
 import getpass
@@ -24,13 +24,13 @@ _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
-    """The result of work with an engine; ends with an error and a hint if there is none."""
-    # A command checks no keys: new tokens get all processors.
+    """The result of the work; a `KeylatchError` ends the command with an error and a hint."""
+    # A command hashes new tokens and checks almost none, so hashing may use all processors.
     engine = Engine(settings, hasher=Hasher(settings.hasher, management_workers=os.cpu_count()))
 
     async def run() -> T:
         try:
-            # A starting engine logs why it cannot and tries again later; this tells it now.
+            # Raises why the store cannot be opened; `start` would log it and retry.
             await engine.store.open(int(time.time() * 1000))
             return await work(engine)
         finally:
@@ -43,7 +43,7 @@ def with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T
 
 
 def with_keyring(settings: Settings, work: Callable[[Keyring], Awaitable[T]]) -> T:
-    """The result of work with a keyring; the audit log names the account that runs the command."""
+    """The result of the work; audit events name the account that runs the command."""
 
     async def run(engine: Engine) -> T:
         return await work(await keyring_of(engine))
@@ -51,7 +51,7 @@ def with_keyring(settings: Settings, work: Callable[[Keyring], Awaitable[T]]) ->
     try:
         return with_engine(settings, run)
     except InvalidValue as error:
-        output.fail(str(error), "each command has --help", output.ERROR)
+        output.fail(str(error), "see --help of the command", output.ERROR)
 
 
 def with_key(
@@ -60,7 +60,7 @@ def with_key(
     organization: str | None,
     work: Callable[[Keyring, KeyRecord], Awaitable[T | None]],
 ) -> T:
-    """The result of work with the key of this id; ends where there is none."""
+    """The result of the work with this key; ends the command if there is no such key."""
 
     async def run(engine: Engine) -> T | None:
         found = await find(engine, key_id, organization)
@@ -69,13 +69,13 @@ def with_key(
     try:
         return output.require_found(with_engine(settings, run))
     except InvalidValue as error:
-        output.fail(str(error), "each command has --help", output.ERROR)
+        output.fail(str(error), "see --help of the command", output.ERROR)
     except InvalidKeyState as error:
         output.fail(str(error), "keylatch keys show ID", output.REFUSED)
 
 
 async def find(engine: Engine, key_id: str, organization: str | None) -> KeyRecord | None:
-    """The key with this id: an operator needs no organisation to find it."""
+    """The key with this id, of any organisation unless one is given."""
     found = await engine.store.find(key_id) if _ID.fullmatch(key_id) else None
     if found is None or isinstance(found, NotFound):
         return None
@@ -83,14 +83,14 @@ async def find(engine: Engine, key_id: str, organization: str | None) -> KeyReco
 
 
 async def keyring_of(engine: Engine) -> Keyring:
-    """The keyring, used by the account that runs the command."""
+    """A keyring whose audit events name the account that runs the command."""
     return (await engine.keyring()).as_operator(account())
 
 
 def account() -> str:
-    """Who runs the command, as the audit log names them."""
+    """The account that runs the command, as audit events name it."""
     try:
         name = getpass.getuser()
-    except (KeyError, OSError):  # a container may have no name for it
+    except (KeyError, OSError):  # the user id has no name, as in many containers
         name = str(os.getuid())
     return f"cli:{name}"

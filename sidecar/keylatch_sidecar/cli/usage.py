@@ -1,4 +1,4 @@
-"""`keylatch keys usage`: how often a key was let in and refused, day by day."""
+"""`keylatch keys usage`: how often a key was allowed and refused on each day."""
 
 from collections.abc import Mapping
 
@@ -12,24 +12,25 @@ from keylatch_sidecar.api.usage import DEFAULT_DAYS, KeyUsageReport, describe
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import (
     DaysOption,
+    Given,
     JSONOption,
     KeyId,
     OwnerOption,
-    RedisOption,
-    StoreOption,
+    setting_options,
 )
 from keylatch_sidecar.cli.session import find, with_engine
 
 
+@setting_options("store", "redis")
 def usage(
     key_id: KeyId,
     days: DaysOption = DEFAULT_DAYS,
     organization: OwnerOption = None,
     as_json: JSONOption = False,
-    store: StoreOption = None,
-    redis: RedisOption = None,
+    *,
+    given: Given,
 ) -> None:
-    """Tell how often a key was let in, and refused for which reason, on each of the last days."""
+    """Show how often a key was allowed and, by reason, refused on each of the last days."""
 
     async def fetch(engine: Engine) -> KeyUsage | None:
         found = await find(engine, key_id, organization)
@@ -37,7 +38,7 @@ def usage(
             return None
         return await (await engine.keyring()).usage(found.organization_id, key_id, days)
 
-    settings = Settings.load(store=store, redis=redis)
+    settings = Settings.load(**given)
     report = describe(output.require_found(with_engine(settings, fetch)))
     if as_json:
         output.print_json(report.model_dump(by_alias=True))
@@ -58,7 +59,7 @@ def _print(report: KeyUsageReport) -> None:
     if report.client is not None:
         client = report.client
         source = f"{client.agent or 'an unknown agent'} in {client.address or 'an unknown network'}"
-        console.print(f"last seen: {source}, {client.seen_at}")
+        console.print(f"last client: {source}, {client.seen_at}")
 
 
 def _refusals(refused: Mapping[str, int]) -> str:

@@ -1,1 +1,1 @@
-"""Many keys at once, from a file: new ones, and ones that were made elsewhere."""
+"""Import of keys from a file: new keys, and keys whose tokens another system created."""

@@ -1,4 +1,4 @@
-"""What a line says of a key that was made elsewhere: one shape for each scheme.
+"""Parses the fields of an imported key: one set of fields per scheme.
 
     usesend   "clientId": "k3j9x0a1b2", "hash": "{salt}:{hash}"     useSend, unsent
     sha256    "hash": 64 hexadecimal digits, or base64              Unkey, Better Auth
@@ -10,8 +10,8 @@
     seam      "prefix": "acme", "shortToken": "BRTRKFsL", "hash": "{longTokenHash}"
     raw       "key": the token itself
 
-The law of this file: no value is repeated in an error, and no hash is taken that would cost a check
-more than a second or a gigabyte: later strangers decide when it is computed.
+The law of this file: no error contains a value, and no hash is accepted that would cost a check
+more than a second or a gigabyte: any client can cause its computation.
 """
 
 import base64
@@ -45,11 +45,11 @@ _NATIVE_TAIL: Final = "_" + "0" * 41
 
 
 class InvalidField(Exception):
-    """A field that cannot be taken.
+    """A field that is not accepted.
 
     Args:
         field: its name.
-        message: what it must be instead.
+        message: what it must be.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -61,14 +61,14 @@ class InvalidField(Exception):
 def parse(
     row: dict[str, Any], common_fields: frozenset[str]
 ) -> tuple[dict[str, Any], ImportedToken]:
-    """What a line says of a key as of any other, and what it says of its origin.
+    """The common fields of a line, and its imported token.
 
     Args:
         row: the line; it has a `scheme`.
-        common_fields: the fields that any line may have.
+        common_fields: the fields that lines without a scheme may have, too.
 
     Raises:
-        Problem: with the fields at fault.
+        Problem: with the invalid fields.
     """
     scheme = row["scheme"]
     if not isinstance(scheme, str) or scheme not in _SCHEMES:
@@ -81,10 +81,10 @@ def parse(
         if not isinstance(row.get(name), str | int) or isinstance(row[name], bool)
     ]
     if row.keys() - common.keys() - {*fields, "scheme"}:
-        # Their names are not told: a key may be among them.
+        # Their names are not reported: one of them may be a key.
         names = ", ".join(fields)
         errors.append(
-            InvalidInput("scheme", f"goes with {names}, and with no other fields of its own")
+            InvalidInput("scheme", f"must come with {names}, and with no other fields of its own")
         )
     if errors:
         raise invalid_input(errors)
@@ -94,7 +94,7 @@ def parse(
         raise invalid_input([InvalidInput(error.field, error.message)]) from None
     if token.token is not None and token.token.reveal() in str(row.get("name", "")):
         raise invalid_input(
-            [InvalidInput("name", "must not hold the key: names are stored and shown")]
+            [InvalidInput("name", "must not contain the key: names are stored and shown")]
         )
     return common, token
 
@@ -147,7 +147,7 @@ def _django(prefix: str, hashed: str) -> ImportedToken:
 def _argon2(prefix: str, hashed: str) -> ImportedToken:
     _require_match("prefix", imported_tokens.PUBLIC_PART_PATTERN, prefix)
     if is_native(Token(prefix + _NATIVE_TAIL)):
-        raise InvalidField("prefix", "is that of a token that keylatch itself makes")
+        raise InvalidField("prefix", "is that of a token that keylatch itself mints")
     return ImportedToken(f"argon2:{prefix}", _partial(prefix), _phc(hashed))
 
 
@@ -167,7 +167,7 @@ def _raw(key: str) -> ImportedToken:
         )
     token = Token(key)
     if is_native(token):
-        raise InvalidField("key", "has the shape of a token that keylatch itself makes")
+        raise InvalidField("key", "has the form of a token that keylatch itself mints")
     digest = hashlib.sha256(key.encode()).hexdigest()
     return ImportedToken(f"sha256:{digest}", f"...{key[-4:]}", token=token)
 
@@ -184,7 +184,7 @@ _SCHEMES: Final[dict[str, tuple[tuple[str, ...], Callable[..., ImportedToken]]]]
     "raw": (("key",), _raw),
 }
 FIELDS: Final = frozenset(name for fields, _ in _SCHEMES.values() for name in fields)
-"""What only lines with a `scheme` may have."""
+"""Fields that only lines with a `scheme` may have."""
 
 
 def _require_match(field: str, pattern: str, value: str) -> None:
@@ -197,7 +197,7 @@ def _partial(head: str) -> str:
 
 
 def _digest(value: str, size: int) -> str:
-    """Hexadecimal digits of a digest that is written in these, or in base64 of either alphabet."""
+    """The hexadecimal digits of a digest in hexadecimal or in base64 of either alphabet."""
     if re.fullmatch(rf"[0-9A-Fa-f]{{{2 * size}}}", value):
         digest = bytes.fromhex(value)
     else:
@@ -205,7 +205,7 @@ def _digest(value: str, size: int) -> str:
     if len(digest) != size:
         raise InvalidField("hash", f"must be {size} bytes, as hexadecimal digits or base64")
     if digest in (hashlib.sha256().digest(), hashlib.sha512().digest()):
-        raise InvalidField("hash", "is the hash of nothing")
+        raise InvalidField("hash", "is the hash of an empty token")
     return digest.hex()
 
 
@@ -233,9 +233,9 @@ def _phc(value: str) -> str:
 
 
 def _decode_base64(text: str) -> bytes:
-    """What base64 without padding stands for; empty where it is none, or not the one spelling."""
+    """The bytes of unpadded base64; empty if the text is not base64 or not its canonical form."""
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError:  # and not only binascii.Error: the text may be other than ASCII
+    except ValueError:  # not only binascii.Error: the text may contain other characters than ASCII
         return b""
     return raw if base64.b64encode(raw).decode().rstrip("=") == text else b""

@@ -1,11 +1,10 @@
-"""A file of keys to make, as JSON lines or CSV: read whole, and every mistake in it told at once.
+"""Reads a file of keys, JSON lines or CSV, as a whole, and reports every error in it at once.
 
     {"name": "ci", "organization": "acme", "expiresAt": "2030-01-01T00:00:00Z"}
     {"name": "old", "scheme": "usesend", "clientId": "k3j9x0a1b2", "hash": "…"}
 
-The second one is a key that was made elsewhere; `foreign_lines` knows what such lines say. The law
-of this file: nothing is made here, and no value is repeated in an error, because somebody may have
-put tokens into the file.
+The second line is an imported key; `external_keys` parses its fields. The law of this file: no key
+is created here, and no error contains a value, because the file may contain tokens.
 """
 
 import csv
@@ -31,7 +30,7 @@ _MAX_LINE_CHARACTERS: Final = schemas.MAX_BODY_BYTES
 
 
 class Row(schemas.Body):
-    """A line of the file; what it leaves out is the command's to say."""
+    """The fields of a line that are not about its import; None: `Defaults` apply."""
 
     name: str
     organization: str | None = None
@@ -42,7 +41,7 @@ class Row(schemas.Body):
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What counts for lines that do not say."""
+    """Values for fields that a line does not have."""
 
     organization: str = "default"
     permission: str = FULL
@@ -51,12 +50,12 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class NumberedKey:
-    """A key to be made, and the line that asks for it."""
+    """A key to create, and the number of its line."""
 
     line: int
     new_key: NewKey
     imported_token: ImportedToken | None = None
-    """Where it was made elsewhere: what is known of it."""
+    """None: a new key, whose token is minted."""
     scheme: str = ""
 
 
@@ -64,12 +63,12 @@ class FileErrors(Exception):
     """The file cannot be imported as it is.
 
     Args:
-        messages: what is wrong, each with its line.
+        messages: one per error, each with its line.
     """
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__(f"{len(messages)} mistakes")
-        self.told = messages
+        self.messages = messages
 
 
 def read(
@@ -79,17 +78,17 @@ def read(
     validate: Callable[[NewKey], list[InvalidValue]],
     first_line: int = 1,
 ) -> list[NumberedKey]:
-    """The keys that a file asks for, in its order.
+    """The keys of a file, in its order.
 
     Args:
-        stream: the file's text; a line feed is what ends its lines.
+        stream: the text of the file; its lines end with a line feed.
         file_format: one of `FORMATS`.
-        defaults: for what lines leave out.
-        validate: what no key may be; see `Keyring.faults`.
-        first_line: lines before this one are checked and left out.
+        defaults: for fields that a line does not have.
+        validate: the errors of a key; see `Keyring.validate`.
+        first_line: lines before this one are checked and skipped.
 
     Raises:
-        Mistakes: with every line that is wrong.
+        FileErrors: with all errors of all lines.
     """
     keys: list[NumberedKey] = []
     messages: list[str] = []
@@ -134,7 +133,7 @@ def _parse_object(text: str) -> dict[str, Any] | Problem:
         return problem
     except (ValueError, RecursionError):
         return Problem(400, "is not JSON")
-    return content if isinstance(content, dict) else Problem(400, "is no JSON object")
+    return content if isinstance(content, dict) else Problem(400, "is not a JSON object")
 
 
 def _read_csv(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
@@ -142,13 +141,16 @@ def _read_csv(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
     try:
         header = [name.strip() for name in next(reader, [])]
         if "name" not in header:
-            yield 1, Problem(400, f"is no header: it names columns, of {', '.join(FIELDS)}")
+            yield 1, Problem(400, f"is not a header with names of columns: {', '.join(FIELDS)}")
             return
         for cells in reader:
             if cells:
                 yield reader.line_num, _parse_record(header, cells)
     except csv.Error:
-        yield reader.line_num, Problem(400, "is not CSV: a quote does not end, or goes on after it")
+        yield (
+            reader.line_num,
+            Problem(400, "is not CSV: a quoted cell does not end, or text follows its end"),
+        )
 
 
 def _parse_record(header: list[str], cells: list[str]) -> dict[str, Any] | Problem:
@@ -162,7 +164,7 @@ def _parse_record(header: list[str], cells: list[str]) -> dict[str, Any] | Probl
 
 
 def _text_lines(stream: TextIO) -> Iterator[str]:
-    """Its lines; a byte order mark is what spreadsheets put at the head of UTF-8."""
+    """The lines without the byte order mark, with which spreadsheets begin UTF-8 files."""
     for number, text in enumerate(stream):
         yield text.removeprefix("\ufeff") if number == 0 else text
 
@@ -187,7 +189,7 @@ def _with_canonical_names(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _new_key(row: Row, defaults: Defaults) -> NewKey:
-    # Interned: a million lines name few organisations.
+    # Interned: a million lines have few different organisations.
     return NewKey(
         sys.intern(_value_or_default(row.organization, defaults.organization)),
         row.name,

@@ -1,1 +1,1 @@
-"""What operators run: backup, scanner, doctor."""
+"""The work of the commands for operators: backup and restore, scan, doctor."""

@@ -1,9 +1,8 @@
-"""Copies of a store that is a SQLite file: taken while everybody works, and put back the same way.
+"""Backup and restore of a store in a SQLite file, both while the store is in use.
 
-The law of this file: a copy is taken and put back through SQLite, in one transaction. Whoever
-copies the file itself leaves the log beside it behind, and with it the last changes, revokes among
-them. And a copy that is put back brings no key to life that was revoked since, as far as the
-store that it replaces can still tell.
+The law of this file: data is copied through SQLite, in one transaction. A copy of the file alone
+lacks the write-ahead log, and with it the last changes, which may be revocations. And a restore
+re-activates no key that was revoked after the backup, if the replaced store can be read.
 """
 
 import asyncio
@@ -40,7 +39,7 @@ _DISABLED_ORGANIZATIONS: Final = "SELECT id FROM keylatch_organizations WHERE NO
 
 
 class BackupError(Exception):
-    """A file that cannot be copied or put back; nothing was changed.
+    """The file cannot be copied or restored; nothing was changed.
 
     Args:
         message: why.
@@ -55,14 +54,14 @@ class BackupError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
-    """What putting a copy back meant.
+    """What a restore changed. The lists hold ids.
 
     Args:
-        revoked_again: keys that were revoked or disabled since the copy, and are still.
-        lost: keys that were made since, and are gone.
-        reverted: keys that have the permission, expiry or secret back that they had then.
-        disabled_again: organisations that were disabled since, and are still.
-        compared: whether the store that was replaced could be read.
+        revoked_again: keys revoked or disabled after the backup, which stay so.
+        lost: keys created after the backup, which are lost.
+        reverted: keys whose permission, expiry or secret is that of the backup again.
+        disabled_again: organisations disabled after the backup, which stay so.
+        compared: whether the replaced store could be read.
     """
 
     revoked_again: list[str]
@@ -73,25 +72,25 @@ class RestoreReport:
 
 
 def create_backup(source: Path, target: Path) -> int:
-    """Copy a store; return how many keys the copy holds.
+    """Copy a store; return the number of live keys in the copy.
 
     Raises:
-        Unusable: see `message`.
+        BackupError: see `message`.
     """
     if target.exists():
-        raise BackupError(f"{target} is there already", "another name: no backup is overwritten")
+        raise BackupError(f"{target} exists", "another name: backups are not overwritten")
     unfinished = target.with_name(target.name + ".unfinished")
     try:
         unfinished.unlink(missing_ok=True)
-        os.close(create_private(unfinished))  # it will hold the store's secrets
+        os.close(create_private(unfinished))  # it will contain the store's secrets
         with (
             closing(_open_read_only(source)) as store,
             closing(sqlite3.connect(unfinished)) as copy,
         ):
             _require_keylatch_store(store, source)
             store.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")  # one file, whoever opens it
-            # A process that serves the copy itself shares no memory with the original's.
+            copy.execute("PRAGMA journal_mode = DELETE")  # a single file, without a log beside it
+            # Values cached for the original are invalid for processes that use the copy.
             copy.execute("UPDATE keylatch_meta SET epoch = ?", (csprng.token_hex(8),))
             copy.commit()
             count = _check_integrity(copy, unfinished)
@@ -99,18 +98,18 @@ def create_backup(source: Path, target: Path) -> int:
     except (sqlite3.Error, OSError) as error:
         unfinished.unlink(missing_ok=True)
         hint = f"is {target.parent} a folder with room, and {source} a store?"
-        raise BackupError(f"no backup was made: {error}", hint) from None
+        raise BackupError(f"no backup was created: {error}", hint) from None
     return count
 
 
 def restore_backup(copy: Path, store: Path, now_ms: int, by: str) -> RestoreReport:
-    """Replace a store, which may be in use, by a copy of it.
+    """Replace a store, which may be in use, by a backup.
 
-    It gets a new epoch and higher sequence numbers, so whatever any process or Redis remembers
-    is believed no more. The audit log goes back as well, and gains a line in the name of `by`.
+    The store gets a new epoch and higher sequence numbers, which invalidates what processes and
+    Redis have cached. The audit log is that of the backup, with one more event, of actor `by`.
 
     Raises:
-        Unusable: see `message`.
+        BackupError: see `message`.
     """
     folder = Path(tempfile.mkdtemp(prefix="keylatch-", dir=store.parent))
     try:
@@ -133,7 +132,7 @@ def restore_backup(copy: Path, store: Path, now_ms: int, by: str) -> RestoreRepo
                 prepared_store.backup(replaced_store)
     except (sqlite3.Error, OSError) as error:
         hint = f"is {copy} a backup, and {store} on a disk with room?"
-        raise BackupError(f"nothing was put back: {error}", hint) from None
+        raise BackupError(f"nothing was restored: {error}", hint) from None
     finally:
         shutil.rmtree(folder)
     return report
@@ -146,7 +145,8 @@ async def _migrate(path: Path, now_ms: int) -> None:
 
 
 def _reconcile(prepared: sqlite3.Connection, store: Path, now_ms: int) -> RestoreReport:
-    """End in the copy what was ended in the store since, and make all memory of it worthless."""
+    """Revoke and disable in the backup what was revoked and disabled in the store since, and
+    invalidate all cached values."""
     previous = _read_previous(store) if store.exists() else None
     existing = {key_id for (key_id,) in prepared.execute("SELECT id FROM keylatch_keys")}
     live = {key_id: fields for key_id, *fields in prepared.execute(_LIVE_KEYS)}
@@ -170,7 +170,7 @@ def _reconcile(prepared: sqlite3.Connection, store: Path, now_ms: int) -> Restor
     epoch = csprng.token_hex(8)
     prepared.execute("UPDATE keylatch_meta SET seq = ?, epoch = ?", (seq + 1, epoch))
     prepared.execute("DELETE FROM keylatch_invalidations WHERE seq > ?", (seq,))
-    # It names nobody, so it concerns everybody.
+    # An invalidation without a key and an organisation is for all keys.
     prepared.execute(
         "INSERT INTO keylatch_invalidations (seq, at) VALUES (?, ?)", (seq + 1, now_ms)
     )
@@ -187,7 +187,7 @@ def _counts(report: RestoreReport) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class _PreviousStore:
-    """What the store that is replaced tells."""
+    """What is needed from the store that is replaced."""
 
     seq: int
     inactive: Mapping[str, tuple[int | None, str | None]]  # when deleted (None: disabled), and why
@@ -238,14 +238,16 @@ def _open_for_writing(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
     connection.execute("PRAGMA wal_autocheckpoint = 0")  # why: see `keylatch.storage.sqlite`
     connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("BEGIN IMMEDIATE")  # a copy waits for a lock without end: rather fail here
+    connection.execute(
+        "BEGIN IMMEDIATE"
+    )  # `backup` waits for a lock without a limit: fail here instead
     connection.execute("ROLLBACK")
     return connection
 
 
 def _require_keylatch_store(reader: sqlite3.Connection, path: Path) -> None:
     if not reader.execute(_HAS_TABLES).fetchall():
-        raise BackupError(f"{path} is no keylatch store", "nothing was changed")
+        raise BackupError(f"{path} is not a keylatch store", "nothing was changed")
     [version] = reader.execute("SELECT version_num FROM keylatch_version").fetchone()
     if version > VERSION:
         message = f"{path} is at version {version}, this keylatch knows up to {VERSION}"

@@ -1,11 +1,11 @@
-"""Where keylatch tokens stand in files. Whose they are is for `commands.scan` to ask.
+"""Finds keylatch tokens in files; `keylatch_sidecar.cli.scan` looks up their keys.
 
-A published regular expression has to lean on word boundaries, and leaks do not keep to them
+A regular expression needs word boundaries, and leaked tokens do not always have them
 (`KEY_kl_live_…`, `%20kl_live_…`, a JSON `\\nkl_live_…`). Here the CRC-32 decides where a token
-begins, so whatever stands around it does not matter.
+begins, so the text around it does not matter.
 
-Files are read by the chunk, whatever their size. What `git` and `grep` take for binary is left out
-unless it is asked for, and so is what git keeps compressed; the tally says so.
+Files of any size are read in chunks. Files that `git` and `grep` regard as binary and compressed
+git objects are skipped, and counted as skipped, unless the operator includes them.
 """
 
 import codecs
@@ -45,7 +45,7 @@ _UTF_16: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what PowerShell's
 
 @dataclass(frozen=True, slots=True)
 class FoundToken:
-    """A token, and where it stands. Lines count from 1."""
+    """A token and its place. The first line is 1."""
 
     path: str
     line: int
@@ -53,24 +53,24 @@ class FoundToken:
 
 
 class Scanner:
-    """Looks into files, one after the other.
+    """Collects the tokens of files.
 
     Args:
-        include_all: also into what is binary, huge, or git's own.
+        include_all: also of binary and large files and of git objects.
     """
 
     def __init__(self, *, include_all: bool = False) -> None:
         self._include_all = include_all
         self.found: list[FoundToken] = []
         self.file_count = 0
-        """How many were looked into."""
+        """Files that were scanned."""
         self.skipped: Counter[str] = Counter()
-        """What was not looked into, by why."""
+        """Reason → number of files or folders that were skipped."""
         self.unreadable: list[tuple[str, str]] = []
-        """What should have been and could not: place and why."""
+        """Path and error of each file or folder that could not be read."""
 
     def files_of(self, path: Path) -> Iterator[Path]:
-        """The file itself, or the regular files below a folder; symbolic links below are left."""
+        """The file itself, or the regular files below a folder; symbolic links are not followed."""
         if not path.is_dir():
             yield path
             return
@@ -85,7 +85,7 @@ class Scanner:
                     yield file
 
     def scan_file(self, path: Path) -> None:
-        """Add what stands in a file."""
+        """Add the tokens of a file."""
         try:
             with path.open("rb") as stream:
                 status = os.fstat(stream.fileno())
@@ -98,7 +98,7 @@ class Scanner:
             self._record_unreadable(error, str(path))
 
     def scan_stream(self, stream: BinaryIO, path: str) -> None:
-        """Add what stands in a stream of bytes."""
+        """Add the tokens of a stream of bytes."""
         first = stream.read(_CHUNK)
         encoding = "utf-16" if first.startswith(_UTF_16) else None
         if encoding is None and b"\0" in first and not self._include_all:
@@ -123,7 +123,7 @@ def _chunks(first: bytes, stream: BinaryIO, encoding: str | None) -> Iterator[by
 
 
 def _tokens_in_chunks(chunks: Iterator[bytes]) -> Iterator[tuple[int, Token]]:
-    """Line and token; one that lies across two chunks is found in the second."""
+    """Line and token; a token that spans two chunks is found in the second."""
     window, line = b"", 1
     for chunk in chunks:
         overlap = window[-MAX_LENGTH:]
@@ -139,7 +139,7 @@ def _tokens_in_chunks(chunks: Iterator[bytes]) -> Iterator[tuple[int, Token]]:
 
 
 def tokens_in(data: bytes) -> Iterator[tuple[int, int, Token]]:
-    """Every token among the bytes, from where to where, whatever stands before and behind it."""
+    """Start, end and token of every token, whatever surrounds it."""
     match = _CORE.search(data)
     while match is not None:
         start = match.start()
@@ -151,7 +151,7 @@ def tokens_in(data: bytes) -> Iterator[tuple[int, int, Token]]:
 
 
 def _token_ending_in(left: "re.Match[bytes]", core: bytes) -> Token | None:
-    """The token that begins where its CRC-32 says so."""
+    """The token that ends with `core`; its CRC-32 decides where in `left` it begins."""
     word, environment = left[1].decode(), left[2].decode()
     for start in range(len(word) - 1):
         text = f"{word[start:]}_{environment}{core.decode()}"

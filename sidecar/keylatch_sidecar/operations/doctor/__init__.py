@@ -1,1 +1,1 @@
-"""What `keylatch doctor` looks at: settings, host, store and Redis. It changes nothing anywhere."""
+"""The checks of `keylatch doctor`: settings, host, store, Redis, listeners. They change nothing."""

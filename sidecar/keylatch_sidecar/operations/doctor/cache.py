@@ -1,4 +1,4 @@
-"""Redis, which nothing needs to be right, and which is of use only if it answers within 50 ms."""
+"""Checks of Redis. No decision depends on it, and it is of use only if it answers within 50 ms."""
 
 import asyncio
 import statistics
@@ -18,7 +18,7 @@ _NEARLY_FULL: Final = 0.9
 
 
 async def examine(url: str) -> list[Finding]:
-    """What there is to say of it."""
+    """The findings for this Redis."""
     client = connect(url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS)
     try:
         async with asyncio.timeout(_SECONDS * 2):
@@ -26,10 +26,10 @@ async def examine(url: str) -> list[Finding]:
             seconds = [await _time_one_query(client) for _ in range(_QUERIES)]
             try:
                 info: Mapping[str, Any] = await client.info()
-            except ResponseError:  # not for this user
+            except ResponseError:  # this user may not
                 info = {}
     except AuthenticationError:
-        message = "it does not take this user and password"
+        message = "it rejects this user and password"
         return [failure("Redis", message, "is the password in KEYLATCH_REDIS right, and encoded?")]
     except failures() as error:
         message = f"does not answer ({type(error).__name__}): everything works without it, slower"
@@ -52,14 +52,14 @@ def _check_latency(seconds: list[float]) -> Iterator[Finding]:
         hint = "a call is abandoned after 50 ms, and then Redis is not called for a second"
         yield warning("Redis latency", message, hint)
     elif median > _SLOW_SECONDS:
-        yield warning("Redis latency", message, "one that is closer; the store may be quicker")
+        yield warning("Redis latency", message, "use one that is closer; the store may be faster")
     else:
         yield ok("Redis latency", message)
 
 
 def _check_server(info: Mapping[str, Any]) -> Iterator[Finding]:
     if not info:
-        hint = "allow this user INFO to have it examined"
+        hint = "allow this user INFO, so that doctor can check more"
         yield warning("Redis", "it answers, but refuses INFO", hint)
         return
     yield ok("Redis", f"version {info.get('redis_version', 'unknown')}")
@@ -67,7 +67,7 @@ def _check_server(info: Mapping[str, Any]) -> Iterator[Finding]:
         message = "this is a replica: nothing can be cached in it or published to it"
         yield failure("Redis role", message, "set KEYLATCH_REDIS to the primary")
     if info.get("cluster_enabled"):
-        message = "it is a cluster: commands with several keys fail"
+        message = "this is a cluster: commands with several keys fail"
         yield warning("Redis role", message, "one server without cluster mode")
     yield from _check_memory(info)
 
@@ -82,7 +82,7 @@ def _check_memory(info: Mapping[str, Any]) -> Iterator[Finding]:
         yield warning(
             "Redis memory",
             message,
-            "maxmemory-policy volatile-lru or allkeys-lru: a full Redis takes nothing new",
+            "maxmemory-policy volatile-lru or allkeys-lru: a full Redis stores nothing new",
         )
     elif not limit:
         hint = "set maxmemory, with volatile-lru or allkeys-lru; keylatch's values live 300 s"

@@ -1,4 +1,4 @@
-"""The whole examination: all parts at once, each of them for so long at most."""
+"""Runs all checks concurrently, each with a time limit."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -24,7 +24,7 @@ async def examine(settings: Settings) -> list[Finding]:
         checks.append(_with_timeout("Redis", cache.examine(settings.redis), _SECONDS))
     found = await asyncio.gather(*checks)
     return [
-        ok("settings", "all are understood"),
+        ok("settings", "all are valid"),
         *host.check_pepper_file(settings),
         *(each for findings in found for each in findings),
         *await asyncio.to_thread(lambda: list(listeners.examine(settings.store))),

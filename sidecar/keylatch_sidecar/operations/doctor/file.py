@@ -1,4 +1,4 @@
-"""The store as a SQLite file. It is opened to read, so that looking makes and changes nothing."""
+"""Checks of a store in a SQLite file. It is opened read-only, so that no check changes it."""
 
 import os
 import shutil
@@ -21,11 +21,11 @@ _HAS_TABLES: Final = "SELECT name FROM sqlite_schema WHERE name = 'keylatch_vers
 
 
 def examine(database: SQLite, path: Path) -> list[Finding]:
-    """What there is to say of the file and of what it holds; for a thread."""
+    """The findings for the file and its contents. Blocks: call it in a thread."""
     findings = [*_check_folder(path), *_check_file_system(database), *_check_library(database)]
     if not path.exists():
-        hint = "the first start makes it; is KEYLATCH_STORE right?"
-        return [*findings, warning("store", f"there is no {path}", hint)]
+        hint = "the first start creates it; is KEYLATCH_STORE right?"
+        return [*findings, warning("store", f"{path} does not exist", hint)]
     findings += [*_check_permissions(database, path), *_check_log(database)]
     place = f"file:{quote(str(path))}?mode=ro"
     try:
@@ -49,38 +49,38 @@ def _check_contents(reader: sqlite3.Connection, path: Path) -> Iterator[Finding]
 def _check_folder(path: Path) -> Iterator[Finding]:
     folder = path.parent
     if not folder.is_dir():
-        yield failure("folder", f"there is no {folder}", "make it, or set KEYLATCH_STORE")
+        yield failure("folder", f"{folder} does not exist", "create it, or set KEYLATCH_STORE")
         return
     if not os.access(folder, os.W_OK | os.X_OK):
-        hint = "SQLite keeps its log beside the file: chown it to the account that runs keylatch"
-        yield failure("folder", f"{folder} cannot be written", hint)
+        hint = "SQLite keeps its log beside the file: chown the folder to the account of keylatch"
+        yield failure("folder", f"{folder} is not writable", hint)
     elif folder.stat().st_mode & 0o002 and not folder.stat().st_mode & 0o1000:
         yield warning(
             "folder",
-            f"every account may write in {folder}, and so replace the store",
+            f"every account may write to {folder}, and so replace the store",
             f"chmod o-w {folder}",
         )
     else:
-        yield ok("folder", f"{folder} can be written")
+        yield ok("folder", f"{folder} is writable")
     free = shutil.disk_usage(folder).free
     room = f"{free / (1 << 20):,.0f} MiB are free"
     if free < _NO_ROOM_BYTES:
-        yield failure("disk", room, "make room: no key can be made or revoked without")
+        yield failure("disk", room, "free some space: without it no key can be created or revoked")
     elif free < _SCARCE_BYTES:
-        yield warning("disk", room, "make room before it runs out")
+        yield warning("disk", room, "free some space before it runs out")
     else:
         yield ok("disk", room)
 
 
 def _check_file_system(database: SQLite) -> Iterator[Finding]:
-    # One that is known not to do, a mount of the file alone and a second name are no findings:
-    # they stop the start, and the examination as well.
+    # An unsuitable file system, a mount of the file alone and a second hard link are not findings
+    # of this check: they stop every start, and this examination in `database_of`.
     kind = database.file.unknown_file_system()
     if kind is not None:
         yield warning(
             "file system",
             f"keylatch does not know {kind}, which needs POSIX locks and shared memory",
-            "a local disk: without them, revoked keys may live again",
+            "use a local disk: without them, revoked keys may become active again",
         )
 
 
@@ -88,16 +88,16 @@ def _check_permissions(database: SQLite, path: Path) -> Iterator[Finding]:
     too_open = database.file.exposed_files()
     if not os.access(path, os.W_OK):
         hint = "chown it to the account that runs keylatch"
-        yield failure("permissions", f"{path} cannot be written", hint)
+        yield failure("permissions", f"{path} is not writable", hint)
     elif too_open:
         named = ", ".join(f"{each} ({mode:04o})" for each, mode in too_open)
         yield warning(
             "permissions",
-            f"others than its owner may use {named}: it holds the store's secrets",
+            f"other accounts than the owner may use {named}: it contains the store's secrets",
             f"chmod 600 {' '.join(str(each) for each, _ in too_open)}",
         )
     else:
-        yield ok("permissions", f"for its owner only ({path.stat().st_mode & 0o777:04o})")
+        yield ok("permissions", f"accessible to its owner only ({path.stat().st_mode & 0o777:04o})")
     lock = database.file.unsafe_lock()
     if lock is not None:
         yield warning(
@@ -120,6 +120,8 @@ def _check_log(database: SQLite) -> Iterator[Finding]:
 
 def _check_library(database: SQLite) -> Iterator[Finding]:
     for message in database.version_warnings:
-        yield warning("SQLite", message, "a newer SQLite, or nothing else that writes to the file")
+        yield warning(
+            "SQLite", message, "use a newer SQLite, or let no other program write to the file"
+        )
     if not database.version_warnings:
         yield ok("SQLite", sqlite3.sqlite_version)

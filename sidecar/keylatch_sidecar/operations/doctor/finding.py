@@ -1,4 +1,4 @@
-"""What was found, how bad it is, and what to do about it. No finding ever holds a URL."""
+"""The result of one check. Findings never contain URLs, which may have passwords."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """How bad it is."""
+    """The severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -15,13 +15,13 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table.
+    """One row of the table.
 
     Args:
-        check: what was looked at.
-        status: how bad it is.
+        check: what was checked.
+        status: the severity.
         message: what was found.
-        hint: what to do about it; empty where nothing has to be done.
+        hint: what to do about it; empty if nothing has to be done.
     """
 
     check: str
@@ -36,16 +36,16 @@ def ok(check: str, message: str) -> Finding:
 
 
 def warning(check: str, message: str, hint: str) -> Finding:
-    """It works, and will work better."""
+    """It works, and could be better."""
     return Finding(check, Status.WARNING, message, hint)
 
 
 def failure(check: str, message: str, hint: str) -> Finding:
-    """It does not work, or a promise of keylatch's does not hold."""
+    """It does not work, or keylatch cannot keep one of its guarantees."""
     return Finding(check, Status.FAILURE, message, hint)
 
 
 def worst_status(findings: Iterable[Finding]) -> Status:
-    """The worst grade of all."""
+    """The worst status of all findings."""
     statuses = {finding.status for finding in findings}
     return next((each for each in (Status.FAILURE, Status.WARNING) if each in statuses), Status.OK)

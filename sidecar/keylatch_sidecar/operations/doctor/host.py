@@ -1,4 +1,4 @@
-"""This host: what a hash costs here."""
+"""Checks of this host: the pepper file and the cost of hashing."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ _SLOW_SECONDS: Final = 0.1
 
 
 def check_pepper_file(settings: Settings) -> Iterator[Finding]:
-    """Whether what is signed in Redis takes more than what the store holds."""
+    """Whether signing values in Redis needs a secret that the store does not contain."""
     if settings.warnings:
         message = "every account of this host may read it"
         yield warning("pepper file", message, "chmod o-r, and a new secret in it")
@@ -27,9 +27,9 @@ def check_pepper_file(settings: Settings) -> Iterator[Finding]:
 
 
 async def check_hashing(settings: Settings) -> list[Finding]:
-    """What a cold key costs here, beside the rest of a request."""
+    """The cost of hashing in the check of a key that no cache has."""
     if settings.hasher == "sha256":
-        return [ok("hashing", "SHA-256: nothing to speak of")]
+        return [ok("hashing", "SHA-256: negligible")]
     hasher = Hasher("argon2id", OWASP_MINIMUM, workers=1)
     token = MacKeys([b"doctor" * 4]).mint("kl", "live")
     durations = []
@@ -41,10 +41,10 @@ async def check_hashing(settings: Settings) -> list[Finding]:
     processors = os.cpu_count() or 1
     shortest, mebibytes = min(durations), OWASP_MINIMUM.memory_kib // 1024 * processors
     message = (
-        f"argon2id takes {shortest * 1000:.0f} ms: {processors / shortest:,.0f} cold keys a second"
-        f" on {processors} processors, with {mebibytes} MiB"
+        f"argon2id takes {shortest * 1000:.0f} ms: {processors / shortest:,.0f} uncached keys per"
+        f" second on {processors} processors, with {mebibytes} MiB"
     )
     if shortest > _SLOW_SECONDS:
-        hint = "KEYLATCH_HASHER=sha256 is as safe for tokens that keylatch made"
+        hint = "KEYLATCH_HASHER=sha256 is as safe for tokens that keylatch minted"
         return [warning("hashing", message, hint)]
     return [ok("hashing", message)]

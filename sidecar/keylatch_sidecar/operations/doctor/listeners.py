@@ -1,6 +1,6 @@
-"""Where the sidecars of a store listen on this host, as the kernel tells it (proc(5)).
+"""The addresses on which the sidecars of a store listen on this host, from proc(5).
 
-Only processes whose files this account may read are seen: those of its own, and for root all.
+Only processes whose files this account may read are found: its own, and all of them for root.
 """
 
 import os
@@ -28,7 +28,7 @@ _PROGRAM: Final = re.compile(r"keylatch(_sidecar)?(/__main__\.py)?$")
 
 
 def examine(store: str) -> Iterator[Finding]:
-    """Whether tokens for this store travel readable, as far as can be seen from here."""
+    """Whether a sidecar of this store accepts tokens over plain HTTP from other hosts."""
     servers = [each for each in _servers() if each.store == _canonical_store(store, Path.cwd())]
     plaintext = [
         f"{server.pid} on {host}:{port}"
@@ -54,7 +54,7 @@ class Server:
 
     @property
     def store(self) -> str:
-        """Where its keys are, as `_canonical_store` spells it."""
+        """Its store, in the form of `_canonical_store`."""
         given = self._option("--store") or self.variables.get(variable_name("store"), "")
         file = self.variables.get(variable_name("store_file"), "")
         if not given and file:
@@ -64,7 +64,7 @@ class Server:
         return _canonical_store(given or default, self.folder)
 
     def listens_on(self) -> Iterator[tuple[str, int]]:
-        """Addresses and ports that take tokens: all but the one for metrics."""
+        """Addresses and ports that accept tokens: all except that for metrics."""
         process = _PROC / str(self.pid)
         own = _sockets(process / "fd")
         for row in (*_rows(process / "net/tcp"), *_rows(process / "net/tcp6")):
@@ -84,17 +84,17 @@ class Server:
 
 def _servers() -> Iterator[Server]:
     for process in _PROC.glob("[0-9]*"):
-        with suppress(OSError):  # it ended, or is another account's
+        with suppress(OSError):  # it has ended, or belongs to another account
             arguments = _read_strings(process / "cmdline")
             if "serve" in arguments and any(map(_PROGRAM.search, arguments)):
                 pairs = (text.partition("=") for text in _read_strings(process / "environ"))
                 variables = {name: value for name, _, value in pairs}
-                list((process / "fd").iterdir())  # whether it may be seen
+                list((process / "fd").iterdir())  # raises if this account may not read it
                 yield Server(int(process.name), arguments, variables, (process / "cwd").readlink())
 
 
 def _canonical_store(url: str, folder: Path) -> str:
-    """A store's URL, the same for all who mean the same file."""
+    """The same text for all URLs of the same SQLite file; other URLs unchanged."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -109,7 +109,7 @@ def _read_strings(path: Path) -> list[str]:
 
 
 def _sockets(descriptors: Path) -> set[str]:
-    """The inodes of the sockets that a process has open; none if it has ended."""
+    """The inodes of the open sockets of a process; none if it has ended."""
     links: list[str] = []
     with suppress(OSError):
         for each in descriptors.iterdir():

@@ -1,4 +1,4 @@
-"""The store as a PostgreSQL server."""
+"""Checks of a store in PostgreSQL."""
 
 import asyncio
 import time
@@ -31,11 +31,11 @@ _HAS_TABLES: Final = "SELECT to_regclass('keylatch_version') IS NOT NULL"
 
 
 async def examine(database: Database, lease: float) -> list[Finding]:
-    """What there is to say of the server and of what it holds.
+    """The findings for the server and the tables.
 
     Args:
         database: on PostgreSQL.
-        lease: X, in seconds: whoever renews none for so long holds none.
+        lease: the lease duration in seconds, within which every running process renews its lease.
     """
 
     async def fetch(statement: str) -> list[tuple[Any, ...]]:
@@ -51,8 +51,8 @@ async def examine(database: Database, lease: float) -> list[Finding]:
             return [*findings, tables.check_version(None)]
         findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
         if not (await fetch(_MAY_WRITE))[0][0]:
-            hint = "GRANT this user the rights of the tables' owner"
-            findings.append(failure("rights", "the tables cannot be written", hint))
+            hint = "GRANT this user the privileges of the tables' owner"
+            findings.append(failure("rights", "the tables are not writable", hint))
         findings += tables.check_secrets(await fetch(tables.SECRETS))
         before = await fetch(tables.MEMBERS)
         if before:
@@ -77,13 +77,13 @@ def _check_server(
 ) -> Iterator[Finding]:
     yield ok("store", f"PostgreSQL {version.split()[0]}")
     if is_replica:
-        message = "this is a replica: it grants no lease, and every check is 503"
+        message = "this is a replica: it grants no leases, and every check is answered with 503"
         yield failure("primary", message, "set KEYLATCH_STORE to the primary")
     elif read_only == "on":
-        message = "transactions are read only by default"
+        message = "transactions are read-only by default"
         yield failure("primary", message, "ALTER ROLE … SET default_transaction_read_only = off")
     else:
-        yield ok("primary", "it is the primary and takes writes")
+        yield ok("primary", "this is the primary, and it is writable")
     unsafe = [
         f"{name} is off"
         for name, value in [
@@ -94,18 +94,20 @@ def _check_server(
         if value == "off"
     ]
     if unsafe:
-        message = f"{', '.join(unsafe)}: a crash can undo a revoke that was answered"
-        yield failure("durability", message, "switch it on for this server or this user")
+        message = f"{', '.join(unsafe)}: a crash can undo a revocation that was confirmed"
+        yield failure("durability", message, "turn it on for this server or this user")
     else:
-        yield ok("durability", "commits are on disk before they are answered")
+        yield ok("durability", "commits are on disk before they are confirmed")
     if max_connections - open_connections < _MIN_FREE_CONNECTIONS:
         yield warning(
             "connections",
-            f"{open_connections} of {max_connections} are taken",
-            "raise max_connections, or pool less",
+            f"{open_connections} of {max_connections} are in use",
+            "raise max_connections, or use smaller pools",
         )
     if address not in (None, "127.0.0.1", "::1") and not is_encrypted:
-        yield warning("encryption", "none on the way to the server", "sslmode=verify-full")
+        yield warning(
+            "encryption", "the connection to the server is not encrypted", "sslmode=verify-full"
+        )
 
 
 async def _check_clock(fetch: Callable[[str], Awaitable[tables.Rows]]) -> list[Finding]:
@@ -115,10 +117,10 @@ async def _check_clock(fetch: Callable[[str], Awaitable[tables.Rows]]) -> list[F
     skew = store_seconds - (asked_at + seconds / 2)
     findings = [ok("latency", f"{seconds * 1000:.1f} ms for a query")]
     if seconds > _SLOW_SECONDS:
-        hint = "use a server that is closer: each cold key and each revoke waits for it"
+        hint = "use a server that is closer: each uncached key and each revocation waits for it"
         findings = [warning("latency", f"{seconds * 1000:.1f} ms for a query", hint)]
     if abs(skew) - seconds / 2 > _MAX_CLOCK_SKEW_SECONDS:
         message = f"this host's clock and the store's are {abs(skew):.1f} s apart"
-        hint = "synchronise them; expiry goes by the store's, times of creation by this host's"
+        hint = "synchronise them: expiry uses the store's clock, times of creation use this host's"
         return [*findings, warning("clocks", message, hint)]
     return [*findings, ok("clocks", "this host's and the store's agree within a second")]

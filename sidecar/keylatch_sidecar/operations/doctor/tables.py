@@ -1,6 +1,6 @@
-"""What keylatch's own tables tell, whichever database they are in: version, secrets, members.
+"""Checks of keylatch's tables in either database: version, secrets, members.
 
-The questions, and what the answers mean; it asks nobody itself.
+The statements, and what their rows mean; this file executes nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ Rows = Sequence[tuple[Any, ...]]
 STORED_VERSION: Final = "SELECT version_num FROM keylatch_version"
 SECRETS: Final = "SELECT kind, enabled FROM keylatch_secrets"
 MEMBERS: Final = "SELECT id, grants FROM keylatch_members"
-"""How many leases each process has been granted so far."""
+"""Number of leases granted to each process so far."""
 
 
 def check_version(version: str | None) -> Finding:
-    """Whether this keylatch knows the tables."""
+    """Whether the tables have the version that this keylatch needs."""
     if version is None:
-        return warning("tables", "there are none yet", "the first start makes them")
+        return warning("tables", "there are none yet", "the first start creates them")
     if version > VERSION:
         message = f"at version {version}, this keylatch knows up to {VERSION}"
         return failure("tables", message, "upgrade keylatch on this host")
@@ -33,29 +33,29 @@ def check_version(version: str | None) -> Finding:
 
 
 def check_secrets(secrets: Rows) -> Iterator[Finding]:
-    """Whether there is a check key and a pepper, and no rotation was left in the middle."""
+    """Whether there are a MAC key and a pepper, and no rotation is unfinished."""
     missing = {"mac", "pepper"} - {kind for kind, is_primary in secrets if is_primary}
     if missing:
         names = " and ".join(sorted(missing))
         yield failure("secrets", f"there is no {names}", "restore the store from a backup")
     elif not all(enabled for _, enabled in secrets):
-        yield warning("secrets", "a rotation was not finished", "keylatch secrets rotate")
+        yield warning("secrets", "a rotation is unfinished", "keylatch secrets rotate")
     elif len(secrets) > _MAX_SECRETS:
-        message = f"{len(secrets)} kept: every forged token is tried with all of them"
+        message = f"{len(secrets)} stored: every forged token is verified with each MAC key"
         yield warning(
-            "secrets", message, "keylatch secrets list, then retire: peppers cost nothing"
+            "secrets", message, "keylatch secrets list, then retire MAC keys; peppers cost nothing"
         )
     else:
-        yield ok("secrets", f"{len(secrets)} kept")
+        yield ok("secrets", f"{len(secrets)} stored")
 
 
 def check_members(before: Mapping[str, int], after: Mapping[str, int]) -> Finding:
-    """Which processes were granted no lease between two looks that are more than X apart."""
+    """Which processes were granted no lease for longer than the lease duration."""
     silent = [member for member, count in before.items() if after.get(member) == count]
     if silent:
         return warning(
             "processes",
             f"{len(silent)} of {len(after)} do not renew their lease: killed, stopped, or cut off",
-            "nothing has to be done: the next revoke waits for them once and removes them",
+            "nothing has to be done: the next revocation waits for them once and removes them",
         )
     return ok("processes", f"{len(after)} renew their leases")

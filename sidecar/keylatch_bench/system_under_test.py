@@ -1,7 +1,7 @@
-"""What is measured: a sidecar over its connections, or an engine in this process.
+"""What is measured: a sidecar, over connections, or an engine in this process.
 
-In process a check that the engine answers at once takes no trip through the event loop, as in the
-middleware; one that it cannot is a task, and as many run at a time as there are lines.
+As in the middleware, a check that the engine decides from its local cache does not go through the
+event loop; a cache miss is a task. As many run concurrently as there are clients.
 """
 
 import asyncio
@@ -14,44 +14,45 @@ from keylatch.core.decisions import Allow, Decision
 from keylatch.core.refusals import ANSWERS
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch_bench.connection import Address, Connection, Unusable
-from keylatch_bench.load import Client, Credential, Outcome, check
+from keylatch_bench.connection import Address, Connection
+from keylatch_bench.errors import BenchError
+from keylatch_bench.load_generator import Client, Credential, Outcome, check
 
 _PROXY_HEADERS: Final = (
     b"",
     b"X-Forwarded-Method: GET\r\nX-Forwarded-Uri: /\r\n",
     b"X-Original-Method: GET\r\nX-Original-URL: /\r\n",
 )
-"""What a sidecar may expect of the proxies that ask it (`KEYLATCH_VERIFY_REQUEST`)."""
+"""What a sidecar may expect of proxies (`KEYLATCH_VERIFY_REQUEST`)."""
 
 
-class Subject(Protocol):
-    """Whatever checks keys."""
+class SystemUnderTest(Protocol):
+    """Checks keys."""
 
     clients: Sequence[Client]
     flood_clients: Sequence[Client]
-    """As many again, so that a flood does not wait in the way of the checks that it disturbs."""
+    """As many others, so that the checks do not wait for clients that are busy with the flood."""
 
     async def open(self) -> None:
-        """Make sure that it is there.
+        """Connect or start.
 
         Raises:
-            Unusable, KeylatchError: it is not.
+            BenchError, KeylatchError: the target cannot be used.
         """
 
     async def first_check(self, credential: Credential) -> Outcome:
-        """The first check of a good key; see to it that it can be allowed."""
+        """Check a valid key, and find the request headers with which it is allowed."""
 
     async def close(self) -> None:
-        """Let it go."""
+        """Disconnect or stop."""
 
 
 class Sidecar:
-    """See `Subject`.
+    """See `SystemUnderTest`.
 
     Args:
-        address: where it answers `/verify`.
-        connections: how many to keep.
+        address: of its `/verify`.
+        connections: number of connections for checks, and as many for the flood.
     """
 
     def __init__(self, address: Address, connections: int) -> None:
@@ -66,11 +67,13 @@ class Sidecar:
                 await connection.open()
             except OSError as error:
                 wrong = f"cannot connect to {self._address}: {error.strerror or 'no answer'}"
-                raise Unusable(wrong, "is the sidecar running, and is that its address?") from None
-        nobody = await check(self.clients[0], Credential(b"", 401))
-        if nobody not in (401, 403):
-            wrong = f"{self._address}/verify answers a call without a key with {nobody}"
-            raise Unusable(wrong, "is that a keylatch sidecar?")
+                raise BenchError(
+                    wrong, "is the sidecar running, and is that its address?"
+                ) from None
+        status = await check(self.clients[0], Credential(b"", 401))
+        if status not in (401, 403):
+            wrong = f"{self._address}/verify answers a request without a key with {status}"
+            raise BenchError(wrong, "is that a keylatch sidecar?")
 
     async def first_check(self, credential: Credential) -> Outcome:
         outcome: Outcome = 403
@@ -88,7 +91,7 @@ class Sidecar:
 
 
 class EngineClient:
-    """See `keylatch_bench.load.Client`."""
+    """See `keylatch_bench.load_generator.Client`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -115,11 +118,11 @@ def _status(decision: Decision) -> Outcome:
 
 
 class InProcess:
-    """See `Subject`.
+    """See `SystemUnderTest`.
 
     Args:
         settings: store and Redis.
-        checks: how many may run at a time.
+        checks: how many may run concurrently.
     """
 
     def __init__(self, settings: Settings, checks: int) -> None:
@@ -128,7 +131,7 @@ class InProcess:
         self.flood_clients: Sequence[Client] = [EngineClient(self.engine) for _ in range(checks)]
 
     async def open(self) -> None:
-        await self.engine.store.open(int(time.time() * 1000))  # tells why it cannot
+        await self.engine.store.open(int(time.time() * 1000))  # raises why it cannot be opened
         await self.engine.start()
 
     async def first_check(self, credential: Credential) -> Outcome:

@@ -1,6 +1,6 @@
-"""The page: one file that needs no other, from nowhere, in light and dark.
+"""The HTML report: a single file without scripts, in a light and a dark theme.
 
-Pictures are part of it, once for each theme. Nothing in it runs, and it may not ask anybody.
+The plots are embedded, and the page's Content-Security-Policy forbids requests to other hosts.
 """
 
 from base64 import b64encode
@@ -11,8 +11,8 @@ import jinja2
 
 from keylatch_bench import report
 from keylatch_bench.comparison import Change
-from keylatch_bench.figures import Results
 from keylatch_bench.plots import Picture
+from keylatch_bench.results import Results
 
 
 def render(
@@ -21,17 +21,17 @@ def render(
     moves: Sequence[Change] = (),
     differences: Sequence[str] = (),
 ) -> str:
-    """The HTML.
+    """The page.
 
     Args:
         results: of this run.
-        pictures: of them.
-        moves: what moved since another.
-        differences: why the two may not be compared like with like.
+        pictures: its plots.
+        moves: changes since an earlier run.
+        differences: what makes that comparison unreliable.
     """
     template = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    ).from_string((Path(__file__).parent / "page.html").read_text())
+    ).from_string((Path(__file__).parent / "html_report.html").read_text())
     return template.render(
         summary=report.summary(results),
         warnings=report.warnings(results),

@@ -1,8 +1,8 @@
-"""The revocation probe: a key is used on all lines without a pause, and revoked meanwhile.
+"""Uses a key on all connections continuously, revokes it meanwhile, and measures the effect.
 
-It asks what keylatch promises: no check that begins after the answer of the DELETE is accepted.
-A beginning is read from the clock before the check is sent, and the answer of the DELETE after it
-was read, so a check counts against keylatch only if it certainly began after it.
+It verifies keylatch's guarantee: no check that begins after the response to the DELETE is accepted.
+The time of a check is taken before it is sent, and the time of the response after it was received,
+so a check is reported as a violation only if it certainly began after the response.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from keylatch_bench.figures import Revocation
-from keylatch_bench.load import Client, Credential, check
+from keylatch_bench.load_generator import Client, Credential, check
+from keylatch_bench.results import Revocation
 
 _USES_BEFORE: Final = 5
 _USES_AFTER: Final = 5
@@ -21,7 +21,7 @@ _PATIENCE_SECONDS: Final = 4.0
 
 @dataclass(slots=True)
 class _ClientLog:
-    """What one line saw."""
+    """The outcomes of one client."""
 
     accepted: list[int] = field(default_factory=list)
     """When each accepted check began."""
@@ -39,15 +39,15 @@ async def revoke_in_use(
     clock: Callable[[], int] = time.perf_counter_ns,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Revocation:
-    """Use a key on all lines at `rate` checks a second, revoke it, and see what happens.
+    """Use a key with all clients, revoke it, and go on until all clients were refused.
 
     Args:
         clients: idle ones.
         credential: of the key.
-        delete: revokes it, and returns when that is answered.
-        rate: of all lines together.
-        clock: nanoseconds that never go back.
-        sleep: waits between two checks on a line.
+        delete: revokes it, and returns after the response.
+        rate: checks per second of all clients together.
+        clock: monotonic, in nanoseconds.
+        sleep: waits between two checks of a client.
     """
     logs = [_ClientLog() for _ in clients]
     interval = len(clients) / rate
@@ -109,7 +109,7 @@ async def _wait_until(
     clock: Callable[[], int],
     sleep: Callable[[float], Awaitable[None]],
 ) -> None:
-    """Return when it is so, or when that takes too long."""
+    """Return when the condition holds, or after `_PATIENCE_SECONDS`."""
     deadline = clock() + int(_PATIENCE_SECONDS * 1e9)
     while not condition() and clock() < deadline:
         await sleep(0.002)

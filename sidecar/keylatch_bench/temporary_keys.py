@@ -1,8 +1,8 @@
-"""The keys of a run: made for it, named after it, and every one of them taken back.
+"""The keys of a run: created for it, named after it, and all revoked at its end.
 
-A key is in the books before anybody can use it, and its making cannot be interrupted, so Ctrl-C in
-the middle leaves none behind; then whatever still bears the name of this run is looked for and
-revoked as well. Keys expire by themselves if even that fails.
+A key is registered before it is used, and its creation cannot be cancelled, so an interrupted run
+leaves no key behind. If the result of a creation is unknown, keys with the name of this run are
+looked up and revoked. If that fails too, the keys expire.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ from typing import Final, Literal, Protocol, TypeVar
 
 from keylatch.core.tokens import Token
 from keylatch.errors import KeylatchError
-from keylatch_bench.connection import Unusable
-from keylatch_bench.load import Credential
+from keylatch_bench.errors import BenchError
+from keylatch_bench.load_generator import Credential
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 Scheme = Literal["argon2id", "cheap", "sha256"]
-"""How a key is hashed; `cheap` is argon2id at hardly any price, for keys that Redis shall know."""
+"""The hash function of a key; `cheap` is argon2id with minimal cost, for keys to put into Redis."""
 
 _AT_A_TIME: Final = 4
 _BATCH: Final = 20
-FAILURES: Final = (KeylatchError, Unusable, OSError, TimeoutError)
+FAILURES: Final = (KeylatchError, BenchError, OSError, TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +38,37 @@ class Key:
 
     @property
     def credential(self) -> Credential:
-        """What its holder sends."""
+        """What a client with this key sends."""
         return Credential(b"Bearer " + self.token.reveal().encode(), 200)
 
 
 class KeyFactory(Protocol):
-    """Makes and revokes keys somewhere."""
+    """Creates and revokes keys."""
 
     async def create(self, name: str, scheme: Scheme, expires_at: float) -> Key:
-        """A FULL key that expires then (seconds since the epoch); the scheme is a wish."""
+        """Create a FULL key that expires at `expires_at` (seconds since the epoch). The scheme is a
+        preference."""
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
-        """Revoke a key; `wait`: until no process accepts it any more."""
+        """Revoke a key; `wait`: return when no process accepts it any more."""
 
     async def find_by_name(self, name: str) -> list[tuple[str, str]]:
-        """Ids and organisations of the living keys of this name."""
+        """Ids and organisations of the live keys with this name."""
 
 
 class TemporaryKeys:
-    """The books.
+    """Creates keys and revokes them all.
 
     Args:
-        factory: creates the keys.
-        max_keys: how many may be made.
-        expires_at: when they expire if not revoked before, in seconds since the epoch. Keys that
-            create others must not expire sooner than these.
+        factory: creates and revokes them.
+        max_keys: maximum number of keys.
+        expires_at: when they expire, in seconds since the epoch. A key cannot create keys that
+            expire after itself.
     """
 
     def __init__(self, factory: KeyFactory, max_keys: int, expires_at: float) -> None:
         self._factory = factory
-        self._most = max_keys
+        self._max_keys = max_keys
         self._expires_at = expires_at
         self._active: dict[str, Key] = {}
         self._creating: set[asyncio.Task[Key]] = set()
@@ -77,7 +78,7 @@ class TemporaryKeys:
 
     @property
     def active(self) -> list[str]:
-        """Ids of the keys that were not taken back yet."""
+        """Ids of the keys that are not revoked yet."""
         return list(self._active)
 
     async def create(
@@ -86,10 +87,10 @@ class TemporaryKeys:
         scheme: Scheme = "argon2id",
         on_created: Callable[[int], None] = lambda _: None,
     ) -> list[Key]:
-        """New keys; `on_created` is called with how many after every few.
+        """Create keys; `on_created` gets the number of keys in each batch.
 
         Raises:
-            Unusable, KeylatchError: not all could be made; those that were will be taken back.
+            BenchError, KeylatchError: not all were created; `revoke_all` revokes the others.
         """
         keys: list[Key] = []
         while len(keys) < count:
@@ -99,8 +100,8 @@ class TemporaryKeys:
         return keys
 
     async def _create(self, scheme: Scheme) -> Key:
-        if self.created >= self._most:
-            raise AssertionError("a plan makes no more keys than it said")
+        if self.created >= self._max_keys:
+            raise AssertionError("a run creates no more keys than its plan says")
         self.created += 1
         task = asyncio.create_task(self._factory.create(self.name, scheme, self._expires_at))
         self._creating.add(task)
@@ -110,21 +111,21 @@ class TemporaryKeys:
     def _on_created(self, task: "asyncio.Task[Key]") -> None:
         self._creating.discard(task)
         if task.cancelled() or task.exception() is not None:
-            self._has_unknown_outcome = True  # it may have been made, and the answer lost
+            self._has_unknown_outcome = True  # it may exist, if the response was lost
         else:
             self._active[task.result().id] = task.result()
 
     async def revoke(self, key: Key) -> None:
-        """Revoke a key and wait until it is so everywhere.
+        """Revoke a key and wait until no process accepts it.
 
         Raises:
-            Unusable, KeylatchError: it may not have been revoked; it will be taken back.
+            BenchError, KeylatchError: it may still be active; `revoke_all` tries again.
         """
         await self._factory.revoke(key.id, key.organization_id, wait=True)
         self._active.pop(key.id, None)
 
     async def revoke_all(self) -> None:
-        """Revoke all that are left; whatever lives then could not be revoked."""
+        """Revoke all remaining keys; `active` has those for which that failed."""
         if self._creating:
             await asyncio.wait(self._creating)
         keys = list(self._active.values())
@@ -138,7 +139,7 @@ class TemporaryKeys:
             del self._active[key.id]
 
     async def _revoke_by_name(self) -> None:
-        """Once more, and those whose making was not answered."""
+        """Try again, including keys whose creation had no response."""
         with contextlib.suppress(*FAILURES):
             for key_id, organization_id in await self._factory.find_by_name(self.name):
                 await self._factory.revoke(key_id, organization_id, wait=False)
@@ -146,7 +147,7 @@ class TemporaryKeys:
 
 
 async def _each(items: Sequence[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
-    """The work on each of them, a few at a time; all have ended when this returns or raises."""
+    """Do the work for each item, a few concurrently; all have ended when this returns or raises."""
     semaphore = asyncio.Semaphore(_AT_A_TIME)
 
     async def one(item: T) -> R:

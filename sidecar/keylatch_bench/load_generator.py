@@ -1,8 +1,8 @@
-"""Open-loop load: requests are due at a constant rate, whether or not anybody answers.
+"""Open-loop load: requests are due at a constant rate, independent of the responses.
 
-A latency counts from when its request was due. A closed loop, which sends when the last answer
-is there, stops asking exactly when the server is slow and so never sees it ("coordinated
-omission"). `OpenLoop` keeps the books and knows no clock; `drive` performs them.
+A latency counts from when its request was due. A closed loop, which sends a request after the
+previous response, sends nothing while the server is slow, so its percentiles miss that time
+("coordinated omission"). `OpenLoop` is the schedule, without a clock; `drive` executes it.
 """
 
 import asyncio
@@ -16,11 +16,12 @@ from typing import Final, Protocol
 from keylatch_bench.plan import GRACE_SECONDS
 
 Outcome = int | str
-"""A status of HTTP, or a word for why there was none."""
+"""An HTTP status, or why there was none."""
 
 UNANSWERED: Final = "unanswered"
 
-# A timer is late by some 60 us. So the pacer wakes early, lets answers in, and spins at the end.
+# A timer is late by some 60 us. So `drive` wakes up early, yields for responses, and spins at the
+# end.
 _EARLY_NS: Final = 150_000
 _SPIN_NS: Final = 20_000
 _SOON_NS: Final = 500_000_000
@@ -29,24 +30,24 @@ _CHECKS_PER_YIELD: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """The value of an `Authorization` field (empty: none) and the status that it should get."""
+    """The value of an `Authorization` field (empty: no field) and the expected status."""
 
     value: bytes = field(repr=False)
     expected: int
 
 
 class Client(Protocol):
-    """Carries one check at a time."""
+    """Sends one check at a time."""
 
     def check(self, credential: Credential, on_outcome: Callable[[Outcome], None]) -> None:
-        """Have it checked; `answered` may be called at once."""
+        """Start a check; `on_outcome` may be called before this returns."""
 
     def cancel(self) -> None:
-        """Forget an answer that is still awaited; it is no longer told."""
+        """Abandon the check; its outcome is not reported."""
 
 
 async def check(client: Client, credential: Credential) -> Outcome:
-    """The answer to one check."""
+    """The outcome of one check."""
     answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
     try:
         client.check(credential, answer.set_result)
@@ -57,12 +58,12 @@ async def check(client: Client, credential: Credential) -> Outcome:
 
 
 class OpenLoop:
-    """The books of one turn. Times are nanoseconds of any clock that never goes back.
+    """The schedule and the latencies of one measurement, in nanoseconds of a monotonic clock.
 
     Args:
         start: when the first request is due.
-        interval: between two.
-        count: how many.
+        interval: between two requests.
+        count: number of requests.
     """
 
     def __init__(self, start: int, interval: float, count: int) -> None:
@@ -75,11 +76,11 @@ class OpenLoop:
         self.outcomes: dict[Outcome, int] = {}
         self.unexpected = 0
         self.lateness: list[int] = []
-        """How late the generator itself was to notice that a request was due."""
+        """For each request, how late this process noticed that it was due."""
 
     @property
     def next_due(self) -> int | None:
-        """When the next request is due; None: there will be no more."""
+        """When the next request is due; None: there are no more."""
         if self._arrived == self._count:
             return None
         return self._start + int(self._arrived * self._interval)
@@ -91,29 +92,28 @@ class OpenLoop:
 
     @property
     def is_over(self) -> bool:
-        """Whether every request has its answer."""
+        """Whether every request has an outcome."""
         return len(self.latencies) == self._count
 
     def enqueue_due(self, now: int) -> None:
-        """Whatever is due by now waits for a line."""
+        """Queue the requests that are due by now for a free client."""
         while (due := self.next_due) is not None and due <= now:
             self._waiting.append(due)
             self.lateness.append(now - due)
             self._arrived += 1
 
     def pop(self) -> int | None:
-        """The request that has waited longest goes out; when it was due."""
+        """Take the request that has waited longest; return when it was due."""
         return self._waiting.popleft() if self._waiting else None
 
     def record(self, due: int, now: int, outcome: Outcome, expected: int) -> None:
-        """A request that was due then has its answer."""
+        """Record the outcome of a request that was due at `due`."""
         self.latencies.append(now - due)
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self.unexpected += outcome != expected
 
     def time_out(self, sent: Sequence[int], now: int) -> None:
-        """The turn is over: whatever was sent or is waiting was not answered, and took at least
-        until now."""
+        """Record all sent and queued requests as unanswered, with the latency until now."""
         for due in (*sent, *self._waiting):
             self.record(due, now, UNANSWERED, 0)
         self._waiting.clear()
@@ -137,8 +137,8 @@ class _Driver:
         self.finished = asyncio.Event()
 
     def send(self) -> None:
-        """Whatever is waiting goes out, as far as lines are free."""
-        if self._is_sending:  # a line that answers at once has called us back
+        """Send queued requests on free clients."""
+        if self._is_sending:  # called back by a client that answered at once
             return
         self._is_sending = True
         while self._free and (due := self._schedule.pop()) is not None:
@@ -159,7 +159,6 @@ class _Driver:
             self.send()
 
     def time_out(self) -> None:
-        """Nobody waits any longer."""
         self.ended_at = self._clock()
         self._schedule.time_out(list(self._busy.values()), self.ended_at)
         for client in self._busy:
@@ -168,7 +167,7 @@ class _Driver:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What came of one turn; latencies and lateness in nanoseconds."""
+    """The result of one measurement; latencies and lateness in nanoseconds."""
 
     latencies: Sequence[int]
     lateness: Sequence[int]
@@ -178,7 +177,7 @@ class Measurement:
     generator_busy: float
     """The share of one processor that this process used."""
     keeps_up: bool = True
-    """Whether the last answers came soon after they were due: nothing had piled up."""
+    """Whether the last responses came soon after they were due, so no queue had built up."""
 
 
 async def drive(
@@ -190,15 +189,15 @@ async def drive(
     grace: float = GRACE_SECONDS,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Measurement:
-    """Send `count` checks at `rate` a second, and wait for their answers.
+    """Send `count` checks at `rate` per second, and wait for their outcomes.
 
     Args:
-        clients: idle ones; a check that finds none free waits, and its latency counts that.
-        credentials: what to send, in turn.
-        rate: checks a second.
-        count: how many.
-        grace: seconds to wait for the last ones.
-        clock: nanoseconds that never go back.
+        clients: idle ones; a check waits if none is free, and its latency includes that.
+        credentials: to send, in this order.
+        rate: checks per second.
+        count: number of checks.
+        grace: seconds to wait for the last outcomes.
+        clock: monotonic, in nanoseconds.
     """
     interval = 1e9 / rate
     start = clock() + 2 * _EARLY_NS
@@ -242,16 +241,16 @@ async def saturate(
     *,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Measurement:
-    """Every line sends as soon as it has its answer: how many checks a second are possible.
+    """Send checks without a rate, each client after its previous outcome, to measure throughput.
 
-    A closed loop: its throughput means something, its latencies would not, so there are none.
+    This is a closed loop, so latencies would be misleading, and there are none.
 
     Args:
         clients: idle ones.
-        credentials: what to send, in turn.
-        seconds: how long.
-        max_checks: no more checks than this.
-        clock: nanoseconds that never go back.
+        credentials: to send, in this order.
+        seconds: duration.
+        max_checks: maximum number of checks.
+        clock: monotonic, in nanoseconds.
     """
     start = clock()
     end = start + int(seconds * 1e9)
@@ -267,7 +266,7 @@ async def saturate(
             outcome = await check(client, credential)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             unexpected += outcome != credential.expected
-            if number % _CHECKS_PER_YIELD == 0:  # clients that answer at once never wait
+            if number % _CHECKS_PER_YIELD == 0:  # clients that answer at once never yield
                 await asyncio.sleep(0)
 
     await asyncio.gather(*map(send_checks, clients))

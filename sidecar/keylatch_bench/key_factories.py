@@ -1,7 +1,7 @@
-"""Where the keys of a run are made: at the sidecar, with a FULL key, or in the store itself.
+"""Create and revoke the keys of a run: at the sidecar, with a FULL key, or directly in the store.
 
-In the store the hash can be chosen, so that a first sight costs argon2 or does not; and what
-Redis knows can be prepared from outside, with what every process of keylatch would write there.
+In the store the hash function can be chosen, so that the first check of a key costs argon2 or not,
+and entries in Redis can be prepared, as any keylatch process would write them.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from keylatch.authentication.hashing import CHEAPEST, Hasher
@@ -22,10 +23,10 @@ from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.settings import Settings
 from keylatch.storage.store import Found, Secrets, Store
-from keylatch_bench.connection import Address, Connection, Unusable
-from keylatch_bench.load import Credential
-from keylatch_bench.supply import Key, Scheme
-from keylatch_sidecar.api.schemas import iso
+from keylatch_bench.connection import Address, Connection
+from keylatch_bench.errors import BenchError
+from keylatch_bench.load_generator import Credential
+from keylatch_bench.temporary_keys import Key, Scheme
 
 ORGANIZATION: Final = "keylatch-bench"
 _KEYS: Final = "/v1/api-keys"
@@ -36,11 +37,11 @@ _ALREADY_GONE: Final = 404
 _ASYNC: Final = "Prefer: respond-async\r\n"
 
 REFUSALS: Final = {
-    400: ("the key is not of the form of a key", "one line, nothing else, in KEYLATCH_BENCH_KEY"),
+    400: ("the key is malformed", "KEYLATCH_BENCH_KEY must be one line with nothing else"),
     401: ("the sidecar refuses the key", "is KEYLATCH_BENCH_KEY a key of this sidecar, unexpired?"),
     403: (
         "the key may not manage keys",
-        "a FULL key is needed that does not expire before the bench ends: keylatch keys create",
+        "use a FULL key that does not expire before the end of the run: keylatch keys create",
     ),
     404: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
     405: ("keys are not managed there", "name the listener of --admin-port, or add --store"),
@@ -50,11 +51,11 @@ REFUSALS: Final = {
 
 
 class SidecarKeyFactory:
-    """See `keylatch_bench.supply.KeyFactory`; hashes are what the sidecar makes.
+    """See `keylatch_bench.temporary_keys.KeyFactory`; the sidecar decides the hash function.
 
     Args:
-        address: where it manages keys.
-        admin_key: a FULL key of it.
+        address: of its management API.
+        admin_key: one of its FULL keys.
     """
 
     def __init__(self, address: Address, admin_key: Credential) -> None:
@@ -65,9 +66,9 @@ class SidecarKeyFactory:
             self._idle.put_nowait(Connection(address))
 
     async def create(self, name: str, scheme: Scheme, expires_at: float) -> Key:
-        content = {"name": name, "expiresAt": iso(int(expires_at * 1000))}
-        made = await self._call("POST", _KEYS, content)
-        return Key(made["id"], made["organizationId"], Token(made["token"]))
+        content = {"name": name, "expiresAt": datetime.fromtimestamp(expires_at, UTC).isoformat()}
+        created = await self._call("POST", _KEYS, content)
+        return Key(created["id"], created["organizationId"], Token(created["token"]))
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
         await self._call("DELETE", f"{_KEYS}/{key_id}", fields="" if wait else _ASYNC)
@@ -77,15 +78,15 @@ class SidecarKeyFactory:
         return [(key["id"], key["organizationId"]) for key in keys if key["name"] == name]
 
     async def check(self) -> None:
-        """Return if keys can be managed here.
+        """Return if the sidecar manages keys at this address with this key.
 
         Raises:
-            Unusable: why not.
+            BenchError: it does not.
         """
         await self._call("GET", _KEYS)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         while not self._idle.empty():
             self._idle.get_nowait().cancel()
 
@@ -102,19 +103,19 @@ class SidecarKeyFactory:
         if status not in (200, 202):
             unknown = (f"it answers {method} {_KEYS} with {status}", "is that a keylatch sidecar?")
             wrong, hint = REFUSALS.get(status, unknown)
-            raise Unusable(f"{self._address}: {wrong}", hint)
+            raise BenchError(f"{self._address}: {wrong}", hint)
         try:
             return json.loads(body)
         except ValueError:
-            wrong = f"{self._address}: the answer is no JSON"
-            raise Unusable(wrong, "is that a keylatch sidecar?") from None
+            wrong = f"{self._address}: the response is not JSON"
+            raise BenchError(wrong, "is that a keylatch sidecar?") from None
 
 
 class StoreKeyFactory:
-    """See `keylatch_bench.supply.KeyFactory`.
+    """See `keylatch_bench.temporary_keys.KeyFactory`.
 
-    Where processes hold leases, an engine is a member whom every DELETE waits for. So it lives only
-    while it is needed, unless it is the engine under test itself.
+    With leases an engine is a member, and every DELETE waits for its acknowledgement. So it is
+    stopped when it is not needed, unless it is the engine under test itself.
 
     Args:
         settings: store and Redis.
@@ -151,7 +152,7 @@ class StoreKeyFactory:
         return [(record.id, record.organization_id) for record in records if record.name == name]
 
     async def write_to_redis(self, keys: Sequence[Key]) -> bool:
-        """Put keys into Redis as a process does that has just verified them; False: it cannot."""
+        """Write entries to Redis as a process does after verifying a key; False: Redis failed."""
         engine, secrets = await self._open()
         async with self._shared_cache(secrets) as shared:
             epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
@@ -164,8 +165,8 @@ class StoreKeyFactory:
             return not keys or await _is_in_redis(engine.store, shared, keys[-1], epoch)
 
     async def is_in_redis(self, key: Key) -> bool:
-        """Whether a key that was just checked comes to be in Redis; somebody puts it there after
-        his answer."""
+        """Whether Redis gets an entry for a key that was just checked. The process that checked it
+        writes the entry after its response."""
         engine, secrets = await self._open()
         async with self._shared_cache(secrets) as shared:
             epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
@@ -176,13 +177,13 @@ class StoreKeyFactory:
         return False
 
     async def stop_engine(self) -> None:
-        """Be no member of anything while others are measured."""
+        """Stop the engine, so that it is not a member while the target is measured."""
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.stop()
 
     async def close(self) -> None:
-        """Let everything go."""
+        """Stop the engine and the hashers."""
         await self.stop_engine()
         for hasher in self._hashers.values():
             hasher.close()
@@ -196,10 +197,10 @@ class StoreKeyFactory:
             await shared.close()
 
     async def _open(self) -> tuple[Engine, Secrets]:
-        """An engine that works, and the store's secrets.
+        """A started engine, and the store's secrets.
 
         Raises:
-            KeylatchError: why there is none.
+            KeylatchError: the store cannot be opened.
         """
         async with self._opening:
             engine = self._engine_under_test or self._engine or Engine(self._settings)
@@ -211,7 +212,7 @@ class StoreKeyFactory:
 
 
 async def _is_in_redis(store: Store, shared: SharedCache, key: Key, epoch: str) -> bool:
-    """Whether Redis saves the hash of a key."""
+    """Whether Redis has an entry that verifies this key."""
     found = await store.find(key.id)
     if not isinstance(found, Found):
         return False

@@ -1,7 +1,7 @@
-"""What a run found: figures, and the JSON that keeps them for a later `--compare`.
+"""The results of a run, and their JSON for a later `--compare`.
 
-Times are nanoseconds. A percentile that the number of checks cannot carry is not given: the p99.9
-of 100 checks is their slowest one under another name.
+Times are in nanoseconds. A percentile is omitted if there are too few checks for it: the p99.9 of
+100 checks would be their maximum.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from hdrh.histogram import HdrHistogram
 
-from keylatch_bench.load import Measurement, Outcome
+from keylatch_bench.load_generator import Measurement, Outcome
 
 SCHEMA: Final = "keylatch-bench/1"
 PERCENTILES: Final = (50.0, 90.0, 99.0, 99.9)
@@ -42,15 +42,15 @@ def readable(nanoseconds: float | None) -> str:
 
 
 def histogram(values: Iterable[int]) -> Any:
-    """An HDR histogram of times, to three digits."""
-    made = HdrHistogram(_LOWEST_NS, _HIGHEST_NS, _DIGITS)
+    """An HDR histogram of times, with three significant digits."""
+    result = HdrHistogram(_LOWEST_NS, _HIGHEST_NS, _DIGITS)
     for value in values:
-        made.record_value(min(max(value, _LOWEST_NS), _HIGHEST_NS))
-    return made
+        result.record_value(min(max(value, _LOWEST_NS), _HIGHEST_NS))
+    return result
 
 
 def percentiles(of: Any) -> dict[str, int | None]:
-    """The percentiles that so many values can carry, and the longest."""
+    """The percentiles for which there are enough values (else None), and the maximum."""
     count = of.get_total_count()
     given: dict[str, int | None] = {}
     for percentile in PERCENTILES:
@@ -63,15 +63,15 @@ def percentiles(of: Any) -> dict[str, int | None]:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A tier's turn in one round."""
+    """The result of a scenario in one round."""
 
     percentiles: dict[str, int | None]
     per_second: float
 
 
 @dataclass(slots=True)
-class Tier:
-    """A tier over all rounds."""
+class ScenarioResult:
+    """The result of a scenario over all rounds."""
 
     rate: float
     rounds: list[Round] = field(default_factory=list)
@@ -79,18 +79,18 @@ class Tier:
     checks: int = 0
     unexpected: int = 0
     keeps_up: bool = True
-    """Whether answers came as fast as requests were due."""
+    """Whether responses were as fast as requests were due."""
     busiest: float = 0.0
-    """The largest share of one processor that this process used in a turn."""
+    """The largest share of one processor that this process used in a round."""
     latencies: Any = field(default_factory=lambda: histogram(()))
     lateness: Any = field(default_factory=lambda: histogram(()))
 
     flood: dict[str, int] = field(default_factory=dict)
-    """How the made-up tokens beside it were answered."""
+    """Status → number of responses to the forged tokens of the flood."""
     flood_per_second: list[float] = field(default_factory=list)
 
     def add(self, measurement: Measurement, flood: Measurement | None = None) -> None:
-        """Another round, and what was sent beside it."""
+        """Add a round, and the flood that was sent during it."""
         if flood is not None:
             add_outcomes(self.flood, flood.outcomes)
             self.unexpected += flood.unexpected
@@ -113,11 +113,10 @@ class Tier:
 
     @property
     def per_second(self) -> float:
-        """Answers a second, the median of the rounds."""
+        """Responses per second, the median of the rounds."""
         return statistics.median(each.per_second for each in self.rounds)
 
     def as_json(self) -> dict[str, Any]:
-        """For the file."""
         return {
             "checks": self.checks,
             "ratePerSecond": self.rate,
@@ -141,46 +140,46 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """One key that was used everywhere, and revoked."""
+    """The revocation of a key that was in use on all connections."""
 
     delete_ns: int
-    """From sending the DELETE to its answer."""
+    """From sending the DELETE to its response."""
     last_accepted_ns: int
-    """When the last check that was accepted began, after the answer; negative: before it."""
+    """When the last accepted check began, relative to the response; negative: before it."""
     everywhere_ns: int | None
-    """From sending the DELETE until every connection had been refused; None: some never were."""
+    """From sending the DELETE until a check on every connection was refused; None: never."""
     accepted_after: int
-    """Checks that began after the answer and were accepted: must be 0."""
+    """Accepted checks that began after the response: must be 0."""
     unexpected: int
 
 
 @dataclass(slots=True)
 class Results:
-    """A run. Nothing in it is secret."""
+    """The results of a run. They contain no secrets."""
 
     target: str
     settings: dict[str, Any]
-    tiers: dict[str, Tier] = field(default_factory=dict)
+    scenarios: dict[str, ScenarioResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    """What could not be measured → what to add."""
+    """Scenario that could not be measured → what is missing."""
     saturated: list[float] = field(default_factory=list)
-    """L1 checks a second that all lines together can carry, in each round."""
+    """L1 checks per second on all connections together at unlimited rate, in each round."""
     saturated_busy: float = 0.0
-    """The share of one processor that this process used meanwhile: at 1, it was the limit."""
+    """The share of one processor that this process used meanwhile: near 1, it was the limit."""
     saturated_unexpected: int = 0
     revocations: list[Revocation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     began_at: str = ""
     version: str = ""
-    keys_made: int = 0
+    keys_created: int = 0
     keys_left: list[str] = field(default_factory=list)
-    """Ids of keys that could not be taken back."""
+    """Ids of keys that could not be revoked."""
 
     @property
     def flood_ratios(self) -> list[float]:
-        """The p99 of L1 during the flood ÷ that of the same round without."""
-        idle, flooded = self.tiers.get("L1"), self.tiers.get("flood")
+        """In each round, the p99 of L1 during the flood ÷ the p99 of L1 without it."""
+        idle, flooded = self.scenarios.get("L1"), self.scenarios.get("flood")
         if idle is None or flooded is None:
             return []
         pairs = zip(flooded.rounds, idle.rounds, strict=False)
@@ -193,27 +192,26 @@ class Results:
 
     @property
     def accepted_after(self) -> int:
-        """Checks that were accepted after the answer of a DELETE: must be 0."""
+        """Accepted checks that began after the response to a DELETE: must be 0."""
         return sum(each.accepted_after for each in self.revocations)
 
     @property
     def unexpected(self) -> int:
-        """Answers that were not what they should have been, missing ones included."""
+        """Responses with an unexpected status, and missing ones."""
         return (
-            sum(tier.unexpected for tier in self.tiers.values())
+            sum(scenario.unexpected for scenario in self.scenarios.values())
             + sum(each.unexpected for each in self.revocations)
             + self.saturated_unexpected
         )
 
     def add_saturated(self, measurement: Measurement) -> None:
-        """Another round without a rate."""
+        """Add a round at unlimited rate."""
         answered = sum(count for outcome, count in measurement.outcomes.items() if outcome == 200)
         self.saturated.append(answered / max(measurement.seconds, 1e-9))
         self.saturated_busy = max(self.saturated_busy, measurement.generator_busy)
         self.saturated_unexpected += measurement.unexpected
 
     def as_json(self) -> dict[str, Any]:
-        """For the file."""
         return {
             "schema": SCHEMA,
             "keylatch": self.version,
@@ -221,7 +219,7 @@ class Results:
             "target": self.target,
             "settings": self.settings,
             "machine": self.machine,
-            "tiers": {name: tier.as_json() for name, tier in self.tiers.items()},
+            "scenarios": {name: scenario.as_json() for name, scenario in self.scenarios.items()},
             "saturated": {
                 "answeredPerSecond": self.saturated,
                 "busiestShareOfAProcessor": round(self.saturated_busy, 3),
@@ -232,12 +230,12 @@ class Results:
             "acceptedAfterDelete": self.accepted_after,
             "skipped": self.skipped,
             "notes": self.notes,
-            "keys": {"made": self.keys_made, "left": self.keys_left},
+            "keys": {"created": self.keys_created, "left": self.keys_left},
         }
 
 
 def add_outcomes(into: dict[str, int], outcomes: Mapping[Outcome, int]) -> None:
-    """Add up how checks ended."""
+    """Add numbers of outcomes to `into`."""
     for outcome, count in outcomes.items():
         into[str(outcome)] = into.get(str(outcome), 0) + count
 
@@ -248,7 +246,7 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on here; no name of a host."""
+    """The machine, without its host name."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
@@ -268,5 +266,5 @@ def _processor() -> str:
 
 
 def write(results: Results, path: Path) -> None:
-    """The JSON file."""
+    """Write the JSON file."""
     path.write_text(json.dumps(results.as_json(), indent=2) + "\n")
