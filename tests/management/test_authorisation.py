@@ -19,7 +19,7 @@ import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
 from keylatch.management.keyring import Created
-from keylatch_sidecar.openapi import OPERATIONS
+from keylatch_sidecar.openapi.operations import OPERATIONS
 
 TABLE = """
                                 | nobody | dead | SENDING | FULL        | FULL of test

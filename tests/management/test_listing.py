@@ -19,7 +19,7 @@ from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.storage.listing import Page
 from keylatch.storage.store import Store
 from keylatch_sidecar.api import pagination
-from keylatch_sidecar.api.pagination import CURSOR_SCHEMAS, encode_cursor
+from keylatch_sidecar.api.pagination import CURSORS, encode_cursor
 from keylatch_sidecar.app import create_app
 from servers import PostgresServer
 from shell import Operator
@@ -392,6 +392,6 @@ def test_the_command_lists_as_many_as_there_are(operator: Operator) -> None:
 @given(st.booleans(), st.integers(1, MAX_SEQ - 1))
 def test_cursors_are_as_they_are_described(newest_first: bool, place: int) -> None:
     """A client that checks what it sends by the document may send any cursor that it got."""
-    for order, schema in CURSOR_SCHEMAS.items():
-        is_one = OAS31Validator(schema).is_valid(encode_cursor(place, newest_first))
+    for order, cursor in CURSORS.items():
+        is_one = OAS31Validator(cursor.schema).is_valid(encode_cursor(place, newest_first))
         assert is_one == (order == newest_first)

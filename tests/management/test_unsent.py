@@ -475,12 +475,12 @@ class _Broken(Engine):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (KEYS, error("INTERNAL_SERVER_ERROR", "Something went wrong here; it was logged")),
+        (KEYS, error("INTERNAL_SERVER_ERROR", "Internal error; the sidecar has logged it")),
         (
             "/v1/api_keys",
             {
-                "error": "Something went wrong here; it was logged",
-                "message": "Something went wrong here; it was logged",
+                "error": "Internal error; the sidecar has logged it",
+                "message": "Internal error; the sidecar has logged it",
                 "code": "INTERNAL_SERVER_ERROR",
             },
         ),

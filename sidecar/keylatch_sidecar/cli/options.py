@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from keylatch_sidecar.api.days import MAX_IDLE_DAYS, MAX_USAGE_DAYS
+from keylatch_sidecar.api.parameters import MAX_IDLE_DAYS, MAX_USAGE_DAYS
 
 
 def _from_command_line(
