@@ -12,9 +12,9 @@ import signal
 import socket
 import stat
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
@@ -100,6 +100,49 @@ def _remove_stale_socket(path: Path) -> None:
             path.unlink()
 
 
+@dataclass(frozen=True, slots=True)
+class _Listeners:
+    """The listeners of one `keylatch serve`; None: no such listener."""
+
+    main: Listener
+    admin: Listener | None
+    grpc: Listener | None
+    metrics: Listener | None
+
+    def all(self) -> list[Listener]:
+        every = (self.main, self.admin, self.grpc, self.metrics)
+        return [listener for listener in every if listener is not None]
+
+    def bind(self) -> list[socket.socket]:
+        """The sockets for HTTP, all or none."""
+        # The directory's mode restricts access to sockets; that of management is for this account.
+        modes = ((self.main, 0o666), (self.admin, 0o600), (self.metrics, 0o666))
+        with contextlib.ExitStack() as stack:
+            sockets = [
+                stack.enter_context(listener.bind(mode))
+                for listener, mode in modes
+                if listener is not None
+            ]
+            if self.grpc is not None:
+                # gRPC binds its own socket, and does not report every failure: this bind does.
+                self.grpc.bind(0o666).close()
+            stack.pop_all()  # from here on the server closes them
+        return sockets
+
+    def log(self) -> None:
+        log.setLevel(logging.INFO)  # uvicorn logs only the sockets that it bound itself
+        log.info("listening on %s", " and ".join(map(str, self.all())))
+        token_listeners = [each for each in self.all() if each != self.metrics and not each.uds]
+        plaintext = [str(each) for each in token_listeners if not loopback.is_host(each.host)]
+        if plaintext:
+            log.warning("%s on %s; %s", loopback.PLAIN_HTTP, " and ".join(plaintext), loopback.HINT)
+
+    def remove_sockets(self) -> None:
+        for listener in self.all():
+            if listener.uds is not None and os.path.lexists(listener.uds):
+                listener.uds.unlink()
+
+
 def run(
     main_listener: Listener,
     admin_listener: Listener | None,
@@ -128,33 +171,32 @@ def run(
     raise_descriptor_limit()
     if descriptor_limit() < MIN_DESCRIPTORS:
         raise TooFewDescriptors(f"{descriptor_limit()} file descriptors are too few")
-    listeners = [
-        each
-        for each in (main_listener, admin_listener, grpc_listener, metrics_listener)
-        if each is not None
-    ]
+    listeners = _Listeners(main_listener, admin_listener, grpc_listener, metrics_listener)
+    sockets = listeners.bind()
     with contextlib.ExitStack() as stack:
-        # The directory's mode restricts access to sockets; that of management is for this account.
-        sockets = [stack.enter_context(main_listener.bind(0o666))]
-        if admin_listener is not None:
-            sockets.append(stack.enter_context(admin_listener.bind(0o600)))
-        if grpc_listener is not None:
-            # gRPC binds its own socket, and does not report every failure: this bind does.
-            grpc_listener.bind(0o666).close()
-        if metrics_listener is not None:
-            sockets.append(stack.enter_context(metrics_listener.bind(0o666)))
-        stack.pop_all()  # from here on the server closes them
-    worker_directory = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
-    config = uvicorn.Config(
-        functools.partial(
-            from_environment,
-            admin_address=None if admin_listener is None else admin_listener.scope_address,
-            metrics_address=None if metrics_listener is None else metrics_listener.scope_address,
-            grpc=None
-            if grpc_listener is None
-            else GRPCListener(grpc_listener.grpc_address, is_shared=workers > 1),
-            worker_directory=None if worker_directory is None else Path(worker_directory.name),
-        ),
+        stack.callback(listeners.remove_sockets)
+        directory = None
+        if workers > 1:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="keylatch-")))
+        config = _configuration(listeners, workers, directory, logs_json=logs_json)
+        listeners.log()
+        return _serve(config, sockets)
+
+
+def _configuration(
+    listeners: _Listeners, workers: int, worker_directory: Path | None, *, logs_json: bool
+) -> uvicorn.Config:
+    admin, grpc, metrics = listeners.admin, listeners.grpc, listeners.metrics
+    is_shared = workers > 1
+    app_factory = functools.partial(
+        from_environment,
+        admin_address=None if admin is None else admin.scope_address,
+        metrics_address=None if metrics is None else metrics.scope_address,
+        grpc=None if grpc is None else GRPCListener(grpc.grpc_address, is_shared),
+        worker_directory=worker_directory,
+    )
+    return uvicorn.Config(
+        app_factory,
         factory=True,
         workers=workers,
         http=AnyMethod,
@@ -167,21 +209,14 @@ def run(
         log_config=logs.configuration() if logs_json else LOGGING_CONFIG,
         log_level="info",
     )
-    log.setLevel(logging.INFO)  # uvicorn logs only the sockets that it bound itself
-    log.info("listening on %s", " and ".join(str(listener) for listener in listeners))
-    token_listeners = [
-        each
-        for each in (main_listener, admin_listener, grpc_listener)
-        if each is not None and each.uds is None
-    ]
-    plaintext = [str(each) for each in token_listeners if not loopback.is_host(each.host)]
-    if plaintext:
-        log.warning("%s on %s; %s", loopback.PLAIN_HTTP, " and ".join(plaintext), loopback.HINT)
+
+
+def _serve(config: uvicorn.Config, sockets: list[socket.socket]) -> bool:
     # uvicorn raises SIGTERM again after the shutdown; by default that would kill the process before
     # it removes the sockets.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        if workers > 1:
+        if config.workers > 1:
             Multiprocess(config, sockets=sockets).run()
             return True
         server = uvicorn.Server(config)
@@ -192,9 +227,3 @@ def run(
         if not ended.code:  # SIGTERM, see above
             raise
         return False
-    finally:
-        if worker_directory is not None:
-            worker_directory.cleanup()
-        for listener in listeners:
-            if listener.uds is not None and os.path.lexists(listener.uds):
-                listener.uds.unlink()
