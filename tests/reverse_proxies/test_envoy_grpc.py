@@ -345,11 +345,11 @@ def test_other_servers_would_hang_up_on_who_asks(proxy: ProxyStack) -> None:
 @pytest.mark.parametrize(
     ("start", "end"),
     [
-        ("# 1. What could be read in two ways", "# 2."),
+        ("# 1. Ambiguous requests", "# 2."),
         ("use_remote_address: true", "route_config:"),
-        ("# Public: an exact path.", "# What a request asks of its key. Method"),
+        ("# Public: an exact path.", "# The permission that a request needs."),
         ("failure_mode_allow: false", "allowed_headers:"),
-        ("# 6. What one key may do", "clusters:"),
+        ("# 6. Rate limit per key", "clusters:"),
         ("- name: app\n      connect_timeout", ""),
     ],
 )

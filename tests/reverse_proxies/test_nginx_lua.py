@@ -181,7 +181,7 @@ def test_half_an_answer_is_none(
 def test_http_2_is_refused_and_no_way_around(proxy: ProxyStack) -> None:
     """Why `listen` must not say http2: Lua cannot ask for such requests, and they get 503."""
     asked = proxy.app.request_count
-    mistake = {"; # in earnest": " http2; # in earnest"}
+    mistake = {"; # in production": " http2; # in production"}
     headers = {"Authorization": f"Bearer {proxy.full.token.reveal()}"}
     with (
         running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other,
