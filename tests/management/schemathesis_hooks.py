@@ -1,4 +1,4 @@
-"""What schemathesis has to be told of the sidecar: who calls, and what no schema can say.
+"""Schemathesis' settings for the sidecar: the caller's key, and rules that no schema can express.
 
 Loaded by schemathesis itself, in a process of its own; see `test_schemathesis.py`.
 """

@@ -323,7 +323,7 @@ def test_a_name_that_is_there_twice_is_refused(
 def test_an_unknown_field_is_refused(
     raw_connection: RawConnection, call: tuple[str, str], field: str
 ) -> None:
-    """400: what would be ignored today could mean something tomorrow, and nobody assigns an id."""
+    """400: a field that is ignored now could have a meaning later, and clients assign no ids."""
     before = raw_connection.all_keys()
     for value in ("x", None, {"a": [1]}):
         answer = raw_connection.send(*call, json.dumps({"name": "CI", field: value}), JSON)
@@ -454,7 +454,7 @@ def test_every_fault_of_a_body_is_named_at_once(raw_connection: RawConnection) -
 
 
 def test_no_body_is_read_for_a_caller_without_a_key(sidecar: Sidecar, admin_key: Created) -> None:
-    """The answer is there before the body is: a stranger's upload costs nothing."""
+    """The response is sent before the body arrives: an unauthenticated upload costs nothing."""
     host, port = urlsplit(sidecar.url).netloc.split(":")
     for path in (UNSENT, SENDOOK):
         with socket.create_connection((host, int(port)), timeout=30) as raw_connection:

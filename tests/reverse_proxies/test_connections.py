@@ -27,7 +27,7 @@ from wire import exchange, parse_response
 
 @dataclass(eq=False)
 class Silent:
-    """A connection, as far as `Connections` asks."""
+    """A connection, as far as `Connections` needs it."""
 
     eviction_rank: tuple[int, float] | None
     ends: int = 0
@@ -93,7 +93,7 @@ async def test_a_connection_that_was_silent_and_is_not_any_more_stays() -> None:
 
 
 def limited(most: int, command: list[str]) -> list[str]:
-    """Runs a command with so many descriptors, of which it has half unless it asks for more."""
+    """Runs a command with so many descriptors, of which its soft limit is half."""
     return [
         "bash",
         "-c",
