@@ -179,9 +179,8 @@ def from_environment(
 async def _http_error(request: Request, error: Exception) -> Response:
     http = cast(HTTPException, error)
     if http.status_code == 404 and request.scope["path"].startswith(_KEY_PATHS):
-        return _render_error(
-            request, no_such_key()
-        )  # an id that no route matches, such as an empty one
+        # An id that no route matches, such as an empty one.
+        return _render_error(request, no_such_key())
     return _render_error(request, Problem(http.status_code, http.detail, headers=http.headers))
 
 
