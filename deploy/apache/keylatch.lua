@@ -1,29 +1,28 @@
--- The hook `keylatch`: asks the sidecar about a request. Needs Apache >= 2.4.57 and LuaSocket.
+-- The hook `keylatch`: checks a request with the sidecar. Needs Apache >= 2.4.57 and LuaSocket.
 --
--- Whatever goes wrong in here is 503, and only what was allowed gets past `keylatch_closes`. Every
--- way out of a hook is a number: after anything else mod_lua never uses this Lua again, and the
--- requests that wait for one wait for ever.
+-- Every error in this file is 503, and only allowed requests pass `keylatch_closes`. A hook always
+-- returns a number: after anything else mod_lua never uses this Lua state again, and requests that
+-- wait for a state wait forever.
 
 local socket = require "socket"
 local unix = require "socket.unix"
 
--- An address: LuaSocket would look a name up for as long as that takes.
+-- An address, not a name: LuaSocket resolves names without a timeout.
 local SIDECAR = "127.0.0.1:8700" -- or: "/run/keylatch/keylatch.sock"
 
--- What a request asks of its key. FULL is for everything that is not named here. Method and path
--- are compared as they came, letter by letter, so whatever is spelled another way (/v1/./emails,
--- //v1/emails, %2e) asks for FULL.
+-- The permission that a request needs; FULL for every request that is not listed. Method and raw path
+-- are compared exactly, so another spelling of a path (/v1/./emails, //v1/emails, %2e) needs FULL.
 local PERMISSIONS = {
     ["POST /v1/emails"] = "SENDING",
     ["POST /v1/emails/batch"] = "SENDING",
 }
 
--- Public: paths as they came, too.
+-- Public: raw paths too.
 local PUBLIC = {
     ["/healthz"] = true,
 }
 
-local PATIENCE_SECONDS = 1 -- the sidecar decides within 0.8 s; LuaSocket's own is 60 s
+local PATIENCE_SECONDS = 1 -- the sidecar answers within 0.8 s; LuaSocket's default is 60 s
 
 local IDENTITY = {
     "x-keylatch-key-id",
@@ -35,9 +34,9 @@ local IDENTITY = {
 local OF_REFUSALS = {"cache-control", "x-keylatch-error", "www-authenticate", "retry-after"}
 local REFUSED = {[401] = true, [403] = true, [429] = true}
 
--- What is not the client's to say. The permission is decided by the method: no app shall take it
--- for another one. The key ends here: what the app never gets, it cannot log or leak; delete its
--- line if the app checks keys itself or has another use for the header.
+-- Headers that the client must not set. The permission depends on the method, so no header may make
+-- the app use another one. The app does not get the key, so it cannot log or leak it; delete its line
+-- if the app checks keys itself or uses the header for something else.
 local NOT_THE_CLIENTS = {
     ["authorization"] = true,
     ["x-http-method"] = true,
@@ -62,13 +61,13 @@ local UNAVAILABLE = {
         .. '"The API key could not be checked; try again in a moment"}',
 }
 
-local kept -- this Lua's connection to the sidecar, between two requests
+local kept -- this Lua state's idle connection to the sidecar
 
 local function wait_until(deadline, connection)
     connection:settimeout(math.max(0, deadline - socket.gettime()), "t")
 end
 
-local function closing(connection) -- LuaSocket's `try`: a fault also ends the connection
+local function closing(connection) -- LuaSocket's `try`: an error also closes the connection
     return socket.newtry(function() connection:close() end)
 end
 
@@ -81,8 +80,8 @@ local dial = socket.protect(function(deadline)
     return connection
 end)
 
--- Keeps the connection only after an answer that was read to its end: what is left of one would be
--- the answer to somebody else's question.
+-- Keeps the connection only after a response that was read to its end: the rest of one would be read
+-- as the response to another client's request.
 local exchange = socket.protect(function(connection, question, deadline)
     local try = closing(connection)
     local function read(what)
@@ -107,7 +106,7 @@ local exchange = socket.protect(function(connection, question, deadline)
     return {status = tonumber(status), fields = fields, body = body}
 end)
 
-local function is_idle(connection) -- neither closed by the sidecar, nor with bytes nobody asked for
+local function is_idle(connection) -- neither closed by the sidecar, nor with unexpected bytes
     wait_until(0, connection)
     local _, fault = connection:receive(1)
     return fault == "timeout"
@@ -121,7 +120,7 @@ local function ask(question)
         local answer, fault = exchange(old, question, deadline)
         if answer or fault == "timeout" then
             return answer, fault
-        end -- closed under the question: once more, on a new one
+        end -- closed during the request: retry on a new one
     elseif old then
         old:close()
     end
@@ -140,13 +139,13 @@ local function question_about(r, path, authorization)
         "X-Forwarded-Method: " .. r.method, -- for KEYLATCH_VERIFY_REQUEST=forwarded
         "X-Forwarded-Uri: " .. r.unparsed_uri,
     }
-    if authorization then -- Apache joins two of them with a comma: the sidecar refuses that
+    if authorization then -- Apache joins two with a comma, which the sidecar refuses
         lines[#lines + 1] = "Authorization: " .. authorization
     end
     return table.concat(lines, "\r\n") .. "\r\n\r\n"
 end
 
--- Many apps take X_Keylatch_Key_Id for X-Keylatch-Key-Id, so every spelling goes. Not with
+-- Many apps read X_Keylatch_Key_Id as X-Keylatch-Key-Id, so every spelling is removed. Not with
 -- mod_headers: it has no patterns.
 local function clean(r)
     for name in pairs(r:headers_in_table()) do
@@ -158,8 +157,8 @@ local function clean(r)
     r.headers_in["X-Forwarded-Proto"] = r.is_https and "https" or "http"
 end
 
--- Of `Connection` stays what is about the client's own connection. mod_proxy removes the headers it
--- names: `Connection: X-Keylatch-Key-Id` would make an anonymous request of an allowed one.
+-- Only the options for the client's own connection remain in `Connection`. mod_proxy removes the
+-- headers that it names: `Connection: X-Keylatch-Key-Id` would make an allowed request anonymous.
 local function clean_connection(r)
     local tokens = {}
     for token in (r.headers_in["Connection"] or ""):lower():gmatch("[^%s,]+") do
@@ -175,7 +174,7 @@ local function clean_connection(r)
     r.headers_in["Connection"] = tokens[1] and table.concat(tokens, ", ")
 end
 
--- A browser's question before a cross-origin request carries no key: the app answers it.
+-- A CORS preflight request has no key: the app answers it.
 local function is_preflight(r)
     return r.method == "OPTIONS"
         and (r.headers_in["Origin"] or ""):match("^[^ ]+$")
@@ -204,7 +203,7 @@ local function judge(r)
     return ALLOWED
 end
 
-local function refuse(r, refusal) -- by ourselves: ErrorDocument has no headers
+local function refuse(r, refusal) -- not by ErrorDocument, which has no headers
     r.status = refusal.status
     r.content_type = refusal.fields["content-type"] or "application/json"
     for _, name in ipairs(OF_REFUSALS) do
@@ -218,7 +217,7 @@ function keylatch(r)
     local came_to_an_end, verdict = pcall(judge, r)
     if came_to_an_end and verdict == ALLOWED then
         r.notes["keylatch"] = "allowed"
-        return apache2.DECLINED -- to refuse: other hooks still may
+        return apache2.DECLINED -- declined: other hooks may still refuse
     end
     if not came_to_an_end then
         r:err("refused with 503: " .. tostring(verdict))
@@ -227,8 +226,8 @@ function keylatch(r)
     return refuse(r, verdict)
 end
 
--- Apache does not ask the first hook about all that it serves: not for an `ErrorDocument` that is a
--- path of the app, and `Satisfy Any` ignores what it said.
+-- Apache does not run the first hook for every request: not for an `ErrorDocument` that is a path of
+-- the app, and `Satisfy Any` ignores its result.
 function keylatch_closes(r)
     if r.notes["keylatch"] == "allowed" then
         return apache2.DECLINED

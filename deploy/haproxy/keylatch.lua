@@ -1,10 +1,10 @@
--- The action `keylatch`: asks the sidecar about a request. Needs HAProxy >= 2.6, no library.
+-- The action `keylatch`: checks a request with the sidecar. Needs HAProxy >= 2.6, no library.
 --
--- HAProxy goes on with the next rule when an action fails. So an allow is a variable that is set
--- last of all, and the configuration refuses every request that does not have it.
+-- HAProxy continues with the next rule when an action fails. So an allow is a variable that is set
+-- last, and the configuration refuses every request without it.
 
-local BRIDGE = "abns@keylatch" -- the configuration's way to the sidecar
-local PATIENCE_MS = 4000 -- more than the bridge's own timeouts, or HAProxy would ask again
+local BRIDGE = "abns@keylatch" -- the configuration's frontend for the sidecar
+local PATIENCE_MS = 4000 -- longer than the bridge's timeouts, otherwise HAProxy would retry
 
 local IDENTITY = {
     "x-keylatch-key-id",
@@ -66,12 +66,12 @@ core.register_action("keylatch", {"http-req"}, function(txn)
         return
     end
     if answer.status ~= 200 then
-        return -- down, slow or at fault: the closing rule says 503
+        return -- down, slow or failing: the next rule answers 503
     end
     for _, name in ipairs(IDENTITY) do
         local values = all(answer.headers[name])
         if #values ~= 1 then
-            return -- whoever says so is not keylatch's sidecar
+            return -- not a response of keylatch's sidecar
         end
         txn.http:req_set_header(name, values[1])
     end

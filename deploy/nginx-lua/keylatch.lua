@@ -1,7 +1,7 @@
--- Asks the sidecar about a request. Needs lua-nginx-module (OpenResty's), no library.
+-- Checks a request with the sidecar. Needs lua-nginx-module (OpenResty's), no library.
 --
--- A mistake in here is 500 to nginx, which keylatch_check.conf turns into keylatch's 503. Whoever
--- comes to the end of this file is let in.
+-- An error in this file is 500 to nginx, which keylatch_check.conf turns into keylatch's 503. A
+-- request is allowed if this file runs to its end.
 
 local IDENTITY = {
     keylatch_key_id = "x-keylatch-key-id",
@@ -22,11 +22,11 @@ if ngx.var.keylatch_preflight == "1" then
     return
 end
 
--- With a body of its own the question does not wait for the client's.
+-- With a body of its own the sub-request does not wait for the client's.
 local answer = ngx.location.capture("/_keylatch", {method = ngx.HTTP_GET, body = ""})
 local said = {}
 for name, value in pairs(answer.header) do
-    said[name:lower()] = value -- they come as they were written, and nginx spells some itself
+    said[name:lower()] = value -- in the sidecar's spelling, and for some headers in nginx's
 end
 
 if answer.status >= 400 and said["x-keylatch-error"] and not answer.truncated then
@@ -40,10 +40,10 @@ if answer.status >= 400 and said["x-keylatch-error"] and not answer.truncated th
 end
 
 if answer.status ~= 200 or answer.truncated then
-    return ngx.exit(ngx.HTTP_INTERNAL_SERVER_ERROR) -- down, slow or at fault
+    return ngx.exit(ngx.HTTP_INTERNAL_SERVER_ERROR) -- down, slow or failing
 end
 for variable, name in pairs(IDENTITY) do
-    if type(said[name]) ~= "string" then -- whoever says so is not keylatch's sidecar
+    if type(said[name]) ~= "string" then -- not a response of keylatch's sidecar
         return ngx.exit(ngx.HTTP_INTERNAL_SERVER_ERROR)
     end
     ngx.var[variable] = said[name]

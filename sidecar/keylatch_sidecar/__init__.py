@@ -1,1 +1,1 @@
-"""The keylatch sidecar: manages keys in two dialects and answers proxies' verify calls."""
+"""The keylatch sidecar: an HTTP API that manages keys, and forward auth for reverse proxies."""

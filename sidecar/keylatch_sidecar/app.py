@@ -1,4 +1,4 @@
-"""The sidecar on one screen: every route it serves, and what each of them speaks."""
+"""The sidecar as an ASGI app: all routes on one screen, and which listener serves which of them."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -13,16 +13,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from keylatch.asgi import with_headers
 from keylatch.engine import Engine
 from keylatch.settings import Settings
-from keylatch_sidecar import health, metrics, openapi
+from keylatch.telemetry.request_trace import tracing_request
+from keylatch_sidecar import health, metrics
 from keylatch_sidecar.api import audit, leaks, rotation, sendook, unsent, usage
 from keylatch_sidecar.api.errors import Problem, no_such_key
 from keylatch_sidecar.api.monitoring_access import METRICS_PATHS, ListenerAddress, listener_of
-from keylatch_sidecar.followed import trace_requests
 from keylatch_sidecar.forward_auth import ext_authz, verify
 from keylatch_sidecar.forward_auth.decision import ForwardAuth
 from keylatch_sidecar.forward_auth.original_request import SOURCES
+from keylatch_sidecar.openapi import operations
 from keylatch_sidecar.settings import ProxySettings
 
 ROUTES = [
@@ -41,7 +43,7 @@ ROUTES = [
     Route("/healthz", health.healthz),
     Route("/readyz", health.readyz),
     Route("/metrics", metrics.metrics),
-    Route("/openapi.json", openapi.document),
+    Route("/openapi.json", operations.document),
 ]
 _KEY_PATHS: Final = ("/v1/api-keys/", "/v1/api_keys/")
 _PROBE_PATHS: Final = ("/healthz", "/readyz")
@@ -51,11 +53,11 @@ _GRPC_GRACE_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class GRPCListener:
-    """Where to listen for gRPC.
+    """A listener for gRPC.
 
     Args:
         address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
-        is_shared: whether several processes do, on one port.
+        is_shared: whether several processes listen on the port.
     """
 
     address: str
@@ -71,22 +73,22 @@ def create_app(
     grpc: GRPCListener | None = None,
     worker_directory: Path | None = None,
 ) -> ASGIApp:
-    """The sidecar around an engine, which it starts and stops.
+    """The sidecar's app. Its lifespan starts and stops the engine.
 
     Args:
-        engine: judges tokens and manages keys.
-        settings: how proxies ask; None: from the environment.
-        admin_address: port or path of the only listener that manages keys; None: all listeners.
-        metrics_address: where metrics and readiness are told without a key, and nothing else; None:
-            nowhere.
-        grpc: where proxies ask over gRPC; None: nowhere.
-        worker_directory: where workers that share a port find each other; None: there is one.
+        engine: checks tokens and manages keys.
+        settings: for reverse proxies; None: from the environment.
+        admin_address: the only listener that manages keys; None: every listener does.
+        metrics_address: the listener that serves metrics and readiness without a key, and nothing
+            else; None: no such listener.
+        grpc: the listener for gRPC; None: no such listener.
+        worker_directory: of the workers that share the listeners; None: there is one worker.
     """
     settings = settings or ProxySettings.load()
     engine.store.audit_days = engine.settings.audit_days
     forward_auth = ForwardAuth(engine, settings.proxy_cache_ttl)
     leak_reports = leaks.ReportQueue(engine)
-    metrics_page = metrics.Page(engine, worker_directory)
+    metrics_page = metrics.MetricsPage(engine, worker_directory)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -94,7 +96,7 @@ def create_app(
             stack.push_async_callback(engine.stop)
             await engine.start()
             stack.push_async_callback(leak_reports.close)
-            await stack.enter_async_context(metrics_page.shared())
+            await stack.enter_async_context(metrics_page.shared_with_workers())
             if grpc is not None:
                 from keylatch_sidecar.forward_auth import ext_authz_grpc
 
@@ -113,7 +115,7 @@ def create_app(
     management.state.private_addresses = {admin_address, metrics_address} - {None}
     management.state.reports = leak_reports
     management.state.metrics = metrics_page
-    management.router.redirect_slashes = False  # a redirect means 500 to nginx's auth_request
+    management.router.redirect_slashes = False  # nginx's auth_request turns a redirect into 500
     verify_endpoint = verify.Verify(forward_auth, SOURCES[settings.verify_request])
     ext_authz_endpoint = ext_authz.ExtAuthz(forward_auth, SOURCES[settings.ext_authz_request])
 
@@ -135,8 +137,26 @@ def create_app(
     return trace_requests(app, timing_headers=engine.settings.timing)
 
 
+def trace_requests(app: ASGIApp, *, timing_headers: bool) -> ASGIApp:
+    """The app, with a trace for each HTTP request.
+
+    Args:
+        app: the sidecar.
+        timing_headers: whether responses have the trace's header fields.
+    """
+
+    async def traced_app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        with tracing_request(scope["headers"]) as trace:
+            await app(scope, receive, with_headers(trace, send) if timing_headers else send)
+
+    return traced_app
+
+
 def _is_served_here(scope: Scope, admin_address: ListenerAddress) -> bool:
-    """Whether what is not for proxies may be asked where this request came to."""
+    """Whether the request's listener serves paths that are not for reverse proxies."""
     return admin_address in (None, listener_of(scope)) or scope["path"] in _PROBE_PATHS
 
 
@@ -146,7 +166,7 @@ def from_environment(
     grpc: GRPCListener | None = None,
     worker_directory: Path | None = None,
 ) -> ASGIApp:
-    """What `keylatch serve` runs: settings come from `KEYLATCH_*`; see `create_app`."""
+    """The app that `keylatch serve` runs: `create_app` with settings from the environment."""
     return create_app(
         Engine(Settings.load()),
         admin_address=admin_address,
@@ -159,12 +179,13 @@ def from_environment(
 async def _http_error(request: Request, error: Exception) -> Response:
     http = cast(HTTPException, error)
     if http.status_code == 404 and request.scope["path"].startswith(_KEY_PATHS):
-        return _render_error(request, no_such_key())  # an id that even the router takes for none
+        # An id that no route matches, such as an empty one.
+        return _render_error(request, no_such_key())
     return _render_error(request, Problem(http.status_code, http.detail, headers=http.headers))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    return _render_error(request, Problem(500, "Something went wrong here; it was logged"))
+    return _render_error(request, Problem(500, "Internal error; the sidecar has logged it"))
 
 
 def _render_error(request: Request, problem: Problem) -> Response:

@@ -1,4 +1,4 @@
-"""Is it up, could it check a key now, and which component of it is not as it should be?"""
+"""`/healthz` and `/readyz`: liveness, readiness, and the health of each component."""
 
 from typing import Literal
 
@@ -19,8 +19,8 @@ class Liveness(ResponseBody):
 
 
 class Component(ResponseBody):
-    """`ok`, `degraded` (keys are still decided on), `unavailable`, or `off` (there
-    is none); since when; and what is the matter, if anything is."""
+    """`ok`, `degraded` (keys are still checked), `unavailable`, or `off` (not configured); since
+    when; and the reason, if it is not `ok`."""
 
     state: Literal["ok", "degraded", "unavailable", "off"]
     since: str | None
@@ -28,7 +28,7 @@ class Component(ResponseBody):
 
 
 class Components(ResponseBody):
-    """What a check may need."""
+    """All components."""
 
     store: Component
     lease: Component
@@ -38,24 +38,23 @@ class Components(ResponseBody):
 
 
 class Readiness(ResponseBody):
-    """`ok`, or `unavailable` while no key can be checked; and each component, where the caller may
-    know that."""
+    """`ok`, or `unavailable` while keys cannot be checked; with the components for operators."""
 
     status: str
     components: Components | None = None
 
 
 async def healthz(request: Request) -> Response:
-    """Live: the process answers."""
+    """Liveness: the process answers."""
     return JSON(Liveness(status="ok"))
 
 
 async def readyz(request: Request) -> Response:
-    """Ready: the store answers too. Nothing else counts, because nothing else is needed."""
+    """Readiness: the store answers. Nothing else counts, because checks need nothing else."""
     engine: Engine = request.app.state.engine
     try:
         await engine.ready()
-    except KeylatchError:  # the store's condition is in the log
+    except KeylatchError:  # the failure is in the log
         return JSON(await _body(request, "unavailable"), 503, {"Retry-After": "1"})
     return JSON(await _body(request, "ok"))
 

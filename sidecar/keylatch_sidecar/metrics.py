@@ -1,10 +1,11 @@
-"""`/metrics`, for Prometheus: this process and, where several workers share a port, all of them.
+"""`/metrics` for Prometheus: the metrics of this process, or of all workers that share a port.
 
-Whoever scrapes a shared port reaches any one of the workers. So each has a Unix socket in a folder
-of theirs, and the one that is asked asks the others there: counters of all of them, told apart by
-the label `worker`, in every answer. A worker that does not answer in time is missing in it, which
-Prometheus takes for a gap; a sum would have fallen, and it would have taken that for a restart.
-A worker that dies leaves its number to its successor.
+A request to a shared port reaches any one of the workers. So each worker listens on a Unix socket
+in a directory that they share, and the worker that is scraped fetches the metrics of the others
+there: every response has the metrics of all workers, distinguished by the label `worker`. The
+metrics of a worker that does not answer in time are missing, which Prometheus reads as a gap; a sum
+over workers would fall instead, which Prometheus would read as a restart. A worker that dies leaves
+its number to its successor.
 """
 
 import asyncio
@@ -25,53 +26,52 @@ from keylatch.engine import Engine
 from keylatch.metrics import Collector
 from keylatch_sidecar.api.monitoring_access import operators_only
 
-_PATIENCE_SECONDS: Final = 0.5
+_FETCH_SECONDS: Final = 0.5
 _MAX_WORKERS: Final = 4_096
 _SAMPLE: Final = re.compile(r"^(\w+)(\{)?", re.MULTILINE)
 
 
-class Page:
-    """The numbers of this process and of its siblings.
+class MetricsPage:
+    """The metrics of this process and of the other workers.
 
     Args:
-        engine: whose numbers they are.
-        folder: where the workers find each other; None: there is one.
+        engine: of this process.
+        directory: of the workers' sockets; None: there is one worker.
     """
 
-    def __init__(self, engine: Engine, folder: Path | None = None) -> None:
+    def __init__(self, engine: Engine, directory: Path | None = None) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(Collector(engine))
         ProcessCollector(registry=self._registry)
-        self._folder = folder
-        self._number = ""
+        self._directory = directory
+        self._worker = ""
 
     @contextlib.asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        """Siblings may ask until the end of the block."""
-        if self._folder is None:
+    async def shared_with_workers(self) -> AsyncIterator[None]:
+        """Serves this process' metrics to the other workers until the end of the block."""
+        if self._directory is None:
             yield
             return
-        with _numbered(self._folder) as number:
-            self._number = str(number)
-            place = self._folder / f"{number}.sock"
-            place.unlink(missing_ok=True)  # of the worker that had the number before
-            async with await asyncio.start_unix_server(self._tell, place):
+        with _worker_number(self._directory) as number:
+            self._worker = str(number)
+            path = self._directory / f"{number}.sock"
+            path.unlink(missing_ok=True)  # of the worker that had the number before
+            async with await asyncio.start_unix_server(self._serve, path):
                 yield
 
     async def text(self) -> str:
-        """All of it, in Prometheus' text format."""
-        if self._folder is None:
+        """The metrics of all workers, in Prometheus' text format."""
+        if self._directory is None:
             return self._own()
-        others = [
-            _asked(place) for place in self._folder.glob("*.sock") if place.stem != self._number
-        ]
-        return merged([self._own(), *await asyncio.gather(*others)])
+        sockets = self._directory.glob("*.sock")
+        others = [_fetch(path) for path in sockets if path.stem != self._worker]
+        return merge([self._own(), *await asyncio.gather(*others)])
 
     def _own(self) -> str:
         page = generate_latest(self._registry).decode()
-        return _labelled(page, self._number) if self._number else page
+        return _with_label(page, self._worker) if self._worker else page
 
-    async def _tell(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
             writer.write(self._own().encode())
             with contextlib.suppress(ConnectionError):
@@ -80,42 +80,42 @@ class Page:
 
 @operators_only
 async def metrics(request: Request) -> Response:
-    """What it has decided, how long that took, and how its parts are."""
-    page: Page = request.app.state.metrics
+    """Show counts and durations of decisions, and the health of each component."""
+    page: MetricsPage = request.app.state.metrics
     text = await page.text()
     return Response(text, 200, {"Cache-Control": "no-store"}, CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def merged(pages: Iterable[str]) -> str:
-    """One page of several: each family once, with the samples of all."""
+def merge(pages: Iterable[str]) -> str:
+    """One page from several: each metric family once, with the samples of all pages."""
     families: dict[str, list[str]] = {}
     for page in pages:
         for family in page.split("# HELP ")[1:]:
-            says, kind, samples = family.split("\n", 2)
-            families.setdefault(f"# HELP {says}\n{kind}\n", []).append(samples)
+            help_line, type_line, samples = family.split("\n", 2)
+            families.setdefault(f"# HELP {help_line}\n{type_line}\n", []).append(samples)
     return "".join(head + "".join(samples) for head, samples in families.items())
 
 
-def _labelled(page: str, worker: str) -> str:
+def _with_label(page: str, worker: str) -> str:
     label = f'worker="{worker}"'
     return _SAMPLE.sub(lambda m: f"{m[1]}{{{label}{',' if m[2] else '}'}", page)
 
 
-async def _asked(place: Path) -> str:
+async def _fetch(path: Path) -> str:
     try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
-            reader, writer = await asyncio.open_unix_connection(place)
+        async with asyncio.timeout(_FETCH_SECONDS):
+            reader, writer = await asyncio.open_unix_connection(path)
             with contextlib.closing(writer):
                 return (await reader.read()).decode()
-    except (OSError, TimeoutError):  # it ends, or is held up
+    except (OSError, TimeoutError):  # the worker stops, or is busy
         return ""
 
 
 @contextlib.contextmanager
-def _numbered(folder: Path) -> Iterator[int]:
-    """The lowest number that no living worker has; the kernel takes it back from the dead."""
+def _worker_number(directory: Path) -> Iterator[int]:
+    """The lowest number that no running worker has; the kernel unlocks those of dead workers."""
     for number in range(_MAX_WORKERS):
-        lock = os.open(folder / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(directory / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -126,4 +126,4 @@ def _numbered(folder: Path) -> Iterator[int]:
         finally:
             os.close(lock)
         return
-    raise OSError(f"more than {_MAX_WORKERS} workers share {folder}")
+    raise OSError(f"more than {_MAX_WORKERS} workers share {directory}")

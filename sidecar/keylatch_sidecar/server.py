@@ -1,7 +1,7 @@
-"""`keylatch serve`: which listeners there are, who may come through them, and the server behind.
+"""`keylatch serve`: binds the listeners and runs uvicorn.
 
-All listeners belong to one server and one engine; the app tells them apart by the address that a
-request came to. Sockets are made here and shared by all workers.
+All listeners of a process belong to one server and one engine; the app distinguishes them by the
+`server` of a request's scope. The sockets are bound here, and all workers share them.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ import signal
 import socket
 import stat
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
@@ -23,7 +23,7 @@ from uvicorn.supervisors import Multiprocess
 from keylatch import logs
 from keylatch_sidecar.app import GRPCListener, from_environment
 from keylatch_sidecar.http_server import loopback
-from keylatch_sidecar.http_server.connections import descriptor_limit, raise_descriptor_limit
+from keylatch_sidecar.http_server.file_descriptors import descriptor_limit, raise_descriptor_limit
 from keylatch_sidecar.http_server.http_methods import AnyMethod
 from keylatch_sidecar.http_server.limits import IDLE_SECONDS, MIN_DESCRIPTORS
 
@@ -31,16 +31,16 @@ log = logging.getLogger("keylatch.serving")
 
 
 class CannotListen(Exception):
-    """An address cannot be had; the text says which and why."""
+    """An address cannot be bound; the message says which one and why."""
 
 
 class TooFewDescriptors(Exception):
-    """Hardly a connection could be served, or none; the text says how many there are."""
+    """The limit of file descriptors is too low to serve connections; the message has the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A port of a host, or a Unix socket."""
+    """A TCP address, or the path of a Unix socket."""
 
     host: str
     port: int
@@ -48,7 +48,7 @@ class Listener:
 
     @classmethod
     def optional(cls, host: str, port: int | None, uds: Path | None) -> "Listener | None":
-        """One if a port or a path is given."""
+        """A listener, if a port or a path is given."""
         return None if port is None and uds is None else cls(host, port or 0, uds)
 
     def __str__(self) -> str:
@@ -56,21 +56,21 @@ class Listener:
 
     @property
     def scope_address(self) -> int | str:
-        """What a request's scope says of where it came to: the port, or the socket's path."""
+        """The listener in a request's scope: the port, or the socket's path."""
         return self.port if self.uds is None else str(self.uds)
 
     @property
     def grpc_address(self) -> str:
-        """The listener in gRPC's spelling."""
+        """The address in the syntax of gRPC."""
         if self.uds is not None:
             return f"unix:{self.uds.absolute()}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def bind(self, mode: int) -> socket.socket:
-        """The socket; a Unix socket gets the mode, and replaces one that nobody listens on.
+        """A bound socket; a Unix socket gets the mode, and replaces one that no process listens on.
 
         Raises:
-            CannotListen: somebody else has it, or it may not be made.
+            CannotListen: the address is in use, or binding it is not permitted.
         """
         family = socket.AF_UNIX
         if self.uds is None:
@@ -100,6 +100,49 @@ def _remove_stale_socket(path: Path) -> None:
             path.unlink()
 
 
+@dataclass(frozen=True, slots=True)
+class _Listeners:
+    """The listeners of one `keylatch serve`; None: no such listener."""
+
+    main: Listener
+    admin: Listener | None
+    grpc: Listener | None
+    metrics: Listener | None
+
+    def all(self) -> list[Listener]:
+        every = (self.main, self.admin, self.grpc, self.metrics)
+        return [listener for listener in every if listener is not None]
+
+    def bind(self) -> list[socket.socket]:
+        """The sockets for HTTP, all or none."""
+        # The directory's mode restricts access to sockets; that of management is for this account.
+        modes = ((self.main, 0o666), (self.admin, 0o600), (self.metrics, 0o666))
+        with contextlib.ExitStack() as stack:
+            sockets = [
+                stack.enter_context(listener.bind(mode))
+                for listener, mode in modes
+                if listener is not None
+            ]
+            if self.grpc is not None:
+                # gRPC binds its own socket, and does not report every failure: this bind does.
+                self.grpc.bind(0o666).close()
+            stack.pop_all()  # from here on the server closes them
+        return sockets
+
+    def log(self) -> None:
+        log.setLevel(logging.INFO)  # uvicorn logs only the sockets that it bound itself
+        log.info("listening on %s", " and ".join(map(str, self.all())))
+        token_listeners = [each for each in self.all() if each != self.metrics and not each.uds]
+        plaintext = [str(each) for each in token_listeners if not loopback.is_host(each.host)]
+        if plaintext:
+            log.warning("%s on %s; %s", loopback.PLAIN_HTTP, " and ".join(plaintext), loopback.HINT)
+
+    def remove_sockets(self) -> None:
+        for listener in self.all():
+            if listener.uds is not None and os.path.lexists(listener.uds):
+                listener.uds.unlink()
+
+
 def run(
     main_listener: Listener,
     admin_listener: Listener | None,
@@ -109,18 +152,18 @@ def run(
     metrics_listener: Listener | None = None,
     logs_json: bool = False,
 ) -> bool:
-    """Serve until told to stop.
+    """Serve until SIGTERM or SIGINT.
 
     Args:
-        main_listener: for proxies, and for everything where `admin_listener` is None.
-        admin_listener: for management, which is then nowhere else.
-        grpc_listener: for proxies that speak gRPC.
-        workers: processes that share the listeners.
-        metrics_listener: for Prometheus, which needs no key there.
-        logs_json: whether the log is JSON, a line each.
+        main_listener: for reverse proxies, and for management if `admin_listener` is None.
+        admin_listener: the only listener for management.
+        grpc_listener: for reverse proxies that use gRPC.
+        workers: the number of processes that share the listeners.
+        metrics_listener: for Prometheus, without a key.
+        logs_json: whether each log record is one line of JSON.
 
     Returns:
-        False: it could not start, and has logged why.
+        False: the start failed, and the reason is in the log.
 
     Raises:
         CannotListen, TooFewDescriptors: nothing was started.
@@ -128,38 +171,36 @@ def run(
     raise_descriptor_limit()
     if descriptor_limit() < MIN_DESCRIPTORS:
         raise TooFewDescriptors(f"{descriptor_limit()} file descriptors are too few")
-    listeners = [
-        each
-        for each in (main_listener, admin_listener, grpc_listener, metrics_listener)
-        if each is not None
-    ]
+    listeners = _Listeners(main_listener, admin_listener, grpc_listener, metrics_listener)
+    sockets = listeners.bind()
     with contextlib.ExitStack() as stack:
-        # Whoever may enter the folder may ask; management is for the account that it runs as.
-        sockets = [stack.enter_context(main_listener.bind(0o666))]
-        if admin_listener is not None:
-            sockets.append(stack.enter_context(admin_listener.bind(0o600)))
-        if grpc_listener is not None:
-            grpc_listener.bind(
-                0o666
-            ).close()  # gRPC makes its own, and some failures it would not tell
-        if metrics_listener is not None:
-            sockets.append(stack.enter_context(metrics_listener.bind(0o666)))
-        stack.pop_all()  # from here on they are the server's
-    worker_directory = tempfile.TemporaryDirectory(prefix="keylatch-") if workers > 1 else None
-    config = uvicorn.Config(
-        functools.partial(
-            from_environment,
-            admin_address=None if admin_listener is None else admin_listener.scope_address,
-            metrics_address=None if metrics_listener is None else metrics_listener.scope_address,
-            grpc=None
-            if grpc_listener is None
-            else GRPCListener(grpc_listener.grpc_address, is_shared=workers > 1),
-            worker_directory=None if worker_directory is None else Path(worker_directory.name),
-        ),
+        stack.callback(listeners.remove_sockets)
+        directory = None
+        if workers > 1:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="keylatch-")))
+        config = _configuration(listeners, workers, directory, logs_json=logs_json)
+        listeners.log()
+        return _serve(config, sockets)
+
+
+def _configuration(
+    listeners: _Listeners, workers: int, worker_directory: Path | None, *, logs_json: bool
+) -> uvicorn.Config:
+    admin, grpc, metrics = listeners.admin, listeners.grpc, listeners.metrics
+    is_shared = workers > 1
+    app_factory = functools.partial(
+        from_environment,
+        admin_address=None if admin is None else admin.scope_address,
+        metrics_address=None if metrics is None else metrics.scope_address,
+        grpc=None if grpc is None else GRPCListener(grpc.grpc_address, is_shared),
+        worker_directory=worker_directory,
+    )
+    return uvicorn.Config(
+        app_factory,
         factory=True,
         workers=workers,
         http=AnyMethod,
-        ws="none",  # an upgrade request is answered like any other
+        ws="none",  # a request to upgrade is answered like any other request
         proxy_headers=False,
         server_header=False,
         date_header=False,
@@ -168,21 +209,14 @@ def run(
         log_config=logs.configuration() if logs_json else LOGGING_CONFIG,
         log_level="info",
     )
-    log.setLevel(logging.INFO)  # uvicorn says it only of sockets that it made itself
-    log.info("listening on %s", " and ".join(str(listener) for listener in listeners))
-    token_listeners = [
-        each
-        for each in (main_listener, admin_listener, grpc_listener)
-        if each is not None and each.uds is None
-    ]
-    plaintext = [str(each) for each in token_listeners if not loopback.is_host(each.host)]
-    if plaintext:
-        log.warning("%s on %s; %s", loopback.PLAIN_HTTP, " and ".join(plaintext), loopback.HINT)
-    # uvicorn raises a SIGTERM once more when all is stored and closed; by default that would kill
-    # us before the sockets are removed.
+
+
+def _serve(config: uvicorn.Config, sockets: list[socket.socket]) -> bool:
+    # uvicorn raises SIGTERM again after the shutdown; by default that would kill the process before
+    # it removes the sockets.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        if workers > 1:
+        if config.workers > 1:
             Multiprocess(config, sockets=sockets).run()
             return True
         server = uvicorn.Server(config)
@@ -193,9 +227,3 @@ def run(
         if not ended.code:  # SIGTERM, see above
             raise
         return False
-    finally:
-        if worker_directory is not None:
-            worker_directory.cleanup()
-        for listener in listeners:
-            if listener.uds is not None and os.path.lexists(listener.uds):
-                listener.uds.unlink()

@@ -1,6 +1,7 @@
-"""The sidecar's own settings, beside its engine's: how proxies ask, and what they may keep.
+"""The settings of the sidecar, in addition to those of its engine.
 
-And the variables of commands and of this project's tests: a start refuses those that are unknown.
+Also the environment variables of `keylatch bench` and of this project's tests, because a start
+refuses unknown `KEYLATCH_*` variables.
 """
 
 from typing import Any, Final, Literal
@@ -18,18 +19,18 @@ _HINTS: Final = {
 
 
 class ProxySettings(EnvironmentSettings):
-    """Build it with `load`, which explains every mistake."""
+    """Settings for reverse proxies; `load` explains every mistake."""
 
     verify_request: Literal["none", "forwarded", "original"] = "none"
-    """Where proxies that call `/verify` say what they were asked."""
+    """Where `/verify` reads the method and path of the original request."""
     ext_authz_request: Literal["envoy", "none", "forwarded", "original"] = "envoy"
-    """Where proxies that call `/ext_authz` say it."""
+    """Where `/ext_authz` reads them."""
     proxy_cache_ttl: int = Field(default=0, ge=0, le=3600)
-    """Seconds a proxy may remember an allow; a revoke does not reach it there."""
+    """Seconds for which a proxy may cache an allow; a revocation does not reach that cache."""
 
     @classmethod
     def load(cls, **given: Any) -> "ProxySettings":
-        """Settings from arguments (None: not given) over the environment.
+        """Settings from arguments (None: not given), then from the environment.
 
         Raises:
             ConfigurationError: naming every wrong setting, with a hint for each.
@@ -38,16 +39,16 @@ class ProxySettings(EnvironmentSettings):
 
 
 class BenchSettings(EnvironmentSettings):
-    """What `keylatch bench` takes from the environment: a key is never an argument."""
+    """The environment of `keylatch bench`: a key is never a command-line argument."""
 
     bench_key: str = Field(default="", repr=False)
-    """A FULL key, to make the keys of the load with."""
+    """The FULL key that creates the keys of the load."""
 
 
 class TestSettings(EnvironmentSettings):
-    """What this project's own tests take from the environment."""
+    """The environment of this project's tests."""
 
-    __test__ = False  # pytest: it is no test
+    __test__ = False  # for pytest: not a test class
 
     require_services: str = ""
     """`1`: a missing server fails the tests instead of skipping them."""

@@ -1,4 +1,4 @@
-"""What schemathesis has to be told of the sidecar: who calls, and what no schema can say.
+"""Schemathesis' settings for the sidecar: the caller's key, and rules that no schema can express.
 
 Loaded by schemathesis itself, in a process of its own; see `test_schemathesis.py`.
 """
@@ -21,7 +21,7 @@ ORGANIZATION = "fuzzed"
 BEYOND_SCHEMAS = [  # rules about the time, about two fields, and about the key's state
     "must lie in the future",
     "must end before the year 10000",
-    "is instead of expiresAt, not beside it",
+    "cannot be combined with expiresAt",
     "must have at most 4096 bytes as JSON",
     "The API key was deleted; that is final",
     "No rotation of the API key is under way",

@@ -19,10 +19,10 @@ import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
 from keylatch.management.keyring import Created
-from keylatch_sidecar.openapi import OPERATIONS
+from keylatch_sidecar.openapi.operations import OPERATIONS
 
 TABLE = """
-                                | nobody | dead | SENDING | FULL        | FULL of test
+                                | no key | dead | SENDING | FULL        | FULL of test
 GET     /v1/api-keys            | 401    | 401  | 403     | 200         | 200
 POST    /v1/api-keys            | 401    | 401  | 403     | 200         | 200
 GET     /v1/api-keys/{id}       | 401    | 401  | 403     | 200 200 404 | 404 200 404
@@ -111,7 +111,7 @@ def expected(statuses: list[int], target: str) -> int:
 
 @dataclass(frozen=True)
 class Organization:
-    """An organisation with somebody in every role."""
+    """An organisation with a caller in every role."""
 
     name: str
     callers: dict[str, list[Created | None]]
@@ -139,7 +139,7 @@ class World:
         return found
 
     def target(self, operation: str, kind: str, ours: str, theirs: str) -> str:
-        """An id of this kind: what is somebody's is new, so that it may be revoked."""
+        """An id of this kind; that of an existing key is new, so that it may be revoked."""
         if kind.startswith("malformed "):
             return kind.removeprefix("malformed ")
         if kind == "unknown":
@@ -189,7 +189,7 @@ def make_organization(sidecar: Sidecar, name: str) -> Organization:
     return Organization(
         name,
         {
-            "nobody": [None],
+            "no key": [None],
             "dead": [revoked, disabled, expired],
             "SENDING": [sidecar.create(name, permission="SENDING")],
             "FULL": [full],
@@ -255,13 +255,13 @@ def test_the_table_is_true(world: World, operation: str) -> None:
         assert world.snapshot() == before
         assert differences(answers) == []
         for status in {status for _, _, status, _ in answers}:
-            for asked in ours.callers:
+            for expected_role in ours.callers:
                 shown = {
                     (answer.content, tuple(sorted(answer.headers.multi_items())))
                     for role, _, expected_status, answer in answers
-                    if (role, expected_status) == (asked, status)
+                    if (role, expected_status) == (expected_role, status)
                 }
-                assert len(shown) <= 1, (asked, status)
+                assert len(shown) <= 1, (expected_role, status)
         answers = []
         for role, caller, kind, status in allowed:
             target = "" if kind == NONE else world.target(operation, kind, ours.name, theirs.name)

@@ -117,7 +117,7 @@ ENDINGS: dict[str, Callable[[httpx.Client, str], httpx.Response]] = {
 
 @pytest.mark.parametrize("ending", list(ENDINGS))
 def test_what_ends_access_is_never_refused(client: httpx.Client, ending: str) -> None:
-    """Whoever holds a leaked key can use the limits up, and stops nobody from revoking it."""
+    """The holder of a leaked key can exhaust the limits, which does not prevent its revocation."""
     key = created(client)
     assert client.post(f"{KEYS}/{key['id']}/rotate", json={}).status_code == 200
     exhaust(client, key["id"])
@@ -212,8 +212,8 @@ class GatedHasher(Hasher):
 
 @pytest.mark.long
 def test_creates_at_the_same_time_have_a_limit_and_stop_no_check(store_url: str) -> None:
-    """80 creates by a key over HTTP while none is hashed: 20 wait, 60 are told to come back in a
-    second, and 40 cold keys of another organisation are all let in meanwhile."""
+    """80 creates by a key over HTTP while none is hashed: 20 wait, 60 get 429 with Retry-After: 1,
+    and 40 uncached keys of another organisation are all accepted meanwhile."""
     hasher = GatedHasher()
     engine = Engine(Settings.load(store=store_url, redis=""), hasher=hasher)
 
@@ -240,8 +240,8 @@ def test_creates_at_the_same_time_have_a_limit_and_stop_no_check(store_url: str)
                 return client.post(KEYS, json={"name": "new"}, headers=headers)
 
         creating = [threads.submit(create, number) for number in range(80)]
-        told = concurrent.futures.as_completed(creating, timeout=60)
-        refused = [next(told).result() for _ in range(60)]
+        answered = concurrent.futures.as_completed(creating, timeout=60)
+        refused = [next(answered).result() for _ in range(60)]
         assert {answer.status_code for answer in refused} == {429}
         assert {answer.headers["retry-after"] for answer in refused} == {"1"}
         checked = [
@@ -250,4 +250,4 @@ def test_creates_at_the_same_time_have_a_limit_and_stop_no_check(store_url: str)
         ]
         assert checked == [200] * 40
         hasher.gate.set()
-        assert [each.result().status_code for each in told] == [200] * 20
+        assert [each.result().status_code for each in answered] == [200] * 20

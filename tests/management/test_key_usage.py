@@ -1,4 +1,4 @@
-"""What is told of a key's uses: over HTTP, on the command line, and of its clients."""
+"""The usage report of a key: over HTTP, on the command line, and its clients."""
 
 import json
 import re
@@ -48,10 +48,10 @@ def test_uses_are_told_day_by_day(sidecar: Sidecar, client: httpx.Client) -> Non
     total = {"allowed": 3, "refused": {"INSUFFICIENT_SCOPE": 3, "REVOKED": 1}}
     eventually(lambda: client.get(path).json()["total"] == total)
     answer = client.get(path)
-    told = answer.json()
+    report = answer.json()
     assert answer.headers["cache-control"] == "no-store"
-    assert told["days"] == [{"day": "2027-01-15", **total}]
-    assert told["lastUsed"] == "2027-01-15T08:00:00.000Z"
+    assert report["days"] == [{"day": "2027-01-15", **total}]
+    assert report["lastUsed"] == "2027-01-15T08:00:00.000Z"
 
 
 @pytest.mark.parametrize("days", ["", "0", "-1", "401", "1e1", "ten", " 1", "١", "1&days=2"])
@@ -65,7 +65,7 @@ def test_days_that_are_none(client: httpx.Client, admin_key: Created, days: str)
 def test_foreign_unknown_and_malformed_ids_look_the_same(
     sidecar: Sidecar, client: httpx.Client
 ) -> None:
-    """404, byte for byte, as where the key itself is asked for; and one needs FULL."""
+    """404, byte for byte as for the key itself; and the caller needs FULL."""
     foreign = sidecar.create()
     ids = [foreign.record.id, "key_unknown", "", "%00", "a/b", "..%2F..", "usage"]
     answers = [client.get(f"{KEYS}/{each}/usage") for each in ids]
@@ -80,7 +80,7 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
 
 @pytest.mark.long
 def test_idle_keys_are_a_list_like_any_other(clock: Clock, store_url: str) -> None:
-    """A bare array, in pages for those who ask, and the link keeps what was asked."""
+    """A bare array, in pages with `limit`, and the link keeps the query."""
     with sidecar_on(store_url, clock) as sidecar:
         admin_key = sidecar.create("acme", "admin_key")
         idle = [sidecar.create("acme", f"idle {n}").record.name for n in range(3)]
@@ -118,8 +118,8 @@ def test_the_example_in_the_readme(operator: Operator) -> None:
     operator.run("keys", "revoke", key["id"])
     operator.run("verify", stdin=key["token"])
     [shown] = re.findall(r"```json\n(.*?)```", section(), re.DOTALL)
-    told = json.loads(operator.run("keys", "usage", key["id"], "--json").stdout)
-    assert without_times(told) == without_times(json.loads(shown))
+    report = json.loads(operator.run("keys", "usage", key["id"], "--json").stdout)
+    assert without_times(report) == without_times(json.loads(shown))
     table = operator.run("keys", "usage", key["id"]).stdout
     assert re.search(r"\d{4}-\d\d-\d\d +2 +REVOKED 1", table)
     assert "keylatch keys usage" in section()
@@ -238,8 +238,8 @@ def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: boo
 def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
     """Of the sidecar's own callers; a proxy that asks says nothing of whom it asks for."""
     with sidecar_on(store_url, clock, clients=True) as sidecar:
-        admin_key, asked = sidecar.create("acme", "admin_key"), sidecar.create("acme", "asked for")
-        with sidecar.client(admin_key) as client, sidecar.client(asked) as proxy:
+        admin_key, used = sidecar.create("acme", "admin_key"), sidecar.create("acme", "used")
+        with sidecar.client(admin_key) as client, sidecar.client(used) as proxy:
             assert proxy.get("/verify").status_code == 200
             path = f"{KEYS}/{admin_key.record.id}/usage"
             client.get(path, headers={"User-Agent": "python-httpx/0.28.1"})
@@ -249,8 +249,8 @@ def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
                 "agent": "python-httpx",
                 "seenAt": "2027-01-15T08:00:00.000Z",
             }
-            told = client.get(f"{KEYS}/{asked.record.id}/usage").json()
-            assert (told["client"], told["total"]["allowed"]) == (None, 1)
+            report = client.get(f"{KEYS}/{used.record.id}/usage").json()
+            assert (report["client"], report["total"]["allowed"]) == (None, 1)
 
 
 def test_the_word_on_privacy_is_in_the_documents() -> None:

@@ -1,4 +1,4 @@
-"""What management may do with keys, whoever asks for it."""
+"""The operations of management on keys, for every caller."""
 
 import pytest
 
@@ -91,7 +91,7 @@ async def test_names_in_any_script(keyring: Keyring, name: str) -> None:
         (("FULL", "test"), "SENDING", "live"),
     ],
 )
-async def test_nobody_gives_more_than_they_have(
+async def test_a_key_grants_no_more_than_it_has(
     engine: Engine, keyring: Keyring, caller: tuple[str, str], permission: str, environment: str
 ) -> None:
     """Not another permission, and not a way from test into live."""
@@ -163,7 +163,7 @@ async def test_an_organisation_is_disabled_and_enabled(keyring: Keyring, engine:
 async def test_every_change_is_announced_after_its_commit(engine: Engine) -> None:
     """There is no path that forgets: delete, disable, rename, permission, and the repeated
     delete, whose first announcement may have been lost."""
-    heard: list[tuple[str, bool]] = []
+    calls: list[tuple[str, bool]] = []
 
     class Announced(Propagation):
         def __init__(self) -> None:
@@ -174,7 +174,7 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
         ) -> Receipt:
             assert record is not None
             stored = await engine.store.get("acme", record.id)
-            heard.append((record.name, stored == record))
+            calls.append((record.name, stored == record))
             return Receipt(seq, 0, 0, 0.0)
 
     plain = await engine.keyring()
@@ -187,7 +187,7 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
     await keyring.change("acme", created.record.id, permission="SENDING")
     await keyring.delete("acme", created.record.id)
     await keyring.delete("acme", created.record.id)
-    assert heard == [("renamed", True)] * 5
+    assert calls == [("renamed", True)] * 5
 
 
 async def test_a_principal_shows_what_apps_need(keyring: Keyring) -> None:
@@ -204,7 +204,7 @@ async def test_a_principal_shows_what_apps_need(keyring: Keyring) -> None:
 
 
 async def test_a_token_is_no_name(keyring: Keyring) -> None:
-    """Names are stored and shown, so whoever pastes a token there is stopped."""
+    """Names are stored and shown, so a token that is pasted there is rejected."""
     created = await keyring.create("acme", "ci")
     for name in (created.token.reveal(), f"old {created.token.reveal()}"):
         with pytest.raises(InvalidValue, match="token") as caught:

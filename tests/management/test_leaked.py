@@ -1,4 +1,4 @@
-"""Reports of leaked tokens: real keys die, and nobody learns from the answer which were real."""
+"""Reports of leaked tokens: existing keys are revoked; the response does not tell which exist."""
 
 import asyncio
 import hashlib
@@ -66,7 +66,7 @@ def a_key_of(sidecar: Sidecar, admin_key: Created, **fields: Any) -> Created:
 
 
 def test_a_leaked_key_is_revoked(sidecar: Sidecar, admin_key: Created) -> None:
-    """Whoever has the token ends it, without a key of his own; no other key is touched."""
+    """The holder of the token revokes it, without another key; no other key changes."""
     leaky, other = a_key_of(sidecar, admin_key), a_key_of(sidecar, admin_key)
     assert report(sidecar, {"token": leaky.token.reveal()}).body == ACCEPTED
     eventually(lambda: not works(sidecar, leaky))
@@ -126,7 +126,7 @@ def test_the_answer_does_not_depend_on_the_token(sidecar: Sidecar, clock: Clock)
 
 
 def test_a_disabled_and_an_expired_key_are_revoked_as_well(sidecar: Sidecar) -> None:
-    """Both could be taken back by somebody who does not know that the token leaked."""
+    """Both could be undone by an operator who does not know that the token leaked."""
     admin_key = sidecar.create()
     soon = int(sidecar.clock.seconds * 1000) + 1_000
     disabled, expired = a_key_of(sidecar, admin_key), a_key_of(sidecar, admin_key, expires_at=soon)
@@ -149,7 +149,7 @@ def test_a_report_is_no_use_of_the_key(sidecar: Sidecar, admin_key: Created) -> 
 
 
 def test_a_key_of_another_environment_is_revoked_as_well(tmp_path: Path, clock: Clock) -> None:
-    """A sidecar that welcomes keys for live only is told of those for test all the same."""
+    """A sidecar that accepts keys for live only takes reports of keys for test all the same."""
     url = f"sqlite:///{tmp_path}/keys.db"
     with sidecar_on(url, clock, environment="live") as sidecar:
         admin_key = sidecar.create()
@@ -158,10 +158,10 @@ def test_a_key_of_another_environment_is_revoked_as_well(tmp_path: Path, clock: 
         eventually(lambda: shown(sidecar, admin_key, leaky)["active"] is False)
 
 
-def test_a_store_that_is_down_is_said_to_everybody(
+def test_a_store_that_is_down_is_answered_with_503(
     sidecar: Sidecar, admin_key: Created, tmp_path: Path, clock: Clock
 ) -> None:
-    """503, before the token is looked at: nobody believes that a report was taken."""
+    """503, before the token is examined: a report that was not accepted is not confirmed."""
     with sidecar_on(f"sqlite:///{tmp_path}/missing/keys.db", clock) as down:
         reported = [
             admin_key.token.reveal(),
@@ -234,7 +234,7 @@ class CountingAuthenticator(Authenticator):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.asked: list[str] = []
+        self.looked_up: list[str] = []
         self.vouched = 0
         self.troubles: list[Exception] = []
 
@@ -243,7 +243,7 @@ class CountingAuthenticator(Authenticator):
         return super().may_exist(token)
 
     async def identify(self, token: Token) -> Owner | None:
-        self.asked.append(token.key_id)
+        self.looked_up.append(token.key_id)
         if self.troubles:
             raise self.troubles.pop(0)
         return await super().identify(token)
@@ -283,7 +283,7 @@ async def done(reports: ReportQueue) -> None:
 
 
 async def with_another_secret(engine: Engine, key: Created) -> Token:
-    """What somebody could make who knew the store's check key and the id, but not the secret."""
+    """A token made with the store's MAC key and the key id, but without the secret."""
     check_keys = (await engine.store.open(0)).mac_keys
     forger = MacKeys(check_keys)
     text = key.token.reveal()
@@ -302,7 +302,7 @@ async def test_an_id_is_not_enough(counting: Counting) -> None:
     key, reports = await created(counting), ReportQueue(counting)
     await reports.enqueue([await with_another_secret(counting, key)])
     await done(reports)
-    assert counting.authenticator.asked == [key.record.id]
+    assert counting.authenticator.looked_up == [key.record.id]
     assert not await is_revoked(counting, key)
 
 
@@ -333,13 +333,13 @@ async def test_a_twin_that_believes_the_keyed_check_kills_keys(
 
 
 @pytest.mark.anyio
-async def test_a_flood_of_strangers_costs_no_store_and_no_hash(counting: Counting) -> None:
+async def test_a_flood_of_unknown_tokens_costs_no_store_and_no_hash(counting: Counting) -> None:
     """Made-up tokens end at the keyed check; one that is real is looked into once."""
     key, reports = await created(counting), ReportQueue(counting)
     flood = [UNKNOWN_TOKENS.mint("kl", "live") for _ in range(1_000)]
     await reports.enqueue(flood + [key.token] * 1_000)
     await done(reports)
-    assert counting.authenticator.asked == [key.record.id]
+    assert counting.authenticator.looked_up == [key.record.id]
     assert await is_revoked(counting, key)
 
 
@@ -390,7 +390,7 @@ async def test_a_report_that_cannot_be_looked_into_is_named(
 async def test_a_report_that_is_left_at_the_end_is_named(
     counting: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A process that ends during an outage says which keys somebody has to revoke."""
+    """A process that stops during an outage logs which keys an operator has to revoke."""
     key, reports = await created(counting), ReportQueue(counting, retry_seconds=60)
     counting.authenticator.troubles = [StoreUnavailable("the store is away")]
     await reports.enqueue([key.token])
@@ -403,7 +403,7 @@ async def test_a_report_that_is_left_at_the_end_is_named(
 @pytest.mark.long
 @pytest.mark.anyio
 async def test_more_reports_than_there_is_room_for_are_refused(counting: Counting) -> None:
-    """503 to everybody: a report that is answered has a place."""
+    """503 to every client: a report that is accepted has a place in the queue."""
     key, reports = await created(counting), ReportQueue(counting, retry_seconds=60, max_pending=1)
     counting.authenticator.troubles = [StoreUnavailable("the store is away")]
     await reports.check_capacity()
@@ -413,36 +413,36 @@ async def test_more_reports_than_there_is_room_for_are_refused(counting: Countin
     await reports.close()
 
 
-# Keys that were made elsewhere
+# Imported keys
 
 
 def external_token(number: int) -> Token:
-    return Token(f"elsewhere-{number:040}")
+    return Token(f"imported-{number:041}")
 
 
 async def import_token(engine: Engine, token: Token) -> str:
-    """The id of a key that was made elsewhere, and is found by its token's digest."""
+    """The id of an imported key, which is found by its token's digest."""
     sha256 = hashlib.sha256(token.reveal().encode()).hexdigest()
     made = ImportedToken(f"sha256:{sha256}", "...", f"$sha256${sha256}")
-    [told] = await (await engine.keyring()).import_many([(NewKey("acme", "old"), made)])
-    return told.key_id
+    [imported] = await (await engine.keyring()).import_many([(NewKey("acme", "old"), made)])
+    return imported.key_id
 
 
 @pytest.mark.anyio
-async def test_keys_that_were_made_elsewhere_are_revoked_as_well(counting: Counting) -> None:
-    """They have no keyed check, so the store is asked."""
+async def test_imported_keys_are_revoked_as_well(counting: Counting) -> None:
+    """They have no MAC, so the store looks them up."""
     key_id, reports = await import_token(counting, external_token(1)), ReportQueue(counting)
     await reports.enqueue([external_token(1), external_token(2), Token("\ud800"), Token("a b")])
     await done(reports)
     record = await (await counting.keyring()).get("acme", key_id)
     assert record is not None
     assert (record.revoked_reason, record.deleted_at is None) == ("leaked", False)
-    assert len(counting.authenticator.asked) == 2, "what no header can hold is no token"
+    assert len(counting.authenticator.looked_up) == 2, "what no header can hold is no token"
 
 
 @pytest.mark.long
 @pytest.mark.anyio
-async def test_a_flood_of_what_could_be_from_elsewhere_holds_up_no_other(
+async def test_a_flood_of_possibly_imported_tokens_delays_no_other(
     counting: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has a line of its own, which has an end; and no name, which could be half a secret."""
@@ -458,7 +458,7 @@ async def test_a_flood_of_what_could_be_from_elsewhere_holds_up_no_other(
         "the queue of possibly imported keys is full: a leak report was dropped" in caplog.messages
     )
     assert f"{key.record.id} was reported" in caplog.text
-    assert "elsewhere-" not in caplog.text
+    assert "imported-" not in caplog.text
     assert "key_0" not in caplog.text.replace(key.record.id, "")
 
 
@@ -500,7 +500,7 @@ async def test_a_key_that_is_reported_many_times_is_named_once(
 
 
 async def looks_before_the_answer(app: ASGIApp, engine: Counting, token: Token) -> int:
-    """How often the engine was asked about the token when the answer's last byte was sent."""
+    """How often the engine had looked the token up when the response's last byte was sent."""
     body = json.dumps({"token": token.reveal()}).encode()
     looks = []
 
@@ -509,7 +509,7 @@ async def looks_before_the_answer(app: ASGIApp, engine: Counting, token: Token) 
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
-            looks.append(engine.authenticator.vouched + len(engine.authenticator.asked))
+            looks.append(engine.authenticator.vouched + len(engine.authenticator.looked_up))
         await asyncio.sleep(0)  # whoever waits for the loop gets it
 
     scope = http_scope(PATH, [(b"content-type", b"application/json")], method="POST")

@@ -19,7 +19,7 @@ from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.storage.listing import Page
 from keylatch.storage.store import Store
 from keylatch_sidecar.api import pagination
-from keylatch_sidecar.api.pagination import CURSOR_SCHEMAS, encode_cursor
+from keylatch_sidecar.api.pagination import CURSORS, encode_cursor
 from keylatch_sidecar.app import create_app
 from servers import PostgresServer
 from shell import Operator
@@ -145,8 +145,8 @@ def test_a_cursor_that_is_none(client: httpx.Client, cursor: str) -> None:
     assert answer.json()["message"] == "cursor: must come from a link to a next page"
 
 
-def test_both_mistakes_are_told_at_once(client: httpx.Client) -> None:
-    """In one answer, and a token that lands there is not repeated."""
+def test_both_mistakes_are_reported_at_once(client: httpx.Client) -> None:
+    """In one response, which redacts a token that was sent by mistake."""
     token = client.headers["authorization"].removeprefix("Bearer ")
     answer = client.get(f"{SENDOOK}?limit=x&cursor={token}")
     assert [fault["path"] for fault in answer.json()["errors"]] == ["limit", "cursor"]
@@ -156,7 +156,7 @@ def test_both_mistakes_are_told_at_once(client: httpx.Client) -> None:
 def test_a_cursor_of_another_organisation_opens_nothing(
     client: httpx.Client, sidecar: Sidecar
 ) -> None:
-    """It is a place and no right: whose keys are shown is the caller's own key's to say."""
+    """It is a position and no permission: the keys shown are those of the caller's organisation."""
     created(client, 3)
     foreign = sidecar.create()
     with sidecar.client(foreign) as other:
@@ -175,7 +175,7 @@ class ListingContract(StoreTests):
     async def test_what_is_there_all_the_time_is_listed_once_and_in_order(
         self, store: Store, newest_first: bool
     ) -> None:
-        """Keys are made and deleted between any two pages; nobody else moves."""
+        """Keys are created and deleted between any two pages; no other key moves."""
         await store.add_many([(record(f"key_{n:02}"), "hashed") for n in range(40)])
         seen: list[str] = []
         after, turn = None, 0
@@ -200,7 +200,7 @@ class ListingContract(StoreTests):
         found = [each.id for each in await store.list("acme", newest_first=False)]
         assert found == [f"key_{n}" for n in range(1_201)]
         assert [len(page.records) async for page in store.pages("acme")] == [500, 500, 201]
-        assert await store.page("nobody") == Page([], None)
+        assert await store.page("unknown") == Page([], None)
 
     async def test_a_page_ends_exactly_where_the_list_does(self, store: Store) -> None:
         """No link to an empty page."""
@@ -239,8 +239,8 @@ class TestPostgreSQL(ListingContract):
 async def test_pages_hold_whatever_happens_meanwhile(
     limit: int, newest_first: bool, deleted: bool, meanwhile: list[list[str]], choice: Any
 ) -> None:
-    """Any history between the pages: who was there throughout is listed once, in order; nobody
-    is listed twice; deleted keys that are asked for count as there."""
+    """Any history between the pages: a key that exists throughout is listed once, in order; no key
+    is listed twice; with `deleted`, deleted keys count as existing."""
     store = Store("sqlite://")
     await store.open(NOW)
     made = [f"key_{n:03}" for n in range(12)]
@@ -274,7 +274,7 @@ async def test_pages_hold_whatever_happens_meanwhile(
 
 @pytest.mark.long
 async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -> None:
-    """Between any two parts of it the event loop is somebody else's: no part has more than a
+    """Between any two parts of it other tasks run: no part has more than a
     hundred keys, and the whole list is never in memory."""
     keyring = await engine.keyring()
     admin_key = await keyring.create("acme", "admin_key")
@@ -295,7 +295,7 @@ async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -
             await asyncio.sleep(0)
 
     ticking = asyncio.create_task(tick())
-    await create_app(engine)(asked(admin_key), _nothing_more, send)  # type: ignore[arg-type]
+    await create_app(engine)(list_scope(admin_key), _nothing_more, send)  # type: ignore[arg-type]
     ticking.cancel()
     assert len(json.loads(b"".join(parts))) == 1_301
     keys = [part.count(b'"id"') for part in parts]
@@ -304,8 +304,8 @@ async def test_others_are_served_while_a_long_list_is_answered(engine: Engine) -
     assert len(set(busy)) == len(busy)
 
 
-async def test_whoever_hangs_up_is_read_no_further(engine: Engine) -> None:
-    """The rest of a long list is not fetched for nobody."""
+async def test_a_list_ends_when_its_client_disconnects(engine: Engine) -> None:
+    """The rest of a long list is not read from the store."""
     keyring = await engine.keyring()
     admin_key = await keyring.create("acme", "admin_key")
     await keyring.create_many([NewKey("acme", f"key {n}") for n in range(1_300)])
@@ -317,7 +317,7 @@ async def test_whoever_hangs_up_is_read_no_further(engine: Engine) -> None:
     async def hang_up() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    await create_app(engine)(asked(admin_key), hang_up, send)  # type: ignore[arg-type]
+    await create_app(engine)(list_scope(admin_key), hang_up, send)  # type: ignore[arg-type]
     assert sum(message.get("body", b"").count(b'"id"') for message in sent) <= 100
 
 
@@ -342,13 +342,13 @@ async def test_a_list_that_breaks_off_is_no_list(
     monkeypatch.setattr(engine.store, "page", failing)
     is_down = False
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - a server cuts the connection
-        await create_app(engine)(asked(admin_key), _nothing_more, send)  # type: ignore[arg-type]
+        await create_app(engine)(list_scope(admin_key), _nothing_more, send)  # type: ignore[arg-type]
     assert isinstance(_first_of(caught.value), StoreUnavailable)
     assert sent[0]["status"] == 200
     assert all(message.get("more_body", True) for message in sent)
     is_down = True
     sent.clear()
-    await create_app(engine)(asked(admin_key), _nothing_more, send)  # type: ignore[arg-type]
+    await create_app(engine)(list_scope(admin_key), _nothing_more, send)  # type: ignore[arg-type]
     assert sent[0]["status"] == 503
 
 
@@ -356,7 +356,7 @@ def _first_of(error: BaseException) -> BaseException:
     return _first_of(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
-def asked(key: Created) -> dict[str, Any]:
+def list_scope(key: Created) -> dict[str, Any]:
     """A request for the list."""
     return {
         "type": "http",
@@ -392,6 +392,6 @@ def test_the_command_lists_as_many_as_there_are(operator: Operator) -> None:
 @given(st.booleans(), st.integers(1, MAX_SEQ - 1))
 def test_cursors_are_as_they_are_described(newest_first: bool, place: int) -> None:
     """A client that checks what it sends by the document may send any cursor that it got."""
-    for order, schema in CURSOR_SCHEMAS.items():
-        is_one = OAS31Validator(schema).is_valid(encode_cursor(place, newest_first))
+    for order, cursor in CURSORS.items():
+        is_one = OAS31Validator(cursor.schema).is_valid(encode_cursor(place, newest_first))
         assert is_one == (order == newest_first)

@@ -16,9 +16,9 @@ from test_unsent import KEYS, bearer, created
 DAY_MS = 86_400_000
 
 
-def is_good(client: httpx.Client, token: str, **asked: str) -> bool:
+def is_good(client: httpx.Client, token: str, **environment: str) -> bool:
     headers = {"Authorization": f"Bearer {token}"}
-    answer = client.get("/verify", params=asked, headers=headers)
+    answer = client.get("/verify", params=environment, headers=headers)
     assert answer.status_code in (200, 401), answer.text
     return answer.status_code == 200
 
@@ -138,10 +138,10 @@ class TestTheEnd:
 
     def test_all_keys_of_an_organisation_end_together(self, sidecar: Sidecar) -> None:
         """The caller's own among them; keys of others, and those made later, are good."""
-        admin_key, stranger = sidecar.create(), sidecar.create()
+        admin_key, other = sidecar.create(), sidecar.create()
         others = [sidecar.create(admin_key.record.organization_id) for _ in range(3)]
         with sidecar.client(admin_key) as client:
-            for key in (admin_key, stranger, *others):
+            for key in (admin_key, other, *others):
                 assert is_good(client, key.token.reveal())
             answer = client.post(f"{KEYS}/revoke-all", json={"reason": "laptop stolen"})
             assert answer.status_code == 200
@@ -149,7 +149,7 @@ class TestTheEnd:
             assert answer.json()["success"] is True
             for key in (admin_key, *others):
                 assert not is_good(client, key.token.reveal())
-            assert is_good(client, stranger.token.reveal())
+            assert is_good(client, other.token.reveal())
             assert client.post(f"{KEYS}/revoke-all").status_code == 401
         later = sidecar.create(admin_key.record.organization_id)
         with sidecar.client(later) as client:
@@ -247,7 +247,7 @@ class TestChanges:
             assert token not in answer.text
 
     def test_a_key_for_one_environment_is_unknown_in_another(self, client: httpx.Client) -> None:
-        """Byte for byte; whoever asks for two asks for none."""
+        """Byte for byte; two environments are a requirement that no key meets."""
         live, test = created(client), created(client, environment="test")
         assert "_test_" in test["token"]
         assert is_good(client, live["token"], environment="live")
@@ -255,8 +255,8 @@ class TestChanges:
         assert not is_good(client, live["token"], environment="test")
         headers = {"Authorization": f"Bearer {live['token']}"}
         answers = [
-            client.get(f"/verify?environment={asked}", headers=headers)
-            for asked in ("test", "", "live&environment=test", "nowhere")
+            client.get(f"/verify?environment={query}", headers=headers)
+            for query in ("test", "", "live&environment=test", "nowhere")
         ]
         forged = live["token"][:-1] + ("A" if live["token"][-1] != "A" else "B")
         answers.append(client.get("/verify", headers={"Authorization": f"Bearer {forged}"}))
@@ -313,9 +313,9 @@ class TestAudit:
 
     def test_it_is_ones_own(self, client: httpx.Client, sidecar: Sidecar) -> None:
         """Of another organisation there is nothing, also where its key is named."""
-        stranger = sidecar.create()
-        assert client.get("/v1/audit", params={"key": stranger.record.id}).json() == []
-        assert stranger.record.id not in client.get("/v1/audit").text
+        other = sidecar.create()
+        assert client.get("/v1/audit", params={"key": other.record.id}).json() == []
+        assert other.record.id not in client.get("/v1/audit").text
 
     @pytest.mark.parametrize("limit", ["0", "1001", "x", "1&limit=2"])
     def test_a_page_has_bounds(self, client: httpx.Client, limit: str) -> None:

@@ -14,11 +14,11 @@ import pytest
 
 from conftest import Sidecar
 from keylatch.management.keyring import Created
-from keylatch_sidecar.api import schemas
+from keylatch_sidecar.api import request_body
 
 UNSENT, SENDOOK = "/v1/api-keys", "/v1/api_keys"
 JSON = "application/json"
-BEYOND_REASON = "The body holds a number or a nesting beyond reason"
+BEYOND_LIMITS = "The body has a number that is too large, or is nested too deeply"
 NOT_GIVEN = object()
 
 BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -176,7 +176,7 @@ def test_numbers_and_nesting_beyond_reason_are_refused(
     for field in (b"name", b"other"):
         answer = raw_connection.send(*call, b'{"%s":%s}' % (field, value), JSON)
         assert answer.status == 400
-        assert answer.body == error(call[1], "BAD_REQUEST", BEYOND_REASON)
+        assert answer.body == error(call[1], "BAD_REQUEST", BEYOND_LIMITS)
     assert raw_connection.all_keys() == before
 
 
@@ -208,7 +208,7 @@ def test_a_body_has_to_arrive_in_time(
     sidecar: Sidecar, admin_key: Created, call: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """408 in the dialect's words, the connection is closed, and nothing was changed."""
-    monkeypatch.setattr(schemas, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(request_body, "BODY_SECONDS", 0.1)
     raw_connection = RawConnection(sidecar, admin_key)
     before = raw_connection.all_keys()
     body = (piece for piece in [b'{"name":', b'"CI"'])  # and not what ends it
@@ -323,7 +323,7 @@ def test_a_name_that_is_there_twice_is_refused(
 def test_an_unknown_field_is_refused(
     raw_connection: RawConnection, call: tuple[str, str], field: str
 ) -> None:
-    """400: what would be ignored today could mean something tomorrow, and nobody assigns an id."""
+    """400: a field that is ignored now could have a meaning later, and clients assign no ids."""
     before = raw_connection.all_keys()
     for value in ("x", None, {"a": [1]}):
         answer = raw_connection.send(*call, json.dumps({"name": "CI", field: value}), JSON)
@@ -454,7 +454,7 @@ def test_every_fault_of_a_body_is_named_at_once(raw_connection: RawConnection) -
 
 
 def test_no_body_is_read_for_a_caller_without_a_key(sidecar: Sidecar, admin_key: Created) -> None:
-    """The answer is there before the body is: a stranger's upload costs nothing."""
+    """The response is sent before the body arrives: an unauthenticated upload costs nothing."""
     host, port = urlsplit(sidecar.url).netloc.split(":")
     for path in (UNSENT, SENDOOK):
         with socket.create_connection((host, int(port)), timeout=30) as raw_connection:

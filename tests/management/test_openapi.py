@@ -279,10 +279,10 @@ def test_real_answers_are_as_described(
                 where = template.replace("{id}", its_id)
                 asked_for = {} if template.endswith("/rotate") else {"name": "CD"}
                 transcript.call(limited, method, where, template, json=asked_for)
-        for caller, asked in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
-            query = {"permission": asked} if asked else {}
+        for caller, needed in ((anonymous, ""), (sending, "FULL"), (waiting, "")):
+            query = {"permission": needed} if needed else {}
             transcript.call(caller, "GET", "/verify", params=query)
-            required = {"X-Keylatch-Require": asked} if asked else {}
+            required = {"X-Keylatch-Require": needed} if needed else {}
             for method in sorted(METHODS):
                 transcript.call(caller, method, "/ext_authz/x", EXT_AUTHZ, headers=required)
         transcript.call(waiting, "POST", "/leaked", json={"token": "x"})

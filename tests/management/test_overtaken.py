@@ -210,7 +210,7 @@ class OvertakenContract:
 
     @pytest.mark.long
     async def test_two_keys_that_change_each_other_do_not_deadlock(self, scene: Scene) -> None:
-        """Locks are taken in one order, whoever acts on whom, while uses are stored as well."""
+        """Locks are taken in one order for all callers and keys, also while uses are stored."""
         keyring = scene.keyring
         made = [await keyring.create(ORG, f"key {n}") for n in range(6)]
         ids = [each.record.id for each in made]
@@ -231,7 +231,7 @@ class OvertakenContract:
 
 
 class LosesAnswers:
-    """A database whose commits are all answered to nobody, so that their work is repeated."""
+    """A database whose commits all lose their response, so that their work is repeated."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -339,13 +339,13 @@ class TestWhatAKeyLeavesBehind:
         root = await self._child(keyring, None)
         child, sibling = [await self._child(keyring, root) for _ in range(2)]
         grandchild = await self._child(keyring, child)
-        stranger = await self._child(keyring, None)
+        unrelated = await self._child(keyring, None)
         await keyring.delete(ORG, child.id)
         before = (await engine.store.invalidations_since(0)).seq
         changed = await keyring.delete(ORG, root.id, descendants=True, reason="leaked")
         assert changed is not None
         assert (changed.count, changed.record.revoked_reason) == (3, "leaked")
-        assert [key.id for key in await keyring.list(ORG)] == [stranger.id]
+        assert [key.id for key in await keyring.list(ORG)] == [unrelated.id]
         touched = (await engine.store.invalidations_since(before)).invalidations
         assert sorted(key_id or "" for _, key_id, _ in touched) == sorted(
             (root.id, sibling.id, grandchild.id)
@@ -529,6 +529,6 @@ async def is_allowed(engine: Engine, key: Created) -> bool:
 
 
 async def secret(engine: Engine, key: Created) -> int | None:
-    """By which secret a token is let in; None: it is refused."""
+    """The secret by which a token is accepted; None: it is refused."""
     verdict = await engine.authenticate([b"Bearer " + key.token.reveal().encode()])
     return getattr(getattr(verdict, "principal", None), "secret_version", None)

@@ -194,7 +194,7 @@ class RacingContract:
     def test_a_key_that_ends_while_its_body_is_on_its_way_changes_nothing(
         self, deployment: Deployment, operation: str, ending: str
     ) -> None:
-        """It was let in when its header fields came; the answer is 401, and 403 for less rights."""
+        """It was accepted after its header fields; the response is 401, or 403 for less rights."""
         organization = f"org-{operation.split('/', 1)[1]}-{ending}".translate(NAMELESS)
 
         async def prepare(keyring: Keyring) -> tuple[Created, str]:
@@ -218,7 +218,7 @@ class RacingContract:
 
     @pytest.mark.timeout(1_800)  # in full
     def test_no_effect_commits_after_the_delete(self, deployment: Deployment, times: Times) -> None:
-        """Thousands of calls of keys that are being revoked, told by the store's own sequence."""
+        """Thousands of calls with keys that are being revoked, ordered by the store's sequence."""
         late, outcomes = race(deployment, times(500, 10_000))
         assert late == []
         assert outcomes[200] > 0

@@ -229,7 +229,7 @@ class TestWhoMay:
         with pytest.raises(InvalidKeyState):
             await keyring.rotate("acme", key.record.id)
 
-    async def test_nobody_gets_more_rights_than_their_own(self, engine: Engine) -> None:
+    async def test_no_caller_gets_more_rights_than_its_own(self, engine: Engine) -> None:
         """Neither another permission nor a way into live."""
         key = await create(engine)
         keyring = await engine.keyring()
@@ -276,7 +276,7 @@ class TestCosts:
     async def test_redis_knows_both(
         self, make_engine: MakeEngine, hasher: WatchedHasher, order: str, clock: Clock
     ) -> None:
-        """Another process hashes neither, whichever was told first; it keeps to the grace."""
+        """Another process hashes neither, in any order of notices, and observes the grace."""
         redis = FakeServer()
         first = make_engine(redis=FakeAsyncRedis(server=redis))
         second = make_engine(redis=FakeAsyncRedis(server=redis), hasher=hasher)
@@ -351,7 +351,7 @@ class RotationContract(StoreTests):
         ]
 
     async def test_all_keys_of_an_organisation_end_in_one_change(self, store: Store) -> None:
-        """One sequence number and one invalidation for any number of keys, and none elsewhere."""
+        """One sequence number and one invalidation for any number of keys of the organisation."""
         for number in range(5):
             await store.add(record(f"key_{number}"), f"hash {number}")
         await store.add(record("key_x", "other"), "hash")
@@ -360,8 +360,8 @@ class RotationContract(StoreTests):
         _, before = deleted
         count, seq = await store.revoke_all("acme", NOW + 1, "leaked", by=Actor("key_1"))
         assert (count, seq) == (4, before + 1)
-        told = await store.invalidations_since(before)
-        assert told.invalidations == ((seq, None, "acme"),)
+        batch = await store.invalidations_since(before)
+        assert batch.invalidations == ((seq, None, "acme"),)
         records = await store.list("acme", deleted=True)
         assert {each.id for each in records if each.revoked_reason == "leaked"} == {
             f"key_{number}" for number in range(1, 5)
@@ -378,7 +378,7 @@ class RotationContract(StoreTests):
         with pytest.raises(InvalidKeyState):
             await store.rotate("acme", "key_a", NOW, "new", "kl_...wxyz", None)
         assert await store.change("acme", "key_b", NOW, {"name": "b"}) is None
-        assert await store.change_organization("nobody", NOW, False) is None
+        assert await store.change_organization("unknown", NOW, False) is None
         assert await store.events(None, 10) == before
 
     async def test_the_log_is_read_in_pages_and_by_key(self, store: Store) -> None:

@@ -147,15 +147,15 @@ def test_organizations_see_their_own_keys_only(
     client: httpx.Client, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """The organisation comes from the caller's key, never from query or body."""
-    stranger = sidecar.create(name="Stranger")
-    mine, theirs = admin_key.record.organization_id, stranger.record.organization_id
-    asked = {"organizationId": theirs, "organization_id": theirs}
-    assert {key["organizationId"] for key in client.get(KEYS, params=asked).json()} == {mine}
-    key = client.post(KEYS, params=asked, json={"name": "Mine"}).json()
+    other = sidecar.create(name="Stranger")
+    mine, theirs = admin_key.record.organization_id, other.record.organization_id
+    query = {"organizationId": theirs, "organization_id": theirs}
+    assert {key["organizationId"] for key in client.get(KEYS, params=query).json()} == {mine}
+    key = client.post(KEYS, params=query, json={"name": "Mine"}).json()
     assert key["organizationId"] == mine
     assert client.post(KEYS, json={"name": "Spy", "organizationId": theirs}).status_code == 400
-    with sidecar.client(stranger) as strangers:
-        assert [key["name"] for key in strangers.get(KEYS).json()] == ["Stranger"]
+    with sidecar.client(other) as others:
+        assert [key["name"] for key in others.get(KEYS).json()] == ["Stranger"]
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)

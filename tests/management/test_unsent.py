@@ -114,9 +114,9 @@ def test_the_token_works_at_once(client: httpx.Client) -> None:
     full, sending = created(client), created(client, permission="SENDING")
     assert sending["permission"] == "SENDING"
     assert client.get(KEYS, headers=bearer(full)).status_code == 200
-    asked = {"permission": "SENDING"}
-    assert client.get("/verify", params=asked, headers=bearer(sending)).status_code == 200
-    assert client.get("/verify", params=asked, headers=bearer(full)).status_code == 200
+    query = {"permission": "SENDING"}
+    assert client.get("/verify", params=query, headers=bearer(sending)).status_code == 200
+    assert client.get("/verify", params=query, headers=bearer(full)).status_code == 200
 
 
 def test_the_list_is_newest_first(client: httpx.Client, admin_key: Created) -> None:
@@ -204,16 +204,16 @@ def test_organizations_see_their_own_keys_only(
     client: httpx.Client, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """No list, and no parameter, shows or creates another organisation's keys."""
-    stranger = sidecar.create(name="Stranger")
-    mine, theirs = admin_key.record.organization_id, stranger.record.organization_id
+    other = sidecar.create(name="Stranger")
+    mine, theirs = admin_key.record.organization_id, other.record.organization_id
     for name in ("organizationId", "organization", "teamId"):
         keys = client.get(KEYS, params={name: theirs, "include": "deleted"}).json()
         assert {key["organizationId"] for key in keys} == {mine}
         key = client.post(KEYS, params={name: theirs}, json={"name": "Mine"}).json()
         assert key["organizationId"] == mine
         assert client.post(KEYS, json={"name": "Spy", name: theirs}).status_code == 400
-    with sidecar.client(stranger) as strangers:
-        assert [key["name"] for key in strangers.get(KEYS).json()] == ["Stranger"]
+    with sidecar.client(other) as others:
+        assert [key["name"] for key in others.get(KEYS).json()] == ["Stranger"]
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
@@ -290,7 +290,7 @@ def test_a_key_outside_the_authorization_header_does_not_count(
 
 
 @pytest.mark.parametrize("environment", ["live", "staging"])
-def test_nobody_creates_a_key_with_more_rights_than_its_own(
+def test_no_caller_creates_a_key_with_more_rights_than_its_own(
     client: httpx.Client, environment: str
 ) -> None:
     """A key for test makes keys for test only; a way into live would be a new right."""
@@ -475,12 +475,12 @@ class _Broken(Engine):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (KEYS, error("INTERNAL_SERVER_ERROR", "Something went wrong here; it was logged")),
+        (KEYS, error("INTERNAL_SERVER_ERROR", "Internal error; the sidecar has logged it")),
         (
             "/v1/api_keys",
             {
-                "error": "Something went wrong here; it was logged",
-                "message": "Something went wrong here; it was logged",
+                "error": "Internal error; the sidecar has logged it",
+                "message": "Internal error; the sidecar has logged it",
                 "code": "INTERNAL_SERVER_ERROR",
             },
         ),

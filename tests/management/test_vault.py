@@ -1,4 +1,4 @@
-"""The store's own secrets: rotated while everybody works, and nobody is refused for it."""
+"""The store's own secrets: rotated under load, without a refused request."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ class VaultContract(StoreTests):
     """What both databases promise of the secrets that they keep."""
 
     async def test_what_is_introduced_makes_nothing_yet(self, store: Store) -> None:
-        """It is read by everybody, after those that make; then it makes, and comes first."""
+        """First it is enabled, after the primary one; then it is primary, and comes first."""
         before = await store.secrets()
         seq = await store.add_pending_secrets(KINDS, NOW)
         known = await store.secrets()
@@ -59,7 +59,7 @@ class VaultContract(StoreTests):
         assert after.peppers == known.peppers[::-1]
 
     async def test_every_step_is_told(self, store: Store) -> None:
-        """Whoever asks what changed hears of the secrets, and of no key."""
+        """The invalidations since then contain the secrets, and no key."""
         since = (await store.secrets()).as_of
         await store.add_pending_secrets(KINDS, NOW)
         await store.promote_secrets(KINDS, NOW)
@@ -68,7 +68,7 @@ class VaultContract(StoreTests):
         } == {(None, "*")}
 
     async def test_a_rotation_that_was_cut_off_is_finished(self, store: Store) -> None:
-        """No second secret is made, and whoever may not have heard of the first is told again."""
+        """No second secret is created, and processes that may have missed it are notified again."""
         first = await store.add_pending_secrets(["mac"], NOW)
         assert await store.add_pending_secrets(["mac"], NOW) == first + 1
         assert len((await store.secrets()).mac_keys) == 2
@@ -114,7 +114,7 @@ class TestPostgreSQL(VaultContract):
     async def test_who_is_cut_from_the_store_refuses_no_token_as_made_up(
         self, url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A check key that it has not heard of may have made it: 503 once its lease is over. What
+        """A MAC key that it has not loaded may have created it: 503 once its lease is over. What
         no check key can have made is refused all the same."""
         engines = [
             Engine(Settings.load(store=url, redis="", hasher="sha256"), clock=clock, timer=clock)
@@ -124,9 +124,9 @@ class TestPostgreSQL(VaultContract):
             await engine.start()
         cut, rotator = engines
         await create(cut)
-        stranger = MacKeys([b"s" * 32]).mint("kl", "live")
-        miscopied = Token(stranger.reveal()[:-12] + stranger.reveal()[-12:].swapcase())
-        assert cut.authenticator.check_token_cached(stranger) == Deny(Reason.FORGED)
+        unknown = MacKeys([b"s" * 32]).mint("kl", "live")
+        miscopied = Token(unknown.reveal()[:-12] + unknown.reveal()[-12:].swapcase())
+        assert cut.authenticator.check_token_cached(unknown) == Deny(Reason.FORGED)
 
         async def fail(*args: Any, **kwargs: Any) -> Poll:
             raise StoreUnavailable("cut off by the test")
@@ -134,7 +134,7 @@ class TestPostgreSQL(VaultContract):
         for name in ("poll", "invalidations_since", "find", "secrets"):
             monkeypatch.setattr(cut.store, name, fail)
         clock.tick(1)
-        assert await cut.authenticate(bearer(stranger)) == Deny(Reason.UNAVAILABLE)
+        assert await cut.authenticate(bearer(unknown)) == Deny(Reason.UNAVAILABLE)
         assert await cut.authenticate(bearer(miscopied)) == Deny(Reason.FORGED)
         rotation = asyncio.create_task((await rotator.store_secrets()).rotate())
         while not rotation.done():  # it waits until the lease of the one that is cut off is over
@@ -144,7 +144,7 @@ class TestPostgreSQL(VaultContract):
         assert await cut.authenticate(bearer(created)) == Deny(Reason.UNAVAILABLE)
         monkeypatch.undo()
         assert isinstance(await cut.authenticate(bearer(created)), Allow)
-        assert await cut.authenticate(bearer(stranger)) == Deny(Reason.FORGED)
+        assert await cut.authenticate(bearer(unknown)) == Deny(Reason.FORGED)
         for engine in engines:
             await engine.stop()
 
@@ -163,7 +163,7 @@ async def engines(make_engine: MakeEngine) -> AsyncIterator[list[Engine]]:
 
 @pytest.mark.anyio
 async def test_old_and_new_keys_are_good_in_every_process(engines: list[Engine]) -> None:
-    """Nobody waits and nobody is restarted; new tokens are made with the new check key."""
+    """No request waits and no process restarts; new tokens have a MAC of the new key."""
     here, there = engines
     old = await create(here)
     before = await here.store.secrets()
@@ -197,7 +197,7 @@ async def test_what_redis_holds_stays_readable(
     async def redis_knows() -> bool:
         return len(await here._redis.keys()) == len(tokens)
 
-    await wait_until(redis_knows)  # it is told in the background
+    await wait_until(redis_knows)  # it is written in the background
     caplog.clear()
 
     async def fail(stored: str, token: Token) -> Any:
@@ -266,7 +266,7 @@ def processes(make_engine: MakeEngine) -> Processes:
 async def test_processes_with_other_pepper_files_read_nothing_of_each_other(
     processes: Processes, secret_file: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They refuse nobody; what they find in Redis is counted, and the log says what to look at."""
+    """They refuse no key; what they find in Redis is counted, and the log names the cause."""
     creator = processes.new(secret_file("a"))
     token = await create(creator)
     assert isinstance(await creator.authenticate(bearer(token)), Allow)
@@ -298,7 +298,7 @@ async def test_a_pepper_file_rotates(processes: Processes, secret_file: Callable
 async def test_the_store_alone_signs_nothing_where_there_is_a_pepper_file(
     processes: Processes, secret_file: Callable[..., str], store_url: str
 ) -> None:
-    """Neither values nor bells; the store's peppers go on rotating."""
+    """Neither values nor notices; the store's peppers continue to rotate."""
     process = processes.new(secret_file("a"))
     token = await create(process)
     read = await (stolen := Store(store_url)).open(NOW)
@@ -316,7 +316,7 @@ async def test_the_store_alone_signs_nothing_where_there_is_a_pepper_file(
 
 
 @pytest.mark.anyio
-async def test_whoever_has_not_read_the_new_secrets_yet_refuses_nobody(
+async def test_a_process_with_old_secrets_refuses_no_key(
     engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token that only a newer key can have made: it reads them first, or it is unavailable."""
@@ -338,28 +338,28 @@ async def test_whoever_has_not_read_the_new_secrets_yet_refuses_nobody(
 async def test_a_herd_reads_the_secrets_once(
     engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hundred strangers after a rotation are one question, and none before the next."""
+    """A hundred unknown tokens after a rotation cause one reload, and none before the next."""
     here, there = engines
     await (await here.store_secrets()).rotate()
-    asked = 0
+    requests = 0
     secrets = there.store.secrets
 
     async def counted() -> Any:
-        nonlocal asked
-        asked += 1
+        nonlocal requests
+        requests += 1
         return await secrets()
 
     monkeypatch.setattr(there.store, "secrets", counted)
-    strangers = [MacKeys([b"s" * 32]).mint("kl", "live") for _ in range(100)]
+    unknown = [MacKeys([b"s" * 32]).mint("kl", "live") for _ in range(100)]
     for _ in range(2):
-        verdicts = await asyncio.gather(*(there.authenticate(bearer(token)) for token in strangers))
+        verdicts = await asyncio.gather(*(there.authenticate(bearer(token)) for token in unknown))
         assert set(verdicts) == {Deny(Reason.FORGED)}
-    assert asked == 1
+    assert requests == 1
 
 
 @pytest.mark.anyio
 async def test_a_retired_check_key_takes_its_tokens_along(engine: Engine, clock: Clock) -> None:
-    """It goes when it was replaced long enough ago; then its tokens are strangers'."""
+    """It is deleted when it was replaced long enough ago; then its tokens are forged ones."""
     old = await create(engine)
     vault = await engine.store_secrets()
     first = next(each.id for each in await vault.list() if each.kind == "mac")
@@ -384,7 +384,7 @@ async def test_a_retired_check_key_takes_its_tokens_along(engine: Engine, clock:
 def test_the_command_line_rotates_and_retires(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is kept is told, never what it is; a check key goes only with --yes."""
+    """The output lists secrets, never their values; a MAC key is deleted only with --yes."""
     old = operator.create()["token"]
     assert operator.run("secrets", "rotate", "--pepper").stderr.startswith(
         "Rotated pepper: in force"
@@ -455,12 +455,12 @@ def run(
             assert process.stderr is not None
             assert process.stderr.readline() == "ready\n"
         asyncio.run(rotate(store_url, redis[0]))
-    told = [json.loads(log.read_text()) for log in logs]
+    reports = [json.loads(log.read_text()) for log in logs]
     outcomes: dict[str, int] = {}
-    for each in told:
+    for each in reports:
         for name, count in each["outcomes"].items():
             outcomes[name] = outcomes.get(name, 0) + count
-    return Run(outcomes, [each["made with"] for each in told])
+    return Run(outcomes, [each["made with"] for each in reports])
 
 
 @contextlib.contextmanager
@@ -490,7 +490,7 @@ def rotations(count: int) -> Rotate:
 
 
 async def rotate_in_one_step(url: str, redis: str) -> None:
-    """A broken twin: everything is made with new secrets before everybody knows them."""
+    """A broken twin: new secrets are used before every process has loaded them."""
     engine = Engine(Settings.load(store=url, redis=redis, hasher="sha256", lease=2))
     await engine.store_secrets()
     for _ in range(5):  # now and then the other one happens to look just then
@@ -523,11 +523,11 @@ def test_both_secrets_rotate_under_load(
     url = redis_server.url
     kinds = ("sound", "without-notifier") if shared_url.startswith("postgresql") else SOUND
     count = times(2, 50)
-    told = run(tmp_path, shared_url, [url], kinds, rotations(count))
-    print(f"{count} rotations: {told.outcomes}")
-    assert told.outcomes.keys() == {"ALLOWED"}, told.outcomes
-    assert told.outcomes["ALLOWED"] > 100
-    assert told.made_with == [[count, 0], [count, 0]]
+    result = run(tmp_path, shared_url, [url], kinds, rotations(count))
+    print(f"{count} rotations: {result.outcomes}")
+    assert result.outcomes.keys() == {"ALLOWED"}, result.outcomes
+    assert result.outcomes["ALLOWED"] > 100
+    assert result.made_with == [[count, 0], [count, 0]]
 
 
 def test_the_twin_that_never_reads_its_secrets_again_refuses_good_keys(
@@ -535,15 +535,15 @@ def test_the_twin_that_never_reads_its_secrets_again_refuses_good_keys(
 ) -> None:
     """The same test catches a process that acknowledges what it does not act upon."""
     url = redis_server.url
-    told = run(tmp_path, shared_url, [url], ("sound", "never-reloads"), rotations(2))
-    assert told.outcomes["FORGED"] > 0
+    result = run(tmp_path, shared_url, [url], ("sound", "never-reloads"), rotations(2))
+    assert result.outcomes["FORGED"] > 0
 
 
 def test_the_twin_that_rotates_in_one_step_refuses_good_keys(
     tmp_path: Path, postgres: PostgresServer, redis_server: RedisServer
 ) -> None:
-    """Where processes hold leases, one that the bell did not reach has not heard of the secret.
-    (On SQLite every check hears of every commit.)"""
+    """Where processes hold leases, one that missed the notice does not know the secret.
+    (On SQLite every check sees every commit.)"""
     store_url, url = postgres.new_database(), redis_server.url
-    told = run(tmp_path, store_url, [url], ("sound", "without-notifier"), rotate_in_one_step)
-    assert told.outcomes["FORGED"] > 0
+    result = run(tmp_path, store_url, [url], ("sound", "without-notifier"), rotate_in_one_step)
+    assert result.outcomes["FORGED"] > 0

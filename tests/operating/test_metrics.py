@@ -26,7 +26,7 @@ from keylatch.storage.changes import advance
 from keylatch.storage.store import Invalidation, Poll, Store
 from keylatch.telemetry.counters import Counter, Histogram
 from keylatch.usage.recorder import UsageRecorder
-from keylatch_sidecar.metrics import Page, merged
+from keylatch_sidecar.metrics import MetricsPage, merge
 from servers import PostgresServer, eventually, free_port
 from shell import Operator, wait_for_exit
 from test_serving import answers, served
@@ -518,14 +518,14 @@ async def test_a_worker_that_ends_leaves_its_number(
     def workers(text: str) -> set[str]:
         return set(re.findall(r'worker="(\d+)"', text))
 
-    first, second, third = (Page(make_engine(), tmp_path) for _ in range(3))
-    async with second.shared():
-        async with first.shared():
+    first, second, third = (MetricsPage(make_engine(), tmp_path) for _ in range(3))
+    async with second.shared_with_workers():
+        async with first.shared_with_workers():
             assert workers(await second.text()) == {"0", "1"}
         assert workers(await second.text()) == {"0"}
         (tmp_path / "1.sock").touch()  # as one that was killed leaves behind
         assert workers(await second.text()) == {"0"}
-        async with third.shared():
+        async with third.shared_with_workers():
             assert workers(await third.text()) == {"0", "1"}
 
 
@@ -534,6 +534,4 @@ def test_pages_are_merged_by_family() -> None:
     a, b = "# HELP a x\n# TYPE a counter\n", "# HELP b y\n# TYPE b gauge\n"
     first = f'{a}a{{w="0"}} 1.0\n{b}b{{w="0"}} 2.0\n'
     second = f'{a}a{{w="1"}} 3.0\n'
-    assert merged([first, second, ""]) == (
-        f'{a}a{{w="0"}} 1.0\na{{w="1"}} 3.0\n{b}b{{w="0"}} 2.0\n'
-    )
+    assert merge([first, second, ""]) == (f'{a}a{{w="0"}} 1.0\na{{w="1"}} 3.0\n{b}b{{w="0"}} 2.0\n')

@@ -1,4 +1,4 @@
-"""What the files in `deploy/` that nobody runs here would do: read, judged, and asked in thought.
+"""Models of the files in `deploy/` that no test runs: parsed, validated, evaluated on requests.
 
 A judge returns what is wrong, in words, so that a test can show that it sees the broken twin of
 what we ship. An `asked_by_…` tells what a proxy would ask of a key, by the proxy's own rules.
@@ -58,7 +58,7 @@ def parts(value: Any) -> Iterator[Any]:
 
 
 def open_doors(value: Any) -> list[str]:
-    """What would let requests in while the sidecar is down, or keys after they were revoked."""
+    """Settings that would allow requests while the sidecar is down, or revoked keys."""
     found = []
     for each in parts(value):
         if not isinstance(each, dict):
@@ -107,7 +107,7 @@ def options_of(arguments: Sequence[str]) -> dict[str, Any]:
     """What `keylatch serve` takes these arguments for.
 
     Raises:
-        Exception: it takes them for a mistake.
+        Exception: it rejects them.
     """
     command, *rest = arguments
     assert command == "serve"
@@ -116,7 +116,7 @@ def options_of(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def flaws_of_pod(spec: Any) -> list[str]:
-    """What Kubernetes' restricted profile would refuse, and what we ask for beyond it."""
+    """What Kubernetes' restricted profile would refuse, and our requirements beyond it."""
     pod = spec.get("securityContext", {})
     found = [name for name in ("hostNetwork", "hostPID", "hostIPC") if spec.get(name)]
     if spec.get("automountServiceAccountToken") is not False:
@@ -158,7 +158,7 @@ def flaws_of_service(service: Any) -> list[str]:
 
 
 def strangers_who_may_ask(found: Iterable[Any]) -> list[str]:
-    """Ways to port 8700 for everybody."""
+    """Ways in which every client could reach port 8700."""
     wrong = []
     for service in of_kind(found, "Service"):
         kind = service["spec"].get("type", "ClusterIP")
@@ -174,7 +174,7 @@ def strangers_who_may_ask(found: Iterable[Any]) -> list[str]:
     return wrong
 
 
-# What proxies would ask
+# What proxies would send
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Request:
 
 
 def asked_by_istio(policies: Iterable[Any], mesh: Any, request: Request) -> set[str]:
-    """What the providers of all CUSTOM policies ask for that fit."""
+    """The permissions of the providers of all CUSTOM policies that match."""
     asks = {
         provider["name"]: provider["envoyExtAuthzHttp"]["includeAdditionalHeadersInCheck"]
         for provider in mesh["meshConfig"]["extensionProviders"]
@@ -244,7 +244,7 @@ def asked_by_gateway(route: Any, request: Request) -> bool:
 
 
 def asked_by_ingress_nginx(ingresses: Iterable[Any], request: Request) -> str | None:
-    """What the location asks for that nginx takes: the longest of the expressions that fit."""
+    """The permission of the location that nginx uses: the longest of the expressions that match."""
     locations = [
         (path["path"], ingress["metadata"]["annotations"])
         for ingress in ingresses
@@ -259,7 +259,7 @@ def asked_by_ingress_nginx(ingresses: Iterable[Any], request: Request) -> str | 
 
 
 def asked_by_apisix(configuration: Any, request: Request) -> str | None:
-    """What the route's service asks for, of the route with the highest priority that fits."""
+    """The permission of the service of the matching route with the highest priority."""
     services = {service["id"]: service for service in configuration["services"]}
     for route in sorted(configuration["routes"], key=lambda each: -each["priority"]):
         fits = bool({"/*", request.resolved} & set(route["uris"]))

@@ -1,4 +1,4 @@
-"""Real proxies in front of a real app and a real sidecar, and somebody who watches them all.
+"""Real proxies in front of a real app and a real sidecar, whose requests are recorded.
 
 The configuration is the very file in `deploy/` that operators copy, with only addresses and folders
 replaced. A file `test_<proxy>.py` says how its proxy is started and inherits `ProxyContract`.
@@ -177,7 +177,7 @@ class SidecarProcess:
         self._runner.run(revoke())
 
     def decision(self, *fields: bytes, permission: str = "FULL") -> RawResponse:
-        """The sidecar's own answer, asked without a proxy, with the facts it is told to expect."""
+        """The sidecar's response, without a proxy, to a request with the headers of its source."""
         facts = (b"X-Forwarded-Method: GET", b"X-Forwarded-Uri: /")
         return send(self.place, f"GET /verify?permission={permission}".encode(), *facts, *fields)
 
@@ -202,11 +202,11 @@ class FaultInjector:
         self.port: int = self._listener.getsockname()[1]
         self.connections = 0
         self.requests: list[bytes] = []
-        """Each question as it was written, while `answer` is set."""
+        """Each request as it was received, while `answer` is set."""
         self.response: bytes | None = None
-        """What every question gets before its connection is closed; None: the sidecar's answer."""
+        """The response to every request before its connection is closed; None: the sidecar's."""
         self.closes_after_next_request = False
-        """Whether it closes a connection only when a second question has come, unanswered."""
+        """Whether it closes a connection only after a second request, which it does not answer."""
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -261,22 +261,22 @@ class Kind:
     """How to run one proxy from its files in `deploy/`.
 
     Args:
-        name: of its folder there.
+        name: of its directory in `deploy/`.
         program: its executable.
         package: what to install for it.
-        command: its arguments; `{folder}` is where the files are.
-        check: arguments with which it judges its files and ends.
-        front: where the files make it listen.
-        asked: where the files say that the sidecar is.
-        sidecar: how to run one that it can ask.
-        fronted: how they spell that, around a port.
-        address: how the files spell an address.
+        command: its arguments; `{folder}` is the directory of the files.
+        check: arguments with which it validates its files and exits.
+        front: its address in the files.
+        sidecar_address: the sidecar's address in the files.
+        sidecar: how to run one that the proxy can use.
+        front_format: the format of that address.
+        address_format: the format of other addresses in the files.
         files: which of the folder's files it needs.
         folders: those that the files name, to be replaced by temporary ones.
         files_named: the same for single files.
         sockets: names that are global on the machine, to be made unique.
-        unix: how the files' sidecar address is spelled for a Unix socket; None: it cannot.
-        inner: more addresses that it listens at, for itself.
+        unix_format: the format of a Unix socket as the sidecar's address; None: not supported.
+        inner: further addresses that it listens on, for itself.
         home: the folder it is started in; `{folder}` is where the files are.
         first: a request that is 404 until it has read its files, and is then refused without a
             question; empty: it has read them when it listens.
@@ -305,9 +305,9 @@ class Kind:
     only_root: str = ""
     """Lines (a pattern) that only root may use: others run it without."""
     limited: Mapping[str, str] = field(default_factory=dict)
-    """What to replace so that a key may ask twice, and no third time; empty: there is no limit."""
+    """What to replace so that a key is limited to two requests; empty: there is no limit."""
     unlimited: Mapping[str, str] = field(default_factory=dict)
-    """What to replace so that a key may ask as often as it likes."""
+    """What to replace so that no key is limited."""
 
     def format_address(self, address: str) -> str:
         """An address, which is given as host:port, as the files spell it."""
@@ -446,9 +446,9 @@ class ProxyStack:
 
     def request_refused(self, start: bytes, *fields: bytes) -> RawResponse:
         """One request that must not get to the app."""
-        asked = self.app.request_count
+        count_before = self.app.request_count
         answered = self.request(start, *fields)
-        assert self.app.request_count == asked, answered
+        assert self.app.request_count == count_before, answered
         assert b"x-echo" not in header_dict(answered)
         return answered
 
@@ -472,7 +472,7 @@ def running_stack(kind: Kind) -> Iterator[ProxyStack]:
 def faulty_proxy(
     proxy: ProxyStack, twin: Mapping[str, str] | None = None
 ) -> Iterator[tuple[FaultInjector, Proxy]]:
-    """A second proxy, with somebody between it and the sidecar."""
+    """A second proxy, with a fault injector between it and the sidecar."""
     injector = FaultInjector(proxy.sidecar.port)
     try:
         with running_proxy(proxy.kind, proxy.app_url, injector.port, twin) as other:
@@ -511,7 +511,7 @@ def identity(seen: JSON) -> dict[str, list[str]]:
 
 
 def identity_of(key: Created) -> dict[str, list[str]]:
-    """What the app must be told about a key."""
+    """The identity headers that the app must get for a key."""
     record = key.record
     values = [record.id, quote(record.name, safe=""), "acme", record.permission, record.environment]
     return {name: [value] for name, value in zip(IDENTITY, values, strict=True)}
@@ -549,11 +549,11 @@ def assert_rate_limited(answer: RawResponse) -> None:
     assert json.loads(answer.body)["error"] == "rate_limited"
 
 
-def assert_same_refusal(answer: RawResponse, said: RawResponse) -> None:
+def assert_same_refusal(answer: RawResponse, expected_answer: RawResponse) -> None:
     """A refusal has the sidecar's status, body, and headers that matter, each of them once."""
-    headers, expected = header_dict(answer), header_dict(said)
-    assert answer.status == said.status
-    assert answer.body == said.body
+    headers, expected = header_dict(answer), header_dict(expected_answer)
+    assert answer.status == expected_answer.status
+    assert answer.body == expected_answer.body
     for name in (b"www-authenticate", b"content-type", b"cache-control", b"x-keylatch-error"):
         assert headers[name] == expected[name], name
 

@@ -70,9 +70,9 @@ class ProxyContract:
     chunked_bodies: ClassVar[bool] = True
     """Whether bodies without a length arrive; if not, they are refused with 411."""
     keeps_connections: ClassVar[bool] = True
-    """Whether questions share connections to the sidecar."""
+    """Whether checks share connections to the sidecar."""
     sidecar_request_target: ClassVar[bytes] = b"/verify?permission=SENDING"
-    """The target of the question about `POST /v1/emails?permission=X`, which SENDING may call."""
+    """The target of the check of `POST /v1/emails?permission=X`, which SENDING permits."""
     sidecar_request_headers: ClassVar[Mapping[bytes, bytes]] = {
         b"x-forwarded-method": b"POST",
         b"x-forwarded-uri": b"/v1/emails?permission=X",
@@ -108,7 +108,7 @@ class ProxyContract:
             )
 
     def test_the_longest_name_and_address_pass(self, proxy: ProxyStack) -> None:
-        """1.2 kB of a key's name in the sidecar's answer, 7 kB of a query in the question."""
+        """1.2 kB of a key's name in the sidecar's response, 7 kB of a query in the check."""
         key = proxy.sidecar.create(name=100 * "\N{MUSICAL SYMBOL G CLEF}")
         seen = echoed(proxy.request(b"GET /v1/me?" + 7_000 * b"x", auth_header(key)))
         assert identity(seen) == identity_of(key)
@@ -116,9 +116,13 @@ class ProxyContract:
 
     def test_head_is_answered_without_a_body(self, proxy: ProxyStack) -> None:
         """The app is asked HEAD; a refused HEAD has no body either."""
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         allowed = proxy.request(b"HEAD /v1/me", auth_header(proxy.full))
-        assert (allowed.status, allowed.body, proxy.app.request_count) == (200, b"", asked + 1)
+        assert (allowed.status, allowed.body, proxy.app.request_count) == (
+            200,
+            b"",
+            count_before + 1,
+        )
         refused = proxy.request_refused(b"HEAD /v1/me")
         assert (refused.status, refused.body) == (401, b"")
 
@@ -238,14 +242,14 @@ class ProxyContract:
         ],
     )
     def test_a_judged_method_is_the_method(self, proxy: ProxyStack, name: bytes) -> None:
-        """The app never hears of another one: it was judged as what it is."""
+        """The app never gets another one: the check used the real method."""
         fields = (auth_header(proxy.sender), b"Content-Length: 0", name + b": DELETE")
         seen = echoed(proxy.request(b"POST /v1/emails", *fields))
         assert "DELETE" not in json.dumps(seen)
 
     @pytest.mark.parametrize("name", SPELLINGS)
     def test_nobody_can_say_for_himself_who_he_is(self, proxy: ProxyStack, name: bytes) -> None:
-        """In no spelling, once or twice, with a key or without one: the app hears the sidecar."""
+        """In no spelling, once or twice, with a key or without: the app gets the sidecar's."""
         lies = (name + b": evil", name + b": evil2")
         keyed = echoed(proxy.request(b"GET /v1/me", auth_header(proxy.full), *lies))
         public = echoed(proxy.request(b"GET /healthz", *lies))
@@ -305,7 +309,7 @@ class ProxyContract:
         self, proxy: ProxyStack, path: str
     ) -> None:
         """A SENDING key: refused, or what the app gets is the very path that the table names."""
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         answered = proxy.request(
             f"POST {path}".encode(), auth_header(proxy.sender), b"Content-Length: 0"
         )
@@ -313,7 +317,7 @@ class ProxyContract:
             assert echoed(answered)["path"] == "/v1/emails"
             return
         assert answered.status in (400, 403, 404)
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
 
     @pytest.mark.parametrize(
         "path",
@@ -335,14 +339,14 @@ class ProxyContract:
     )
     def test_no_way_to_spell_a_path_makes_it_public(self, proxy: ProxyStack, path: str) -> None:
         """Without a key: refused, or what the app gets is the very path that is public."""
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         answered = proxy.request(f"GET {path}".encode())
         if answered.status == 200:
             seen = echoed(answered)
             assert (seen["path"], identity(seen)) == ("/healthz", {})
             return
         assert answered.status in (400, 401, 404)
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
 
     @pytest.mark.parametrize("fields", [[], [b"Authorization: Bearer wrong"]])
     def test_what_is_public_needs_no_key(self, proxy: ProxyStack, fields: list[bytes]) -> None:
@@ -354,7 +358,7 @@ class ProxyContract:
     def test_a_preflight_is_answered_by_the_app(
         self, proxy: ProxyStack, fields: list[bytes]
     ) -> None:
-        """Browsers send it without the key; it comes from nobody."""
+        """Browsers send it without the key; it is anonymous."""
         asking = (b"Origin: https://a.test", b"Access-Control-Request-Method: DELETE")
         seen = echoed(proxy.request(b"OPTIONS /v1/emails", *asking, *fields))
         assert (seen["method"], seen["path"], identity(seen)) == ("OPTIONS", "/v1/emails", {})
@@ -372,7 +376,7 @@ class ProxyContract:
     def test_nothing_else_passes_for_a_preflight(
         self, proxy: ProxyStack, method: bytes, fields: list[bytes]
     ) -> None:
-        """An OPTIONS that no browser asks ahead, and what is no OPTIONS, need a key."""
+        """An OPTIONS that is no CORS preflight request, and other methods, need a key."""
         assert proxy.request_refused(method + b" /v1/me", *fields).status in (400, 401)
 
     @pytest.mark.parametrize("key", ["full", "sender"])
@@ -386,12 +390,12 @@ class ProxyContract:
 
     def test_a_large_body_without_a_key_is_refused(self, proxy: ProxyStack) -> None:
         """401, and nothing of it gets to the app."""
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         lines = [b"POST /v1/emails HTTP/1.1", b"Host: test", b"Content-Length: 300000"]
         lines += [b"Expect: 100-continue", b"Connection: close", b"", b""]
         received = exchange_until_idle(proxy.running.port, b"\r\n".join(lines))
         assert received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 401 ")
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
 
     def test_trailers_never_become_headers(self, proxy: ProxyStack) -> None:
         """Some app servers add them to the headers: they could say who calls."""
@@ -414,10 +418,10 @@ class ProxyContract:
         """Who came before on the same connection lends nothing to who comes after."""
         good = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full), b"", b""]
         keyless = [b"GET /v1/me HTTP/1.1", b"Host: test", b"Connection: close", b"", b""]
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         received = exchange(proxy.url, b"\r\n".join(good) + b"\r\n".join(keyless))
         assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"401"]
-        assert proxy.app.request_count == asked + 1
+        assert proxy.app.request_count == count_before + 1
 
     def test_at_the_same_time_everybody_is_himself(self, proxy: ProxyStack) -> None:
         """Forty callers at once, on routes that both may call: no identity is mixed up."""
@@ -464,12 +468,12 @@ class ProxyContract:
         """The handshake is refused like any other request."""
         token = {"nobody": "", "bad": "wrong", "sender": proxy.sender.token.reveal()}[who]
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         url = f"ws://127.0.0.1:{proxy.running.port}/v1/live"
         with pytest.raises(InvalidStatus) as refused:
             connect(url, additional_headers=headers, proxy=None)
         assert refused.value.response.status_code == status
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
 
     def test_only_websockets_are_upgrades(self, proxy: ProxyStack) -> None:
         """With `Upgrade: h2c` a client could talk to the app past the proxy."""
@@ -508,7 +512,7 @@ class ProxyContract:
                 pool.submit(proxy.request, b"GET /v1/me", auth_header(proxy.full))
                 for _ in range(24)
             ]
-            assert {asked.result().status for asked in asking} == {200}
+            assert {request.result().status for request in asking} == {200}
         proxy.sidecar.kill()
         proxy.sidecar.start()
         answers = [proxy.request(b"GET /v1/me", auth_header(proxy.full)).status for _ in range(12)]
@@ -554,23 +558,23 @@ class ProxyContract:
     ) -> None:
         """Whatever else comes from the sidecar's address is 503, and the app is not asked."""
         injector, other = proxy_with_fault
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         with injector.responding(answer):
             answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
         if answered.status == 100:  # some hand that on, and then answer
             answered = parse_response(answered.body)
         assert_unavailable(answered)
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
 
     def test_a_sidecar_that_limits_a_key_is_understood(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """429 with its `Retry-After` where the proxy passes it on; the app is not asked."""
         injector, other = proxy_with_fault
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         with injector.responding(TOO_MANY):
             answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
         if self.passes_429:
             assert_rate_limited(answered)
             assert header_dict(answered)[b"retry-after"] == b"7"
@@ -586,7 +590,7 @@ class ProxyContract:
         Whoever knows the public part of a key uses up nothing of it."""
         if not proxy.kind.limited:
             pytest.skip(f"the files of {proxy.kind.name} limit nobody")
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         with running_proxy(
             proxy.kind, proxy.app_url, proxy.sidecar.port, proxy.kind.limited
         ) as other:
@@ -598,7 +602,7 @@ class ProxyContract:
                 assert send(other.url, b"GET /v1/me", presented).status == 200
             self.is_told_to_wait(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
             self.is_told_to_wait(send(other.url, b"POST /v1/emails", auth_header(proxy.full)))
-            assert proxy.app.request_count == asked + 2
+            assert proxy.app.request_count == count_before + 2
             assert send(other.url, b"POST /v1/emails", auth_header(proxy.sender)).status == 200
             for _ in range(4):
                 assert send(other.url, b"GET /healthz").status == 200
@@ -609,7 +613,7 @@ class ProxyContract:
     def test_an_allow_that_names_nobody_lets_nobody_speak_for_himself(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """200 from something that is no sidecar: refused, or the app hears of no identity."""
+        """200 from another server than the sidecar: refused, or the app gets no identity."""
         injector, other = proxy_with_fault
         lies = [name + b": evil" for name in SPELLINGS]
         with injector.responding(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
@@ -622,7 +626,7 @@ class ProxyContract:
     def test_the_question_holds_what_it_must_and_nothing_of_the_clients(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """One question for a request: the permission, the credential, the facts; no body."""
+        """One check per request: the permission, the credential, method and URI; no body."""
         injector, other = proxy_with_fault
         with injector.responding(BROKEN):
             head = [b"POST /v1/emails?permission=X HTTP/1.1", b"Host: test", b"Cookie: secret=1"]
@@ -646,7 +650,7 @@ class ProxyContract:
     def test_a_kept_connection_that_ends_under_a_question_is_not_missed(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """Closed by the sidecar while a question is on its way: it is asked again on a new one."""
+        """Closed by the sidecar while a check is being sent: it is retried on a new one."""
         injector, other = proxy_with_fault
         allow = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + NAMED + b"\r\n"
         with injector.responding(allow, closes_after_next_request=True):
@@ -658,7 +662,7 @@ class ProxyContract:
     def test_many_requests_share_few_connections_to_the_sidecar(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy], who: str
     ) -> None:
-        """Allowed or refused: a flood of bad keys opens no connection each."""
+        """Allowed or refused: a flood of invalid keys does not open a connection each."""
         if not self.keeps_connections:
             pytest.skip("it must not: see its files")
         injector, other = proxy_with_fault

@@ -1,4 +1,4 @@
-"""Apache httpd with the files in `deploy/apache`: a Lua hook asks the sidecar."""
+"""Apache httpd with the files in `deploy/apache`: a Lua hook calls the sidecar."""
 
 import contextlib
 import json
@@ -89,7 +89,7 @@ ONE_PROCESS = also("ServerLimit 1", "StartServers 1", "MaxRequestWorkers 25")
 )
 def test_the_app_gets_one_spelling_of_a_path(proxy: ProxyStack, path: str, seen: str) -> None:
     """Dots and double slashes are gone, and a slash that is encoded stays so. For a FULL key only:
-    what is spelled in another way than the table has it asks for FULL."""
+    another spelling than the table's needs FULL."""
     assert echoed(proxy.request(f"GET {path}".encode(), auth_header(proxy.full)))["path"] == seen
 
 
@@ -114,11 +114,11 @@ def test_the_app_gets_one_spelling_of_a_path(proxy: ProxyStack, path: str, seen:
 )
 def test_a_mistake_in_lua_is_503(proxy: ProxyStack, mistake: dict[str, str]) -> None:
     """In the words of a sidecar that is down; for longer than there are threads to use up."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         for _ in range(60):
             assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_a_lua_that_cannot_run_closes_everything(
     proxy: ProxyStack, mistake: dict[str, str]
 ) -> None:
     """500, as without LuaSocket: public routes too."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         for _ in range(60):
             assert send(other.url, b"GET /v1/me").status == 500
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_a_new_virtual_host_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
@@ -151,7 +151,7 @@ def test_a_new_virtual_host_is_closed_until_it_is_opened(proxy: ProxyStack) -> N
 
 
 def test_two_credentials_come_as_one_that_is_refused(proxy: ProxyStack) -> None:
-    """Apache joins them with a comma: the sidecar hears of both."""
+    """Apache joins them with a comma: the sidecar gets both."""
     with faulty_proxy(proxy) as (injector, other), injector.responding(ALLOW):
         send(other.url, b"GET /", b"Authorization: Bearer one", b"authorization: Bearer two")
     (question,) = injector.requests
@@ -249,23 +249,23 @@ UNASKED = [
 def test_what_the_sidecar_is_not_asked_about_is_refused(
     proxy: ProxyStack, lines: list[str], start: bytes, _: dict[str, list[str]]
 ) -> None:
-    """By the second hook, which Apache asks about everything."""
-    asked = proxy.app.request_count
+    """By the second hook, which Apache runs for every request."""
+    count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, also(*lines)) as other:
         assert send(other.url, start, b"X-Keylatch-Key-Id: evil").status in (400, 500)
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize(("lines", "start", "known"), UNASKED)
 def test_without_the_second_hook_it_would_get_to_the_app(
     proxy: ProxyStack, lines: list[str], start: bytes, known: dict[str, list[str]]
 ) -> None:
-    """Why nobody may delete it: not even what the client says of itself would be gone."""
-    asked = proxy.app.request_count
+    """Why it must not be deleted: not even the client's identity headers would be removed."""
+    count_before = proxy.app.request_count
     mistake = {"LuaHookFixups": "# LuaHookFixups"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, also(*lines) | mistake) as other:
         answered = send(other.url, start, b"X-Keylatch-Key-Id: evil")
-    assert proxy.app.request_count == asked + 1
+    assert proxy.app.request_count == count_before + 1
     assert identity(json.loads(answered.body[answered.body.rindex(b'{"method"') :])) == known
 
 
@@ -308,7 +308,7 @@ def test_a_sidecar_that_dribbles_means_503_in_time(proxy: ProxyStack) -> None:
 
 
 def test_a_reload_misses_nobody_and_reads_the_lua_anew(proxy: ProxyStack) -> None:
-    """Who asks meanwhile is answered; the routes are the new ones then."""
+    """Requests are answered meanwhile; after it the routes are the new ones."""
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port) as other:
         lua = other.folder / "keylatch.lua"
         for _ in range(8):
@@ -319,7 +319,7 @@ def test_a_reload_misses_nobody_and_reads_the_lua_anew(proxy: ProxyStack) -> Non
             asking = [
                 pool.submit(send, other.url, b"GET /", auth_header(proxy.full)) for _ in range(60)
             ]
-            assert {asked.result().status for asked in asking} == {200}
+            assert {request.result().status for request in asking} == {200}
         eventually(lambda: send(other.url, b"GET /new").status == 200)
 
 
@@ -358,6 +358,6 @@ def test_http_2_is_judged_alike(proxy: ProxyStack) -> None:
         key = (b"authorization", auth_header(proxy.sender).partition(b": ")[2])
         seen = json.loads(spoken(other.port, key, lie))
         assert (identity(seen), seen["length"]) == (identity_of(proxy.sender), 5)
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         assert spoken(other.port, lie) == proxy.sidecar.decision().body
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before

@@ -1,4 +1,4 @@
-"""Caddy with the files in `deploy/caddy`: reverse_proxy asks the sidecar."""
+"""Caddy with the files in `deploy/caddy`: reverse_proxy calls the sidecar."""
 
 import json
 import re
@@ -55,7 +55,7 @@ WITH_HTTP_2 = {"max_header_size": "protocols h1 h2c\nmax_header_size"}
 
 
 class TestCaddy(ProxyContract):
-    """All that a proxy promises; the sidecar hears more of a client's fields than it reads."""
+    """The contract of all proxies; the sidecar gets more of a client's fields than it reads."""
 
     dropped_headers: ClassVar[frozenset[bytes]] = frozenset({b"cookie"})
     passes_429: ClassVar[bool] = True
@@ -63,13 +63,13 @@ class TestCaddy(ProxyContract):
 
     def test_it_has_no_complaint_about_its_files(self, proxy: ProxyStack) -> None:
         """Nor about their format: it says more than complaints, each with its level."""
-        said = [json.loads(line) for line in config_errors(proxy.kind).splitlines()]
-        assert [line for line in said if line["level"] != "info"] == []
+        entries = [json.loads(line) for line in config_errors(proxy.kind).splitlines()]
+        assert [line for line in entries if line["level"] != "info"] == []
 
 
 @pytest.fixture
 def fresh(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
-    """Somebody between, whom no kept connection goes past."""
+    """A fault injector that no idle connection bypasses."""
     with faulty_proxy(proxy) as made:
         yield made
 
@@ -79,8 +79,8 @@ def question(injector: FaultInjector, place: str, start: bytes, *lines: bytes) -
     with injector.responding(BROKEN):
         request = [start + b" HTTP/1.1", b"Host: test", b"Connection: close", *lines]
         exchange(place, b"\r\n".join(request))
-    (asked,) = injector.requests
-    return asked
+    (check,) = injector.requests
+    return check
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_a_path_matcher_would_take_many_for_the_public_one(proxy: ProxyStack, pa
 def test_placeholders_of_a_client_are_never_filled_in(
     proxy: ProxyStack, fresh: tuple[FaultInjector, Proxy], path: str
 ) -> None:
-    """Neither for the table nor on the way to the sidecar: it hears them as they came."""
+    """Neither for the table nor for the sidecar, which gets them unchanged."""
     assert proxy.request_refused(f"GET {path}".encode()).status in (400, 401)
     injector, other = fresh
     lines = (b"Authorization: Bearer {http.request.host}", b"", b"")
-    asked = question(injector, other.url, b"GET /v1/{http.request.host}", *lines)
-    assert b"\r\nX-Forwarded-Uri: /v1/{http.request.host}\r\n" in asked
-    assert b"\r\nAuthorization: Bearer {http.request.host}\r\n" in asked
+    check = question(injector, other.url, b"GET /v1/{http.request.host}", *lines)
+    assert b"\r\nX-Forwarded-Uri: /v1/{http.request.host}\r\n" in check
+    assert b"\r\nAuthorization: Bearer {http.request.host}\r\n" in check
 
 
 def test_without_a_query_of_its_own_the_question_would_have_the_clients(proxy: ProxyStack) -> None:
@@ -155,13 +155,13 @@ def test_a_route_below_the_check_is_closed_until_it_is_opened(proxy: ProxyStack)
 def test_an_allow_that_misses_a_name_is_none(
     proxy: ProxyStack, fresh: tuple[FaultInjector, Proxy], missing: str
 ) -> None:
-    """Caddy copies five headers or asks nobody."""
+    """Caddy copies five headers, or refuses the request."""
     injector, other = fresh
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     names = b"".join(f"{name}: x\r\n".encode() for name in IDENTITY if name != missing)
     with injector.responding(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + names + b"\r\n"):
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_without_that_rule_caddy_would_make_up_an_identity(
@@ -230,7 +230,7 @@ def test_without_the_rule_on_connection_a_client_could_strip_its_identity(
 
 
 def test_without_the_rule_on_upgrades_the_app_would_be_asked_for_h2c(proxy: ProxyStack) -> None:
-    """And one that speaks it would hear no more of Caddy."""
+    """And an app that supports it would bypass Caddy."""
     lines = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full)]
     lines += [b"Upgrade: h2c", b"Connection: Upgrade", b"", b""]
     rules = {"request_header @no_websocket -Upgrade": "", "request_header -Connection": ""}
@@ -263,8 +263,8 @@ def test_the_question_has_no_body_and_no_upgrade(
 ) -> None:
     """Or the sidecar would wait for the one, and talk WebSocket for the other."""
     injector, other = fresh
-    asked = question(injector, other.url, b"POST /v1/emails", *lines)
-    head, _, body = asked.lower().partition(b"\r\n\r\n")
+    check = question(injector, other.url, b"POST /v1/emails", *lines)
+    head, _, body = check.lower().partition(b"\r\n\r\n")
     assert body == b""
     for name in (b"content-length", b"transfer-encoding", b"trailer", b"upgrade"):
         assert b"\r\n" + name not in head
@@ -307,12 +307,12 @@ def test_log_credentials_would_write_keys_into_the_log(proxy: ProxyStack) -> Non
 
 def test_a_host_that_no_site_names_gets_an_empty_answer(proxy: ProxyStack) -> None:
     """200 by Caddy itself: the app is not asked, and a health check would believe it."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with running_proxy(
         KIND, proxy.app_url, proxy.sidecar.port, {"http://:": "http://api.test:"}
     ) as other:
         answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
-    assert (answered.status, answered.body, proxy.app.request_count) == (200, b"", asked)
+    assert (answered.status, answered.body, proxy.app.request_count) == (200, b"", count_before)
 
 
 def test_a_question_about_the_whole_server_is_not_the_apps(proxy: ProxyStack) -> None:
@@ -327,7 +327,7 @@ def test_nobody_can_tell_it_to_check_nothing(proxy: ProxyStack) -> None:
 
 
 def test_where_a_request_comes_from_is_not_for_the_client_to_say(proxy: ProxyStack) -> None:
-    """The app hears of the connection."""
+    """The app gets the connection."""
     lies = (b"X-Forwarded-For: 6.6.6.6", b"X-Forwarded-Proto: https")
     seen = echoed(proxy.request(b"GET /v1/me", auth_header(proxy.full), *lies))
     assert values_of(seen, "x-forwarded-for") == ["127.0.0.1"]
@@ -377,7 +377,7 @@ def by(key: Created) -> Field:
 
 def test_http_2_is_judged_in_the_same_way(proxy: ProxyStack, http_2: int) -> None:
     """Identity, permissions and refusals."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     seen = echoed(over_http_2(http_2, "POST /v1/emails", by(proxy.sender)))
     assert (seen["length"], identity(seen)) == (5, identity_of(proxy.sender))
     for start in ("POST /v1/me", "GET /v1/emails", "POST /v1/emails/", "POST //v1/emails"):
@@ -386,7 +386,7 @@ def test_http_2_is_judged_in_the_same_way(proxy: ProxyStack, http_2: int) -> Non
         refused = over_http_2(http_2, "GET /v1/me", *fields)
         assert refused.status == 401
         assert b"www-authenticate" in dict(refused.headers)
-    assert proxy.app.request_count == asked + 1
+    assert proxy.app.request_count == count_before + 1
 
 
 @pytest.mark.parametrize(
@@ -403,11 +403,11 @@ def test_http_2_is_judged_in_the_same_way(proxy: ProxyStack, http_2: int) -> Non
 def test_over_http_2_nobody_says_who_he_is_either(
     proxy: ProxyStack, http_2: int, lie: Field
 ) -> None:
-    """The app hears the sidecar, or Caddy has no such request."""
-    asked = proxy.app.request_count
+    """The app gets the sidecar's headers, or Caddy rejects the request."""
+    count_before = proxy.app.request_count
     answered = over_http_2(http_2, "POST /v1/me", by(proxy.full), lie)
     if answered.status != 200:
-        assert (answered.status in (0, 400), proxy.app.request_count) == (True, asked)
+        assert (answered.status in (0, 400), proxy.app.request_count) == (True, count_before)
         return
     seen = echoed(answered)
     assert identity(seen) == identity_of(proxy.full)
@@ -418,13 +418,13 @@ def test_over_http_2_nobody_says_who_he_is_either(
 def test_a_method_of_http_2_is_no_line_of_the_table(
     proxy: ProxyStack, http_2: int, method: str
 ) -> None:
-    """Caddy takes one with spaces. Without the rule only its client would refuse to ask the app."""
-    asked = proxy.app.request_count
+    """Caddy accepts one with spaces. Without the rule only its HTTP client would reject it."""
+    count_before = proxy.app.request_count
     assert over_http_2(http_2, f"{method} /v1/me", by(proxy.sender)).status == 400
     mistake = {**WITH_HTTP_2, "error @two_words 400": ""}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert over_http_2(other.port, f"{method} /v1/me", by(proxy.sender)).status == 502
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_a_trailer_of_http_2_never_becomes_a_header(proxy: ProxyStack, http_2: int) -> None:

@@ -16,13 +16,9 @@ from typing import Any, cast
 
 import pytest
 
-from keylatch_sidecar.http_server.connections import (
-    Connections,
-    descriptor_limit,
-    raise_descriptor_limit,
-)
+from keylatch_sidecar.http_server.connections import Connection, Connections
+from keylatch_sidecar.http_server.file_descriptors import descriptor_limit, raise_descriptor_limit
 from keylatch_sidecar.http_server.limits import MAX_DESCRIPTORS, Limits
-from keylatch_sidecar.http_server.protocol import LimitedProtocol
 from raw_lines import HOST, is_silent, rest_of
 from servers import eventually, free_port
 from shell import SCRIPT, Operator
@@ -31,7 +27,7 @@ from wire import exchange, parse_response
 
 @dataclass(eq=False)
 class Silent:
-    """A connection, as far as `Connections` asks."""
+    """A connection, as far as `Connections` needs it."""
 
     eviction_rank: tuple[int, float] | None
     ends: int = 0
@@ -52,7 +48,7 @@ def crowd(*silences: tuple[int, float] | None) -> tuple[Connections, set[Silent]
     """As many connections as there may be; their set, and they in order."""
     made = [Silent(silence) for silence in silences]
     everyone = set(made)
-    return Connections(Limits(), cast("set[LimitedProtocol]", everyone), len(made)), everyone, made
+    return Connections(Limits(), cast("set[Connection]", everyone), len(made)), everyone, made
 
 
 @pytest.mark.anyio
@@ -76,7 +72,7 @@ async def test_the_oldest_silent_connection_makes_room(
     for _ in range(len(silences)):
         new = Silent(None)
         everyone.add(new)
-        connections.add(cast(LimitedProtocol, new))
+        connections.add(cast(Connection, new))
         gone = [each for each in made if each.ends] if not new.ends else [new]
         order += [made.index(each) for each in gone if each in made and each in everyone]
         everyone.difference_update(gone)
@@ -90,14 +86,14 @@ async def test_a_connection_that_was_silent_and_is_not_any_more_stays() -> None:
     for expected in (made[0], made[2]):
         new = Silent((0, 9.0))
         everyone.add(new)
-        connections.add(cast(LimitedProtocol, new))
+        connections.add(cast(Connection, new))
         assert [each for each in everyone if each.ends] == [expected]
         everyone.remove(expected)
         made[1].eviction_rank = None
 
 
 def limited(most: int, command: list[str]) -> list[str]:
-    """Runs a command with so many descriptors, of which it has half unless it asks for more."""
+    """Runs a command with so many descriptors, of which its soft limit is half."""
     return [
         "bash",
         "-c",

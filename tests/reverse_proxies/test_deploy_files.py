@@ -171,7 +171,7 @@ def test_the_image_serves_and_is_nobody() -> None:
 
 
 def probes() -> list[list[str]]:
-    """The commands that ask whether a sidecar or an app is well."""
+    """The commands that probe a sidecar or an app."""
     words = dict(instructions())
     found = [json.loads(words["HEALTHCHECK"].partition("CMD ")[2])]
     found += [
@@ -194,7 +194,7 @@ def probes() -> list[list[str]]:
     "command", probes(), ids=lambda command: " ".join(re.findall(r"8\d+|/[a-z]+z", command[2]))
 )
 def test_a_probe_tells_well_from_ill(command: list[str]) -> None:
-    """It succeeds on 200, and on nothing else: not on 503, not where nobody answers."""
+    """It succeeds on 200 only: not on 503, not without a response."""
 
     async def ill(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -318,7 +318,7 @@ def test_nginx_runs_on_our_files(tmp_path: Path, command: list[str]) -> None:
 
 
 def test_the_example_behind_a_proxy_believes_only_the_proxy() -> None:
-    """It names who calls by the proxy's headers, and asks for the permission once more."""
+    """It takes the identity from the proxy's headers, and checks the permission again."""
     fields = [
         *(b"x-keylatch-key-id: key_1", b"x-keylatch-key-name: me"),
         *(b"x-keylatch-organization-id: acme", b"x-keylatch-environment: live"),
@@ -362,9 +362,9 @@ def analyzed(folder: Path, text: str, *words: str) -> str:
     return done.stdout + done.stderr
 
 
-def of_the_unit(said: str) -> str:
+def of_the_unit(output: str) -> str:
     """What is said of ours: the other units of the machine are no concern of the test."""
-    return "\n".join(line for line in said.splitlines() if "keylatch.service" in line)
+    return "\n".join(line for line in output.splitlines() if "keylatch.service" in line)
 
 
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
@@ -372,17 +372,17 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     text = (DEPLOY / "systemd/keylatch.service").read_text()
     assert of_the_unit(analyzed(tmp_path, text, "verify")) == ""
     broken = text.replace("ProtectSystem=strict", "ProtectSytem=strict")
-    said = of_the_unit(analyzed(tmp_path, broken, "verify"))
-    assert "'ProtectSytem' in section [Service], ignoring" in said
+    output = of_the_unit(analyzed(tmp_path, broken, "verify"))
+    assert "'ProtectSytem' in section [Service], ignoring" in output
 
 
 def test_another_unit_of_the_machine_may_draw_a_warning(tmp_path: Path) -> None:
     """One that ours waits for is read as well."""
     (tmp_path / "network-online.target").write_text("[Unit]\nDescripton=misspelled\n")
     text = (DEPLOY / "systemd/keylatch.service").read_text()
-    said = analyzed(tmp_path, text, "verify")
-    assert "Descripton" in said
-    assert of_the_unit(said) == ""
+    output = analyzed(tmp_path, text, "verify")
+    assert "Descripton" in output
+    assert of_the_unit(output) == ""
 
 
 def test_systemd_finds_the_unit_locked(tmp_path: Path) -> None:
@@ -418,10 +418,10 @@ def test_the_unit_is_ours() -> None:
 def syscall_groups() -> dict[str, set[str]]:
     """The calls of each of systemd's groups, and of those within."""
     analyze = require_program(shutil.which("systemd-analyze"), "systemd")
-    told = subprocess.run([analyze, "syscall-filter"], capture_output=True, text=True).stdout
+    output = subprocess.run([analyze, "syscall-filter"], capture_output=True, text=True).stdout
     named = {
         block.split()[0]: {line.strip() for line in block.splitlines()[1:] if "#" not in line}
-        for block in re.split(r"\n(?=@)", told)
+        for block in re.split(r"\n(?=@)", output)
     }
 
     def flat(group: str) -> set[str]:
@@ -499,7 +499,7 @@ def test_kubernetes_knows_the_resources(name: str) -> None:
 
 @pytest.mark.parametrize("resources", [SIDECAR, ALONE], ids=["sidecar", "keylatch"])
 def test_a_pod_is_restricted(resources: list[Any]) -> None:
-    """By Kubernetes' restricted profile, and with files that nobody can write."""
+    """By Kubernetes' restricted profile, and with a read-only file system."""
     pod = pod_of(resources)
     assert manifests.flaws_of_pod(pod) == []
     last = pod["containers"][-1]["name"]
@@ -536,7 +536,7 @@ def test_what_a_pod_mounts_is_there() -> None:
 
 
 def test_the_sidecar_in_the_pod_is_on_the_loopback() -> None:
-    """nginx asks it there as on one host; nobody outside of the pod can."""
+    """nginx calls it there as on one host; no client outside of the pod can."""
     keylatch = containers(pod_of(SIDECAR))["keylatch"]
     assert keylatch["restartPolicy"] == "Always", "a sidecar: there before the app, and after it"
     options = manifests.options_of(keylatch["args"])
@@ -552,7 +552,7 @@ def test_the_sidecar_in_the_pod_is_on_the_loopback() -> None:
 
 
 def test_the_sidecar_on_its_own_answers_proxies_alone() -> None:
-    """On the network there is no management, and not everybody may ask."""
+    """On the network there is no management, and not every pod may connect."""
     keylatch = containers(pod_of(ALONE))["keylatch"]
     options = manifests.options_of(keylatch["args"])
     assert (options["host"], options["port"]) == ("0.0.0.0", 8700)
@@ -579,7 +579,7 @@ def test_the_sidecar_on_its_own_answers_proxies_alone() -> None:
 
 
 def test_each_proxy_sends_the_facts_that_its_sidecar_expects() -> None:
-    """X-Original-…, the request line, X-Forwarded-…; told otherwise, a sidecar refuses all."""
+    """X-Original-…, the request line, X-Forwarded-…; with another source, a sidecar refuses all."""
     values = {each["name"]: each.get("value", "") for each in pod_of(ALONE)["containers"][0]["env"]}
     assert values["KEYLATCH_VERIFY_REQUEST"] == "original"
     assert values["KEYLATCH_EXT_AUTHZ_REQUEST"] == "envoy"
@@ -629,7 +629,7 @@ def scraped(resources: list[Any]) -> list[int]:
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_prometheus_finds_the_metrics(name: str) -> None:
     """On a port of their own, and where it can come from: the host's loopback, or the pod's
-    address, if the network lets it; never on the listener that proxies ask."""
+    address, if the network permits it; never on the listener for proxies."""
     options = manifests.options_of(DEPLOYMENTS[name])
     assert options["metrics_port"] == METRICS_PORT
     assert options["metrics_host"] == ("127.0.0.1" if name == "systemd" else "0.0.0.0")
@@ -743,7 +743,7 @@ each_question = pytest.mark.parametrize(
 
 @each_question
 def test_istio_asks(request_: Request, permission: str | None) -> None:
-    """One question for each request, and the right one."""
+    """One check per request, for the right permission."""
     policies = of_kind(ISTIO, "AuthorizationPolicy")
     asked = manifests.asked_by_istio(policies, MESH, request_)
     assert asked == ({permission} if permission else set())
@@ -777,7 +777,7 @@ TRICKS = ["//v1/emails", "/v1/./emails", "/v1/%65mails", "/admin/..%2fv1/emails"
 
 @pytest.mark.parametrize("path", TRICKS)
 def test_apisix_asks_for_full_where_the_path_is_spelled_another_way(path: str) -> None:
-    """Its routes see the resolved path; without `vars` such a request would ask for less."""
+    """Its routes see the resolved path; without `vars` such a request would need less."""
     request = Request("POST", path)
     assert manifests.asked_by_apisix(APISIX, request) == "FULL"
     naive = twin(APISIX, lambda each: [route.pop("vars", 0) for route in each["routes"][2:3]])
@@ -786,7 +786,7 @@ def test_apisix_asks_for_full_where_the_path_is_spelled_another_way(path: str) -
 
 
 def test_ingress_nginx_hands_on_the_path_that_it_compared() -> None:
-    """Where a route asks for less than FULL; the raw path could lead elsewhere in the app."""
+    """Where a route needs less than FULL; the raw path could be another route of the app."""
 
     def raw(ingresses: list[Any]) -> list[str]:
         found = []
@@ -818,7 +818,7 @@ def test_a_policy_without_rules_would_ask_nobody() -> None:
 
 
 def test_istio_s_providers() -> None:
-    """Each asks the Service for one permission, in time, and hands on all of the answer."""
+    """Each checks one permission with a timeout, and copies all identity headers."""
     (service,) = of_kind(ALONE, "Service")
     for provider in MESH["meshConfig"]["extensionProviders"]:
         asks = provider["envoyExtAuthzHttp"]
@@ -857,7 +857,7 @@ def test_istio_removes_what_only_looks_like_the_answer(name: str) -> None:
 
 
 def test_a_gateway_removes_what_only_looks_like_the_answer() -> None:
-    """The identity on public routes alone: elsewhere the check may have come before."""
+    """The identity on public routes only: on others the check may have run before."""
     (route,) = of_kind(GATEWAY, "HTTPRoute")
     public, rest = route["spec"]["rules"]
     removed = [

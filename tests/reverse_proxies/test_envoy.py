@@ -1,4 +1,4 @@
-"""Envoy with the file in `deploy/envoy`: ext_authz asks the sidecar over HTTP."""
+"""Envoy with the file in `deploy/envoy`: ext_authz calls the sidecar over HTTP."""
 
 import contextlib
 import functools
@@ -92,8 +92,8 @@ def test_the_sidecar_is_asked_with_the_clients_method_and_our_permission(
     (question,) = injector.requests
     first, *fields = question.partition(b"\r\n\r\n")[0].split(b"\r\n")
     assert first == method + b" /ext_authz/v1/me?X-Keylatch-Require=SENDING HTTP/1.1"
-    asked = [field for field in fields if b"keylatch-require" in field.lower()]
-    assert asked == [b"x-keylatch-require: FULL"]
+    required = [field for field in fields if b"keylatch-require" in field.lower()]
+    assert required == [b"x-keylatch-require: FULL"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_the_sidecar_is_asked_with_the_clients_method_and_our_permission(
 def test_a_new_route_is_closed_until_it_is_opened(
     proxy: ProxyStack, action: str, status: int
 ) -> None:
-    """One that says nothing of keylatch asks for FULL, also where Envoy itself would answer."""
+    """A route without keylatch's settings needs FULL, also where Envoy itself would answer."""
     indent = f"\n{24 * ' '}"
     new = f"- match: {{path: /new}}{indent}  {action}{indent}- match: {{path: /healthz}}"
     twin = {"- match: {path: /healthz}": new}
@@ -118,14 +118,14 @@ def test_a_new_route_is_closed_until_it_is_opened(
 
 
 def test_without_the_default_permission_every_good_key_would_do(proxy: ProxyStack) -> None:
-    """Why the filter ahead of ext_authz asks for FULL: nothing asked is nothing demanded."""
+    """Why the filter before ext_authz sets FULL: without a permission, any valid key suffices."""
     mistake = {"x-keylatch-require, value: FULL": "x-mine, value: FULL"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert send(other.url, b"GET /v1/me", auth_header(proxy.sender)).status == 200
 
 
 def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
-    """Why nobody may set `failure_mode_allow`: the sidecar is down, and the app serves."""
+    """Why `failure_mode_allow` must not be set: while the sidecar is down, the app serves."""
     mistake = {"failure_mode_allow: false": "failure_mode_allow: true"}
     with running_proxy(KIND, proxy.app_url, free_port(), mistake) as other:
         assert send(other.url, b"GET /v1/me").status == 200
@@ -142,7 +142,7 @@ def test_without_the_rule_on_names_clients_would_say_who_they_are(proxy: ProxySt
 
 
 def test_without_the_rule_on_underscores_a_method_could_be_another(proxy: ProxyStack) -> None:
-    """Why such names are dropped: many apps take one for the other."""
+    """Why such names are dropped: many apps read one as the other."""
     mistake = {"headers_with_underscores_action: DROP_HEADER": "max_headers_count: 100"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         fields = (auth_header(proxy.sender), b"X_HTTP_Method_Override: DELETE")
@@ -151,7 +151,7 @@ def test_without_the_rule_on_underscores_a_method_could_be_another(proxy: ProxyS
 
 
 def test_with_trailers_a_client_would_say_who_he_is(proxy: ProxyStack) -> None:
-    """Why `enable_trailers` stays off: uvicorn with httptools takes one for one more header."""
+    """Why `enable_trailers` stays off: uvicorn with httptools reads trailers as headers."""
     mistake = {
         "normalize_path: true": "http_protocol_options: {enable_trailers: true}",
         "{http_protocol_options: {}}": "{http_protocol_options: {enable_trailers: true}}",
@@ -165,12 +165,12 @@ def test_with_trailers_a_client_would_say_who_he_is(proxy: ProxyStack) -> None:
 def test_another_success_is_no_allow(
     proxy: ProxyStack, answering: tuple[FaultInjector, Proxy], status: bytes
 ) -> None:
-    """Only 200 is; and no client shall take it for the app's success."""
+    """Only 200 is; and its status must not reach the client as the app's success."""
     injector, other = answering
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with injector.responding(ALLOW.replace(b"200 OK", status)):
         assert_unavailable(send(other.url, b"POST /v1/emails", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_another_success_is_no_allow(
 def test_a_connection_that_the_sidecar_closes_costs_no_answer_and_no_second(
     proxy: ProxyStack, twin: dict[str, str], expected: set[int]
 ) -> None:
-    """Why the question is asked again, and soon: by default it waits half a second on average."""
+    """Why the check is retried soon: by default the retry waits half a second on average."""
     injector = FaultInjector(proxy.sidecar.port)
     try:
         with running_proxy(KIND, proxy.app_url, injector.port, twin) as other:
@@ -222,16 +222,16 @@ def test_envoy_has_nothing_to_warn_of(proxy: ProxyStack) -> None:
 def test_what_steers_envoy_is_not_the_clients_to_say(
     proxy: ProxyStack, twin: dict[str, str], times: int
 ) -> None:
-    """Clients whom Envoy takes for its own could have it ask the app again, or not wait for it."""
+    """Clients that Envoy trusts could make it retry requests to the app, or not wait for it."""
     network = "{cidr_ranges: [{address_prefix: 127.0.0.0, prefix_len: 8}]}"
     own = {
         "merge_slashes: true": f"merge_slashes: true\n{16 * ' '}internal_address_config: {network}"
     }
     lies = [b"X-Envoy-Retry-On: 5xx", b"X-Envoy-Max-Retries: 3", b"X-Envoy-Original-Path: /evil"]
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, own | twin) as other:
         answered = send(other.url, b"GET /status/503", auth_header(proxy.full), *lies)
-    assert (answered.status, proxy.app.request_count - asked) == (503, times)
+    assert (answered.status, proxy.app.request_count - count_before) == (503, times)
     assert (b"evil" in answered.body) == bool(twin)
 
 
@@ -247,7 +247,7 @@ def test_the_app_hears_where_the_connection_comes_from(proxy: ProxyStack) -> Non
 
 @pytest.mark.parametrize("path", ["/v1%2Fme", "/v1%2fme", "/v1%5Cme", "/v1/x%2f..%2fme"])
 def test_escaped_slashes_never_get_to_the_app(proxy: ProxyStack, path: str) -> None:
-    """400 for a FULL key too: some apps take them for slashes."""
+    """400 for a FULL key too: some apps read them as slashes."""
     assert proxy.request_refused(f"GET {path}".encode(), auth_header(proxy.full)).status == 400
 
 
@@ -273,26 +273,26 @@ def test_a_preflight_names_one_page_and_one_method(proxy: ProxyStack, fields: li
 
 
 def test_http_1_0_is_refused(proxy: ProxyStack) -> None:
-    """426, before anybody is asked."""
-    asked = proxy.app.request_count
+    """426, before the check."""
+    count_before = proxy.app.request_count
     lines = [b"GET /healthz HTTP/1.0", b"Host: test", b"", b""]
     assert parse_response(exchange(proxy.url, b"\r\n".join(lines))).status == 426
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize("upgrade", [b"TLS/1.0", b"test", b"websocket, test"])
 def test_no_other_upgrade_is_tried(proxy: ProxyStack, upgrade: bytes) -> None:
     """With a good key too: 403, in Envoy's own words."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     lines = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full)]
     lines += [b"Upgrade: " + upgrade, b"Connection: Upgrade", b"", b""]
     received = exchange_until_idle(proxy.running.port, b"\r\n".join(lines))
     assert received.startswith(b"HTTP/1.1 403 ")
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_no_method_is_made_up(proxy: ProxyStack) -> None:
-    """400, before anybody is asked; the sidecar could not read it either."""
+    """400, before the check; the sidecar could not parse it either."""
     for method in (b"post", b"POSTX", b"G@T"):
         assert proxy.request_refused(method + b" /v1/me", auth_header(proxy.full)).status == 400
 
@@ -340,13 +340,13 @@ def test_http_2_is_no_way_around(proxy: ProxyStack) -> None:
     assert (identity(seen), seen["length"]) == (identity_of(proxy.full), 5)
     assert "evil" not in json.dumps(seen)
     assert "DELETE" not in json.dumps(seen)
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     assert over_http_2(port, "POST", "/v1/me", lies).status == 401
     assert over_http_2(port, "POST", "/v1/me", [sender]).status == 403
     assert over_http_2(port, "post", "/v1/emails", [sender]).status in (403, 503)
     assert over_http_2(port, "CONNECT", "/v1/me", [full]).status == 0  # the connection is closed
     assert over_http_2(port, "POST", "/v1/me", [sender, full]).status == 401
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize(("twin", "is_handed_on"), [({}, False), (UNTOUCHED, True)])
@@ -387,7 +387,7 @@ class Listening:
                 proxy.sendall(ALLOW)
 
     def is_answered(self, number: int) -> bool:
-        """Whether a question is, now; if not, its connection is closed."""
+        """Whether a check is answered now; if not, its connection is closed."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -423,7 +423,7 @@ class Restarted(Listening):
 def test_a_slow_sidecar_is_asked_once(
     proxy: ProxyStack, twin: dict[str, str], status: int, questions: int
 ) -> None:
-    """Why the retries' `max_interval` is written: Envoy takes it for the time that one try has."""
+    """Why the retries' `max_interval` is set: Envoy uses it as the timeout of one attempt."""
     injector = Slow()
     generous_redis_timeouts = {"cluster: keylatch, timeout: 1s": "cluster: keylatch, timeout: 20s"}
     try:
@@ -442,7 +442,7 @@ def test_a_slow_sidecar_is_asked_once(
 def test_a_restart_under_many_questions_is_not_noticed(
     proxy: ProxyStack, twin: dict[str, str], expected: set[int]
 ) -> None:
-    """Why `max_retries` is raised: by default three questions at a time are asked again."""
+    """Why `max_retries` is raised: by default three checks at a time are retried."""
     one_worker = replace(KIND, command=[*KIND.command, "--concurrency", "1"])
     generous_redis_timeouts = {"cluster: keylatch, timeout: 1s": "cluster: keylatch, timeout: 20s"}
     injector = Restarted(16)
@@ -455,7 +455,7 @@ def test_a_restart_under_many_questions_is_not_noticed(
         ):
             ask = functools.partial(send, other.url, b"GET /v1/me", auth_header(proxy.full))
             waves = [[pool.submit(ask) for _ in range(16)] for _ in range(2)]
-            statuses = [{asked.result().status for asked in wave} for wave in waves]
+            statuses = [{request.result().status for request in wave} for wave in waves]
     finally:
         injector.close()
     assert statuses == [{200}, expected]

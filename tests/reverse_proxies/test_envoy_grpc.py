@@ -1,4 +1,4 @@
-"""Envoy with `deploy/envoy/envoy-grpc.yaml`: ext_authz asks the sidecar over gRPC."""
+"""Envoy with `deploy/envoy/envoy-grpc.yaml`: ext_authz calls the sidecar over gRPC."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ KIND = dataclasses.replace(
 
 
 class Oracle:
-    """Says the same to every question, in place of the sidecar, and keeps the questions.
+    """Gives the same response to every check, instead of the sidecar, and records the checks.
 
     Args:
         answer: a message, as it is on the wire, or an error.
@@ -120,7 +120,7 @@ class TestEnvoyOverGRPC(ProxyContract):
     def test_an_allow_that_names_nobody_lets_nobody_speak_for_himself(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """An empty message is an allow: the app hears of no identity."""
+        """An empty message is an allow: the app gets no identity."""
         lies = [name + b": evil" for name in SPELLINGS]
         with answering(proxy, b"") as (_, other):
             seen = echoed(send(other.url, b"GET /v1/me", auth_header(proxy.full), *lies))
@@ -130,7 +130,7 @@ class TestEnvoyOverGRPC(ProxyContract):
     def test_the_question_holds_what_it_must_and_nothing_of_the_clients(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """One question for a request: the permission, the credential, the facts; no body."""
+        """One check per request: the permission, the credential, method and path; no body."""
         head = [b"POST /v1/emails?permission=X HTTP/1.1", b"Host: test", b"Cookie: secret=1"]
         head += [auth_header(proxy.full), b"X-Forwarded-Method: GET", b"X-Keylatch-Require: X"]
         head += [b"Content-Length: 5", b"Connection: close", b"", b"hello"]
@@ -152,24 +152,24 @@ class TestEnvoyOverGRPC(ProxyContract):
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """429 and its `Retry-After` reach the client as they are; the app is not asked."""
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         headers = {"content_type": b"application/json", "cache_control": b"no-store"}
         headers |= {"x_keylatch_error": b"rate_limited", "retry_after": b"7"}
         with answering(proxy, denied(429, TOO_MANY_BODY, **headers)) as (_, other):
             answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
         assert_rate_limited(answered)
         assert header_dict(answered)[b"retry-after"] == b"7"
 
     def test_a_kept_connection_that_ends_under_a_question_is_not_missed(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """Closed by the sidecar while a question is on its way: it is asked again on a new one."""
+        """Closed by the sidecar while a check is being sent: it is retried on a new one."""
         assert statuses(proxy, {}) == {200}
 
 
 class LateClosingInjector:
-    """Stands between Envoy and its sidecar: a connection ends with its second question, unanswered.
+    """Between Envoy and its sidecar: closes a connection at its second check, without a response.
 
     Args:
         port: of the sidecar.
@@ -206,7 +206,7 @@ class LateClosingInjector:
 
 
 def statuses(proxy: ProxyStack, mistake: Mapping[str, str]) -> set[int]:
-    """What twelve requests are answered while connections to the sidecar end under questions."""
+    """The responses to twelve requests while connections are closed during checks."""
     injector = LateClosingInjector(proxy.sidecar.port)
     try:
         with running_proxy(KIND, proxy.app_url, injector.port, mistake) as other:
@@ -218,12 +218,12 @@ def statuses(proxy: ProxyStack, mistake: Mapping[str, str]) -> set[int]:
 
 
 def test_without_the_retry_a_connection_that_ends_would_be_noticed(proxy: ProxyStack) -> None:
-    """Why the question is asked again: no proxy knows of a closed connection before it writes."""
+    """Why checks are retried: no proxy detects a closed connection before it writes."""
     assert statuses(proxy, {"num_retries: 1": "num_retries: 0"}) == {200, 503}
 
 
 def test_a_new_route_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
-    """A route that says nothing of keylatch asks for FULL."""
+    """A route without keylatch's settings needs FULL."""
     more = "- match: {path: /new}\n                          route: {cluster: app}\n"
     more += "                        - match: {path: /healthz}"
     with running_proxy(
@@ -235,7 +235,7 @@ def test_a_new_route_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
 
 
 def test_without_the_default_permission_every_good_key_would_do(proxy: ProxyStack) -> None:
-    """Why all routes ask for FULL together: a question without a permission is weaker."""
+    """Why FULL is set for all routes: a check without a permission is weaker."""
     mistake = {"{permission: FULL}": "{mine: FULL}"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert send(other.url, b"GET /v1/me", auth_header(proxy.sender)).status == 200
@@ -251,7 +251,7 @@ def test_a_permission_without_a_word_is_no_permission(proxy: ProxyStack) -> None
 
 
 def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
-    """Why nobody may set `failure_mode_allow`: the sidecar is down, and the app serves."""
+    """Why `failure_mode_allow` must not be set: while the sidecar is down, the app serves."""
     mistake = {"failure_mode_allow: false": "failure_mode_allow: true"}
     with running_proxy(KIND, proxy.app_url, free_port(), mistake) as other:
         assert send(other.url, b"GET /v1/me").status == 200
@@ -276,20 +276,20 @@ def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
 )
 def test_no_other_answer_is_an_allow(proxy: ProxyStack, answer: bytes | grpc.StatusCode) -> None:
     """503, whatever it is, and the app is not asked: above all what looks like its success."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with answering(proxy, answer) as (_, other):
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize("code", [1, 2, 7, 16, 99])
 def test_a_refusal_without_words_is_a_refusal(proxy: ProxyStack, code: int) -> None:
     """Nothing but 0 lets a request pass, not even beside the headers of an allow."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     for response in ({}, {"ok_response": {"headers_to_remove": [b"cookie"]}}):
         with answering(proxy, written(status={"code": code}, **response)) as (_, other):
             assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == 403
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 ALL_HEADERS = {"allowed_headers: {patterns: [{exact: authorization}]}": "clear_route_cache: false"}
@@ -303,7 +303,7 @@ BELIEVING = {
 def test_an_envoy_that_tells_the_sidecar_of_all_headers_believes_no_lie(
     proxy: ProxyStack, raw: str
 ) -> None:
-    """For configurations of one's own: where the sidecar hears of names that could be taken for
+    """For other configurations: if the sidecar gets names that an app could mistake for
     its own, it has them removed; Envoy writes over the others. What is public stays open to lies.
     """
     version = "transport_api_version: V3"
@@ -330,14 +330,14 @@ ASKING = {
 
 
 def test_a_connection_may_be_asked_whether_it_lives(proxy: ProxyStack) -> None:
-    """As often as an operator likes: no question is lost."""
+    """As often as an operator likes: no check is lost."""
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, ASKING) as other:
         answers = [send(other.url, b"GET /v1/me", auth_header(proxy.full)) for _ in range(100)]
     assert {answered.status for answered in answers} == {200}
 
 
 def test_other_servers_would_hang_up_on_who_asks(proxy: ProxyStack) -> None:
-    """Why ours counts no pings: gRPC's default ends a connection, and questions with it."""
+    """Why the sidecar does not count pings: gRPC's default closes connections, losing checks."""
     with answering(proxy, b"", ASKING) as (_, other):
         eventually(lambda: send(other.url, b"GET /v1/me").status == 503)
 
@@ -345,16 +345,16 @@ def test_other_servers_would_hang_up_on_who_asks(proxy: ProxyStack) -> None:
 @pytest.mark.parametrize(
     ("start", "end"),
     [
-        ("# 1. What could be read in two ways", "# 2."),
+        ("# 1. Ambiguous requests", "# 2."),
         ("use_remote_address: true", "route_config:"),
-        ("# Public: an exact path.", "# What a request asks of its key. Method"),
+        ("# Public: an exact path.", "# The permission that a request needs."),
         ("failure_mode_allow: false", "allowed_headers:"),
-        ("# 6. What one key may do", "clusters:"),
+        ("# 6. Rate limit per key", "clusters:"),
         ("- name: app\n      connect_timeout", ""),
     ],
 )
 def test_the_two_files_differ_in_the_question_alone(start: str, end: str) -> None:
-    """What keeps a door closed in one of them keeps it closed in the other."""
+    """Settings that fail closed in one of them do so in the other."""
     parts = set()
     for name in ("envoy.yaml", "envoy-grpc.yaml"):
         text = (DEPLOY / "envoy" / name).read_text()

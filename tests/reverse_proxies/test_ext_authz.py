@@ -43,11 +43,11 @@ def test_any_method_and_path_is_the_same_question(
     sidecar: Sidecar, full: Created, method: bytes, path: bytes
 ) -> None:
     """Path and query are the client's and say nothing; the answer is that of /verify."""
-    asked = method + b" /ext_authz" + path + b"?permission=FULL&x=1"
-    assert send(sidecar.url, asked, auth_header(full)) == send(
+    request_line = method + b" /ext_authz" + path + b"?permission=FULL&x=1"
+    assert send(sidecar.url, request_line, auth_header(full)) == send(
         sidecar.url, b"GET /verify", auth_header(full)
     )
-    refused = send(sidecar.url, asked)
+    refused = send(sidecar.url, request_line)
     assert (refused.status, refused.body == b"") == (401, method == b"HEAD")
 
 
@@ -113,7 +113,7 @@ def headers_of(key: Created, *more: Header) -> list[Header]:
 
 @pytest.mark.anyio
 async def test_methods_of_ones_own_are_judged_too(operated: Engine, key: Created) -> None:
-    """By the endpoint; uvicorn on httptools refuses those that nobody registered, with 400."""
+    """By the endpoint; uvicorn on httptools rejects unregistered methods with 400."""
     app = create_app(operated)
     answer = await asgi_request(app, "/ext_authz/pot", headers_of(key), method="BREW")
     assert answer.status == 200
@@ -157,7 +157,7 @@ async def test_facts_come_from_the_agreed_place_or_nothing_passes(
 async def test_questions_without_facts_fill_no_log(
     operated: Engine, key: Created, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Any client can ask so: 1,000 of them write ten lines, each with the count."""
+    """Any client can cause it: 1,000 requests write ten log lines, each with the count."""
     app = create_app(operated, ProxySettings(verify_request="forwarded"))
     for _ in range(1_000):
         await asgi_request(app, "/verify", headers_of(key))
@@ -170,13 +170,13 @@ async def test_questions_without_facts_fill_no_log(
 async def test_facts_are_logged_without_the_query(
     operated: Engine, key: Created, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For operators who ask why, at DEBUG; a query may hold secrets."""
+    """For operators, at DEBUG; without the query, which may contain secrets."""
     caplog.set_level("DEBUG", "keylatch.proxies")
     app = create_app(operated, ProxySettings(verify_request="forwarded"))
     await asgi_request(app, "/verify", headers_of(key, *FORWARDED))
     await asgi_request(app, "/verify", list(FORWARDED))
-    said = [record.getMessage() for record in caplog.records if "/v1" in record.getMessage()]
-    assert said == ["POST /v1: allowed", "POST /v1: no credential was sent"]
+    messages = [record.getMessage() for record in caplog.records if "/v1" in record.getMessage()]
+    assert messages == ["POST /v1: allowed", "POST /v1: no credential was sent"]
 
 
 async def cached(operated: Engine, key: Created, seconds: int) -> bytes:

@@ -88,7 +88,7 @@ def auth_header(key: Created) -> Header:
 
 
 def question(headers: Sequence[Header] = (), *permissions: str, raw: bool = False) -> Any:
-    """As Envoy asks: values of one name joined, or one by one with `encode_raw_headers`."""
+    """As Envoy sends it: values of one name joined, or separate with `encode_raw_headers`."""
     request = CheckRequest()
     http = request.attributes.request.http
     http.method, http.path = b"POST", b"/v1/emails?secret=1"
@@ -280,7 +280,7 @@ async def test_an_allow_names_the_caller_and_takes_the_key_away(
 async def test_what_could_be_taken_for_the_callers_name_is_removed(
     channel: grpc.aio.Channel, full: Created, name: str, is_removed: bool
 ) -> None:
-    """Envoy removes after it has written: what is told must not be among it."""
+    """Envoy removes after it has set: the identity must not be among the removed names."""
     lies = [(name.encode(), b"evil"), (b"cookie", b"a=b")]
     response = await ask(channel, question([auth_header(full), *lies]))
     told = {option.header.key for option in response.ok_response.headers}
@@ -313,7 +313,7 @@ async def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
 async def test_headers_ask_for_nothing(
     channel: grpc.aio.Channel, sender: Created, field: bytes
 ) -> None:
-    """They are the client's; what the route asks for is the proxy's to say."""
+    """They are the client's; the proxy sets the route's permission."""
     for value in (b"FULL", b"SENDING", b""):
         headers = [auth_header(sender), (field, value)]
         assert spelled(await ask(channel, question(headers))).status == 200
@@ -363,7 +363,7 @@ async def test_a_question_about_no_request_is_refused(
 async def test_the_request_is_logged_without_its_query(
     channel: grpc.aio.Channel, full: Created, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For operators who ask why, at DEBUG; a query may hold secrets."""
+    """For operators, at DEBUG; without the query, which may contain secrets."""
     caplog.set_level("DEBUG", "keylatch.proxies")
     await ask(channel, question([auth_header(full)]))
     await ask(channel, question())
@@ -374,7 +374,7 @@ async def test_the_request_is_logged_without_its_query(
 async def test_at_the_same_time_everybody_is_himself(
     channel: grpc.aio.Channel, full: Created, sender: Created
 ) -> None:
-    """Two hundred questions at once on one connection."""
+    """Two hundred concurrent checks on one connection."""
     keys = [full, sender] * 100
     answers = await asyncio.gather(*(ask(channel, question([auth_header(key)])) for key in keys))
     told = [dict(spelled(answer).headers)[b"x-keylatch-key-id"] for answer in answers]
@@ -394,17 +394,17 @@ async def test_a_revoked_key_is_refused_on_the_very_next_question(
 
 
 class Gated(Hasher):
-    """Answers when it is told to, and counts who asked."""
+    """Answers on demand, and counts the calls."""
 
     def __init__(self) -> None:
         super().__init__("argon2id", CHEAPEST)
-        self.asked = asyncio.Event()
+        self.called = asyncio.Event()
         self.times = 0
         self.gate = asyncio.Event()
 
     async def verify(self, hashed: str, token: Token) -> VerifyResult:
         self.times += 1
-        self.asked.set()
+        self.called.set()
         await self.gate.wait()
         return await super().verify(hashed, token)
 
@@ -435,12 +435,12 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_question_that_was_given_up_harms_nobody(
     make_engine: MakeEngine, full: Created
 ) -> None:
-    """The proxy's patience is over: what was begun for it serves whoever asks next."""
+    """The proxy's timeout has expired: the look-up that it began serves the next check."""
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     async with served(engine) as channel:
         impatient = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
-        await hasher.asked.wait()
+        await hasher.called.wait()
         impatient.cancel()
         await asyncio.wait([impatient])
         patient = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
@@ -453,7 +453,7 @@ async def test_a_question_that_was_given_up_harms_nobody(
 async def test_hashes_are_checked_on_their_own_threads(
     make_engine: MakeEngine, full: Created, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The event loop never computes one: other questions are answered meanwhile."""
+    """The event loop never computes one: other checks are answered meanwhile."""
     names: list[str] = []
     reveal = Token.reveal
 
@@ -474,7 +474,7 @@ async def test_hashes_are_checked_on_their_own_threads(
 async def test_it_listens_on_a_unix_socket_as_well(
     engine: Engine, full: Created, tmp_path: Path
 ) -> None:
-    """Whoever may enter the folder may ask, as over HTTP; it is gone with its server."""
+    """The directory's mode restricts access, as over HTTP; it is removed with its server."""
     place = tmp_path / "grpc.sock"
     async with served(engine, f"unix:{place}") as channel:
         assert place.stat().st_mode & 0o777 == 0o666
@@ -501,14 +501,14 @@ async def test_an_address_that_is_taken_is_an_error(engine: Engine, tmp_path: Pa
 
 @pytest.mark.usefixtures("patience")
 async def test_a_server_that_stops_answers_first(make_engine: MakeEngine, full: Created) -> None:
-    """Whoever has asked is answered within the grace; whoever comes later is not."""
+    """Calls before the stop are answered within the grace; later ones are not."""
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     address = f"127.0.0.1:{free_port()}"
     server = await ext_authz_grpc.serve(ForwardAuth(engine), engine, address)
     async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
         asking = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
-        await hasher.asked.wait()
+        await hasher.called.wait()
         stopping = asyncio.ensure_future(server.stop(10))
         await asyncio.sleep(0)
         hasher.gate.set()
@@ -561,7 +561,7 @@ async def code_of(question: "asyncio.Future[Any]") -> grpc.StatusCode:
 
 
 def question_of(key: Created, size: int) -> Any:
-    """A question of so many bytes; what is not known of a message is passed over."""
+    """A check of so many bytes; unknown fields of a message are ignored."""
     asked = question([auth_header(key)])
     room = size - len(asked.SerializeToString()) - 32
     asked.attributes.request.http.headers.add(key=b"x", value=b"x" * room)
@@ -584,8 +584,7 @@ async def test_a_question_may_have_256_kib(channel: grpc.aio.Channel, full: Crea
 async def test_a_question_may_be_about_a_thousand_headers(
     channel: grpc.aio.Channel, full: Created
 ) -> None:
-    """Of more it is not asked what they are: 403, as where the proxy does not say what it was
-    asked."""
+    """More headers are not read: 403, as without an original request."""
     headers = [auth_header(full), *((b"x%d" % number, b"") for number in range(GRPC_HEADERS - 1))]
     for raw in (False, True):
         assert spelled(await ask(channel, question(headers, raw=raw))).status == 200
@@ -655,7 +654,7 @@ async def drained(reader: asyncio.StreamReader) -> None:
 async def test_what_is_not_ready_fills_no_log(
     make_engine: MakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a hundred questions 1, 2, 4, … are logged, with the count."""
+    """Of a hundred checks 1, 2, 4, … are logged, with the count."""
     broken = make_engine(store=Store(f"sqlite:///{tmp_path}/missing/keys.db"))
     of_service = b"\n#envoy.service.auth.v3.Authorization"
     async with served(broken) as channel:
@@ -706,7 +705,7 @@ def test_the_official_bytes_are_written() -> None:
 
 @pytest.mark.long
 def test_it_says_what_to_install() -> None:
-    """And nobody who does not use it has to."""
+    """Installations that do not use it do not need it."""
     for package in ("grpc", "google.protobuf"):
         said = error_without_package(package, "import keylatch_sidecar.forward_auth.ext_authz_grpc")
         assert said.endswith("pip install 'keylatch[grpc]'")

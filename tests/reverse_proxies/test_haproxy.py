@@ -1,4 +1,4 @@
-"""HAProxy with the files in `deploy/haproxy`: a short Lua action asks the sidecar."""
+"""HAProxy with the files in `deploy/haproxy`: a short Lua action calls the sidecar."""
 
 from typing import ClassVar
 
@@ -83,9 +83,9 @@ def test_without_the_rule_on_targets_the_app_would_get_them_as_they_are(proxy: P
     """Why it is there: what HAProxy took for a public path is another one to the app."""
     mistake = {"unless { url -m beg / }": "if FALSE"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
-        asked = proxy.app.request_count
+        count_before = proxy.app.request_count
         send(other.url, b"GET http://test/healthz")
-    assert proxy.app.request_count == asked + 1
+    assert proxy.app.request_count == count_before + 1
 
 
 @pytest.mark.parametrize("path", ["/v1/a..b", "/v1/...", "/.well-known/x", "/v1/a.", "/v1/x?../y"])
@@ -104,15 +104,15 @@ def test_dots_that_are_no_segments_do(proxy: ProxyStack, path: str) -> None:
     ],
 )
 def test_a_mistake_in_lua_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, str]) -> None:
-    """HAProxy goes on with the next rule then: that one keeps the door closed."""
-    asked = proxy.app.request_count
+    """HAProxy continues with the next rule then, which refuses the request."""
+    count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_without_the_closing_rule_such_a_mistake_would_let_everybody_in(proxy: ProxyStack) -> None:
-    """Why nobody may delete it."""
+    """Why it must not be deleted."""
     mistakes = {
         "local answer = ask(txn)": "error('a mistake')",
         "unless { var(txn.keylatch) -m str allowed public }": "if FALSE",

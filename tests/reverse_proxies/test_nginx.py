@@ -1,4 +1,4 @@
-"""nginx with the files in `deploy/nginx`: auth_request asks the sidecar."""
+"""nginx with the files in `deploy/nginx`: auth_request calls the sidecar."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -50,7 +50,7 @@ def impostor(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
 
 @pytest.mark.parametrize("path", [b"/_keylatch", b"/_keylatch?permission=SENDING", b"/%5fkeylatch"])
 def test_the_question_cannot_be_asked_from_outside(proxy: ProxyStack, path: bytes) -> None:
-    """404, whoever asks."""
+    """404, for every client."""
     assert proxy.request_refused(b"GET " + path, auth_header(proxy.full)).status == 404
 
 
@@ -70,7 +70,7 @@ def test_429_is_429_after_a_second_try(
 ) -> None:
     """nginx knows the status as `502, 429` when a kept connection ended under the first try."""
     injector, other = impostor
-    no_body = TOO_MANY.removesuffix(TOO_MANY_BODY)  # it asks HEAD
+    no_body = TOO_MANY.removesuffix(TOO_MANY_BODY)  # it sends HEAD
     with injector.responding(no_body, closes_after_next_request=True):
         answers = [send(other.url, b"GET /v1/me", auth_header(proxy.full)) for _ in range(12)]
     for answered in answers:

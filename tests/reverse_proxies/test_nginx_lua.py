@@ -1,4 +1,4 @@
-"""nginx with the files in `deploy/nginx-lua`: a short Lua file asks the sidecar."""
+"""nginx with the files in `deploy/nginx-lua`: a short Lua file calls the sidecar."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_the_app_is_told_the_same_as_by_nginx_without_lua() -> None:
 
 @pytest.mark.parametrize("path", [b"/_keylatch", b"/_keylatch?permission=SENDING", b"/%5fkeylatch"])
 def test_the_question_cannot_be_asked_from_outside(proxy: ProxyStack, path: bytes) -> None:
-    """404, whoever asks."""
+    """404, for every client."""
     assert proxy.request_refused(b"GET " + path, auth_header(proxy.full)).status == 404
 
 
@@ -105,19 +105,19 @@ def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: Prox
 )
 def test_a_mistake_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, str]) -> None:
     """A mistake in Lua is 500 to nginx and 503 to the client; the app is not asked."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_a_lua_file_that_is_not_there_lets_nobody_in(proxy: ProxyStack) -> None:
-    """nginx says 404 then, to everybody, on every route that the check is for."""
+    """nginx then answers 404 to every client on every checked route."""
     mistake = {"access_by_lua_file ": "access_by_lua_file /nowhere"}
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == 404
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405, 429, 503])
@@ -125,7 +125,7 @@ def test_a_lua_file_that_is_not_there_lets_nobody_in(proxy: ProxyStack) -> None:
 def test_the_sidecars_words_arrive_as_they_are(
     proxy: ProxyStack, impostor: tuple[FaultInjector, Proxy], status: int, names: str
 ) -> None:
-    """Any status, with the body and the headers that matter, for a single question."""
+    """Any status, with its body and headers, for a single check."""
     injector, other = impostor
     body = '{"error":"brand_new","error_description":"Grüße \\" $host"}'.encode()
     fields = {
@@ -138,12 +138,12 @@ def test_the_sidecars_words_arrive_as_they_are(
     }
     spelled = [f"{getattr(str, names)(name)}: {value}" for name, value in fields.items()]
     head = "\r\n".join([f"HTTP/1.1 {status} Whatever", *spelled, "X-Internal: 1", "", ""])
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with injector.responding(head.encode() + body):
         answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
         assert len(injector.requests) == 1
     headers = header_dict(answered)
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
     assert (answered.status, answered.body) == (status, body)
     assert {name: headers[name.encode()].decode() for name in fields} == fields
     assert b"x-internal" not in headers
@@ -170,18 +170,18 @@ def test_half_an_answer_is_none(
     """It ends before its length, as when a sidecar is killed: 503."""
     injector, other = impostor
     fields = b"".join(name.encode() + b": x\r\n" for name in [*IDENTITY, "x-keylatch-error"])
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with injector.responding(
         b"HTTP/1.1 " + status + b"\r\n" + fields + b"Content-Length: 9\r\n\r\nha"
     ):
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_http_2_is_refused_and_no_way_around(proxy: ProxyStack) -> None:
-    """Why `listen` must not say http2: Lua cannot ask for such requests, and they get 503."""
-    asked = proxy.app.request_count
-    mistake = {"; # in earnest": " http2; # in earnest"}
+    """Why `listen` must not have http2: Lua cannot check such requests, and they get 503."""
+    count_before = proxy.app.request_count
+    mistake = {"; # in production": " http2; # in production"}
     headers = {"Authorization": f"Bearer {proxy.full.token.reveal()}"}
     with (
         running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other,
@@ -190,5 +190,5 @@ def test_http_2_is_refused_and_no_way_around(proxy: ProxyStack) -> None:
         answered = client.get(f"{other.url}/v1/me", headers=headers)
         assert (answered.http_version, answered.status_code) == ("HTTP/2", 503)
         assert answered.json()["error"] == "unavailable"
-        assert proxy.app.request_count == asked
+        assert proxy.app.request_count == count_before
         assert client.get(f"{other.url}/healthz").status_code == 200

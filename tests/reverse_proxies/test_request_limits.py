@@ -215,7 +215,7 @@ def test_a_client_that_says_nothing_is_told_nothing() -> None:
 
 
 def test_a_body_has_to_arrive_in_time() -> None:
-    """408, and the app that waits for it is told that the client is gone."""
+    """408, and the app that waits for it gets http.disconnect."""
     app = App()
     with connected(hasty(body_seconds=0.1), app) as (line, _):
         line.sendall(WITH_BODY + b"some")

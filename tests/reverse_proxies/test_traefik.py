@@ -1,4 +1,4 @@
-"""Traefik with the files in `deploy/traefik`: ForwardAuth asks, through a router of its own."""
+"""Traefik with the files in `deploy/traefik`: ForwardAuth calls the sidecar through a router."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ class TestTraefik(ProxyContract):
             assert complaints(other) == []
 
     def is_told_to_wait(self, answer: RawResponse) -> None:
-        """Traefik's own 429 is plain text: it cannot be told from the app's, which is its own."""
+        """Traefik's own 429 is plain text: it cannot be distinguished from the app's."""
         headers = header_dict(answer)
         assert (answer.status, answer.body) == (429, b"Too Many Requests")
         assert int(headers[b"retry-after"]) > 0
@@ -99,7 +99,7 @@ def test_a_new_router_is_closed_until_it_is_opened(proxy: ProxyStack) -> None:
 
 
 def test_a_router_to_the_service_behind_the_check_would_be_open(proxy: ProxyStack) -> None:
-    """Why `checked` is never a router's: and still nobody can say there who he is."""
+    """Why `checked` is never a router's service; even there no client can set the identity."""
     mistake = {"    emails:": NEW.format(service="checked")}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         seen = echoed(send(other.url, b"GET /new", b"X-Keylatch-Key-Id: evil"))
@@ -221,19 +221,19 @@ def test_without_the_middleware_another_upgrade_would(proxy: ProxyStack) -> None
 @pytest.mark.parametrize("name", ["FULL", "SENDING", "or-unavailable"])
 def test_a_name_that_is_misspelled_lets_nobody_in(proxy: ProxyStack, name: str) -> None:
     """The routers that name it are not there, and what they open stays closed."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     mistake = {f"middlewares: [{name}]": f"middlewares: [{name}X]"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         answers = {send(other.url, start) for start in (b"GET /v1/me", b"POST /v1/emails")}
         assert {answered.status for answered in answers} <= {401, 404}
         assert complaints(other)
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize("name", ["nobody@file", "no-upgrade"])
 def test_where_all_routers_need_the_name_nobody_is_served(proxy: ProxyStack, name: str) -> None:
     """404 for all, which is what Traefik says of every path that it has no router for."""
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     mistake = {f"middlewares: [{name}]": f"middlewares: [x{name}]"}
     with running_proxy(
         dataclasses.replace(KIND, ready_request=b""), proxy.app_url, proxy.sidecar.port, mistake
@@ -241,7 +241,7 @@ def test_where_all_routers_need_the_name_nobody_is_served(proxy: ProxyStack, nam
         eventually(lambda: complaints(other) != [])
         assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == 404
         assert send(other.url, b"GET /healthz").status == 404
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_a_file_that_becomes_unreadable_changes_nothing(proxy: ProxyStack) -> None:
@@ -305,10 +305,10 @@ def test_an_allow_that_breaks_off_or_is_too_long_is_none(
 ) -> None:
     """ForwardAuth finds that out, and has only its own words for it."""
     injector, other = proxy_with_fault
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with injector.responding(answer):
         assert send(other.url, b"GET /v1/me", auth_header(proxy.full)).status == status
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 @pytest.mark.parametrize("status", [b"201 Created", b"204 No Content", b"206 Partial Content"])
@@ -317,10 +317,10 @@ def test_only_200_is_an_allow(
 ) -> None:
     """ForwardAuth takes every 2xx for one."""
     injector, other = proxy_with_fault
-    asked = proxy.app.request_count
+    count_before = proxy.app.request_count
     with injector.responding(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n"):
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-    assert proxy.app.request_count == asked
+    assert proxy.app.request_count == count_before
 
 
 def test_without_the_range_every_2xx_would_be_one(proxy: ProxyStack) -> None:
@@ -335,7 +335,7 @@ def test_callers_at_the_same_time_share_connections_to_the_sidecar(proxy: ProxyS
     """No more than there are callers; ForwardAuth's own, two of which it keeps, end in Traefik."""
     with faulty_proxy(proxy) as (injector, other), ThreadPoolExecutor(8) as pool:
         asking = [pool.submit(send, other.url, b"GET /v1/me") for _ in range(400)]
-        assert {asked.result().status for asked in asking} == {401}
+        assert {request.result().status for request in asking} == {401}
         assert injector.connections <= 16
 
 
@@ -344,7 +344,7 @@ def test_without_the_number_of_kept_connections_they_would_be_many(proxy: ProxyS
     mistake = {"maxIdleConnsPerHost: 64": "maxIdleConnsPerHost: 0"}
     with faulty_proxy(proxy, mistake) as (injector, other), ThreadPoolExecutor(8) as pool:
         asking = [pool.submit(send, other.url, b"GET /v1/me") for _ in range(400)]
-        assert {asked.result().status for asked in asking} == {401}
+        assert {request.result().status for request in asking} == {401}
         assert injector.connections > 16
 
 

@@ -74,7 +74,7 @@ def test_whatever_a_key_is_called_stays_in_its_header(name: str) -> None:
 
 @pytest.mark.parametrize("method", [b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"PROPFIND"])
 def test_other_methods_are_not_allowed(sidecar: Sidecar, full: Created, method: bytes) -> None:
-    """405 with `Allow`, whoever asks."""
+    """405 with `Allow`, for every client."""
     refused = send(sidecar.url, method + b" /verify", auth_header(full))
     assert refused == expected_response(
         405,
@@ -115,7 +115,7 @@ def test_other_methods_are_not_allowed(sidecar: Sidecar, full: Created, method: 
 def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
     sidecar: Sidecar, full: Created, sender: Created, query: str, full_may: int, sender_may: int
 ) -> None:
-    """A proxy whose variable was never set must not open the door."""
+    """A proxy whose variable was never set must not get an allow."""
     assert ask(sidecar, full, query) == full_may
     assert ask(sidecar, sender, query) == sender_may
 
@@ -192,7 +192,7 @@ def test_neighbours_are_not_found_and_never_redirected(
 
 def test_a_connection_serves_many_checks(sidecar: Sidecar, full: Created, sender: Created) -> None:
     """Answers without a body keep the proxy's connection open, refusals included."""
-    asked = b"".join(
+    pipelined = b"".join(
         b"\r\n".join((b"%s /verify HTTP/1.1" % method, b"Host: test", *fields, b"", b""))
         for method, fields in (
             (b"GET", (auth_header(full),)),
@@ -200,7 +200,7 @@ def test_a_connection_serves_many_checks(sidecar: Sidecar, full: Created, sender
             (b"HEAD", (auth_header(sender), b"Connection: close")),
         )
     )
-    one, two, three, rest = exchange(sidecar.url, asked).split(b"\r\n\r\n")
+    one, two, three, rest = exchange(sidecar.url, pipelined).split(b"\r\n\r\n")
     assert [parse_response(head).status for head in (one, two, three)] == [200, 401, 200]
     assert rest == b""
 

@@ -1,1 +1,1 @@
-"""The calls that manage keys: two dialects of others, and keylatch's own extensions."""
+"""The management API: the dialects of unsent and Sendook, and keylatch's extensions."""

@@ -1,12 +1,10 @@
-"""Who may manage keys: the holder of a good key with FULL, within its own organisation; and any
-good key may end itself.
+"""Authentication of management requests.
 
-And which key is meant: ids go into the database only if they look like one.
+Managing keys needs a FULL key, and reaches the keys of its organisation only. Any accepted key may
+revoke itself.
 """
 
-import re
 from functools import partial
-from typing import Final
 
 from starlette.requests import Request
 
@@ -14,29 +12,27 @@ from keylatch.asgi import client_info_of
 from keylatch.core.decisions import ANY_KEY, ONLY_FULL, Deny, Principal, Requirement
 from keylatch.engine import Engine
 from keylatch.management.keyring import Keyring
-from keylatch_sidecar.api.errors import no_such_key, refused
-
-_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+from keylatch_sidecar.api.errors import refused
 
 
 def engine_of(request: Request) -> Engine:
-    """The engine that the sidecar was made with."""
+    """The engine that `create_app` was called with."""
     engine: Engine = request.app.state.engine
     return engine
 
 
 async def authenticate_manager(request: Request) -> tuple[Principal, Keyring]:
-    """The caller of a management endpoint, and the keyring it may use.
+    """The principal of a request whose key has FULL, and the keyring.
 
     Raises:
-        Problem: there is no such caller.
-        StoreUnavailable: that cannot be found out now.
+        Problem: the key is missing, not accepted, or has not FULL.
+        StoreUnavailable: the key cannot be checked now.
     """
     return await _authenticate(request, ONLY_FULL)
 
 
 async def authenticate_any(request: Request) -> tuple[Principal, Keyring]:
-    """The caller, with whatever permission. Raises as `authenticate_manager` does."""
+    """The same for a key with any permission. Raises as `authenticate_manager` does."""
     return await _authenticate(request, ANY_KEY)
 
 
@@ -51,20 +47,3 @@ async def _authenticate(request: Request, requirement: Requirement) -> tuple[Pri
     if engine.records_clients:
         engine.record_client(decision.principal.key_id, partial(client_info_of, request.scope))
     return decision.principal, await engine.keyring()
-
-
-def key_id(request: Request) -> str:
-    """The id in the path.
-
-    Raises:
-        Problem: no key can have it. PostgreSQL would refuse a NUL, and that would look like an
-            outage instead of an unknown key.
-    """
-    return validated_id(request.path_params["id"])
-
-
-def validated_id(given: str) -> str:
-    """An id that a key can have. Raises as `key_id` does."""
-    if not _ID.fullmatch(given):
-        raise no_such_key()
-    return given

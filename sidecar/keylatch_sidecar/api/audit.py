@@ -1,4 +1,4 @@
-"""`/v1/audit`: who did what to which key of the organisation, the newest first."""
+"""`/v1/audit`: the audit log of the caller's organisation, newest first."""
 
 from typing import Any, Final
 
@@ -7,19 +7,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.decisions import AuditEvent
-from keylatch_sidecar.api.access import authenticate_manager, validated_id
+from keylatch_sidecar.api import parameters
+from keylatch_sidecar.api.access import authenticate_manager
 from keylatch_sidecar.api.dialects import errors_in
-from keylatch_sidecar.api.pagination import MAX_LIMIT, integer_parameter, next_link
+from keylatch_sidecar.api.pagination import next_link
 from keylatch_sidecar.api.schemas import JSON, ResponseBody, iso
 from keylatch_sidecar.api.unsent import render_error
 
 DEFAULT_LIMIT: Final = 100
-_TIME_FIELDS: Final = ("expiresAt", "graceEndsAt")  # milliseconds in the log
+_TIME_FIELDS: Final = ("expiresAt", "graceEndsAt")  # in the log, milliseconds since the epoch
 
 
 class AuditEntry(ResponseBody):
-    """A line of the audit log. In `details`, `metadata` is `{"sha256": …, "bytes": …}`, of its JSON
-    text without blanks."""
+    """An audit event. In `details`, `metadata` is `{"sha256": …, "bytes": …}` of its JSON text
+    without white space."""
 
     id: int
     at: str
@@ -35,16 +36,16 @@ class Audit(HTTPEndpoint):
 
     @errors_in(render_error)
     async def get(self, request: Request) -> Response:
-        """The organisation's audit log, the newest first, in pages; `?key=` shows what was done to
-        one key."""
+        """List the organisation's audit events, newest first, in pages; `?key=` lists those of one
+        key."""
         caller, keyring = await authenticate_manager(request)
-        limit = integer_parameter(request, "limit", MAX_LIMIT) or DEFAULT_LIMIT
-        before = integer_parameter(request, "before", 2**53)
+        limit = parameters.read(request, parameters.LIMIT) or DEFAULT_LIMIT
+        before = parameters.read(request, parameters.BEFORE)
         key = request.query_params.get("key")
         events = await keyring.events(
             caller.organization_id,
             limit,
-            key_id=None if key is None else validated_id(key),
+            key_id=None if key is None else parameters.validated_id(key),
             before=before,
             by=caller,
         )
@@ -54,7 +55,7 @@ class Audit(HTTPEndpoint):
 
 
 def describe(event: AuditEvent) -> AuditEntry:
-    """A line as it is shown."""
+    """An audit event for a response body."""
     return AuditEntry(
         id=event.id,
         at=iso(event.at),

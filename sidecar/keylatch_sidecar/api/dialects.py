@@ -1,4 +1,4 @@
-"""How a management endpoint turns what went wrong into its dialect's error."""
+"""Turns the exceptions of a management endpoint into error responses of its dialect."""
 
 import functools
 from collections.abc import Awaitable, Callable
@@ -21,11 +21,11 @@ from keylatch_sidecar.api.errors import (
     InvalidInput,
     Problem,
     insufficient_scope,
+    invalid_input,
     quota_exceeded,
     refused,
     unavailable,
 )
-from keylatch_sidecar.api.schemas import invalid_input
 
 E = TypeVar("E")
 Handler = Callable[[E, Request], Awaitable[Response]]
@@ -33,7 +33,7 @@ ErrorRenderer = Callable[[Problem], Response]
 
 
 def errors_in(render: ErrorRenderer) -> Callable[[Handler[E]], Handler[E]]:
-    """Decorates an endpoint's method: whatever it raises is answered in this spelling."""
+    """Decorator for an endpoint's method: renders each exception that it raises with `render`."""
 
     def decorate(handler: Handler[E]) -> Handler[E]:
         @functools.wraps(handler)

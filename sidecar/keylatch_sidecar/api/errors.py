@@ -1,12 +1,14 @@
-"""What can be wrong with a management call, in neutral words. Each profile spells it its way."""
+"""Errors of the management API, independent of a dialect; each dialect renders them its own way."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from keylatch.core.decisions import Deny, Reason
 from keylatch.core.refusals import ANSWERS, Answer, challenge
 from keylatch.core.tokens import redact_tokens
+
+T = TypeVar("T")
 
 NOT_GIVEN: Final = object()
 """The value of a field that was not sent."""
@@ -29,7 +31,7 @@ CODES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class InvalidInput:
-    """One field of a body, or one parameter of a query, that cannot be accepted."""
+    """An invalid field of a body, or an invalid query parameter."""
 
     path: str
     message: str
@@ -38,13 +40,13 @@ class InvalidInput:
 
 
 class Problem(Exception):
-    """A management call that is answered with an error.
+    """A management request that is answered with an error.
 
     Args:
-        status: of HTTP.
-        message: for people, in one sentence.
-        errors: the fields at fault, where the body was wrong.
-        headers: to send along.
+        status: the HTTP status.
+        message: one sentence, for people.
+        errors: the invalid fields and parameters, if any.
+        headers: additional header fields of the response.
     """
 
     def __init__(
@@ -58,27 +60,54 @@ class Problem(Exception):
         self.status = status
         self.code = CODES.get(status, "BAD_REQUEST")
         self.message = message
-        self.faults = errors
+        self.errors = errors
         self.headers = dict(headers or {})
 
 
+def invalid_input(errors: Sequence[InvalidInput]) -> Problem:
+    """400, naming every invalid field or parameter."""
+    message = "; ".join(f"{error.path}: {error.message}" for error in errors)
+    return Problem(400, message, tuple(errors))
+
+
 def refused(deny: Deny, realm: str) -> Problem:
-    """A caller whose key does not open this door."""
+    """The caller's key is missing, not accepted, or lacks the permission."""
     answer = ANSWERS[deny.reason]
     return Problem(answer.status, answer.description, headers=_headers(answer, realm, deny.scope))
 
 
 def insufficient_scope(message: str, realm: str) -> Problem:
-    """A caller who would hand out more rights than its own key has."""
+    """The caller would grant more rights than its own key has."""
     answer = ANSWERS[Reason.INSUFFICIENT_SCOPE]
     return Problem(answer.status, message, headers=_headers(answer, realm))
 
 
 def quota_exceeded(message: str, retry_after_seconds: int | None) -> Problem:
-    """A caller whose organisation has as much as it may have (RFC 6585 section 4). Without a number
-    of seconds, waiting does not help."""
+    """The caller's organisation has reached a quota (RFC 6585 section 4); None: waiting does not
+    help."""
     after = {} if retry_after_seconds is None else {"Retry-After": str(retry_after_seconds)}
     return Problem(429, message, headers=after)
+
+
+def unavailable() -> Problem:
+    """The store or the hash queue does not answer; changes that were confirmed are stored."""
+    return Problem(
+        503,
+        "The key store does not answer; try again in a moment",
+        headers={"Retry-After": "1", "X-Keylatch-Error": "unavailable"},
+    )
+
+
+def no_such_key() -> Problem:
+    """The same for unknown and malformed ids, and ids of another organisation's keys."""
+    return Problem(404, "API key not found")
+
+
+def found(value: T | None) -> T:
+    """The value. Raises `no_such_key` if it is None."""
+    if value is None:
+        raise no_such_key()
+    return value
 
 
 def _headers(answer: Answer, realm: str, scope: str = "") -> dict[str, str]:
@@ -89,17 +118,3 @@ def _headers(answer: Answer, realm: str, scope: str = "") -> dict[str, str]:
     if answer.status == 503:
         headers["Retry-After"] = "1"
     return headers
-
-
-def unavailable() -> Problem:
-    """Something behind keylatch does not answer; nothing that was answered is lost."""
-    return Problem(
-        503,
-        "The key store does not answer; try again in a moment",
-        headers={"Retry-After": "1", "X-Keylatch-Error": "unavailable"},
-    )
-
-
-def no_such_key() -> Problem:
-    """Unknown, malformed and foreign ids look the same."""
-    return Problem(404, "API key not found")

@@ -1,15 +1,15 @@
-"""`/leaked`: whoever finds a token reports it here, and its key is revoked. Nobody needs a key.
+"""`/leaked`: revokes keys whose tokens were found in public. The endpoint needs no authentication.
 
-The law of this file: the answer does not depend on the token. It is on its way before anybody looks
-at the token, so neither its bytes nor its time tell a live key from a dead or made-up one. Holding
-the whole token is what entitles to the revoke: an id alone, or an id with another secret, does
-nothing.
+The law of this file: the response does not depend on the token. It is sent before the token is
+examined, so neither its bytes nor its time distinguish an active key from a revoked or unknown one.
+Only the complete token authorizes the revocation: a key id alone, or with another secret, has no
+effect.
 
-What strangers send ends at the keyed check, microseconds after the answer. What this
-store minted waits in a bounded line, is looked into one by one, and again until the store has
-answered; what is left when the process ends is logged by its id. Where the store has keys that were
-made elsewhere, strangers can send what looks like one: such tokens have a line of their own, come
-last, and are left out while that is full, so that they hold up none of the others.
+Tokens that this store did not mint are discarded by their MAC, microseconds after the response.
+Tokens that it minted enter a bounded queue and are processed one by one, with retries until the
+store answers; those that are left when the process stops are logged by their key ids. If the store
+has imported keys, any client can send tokens that may be one: such tokens have a queue of their
+own, which is processed last and drops reports while it is full, so they never delay the others.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from keylatch.engine import Engine
 from keylatch.errors import HashingFailed, KeylatchError, StoreUnavailable
 from keylatch.management.keyring import Keyring
 from keylatch.telemetry.repeated_warning import RepeatedWarning
-from keylatch_sidecar.api import schemas, unsent
+from keylatch_sidecar.api import request_body, unsent
 from keylatch_sidecar.api.dialects import errors_in
 from keylatch_sidecar.api.errors import Problem
 from keylatch_sidecar.api.schemas import JSON, Body, ResponseBody
@@ -47,14 +47,14 @@ log = logging.getLogger("keylatch")
 
 
 class Report(Body):
-    """One token that was found somewhere."""
+    """One leaked token."""
 
     token: str
 
 
 class Alert(BaseModel):
-    """One of several, as GitHub's secret scanning sends them. What else an alert says, now or in
-    years to come, is left aside: a report must not be lost over a field."""
+    """One of several leaked tokens, as GitHub's secret scanning sends them. Other fields are
+    ignored, so that a field which GitHub adds later does not cause the report to be lost."""
 
     model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
 
@@ -66,7 +66,7 @@ class Reported(RootModel[Report | list[Alert]]):
 
 
 class Accepted(ResponseBody):
-    """`accepted`, whatever the tokens are."""
+    """`accepted`, for any tokens."""
 
     status: str
 
@@ -76,18 +76,18 @@ class Leaked(HTTPEndpoint):
 
     @errors_in(unsent.render_error)
     async def post(self, request: Request) -> Response:
-        """Report leaked tokens. The answer is always the same; keys that are real are revoked."""
+        """Report leaked tokens. The response is always the same; existing keys are revoked."""
         reports: ReportQueue = request.app.state.reports
         await reports.check_capacity()
-        tokens = _reported_tokens(await schemas.read_json(request))
-        answer = JSON(Accepted(status="accepted"), 202)
-        answer.background = BackgroundTask(reports.enqueue, tokens)  # begins when all is sent
-        return answer
+        tokens = _reported_tokens(await request_body.read_json(request))
+        response = JSON(Accepted(status="accepted"), 202)
+        response.background = BackgroundTask(reports.enqueue, tokens)  # runs after it was sent
+        return response
 
 
 def _reported_tokens(content: Any) -> list[Token]:
     if isinstance(content, dict):
-        return [Token(schemas.validated(content, Report).token)]
+        return [Token(request_body.validated(content, Report).token)]
     try:
         return [Token(alert.token) for alert in _Alerts.model_validate(content).root]
     except ValidationError:
@@ -100,12 +100,12 @@ class _Alerts(RootModel[list[Alert]]):
 
 
 class ReportQueue:
-    """What was reported to this process and is not looked into yet.
+    """Leak reports that this process has accepted and not yet processed.
 
     Args:
-        engine: tells whose tokens they are.
-        retry_seconds: how long to wait for a store that does not answer.
-        max_pending: how many may wait.
+        engine: identifies tokens.
+        retry_seconds: between two attempts while the store does not answer.
+        max_pending: the limit of tokens that this store minted.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ReportQueue:
         self._engine = engine
         self._retry_seconds = retry_seconds
         self._max_pending = max_pending
-        # By fingerprint: repeating a report costs nothing.
+        # By fingerprint: a repeated report takes no further place.
         self._pending: dict[bytes, Token] = {}
         self._pending_imported: dict[bytes, Token] = {}
         self._worker: asyncio.Task[None] | None = None
@@ -128,17 +128,17 @@ class ReportQueue:
         )
 
     async def check_capacity(self) -> None:
-        """Return if reports can be taken.
+        """Return if the queue accepts reports.
 
         Raises:
-            StoreUnavailable: the store does not answer, or too many reports wait for it.
+            StoreUnavailable: the store does not answer, or the queue is full.
         """
         await self._engine.authenticator.ensure_available()
         if len(self._pending) >= self._max_pending:
             raise StoreUnavailable("too many leak reports are pending", "")
 
     async def enqueue(self, tokens: Sequence[Token]) -> None:
-        """Put those whose key the store could have into the line."""
+        """Queue the tokens that the store may have minted or imported, and discard the others."""
         for token in filter(_is_valid_credential, tokens):
             if not self._engine.authenticator.may_exist(token):
                 continue
@@ -153,12 +153,12 @@ class ReportQueue:
             self._worker = asyncio.create_task(self._process(), name="keylatch-leaks")
 
     async def close(self) -> None:
-        """Give the line a second, and name those whose turn did not come."""
+        """Wait up to 1 s for the queue, then log the reports that are left."""
         if self._worker is not None:
             await asyncio.wait([self._worker], timeout=_SHUTDOWN_SECONDS)
             self._worker.cancel()
             await asyncio.wait([self._worker])
-        # Many tokens can be made from one that look like the same key: each key is named once.
+        # From one token many others with its key id can be made: each key is logged once.
         keys = {token.key_id: token for token in self._pending.values()}
         for token in (*keys.values(), *self._pending_imported.values()):
             self._log_not_revoked(token, "this process is stopping")
@@ -169,21 +169,21 @@ class ReportQueue:
             fingerprint, token = next(iter(pending.items()))
             try:
                 await _revoke_reported(self._engine, token)
-            except InvalidKeyState:  # the key was rotated or deleted in between
+            except InvalidKeyState:  # the key was rotated or deleted since it was identified
                 continue
-            except HashingFailed as error:  # asking again would not help
+            except HashingFailed as error:  # a retry would not help
                 self._log_not_revoked(token, error.message)
             except KeylatchError as error:
                 log.warning("leak reports are pending: %s", error.message)
                 await asyncio.sleep(self._retry_seconds)
                 continue
-            except Exception as error:  # a report that breaks us must not hold up the others
+            except Exception as error:  # a bug that one report triggers must not block the others
                 log.exception("a leak report failed")
                 self._log_not_revoked(token, type(error).__name__)
             del pending[fingerprint]
 
     def _log_not_revoked(self, token: Token, reason: str) -> None:
-        """Say whose key may not be revoked; a token from elsewhere has no id that may be told."""
+        """Log the id of a key that may not be revoked; an imported token has no id to log."""
         if is_native(token):
             log.error("%s was reported as leaked and may not be revoked: %s", token.key_id, reason)
             log.error("hint: keylatch keys revoke ID")
@@ -192,7 +192,7 @@ class ReportQueue:
 
 
 def _is_valid_credential(token: Token) -> bool:
-    """Whether it could stand in a header: a report may hold any text."""
+    """Whether a request could send the token in a header field: a report may contain any text."""
     value = b"Bearer " + token.reveal().encode("ascii", "replace")
     return isinstance(credentials.read([value], allow_pipe=True), Token)
 
@@ -205,11 +205,11 @@ async def _revoke_reported(engine: Engine, token: Token) -> None:
 
 
 async def revoke(keyring: Keyring, owner: Owner) -> None:
-    """End a token that was found where it should not be, also if its key is disabled or expired:
-    either could be taken back. A secret that was rotated away ends alone, and its key goes on.
+    """Revoke a leaked key, also if it is disabled or expired, because both can be undone. A
+    previous secret is revoked alone: the key's new secret stays valid.
 
     Raises:
-        InvalidKeyState: the key was rotated or deleted meanwhile; look again.
-        StoreUnavailable: it may not have been revoked; repeat it.
+        InvalidKeyState: the key was rotated or deleted meanwhile; identify the token again.
+        StoreUnavailable: the key may not be revoked; retry.
     """
     await keyring.revoke_secret(owner.record, owner.secret, reason=REASON)

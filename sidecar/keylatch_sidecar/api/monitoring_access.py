@@ -1,7 +1,7 @@
-"""Who may read about the sidecar itself: its metrics, its document, the parts of its readiness.
+"""Access to metrics, the OpenAPI document and the components of readiness.
 
-The listeners for metrics and for management are the operator's and need no key. Clients of the app
-may reach the main listener, so a request there needs a key that may manage.
+The listeners for metrics and for management are private to the operator, and requests there need no
+key. Clients of the app may reach the main listener, so a request there needs a FULL key.
 """
 
 import functools
@@ -17,21 +17,21 @@ from keylatch_sidecar.api import access, unsent
 from keylatch_sidecar.api.errors import Problem, unavailable
 
 METRICS_PATHS: Final = ("/metrics", "/healthz", "/readyz")
-"""What the listener for metrics serves."""
+"""All paths of the listener for metrics."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 ListenerAddress = int | str | None
-"""A listener as a request's scope names it: its port, or its Unix socket's path. None: none."""
+"""The `server` of an ASGI scope: a port, or the path of a Unix socket. None: no such listener."""
 
 
 def listener_of(scope: Scope) -> ListenerAddress:
-    """The listener that a request came to."""
+    """The listener that received a request."""
     host, port = scope.get("server") or (None, None)
     return host if port is None else port
 
 
 def operators_only(handler: Handler) -> Handler:
-    """Decorates an endpoint that is for operators alone: others are refused."""
+    """Decorator for an endpoint: refuses a request that `is_operator` would not accept."""
 
     @functools.wraps(handler)
     async def wrapper(request: Request) -> Response:
@@ -48,11 +48,10 @@ def operators_only(handler: Handler) -> Handler:
 
 
 async def is_operator(request: Request) -> bool:
-    """Whether an endpoint that is for all may tell what is for operators; what cannot be found out
-    now is a no."""
+    """Whether a response may contain details for operators; False if the key cannot be checked."""
     if _is_private_listener(request):
         return True
-    if "authorization" not in request.headers:  # a probe: no check that failed
+    if "authorization" not in request.headers:  # a probe, not a failed authentication
         return False
     try:
         await access.authenticate_manager(request)

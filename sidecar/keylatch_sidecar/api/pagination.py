@@ -1,20 +1,21 @@
-"""Lists of keys: a bare array, whole as both dialects expect it, or in pages for those who ask.
+"""Lists of keys: a JSON array of all keys, as both dialects define it, or with `?limit=` in pages.
 
     GET /v1/api-keys?limit=100    ->    Link: <?limit=100&cursor=…>; rel="next"    (RFC 8288)
 
-The link is relative to the URL that was asked: whoever asks knows under which name and scheme, and
-a proxy in between may have changed both. A cursor is a place in the order of creation, so what is
-made or deleted meanwhile moves no other key to another page.
+The link is relative to the request's URL: only the client knows the name and scheme that it used,
+because proxies may change both. A cursor is a position in the order of creation, so keys that are
+created or deleted meanwhile move no other key to another page.
 
-Nothing here keeps the event loop: keys are read by the page and spelled by the slice. A list of
-more than one page is sent as it is read, so its length in memory is that of a page; if the store
-fails in the middle of it, the connection breaks.
+A long list does not block the event loop: keys are read by the page and encoded by the slice. A
+list of more than one page is sent while it is read, so it takes the memory of one page; if the
+store fails in the middle of it, the connection breaks.
 """
 
 import asyncio
 import base64
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
@@ -26,26 +27,13 @@ from keylatch.core.decisions import KeyRecord, Principal
 from keylatch.management.keyring import Keyring
 from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.storage.store import PAGE_SIZE, Page
-from keylatch_sidecar.api.errors import InvalidInput
-from keylatch_sidecar.api.schemas import JSON, ResponseBody, encode_json, invalid_input
+from keylatch_sidecar.api.parameters import LIMIT, Parameter, read_all
+from keylatch_sidecar.api.schemas import JSON, ResponseBody, encode_json
 
-MAX_LIMIT: Final = 1_000
 _SLICE: Final = 100
 _HEADERS: Final = {"Cache-Control": "no-store"}
-_ORDERS: Final = {True: b"n", False: b"o"}  # newest, oldest first: a cursor is for one of them
+_ORDERS: Final = {True: b"n", False: b"o"}  # newest, oldest first: a cursor is for one order
 _CURSOR: Final = re.compile(r"[A-Za-z0-9_-]{12}")
-_LIMIT: Final = re.compile(r"[0-9]{1,4}")
-_NUMBER: Final = re.compile(r"[0-9]{1,18}")
-# The same in base64: the order in eight bits, and a number beyond 0 whose first two bits are 0.
-CURSOR_SCHEMAS: Final = {
-    newest_first: {
-        "type": "string",
-        "pattern": f"^b[{second}][A-Za-z0-9_-]{{10}}$",
-        "not": {"const": f"b{second[0]}AAAAAAAAAA"},
-    }
-    for newest_first, second in ((True, "g-j"), (False, "w-z"))
-}
-"""What a cursor looks like, by whether it is for the newest first."""
 
 Describe = Callable[[KeyRecord], ResponseBody]
 
@@ -53,7 +41,6 @@ Describe = Callable[[KeyRecord], ResponseBody]
 async def list_response(
     request: Request,
     keyring: Keyring,
-    organization_id: str,
     describe: Describe,
     *,
     newest_first: bool = True,
@@ -61,15 +48,15 @@ async def list_response(
     idle_days: int | None = None,
     by: Principal,
 ) -> Response:
-    """The list that was asked for, of the keys that the caller sees.
+    """The keys that the caller may see, from the request's cursor on.
 
     Raises:
-        Problem: 400, a limit or a cursor is none.
+        Problem: 400, the limit or the cursor is invalid.
         StoreUnavailable: nothing was sent yet.
     """
-    limit, after = _page_parameters(request, newest_first)
+    limit, after = read_all(request, LIMIT, CURSORS[newest_first])
     page = await keyring.page(
-        organization_id,
+        by.organization_id,
         limit or PAGE_SIZE,
         newest_first=newest_first,
         deleted=deleted,
@@ -81,11 +68,11 @@ async def list_response(
     if limit is not None or position is None:
         link = {}
         if limit is not None and position is not None:
-            link = _link(request, limit, position, newest_first, idle_days)
+            link = _link(limit, position, newest_first, deleted, idle_days)
         body = b"".join([part async for part in _array(page, None, describe)])
         return Response(body, media_type=JSON.media_type, headers=_HEADERS | link)
     rest = keyring.pages(
-        organization_id,
+        by.organization_id,
         newest_first=newest_first,
         deleted=deleted,
         after=position,
@@ -96,7 +83,7 @@ async def list_response(
 
 
 class _StreamedArray(Response):
-    """An answer that is sent as its parts come, for as long as somebody is there."""
+    """A response that is sent part by part until the client disconnects."""
 
     def __init__(self, parts: AsyncIterator[bytes], request: Request) -> None:
         super().__init__(None, media_type=JSON.media_type, headers=_HEADERS)
@@ -109,43 +96,18 @@ class _StreamedArray(Response):
         await send(start)
         async for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
-            # Asked and not listened for: a task that listens would be one more that can hang.
+            # Polled: a task that waits for the disconnection would be one more that can hang.
             if await self._request.is_disconnected():
                 return
         await send({"type": "http.response.body", "body": b""})
 
 
 def encode_cursor(position: int, newest_first: bool) -> str:
-    """A place in a list, as it is told."""
+    """A position in a list as a cursor."""
     return base64.urlsafe_b64encode(_ORDERS[newest_first] + position.to_bytes(8)).decode()
 
 
-def _page_parameters(request: Request, newest_first: bool) -> tuple[int | None, int | None]:
-    errors = []
-    values: dict[str, int | None] = {}
-    for name, read, message in (
-        ("limit", _limit, f"must be a number from 1 to {MAX_LIMIT}"),
-        (
-            "cursor",
-            lambda text: _decode_cursor(text, newest_first),
-            "must come from a link to a next page",
-        ),
-    ):
-        given = request.query_params.getlist(name)
-        values[name] = read(given[0]) if len(given) == 1 else None
-        if given and values[name] is None:
-            errors.append(InvalidInput(name, message, given[-1], location="query"))
-    if errors:
-        raise invalid_input(errors)
-    return values["limit"], values["cursor"]
-
-
-def _limit(text: str) -> int | None:
-    limit = int(text) if _LIMIT.fullmatch(text) else 0
-    return limit if 1 <= limit <= MAX_LIMIT else None
-
-
-def _decode_cursor(text: str, newest_first: bool) -> int | None:
+def _decode_cursor(newest_first: bool, text: str) -> int | None:
     if not _CURSOR.fullmatch(text):
         return None
     raw = base64.urlsafe_b64decode(text)
@@ -154,11 +116,26 @@ def _decode_cursor(text: str, newest_first: bool) -> int | None:
     return position if is_valid else None
 
 
+def _cursor(newest_first: bool, second: str) -> Parameter[int]:
+    # In base64, the order takes 8 bits; the first two bits of the position are 0, the position not.
+    schema = {
+        "type": "string",
+        "pattern": f"^b[{second}][A-Za-z0-9_-]{{10}}$",
+        "not": {"const": f"b{second[0]}AAAAAAAAAA"},
+    }
+    parse = partial(_decode_cursor, newest_first)
+    return Parameter("cursor", parse, "must come from a link to a next page", schema)
+
+
+CURSORS: Final = {True: _cursor(True, "g-j"), False: _cursor(False, "w-z")}
+"""The parameter `cursor` of a list that is newest first, and of one that is oldest first."""
+
+
 def _link(
-    request: Request, limit: int, position: int, newest_first: bool, idle_days: int | None
+    limit: int, position: int, newest_first: bool, deleted: bool, idle_days: int | None
 ) -> dict[str, str]:
     query = {"limit": str(limit), "cursor": encode_cursor(position, newest_first)}
-    if request.query_params.get("include") == "deleted":
+    if deleted:
         query["include"] = "deleted"
     if idle_days is not None:
         query["idle"] = str(idle_days)
@@ -166,31 +143,14 @@ def _link(
 
 
 def next_link(query: Mapping[str, str]) -> dict[str, str]:
-    """The header that tells where a list goes on."""
+    """The header field that links the next page."""
     return {"Link": f'<?{urlencode(query)}>; rel="next"'}
-
-
-def integer_parameter(request: Request, name: str, largest: int) -> int | None:
-    """A number of the query, from 1 on; None: it is not there.
-
-    Raises:
-        Problem: 400, it is none.
-    """
-    given = request.query_params.getlist(name)
-    if not given:
-        return None
-    value = int(given[0]) if len(given) == 1 and _NUMBER.fullmatch(given[0]) else 0
-    if not 1 <= value <= largest:
-        message = f"must be a number from 1 to {largest}"
-        raise invalid_input([InvalidInput(name, message, given[-1], location="query")])
-    return value
 
 
 async def _array(
     first: Page, rest: AsyncIterator[Page] | None, describe: Describe
 ) -> AsyncIterator[bytes]:
-    """A JSON array of all that the pages hold, in parts; whoever waits for the event loop gets it
-    between them."""
+    """A JSON array of the keys of all pages, in parts; other tasks run between two parts."""
     yield b"["
     separator = b""
     async for records in _slices(first, rest):

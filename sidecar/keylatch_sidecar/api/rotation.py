@@ -1,6 +1,6 @@
-"""keylatch's own calls beside unsent's: a new secret for a key, the end of all keys or one's own.
+"""keylatch's extensions: rotate a key, revoke all keys, revoke the caller's own key.
 
-Errors are spelled as in unsent's dialect.
+Errors have the shape of unsent's dialect.
 """
 
 from typing import Annotated
@@ -11,10 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.validation import MAX_GRACE_SECONDS
-from keylatch_sidecar.api import receipts, schemas
-from keylatch_sidecar.api.access import authenticate_any, authenticate_manager, key_id
+from keylatch_sidecar.api import receipts, request_body
+from keylatch_sidecar.api.access import authenticate_any, authenticate_manager
 from keylatch_sidecar.api.dialects import errors_in
-from keylatch_sidecar.api.errors import no_such_key
+from keylatch_sidecar.api.errors import found
+from keylatch_sidecar.api.parameters import key_id, waits_for_propagation
 from keylatch_sidecar.api.schemas import JSON, Body, Integer, Reason
 from keylatch_sidecar.api.unsent import (
     CreatedKey,
@@ -29,7 +30,7 @@ DAY_SECONDS = 86_400
 
 
 class Rotate(Body):
-    """How long the present secret stays good, in seconds; 0: it ends with the answer."""
+    """For how many seconds the previous secret is accepted; 0: not after the response."""
 
     grace_seconds: Annotated[
         Integer, Field(json_schema_extra={"minimum": 0, "maximum": MAX_GRACE_SECONDS})
@@ -37,7 +38,7 @@ class Rotate(Body):
 
 
 class RevokeAll(Body):
-    """Why all keys end; it is kept with each."""
+    """Why; stored with every key."""
 
     reason: Reason | None = None
 
@@ -47,19 +48,19 @@ class Rotation(HTTPEndpoint):
 
     @errors_in(render_error)
     async def post(self, request: Request) -> Response:
-        """Give a key a new secret. Its token is in this answer and nowhere else, ever; the one
-        before stays good for `graceSeconds`, a day unless told otherwise."""
+        """Give a key a new secret. No other response contains its token. The previous one is
+        accepted for `graceSeconds`, a day by default."""
         caller, keyring = await authenticate_manager(request)
-        body = await schemas.read(request, Rotate)
-        rotated = await keyring.rotate(
-            caller.organization_id,
-            key_id(request),
-            grace_seconds=body.grace_seconds,
-            by=caller,
-            wait=receipts.waits_for_propagation(request),
+        body = await request_body.read(request, Rotate)
+        rotated = found(
+            await keyring.rotate(
+                caller.organization_id,
+                key_id(request),
+                grace_seconds=body.grace_seconds,
+                by=caller,
+                wait=waits_for_propagation(request),
+            )
         )
-        if rotated is None:
-            raise no_such_key()
         created = CreatedKey(token=rotated.token.reveal(), **fields_of(rotated.record))
         return JSON(created, 200, receipts.headers(rotated.receipt))
 
@@ -69,7 +70,7 @@ class CancelledRotation(HTTPEndpoint):
 
     @errors_in(render_error)
     async def post(self, request: Request) -> Response:
-        """While the grace runs: the secret before is the key's again, and the new one ends."""
+        """During the grace: restore the previous secret and revoke the new one."""
         return await _end_grace_period(request, cancels=True)
 
 
@@ -78,7 +79,7 @@ class FinishedRotation(HTTPEndpoint):
 
     @errors_in(render_error)
     async def post(self, request: Request) -> Response:
-        """While the grace runs: end it now; the new secret alone is good."""
+        """During the grace: end it now; only the new secret is accepted."""
         return await _end_grace_period(request, cancels=False)
 
 
@@ -87,17 +88,17 @@ class AllKeys(HTTPEndpoint):
 
     @errors_in(render_error)
     async def post(self, request: Request) -> Response:
-        """Revoke every key of the organisation, the caller's own among them."""
+        """Revoke every key of the organisation, including the caller's own."""
         caller, keyring = await authenticate_manager(request)
-        body = await schemas.read(request, RevokeAll)
-        waited = receipts.waits_for_propagation(request)
-        done = await keyring.revoke_all(
+        body = await request_body.read(request, RevokeAll)
+        waited = waits_for_propagation(request)
+        revoked = await keyring.revoke_all(
             caller.organization_id, reason=body.reason, by=caller, wait=waited
         )
         content = ManyRevoked(
-            success=True, revoked=done.count, revocation=receipts.revocation(done.receipt)
+            success=True, revoked=revoked.count, revocation=receipts.revocation(revoked.receipt)
         )
-        return receipts.revocation_response(content, done.receipt, waited=waited)
+        return receipts.revocation_response(content, revoked.receipt, waited=waited)
 
 
 class OwnKey(HTTPEndpoint):
@@ -105,28 +106,20 @@ class OwnKey(HTTPEndpoint):
 
     @errors_in(render_error)
     async def delete(self, request: Request) -> Response:
-        """Revoke the key that asks, whatever its permission; asked with the secret before a
-        rotation, that secret alone."""
+        """Revoke the caller's own key, whatever its permission; a request with the previous secret
+        revokes only that secret."""
         caller, keyring = await authenticate_any(request)
-        waited = receipts.waits_for_propagation(request)
+        waited = waits_for_propagation(request)
         changed = await keyring.revoke_own_secret(
             caller, reason=request.query_params.get("reason"), wait=waited
         )
-        if changed is None:
-            raise no_such_key()
-        return revoked_response(changed, waited=waited)
+        return revoked_response(found(changed), waited=waited)
 
 
 async def _end_grace_period(request: Request, *, cancels: bool) -> Response:
     caller, keyring = await authenticate_manager(request)
-    await schemas.read(request, Body)
+    await request_body.read(request, Body)
     end = keyring.cancel_rotation if cancels else keyring.finish_rotation
-    changed = await end(
-        caller.organization_id,
-        key_id(request),
-        by=caller,
-        wait=receipts.waits_for_propagation(request),
-    )
-    if changed is None:
-        raise no_such_key()
+    wait = waits_for_propagation(request)
+    changed = found(await end(caller.organization_id, key_id(request), by=caller, wait=wait))
     return JSON(describe(changed.record), 200, receipts.headers(changed.receipt))

@@ -9,21 +9,29 @@ from starlette.responses import Response
 
 from keylatch.core.decisions import KeyRecord
 from keylatch.management.keyring import InvalidValue
-from keylatch_sidecar.api import pagination, receipts, schemas
-from keylatch_sidecar.api.access import authenticate_manager, key_id
+from keylatch_sidecar.api import pagination, parameters, receipts, request_body
+from keylatch_sidecar.api.access import authenticate_manager
 from keylatch_sidecar.api.dialects import errors_in
-from keylatch_sidecar.api.errors import NOT_GIVEN, InvalidInput, Problem, no_such_key
-from keylatch_sidecar.api.schemas import JSON, Body, ErrorJSON, Name, ResponseBody
+from keylatch_sidecar.api.errors import NOT_GIVEN, InvalidInput, Problem, found, invalid_input
+from keylatch_sidecar.api.parameters import key_id
+from keylatch_sidecar.api.schemas import (
+    JSON,
+    Body,
+    ErrorJSON,
+    Name,
+    ResponseBody,
+    common_fields,
+)
 
 
 class CreateKey(Body):
-    """Sendook's keys have a name and nothing else to choose."""
+    """Only the name of a key can be chosen in Sendook's dialect."""
 
     name: Name
 
 
 class Key(ResponseBody):
-    """A key, without its token. `_id` is what raw clients of the real server read."""
+    """A key, without its token. Clients of the real server that use no SDK read `_id`."""
 
     id: str
     mongo_id: str = Field(alias="_id")
@@ -35,13 +43,13 @@ class Key(ResponseBody):
 
 
 class CreatedKey(Key):
-    """A new key, with its token this once."""
+    """A new key, with its token. No other response contains it."""
 
     key: str
 
 
 class FieldError(ResponseBody):
-    """One field that cannot be accepted."""
+    """An invalid field."""
 
     type: str
     value: Any = None
@@ -51,7 +59,7 @@ class FieldError(ResponseBody):
 
 
 class FieldErrors(ResponseBody):
-    """A body that cannot be accepted."""
+    """All invalid fields of a body, or parameters of a query."""
 
     errors: list[FieldError]
 
@@ -67,12 +75,12 @@ class Error(ResponseBody):
 def render_error(problem: Problem) -> ErrorJSON:
     """An error in Sendook's shape.
 
-    Its page lists "API key doesn't have permission" under 401, so here a key whose permission
-    does not suffice gets 401; the challenge says `insufficient_scope`.
+    Sendook documents "API key doesn't have permission" under 401, so a key that lacks the
+    permission gets 401 here; the challenge says `insufficient_scope`.
     """
     status = 401 if problem.status == 403 else problem.status
-    if problem.faults:
-        return ErrorJSON({"errors": [_field_error(error) for error in problem.faults]}, status)
+    if problem.errors:
+        return ErrorJSON({"errors": [_field_error(error) for error in problem.errors]}, status)
     body = {"error": problem.message, "message": problem.message, "code": problem.code}
     return ErrorJSON(body, status, problem.headers)
 
@@ -82,25 +90,21 @@ class Keys(HTTPEndpoint):
 
     @errors_in(render_error)
     async def get(self, request: Request) -> Response:
-        """List the organisation's keys, oldest first; with `?limit=` in pages."""
+        """List the organisation's keys, oldest first; in pages with `?limit=`."""
         caller, keyring = await authenticate_manager(request)
-        return await pagination.list_response(
-            request, keyring, caller.organization_id, _key, newest_first=False, by=caller
-        )
+        return await pagination.list_response(request, keyring, _key, newest_first=False, by=caller)
 
     @errors_in(render_error)
     async def post(self, request: Request) -> Response:
-        """Create a key. Its token is in this answer and nowhere else, ever."""
+        """Create a key. No other response contains its token."""
         caller, keyring = await authenticate_manager(request)
-        body = await schemas.read(request, CreateKey)
+        body = await request_body.read(request, CreateKey)
         try:
             created = await keyring.create(
                 caller.organization_id, body.name, environment=caller.environment, by=caller
             )
         except InvalidValue as error:
-            raise schemas.invalid_input(
-                [InvalidInput(error.field, error.message, body.name)]
-            ) from None
+            raise invalid_input([InvalidInput(error.field, error.message, body.name)]) from None
         return JSON(CreatedKey(key=created.token.reveal(), **_fields(created.record)))
 
 
@@ -112,25 +116,22 @@ class OneKey(HTTPEndpoint):
         """Show a key, deleted or not."""
         caller, keyring = await authenticate_manager(request)
         record = await keyring.get(caller.organization_id, key_id(request), by=caller)
-        if record is None:
-            raise no_such_key()
-        return JSON(_key(record))
+        return JSON(_key(found(record)))
 
     @errors_in(render_error)
     async def delete(self, request: Request) -> Response:
-        """Revoke a key, at once and finally; `?descendants=true` what it created as well.
-        Repeating it changes nothing."""
+        """Revoke a key, at once and irrevocably; `?descendants=true` revokes its descendants too.
+        Idempotent."""
         caller, keyring = await authenticate_manager(request)
-        waited = receipts.waits_for_propagation(request)
-        changed = await keyring.delete(
+        waited = parameters.waits_for_propagation(request)
+        deleted = await keyring.delete(
             caller.organization_id,
             key_id(request),
-            descendants=receipts.with_descendants(request),
+            descendants=parameters.read(request, parameters.DESCENDANTS) or False,
             by=caller,
             wait=waited,
         )
-        if changed is None:
-            raise no_such_key()
+        changed = found(deleted)
         return receipts.revocation_response(_key(changed.record), changed.receipt, waited=waited)
 
 
@@ -139,7 +140,7 @@ def _key(record: KeyRecord) -> Key:
 
 
 def _fields(record: KeyRecord) -> dict[str, Any]:
-    return schemas.common_fields(record) | {"mongo_id": record.id}
+    return common_fields(record) | {"mongo_id": record.id}
 
 
 def _field_error(error: InvalidInput) -> dict[str, Any]:

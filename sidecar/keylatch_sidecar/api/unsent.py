@@ -1,8 +1,8 @@
-"""unsent's dialect, and keylatch's own extensions of it: `/v1/api-keys` (with a hyphen)."""
+"""unsent's dialect with keylatch's extensions: `/v1/api-keys` (with a hyphen)."""
 
 import json
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ConfigDict
 from starlette.endpoints import HTTPEndpoint
@@ -12,10 +12,11 @@ from starlette.responses import Response
 from keylatch.core.decisions import FULL, KeyRecord
 from keylatch.core.validation import InvalidValue, expiry_after
 from keylatch.management.keyring import Changed
-from keylatch_sidecar.api import days, pagination, receipts, schemas
-from keylatch_sidecar.api.access import authenticate_manager, engine_of, key_id
+from keylatch_sidecar.api import pagination, parameters, receipts, request_body
+from keylatch_sidecar.api.access import authenticate_manager, engine_of
 from keylatch_sidecar.api.dialects import errors_in
-from keylatch_sidecar.api.errors import Problem, no_such_key
+from keylatch_sidecar.api.errors import Problem, found
+from keylatch_sidecar.api.parameters import key_id
 from keylatch_sidecar.api.schemas import (
     JSON,
     Body,
@@ -26,15 +27,15 @@ from keylatch_sidecar.api.schemas import (
     Name,
     ResponseBody,
     Scalar,
+    common_fields,
     iso,
+    milliseconds_of,
 )
-
-T = TypeVar("T")
 
 
 class CreateKey(Body):
-    """What follows `permission` is keylatch's. An expiry is an instant, or a time from now such as
-    `90d`."""
+    """The fields after `permission` are keylatch's. An expiry is an instant, or a duration from now
+    such as `90d`."""
 
     name: Name
     permission: str = FULL
@@ -45,14 +46,14 @@ class CreateKey(Body):
 
 
 def _without_defaults(schema: dict[str, Any]) -> None:
-    """A client made from the document must not send the defaults of what it leaves out."""
+    """A client that is generated from the document must not send defaults for omitted fields."""
     for field in schema["properties"].values():
         field.pop("default", None)
     schema["minProperties"] = 1
 
 
 class ChangeKey(Body):
-    """Whatever is not given stays as it is."""
+    """Fields that are omitted stay as they are."""
 
     model_config = ConfigDict(json_schema_extra=_without_defaults)
 
@@ -65,7 +66,7 @@ class ChangeKey(Body):
 
 
 class PreviousSecret(ResponseBody):
-    """The secret before the last rotation: when it ends or has ended, and when it was last used."""
+    """The secret before the last rotation: when its grace ends or ended, and its last use."""
 
     partial_token: str
     expires_at: str
@@ -94,20 +95,20 @@ class Key(ResponseBody):
 
 
 class CreatedKey(Key):
-    """A new key, with its token this once."""
+    """A new key, with its token. No other response contains it."""
 
     token: str
 
 
 class Success(ResponseBody):
-    """What deleting answers. `revocation` is keylatch's."""
+    """A key was revoked. `revocation` is keylatch's."""
 
     success: bool
     revocation: receipts.Revocation
 
 
 class ManyRevoked(Success):
-    """How many keys were revoked, and how far that has spread."""
+    """`revoked` keys were revoked."""
 
     revoked: int
 
@@ -120,13 +121,13 @@ class ErrorDetail(ResponseBody):
 
 
 class Error(ErrorDetail):
-    """The superset that every official SDK of unsent can read."""
+    """All fields that any official SDK of unsent reads."""
 
     error: ErrorDetail
 
 
 def render_error(problem: Problem) -> ErrorJSON:
-    """An error in unsent's shape: nested for most SDKs, flat for the Rust one."""
+    """An error in unsent's shape: nested for most SDKs, flat for the Rust SDK."""
     detail = {"code": problem.code, "message": problem.message}
     return ErrorJSON({"error": detail, **detail}, problem.status, problem.headers)
 
@@ -136,25 +137,24 @@ class Keys(HTTPEndpoint):
 
     @errors_in(render_error)
     async def get(self, request: Request) -> Response:
-        """List the organisation's keys, newest first, with `?limit=` in pages;
-        `?include=deleted` shows those as well, `?idle=30` only those not used for so many days."""
+        """List the organisation's keys, newest first; in pages with `?limit=`;
+        `?include=deleted` lists deleted keys too, `?idle=30` only keys not used for 30 days."""
         caller, keyring = await authenticate_manager(request)
         deleted = request.query_params.get("include") == "deleted"
         return await pagination.list_response(
             request,
             keyring,
-            caller.organization_id,
             describe,
             deleted=deleted,
-            idle_days=days.read_days(request, "idle", days.MAX_IDLE_DAYS),
+            idle_days=parameters.read(request, parameters.IDLE_DAYS),
             by=caller,
         )
 
     @errors_in(render_error)
     async def post(self, request: Request) -> Response:
-        """Create a key. Its token is in this answer and nowhere else, ever."""
+        """Create a key. No other response contains its token."""
         caller, keyring = await authenticate_manager(request)
-        body = await schemas.read(request, CreateKey)
+        body = await request_body.read(request, CreateKey)
         created = await keyring.create(
             caller.organization_id,
             body.name,
@@ -175,20 +175,20 @@ class OneKey(HTTPEndpoint):
         """Show a key, deleted or not."""
         caller, keyring = await authenticate_manager(request)
         record = await keyring.get(caller.organization_id, key_id(request), by=caller)
-        return JSON(describe(_require_found(record)))
+        return JSON(describe(found(record)))
 
     @errors_in(render_error)
     async def patch(self, request: Request) -> Response:
         """Change a key's name, permission, expiry, metadata, or whether it is active."""
         caller, keyring = await authenticate_manager(request)
-        body = await schemas.read(request, ChangeKey)
+        body = await request_body.read(request, ChangeKey)
         values: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
         if not values:
             raise Problem(400, "Nothing to change: send a field of the key")
         duration = values.pop("expires_in", None)
         if "expires_at" in values or duration is not None:
             values["expires_at"] = _expiry_of(request, body.expires_at, duration)
-        changed = _require_found(
+        changed = found(
             await keyring.change(caller.organization_id, key_id(request), by=caller, **values)
         )
         if changed.record.deleted_at is not None:
@@ -197,12 +197,12 @@ class OneKey(HTTPEndpoint):
 
     @errors_in(render_error)
     async def delete(self, request: Request) -> Response:
-        """Revoke a key, at once and finally; `?reason=` is kept with it, and
-        `?descendants=true` revokes what it created as well. Repeating it changes nothing."""
+        """Revoke a key, at once and irrevocably; `?reason=` is stored with the key, and
+        `?descendants=true` revokes its descendants too. Idempotent."""
         caller, keyring = await authenticate_manager(request)
-        waited = receipts.waits_for_propagation(request)
-        descendants = receipts.with_descendants(request)
-        changed = _require_found(
+        waited = parameters.waits_for_propagation(request)
+        descendants = parameters.read(request, parameters.DESCENDANTS) or False
+        changed = found(
             await keyring.delete(
                 caller.organization_id,
                 key_id(request),
@@ -216,7 +216,7 @@ class OneKey(HTTPEndpoint):
 
 
 def revoked_response(changed: Changed, *, waited: bool, with_count: bool = False) -> Response:
-    """A key was revoked, `with_count`: with what it created; and how far that has spread."""
+    """The response to a revocation; `with_count`: with the number of revoked keys."""
     content = Success(success=True, revocation=receipts.revocation(changed.receipt))
     if with_count:
         content = ManyRevoked(**dict(content), revoked=changed.count)
@@ -224,28 +224,22 @@ def revoked_response(changed: Changed, *, waited: bool, with_count: bool = False
 
 
 def _expiry_of(request: Request, instant: datetime | None, duration: str | None) -> int | None:
-    """When a key shall end, in milliseconds since the epoch."""
+    """The expiry in milliseconds since the epoch."""
     if duration is None:
-        return schemas.milliseconds_of(instant)
+        return milliseconds_of(instant)
     if instant is not None:
-        raise InvalidValue("expiresIn", "is instead of expiresAt, not beside it")
+        raise InvalidValue("expiresIn", "cannot be combined with expiresAt")
     return expiry_after(duration, engine_of(request).now_ms())
 
 
-def _require_found(value: T | None) -> T:
-    if value is None:
-        raise no_such_key()
-    return value
-
-
 def describe(record: KeyRecord) -> Key:
-    """A key as it is shown to people who may manage it."""
+    """A key for a response body."""
     return Key(**fields_of(record))
 
 
 def fields_of(record: KeyRecord) -> dict[str, Any]:
-    """The fields of a key."""
-    return schemas.common_fields(record) | {
+    """The fields of a `Key`."""
+    return common_fields(record) | {
         "partial_token": record.partial_token,
         "permission": record.permission,
         "environment": record.environment,
@@ -260,7 +254,7 @@ def fields_of(record: KeyRecord) -> dict[str, Any]:
 
 
 def previous_of(record: KeyRecord) -> PreviousSecret | None:
-    """What is told of the secret before the last rotation, if that had a grace."""
+    """The secret before the last rotation; None: there is none, or it had no grace."""
     if record.previous_expires_at is None:
         return None
     return PreviousSecret(

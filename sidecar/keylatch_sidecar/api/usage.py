@@ -1,4 +1,4 @@
-"""`/v1/api-keys/{id}/usage`: how often a key was let in and refused, day by day."""
+"""`/v1/api-keys/{id}/usage`: how often a key was allowed and refused, by day."""
 
 from collections import Counter
 from datetime import date
@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.storage.usage import Client, DayUsage, KeyUsage
-from keylatch_sidecar.api import days
-from keylatch_sidecar.api.access import authenticate_manager, key_id
+from keylatch_sidecar.api import parameters
+from keylatch_sidecar.api.access import authenticate_manager
 from keylatch_sidecar.api.dialects import errors_in
-from keylatch_sidecar.api.errors import no_such_key
+from keylatch_sidecar.api.errors import found
 from keylatch_sidecar.api.schemas import JSON, ResponseBody, iso
 from keylatch_sidecar.api.unsent import render_error
 
@@ -21,7 +21,7 @@ _EPOCH: Final = date(1970, 1, 1).toordinal()
 
 
 class UsageTotals(ResponseBody):
-    """How often a key was let in, and refused for which reason."""
+    """How often a key was allowed, and how often it was refused for each reason."""
 
     allowed: int
     refused: dict[str, int]
@@ -36,7 +36,8 @@ class DailyUsage(ResponseBody):
 
 
 class LastClient(ResponseBody):
-    """Where a key was seen last, as far as that is kept: a network and a product's name."""
+    """The client that used a key last, as far as it is stored: its network and the product in its
+    `User-Agent`."""
 
     address: str | None
     agent: str | None
@@ -44,7 +45,7 @@ class LastClient(ResponseBody):
 
 
 class KeyUsageReport(ResponseBody):
-    """The uses of a key. Days without any are left out; the newest comes first."""
+    """The uses of a key, newest day first, without the days that have none."""
 
     id: str
     last_used: str | None
@@ -58,33 +59,32 @@ class OneKeyUsage(HTTPEndpoint):
 
     @errors_in(render_error)
     async def get(self, request: Request) -> Response:
-        """Tell how often a key was let in and refused on each of the last `?days=` (30)."""
+        """Show how often a key was allowed and refused on each of the last `?days=` (30)."""
         caller, keyring = await authenticate_manager(request)
-        period = days.read_days(request, "days", days.MAX_USAGE_DAYS) or DEFAULT_DAYS
-        found = await keyring.usage(caller.organization_id, key_id(request), period, by=caller)
-        if found is None:
-            raise no_such_key()
-        return JSON(describe(found))
+        days = parameters.read(request, parameters.USAGE_DAYS) or DEFAULT_DAYS
+        key = parameters.key_id(request)
+        usage = await keyring.usage(caller.organization_id, key, days, by=caller)
+        return JSON(describe(found(usage)))
 
 
-def describe(found: KeyUsage) -> KeyUsageReport:
-    """The uses of a key, as they are shown to people who may manage it."""
-    used_at = found.record.last_used
-    total = Counter[str]()
-    for each in found.days:
-        total.update(each.refused)
+def describe(usage: KeyUsage) -> KeyUsageReport:
+    """The uses of a key for a response body."""
+    used_at = usage.record.last_used
+    refused = Counter[str]()
+    for day in usage.days:
+        refused.update(day.refused)
     return KeyUsageReport(
-        id=found.record.id,
+        id=usage.record.id,
         last_used=None if used_at is None else iso(used_at),
-        total=UsageTotals(allowed=sum(each.allowed for each in found.days), refused=dict(total)),
-        days=[_day(each) for each in found.days],
-        client=None if found.client is None else _client(found.client),
+        total=UsageTotals(allowed=sum(day.allowed for day in usage.days), refused=dict(refused)),
+        days=[_day(day) for day in usage.days],
+        client=None if usage.client is None else _client(usage.client),
     )
 
 
 def _day(day: DayUsage) -> DailyUsage:
-    written = date.fromordinal(_EPOCH + day.day).isoformat()
-    return DailyUsage(day=written, allowed=day.allowed, refused=dict(day.refused))
+    iso_date = date.fromordinal(_EPOCH + day.day).isoformat()
+    return DailyUsage(day=iso_date, allowed=day.allowed, refused=dict(day.refused))
 
 
 def _client(client: Client) -> LastClient:

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from keylatch._variables import variable_name
 from keylatch.core.validation import InvalidValue, Scalar, expiry_after
-from keylatch_sidecar.api.days import MAX_IDLE_DAYS, MAX_USAGE_DAYS
+from keylatch_sidecar.api.parameters import MAX_IDLE_DAYS, MAX_USAGE_DAYS
 from keylatch_sidecar.api.schemas import Instant
 from keylatch_sidecar.api.schemas import milliseconds_of as milliseconds_of_instant
 

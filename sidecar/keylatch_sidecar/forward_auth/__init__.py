@@ -1,1 +1,1 @@
-"""What reverse proxies ask: may this request pass? Over HTTP, and over gRPC."""
+"""Forward auth for reverse proxies: decides on their requests, over HTTP and over gRPC."""

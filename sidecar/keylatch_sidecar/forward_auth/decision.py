@@ -1,10 +1,11 @@
-"""What all of the proxies' endpoints share: one question, one answer, whatever it came in.
+"""Decides on reverse proxies' requests, independent of the protocol that a proxy uses.
 
-An allow is `200` with an empty body and every identity header, every time: a proxy that copies
-only what it gets would otherwise let the client's own copy through. Permissions can only add up,
-because some proxies append the client's query to ours. A malformed credential is 401 and not 400,
-because nginx's `auth_request` turns 400 into 500. What cannot be decided within the deadline is
-503: no proxy shall wait longer than its client.
+An allow is `200` with an empty body and always all identity headers: a proxy that copies only the
+headers it receives would otherwise forward the client's own value of a missing one. A key needs all
+permissions of a request, because some proxies append the client's query to the sidecar's. A
+malformed credential is answered with 401 instead of 400, because nginx's `auth_request` turns 400
+into 500. A check that exceeds the deadline is answered with 503, so that a proxy's client does not
+time out first.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ DEADLINE_SECONDS: Final = 0.8
 
 _NO_CONTENT: Final = (b"content-length", b"0")
 _NO_STORE: Final = (b"cache-control", b"no-store")
-_NO_CALLER: Final[ClientGetter] = lambda: (None, None)  # noqa: E731 - where no one asks for it
+_NO_CALLER: Final[ClientGetter] = lambda: (None, None)  # noqa: E731 - where it is not needed
 _NO_BODY: Final[Message] = {"type": "http.response.body", "body": b""}
 
 _MISCONFIGURED_BODY: Final = (
@@ -65,12 +66,12 @@ log = logging.getLogger("keylatch.proxies")
 
 
 class ForwardAuth:
-    """Answers proxies.
+    """Answers reverse proxies.
 
     Args:
-        engine: judges the tokens.
-        cache_seconds: how long a proxy may remember an allow, never beyond the key's expiry; 0: not
-            at all. A revoke does not reach what a proxy remembers.
+        engine: checks tokens.
+        cache_seconds: for how long a proxy may cache an allow, but not beyond the key's expiry; 0:
+            not at all. A revocation does not reach a proxy's cache.
     """
 
     def __init__(self, engine: Engine, cache_seconds: int = 0) -> None:
@@ -92,14 +93,14 @@ class ForwardAuth:
         requirement: Requirement,
         source: RequestSource,
     ) -> None:
-        """Answer a question that came as an HTTP request; its body is never awaited.
+        """Answer a proxy's HTTP request; its body is never read.
 
         Args:
-            scope: of the request.
-            receive: not asked for anything.
-            send: takes the answer.
-            requirement: what the request behind it asks of a key.
-            source: where the facts about that request are.
+            scope: of the proxy's request.
+            receive: of the proxy's request; never awaited.
+            send: of the proxy's request.
+            requirement: of the original request.
+            source: reads the original request from the scope.
         """
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         original = source(scope)
@@ -120,13 +121,13 @@ class ForwardAuth:
         requirement: Requirement,
         caller: ClientGetter,
     ) -> Allow | Refusal:
-        """What the proxy is answered, in whatever protocol it asks.
+        """Decide on an original request.
 
         Args:
-            original: what it says of the request that it asks about; None: it does not say.
-            values: of that request's `Authorization` fields.
-            requirement: what the request asks of a key.
-            caller: whence it came, as far as the proxy can be believed.
+            original: its method and URI; None: the proxy does not send them.
+            values: of its `Authorization` fields.
+            requirement: of the request.
+            caller: the client's address and agent, for the log of failures.
         """
         outcome = self._check_cached(original, values, requirement, caller)
         if isinstance(outcome, CacheMiss):
@@ -140,7 +141,7 @@ class ForwardAuth:
         requirement: Requirement,
         caller: ClientGetter,
     ) -> Allow | Refusal | CacheMiss:
-        """`decide` without waiting."""
+        """`decide` from the local cache."""
         if original is None:
             self._misconfigured.add()
             return _MISCONFIGURED
@@ -169,7 +170,9 @@ class ForwardAuth:
     def _to_outcome(
         self, original: OriginalRequest, decision: Decision, caller: ClientGetter
     ) -> Allow | Refusal:
-        if log.isEnabledFor(logging.DEBUG):  # no query, which may hold secrets, and no token
+        if log.isEnabledFor(
+            logging.DEBUG
+        ):  # without the query, which may contain secrets, and without the token
             outcome = "allowed" if isinstance(decision, Allow) else decision.reason.value
             log.debug("%s %s: %s", original.method, original.uri.partition("?")[0], outcome)
         return self._refusals.refuse(decision, caller) if isinstance(decision, Deny) else decision
@@ -182,10 +185,10 @@ class ForwardAuth:
 
 
 def all_of(permissions: Sequence[str], environments: Sequence[str] = ()) -> Requirement:
-    """Permissions add up, and a malformed one leaves only FULL. Of environments nothing is left
-    where two differ, or one is malformed: no key is for it.
+    """The requirement of all permissions; FULL if one of them is malformed. Environments that
+    differ, or a malformed one, are a requirement that no key meets.
 
-    An empty one is malformed: it is what a proxy sends whose variable was never set.
+    Empty values are malformed: a proxy sends them if its variable is not set.
     """
     requirement = ONLY_FULL
     if all(re.fullmatch(PERMISSION_PATTERN, permission) for permission in permissions):
@@ -199,8 +202,8 @@ def all_of(permissions: Sequence[str], environments: Sequence[str] = ()) -> Requ
 
 @lru_cache(maxsize=10_000)
 def allow_start(principal: Principal, max_age: int) -> Message:
-    """The beginning of an allow, which a proxy may remember for so long. All answers for a key are
-    this very object: whoever adds to it copies it first, as servers do."""
+    """The `http.response.start` of an allow that a proxy may cache for `max_age` seconds. All
+    responses for a key share this object, so it must not be changed; servers copy it."""
     cache_control = (b"cache-control", b"max-age=%d" % max_age) if max_age > 0 else _NO_STORE
     headers = (_NO_CONTENT, cache_control, *identity_headers(principal))
     return {"type": "http.response.start", "status": 200, "headers": headers}

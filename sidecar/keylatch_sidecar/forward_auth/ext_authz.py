@@ -1,8 +1,9 @@
-"""`/ext_authz/…`: for Envoy, Istio and the Gateway API: they ask with the client's method and path.
+"""`/ext_authz/…`: for Envoy, Istio and the Gateway API, which call it with the client's method and
+path.
 
-Any method and any path below it, custom ones too; path, query and body are the client's and say
-nothing. What the route asks of a key is in headers that the proxy sets: `X-Keylatch-Require`, and
-`X-Keylatch-Require-Environment`.
+Any method and any path after the prefix are served. Path, query and body are the client's, so the
+requirement is never read from them, but from header fields that the proxy sets:
+`X-Keylatch-Require` and `X-Keylatch-Require-Environment`.
 """
 
 from collections.abc import Awaitable, Sequence
@@ -23,8 +24,8 @@ class ExtAuthz:
     """The endpoint.
 
     Args:
-        forward_auth: answers.
-        source: where proxies say what they were asked.
+        forward_auth: answers the proxy.
+        source: reads the original request.
     """
 
     def __init__(self, forward_auth: ForwardAuth, source: RequestSource) -> None:
@@ -41,8 +42,7 @@ class ExtAuthz:
 def requirement_from_lists(
     required: Sequence[bytes], environments: Sequence[bytes] = ()
 ) -> Requirement:
-    """What lists of permissions ask for, one list or several, each separated by commas; and of
-    which environment a key must be."""
+    """The requirement of lists of permissions, each separated by commas, and of environments."""
     return all_of(
         [
             permission.strip(" \t")
@@ -54,5 +54,5 @@ def requirement_from_lists(
 
 
 def matches(path: str) -> bool:
-    """Whether a path is this endpoint's; behind the prefix it is the client's, dots and all."""
+    """Whether this endpoint serves a path: after the prefix it is the client's path, unchanged."""
     return path == PATH or path.startswith(PATH + "/")

@@ -1,12 +1,11 @@
-"""`envoy.service.auth.v3.Authorization/Check`: what Envoy and others ask over gRPC.
+"""`envoy.service.auth.v3.Authorization/Check`: forward auth over gRPC, for Envoy and others.
 
-The third way to ask the same question: what `/verify` and `/ext_authz` answer with a status,
-headers and a body, this answers with the same ones in a message. All of the question is in one
-message that the proxy writes, so nothing has to be agreed on: the request's own method, path and
-headers, and what the route asks of a key, in `context_extensions`: `permission: SENDING`, and
-`environment: live`.
+A response message has the same status, headers and body as a response of `/verify` or `/ext_authz`.
+The request message is written by the proxy alone, so no source has to be configured: it has the
+original request's method, path and headers, and the requirement in `context_extensions`:
+`permission: SENDING`, and `environment: live`.
 
-Imported only where it is asked for: it needs `pip install 'keylatch[grpc]'`.
+Imported only if a gRPC listener is configured: it needs `pip install 'keylatch[grpc]'`.
 """
 
 import logging
@@ -21,7 +20,7 @@ from keylatch.errors import KeylatchError
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch_sidecar.forward_auth.decision import ForwardAuth, identity_headers
 from keylatch_sidecar.forward_auth.ext_authz import requirement_from_lists
-from keylatch_sidecar.http_server.connections import descriptor_limit
+from keylatch_sidecar.http_server.file_descriptors import descriptor_limit
 from keylatch_sidecar.http_server.limits import (
     GRPC_CALLS,
     GRPC_CONNECTIONS_SHARE,
@@ -46,8 +45,8 @@ SERVICE: Final = "envoy.service.auth.v3.Authorization"
 _ALWAYS_REMOVED: Final = (b"authorization", b"x-keylatch-require", b"x-keylatch-error")
 _UNIX: Final = "unix:"
 
-# grpc.health.v1: HealthCheckRequest has one text, HealthCheckResponse one number. The package for
-# that would be a dependency on the newest protobuf.
+# grpc.health.v1: HealthCheckRequest has one string, HealthCheckResponse one number. The package
+# grpcio-health-checking would require the newest protobuf.
 _SERVER_REQUEST: Final = b""
 _SERVICE_REQUEST: Final = b"\n" + bytes([len(SERVICE)]) + SERVICE.encode()
 _SERVING: Final = b"\x08\x01"
@@ -57,19 +56,18 @@ log = logging.getLogger("keylatch.proxies")
 
 
 class AuthorizationService:
-    """The service.
+    """The service `envoy.service.auth.v3.Authorization`.
 
     Args:
-        forward_auth: answers.
+        forward_auth: decides.
     """
 
     def __init__(self, forward_auth: ForwardAuth) -> None:
         self._forward_auth = forward_auth
 
     async def check(self, message: bytes, context: object) -> bytes:
-        """Answer a `CheckRequest`, also one that cannot be read: a gRPC error would be an outage
-        to the proxy, which some let through.
-        """
+        """Answer a `CheckRequest`, also a malformed one: proxies treat a gRPC error as an outage,
+        on which some allow the request."""
         query = parse_check_request(message)
         values = [value for name, value in query.headers if name == b"authorization"]
         requirement = requirement_from_lists(query.permissions, query.environments)
@@ -87,7 +85,7 @@ class HealthService:
     """`grpc.health.v1.Health/Check`: `/healthz` for the server, `/readyz` for the service.
 
     Args:
-        engine: must be ready.
+        engine: its readiness is that of the service.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -109,10 +107,8 @@ class HealthService:
 
 
 def headers_to_remove(headers: Sequence[Header], identity: Sequence[Header]) -> list[bytes]:
-    """Names that the app must not hear from the client: the key, and what could be taken for us.
-
-    Apps that read their environment fold `x_keylatch.key-id` into one of our names.
-    """
+    """Headers of the client that the app must not receive: the key, and names that an app could
+    mistake for an identity header. WSGI and CGI apps read `x_keylatch.key-id` as such a name."""
     own_names = {name for name, _ in identity}
     lookalikes = {
         name
@@ -131,24 +127,24 @@ async def serve(
     max_calls: int = GRPC_CALLS,
     max_connections: int | None = None,
 ) -> grpc.aio.Server:
-    """A server that has started; `await server.stop(grace)` ends it.
+    """A started server; `await server.stop(grace)` stops it.
 
     Args:
-        forward_auth: answers.
-        engine: of which the health service speaks.
+        forward_auth: decides.
+        engine: for the health service.
         address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
-        is_shared: whether other processes of ours serve the same port.
-        max_calls: how many may be under way at once.
-        max_connections: how many there may be; None: a share of the file descriptors.
+        is_shared: whether other workers listen on the same port.
+        max_calls: the limit of concurrent calls.
+        max_connections: the limit of connections; None: a share of the file descriptors.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address cannot be bound.
     """
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", int(is_shared)),
-            # A proxy may ask as often as it likes whether its connection is alive; by default
-            # gRPC hangs up on the third time in five minutes, and questions are lost.
+            # No limit for HTTP/2 pings: by default, gRPC closes a connection at the third ping
+            # in five minutes, and pending calls are lost.
             ("grpc.http2.max_ping_strikes", 0),
             *_limits(max_connections or int(descriptor_limit() * GRPC_CONNECTIONS_SHARE)),
         ],
@@ -159,7 +155,7 @@ async def serve(
         "grpc.health.v1.Health": HealthService(engine).check,
     }
     for service, check in checks.items():
-        # Without functions that read and write messages: those are bytes here.
+        # Without a serializer and a deserializer: messages are bytes here.
         methods: dict[str, Any] = {"Check": grpc.unary_unary_rpc_method_handler(check)}
         handler = grpc.method_handlers_generic_handler(service, methods)
         server.add_generic_rpc_handlers([handler])
@@ -169,8 +165,8 @@ async def serve(
 
 
 def _limits(max_connections: int) -> list[tuple[str, int]]:
-    """Of messages and connections. What is beyond them is a gRPC error: a proxy that fails closed,
-    as all in `deploy/` do, lets nothing pass on it."""
+    """Options for the limits. A call beyond them gets a gRPC error, on which a proxy that fails
+    closed, as all configurations in `deploy/` do, refuses the request."""
     return [
         ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
         ("grpc.max_metadata_size", GRPC_METADATA_BYTES),
@@ -187,5 +183,5 @@ def _listen(server: grpc.aio.Server, address: str) -> None:
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from None
     if address.startswith(_UNIX):
-        # As for HTTP: whoever may enter the folder may ask.
+        # As for HTTP: the directory's mode restricts access.
         Path(address.removeprefix(_UNIX)).chmod(0o666)

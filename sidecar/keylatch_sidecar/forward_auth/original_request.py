@@ -1,8 +1,9 @@
-"""What a proxy says of the request that it asks about: from one agreed place, never from another.
+"""The original request of a proxy's request, from one configured source and never from another.
 
-A sidecar that takes `X-Forwarded-Method`, else `X-Original-Method`, else the method, believes the
-client behind every proxy that sends only one of them. So an operator names the profile of each
-endpoint, and whatever is missing there is missing: the proxy is misconfigured, and nothing passes.
+A sidecar that tries `X-Forwarded-Method`, then `X-Original-Method`, then its own request's method
+would trust the client behind every proxy that sets only one of them. So the operator configures the
+source of each endpoint. If the source has no value, the proxy is misconfigured, and every request
+is refused.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,14 @@ from starlette.types import Scope
 
 @dataclass(frozen=True, slots=True)
 class OriginalRequest:
-    """The request that a proxy asks about, as it came."""
+    """The method and URI of the client's request, as the proxy received it."""
 
     method: str
     uri: str
 
 
 RequestSource = Callable[[Scope], OriginalRequest | None]
-"""Reads the facts; None where the proxy does not send them, or sends them twice."""
+"""Reads the original request; None if the proxy does not send it, or sends it twice."""
 
 NO_REQUEST: Final = OriginalRequest("", "")
 

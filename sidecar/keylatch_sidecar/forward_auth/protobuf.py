@@ -1,11 +1,11 @@
-"""What Envoy asks and hears over gRPC, in protobuf: the parts of it that keylatch knows.
+"""The protobuf messages of Envoy's `Check`, with the fields that keylatch uses.
 
-Names and numbers are those of `envoy/service/auth/v3/external_auth.proto` and what it imports;
-whatever else is in a message is passed over. A table instead of a package: the official one,
-xds-protos, writes into the folders of other packages (`google`, `opentelemetry`, `envoy`).
+Names and numbers are those of `envoy/service/auth/v3/external_auth.proto` and its imports; other
+fields are ignored. A table instead of a package: the official one, xds-protos, writes into the
+directories of other packages (`google`, `opentelemetry`, `envoy`).
 
-Texts are read as bytes, as ASGI does, so nobody's bytes make a question unreadable. And a map is
-read as what it is on the wire, a list of pairs: a name that comes twice stays two.
+Strings are declared as bytes, as in ASGI, so invalid UTF-8 does not make a message unreadable. A
+map is declared as what it is on the wire, a list of pairs, so duplicate names remain visible.
 """
 
 from collections.abc import Sequence
@@ -58,19 +58,19 @@ FIELDS: Final = {
     "OkHttpResponse": [(2, "headers", "[HeaderValueOption]"), (5, "headers_to_remove", "[text]")],
     "HeaderValueOption": [(1, "header", "HeaderValue"), (3, "append_action", NUMBER)],
 }
-"""Message → number, name and type of its fields; `[…]` may come any number of times."""
+"""Message → number, name and type of its fields; `[…]` is repeated."""
 
 OVERWRITE: Final = 2
-"""OVERWRITE_IF_EXISTS_OR_ADD. The default says to append: the client's own value would be first."""
+"""OVERWRITE_IF_EXISTS_OR_ADD. The default appends: the client's own value would stay first."""
 
 GRPC_CODES: Final = {401: 16, 403: 7, 503: 14}
-"""HTTP status → google.rpc.Code. Envoy only looks whether it is 0; others may look closer."""
+"""HTTP status → google.rpc.Code. Envoy only distinguishes 0; other proxies may use the code."""
 
 _TYPES: Final = {TEXT: FieldDescriptorProto.TYPE_BYTES, NUMBER: FieldDescriptorProto.TYPE_INT32}
 
 
 def _message_pool() -> DescriptorPool:
-    """In a pool of their own: the official ones may be in the common one."""
+    """A pool of its own: the default pool may contain the official messages."""
     file = FileDescriptorProto(name="keylatch.proto", package="keylatch", syntax="proto3")
     for name, fields in FIELDS.items():
         message = file.message_type.add(name=name)
@@ -94,14 +94,14 @@ CheckResponse: Final[Any] = GetMessageClass(_POOL.FindMessageTypeByName("keylatc
 
 @dataclass(frozen=True, slots=True)
 class CheckQuery:
-    """May this request pass?
+    """The fields of a `CheckRequest`.
 
     Args:
-        original: the request's method and path; None: the message holds no HTTP request.
+        original: the request's method and path; None: the message has no HTTP request.
         headers: of the request, names in lower case.
-        permissions: what the route asks of a key: each a list, separated by commas.
-        environments: which environment the key must be for.
-        client: the address that the request came from; None: the message does not say.
+        permissions: that the key must permit: each a list, separated by commas.
+        environments: that the key must be for.
+        client: the client's address; None: the message has none.
     """
 
     original: OriginalRequest | None
@@ -112,8 +112,8 @@ class CheckQuery:
 
 
 def parse_check_request(message: bytes) -> CheckQuery:
-    """Take a `CheckRequest` apart; what cannot be read is a question without facts, and so is one
-    of more headers than any proxy lets through, which would hold up all others for 20 ms."""
+    """Parse a `CheckRequest`. A malformed message is a query without an original request, and so is
+    one with more headers than any proxy forwards, which would block all others for 20 ms."""
     request = CheckRequest()
     try:
         request.ParseFromString(message)
@@ -137,19 +137,20 @@ def parse_check_request(message: bytes) -> CheckQuery:
 
 
 def allow(headers: Sequence[Header], remove: Sequence[bytes]) -> bytes:
-    """A `CheckResponse` that lets the request pass.
+    """A `CheckResponse` that allows the request.
 
     Args:
-        headers: what the app is told, whatever the client said in their places.
-        remove: names of what the app is not told; Envoy removes last, so none of the above.
+        headers: for the app, replacing the client's.
+        remove: names of headers that the app must not receive, none of those in `headers`: Envoy
+            removes after it has set.
     """
     allowed = {"headers": _header_options(headers), "headers_to_remove": remove}
     return _serialize(status={"code": 0}, ok_response=allowed)
 
 
 def deny(refusal: Refusal) -> bytes:
-    """A `CheckResponse` that answers the client."""
-    # The length is the proxy's to count: it may change the body.
+    """A `CheckResponse` that refuses the request with this response."""
+    # Without content-length: the proxy may change the body, and counts it.
     headers = [header for header in refusal.headers if header[0] != b"content-length"]
     denied = {
         "status": {"code": refusal.status},

@@ -1,6 +1,7 @@
-"""`/verify`: for proxies whose sub-request has a fixed path. Raw ASGI, ahead of the router.
+"""`/verify`: for reverse proxies whose sub-request has a fixed path. Raw ASGI, before the router.
 
-What the route asks of a key is in the query, which the proxy writes: `?permission=P`, repeatable.
+The requirement is in the query, which the proxy sets: `?permission=P`, repeatable, and
+`?environment=E`.
 """
 
 from collections.abc import Awaitable
@@ -37,8 +38,8 @@ class Verify:
     """The endpoint.
 
     Args:
-        forward_auth: answers.
-        source: where proxies say what they were asked.
+        forward_auth: answers the proxy.
+        source: reads the original request.
     """
 
     def __init__(self, forward_auth: ForwardAuth, source: RequestSource) -> None:
@@ -46,7 +47,7 @@ class Verify:
         self._source = source
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        # No coroutine of its own: amid real requests each one costs a microsecond.
+        # Not a coroutine: under load each coroutine costs a microsecond.
         if scope["method"] not in ("GET", "HEAD"):
             return refuse(_WRONG_METHOD, scope, receive, send)
         query = scope["query_string"]
@@ -55,8 +56,8 @@ class Verify:
 
 
 def requirement_from_query(query: bytes) -> Requirement:
-    """What `?permission=P&environment=E` asks for."""
-    # A proxy may append its client's query: nobody shall fill the memory with long ones.
+    """The requirement of `?permission=P&environment=E`."""
+    # A proxy may append its client's query: long ones must not fill the memory.
     return _parse_cached(query) if len(query) <= _MAX_CACHED_BYTES else _parse(query)
 
 

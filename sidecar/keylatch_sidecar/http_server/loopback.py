@@ -1,5 +1,5 @@
-"""Which addresses are this host's own: what is sent to any other passes a network, and keylatch
-speaks plain HTTP, in which every token can be read."""
+"""Loopback addresses: keylatch uses plain HTTP, so tokens that are sent to any other address can be
+read on the network."""
 
 import ipaddress
 import socket
@@ -10,7 +10,7 @@ HINT: Final = "put TLS in front of it, or listen on 127.0.0.1 or a Unix socket"
 
 
 def is_host(host: str) -> bool:
-    """Whether a name or an address is loopback: all that it stands for has to be."""
+    """Whether all addresses of a host name are loopback addresses."""
     try:
         addresses = socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)
     except OSError:  # nothing can listen there
@@ -19,7 +19,7 @@ def is_host(host: str) -> bool:
 
 
 def is_address(text: str) -> bool:
-    """Whether an address is one of 127.0.0.0/8, or ::1."""
+    """Whether an address is in 127.0.0.0/8, or ::1."""
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped

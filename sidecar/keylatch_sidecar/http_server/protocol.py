@@ -1,8 +1,8 @@
-"""One HTTP connection within limits: how many bytes a request may have, and how long it may take.
+"""One HTTP connection with limits on the size and the duration of requests.
 
 uvicorn on httptools limits neither. The law of this file: a request that is answered at once costs
-no timer; `Connections` looks at all connections once a second. The clock runs only while it is the
-client's turn: to send a head, a body or the next request, or to read an answer.
+no timer; `Connections` checks all connections once a second. A client's time runs only while it is
+the client's turn: to send a head, a body or the next request, or to read a response.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ import httptools
 
 from keylatch_sidecar.http_server.connections import Connections
 from keylatch_sidecar.http_server.limits import Limits
-from keylatch_sidecar.http_server.message_head import UpgradeIgnoring
 from keylatch_sidecar.http_server.rejections import INVALID, TOO_LARGE, TOO_SLOW, Rejection
+from keylatch_sidecar.http_server.upgrades import UpgradeIgnoring
 
 PIECE_BYTES: Final = 4096
-"""What is given to the parser at once: it says nothing of a field that has not ended, and copies
-what it has of it for each piece of the rest."""
+"""The most that the parser gets at once: it does not report an incomplete header field, and copies
+the start of the field with each further piece."""
 
 
 class Phase(Enum):
@@ -28,10 +28,10 @@ class Phase(Enum):
     IDLE = "between requests"
     HEAD = "head"
     BODY = "body"
-    CLOSING = "the connection ends; what comes is discarded"
+    CLOSING = "closing; received bytes are discarded"
 
 
-# On the way of every request; an attribute of an enumeration takes as long as a call.
+# Constants, because every request needs them and an attribute of an Enum costs as much as a call.
 BETWEEN: Final = Phase.IDLE
 _HEAD: Final = Phase.HEAD
 _BODY: Final = Phase.BODY
@@ -43,7 +43,7 @@ class HeadTooLarge(Exception):
 
 
 class LimitedProtocol(UpgradeIgnoring):
-    """uvicorn's protocol with limits; subclasses may set their own."""
+    """uvicorn's protocol with limits; subclasses may set `limits`."""
 
     limits: ClassVar[Limits] = Limits()
 
@@ -51,19 +51,19 @@ class LimitedProtocol(UpgradeIgnoring):
     turn_started_at = 0.0
     """The loop's time at which the client's turn began."""
     _timed_phase: Phase = BETWEEN
-    """Which turn that is."""
+    """The phase in which that turn began."""
     _unread_since: float | None = None
-    """The same, of an answer that the client does not read."""
+    """The loop's time since which the client has not read a response; None: it reads."""
     _closing_since: float | None = None
     _overhead_bytes = 0
-    """Bytes of the head; then those behind it that are neither body nor what chunks need."""
+    """Bytes of the head; then bytes after it that are neither body nor required chunk syntax."""
     _chunk_bytes = 0
     """Bytes of the chunk that is being parsed."""
     _buffered = b""
-    """What came behind a request that waits for the answer to the one before it."""
+    """Bytes after a request that waits for the response to the request before it."""
     _rejection: Rejection | None = None
 
-    # What asyncio calls
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -87,14 +87,14 @@ class LimitedProtocol(UpgradeIgnoring):
         super().resume_writing()
         self._unread_since = None
 
-    # What the parser calls
+    # Called by the parser
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.phase = _HEAD
 
     def on_headers_complete(self) -> None:
-        # A head that does not reach beyond the second piece is not even counted.
+        # A head that ends within the second piece is not counted.
         if self._overhead_bytes > 0 and self._head_bytes() > self.limits.head_bytes:
             raise HeadTooLarge
         if self.is_upgrade:
@@ -115,7 +115,7 @@ class LimitedProtocol(UpgradeIgnoring):
         self._overhead_bytes -= len(b"%x\r\n\r\n" % self._chunk_bytes)
 
     def on_message_complete(self) -> None:
-        if self.phase is _HEAD:  # only that of an upgrade
+        if self.phase is _HEAD:  # the head of an upgrade, which will be parsed again
             return
         super().on_message_complete()
         self._overhead_bytes = -PIECE_BYTES
@@ -123,11 +123,11 @@ class LimitedProtocol(UpgradeIgnoring):
         if self.cycle.response_complete:
             self.turn_started_at = self.loop.time()
 
-    # What uvicorn calls
+    # Called by uvicorn
 
     def on_response_complete(self) -> None:
-        """uvicorn's, without a timer for each response, and reading no further while requests
-        wait: of small ones, 14,000 fit into what is read at once."""
+        """As uvicorn's, but without a timer for each response, and without reading while requests
+        are queued: one read can contain 14,000 small requests."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -140,13 +140,13 @@ class LimitedProtocol(UpgradeIgnoring):
         elif not self.pipeline:
             self.flow.resume_reading()
 
-    # What `Connections` calls
+    # Called by `Connections`
 
     @property
     def eviction_rank(self) -> tuple[int, float] | None:
-        """Which connection is to go first where descriptors run out: the lowest. One that has never
-        had a request, then one between requests, then one that keeps a request or its answer from
-        being complete. None: it stays, because a complete request is being answered."""
+        """The order in which connections are closed when file descriptors run out, lowest first:
+        connections without a request yet, then idle ones, then those whose client delays a request
+        or a response. None: not evictable, because a complete request is being answered."""
         if self.transport.is_closing():
             return None
         if not self._is_responding:
@@ -156,8 +156,8 @@ class LimitedProtocol(UpgradeIgnoring):
         return (2, self.turn_started_at) if self.phase is _BODY and not self.pipeline else None
 
     def close_if_timed_out(self, now: float) -> None:
-        """End the connection if the client has used up its time."""
-        if self.transport.is_closing():  # and what was written before is not sent yet
+        """Close the connection if the client has used up its time."""
+        if self.transport.is_closing():  # with bytes that the client has not read
             self._closing_since = self._closing_since or now
             self._abort_if_overdue(self._closing_since, now)
         elif self._unread_since is not None:
@@ -167,15 +167,15 @@ class LimitedProtocol(UpgradeIgnoring):
         elif now - self.turn_started_at > self._timeout_seconds():
             self._close_timed_out()
 
-    # Reading
+    # Receiving
 
     @property
     def is_pipelined(self) -> bool:
-        """Whether what comes now has to wait for the answers to what came before."""
+        """Whether new bytes must wait for the responses to earlier requests."""
         return bool(self.pipeline or self._buffered or self._rejection is not None)
 
     def start_turn(self) -> None:
-        """The client's turn to send a head or a body begins, unless it has already begun."""
+        """Begin the client's turn to send a head or a body, unless it has already begun."""
         if self._timed_phase is not self.phase:
             self._timed_phase, self.turn_started_at = self.phase, self.loop.time()
 
@@ -188,7 +188,7 @@ class LimitedProtocol(UpgradeIgnoring):
                 return
 
     def _parse(self, piece: bytes) -> bool:
-        """Whether there is more to parse."""
+        """Parse, and return whether the connection accepts more."""
         if self.phase is BETWEEN:
             self._overhead_bytes = 0
         try:
@@ -229,7 +229,7 @@ class LimitedProtocol(UpgradeIgnoring):
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
-    # Ending
+    # Closing
 
     @property
     def _is_responding(self) -> bool:
@@ -237,7 +237,7 @@ class LimitedProtocol(UpgradeIgnoring):
         return cycle is not None and not (cycle.response_complete or cycle.disconnected)
 
     def _timeout_seconds(self) -> float:
-        """For what the client is to do next."""
+        """The limit for the client's current turn."""
         if self.phase is _HEAD:
             return self.limits.head_seconds
         if self.phase is _BODY:
@@ -261,18 +261,18 @@ class LimitedProtocol(UpgradeIgnoring):
             self.transport.abort()
 
     def _reject(self, rejection: Rejection) -> None:
-        """Answer the request that is being received, in its turn, and end the connection."""
+        """Answer the request that is being received, in its turn, and close the connection."""
         if self._rejection is not None:
             return
         self._connections.rejected.add(rejection.status)
         self._rejection, self._buffered, self._overhead_bytes = rejection, b"", 0
         cycle = self.cycle
         if self.phase is _BODY and cycle.response_complete:
-            self.transport.close()  # it was answered, only its body was missing
+            self.transport.close()  # answered, and only the rest of the body was missing
         elif self.phase is _BODY and (self.pipeline or cycle.response_started):
-            self.transport.abort()  # its answer has begun, or is behind another one
+            self.transport.abort()  # its response has begun, or must wait for another one
         else:
-            if self.phase is _BODY:  # the app, which waits for the rest, is told that it ended
+            if self.phase is _BODY:  # the app, which waits for the body, gets http.disconnect
                 cycle.disconnected = True
                 cycle.message_event.set()
             if not self._is_responding:

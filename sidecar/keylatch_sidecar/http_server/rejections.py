@@ -1,4 +1,4 @@
-"""Answers to requests that no app gets to see, because they cannot be read or come too slowly."""
+"""Responses to requests that never reach the app: malformed, too large or too slow."""
 
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -7,11 +7,11 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A complete answer, after which the connection ends.
+    """A complete response, after which the connection is closed.
 
     Args:
-        status: of HTTP.
-        wire: the answer's bytes.
+        status: the HTTP status.
+        wire: all bytes of the response.
     """
 
     status: int

@@ -24,8 +24,7 @@ from keylatch.core import imported_tokens
 from keylatch.core.credentials import MAX_VALUE_BYTES
 from keylatch.core.imported_tokens import ImportedToken
 from keylatch.core.tokens import Token, is_native
-from keylatch_sidecar.api.errors import InvalidInput
-from keylatch_sidecar.api.schemas import invalid_input
+from keylatch_sidecar.api.errors import InvalidInput, invalid_input
 
 _MIN_ITERATIONS: Final = 1_000
 _MAX_ITERATIONS: Final = 2_000_000

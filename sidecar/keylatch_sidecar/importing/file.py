@@ -18,15 +18,15 @@ from keylatch.core.decisions import FULL
 from keylatch.core.imported_tokens import ImportedToken
 from keylatch.core.tokens import redact_tokens
 from keylatch.core.validation import LIVE, InvalidValue, NewKey
-from keylatch_sidecar.api import schemas
-from keylatch_sidecar.api.errors import InvalidInput, Problem
+from keylatch_sidecar.api import request_body, schemas
+from keylatch_sidecar.api.errors import InvalidInput, Problem, invalid_input
 from keylatch_sidecar.importing import external_keys
 
 FORMATS: Final = ("jsonl", "csv")
 FIELDS: Final = ("name", "organization", "permission", "environment", "expiresAt")
 _ALIASES: Final = {"expires": "expiresAt", "organizationId": "organization"}
 _IMPORT_FIELDS: Final = external_keys.FIELDS | {"token", "secret", "partialToken"}
-_MAX_LINE_CHARACTERS: Final = schemas.MAX_BODY_BYTES
+_MAX_LINE_CHARACTERS: Final = request_body.MAX_BODY_BYTES
 
 
 class Row(schemas.Body):
@@ -100,14 +100,14 @@ def read(
                 raise row
             scheme = str(row.get("scheme", ""))
             common, imported_token = _split_imported(row)
-            new_key = _new_key(schemas.validated(_with_canonical_names(common), Row), defaults)
+            new_key = _new_key(request_body.validated(_with_canonical_names(common), Row), defaults)
             if (
                 imported_token is not None
                 and lines.setdefault(imported_token.locator, line) != line
             ):
                 raise Problem(400, f"is the same key as line {lines[imported_token.locator]}")
         except Problem as problem:
-            errors = [f"{fault.path}: {fault.message}" for fault in problem.faults]
+            errors = [f"{fault.path}: {fault.message}" for fault in problem.errors]
             messages += (f"line {line}: {message}" for message in errors or [problem.message])
             continue
         messages += (f"line {line}: {fault}" for fault in validate(new_key))
@@ -128,7 +128,7 @@ def _parse_object(text: str) -> dict[str, Any] | Problem:
     if len(text) > _MAX_LINE_CHARACTERS:
         return Problem(400, f"has more than {_MAX_LINE_CHARACTERS} characters")
     try:
-        content = json.loads(text, object_pairs_hook=schemas.without_duplicates)
+        content = json.loads(text, object_pairs_hook=request_body.without_duplicates)
     except Problem as problem:
         return problem
     except (ValueError, RecursionError):
@@ -158,7 +158,7 @@ def _parse_record(header: list[str], cells: list[str]) -> dict[str, Any] | Probl
         return Problem(400, f"has {len(cells)} cells for {len(header)} columns")
     pairs = [(name, cell) for name, cell in zip(header, cells, strict=True) if cell]
     try:
-        return schemas.without_duplicates(pairs)
+        return request_body.without_duplicates(pairs)
     except Problem as problem:
         return problem
 
@@ -174,7 +174,7 @@ def _split_imported(row: dict[str, Any]) -> tuple[dict[str, Any], ImportedToken 
         return external_keys.parse(row, frozenset((*FIELDS, *_ALIASES)))
     if not _IMPORT_FIELDS.isdisjoint(row):
         message = 'an imported key needs a "scheme"; without one, a new key is minted'
-        raise schemas.invalid_input([InvalidInput(min(_IMPORT_FIELDS.intersection(row)), message)])
+        raise invalid_input([InvalidInput(min(_IMPORT_FIELDS.intersection(row)), message)])
     return row, None
 
 
@@ -183,7 +183,7 @@ def _with_canonical_names(row: dict[str, Any]) -> dict[str, Any]:
     for alias, name in _ALIASES.items():
         if alias in row:
             if name in row:
-                raise schemas.invalid_input([InvalidInput(name, f"is there twice, as {alias} too")])
+                raise invalid_input([InvalidInput(name, f"is there twice, as {alias} too")])
             named[name] = row[alias]
     return named
 

@@ -1,6 +1,7 @@
-"""uvicorn's fast protocol, whose parser is shown another head where it would misread a request.
+"""uvicorn's httptools protocol, which ignores requests to upgrade the connection.
 
-Of what does not decide where the request ends, and only that.
+The parser gets a modified head of such a request. The modifications never change where the request
+ends.
 """
 
 from typing import Final
@@ -9,37 +10,36 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 PLACEHOLDER_METHOD: Final = b"POST"
-"""For a method that httptools may not know, or takes for more than a name: where a request ends
-does not depend on its method (RFC 9112 section 6)."""
+"""Replaces methods that httptools does not know, or treats specially: where a request ends does not
+depend on its method (RFC 9112 section 6)."""
 
 
 class UpgradeIgnoring(HttpToolsProtocol):
-    """Ignores an `Upgrade`, as a server may (RFC 9110 section 7.8), and reads the body.
+    """Ignores `Upgrade`, as a server may (RFC 9110 section 7.8), and reads the body.
 
-    httptools ends a request with `Upgrade`, and one with CONNECT, where its head ends, and takes
-    the body for the next request. So what it has read of that head is shown once more, to a new
-    parser.
+    httptools ends a request with `Upgrade` or CONNECT after its head, and parses the body as the
+    next request. So the head is parsed again, without `Upgrade`, by a new parser.
     """
 
     method = ""
-    """Of the request that is being parsed, where the parser is shown another one."""
+    """The method of the request that is being parsed, if it was replaced."""
 
     @property
     def is_upgrade(self) -> bool:
-        """Whether the head that has just ended is going to be shown once more."""
+        """Whether the head that has just ended will be parsed again."""
         return self.parser.should_upgrade()
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if self.method:
             self.scope["method"], self.method = self.method, ""
-        self.headers = []  # trailers end here, and not in the request (RFC 9110 section 6.5.1)
+        self.headers = []  # so that trailers are not added to the request (RFC 9110 section 6.5.1)
 
     def feed(self, piece: bytes) -> int:
-        """Parse; how many upgrades were asked for.
+        """Parse, and return how many requests asked for an upgrade.
 
         Raises:
-            httptools.HttpParserError: what is no request.
+            httptools.HttpParserError: the bytes are not a request.
         """
         upgrades = 0
         while (head_end := self._feed_until_upgrade(piece)) is not None:
@@ -52,7 +52,7 @@ class UpgradeIgnoring(HttpToolsProtocol):
         return upgrades
 
     def _feed_until_upgrade(self, piece: bytes) -> int | None:
-        """Where in it the head of an upgrade ends, if the parser stopped there."""
+        """The end of the head in `piece`, if the parser stopped at an upgrade."""
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
@@ -60,7 +60,7 @@ class UpgradeIgnoring(HttpToolsProtocol):
         return None
 
     def _replace_parser(self) -> None:
-        """The old one would discard all that comes after `Connection: close, Upgrade`."""
+        """The old parser would discard everything after `Connection: close, Upgrade`."""
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
