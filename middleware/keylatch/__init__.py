@@ -10,11 +10,13 @@ from keylatch.errors import (
     ConfigurationError,
     HashingBusy,
     HashingFailed,
+    InvalidValue,
     KeylatchError,
+    NotPermitted,
     StoreIncompatible,
     StoreUnavailable,
 )
-from keylatch.management.keyring import Created, InvalidValue, Keyring, NotPermitted
+from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
 
 __all__ = [

@@ -24,7 +24,7 @@ from keylatch.core.refusals import Refusal
 from keylatch.core.rules import WEBSOCKET
 from keylatch.core.tokens import Token
 from keylatch.engine import Engine
-from keylatch.errors import KeylatchError
+from keylatch.errors import KeylatchError, Refused
 from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
 
 _TRACED: Final = "keylatch.traced"
@@ -33,18 +33,6 @@ _RESPONSE_STARTS: Final = (
     "websocket.accept",
     "websocket.http.response.start",
 )
-
-
-class Refused(Exception):
-    """Raised inside the app, before it has begun to answer: the middleware answers with a refusal.
-
-    Args:
-        deny: why, and what would have sufficed.
-    """
-
-    def __init__(self, deny: Deny) -> None:
-        super().__init__(deny.reason.value)
-        self.deny = deny
 
 
 class APIKeyMiddleware(BaseMiddleware[ASGIApp]):

@@ -18,11 +18,11 @@ from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
 from keylatch.adapters.frameworks import required_scopes
-from keylatch.asgi import APIKeyMiddleware, Refused
+from keylatch.asgi import APIKeyMiddleware
 from keylatch.core.decisions import FULL, Deny, Principal, Reason, Requirement
 from keylatch.core.paths import overlaps
 from keylatch.core.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
-from keylatch.errors import ConfigurationError
+from keylatch.errors import ConfigurationError, Refused
 
 try:
     from fastapi import FastAPI

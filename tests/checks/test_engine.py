@@ -17,9 +17,8 @@ from keylatch.authentication.hashing import CHEAPEST, Cost, Hasher, VerifyResult
 from keylatch.core import tokens
 from keylatch.core.decisions import Allow, Deny, Reason, Requirement, principal_of
 from keylatch.core.tokens import Token
-from keylatch.core.validation import QuotaExceeded
 from keylatch.engine import Engine
-from keylatch.errors import HashingBusy, StoreUnavailable
+from keylatch.errors import HashingBusy, QuotaExceeded, StoreUnavailable
 from keylatch.management.keyring import Created
 from keylatch.revocation.invalidations import Invalidations
 from keylatch.settings import Settings

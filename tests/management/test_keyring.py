@@ -5,7 +5,8 @@ import pytest
 from conftest import Clock
 from keylatch.core.decisions import Allow, Deny, KeyRecord, Principal, Reason, principal_of
 from keylatch.engine import Engine
-from keylatch.management.keyring import InvalidValue, Keyring, NotPermitted
+from keylatch.errors import InvalidValue, NotPermitted
+from keylatch.management.keyring import Keyring
 from keylatch.revocation.invalidations import Receipt
 
 pytestmark = pytest.mark.anyio

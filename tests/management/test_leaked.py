@@ -17,9 +17,9 @@ from keylatch.authentication.lookup import Owner
 from keylatch.core import tokens
 from keylatch.core.imported_tokens import ImportedToken
 from keylatch.core.tokens import MacKeys, Token, has_valid_checksum
-from keylatch.core.validation import InvalidKeyState, NewKey
+from keylatch.core.validation import NewKey
 from keylatch.engine import Engine
-from keylatch.errors import HashingFailed, StoreUnavailable
+from keylatch.errors import HashingFailed, InvalidKeyState, StoreUnavailable
 from keylatch.management.keyring import Created
 from keylatch.settings import Settings
 from keylatch.storage.store import Found

@@ -19,8 +19,9 @@ from conftest import Clock, MakeEngine
 from keylatch.authentication.hashing import Hasher
 from keylatch.core.decisions import KeyRecord, Principal, Reason, principal_of, secret_version_of
 from keylatch.core.imported_tokens import ImportedToken
-from keylatch.core.validation import CallerRefused, InvalidKeyState, NewKey, NotPermitted
+from keylatch.core.validation import NewKey
 from keylatch.engine import Engine
+from keylatch.errors import CallerRefused, InvalidKeyState, NotPermitted
 from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
 from keylatch.storage import authorization, changes

@@ -11,8 +11,8 @@ from conftest import Clock, MakeEngine, StoreTests
 from keylatch.caches.local_cache import Entry, entry_of
 from keylatch.core.decisions import Allow, Deny, Reason, principal_of
 from keylatch.core.tokens import Token
-from keylatch.core.validation import InvalidKeyState, InvalidValue, NotPermitted
 from keylatch.engine import Engine
+from keylatch.errors import InvalidKeyState, InvalidValue, NotPermitted
 from keylatch.management.keyring import Created, Rotated
 from keylatch.storage.authorization import Actor
 from keylatch.storage.store import Found, Store

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from keylatch.core.decisions import FULL, KeyRecord, Principal, Reason
+from keylatch.core.decisions import FULL, KeyRecord, Principal
 from keylatch.core.tokens import ENVIRONMENT_PATTERN, redact_tokens
+from keylatch.errors import InvalidValue, NotPermitted
 
 MAX_NAME_LENGTH: Final = 100
 MAX_REASON_LENGTH: Final = 200
@@ -34,56 +35,6 @@ _FORBIDDEN_CATEGORIES: Final = frozenset(("Cc", "Cs", "Zl", "Zp"))
 _BIDI_CONTROLS: Final = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
-
-
-class InvalidValue(ValueError):
-    """A value that no key may have.
-
-    Args:
-        field: the argument at fault.
-        message: what it must be instead.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
-
-
-class NotPermitted(Exception):
-    """The caller's key may not do this: it would give more rights than it has, say."""
-
-
-class CallerRefused(Exception):
-    """The caller's key, or the secret by which it came, is not valid any more.
-
-    Args:
-        reason: why a request with it is refused now.
-    """
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.value)
-        self.reason = reason
-
-
-class InvalidKeyState(Exception):
-    """The key is not in a state in which this can be done: it was deleted, say."""
-
-
-class QuotaExceeded(Exception):
-    """The caller's organisation has as much as it may have; nothing was changed.
-
-    Args:
-        message: for people, in one sentence.
-        retry_after_seconds: when there will be room again; None: waiting does not help.
-        limit: which one: `hashes`, `changes` or `keys`.
-    """
-
-    def __init__(self, message: str, retry_after_seconds: int | None, *, limit: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.retry_after_seconds = retry_after_seconds
-        self.limit = limit
 
 
 @dataclass(frozen=True, slots=True)

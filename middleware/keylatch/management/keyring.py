@@ -22,20 +22,22 @@ from keylatch.core.imported_tokens import ImportedToken
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.core.validation import (
     LIVE,
-    CallerRefused,
-    InvalidKeyState,
-    InvalidValue,
     KeyValidator,
     Metadata,
     NewKey,
-    NotPermitted,
-    QuotaExceeded,
     check_may_grant,
     serialize_metadata,
     validate_expiry,
     validate_grace,
     validate_name,
     validate_reason,
+)
+from keylatch.errors import (
+    CallerRefused,
+    InvalidKeyState,
+    InvalidValue,
+    NotPermitted,
+    QuotaExceeded,
 )
 from keylatch.management.organization_limit import OrganizationLimit
 from keylatch.revocation.invalidations import Receipt

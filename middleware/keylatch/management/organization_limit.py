@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from keylatch.core.validation import QuotaExceeded
+from keylatch.errors import QuotaExceeded
 
 _RETRY_AFTER_SECONDS: Final = 1
 

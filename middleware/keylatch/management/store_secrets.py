@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from keylatch.caches.shared_cache import TTL_SECONDS
+from keylatch.errors import SecretInUse
 from keylatch.revocation.invalidations import Receipt
 from keylatch.storage.audit import OPERATOR
 from keylatch.storage.secrets import KINDS, SecretInfo
@@ -22,20 +23,6 @@ from keylatch.storage.store import Store
 SHARED_CACHE_SECONDS: Final = TTL_SECONDS
 """How long values live in the shared cache, and how long a process may still be about to make
 something with what it knew before: so long a secret that was replaced has to stay."""
-
-
-class SecretInUse(Exception):
-    """A secret that is needed cannot be retired.
-
-    Args:
-        message: why.
-        hint: what to do instead.
-    """
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
 
 
 class StoreSecrets:

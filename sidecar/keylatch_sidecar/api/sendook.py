@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.decisions import KeyRecord
-from keylatch.management.keyring import InvalidValue
+from keylatch.errors import InvalidValue
 from keylatch_sidecar.api import pagination, receipts, schemas
 from keylatch_sidecar.api.access import authenticate_manager, key_id
 from keylatch_sidecar.api.dialects import errors_in

@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.decisions import FULL, KeyRecord
-from keylatch.core.validation import InvalidValue, expiry_after
+from keylatch.core.validation import expiry_after
+from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Changed
 from keylatch_sidecar.api import days, pagination, receipts, schemas
 from keylatch_sidecar.api.access import authenticate_manager, engine_of, key_id

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from keylatch.engine import Engine
+from keylatch.errors import BackupError
 from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.settings import Settings
 from keylatch.storage.listing import InactiveKey
@@ -22,7 +23,7 @@ from keylatch_sidecar.api.schemas import iso
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import LeaseOption, RedisOption, StoreOption
 from keylatch_sidecar.cli.session import account, keyring_of, with_engine
-from keylatch_sidecar.operations.backup import BackupError, create_backup, restore_backup
+from keylatch_sidecar.operations.backup import create_backup, restore_backup
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 

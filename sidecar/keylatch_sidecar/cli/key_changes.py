@@ -8,7 +8,8 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from keylatch.core.decisions import KeyRecord
-from keylatch.core.validation import InvalidValue, Scalar, expiry_after, parse_duration_ms
+from keylatch.core.validation import Scalar, expiry_after, parse_duration_ms
+from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Changed, Keyring, Rotated
 from keylatch.settings import Settings
 from keylatch_sidecar.api.receipts import revocation

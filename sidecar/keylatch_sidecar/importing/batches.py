@@ -20,8 +20,8 @@ from typing import Any, Final, NoReturn, TextIO, cast
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from keylatch.core.imported_tokens import ImportedToken
-from keylatch.errors import KeylatchError
-from keylatch.management.keyring import Created, Imported, InvalidValue, Keyring, NewKey
+from keylatch.errors import InvalidValue, KeylatchError, OperationalError
+from keylatch.management.keyring import Created, Imported, Keyring, NewKey
 from keylatch_sidecar.api.schemas import iso
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.importing.file import FORMATS, FileErrors, NumberedKey
@@ -126,7 +126,7 @@ async def import_rows(
         for batch in _batches(rows, batch_size):
             try:
                 await _import_batch(keyring, batch, report)
-            except (KeylatchError, InvalidValue, OSError) as error:
+            except (OperationalError, InvalidValue, OSError) as error:
                 progress.stop()
                 _exit_stopped(error, batch)
             progress.advance(task, len(batch))
@@ -224,7 +224,7 @@ def _exit_stopped(error: Exception, batch: Sequence[NumberedKey]) -> NoReturn:
     elif isinstance(error, OSError):  # standard output is full, or nobody reads it any more
         message = f"the tokens of {lines} could not be written: {error.strerror}"
         hint = f"revoke their keys, whose tokens are lost; go on with --from-line {batch[0].line}"
-    elif isinstance(error, KeylatchError):
+    elif isinstance(error, OperationalError):
         message = f"{lines} were not created: {error.message}"
         hint = f"{error.hint}; go on with --from-line {batch[0].line}"
     else:

@@ -18,7 +18,8 @@ from typing import Any, Final, TextIO
 from keylatch.core.decisions import FULL
 from keylatch.core.imported_tokens import ImportedToken
 from keylatch.core.tokens import redact_tokens
-from keylatch.core.validation import LIVE, InvalidValue, NewKey
+from keylatch.core.validation import LIVE, NewKey
+from keylatch.errors import InvalidValue
 from keylatch_sidecar.api import schemas
 from keylatch_sidecar.api.errors import InvalidInput, Problem
 from keylatch_sidecar.importing import external_keys

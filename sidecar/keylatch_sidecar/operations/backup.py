@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from keylatch.errors import BackupError
 from keylatch.storage.schema import VERSION
 from keylatch.storage.store import Store
 from keylatch.storage.store_file import StoreFile, create_private
@@ -37,20 +38,6 @@ _INSERT_AUDIT_EVENT: Final = """
     INSERT INTO keylatch_audit (at, actor, action, details) VALUES (?, ?, 'store.restore', ?)
 """
 _DISABLED_ORGANIZATIONS: Final = "SELECT id FROM keylatch_organizations WHERE NOT active"
-
-
-class BackupError(Exception):
-    """A file that cannot be copied or put back; nothing was changed.
-
-    Args:
-        message: why.
-        hint: what to do instead.
-    """
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
