@@ -14,6 +14,7 @@ lifespan events, so under uvicorn nobody would store the last uses when the serv
 import asyncio
 import functools
 import inspect
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
@@ -42,6 +43,7 @@ from keylatch.adapters.languages import language_of, override_language
 from keylatch.adapters.middleware import BaseMiddleware
 from keylatch.adapters.portal import Portal, close_all
 from keylatch.adapters.routing import has_encoded_slash, is_unambiguous_environ
+from keylatch.adapters.sync_keyring import SyncKeyring
 from keylatch.adapters.view_permissions import any_of, refusal_of
 from keylatch.core.decisions import (
     FULL,
@@ -55,6 +57,7 @@ from keylatch.core.decisions import (
 from keylatch.core.refusals import Refusal
 from keylatch.core.routes import Route
 from keylatch.core.rules import declare, required_by
+from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
 from keylatch.telemetry.request_trace import RequestTrace, time_awaited_check, time_check
 from keylatch.wsgi import (
@@ -115,6 +118,8 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return URLconf()
 
     def _on_engine_bound(self) -> None:
+        global _engine
+        _engine = weakref.ref(self.engine)
         portal = self._portal = Portal.for_engine(self.engine)
         self._authenticate, self._authenticate_from_loop = (
             portal.authenticate,
@@ -241,6 +246,21 @@ class ResolvedURLconf(URLconf):
 
 
 _RESOLVED_URLCONF: Final = ResolvedURLconf()
+_engine: Callable[[], Engine | None] = lambda: None  # noqa: E731 - of the newest middleware
+
+
+def keyring() -> SyncKeyring:
+    """Creates, changes and revokes keys, in views, tasks and management commands.
+
+    It uses the engine of the middleware; a process without one, such as a management command, makes
+    one of the setting KEYLATCH.
+    """
+    engine = getattr(settings, "KEYLATCH", {}).get("engine") or _engine()
+    return SyncKeyring(engine=engine or APIKeyMiddleware(_no_view).engine)
+
+
+def _no_view(request: HttpRequest) -> Any:
+    raise NotImplementedError
 
 
 def _undeclared_routes(methods: Sequence[str]) -> Iterator[str]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from keylatch.adapters.middleware import BaseMiddleware
@@ -165,7 +166,7 @@ class Keys:
         """The key with a new secret; the old one stays good for so many seconds."""
         made = self._manage(
             lambda keyring: keyring.rotate(
-                key.principal.organization_id, key.id, grace_seconds=int(grace)
+                key.principal.organization_id, key.id, grace=timedelta(seconds=grace)
             )
         )
         return Key(key.id, made.token.reveal(), _principal(made.record))

@@ -20,6 +20,7 @@ from keylatch.adapters.middleware import BaseMiddleware
 from keylatch.adapters.portal import Portal
 from keylatch.adapters.proxy_identity import Peer, ProxyIdentity
 from keylatch.adapters.routing import WSGIRouter
+from keylatch.adapters.sync_keyring import SyncKeyring
 from keylatch.core.decisions import ANY_KEY, Decision, DeferredDeny, Deny, Requirement
 from keylatch.core.refusals import Refusal
 from keylatch.core.tokens import Token
@@ -83,6 +84,11 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
             if self.engine.settings.timing == "on":
                 start_response = _with_headers(trace, start_response)
             return self(environ, start_response)
+
+    @property
+    def keyring(self) -> SyncKeyring:
+        """Creates, changes and revokes keys, in views and scripts."""
+        return SyncKeyring(engine=self.engine)
 
     def close(self) -> None:
         """Store what was used and let go of everything, until the next request comes."""

@@ -9,6 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from keylatch.authentication.hashing import CHEAPEST, Hasher
@@ -137,7 +138,9 @@ class StoreKeyFactory:
         keyring = Keyring(
             engine.store, hasher, check_keys, self._settings, _now_ms, _no_propagation
         )
-        created = await keyring.create(ORGANIZATION, name, expires_at=int(expires_at * 1000))
+        created = await keyring.create(
+            ORGANIZATION, name, expires_at=datetime.fromtimestamp(expires_at, UTC)
+        )
         return Key(created.record.id, ORGANIZATION, created.token)
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
@@ -146,8 +149,8 @@ class StoreKeyFactory:
 
     async def find_by_name(self, name: str) -> list[tuple[str, str]]:
         engine, _ = await self._open()
-        records = await (await engine.keyring()).list(ORGANIZATION)
-        return [(record.id, record.organization_id) for record in records if record.name == name]
+        keys = await (await engine.keyring()).list(ORGANIZATION)
+        return [(key.id, key.organization_id) for key in keys if key.name == name]
 
     async def write_to_redis(self, keys: Sequence[Key]) -> bool:
         """Put keys into Redis as a process does that has just verified them; False: it cannot."""

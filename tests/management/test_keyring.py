@@ -4,6 +4,7 @@ import pytest
 
 from conftest import Clock
 from keylatch.core.decisions import Allow, Deny, KeyRecord, Principal, Reason, principal_of
+from keylatch.core.timestamps import datetime_of
 from keylatch.engine import Engine
 from keylatch.errors import InvalidValue, NotPermitted
 from keylatch.management.keyring import Keyring
@@ -31,7 +32,11 @@ async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Cloc
     """Everything given is kept, and the token's parts say the same as the record."""
     expires_at = int(clock() * 1000) + 1
     created = await keyring.create(
-        "acme", "  ci  ", permission="SENDING", environment="test", expires_at=expires_at
+        "acme",
+        "  ci  ",
+        permission="SENDING",
+        environment="test",
+        expires_at=datetime_of(expires_at),
     )
     record = created.record
     assert record.name == "ci"
@@ -39,7 +44,7 @@ async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Cloc
     assert record.created_at == record.updated_at == int(clock() * 1000)
     assert created.token.reveal().startswith(f"kl_test_{record.id.removeprefix('key_')}_")
     assert record.partial_token == created.token.partial
-    assert await keyring.get("acme", record.id) == record
+    assert await keyring.get("acme", record.id) == created.key
     assert created.token.reveal() not in repr(created)
 
 
@@ -61,7 +66,7 @@ async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Cloc
         ({"environment": "l_ve"}, "environment"),
         ({"organization_id": ""}, "organization"),
         ({"organization_id": "a/b"}, "organization"),
-        ({"expires_at": 1_800_000_000_000}, "expiresAt"),
+        ({"expires_at": datetime_of(1_800_000_000_000)}, "expiresAt"),
     ],
 )
 async def test_values_that_no_key_may_have(
@@ -110,7 +115,7 @@ async def test_a_change_cannot_give_more_than_the_caller_has(
     caller = await holder(engine, "SENDING")
     with pytest.raises(NotPermitted):
         await keyring.change("acme", created.record.id, by=caller, permission="FULL")
-    assert await keyring.get("acme", created.record.id) == created.record
+    assert await keyring.get("acme", created.record.id) == created.key
 
 
 async def test_deleting_is_final(keyring: Keyring, clock: Clock) -> None:
@@ -129,15 +134,15 @@ async def test_deleting_is_final(keyring: Keyring, clock: Clock) -> None:
     ):
         assert again is not None
         assert again.record == deleted
-    assert await keyring.get("acme", created.record.id) == deleted
+    assert await keyring.get("acme", created.record.id) == changed.key
     assert await keyring.list("acme") == []
-    assert await keyring.list("acme", deleted=True) == [deleted]
+    assert await keyring.list("acme", deleted=True) == [changed.key]
 
 
 async def test_a_test_key_does_not_touch_live_keys(keyring: Keyring) -> None:
     """A key that could enable, widen or delete a live key would have more rights than its own: it
     finds none."""
-    live = (await keyring.create("acme", "ci", permission="SENDING")).record
+    live = (await keyring.create("acme", "ci", permission="SENDING")).key
     test = (await keyring.create("acme", "ci", environment="test")).record
     caller = principal_of((await keyring.create("acme", "laptop", environment="test")).record)
     for change in ({"active": False}, {"permission": "FULL"}, {"name": "mine"}):

@@ -6,11 +6,14 @@ The law of this file: no I/O, no clock. Every refusal names the argument at faul
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Final
 
 from keylatch.core.decisions import FULL, KeyRecord, Principal
+from keylatch.core.keys import Metadata
+from keylatch.core.timestamps import milliseconds_of
 from keylatch.core.tokens import ENVIRONMENT_PATTERN, redact_tokens
 from keylatch.errors import InvalidValue, NotPermitted
 
@@ -20,9 +23,6 @@ MAX_METADATA_BYTES: Final = 4_096
 ORGANIZATION_PATTERN: Final = r"[A-Za-z0-9_-]{1,64}"
 LIVE: Final = "live"
 MAX_GRACE_SECONDS: Final = 366 * 86_400
-
-Scalar = str | int | float | bool | None
-Metadata = Mapping[str, Scalar]
 
 _DURATION_PATTERN: Final = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
 _UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
@@ -45,7 +45,7 @@ class NewKey:
     name: str
     permission: str = FULL
     environment: str = LIVE
-    expires_at: int | None = None
+    expires_at: datetime | None = None
     metadata: Metadata | None = None
 
 
@@ -93,10 +93,16 @@ class KeyValidator:
             raise InvalidValue("environment", f"must be one of {', '.join(self._environments)}")
 
 
-def validate_expiry(expires_at: int | None, now_ms: int) -> None:
-    """Raises `InvalidValue` for an end that has come already."""
-    if expires_at is not None and expires_at <= now_ms:
+def validate_expiry(expires_at: datetime | None, now_ms: int) -> int | None:
+    """The expiry in milliseconds since the epoch.
+
+    Raises:
+        InvalidValue: it is naive, or not in the future.
+    """
+    milliseconds = milliseconds_of(expires_at, "expiresAt")
+    if milliseconds is not None and milliseconds <= now_ms:
         raise InvalidValue("expiresAt", "must lie in the future")
+    return milliseconds
 
 
 def parse_duration_ms(duration: str, field: str = "expiresIn") -> int:
@@ -123,10 +129,20 @@ def expiry_after(duration: str, now_ms: int, field: str = "expiresIn") -> int:
     return expires_at
 
 
-def validate_grace(seconds: int) -> None:
-    """Raises `InvalidValue` for a grace that no rotation may have."""
+def validate_grace(grace: timedelta) -> int:
+    """The grace of a rotation in milliseconds.
+
+    Raises:
+        InvalidValue: it is negative or longer than 366 days.
+    """
+    return grace_of(grace / timedelta(seconds=1)) // timedelta(milliseconds=1)
+
+
+def grace_of(seconds: float) -> timedelta:
+    """A grace that is given in seconds. Raises as `validate_grace`."""
     if not 0 <= seconds <= MAX_GRACE_SECONDS:
         raise InvalidValue("graceSeconds", f"must be from 0 to {MAX_GRACE_SECONDS}")
+    return timedelta(seconds=seconds)
 
 
 def validate_name(name: str) -> str:

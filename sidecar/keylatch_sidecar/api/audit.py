@@ -57,7 +57,7 @@ def describe(event: AuditEvent) -> AuditEntry:
     """A line as it is shown."""
     return AuditEntry(
         id=event.id,
-        at=iso(event.at),
+        at=iso(event.at_ms),
         actor=event.actor,
         action=event.action,
         organization_id=event.organization_id,

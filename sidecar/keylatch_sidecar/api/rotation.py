@@ -10,7 +10,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.core.validation import MAX_GRACE_SECONDS
+from keylatch.core.validation import MAX_GRACE_SECONDS, grace_of
 from keylatch_sidecar.api import receipts, schemas
 from keylatch_sidecar.api.access import authenticate_any, authenticate_manager, key_id
 from keylatch_sidecar.api.dialects import errors_in
@@ -54,13 +54,13 @@ class Rotation(HTTPEndpoint):
         rotated = await keyring.rotate(
             caller.organization_id,
             key_id(request),
-            grace_seconds=body.grace_seconds,
+            grace=grace_of(body.grace_seconds),
             by=caller,
             wait=receipts.waits_for_propagation(request),
         )
         if rotated is None:
             raise no_such_key()
-        created = CreatedKey(token=rotated.token.reveal(), **fields_of(rotated.record))
+        created = CreatedKey(token=rotated.secret, **fields_of(rotated.record))
         return JSON(created, 200, receipts.headers(rotated.receipt))
 
 

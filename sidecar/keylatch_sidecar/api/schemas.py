@@ -197,9 +197,9 @@ def iso(milliseconds: int) -> str:
     return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def milliseconds_of(instant: datetime | None) -> int | None:
+def milliseconds_of(instant: datetime) -> int:
     """Milliseconds since the epoch."""
-    return None if instant is None else (instant - _EPOCH) // timedelta(milliseconds=1)
+    return (instant - _EPOCH) // timedelta(milliseconds=1)
 
 
 def common_fields(record: KeyRecord) -> dict[str, Any]:

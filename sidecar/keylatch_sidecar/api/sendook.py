@@ -101,7 +101,7 @@ class Keys(HTTPEndpoint):
             raise schemas.invalid_input(
                 [InvalidInput(error.field, error.message, body.name)]
             ) from None
-        return JSON(CreatedKey(key=created.token.reveal(), **_fields(created.record)))
+        return JSON(CreatedKey(key=created.secret, **_fields(created.record)))
 
 
 class OneKey(HTTPEndpoint):
@@ -111,10 +111,10 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await authenticate_manager(request)
-        record = await keyring.get(caller.organization_id, key_id(request), by=caller)
-        if record is None:
+        key = await keyring.get(caller.organization_id, key_id(request), by=caller)
+        if key is None:
             raise no_such_key()
-        return JSON(_key(record))
+        return JSON(_key(key.record))
 
     @errors_in(render_error)
     async def delete(self, request: Request) -> Response:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.decisions import FULL, KeyRecord
+from keylatch.core.timestamps import datetime_of
 from keylatch.core.validation import expiry_after
 from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Changed
@@ -165,7 +166,7 @@ class Keys(HTTPEndpoint):
             metadata=body.metadata,
             by=caller,
         )
-        return JSON(CreatedKey(token=created.token.reveal(), **fields_of(created.record)))
+        return JSON(CreatedKey(token=created.secret, **fields_of(created.record)))
 
 
 class OneKey(HTTPEndpoint):
@@ -175,8 +176,8 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await authenticate_manager(request)
-        record = await keyring.get(caller.organization_id, key_id(request), by=caller)
-        return JSON(describe(_require_found(record)))
+        key = await keyring.get(caller.organization_id, key_id(request), by=caller)
+        return JSON(describe(_require_found(key).record))
 
     @errors_in(render_error)
     async def patch(self, request: Request) -> Response:
@@ -224,13 +225,13 @@ def revoked_response(changed: Changed, *, waited: bool, with_count: bool = False
     return receipts.revocation_response(content, changed.receipt, waited=waited)
 
 
-def _expiry_of(request: Request, instant: datetime | None, duration: str | None) -> int | None:
-    """When a key shall end, in milliseconds since the epoch."""
+def _expiry_of(request: Request, instant: datetime | None, duration: str | None) -> datetime | None:
+    """When a key shall expire."""
     if duration is None:
-        return schemas.milliseconds_of(instant)
+        return instant
     if instant is not None:
         raise InvalidValue("expiresIn", "is instead of expiresAt, not beside it")
-    return expiry_after(duration, engine_of(request).now_ms())
+    return datetime_of(expiry_after(duration, engine_of(request).now_ms()))
 
 
 def _require_found(value: T | None) -> T:

@@ -8,13 +8,14 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from keylatch.core.decisions import KeyRecord
-from keylatch.core.validation import Scalar, expiry_after, parse_duration_ms
+from keylatch.core.keys import Scalar
+from keylatch.core.timestamps import datetime_of
+from keylatch.core.validation import expiry_after, grace_of, parse_duration_ms
 from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Changed, Keyring, Rotated
 from keylatch.settings import Settings
 from keylatch_sidecar.api.receipts import revocation
 from keylatch_sidecar.api.schemas import Instant
-from keylatch_sidecar.api.schemas import milliseconds_of as milliseconds_of_instant
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import (
     HasherOption,
@@ -53,8 +54,8 @@ def register(keys: typer.Typer, organizations: typer.Typer) -> None:
     organizations.command("revoke")(revoke_all)
 
 
-def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> int | None:
-    """When a key shall end, in milliseconds since the epoch.
+def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> datetime | None:
+    """When a key shall expire.
 
     Raises:
         InvalidValue: both are given, or one is none.
@@ -62,11 +63,11 @@ def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> in
     if expires_in is not None:
         if expires_at is not None:
             raise InvalidValue("--expires-in", "is instead of --expires-at, not beside it")
-        return expiry_after(expires_in, now_ms, "--expires-in")
+        return datetime_of(expiry_after(expires_in, now_ms, "--expires-in"))
     if expires_at is None:
         return None
     try:
-        return milliseconds_of_instant(_INSTANT.validate_python(expires_at))
+        return _INSTANT.validate_python(expires_at)
     except ValidationError:
         raise InvalidValue("--expires-at", "must be an ISO 8601 time with an offset") from None
 
@@ -101,12 +102,12 @@ def rotate(
 
     async def run(keyring: Keyring, record: KeyRecord) -> Rotated | None:
         seconds = 0 if grace == "0" else parse_duration_ms(grace, "--grace") // 1000
-        return await keyring.rotate(record.organization_id, record.id, grace_seconds=seconds)
+        return await keyring.rotate(record.organization_id, record.id, grace=grace_of(seconds))
 
     rotated = with_key(settings, key_id, organization, run)
     key = output.as_json(rotated.record)
     if as_json:
-        output.print_json(key | {"token": rotated.token.reveal()})
+        output.print_json(key | {"token": rotated.secret})
         return
     output.print_token(rotated.token)
     ends = key["previous"]["expiresAt"] if key["previous"] else None

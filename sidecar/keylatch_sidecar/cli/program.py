@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Final, TextIO, TypeVar
 from urllib.parse import unquote
@@ -266,7 +267,7 @@ def create(
     settings = Settings.load(store=store, redis=redis, prefix=prefix, hasher=hasher)
     created = with_keyring(settings, run)
     if as_json:
-        output.print_json(output.as_json(created.record) | {"token": created.token.reveal()})
+        output.print_json(output.as_json(created.record) | {"token": created.secret})
         return
     output.print_token(created.token)
     output.stderr.print(
@@ -343,10 +344,11 @@ def list_keys(
             output.ERROR,
         )
     show = output.print_json_of if as_json else output.print_table_of
+    idle_time = None if idle is None else timedelta(days=idle)
 
     async def run(keyring: Keyring) -> None:
         is_first, remaining = True, limit or sys.maxsize
-        async for page in keyring.pages(organization, idle_days=idle):
+        async for page in keyring.pages(organization, idle=idle_time):
             records = page.records[:remaining]
             remaining -= len(records)
             is_last = remaining == 0 or page.next_cursor is None

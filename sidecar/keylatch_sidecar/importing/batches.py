@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from keylatch.core.imported_tokens import ImportedToken
 from keylatch.errors import InvalidValue, KeylatchError, OperationalError
 from keylatch.management.keyring import Created, Imported, Keyring, NewKey
-from keylatch_sidecar.api.schemas import iso
+from keylatch_sidecar.api.schemas import iso, milliseconds_of
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.importing.file import FORMATS, FileErrors, NumberedKey
 
@@ -199,14 +199,13 @@ def _key_fields(key: NewKey) -> dict[str, Any]:
         "organizationId": key.organization_id,
         "permission": key.permission,
         "environment": key.environment,
-        "expiresAt": key.expires_at and iso(key.expires_at),
+        "expiresAt": key.expires_at and iso(milliseconds_of(key.expires_at)),
     }
 
 
 def _print_created(rows: Sequence[NumberedKey], created: Sequence[Created]) -> None:
     _write_lines(
-        {"line": each.line, "id": key.record.id, "token": key.token.reveal()}
-        | _key_fields(each.new_key)
+        {"line": each.line, "id": key.record.id, "token": key.secret} | _key_fields(each.new_key)
         for each, key in zip(rows, created, strict=True)
     )
 

@@ -194,7 +194,7 @@ def _new_key(row: Row, defaults: Defaults) -> NewKey:
         row.name,
         sys.intern(_value_or_default(row.permission, defaults.permission)),
         sys.intern(_value_or_default(row.environment, defaults.environment)),
-        schemas.milliseconds_of(row.expires_at),
+        row.expires_at,
     )
 
 
