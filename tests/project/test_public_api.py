@@ -164,7 +164,7 @@ def test_the_errors_are_the_tree_in_the_docstring() -> None:
 
 
 def test_no_other_module_defines_an_exception() -> None:
-    """Whoever catches `KeylatchError` misses none."""
+    """A program that catches `KeylatchError` misses none."""
     defined = set()
     for path in PACKAGE.rglob("*.py"):
         for each in ast.walk(ast.parse(path.read_text())):

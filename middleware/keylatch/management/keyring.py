@@ -8,7 +8,7 @@ from what the caller sent.
 `by` is the caller's own key, as a principal that an engine authenticated. It limits what the caller
 sees and changes. Every change with `by` may raise `CallerRefused`, because that key or its secret
 is not valid any more, and `NotPermitted`; then nothing was changed. Without `by`, the caller is an
-operator, whom no key limits.
+operator, who has all rights.
 """
 
 import asyncio

@@ -25,7 +25,7 @@ from keylatch.core.refusals import ANSWERS
 from keylatch.core.tokens import SCAN_PATTERN
 from keylatch.core.validation import LIVE, ORGANIZATION_PATTERN
 from keylatch.engine import Engine
-from keylatch.errors import ConfigurationError, KeylatchError, StoreUnavailable
+from keylatch.errors import ConfigurationError, OperationalError, StoreUnavailable
 from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
 from keylatch_sidecar.cli import key_changes as life_commands
@@ -455,5 +455,5 @@ def _prepare_store(settings: Settings) -> None:
 
     try:
         asyncio.run(run())
-    except KeylatchError as error:
+    except OperationalError as error:
         output.fail(error.message, error.hint, output.ERROR)

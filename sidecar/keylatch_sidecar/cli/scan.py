@@ -21,7 +21,7 @@ from sqlalchemy.engine import make_url
 from keylatch.core.decisions import KeyRecord, Reason, unusable_reason
 from keylatch.core.tokens import Token, redact_tokens
 from keylatch.engine import Engine
-from keylatch.errors import HashingBusy, HashingFailed, InvalidKeyState, KeylatchError
+from keylatch.errors import HashingBusy, HashingFailed, InvalidKeyState, OperationalError
 from keylatch.settings import Settings
 from keylatch_sidecar.api import leaks
 from keylatch_sidecar.cli import output
@@ -146,7 +146,7 @@ def _look_up_all(
 
     try:
         asyncio.run(run())
-    except KeylatchError as error:
+    except OperationalError as error:
         output.print_error(error.message, error.hint)
     return results
 
