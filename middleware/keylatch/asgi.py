@@ -23,7 +23,7 @@ from keylatch.core.decisions import DeferredDeny, Deny
 from keylatch.core.policy import route_path
 from keylatch.core.refusals import Refusal
 from keylatch.core.rules import WEBSOCKET
-from keylatch.errors import KeylatchError
+from keylatch.errors import KeylatchError, Refused
 from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
 
 if TYPE_CHECKING:
@@ -35,18 +35,6 @@ _RESPONSE_STARTS: Final = (
     "websocket.accept",
     "websocket.http.response.start",
 )
-
-
-class Refused(Exception):
-    """Raised by a view before the response has started: the middleware responds with the refusal.
-
-    Args:
-        deny: the reason, and the scope that would have sufficed.
-    """
-
-    def __init__(self, deny: Deny) -> None:
-        super().__init__(deny.reason.value)
-        self.deny = deny
 
 
 class APIKeyMiddleware(BaseMiddleware[ASGIApp]):

@@ -14,9 +14,10 @@ events, so under uvicorn the last usage counts would be lost when the server sto
 import asyncio
 import functools
 import inspect
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 try:
     from asgiref.sync import iscoroutinefunction, markcoroutinefunction
@@ -54,6 +55,10 @@ from keylatch.wsgi import (
     request_trace_of,
     strip_identity_headers,
 )
+
+if TYPE_CHECKING:
+    from keylatch.adapters.sync_keyring import SyncKeyring
+    from keylatch.engine import Engine
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -109,6 +114,8 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         return URLconf()
 
     def _on_engine_bound(self) -> None:
+        global _engine
+        _engine = weakref.ref(self.engine)
         portal = self._portal = Portal.for_engine(self.engine)
         self._authenticate, self._authenticate_from_loop = (
             portal.authenticate,
@@ -207,6 +214,25 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
             caller = functools.partial(client_info_of, request.META)
             self.engine.record_client(decision.principal.key_id, caller)
         return None
+
+
+_engine: "Callable[[], Engine | None]" = lambda: None  # noqa: E731 - of the newest middleware
+
+
+def keyring() -> "SyncKeyring":
+    """Creates, changes and revokes keys, in views, tasks and management commands.
+
+    It uses the engine of the middleware; a process without one, such as a management command,
+    builds one from the setting KEYLATCH.
+    """
+    from keylatch.adapters.sync_keyring import SyncKeyring
+
+    engine = getattr(settings, "KEYLATCH", {}).get("engine") or _engine()
+    return SyncKeyring(engine=engine or APIKeyMiddleware(_no_view).engine)
+
+
+def _no_view(request: HttpRequest) -> Any:
+    raise NotImplementedError
 
 
 @functools.cache  # a policy has few requirements

@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Host, Mount, Route, WebSocketRoute
 
 from keylatch.adapters.frameworks import required_by_dependencies
 from keylatch.adapters.view_permissions import any_of
-from keylatch.asgi import APIKeyMiddleware, Refused
+from keylatch.asgi import APIKeyMiddleware
 from keylatch.core.decisions import (
     ANY_KEY,
     FULL,
@@ -32,7 +32,7 @@ from keylatch.core.decisions import (
 )
 from keylatch.core.paths import overlaps
 from keylatch.core.rules import ANY_METHOD, WEBSOCKET, DeclaredRule
-from keylatch.errors import ConfigurationError
+from keylatch.errors import ConfigurationError, Refused
 
 try:
     from fastapi import FastAPI

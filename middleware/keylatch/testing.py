@@ -1,4 +1,5 @@
-"""What an app's own tests need: real keys in memory, a clock to move, and nobody who asks for one.
+"""For an app's own tests: real keys in memory, a clock that the test moves, and requests without a
+key where a test does not care about keys.
 
     pytest_plugins = ["keylatch.testing"]                  # in conftest.py: the fixture `api_keys`
 
@@ -7,8 +8,8 @@
             key = api_keys.create(permission="SENDING")
             answer = client.get("/v1/me", headers=key.headers)
 
-It is the real engine over a real store, so whatever a test learns is true in production; only the
-hashes are cheap, and time stands still until it is moved.
+It is the real engine over a real store, so the app behaves as in production. Only the hashes are
+cheap, and time stands still until the test moves it.
 """
 
 import asyncio
@@ -16,9 +17,10 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from keylatch.adapters.middleware import BaseMiddleware
@@ -30,20 +32,22 @@ from keylatch.core.decisions import (
     Allow,
     Decision,
     DeferredDeny,
-    KeyRecord,
     Principal,
     Requirement,
 )
 from keylatch.core.decisions import missing_scope as _missing_scope
 from keylatch.core.decisions import principal_of as _principal
+from keylatch.core.keys import Key as StoredKey
+from keylatch.core.keys import Metadata
+from keylatch.core.timestamps import datetime_of
 from keylatch.engine import Engine
-from keylatch.management.keyring import Keyring
+from keylatch.management.keyring import UNSET, Keyring, Unset
 from keylatch.settings import Settings
 from keylatch.storage.store import Store
 
 try:
     import pytest
-except ImportError:  # unittest is welcome
+except ImportError:  # the module works with unittest as well
     pytest = None  # type: ignore[assignment]
 
 T = TypeVar("T")
@@ -52,7 +56,7 @@ __all__ = ["Clock", "Key", "Keys"]
 
 
 class Clock:
-    """Seconds since the Unix epoch, moved by hand."""
+    """Seconds since the Unix epoch. They pass only when `tick` is called."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = time.time() if seconds is None else seconds
@@ -61,17 +65,17 @@ class Clock:
         return self.seconds
 
     def tick(self, seconds: float) -> None:
-        """Let so many seconds pass."""
+        """Let this many seconds pass."""
         self.seconds += seconds
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key that was made for a test.
+    """A key that a test created.
 
     Args:
         id: `key_…`.
-        token: what a caller sends.
+        token: the whole key, as a client sends it.
         principal: what the app finds in `request.user`.
     """
 
@@ -81,23 +85,23 @@ class Key:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The header that sends it."""
+        """The `Authorization` header with this key."""
         return {"Authorization": f"Bearer {self.token}"}
 
 
 class Keys:
-    """The keys of one test; nothing of them is left when it is gone.
+    """The keys of one test, in memory.
 
     Args:
-        settings: those of `keylatch.Settings`, such as `permissions="FULL,SENDING,READING"`;
-            the environment's are not looked at for store and Redis.
+        settings: those of `keylatch.Settings`, such as `permissions="FULL,SENDING,READING"`. The
+            environment variables for store and Redis have no effect.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.clock = Clock()
         self._settings = Settings.load(**{"store": None, "redis": "", **settings})
         self._store = Store("sqlite://")
-        self._everyone: Principal | None = None
+        self._every_principal: Principal | None = None
         self._management_engine = self.engine()
         self._management_lock = threading.Lock()
 
@@ -107,14 +111,14 @@ class Keys:
 
     @contextlib.contextmanager
     def behind(self, app: Any) -> Iterator["Keys"]:
-        """The app's middleware decides by these keys until the end of the block.
+        """The app's middleware accepts these keys, and no others, until the end of the block.
 
         Args:
             app: a Starlette or FastAPI app, a Flask or Quart app, or the middleware itself. For
                 Django: `override_settings(KEYLATCH={…, "engine": keys.engine()})`.
 
         Raises:
-            LookupError: there is no keylatch middleware in it.
+            LookupError: the app has no keylatch middleware.
         """
         with contextlib.ExitStack() as stack:
             if not any(
@@ -135,17 +139,18 @@ class Keys:
         environment: str = "live",
         expires_in: float | None = None,
     ) -> Key:
-        """Make a key.
+        """Create a key.
 
         Args:
-            name: as an operator would call it.
-            organization: whose key it is.
+            name: what the key is for.
+            organization: the id of its owner.
             permission: one of the settings' `permissions`.
             environment: such as `live` or `test`.
-            expires_in: seconds from now on the movable clock; None: never.
+            expires_in: seconds from now by `clock`; None: it does not expire.
         """
-        expires_at = None if expires_in is None else int((self.clock() + expires_in) * 1000)
-        made = self._manage(
+        now_ms = int(self.clock() * 1000)
+        expires_at = None if expires_in is None else datetime_of(now_ms + int(expires_in * 1000))
+        created = self._manage(
             lambda keyring: keyring.create(
                 organization,
                 name,
@@ -154,53 +159,69 @@ class Keys:
                 expires_at=expires_at,
             )
         )
-        record = made.record
-        return Key(record.id, made.token.reveal(), _principal(record))
+        return Key(created.record.id, created.secret, _principal(created.record))
 
     def revoke(self, key: Key) -> None:
-        """Delete the key; the next request with it is refused."""
+        """Delete the key. The next request with it is refused."""
         self._manage(lambda keyring: keyring.delete(key.principal.organization_id, key.id))
 
     def rotate(self, key: Key, grace: float = 0) -> Key:
-        """The key with a new secret; the old one stays good for so many seconds."""
-        made = self._manage(
+        """The key with a new secret. The old one is accepted for another `grace` seconds."""
+        rotated = self._manage(
             lambda keyring: keyring.rotate(
-                key.principal.organization_id, key.id, grace_seconds=int(grace)
+                key.principal.organization_id, key.id, grace=timedelta(seconds=grace)
             )
         )
-        return Key(key.id, made.token.reveal(), _principal(made.record))
+        if rotated is None:
+            raise LookupError(f"{key.id} is not one of these keys")
+        return Key(key.id, rotated.secret, _principal(rotated.record))
 
-    def change(self, key: Key, **values: Any) -> None:
-        """Change `name`, `active`, `permission`, `expires_at` or `metadata` of a key."""
+    def change(
+        self,
+        key: Key,
+        *,
+        name: str | Unset = UNSET,
+        active: bool | Unset = UNSET,
+        permission: str | Unset = UNSET,
+        expires_at: datetime | Unset | None = UNSET,
+        metadata: Metadata | Unset | None = UNSET,
+    ) -> None:
+        """Change the given fields of a key, as `Keyring.change`."""
         self._manage(
-            lambda keyring: keyring.change(key.principal.organization_id, key.id, **values)
+            lambda keyring: keyring.change(
+                key.principal.organization_id,
+                key.id,
+                name=name,
+                active=active,
+                permission=permission,
+                expires_at=expires_at,
+                metadata=metadata,
+            )
         )
 
-    def records(self, organization: str = "default") -> list[KeyRecord]:
-        """What is stored of the organisation's keys, the newest first."""
-        found: list[KeyRecord] = self._manage(lambda keyring: keyring.list(organization))
-        return found
+    def records(self, organization: str = "default") -> list[StoredKey]:
+        """The organisation's keys in the store, the newest first."""
+        return self._manage(lambda keyring: keyring.list(organization))
 
     @contextlib.contextmanager
     def everyone_is(self, principal: Principal | None = None) -> Iterator[Principal]:
-        """Until the end of the block every request is allowed as this principal, with any key or
-        none; its permission still decides what it may call.
+        """Authenticate every request as this principal, with any key or none, until the end of
+        the block. Its permission still decides what it may call.
 
         Args:
             principal: None: one with FULL.
         """
         principal = principal or Principal("key_test", "test key", "default", FULL, "live")
-        before, self._everyone = self._everyone, principal
+        before, self._every_principal = self._every_principal, principal
         try:
             yield principal
         finally:
-            self._everyone = before
+            self._every_principal = before
 
-    def _manage(self, work: Any) -> Any:
-        async def managed() -> Any:
-            keyring: Keyring = await self._management_engine.keyring()
+    def _manage(self, work: Callable[[Keyring], Coroutine[Any, Any, T]]) -> T:
+        async def managed() -> T:
             try:
-                return await work(keyring)
+                return await work(await self._management_engine.keyring())
             finally:
                 await self._management_engine.stop()
 
@@ -216,7 +237,7 @@ class _Authenticator(Authenticator):
     def _check_cached(
         self, values: Sequence[bytes], requirement: Requirement = ANY_KEY, /
     ) -> Decision | CacheMiss:
-        principal = self.keys._everyone
+        principal = self.keys._every_principal
         if principal is None:
             return super()._check_cached(values, requirement)
         return _evaluate(principal, requirement)
@@ -248,13 +269,13 @@ def _evaluate(principal: Principal, requirement: Requirement) -> Decision:
 
 
 def _replace_in_wrappers(stack: contextlib.ExitStack, app: Any, engine: Any) -> list[bool]:
-    """Replace the engine of every middleware that wraps the app or hangs on it."""
+    """Replace the engine of every middleware around the app, its `wsgi_app` or its `asgi_app`."""
     found = []
     for middleware in (app, *(getattr(app, name, None) for name in ("wsgi_app", "asgi_app"))):
         while isinstance(middleware, BaseMiddleware):
             stack.callback(middleware.use_engine, middleware.engine)
             middleware.use_engine(engine())
-            if hasattr(middleware, "close"):  # a portal's thread ends with the test
+            if hasattr(middleware, "close"):  # ends the portal's thread with the test
                 stack.callback(middleware.close)
             found.append(True)
             middleware = middleware._app
@@ -262,7 +283,7 @@ def _replace_in_wrappers(stack: contextlib.ExitStack, app: Any, engine: Any) -> 
 
 
 def _replace_in_middleware_list(stack: contextlib.ExitStack, app: Any, engine: Any) -> bool:
-    """Replace the engine in Starlette's list of middlewares to build."""
+    """Replace the engine in Starlette's list of middlewares that are not built yet."""
     listed = getattr(app, "user_middleware", None)
     if not isinstance(listed, list):
         return False
@@ -290,7 +311,7 @@ def _replace_in_middleware_list(stack: contextlib.ExitStack, app: Any, engine: A
 
 
 def _run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of work, from any test: on a thread of its own, because a loop may run in this."""
+    """The result of a coroutine. It runs on a new thread, because a loop may run on this one."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
@@ -299,5 +320,5 @@ if pytest is not None:
 
     @pytest.fixture
     def api_keys() -> Keys:
-        """Keys in memory, for one test."""
+        """The keys of this test, in memory."""
         return Keys()

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from http import HTTPStatus
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from starlette.authentication import UnauthenticatedUser
@@ -24,6 +24,9 @@ from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core.decisions import Decision, DeferredDeny, Deny, Requirement
 from keylatch.core.refusals import Refusal
 from keylatch.telemetry.request_trace import RequestTrace, time_check, tracing_request
+
+if TYPE_CHECKING:
+    from keylatch.adapters.sync_keyring import SyncKeyring
 
 _TRACED: Final = "keylatch.traced"
 _IDENTITY: Final = "HTTP_X_KEYLATCH_"
@@ -77,6 +80,13 @@ class APIKeyMiddleware(BaseMiddleware[WSGIApplication]):
             if self.engine.settings.timing:
                 start_response = _with_headers(trace, start_response)
             return self(environ, start_response)
+
+    @property
+    def keyring(self) -> "SyncKeyring":
+        """Creates, changes and revokes keys, in views and scripts."""
+        from keylatch.adapters.sync_keyring import SyncKeyring
+
+        return SyncKeyring(engine=self.engine)
 
     def close(self) -> None:
         """Store the usage counts and stop the engine; the next request starts it again."""

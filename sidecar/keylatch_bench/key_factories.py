@@ -139,7 +139,9 @@ class StoreKeyFactory:
         keyring = Keyring(
             engine.store, hasher, check_keys, self._settings, _now_ms, _NoPropagation()
         )
-        created = await keyring.create(ORGANIZATION, name, expires_at=int(expires_at * 1000))
+        created = await keyring.create(
+            ORGANIZATION, name, expires_at=datetime.fromtimestamp(expires_at, UTC)
+        )
         return Key(created.record.id, ORGANIZATION, created.token)
 
     async def revoke(self, key_id: str, organization_id: str, *, wait: bool) -> None:
@@ -148,8 +150,8 @@ class StoreKeyFactory:
 
     async def find_by_name(self, name: str) -> list[tuple[str, str]]:
         engine, _ = await self._open()
-        records = await (await engine.keyring()).list(ORGANIZATION)
-        return [(record.id, record.organization_id) for record in records if record.name == name]
+        keys = await (await engine.keyring()).list(ORGANIZATION)
+        return [(key.id, key.organization_id) for key in keys if key.name == name]
 
     async def write_to_redis(self, keys: Sequence[Key]) -> bool:
         """Write entries to Redis as a process does after verifying a key; False: Redis failed."""

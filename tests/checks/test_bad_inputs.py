@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from conftest import Clock, MakeEngine
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
+from keylatch.core.timestamps import datetime_of
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, StoreUnavailable
@@ -120,7 +121,7 @@ async def mint(engine: Engine, clock: Clock) -> dict[str, str]:
     await create("good")
     await create("sending", permission="SENDING")
     await create("with a wrong secret")
-    await create("expired", expires_at=int(clock() * 1000) + 60_000)
+    await create("expired", expires_at=datetime_of(int(clock() * 1000) + 60_000))
     await create("of a disabled organisation", "asleep")
     await create("for another environment", environment="test")
     await keyring.delete("default", await create("revoked"))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from keylatch.core.validation import QuotaExceeded
+from keylatch.errors import QuotaExceeded
 from keylatch.management.organization_limit import OrganizationLimit
 
 pytestmark = pytest.mark.anyio

@@ -17,10 +17,10 @@ from keylatch.authentication.authenticator import CacheMiss
 from keylatch.authentication.hashing import CHEAPEST, Cost, Hasher, VerifyResult
 from keylatch.core import tokens
 from keylatch.core.decisions import Allow, Deny, Reason, Requirement, principal_of
+from keylatch.core.timestamps import datetime_of
 from keylatch.core.tokens import Token
-from keylatch.core.validation import QuotaExceeded
 from keylatch.engine import Engine
-from keylatch.errors import HashingBusy, StoreUnavailable
+from keylatch.errors import HashingBusy, QuotaExceeded, StoreUnavailable
 from keylatch.management.keyring import Created
 from keylatch.revocation.invalidations import Invalidations
 from keylatch.settings import Settings
@@ -323,7 +323,7 @@ class TestRevocation:
     ) -> None:
         """A cached key ends with its last millisecond, without anybody telling."""
         expires_at = int(clock() * 1000) + 60_000
-        created = await create(engine, expires_at=expires_at)
+        created = await create(engine, expires_at=datetime_of(expires_at))
         await engine.authenticate(bearer(created.token))
         clock.tick(59.999)
         assert isinstance(engine.authenticator.check_token_cached(created.token), Allow)
@@ -422,7 +422,7 @@ class TestLifecycle:
         now_ms = int(clock() * 1000)
         await engine.stop()
         keyring = await other.keyring()
-        found = {record.id: record.last_used for record in await keyring.list("acme")}
+        found = {key.id: key.record.last_used for key in await keyring.list("acme")}
         assert found == {used.record.id: now_ms, unused.record.id: None}
 
     async def test_only_good_keys_leave_a_trace(self, engine: Engine, other: Engine) -> None:
@@ -433,7 +433,7 @@ class TestLifecycle:
         await engine.authenticate(bearer(disabled.token))
         await engine.stop()
         keyring = await other.keyring()
-        used = {record.id for record in await keyring.list("acme") if record.last_used}
+        used = {key.id for key in await keyring.list("acme") if key.last_used}
         assert used == {sending.record.id}
 
     async def test_an_engine_can_be_started_again(self, engine: Engine) -> None:

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -454,14 +455,14 @@ class ForeignContract(StoreTests):
         [brought] = await bring(other, key)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         keyring = await other.keyring()
-        rotated = await keyring.rotate("acme", brought.key_id, grace_seconds=3_600)
+        rotated = await keyring.rotate("acme", brought.key_id, grace=timedelta(seconds=3_600))
         assert rotated
         for token in (key.token, rotated.token.reveal(), key.token):
             verdict = await engine.authenticate(bearer(token))
             assert isinstance(verdict, Allow)
             assert verdict.principal.key_id == brought.key_id
         assert await engine.authenticate(bearer(key.with_wrong_secret)) == Deny(Reason.WRONG_SECRET)
-        await keyring.rotate("acme", brought.key_id, grace_seconds=0)
+        await keyring.rotate("acme", brought.key_id, grace=timedelta(seconds=0))
         for token in (key.token, rotated.token.reveal()):
             assert await engine.authenticate(bearer(token)) == Deny(Reason.WRONG_SECRET)
 

@@ -9,6 +9,7 @@ import asyncio
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ async def _filled(engine: Engine) -> list[str]:
     """Keys of every kind: native, rotated with a grace, found by a public part, by a digest."""
     keyring = await engine.keyring()
     created = [await keyring.create("acme", "ci") for _ in range(2)]
-    rotated = await keyring.rotate("acme", created[0].record.id, grace_seconds=3_600)
+    rotated = await keyring.rotate("acme", created[0].record.id, grace=timedelta(seconds=3_600))
     assert rotated is not None
     taken = [
         external_keys.parse(each.import_fields, frozenset())[1] for each in (LOCATED, DIGESTED)

@@ -87,13 +87,13 @@ def test_check_keys_rotate() -> None:
     assert not old.verify_mac(KEYS.mint("kl", "live"))
 
 
-def test_a_token_shows_its_partial_form_only() -> None:
+def test_a_token_shows_its_masked_form_only() -> None:
     """repr, str, format, %, pickles, copies and iteration do not give the token away."""
     token = KEYS.mint("kl", "live")
     secret = token.reveal().rpartition("_")[2]
     shown = [repr(token), str(token), f"{token}", f"{token:>100}", f"{token!r}", "%s" % token]  # noqa: UP031
     shown += [repr([token]), repr(copy.copy(token)), repr(pickle.loads(pickle.dumps(token)))]
-    assert all(secret not in text and token.partial in text for text in shown)
+    assert all(secret not in text and token.masked in text for text in shown)
     assert secret.encode() not in pickle.dumps(token)
     with pytest.raises(TypeError):
         list(token)

@@ -15,8 +15,8 @@ from keylatch.authentication.hashing import CHEAPEST, Hasher
 from keylatch.core.decisions import Allow, Deny, Reason, principal_of
 from keylatch.core.tokens import MacKeys, Token, has_valid_checksum
 from keylatch.engine import Engine
-from keylatch.errors import StoreUnavailable
-from keylatch.management.keyring import InvalidValue, Keyring, NewKey
+from keylatch.errors import InvalidValue, StoreUnavailable
+from keylatch.management.keyring import Keyring, NewKey
 from keylatch.storage.store import Found, Store
 from keylatch_sidecar.cli.key_import import warn_of_hashing_cost
 from servers import PostgresServer

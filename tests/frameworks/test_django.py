@@ -18,7 +18,7 @@ from keylatch.adapters.portal import Portal
 from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.core.decisions import FULL, Principal
 from keylatch.core.tokens import Token
-from keylatch.django import APIKeyMiddleware, requires
+from keylatch.django import APIKeyMiddleware, keyring, requires
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
 from keylatch.management.keyring import Created
@@ -458,3 +458,23 @@ def test_without_the_middleware_nobody_is_let_in(keys: Keys) -> None:
 def test_without_a_package_it_says_what_to_install(package: str, module: str, name: str) -> None:
     """The import fails with the name of the package."""
     assert error_without_package(package, f"import {module}").endswith(f"pip install {name}")
+
+
+def issue(request: HttpRequest) -> HttpResponse:
+    """A view that creates a key for its caller's organisation."""
+    caller = request.api_key
+    return HttpResponse(keyring().create(caller.organization_id, "new", by=caller).secret)
+
+
+def test_a_view_creates_keys(keys: Keys) -> None:
+    """`keyring()` and the requests of the project use the same engine, also if no setting names
+    it."""
+    engine = keys.engine()
+    with override_settings(KEYLATCH={"engine": engine}, ROOT_URLCONF=(path("issue", issue),)):
+        client = Client()
+        first = client.get("/issue", headers=keys.create().headers)
+        assert first.status_code == 200
+        second = client.get("/issue", headers={"Authorization": f"Bearer {first.text}"})
+        assert second.status_code == 200
+        with override_settings(KEYLATCH={}):
+            assert len(keyring().list("default")) == 3

@@ -23,9 +23,9 @@ from websockets.sync.client import connect
 
 from conftest import MakeEngine
 from keylatch import ConfigurationError, Engine, Principal
-from keylatch.asgi import Refused
 from keylatch.core.decisions import Deny, Reason
 from keylatch.core.policy import Policy
+from keylatch.errors import Refused
 from keylatch.fastapi import APIKey, APIKeyMiddleware, permissions_of
 from keylatch.management.keyring import Created
 from servers import error_without_package, serving

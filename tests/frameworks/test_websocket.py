@@ -16,6 +16,7 @@ from chat_app import chat
 from conftest import Clock, MakeEngine
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.core.decisions import Requirement
+from keylatch.core.timestamps import datetime_of
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created
 from keylatch.revocation.open_connections import OpenConnections
@@ -138,7 +139,7 @@ def test_whatever_ends_a_key_ends_its_connections(make_engine: MakeEngine, clock
     """Disabled, expired, or left with too small a permission."""
     with chatting(make_engine) as (url, manager):
         expires_at = int((clock() + 60) * 1000)
-        expiring, disabled = manager.create(expires_at=expires_at), manager.create()
+        expiring, disabled = manager.create(expires_at=datetime_of(expires_at)), manager.create()
         smaller = manager.create()
         with ExitStack() as stack:
             one, two, three = (

@@ -1,6 +1,7 @@
 """What users write, for type checkers: nothing here runs, everything here must be understood."""
 
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from starlette.applications import Starlette
@@ -11,7 +12,16 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import keylatch.wsgi
-from keylatch import ConfigurationError, Created, Engine, Principal, Settings
+from keylatch import (
+    Changed,
+    ConfigurationError,
+    Created,
+    Engine,
+    Principal,
+    Rotated,
+    Settings,
+    SyncKeyring,
+)
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.testing import Key, Keys
 
@@ -58,10 +68,23 @@ async def manage() -> str:
     await engine.start()
     keyring = await engine.keyring()
     created: Created = await keyring.create("acme", "ci", permission="SENDING")
-    gone = await keyring.delete("acme", created.record.id)
+    gone = await keyring.delete("acme", created.key.id)
     assert gone is not None
     await engine.stop()
-    return f"{gone.record.deleted_at} {gone.receipt.seq} {created.token.reveal()}"
+    return f"{gone.key.deleted_at} {gone.receipt.seq} {created.secret}"
+
+
+def manage_in_a_thread() -> str:
+    """The same in a script, and what else a keyring does."""
+    with SyncKeyring(Settings.load(store="sqlite:///keys.db")) as keyring:
+        ends: datetime = datetime.now(UTC) + timedelta(days=1)
+        created: Created = keyring.create("acme", "ci", expires_at=ends, metadata={"team": "a"})
+        changed: Changed | None = keyring.change("acme", created.key.id, expires_at=None)
+        rotated: Rotated | None = keyring.rotate("acme", created.key.id, grace=timedelta(hours=1))
+        names: list[str] = [each.name for page in keyring.pages("acme") for each in page.keys]
+        assert changed is not None
+        assert rotated is not None
+        return f"{rotated.secret} {changed.key.expires_at} {names}"
 
 
 def settings() -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from conftest import Clock, Sidecar, sidecar_on
+from keylatch.core.timestamps import datetime_of
 from keylatch.management.keyring import Created
 from keylatch_sidecar.openapi.operations import OPERATIONS
 
@@ -180,7 +181,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def make_organization(sidecar: Sidecar, name: str) -> Organization:
     soon = int(sidecar.clock.seconds * 1000) + 1_000
     full, revoked, disabled = (sidecar.create(name) for _ in range(3))
-    expired = sidecar.create(name, expires_at=soon)
+    expired = sidecar.create(name, expires_at=datetime_of(soon))
     with sidecar.client(full) as client:
         assert client.delete(f"/v1/api-keys/{revoked.record.id}").status_code == 200
         path = f"/v1/api-keys/{disabled.record.id}"

@@ -1,11 +1,18 @@
 """The operations of management on keys, for every caller."""
 
+from datetime import UTC, datetime, timedelta, timezone
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import Clock
 from keylatch.core.decisions import Allow, Deny, KeyRecord, Principal, Reason, principal_of
+from keylatch.core.timestamps import datetime_of, milliseconds_of
+from keylatch.core.validation import NewKey
 from keylatch.engine import Engine
-from keylatch.management.keyring import InvalidValue, Keyring, NotPermitted
+from keylatch.errors import InvalidValue, NotPermitted
+from keylatch.management.keyring import UNSET, Keyring
 from keylatch.revocation.propagation import Propagation, Receipt
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +37,11 @@ async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Cloc
     """Everything given is kept, and the token's parts say the same as the record."""
     expires_at = int(clock() * 1000) + 1
     created = await keyring.create(
-        "acme", "  ci  ", permission="SENDING", environment="test", expires_at=expires_at
+        "acme",
+        "  ci  ",
+        permission="SENDING",
+        environment="test",
+        expires_at=datetime_of(expires_at),
     )
     record = created.record
     assert record.name == "ci"
@@ -38,7 +49,7 @@ async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Cloc
     assert record.created_at == record.updated_at == int(clock() * 1000)
     assert created.token.reveal().startswith(f"kl_test_{record.id.removeprefix('key_')}_")
     assert record.partial_token == created.token.partial
-    assert await keyring.get("acme", record.id) == record
+    assert await keyring.get("acme", record.id) == created.key
     assert created.token.reveal() not in repr(created)
 
 
@@ -60,7 +71,7 @@ async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Cloc
         ({"environment": "l_ve"}, "environment"),
         ({"organization_id": ""}, "organization"),
         ({"organization_id": "a/b"}, "organization"),
-        ({"expires_at": 1_800_000_000_000}, "expiresAt"),
+        ({"expires_at": datetime_of(1_800_000_000_000)}, "expiresAt"),
     ],
 )
 async def test_values_that_no_key_may_have(
@@ -109,7 +120,7 @@ async def test_a_change_cannot_give_more_than_the_caller_has(
     caller = await holder(engine, "SENDING")
     with pytest.raises(NotPermitted):
         await keyring.change("acme", created.record.id, by=caller, permission="FULL")
-    assert await keyring.get("acme", created.record.id) == created.record
+    assert await keyring.get("acme", created.record.id) == created.key
 
 
 async def test_deleting_is_final(keyring: Keyring, clock: Clock) -> None:
@@ -128,15 +139,15 @@ async def test_deleting_is_final(keyring: Keyring, clock: Clock) -> None:
     ):
         assert again is not None
         assert again.record == deleted
-    assert await keyring.get("acme", created.record.id) == deleted
+    assert await keyring.get("acme", created.record.id) == changed.key
     assert await keyring.list("acme") == []
-    assert await keyring.list("acme", deleted=True) == [deleted]
+    assert await keyring.list("acme", deleted=True) == [changed.key]
 
 
 async def test_a_test_key_does_not_touch_live_keys(keyring: Keyring) -> None:
     """A key that could enable, widen or delete a live key would have more rights than its own: it
     finds none."""
-    live = (await keyring.create("acme", "ci", permission="SENDING")).record
+    live = (await keyring.create("acme", "ci", permission="SENDING")).key
     test = (await keyring.create("acme", "ci", environment="test")).record
     caller = principal_of((await keyring.create("acme", "laptop", environment="test")).record)
     for change in ({"active": False}, {"permission": "FULL"}, {"name": "mine"}):
@@ -210,3 +221,72 @@ async def test_a_token_is_no_name(keyring: Keyring) -> None:
         with pytest.raises(InvalidValue, match="token") as caught:
             await keyring.create("acme", name)
         assert created.token.reveal() not in str(caught.value)
+
+
+async def test_times_without_a_zone_are_refused(keyring: Keyring) -> None:
+    """They do not say which instant they mean; the error says what is missing."""
+    naive = datetime(2100, 1, 1)
+    created = await keyring.create("acme", "ci")
+    for call in (
+        keyring.create("acme", "ci", expires_at=naive),
+        keyring.change("acme", created.key.id, expires_at=naive),
+        keyring.create_many([NewKey("acme", "ci", expires_at=naive)]),
+    ):
+        with pytest.raises(InvalidValue, match="time zone") as caught:
+            await call
+        assert caught.value.field == "expiresAt"
+    assert await keyring.list("acme") == [created.key]
+
+
+async def test_a_key_shows_times_in_utc(keyring: Keyring, clock: Clock) -> None:
+    """Whatever zone they were given in, to the millisecond."""
+    zone = timezone(timedelta(hours=-7))
+    expires_at = datetime(2100, 1, 1, 12, 0, 0, 123_999, tzinfo=zone)
+    key = (await keyring.create("acme", "ci", expires_at=expires_at)).key
+    assert key.expires_at == datetime(2100, 1, 1, 19, 0, 0, 123_000, tzinfo=UTC)
+    assert key.created_at == key.updated_at == datetime.fromtimestamp(clock(), UTC)
+    assert (key.last_used, key.deleted_at, key.rotated_at, key.previous) == (None,) * 4
+
+
+@given(st.integers(0, 253_402_300_799_999))
+def test_times_are_converted_exactly(milliseconds: int) -> None:
+    """Up to the year 9999, to the millisecond, in both directions."""
+    assert milliseconds_of(datetime_of(milliseconds), "x") == milliseconds
+
+
+async def test_what_is_not_given_stays(keyring: Keyring) -> None:
+    """`UNSET` keeps a field; None removes an expiry or the metadata."""
+    end = datetime(2100, 1, 1, tzinfo=UTC)
+    key = (await keyring.create("acme", "ci", expires_at=end, metadata={"team": "a"})).key
+    changed = await keyring.change("acme", key.id, name=UNSET, active=False)
+    assert changed is not None
+    assert (changed.key.name, changed.key.expires_at, changed.key.active) == ("ci", end, False)
+    assert dict(changed.key.metadata) == {"team": "a"}
+    changed = await keyring.change("acme", key.id, expires_at=None, metadata=None)
+    assert changed is not None
+    assert (changed.key.expires_at, dict(changed.key.metadata)) == (None, {})
+    with pytest.raises(TypeError):
+        changed.key.metadata["team"] = "b"  # type: ignore[index]
+
+
+async def test_only_idle_keys_are_listed(keyring: Keyring, clock: Clock) -> None:
+    """`idle` is a duration."""
+    old = (await keyring.create("acme", "old")).key
+    clock.tick(3_600)
+    await keyring.create("acme", "new")
+    page = await keyring.page("acme", 9, idle=timedelta(minutes=30))
+    assert page.keys == [old]
+
+
+async def test_a_new_secret_is_shown_on_demand_only(engine: Engine, keyring: Keyring) -> None:
+    """`secret` is the whole key. No other way to write a result down shows it, and what is shown
+    instead cannot be taken for a key."""
+    created = await keyring.create("acme", "ci")
+    rotated = await keyring.rotate("acme", created.key.id)
+    assert rotated is not None
+    for result in (created, rotated):
+        assert result.secret == result.token.reveal()
+        assert result.secret not in f"{result} {result!r} {result.token} {result.key!r}"
+        assert str(result.token) == f"kl_live_****{result.secret[-4:]}"
+    assert await engine.authenticate([f"Bearer {created.token}".encode()]) == Deny(Reason.MALFORMED)
+    assert isinstance(await engine.authenticate([f"Bearer {rotated.secret}".encode()]), Allow)

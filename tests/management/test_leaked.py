@@ -17,10 +17,11 @@ from keylatch.authentication.hashing import CHEAPEST, Hasher
 from keylatch.authentication.lookup import Owner
 from keylatch.core import tokens
 from keylatch.core.imported_tokens import ImportedToken
+from keylatch.core.timestamps import datetime_of
 from keylatch.core.tokens import MacKeys, Token, has_valid_checksum
-from keylatch.core.validation import InvalidKeyState, NewKey
+from keylatch.core.validation import NewKey
 from keylatch.engine import Engine
-from keylatch.errors import HashingFailed, StoreUnavailable
+from keylatch.errors import HashingFailed, InvalidKeyState, StoreUnavailable
 from keylatch.management.keyring import Created
 from keylatch.settings import Settings
 from keylatch.storage.store import Found
@@ -102,7 +103,7 @@ def test_the_answer_does_not_depend_on_the_token(sidecar: Sidecar, clock: Clock)
     text = key.token.reveal()
     revoked, disabled = a_key_of(sidecar, admin_key), a_key_of(sidecar, admin_key)
     soon = int(sidecar.clock.seconds * 1000) + 1_000
-    expired = a_key_of(sidecar, admin_key, expires_at=soon)
+    expired = a_key_of(sidecar, admin_key, expires_at=datetime_of(soon))
     with sidecar.client(admin_key) as client:
         assert client.delete(f"/v1/api-keys/{revoked.record.id}").status_code == 200
         change = {"active": False}
@@ -129,7 +130,10 @@ def test_a_disabled_and_an_expired_key_are_revoked_as_well(sidecar: Sidecar) -> 
     """Both could be undone by an operator who does not know that the token leaked."""
     admin_key = sidecar.create()
     soon = int(sidecar.clock.seconds * 1000) + 1_000
-    disabled, expired = a_key_of(sidecar, admin_key), a_key_of(sidecar, admin_key, expires_at=soon)
+    disabled, expired = (
+        a_key_of(sidecar, admin_key),
+        a_key_of(sidecar, admin_key, expires_at=datetime_of(soon)),
+    )
     with sidecar.client(admin_key) as client:
         client.patch(f"/v1/api-keys/{disabled.record.id}", json={"active": False})
         sidecar.clock.tick(2)

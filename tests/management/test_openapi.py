@@ -14,7 +14,8 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from conftest import Clock, Sidecar, sidecar_on
-from keylatch.core.validation import InvalidValue, validate_name
+from keylatch.core.validation import validate_name
+from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Created
 from keylatch_sidecar.api.schemas import NAME_PATTERN
 from keylatch_sidecar.app import ROUTES

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from conftest import Clock, MakeEngine
 from keylatch.authentication.hashing import Hasher
 from keylatch.core.decisions import KeyRecord, Principal, Reason, principal_of, secret_version_of
 from keylatch.core.imported_tokens import ImportedToken
-from keylatch.core.validation import CallerRefused, InvalidKeyState, NewKey, NotPermitted
+from keylatch.core.timestamps import datetime_of
+from keylatch.core.validation import NewKey
 from keylatch.engine import Engine
+from keylatch.errors import CallerRefused, InvalidKeyState, NotPermitted
 from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
 from keylatch.storage import authorization, changes
@@ -47,11 +50,13 @@ class Scene:
 
     async def prepare(self) -> None:
         now_ms = self.keyring.now_ms()
-        acting = await self.keyring.create(ORG, "acting", expires_at=now_ms + 60_000)
+        acting = await self.keyring.create(ORG, "acting", expires_at=datetime_of(now_ms + 60_000))
         self.by = principal_of(acting.record)
-        self.other = (await self.keyring.create(ORG, "other", expires_at=now_ms + 50_000)).record
-        rotated = await self.keyring.create(ORG, "rotated", expires_at=now_ms + 50_000)
-        done = await self.keyring.rotate(ORG, rotated.record.id, grace_seconds=30)
+        self.other = (
+            await self.keyring.create(ORG, "other", expires_at=datetime_of(now_ms + 50_000))
+        ).record
+        rotated = await self.keyring.create(ORG, "rotated", expires_at=datetime_of(now_ms + 50_000))
+        done = await self.keyring.rotate(ORG, rotated.record.id, grace=timedelta(seconds=30))
         assert done is not None
         self.rotated = done.record
 
@@ -96,16 +101,16 @@ async def rotated_away(scene: Scene) -> None:
 
 
 async def rotated_and_old(scene: Scene) -> None:
-    assert await scene.keyring.rotate(ORG, scene.by.key_id, grace_seconds=30)
+    assert await scene.keyring.rotate(ORG, scene.by.key_id, grace=timedelta(seconds=30))
 
 
 async def rotated_and_cancelled(scene: Scene) -> None:
     """The caller came with the secret that was taken back; another one was made at once."""
-    done = await scene.keyring.rotate(ORG, scene.by.key_id, grace_seconds=30)
+    done = await scene.keyring.rotate(ORG, scene.by.key_id, grace=timedelta(seconds=30))
     assert done is not None
     scene.by = principal_of(done.record)
     assert await scene.keyring.cancel_rotation(ORG, scene.by.key_id)
-    assert await scene.keyring.rotate(ORG, scene.by.key_id, grace_seconds=30)
+    assert await scene.keyring.rotate(ORG, scene.by.key_id, grace=timedelta(seconds=30))
 
 
 Ending = Callable[[Scene], Awaitable[None]]
@@ -137,8 +142,10 @@ CHANGES: dict[str, Change] = {
     "delete": lambda s: s.keyring.delete(ORG, s.other.id, by=s.by),
     "delete itself": lambda s: s.keyring.delete(ORG, s.by.key_id, by=s.by),
     "delete a family": lambda s: s.keyring.delete(ORG, s.other.id, descendants=True, by=s.by),
-    "rotate": lambda s: s.keyring.rotate(ORG, s.other.id, grace_seconds=9, by=s.by),
-    "rotate itself": lambda s: s.keyring.rotate(ORG, s.by.key_id, grace_seconds=9, by=s.by),
+    "rotate": lambda s: s.keyring.rotate(ORG, s.other.id, grace=timedelta(seconds=9), by=s.by),
+    "rotate itself": lambda s: s.keyring.rotate(
+        ORG, s.by.key_id, grace=timedelta(seconds=9), by=s.by
+    ),
     "cancel": lambda s: s.keyring.cancel_rotation(ORG, s.rotated.id, by=s.by),
     "finish": lambda s: s.keyring.finish_rotation(ORG, s.rotated.id, by=s.by),
     "revoke all": lambda s: s.keyring.revoke_all(ORG, by=s.by),
@@ -206,7 +213,7 @@ class OvertakenContract:
         """The twin: it believes what was true when the call began."""
         await deleted(scene)
         created = await scene.keyring.create(ORG, "new", by=scene.by)
-        assert (await scene.keyring.get(ORG, created.record.id)) == created.record
+        assert (await scene.keyring.get(ORG, created.record.id)) == created.key
 
     @pytest.mark.long
     async def test_two_keys_that_change_each_other_do_not_deadlock(self, scene: Scene) -> None:
@@ -287,7 +294,7 @@ class TestPostgreSQL(OvertakenContract):
         keyring = await engine.keyring()
         assert abs(keyring.now_ms() - time.time() * 1000) < 600_000
         soon = int(time.time() * 1000) + 1_800_000
-        by = principal_of((await keyring.create(ORG, "ci", expires_at=soon)).record)
+        by = principal_of((await keyring.create(ORG, "ci", expires_at=datetime_of(soon))).record)
         assert (await keyring.create(ORG, "new", by=by)).record.expires_at == soon
         await engine.stop()
 
@@ -372,7 +379,7 @@ class TestWhatAKeyLeavesBehind:
         root = await self._child(keyring, None)
         other = await keyring.as_operator(root.id).create("other", "theirs")
         assert await keyring.delete(ORG, root.id, descendants=True)
-        assert await keyring.list("other") == [other.record]
+        assert await keyring.list("other") == [other.key]
 
     @staticmethod
     async def _child(keyring: Keyring, parent: KeyRecord | None) -> KeyRecord:
@@ -395,15 +402,17 @@ class TestAnEnd:
         end = scene.keyring.now_ms() + 60_000
         created = await scene.keyring.create(ORG, "new", by=scene.by)
         assert created.record.expires_at == end
-        assert await scene.keyring.get(ORG, created.record.id) == created.record
-        sooner = await scene.keyring.create(ORG, "new", expires_at=end - 1, by=scene.by)
+        assert await scene.keyring.get(ORG, created.record.id) == created.key
+        sooner = await scene.keyring.create(
+            ORG, "new", expires_at=datetime_of(end - 1), by=scene.by
+        )
         assert sooner.record.expires_at == end - 1
         many = await scene.keyring.create_many([NewKey(ORG, "a"), NewKey(ORG, "b")], by=scene.by)
         assert [each.record.expires_at for each in many] == [end, end]
         before = await scene.snapshot()
         with pytest.raises(NotPermitted):
-            await scene.keyring.create(ORG, "new", expires_at=end + 1, by=scene.by)
-        drafts = [NewKey(ORG, "a"), NewKey(ORG, "b", expires_at=end + 1)]
+            await scene.keyring.create(ORG, "new", expires_at=datetime_of(end + 1), by=scene.by)
+        drafts = [NewKey(ORG, "a"), NewKey(ORG, "b", expires_at=datetime_of(end + 1))]
         with pytest.raises(NotPermitted):
             await scene.keyring.create_many(drafts, by=scene.by)
         assert await scene.snapshot() == before
@@ -414,9 +423,9 @@ class TestAnEnd:
         assert await scene.keyring.change(ORG, self.lasting.id, active=False)
         for key_id, values in (
             (scene.by.key_id, {"expires_at": None}),
-            (scene.by.key_id, {"expires_at": end + 1}),
+            (scene.by.key_id, {"expires_at": datetime_of(end + 1)}),
             (scene.other.id, {"expires_at": None}),
-            (scene.other.id, {"expires_at": end + DAY_MS}),
+            (scene.other.id, {"expires_at": datetime_of(end + DAY_MS)}),
             (self.lasting.id, {"active": True}),
             (self.lasting.id, {"permission": "SENDING"}),
         ):
@@ -425,7 +434,7 @@ class TestAnEnd:
         with pytest.raises(NotPermitted):
             await scene.keyring.rotate(ORG, self.lasting.id, by=scene.by)
         assert await scene.keyring.change(ORG, self.lasting.id, active=True)
-        assert await scene.keyring.rotate(ORG, self.lasting.id, grace_seconds=60)
+        assert await scene.keyring.rotate(ORG, self.lasting.id, grace=timedelta(seconds=60))
         with pytest.raises(NotPermitted):
             await scene.keyring.cancel_rotation(ORG, self.lasting.id, by=scene.by)
         assert await scene.keyring.finish_rotation(ORG, self.lasting.id, by=scene.by)
@@ -434,11 +443,11 @@ class TestAnEnd:
         """Ends may be moved to the front, and keys that last longer may be disabled and deleted."""
         end = scene.keyring.now_ms() + 60_000
         for key_id, values in (
-            (scene.other.id, {"expires_at": end}),
+            (scene.other.id, {"expires_at": datetime_of(end)}),
             (self.lasting.id, {"active": False}),
             (self.lasting.id, {"name": "renamed"}),
-            (self.lasting.id, {"expires_at": end}),
-            (scene.by.key_id, {"expires_at": end - 1}),
+            (self.lasting.id, {"expires_at": datetime_of(end)}),
+            (scene.by.key_id, {"expires_at": datetime_of(end - 1)}),
         ):
             assert await scene.keyring.change(ORG, key_id, by=scene.by, **values)
         assert await scene.keyring.delete(ORG, self.lasting.id, by=scene.by)
@@ -452,7 +461,7 @@ class TestAnOldSecret:
         keyring = await engine.keyring()
         key = await keyring.create(ORG, "ci")
         old = principal_of(key.record)
-        rotated = await keyring.rotate(ORG, key.record.id, grace_seconds=60)
+        rotated = await keyring.rotate(ORG, key.record.id, grace=timedelta(seconds=60))
         assert rotated is not None
         assert old.secret_version == secret_version_of(rotated.record, is_previous=True)
         new = Created(rotated.record, rotated.token)
@@ -482,7 +491,7 @@ class TestAnOldSecret:
         keyring = await engine.keyring()
         key = await keyring.create(ORG, "ci")
         assert {await secret(engine, key) for _ in range(2)} == {0}
-        rotated = await keyring.rotate(ORG, key.record.id, grace_seconds=60)
+        rotated = await keyring.rotate(ORG, key.record.id, grace=timedelta(seconds=60))
         assert rotated is not None
         new = Created(rotated.record, rotated.token)
         for _ in range(2):
@@ -490,7 +499,7 @@ class TestAnOldSecret:
             assert await secret(engine, new) == rotated.record.rotated_at
         await keyring.cancel_rotation(ORG, key.record.id)
         assert await secret(engine, key) == 0
-        again = await keyring.rotate(ORG, key.record.id, grace_seconds=60)
+        again = await keyring.rotate(ORG, key.record.id, grace=timedelta(seconds=60))
         assert again is not None
         assert again.record.rotated_at not in (None, rotated.record.rotated_at)
 
@@ -508,7 +517,7 @@ async def test_a_key_manages_its_own_organisation_only(engine: Engine) -> None:
     """Whatever organisation an app names beside the caller."""
     keyring = await engine.keyring()
     by = principal_of((await keyring.create(ORG, "ci")).record)
-    theirs = (await keyring.create("other", "theirs")).record
+    theirs = (await keyring.create("other", "theirs")).key
     assert await keyring.delete("other", theirs.id, by=by) is None
     assert await keyring.change("other", theirs.id, name="mine", by=by) is None
     assert await keyring.delete("other", theirs.id, descendants=True, by=by) is None

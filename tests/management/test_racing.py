@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from sqlalchemy.engine import make_url
 
 from conftest import Times
 from keylatch.authentication.hashing import Hasher
+from keylatch.core.timestamps import datetime_of
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
@@ -199,9 +201,9 @@ class RacingContract:
 
         async def prepare(keyring: Keyring) -> tuple[Created, str]:
             end = keyring.now_ms() + 60_000 if ending == "expired" else None
-            key = await keyring.create(organization, "acting", expires_at=end)
-            target = await keyring.create(organization, "target", expires_at=end)
-            await keyring.rotate(organization, target.record.id, grace_seconds=600)
+            key = await keyring.create(organization, "acting", expires_at=datetime_of(end))
+            target = await keyring.create(organization, "target", expires_at=datetime_of(end))
+            await keyring.rotate(organization, target.record.id, grace=timedelta(seconds=600))
             return key, target.record.id
 
         key, target = deployment.operate(prepare)
@@ -233,9 +235,9 @@ def snapshot(deployment: Deployment, organization: str) -> list[Any]:
     """All that a refused call must not touch; when a key was used is no part of it."""
 
     async def look(keyring: Keyring) -> list[Any]:
-        records = await keyring.list(organization, deleted=True)
+        keys = await keyring.list(organization, deleted=True)
         return [
-            [replace(record, last_used=None, previous_last_used=None) for record in records],
+            [replace(key.record, last_used=None, previous_last_used=None) for key in keys],
             await keyring.events(organization, 100),
         ]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from fakeredis import FakeAsyncRedis, FakeServer
 from conftest import Clock, MakeEngine, StoreTests
 from keylatch.caches.local_cache import Entry, entry_of
 from keylatch.core.decisions import Allow, Deny, Reason, principal_of
+from keylatch.core.timestamps import datetime_of
 from keylatch.core.tokens import Token
-from keylatch.core.validation import InvalidKeyState, InvalidValue, NotPermitted
 from keylatch.engine import Engine
+from keylatch.errors import InvalidKeyState, InvalidValue, NotPermitted
 from keylatch.management.keyring import Created, Rotated
 from keylatch.storage.authorization import Actor
 from keylatch.storage.store import Found, Store
@@ -56,7 +58,7 @@ async def other(make_engine: MakeEngine) -> AsyncIterator[Engine]:
 
 async def rotate(engine: Engine, key: Created, seconds: int = GRACE, **by: Any) -> Rotated:
     keyring = await engine.keyring()
-    rotated = await keyring.rotate("acme", key.record.id, grace_seconds=seconds, **by)
+    rotated = await keyring.rotate("acme", key.record.id, grace=timedelta(seconds=seconds), **by)
     assert rotated is not None
     return rotated
 
@@ -101,7 +103,7 @@ class TestTheGrace:
 
     async def test_it_never_outlives_the_key(self, engine: Engine, clock: Clock) -> None:
         """A key that ends in ten seconds has no secret that is good for sixty."""
-        key = await create(engine, expires_at=int(clock() * 1000) + 10_000)
+        key = await create(engine, expires_at=datetime_of(int(clock() * 1000) + 10_000))
         new = await rotate(engine, key)
         assert new.record.previous_expires_at == key.record.expires_at
         clock.tick(10)
@@ -116,7 +118,9 @@ class TestTheGrace:
         new = await rotate(engine, key)
         assert await is_good(other, key.token)
         keyring = await engine.keyring()
-        await keyring.change("acme", key.record.id, expires_at=int(clock() * 1000) + 5_000)
+        await keyring.change(
+            "acme", key.record.id, expires_at=datetime_of(int(clock() * 1000) + 5_000)
+        )
         assert await is_good(other, key.token)
         clock.tick(5)
         assert not await is_good(other, key.token)
@@ -312,8 +316,9 @@ async def test_it_is_told_which_secret_was_used_when(engine: Engine, clock: Cloc
     clock.tick(1)
     assert await is_good(engine, new.token)
     await engine._usage.flush()
-    record = await (await engine.keyring()).get("acme", key.record.id)
-    assert record is not None
+    found = await (await engine.keyring()).get("acme", key.record.id)
+    assert found is not None
+    record = found.record
     assert record.previous_last_used == second
     assert record.last_used == int(clock() * 1000)
     assert record.previous_partial_token == key.record.partial_token

@@ -21,8 +21,8 @@ from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core.decisions import Allow, Deny, Reason
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
-from keylatch.errors import HashingFailed, StoreUnavailable
-from keylatch.management.store_secrets import SHARED_CACHE_SECONDS, SecretInUse
+from keylatch.errors import HashingFailed, SecretInUse, StoreUnavailable
+from keylatch.management.store_secrets import SHARED_CACHE_SECONDS
 from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
 from keylatch.storage.secrets import KINDS

@@ -7,6 +7,7 @@ import pytest
 
 from conftest import Clock, MakeEngine, Sidecar
 from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.core.timestamps import datetime_of
 from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError
@@ -192,7 +193,9 @@ async def test_an_allow_may_be_remembered_where_that_is_wanted(
     assert await cached(operated, key, 0) == b"no-store"
     assert await cached(operated, key, 60) == b"max-age=60"
     expires_at = int(clock() * 1000) + 30_500
-    ending = await (await engine.keyring()).create("default", "ending", expires_at=expires_at)
+    ending = await (await engine.keyring()).create(
+        "default", "ending", expires_at=datetime_of(expires_at)
+    )
     assert await cached(operated, ending, 60) == b"max-age=30"
     assert await cached(operated, ending, 20) == b"max-age=20"
     clock.tick(30)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from uuid import uuid4
 
 import pytest
@@ -153,7 +154,7 @@ async def revoke_a_family(scene: Scene) -> None:
 
 async def revoke_secrets(scene: Scene) -> None:
     """The one before a rotation, and then the present one."""
-    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    rotated = await scene.keyring.rotate(*scene.place, grace=timedelta(seconds=3_600))
     assert rotated is not None
     record, new = rotated.record, rotated.token.reveal()
     assert [scene.decision(), scene.other.decision(new)] == [GOOD, GOOD]
@@ -169,24 +170,24 @@ async def revoke_own_secret(scene: Scene) -> None:
 
 
 async def rotate(scene: Scene) -> None:
-    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=0)
+    rotated = await scene.keyring.rotate(*scene.place, grace=timedelta(seconds=0))
     assert rotated is not None
     assert scene.decision() == "WRONG_SECRET"
     assert scene.other.decision(rotated.token.reveal()) == GOOD
 
 
 async def rotate_with_grace(scene: Scene) -> None:
-    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    rotated = await scene.keyring.rotate(*scene.place, grace=timedelta(seconds=3_600))
     assert rotated is not None
     assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [GOOD, GOOD]
-    again = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    again = await scene.keyring.rotate(*scene.place, grace=timedelta(seconds=3_600))
     assert again is not None
     assert scene.decision() == "WRONG_SECRET", "the one before the last rotation, and no other"
     assert scene.other.decision(rotated.token.reveal()) == GOOD
 
 
 async def cancel_rotation(scene: Scene) -> None:
-    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    rotated = await scene.keyring.rotate(*scene.place, grace=timedelta(seconds=3_600))
     assert rotated is not None
     assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [GOOD, GOOD]
     await scene.keyring.cancel_rotation(*scene.place)
@@ -197,7 +198,7 @@ async def cancel_rotation(scene: Scene) -> None:
 
 
 async def finish_rotation(scene: Scene) -> None:
-    rotated = await scene.keyring.rotate(*scene.place, grace_seconds=3_600)
+    rotated = await scene.keyring.rotate(*scene.place, grace=timedelta(seconds=3_600))
     assert rotated is not None
     assert [scene.decision(), scene.other.decision(rotated.token.reveal())] == [GOOD, GOOD]
     await scene.keyring.finish_rotation(*scene.place)

@@ -10,6 +10,7 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -315,7 +316,7 @@ async def test_a_secret_that_was_rotated_away_stays_away(
     name = shared_cache._name(attacker.epoch, key.record.id)
     proof = await attacker.redis.get(name)
     assert proof is not None
-    new = await (await engine.keyring()).rotate("acme", key.record.id, grace_seconds=0)
+    new = await (await engine.keyring()).rotate("acme", key.record.id, grace=timedelta(seconds=0))
     in_grace = replace(key.record, rotated_at=1, previous_expires_at=MAX_SEQ)
     await attacker.write(key.token, in_grace, is_previous=True)
     hashed = attacker.rows[key.record.id].hash
@@ -335,7 +336,7 @@ async def test_both_secrets_of_a_rotation_are_saved_and_the_old_one_ends(
     whatever Redis holds of it."""
     key = await create(engine)
     keyring = await engine.keyring()
-    new = await keyring.rotate("acme", key.record.id, grace_seconds=60)
+    new = await keyring.rotate("acme", key.record.id, grace=timedelta(seconds=60))
     assert new is not None
     first = make_engine(redis=FakeAsyncRedis(server=server))
     hasher = CountingHasher()

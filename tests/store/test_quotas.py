@@ -11,7 +11,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
 from conftest import StoreTests
-from keylatch.core.validation import QuotaExceeded
+from keylatch.errors import QuotaExceeded
 from keylatch.storage import changes
 from keylatch.storage.authorization import Actor
 from keylatch.storage.quotas import HOUR_MS, Quotas, check_quota

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from keylatch.core.decisions import (
     Requirement,
     principal_of,
 )
+from keylatch.core.timestamps import datetime_of
 from keylatch.core.tokens import MacKeys
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
@@ -407,7 +409,7 @@ async def test_every_refusal_of_a_known_key_counts_by_its_reason(
     for _ in range(2):
         assert await engine.authenticate(bearer(wrong)) == Deny(Reason.WRONG_SECRET)
 
-    ending = await create(other, expires_at=int(clock() * 1000) + 5_000)
+    ending = await create(other, expires_at=datetime_of(int(clock() * 1000) + 5_000))
     assert isinstance(await engine.authenticate(bearer(ending.token)), Allow)
     gone, disabled = await create(other), await create(other)
     assert isinstance(await engine.authenticate(bearer(gone.token)), Allow)
@@ -471,7 +473,7 @@ async def test_both_secrets_of_a_key_count_for_it(engine: Engine, other: Engine)
     key = await create(other)
     assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
     keyring = await other.keyring()
-    rotated = await keyring.rotate("acme", key.record.id, grace_seconds=60)
+    rotated = await keyring.rotate("acme", key.record.id, grace=timedelta(seconds=60))
     assert rotated is not None
     for _ in range(3):
         for token in (key.token, rotated.token):

@@ -8,10 +8,13 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from enum import Enum
 from typing import Any, Final, NoReturn, TypeAlias
 
 from starlette.authentication import AuthCredentials, BaseUser
+
+from keylatch.core.timestamps import datetime_of
 
 FULL: Final = "FULL"
 """The permission that includes all others."""
@@ -65,7 +68,7 @@ class AuditEvent:
 
     Args:
         id: increases with each event.
-        at: milliseconds since the epoch.
+        at_ms: milliseconds since the epoch.
         actor: a key id, or `cli:` and an account, or `operator`.
         action: such as `key.create`.
         organization_id: the organisation of the changed key; None: the store was changed.
@@ -74,12 +77,17 @@ class AuditEvent:
     """
 
     id: int
-    at: int
+    at_ms: int
     actor: str
     action: str
     organization_id: str | None
     key_id: str | None
     details: Mapping[str, Any]
+
+    @property
+    def at(self) -> datetime:
+        """When it was done."""
+        return datetime_of(self.at_ms)
 
 
 class Principal(BaseUser):

@@ -52,8 +52,8 @@ def redact_tokens(text: str) -> str:
 class Token:
     """A token that does not reveal itself by accident.
 
-    `repr`, `str`, `format` and pickles contain only the partial form; `reveal()` alone returns the
-    text.
+    `repr`, `str`, `format` and pickles show the masked form only; `reveal()` is the one way
+    to the text.
     """
 
     __slots__ = ("_text",)
@@ -88,17 +88,26 @@ class Token:
             return "..."
         return f"{self._text.partition('_')[0]}_...{self._text[-4:]}"
 
+    @property
+    def masked(self) -> str:
+        """`{prefix}_{environment}_****{last 4}`, or `****` where the text has no keylatch shape.
+        Nothing accepts an asterisk, so this cannot be taken for a key."""
+        if not is_well_formed(self):
+            return "****"
+        prefix, environment, _ = self._text.split("_", 2)
+        return f"{prefix}_{environment}_****{self._text[-4:]}"
+
     def __repr__(self) -> str:
-        return f"<Token {self.partial}>"
+        return f"<Token {self.masked}>"
 
     def __str__(self) -> str:
-        return self.partial
+        return self.masked
 
     def __format__(self, spec: str) -> str:
-        return format(self.partial, spec)
+        return format(self.masked, spec)
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (self.partial,)
+        return str, (self.masked,)
 
     def __iter__(self) -> NoReturn:
         raise TypeError("a Token cannot be iterated")

@@ -6,12 +6,16 @@ The law of this file: no I/O, no clock. Every error names the wrong field; none 
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Final
 
-from keylatch.core.decisions import FULL, KeyRecord, Principal, Reason
+from keylatch.core.decisions import FULL, KeyRecord, Principal
+from keylatch.core.keys import Metadata
+from keylatch.core.timestamps import milliseconds_of
 from keylatch.core.tokens import ENVIRONMENT_PATTERN, redact_tokens
+from keylatch.errors import InvalidValue, NotPermitted
 
 MAX_NAME_LENGTH: Final = 100
 MAX_REASON_LENGTH: Final = 200
@@ -19,9 +23,6 @@ MAX_METADATA_BYTES: Final = 4_096
 ORGANIZATION_PATTERN: Final = r"[A-Za-z0-9_-]{1,64}"
 LIVE: Final = "live"
 MAX_GRACE_SECONDS: Final = 366 * 86_400
-
-Scalar = str | int | float | bool | None
-Metadata = Mapping[str, Scalar]
 
 _DURATION_PATTERN: Final = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
 _UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
@@ -36,56 +37,6 @@ _BIDI_CONTROLS: Final = frozenset(
 )
 
 
-class InvalidValue(ValueError):
-    """A value that a key cannot have.
-
-    Args:
-        field: the wrong field.
-        message: what its value must be.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
-
-
-class NotPermitted(Exception):
-    """The caller's key may not do this, for example grant more rights than it has."""
-
-
-class CallerRefused(Exception):
-    """The caller's key, or the secret that authenticated the request, is not valid any more.
-
-    Args:
-        reason: why a request with it is refused.
-    """
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.value)
-        self.reason = reason
-
-
-class InvalidKeyState(Exception):
-    """The key's state does not allow this: it was deleted, for example."""
-
-
-class QuotaExceeded(Exception):
-    """The caller's organisation has reached a limit; nothing was changed.
-
-    Args:
-        message: one sentence, for people.
-        retry_after_seconds: until the limit allows it again; None: waiting does not help.
-        limit: `hashes`, `changes` or `keys`.
-    """
-
-    def __init__(self, message: str, retry_after_seconds: int | None, *, limit: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.retry_after_seconds = retry_after_seconds
-        self.limit = limit
-
-
 @dataclass(frozen=True, slots=True)
 class NewKey:
     """A key to create; see `Keyring.create`."""
@@ -94,7 +45,7 @@ class NewKey:
     name: str
     permission: str = FULL
     environment: str = LIVE
-    expires_at: int | None = None
+    expires_at: datetime | None = None
     metadata: Metadata | None = None
 
 
@@ -142,10 +93,16 @@ class KeyValidator:
             raise InvalidValue("environment", f"must be one of {', '.join(self._environments)}")
 
 
-def validate_expiry(expires_at: int | None, now_ms: int) -> None:
-    """Raises `InvalidValue` for an expiry in the past."""
-    if expires_at is not None and expires_at <= now_ms:
+def validate_expiry(expires_at: datetime | None, now_ms: int) -> int | None:
+    """The expiry in milliseconds since the epoch.
+
+    Raises:
+        InvalidValue: it is naive, or not in the future.
+    """
+    milliseconds = milliseconds_of(expires_at, "expiresAt")
+    if milliseconds is not None and milliseconds <= now_ms:
         raise InvalidValue("expiresAt", "must lie in the future")
+    return milliseconds
 
 
 def parse_duration_ms(duration: str, field: str = "expiresIn") -> int:
@@ -172,10 +129,20 @@ def expiry_after(duration: str, now_ms: int, field: str = "expiresIn") -> int:
     return expires_at
 
 
-def validate_grace(seconds: int) -> None:
-    """Raises `InvalidValue` for a grace that a rotation cannot have."""
+def validate_grace(grace: timedelta) -> int:
+    """The grace of a rotation in milliseconds.
+
+    Raises:
+        InvalidValue: it is negative or longer than 366 days.
+    """
+    return grace_of(grace / timedelta(seconds=1)) // timedelta(milliseconds=1)
+
+
+def grace_of(seconds: float) -> timedelta:
+    """A grace that is given in seconds. Raises as `validate_grace`."""
     if not 0 <= seconds <= MAX_GRACE_SECONDS:
         raise InvalidValue("graceSeconds", f"must be from 0 to {MAX_GRACE_SECONDS}")
+    return timedelta(seconds=seconds)
 
 
 def validate_name(name: str) -> str:

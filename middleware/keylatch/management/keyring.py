@@ -1,35 +1,33 @@
-"""What management does with keys: create, list, get, change, delete, within one organisation.
+"""The operations on keys: create, list, get, change, rotate, delete.
 
-The law of this file: every change is one call of the store, which judges the caller's key again,
-invalidates and writes the audit log in the transaction that makes the change; what is told to Redis
-afterwards is a courtesy. The organisation always comes from the caller's own key, never from what
-the caller says.
+The law of this file: every change is one call of the store, which authorizes the caller's key
+again, writes the invalidation and the audit event in the transaction that makes the change. The
+propagation starts after the commit. An organisation always comes from the caller's own key, never
+from what the caller sent.
 
-`by` is the caller's own key, as a principal that an engine made: it bounds what the caller sees and
-changes. Every change may raise `CallerRefused`, because that key or its secret is not valid any
-more, and `NotPermitted`; then nothing was changed. None: an operator, who is bound by no key.
+`by` is the caller's own key, as a principal that an engine authenticated. It limits what the caller
+sees and changes. Every change with `by` may raise `CallerRefused`, because that key or its secret
+is not valid any more, and `NotPermitted`; then nothing was changed. Without `by`, the caller is an
+operator, who has all rights.
 """
 
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from datetime import datetime, timedelta
+from enum import Enum
 from typing import Any, Final
 
 from keylatch.authentication.hashing import Hasher
 from keylatch.core.decisions import FULL, AuditEvent, KeyRecord, Principal
 from keylatch.core.imported_tokens import ImportedToken
+from keylatch.core.keys import Key, Metadata
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.core.validation import (
     LIVE,
-    CallerRefused,
-    InvalidKeyState,
-    InvalidValue,
     KeyValidator,
-    Metadata,
     NewKey,
-    NotPermitted,
-    QuotaExceeded,
     check_may_grant,
     serialize_metadata,
     validate_expiry,
@@ -37,7 +35,9 @@ from keylatch.core.validation import (
     validate_name,
     validate_reason,
 )
+from keylatch.errors import InvalidValue
 from keylatch.management.organization_limit import OrganizationLimit
+from keylatch.management.results import Changed, Created, Imported, Revoked, Rotated
 from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.settings import Settings
 from keylatch.storage.authorization import OPERATOR, Actor
@@ -46,77 +46,44 @@ from keylatch.storage.store import Page, Store
 from keylatch.storage.usage import DAY_MS, KeyUsage
 
 __all__ = [
-    "CallerRefused",
+    "UNSET",
     "Changed",
     "Created",
-    "InvalidKeyState",
-    "InvalidValue",
+    "Imported",
     "Keyring",
     "NewKey",
-    "NotPermitted",
-    "QuotaExceeded",
     "Revoked",
     "Rotated",
+    "Unset",
 ]
 
-_LONGEST_ACTOR: Final = 100
-_HASHES_AT_ONCE: Final = 4
-_HASHES_WAITING: Final = 16
+_MAX_OPERATOR_LENGTH: Final = 100
+_CONCURRENT_HASHES: Final = 4
+_WAITING_HASHES: Final = 16
+_NO_GRACE: Final = timedelta()
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
-    """A key after a change, what is known of the change's spreading, and how many keys it was."""
+class Unset(Enum):
+    """The type of `UNSET`."""
 
-    record: KeyRecord
-    receipt: Receipt
-    count: int = 1
+    UNSET = "unset"
 
 
-@dataclass(frozen=True, slots=True)
-class Created:
-    """A new key and, this once, its token."""
-
-    record: KeyRecord
-    token: Token = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """A key that was made elsewhere, and whether it was here already: then it is as it was."""
-
-    key_id: str
-    is_new: bool = True
-    is_deleted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Rotated:
-    """A key with a new secret, its token this once, and what is known of the change's spreading."""
-
-    record: KeyRecord
-    token: Token = field(repr=False)
-    receipt: Receipt
-
-
-@dataclass(frozen=True, slots=True)
-class Revoked:
-    """How many keys of an organisation were revoked at once, and how far that has spread."""
-
-    count: int
-    receipt: Receipt
+UNSET: Final = Unset.UNSET
+"""The default of `Keyring.change`: keep this field as it is. None removes an expiry or metadata."""
 
 
 class Keyring:
-    """The keys of a store.
+    """The keys of a store. An engine creates it: `await engine.keyring()`.
 
     Args:
         store: an opened store.
         hasher: hashes new tokens.
         mac_keys: mint new tokens.
-        settings: prefix of new tokens and the permissions that may be given.
-        now_ms: the store's time, which expiry is judged by; milliseconds since the Unix epoch.
-        propagation: publishes every change after its commit.
+        settings: the prefix of new tokens, the permissions and environments that may be granted,
+            the quotas.
+        now_ms: the store's time, by which expiries are judged; milliseconds since the Unix epoch.
+        propagation: tells every process about a committed change.
     """
 
     def __init__(
@@ -132,18 +99,21 @@ class Keyring:
         self._hasher = hasher
         self._mac_keys = mac_keys
         self._prefix = settings.prefix
-        self._rules = KeyValidator(settings.permissions, settings.environments)
+        self._validator = KeyValidator(settings.permissions, settings.environments)
         self._now_ms = now_ms
         self._propagation = propagation
         self._operator = OPERATOR.name
         self._quotas = Quotas(settings.max_keys, settings.max_changes)
-        self._limit = OrganizationLimit(_HASHES_AT_ONCE, _HASHES_WAITING)
+        self._limit = OrganizationLimit(_CONCURRENT_HASHES, _WAITING_HASHES)
 
     def as_operator(self, operator: str) -> "Keyring":
-        """The same, for somebody whom the audit log names where no key acts: `cli:alice`."""
+        """The same keyring; the audit log names this operator, such as `cli:alice`, as the actor of
+        changes without `by`."""
         keyring = copy.copy(self)
-        keyring._operator = operator[:_LONGEST_ACTOR]
+        keyring._operator = operator[:_MAX_OPERATOR_LENGTH]
         return keyring
+
+    # Create
 
     async def create(
         self,
@@ -152,31 +122,30 @@ class Keyring:
         *,
         permission: str = FULL,
         environment: str = LIVE,
-        expires_at: int | None = None,
+        expires_at: datetime | None = None,
         metadata: Metadata | None = None,
         by: Principal | None = None,
     ) -> Created:
-        """Make a key.
+        """Create a key.
 
         Args:
-            organization_id: whose key it will be; a new organisation is made on the way.
-            name: 1 to 100 characters, blanks around it are dropped.
+            organization_id: the owner; a new organisation is created with its first key.
+            name: 1 to 100 characters; blanks around it are removed.
             permission: one of the settings' `permissions`.
             environment: a word such as `live` or `test`.
-            expires_at: milliseconds since the epoch, in the future; None: with `by`, or never.
-            metadata: names and scalars to keep with it, shown to whoever may manage it.
-            by: the caller's own key, whose rights bound those of the new key; None: the operator.
+            expires_at: aware and in the future; None: with `by`, or never.
+            metadata: names and scalars to store with the key; shown to all who manage it.
+            by: the caller's own key, whose rights limit those of the new key; None: an operator.
 
         Raises:
-            InvalidValue: naming the argument at fault.
+            InvalidValue: names the argument.
             CallerRefused: `by` is not valid any more.
             NotPermitted: the new key would have more rights than `by`, or have them for longer.
-            QuotaExceeded: a limit on what the organisation's keys may do; nothing was made.
-            HashingBusy, StoreUnavailable: nothing was made.
+            QuotaExceeded: a limit of the organisation; nothing was created.
+            HashingBusy, StoreUnavailable: nothing was created.
         """
         new_key = NewKey(organization_id, name, permission, environment, expires_at, metadata)
-        for error in self.validate(new_key):
-            raise error
+        self._require_valid([new_key])
         if by is not None:
             check_may_grant(by, permission, environment)
         actor = self._actor(by)
@@ -188,109 +157,33 @@ class Keyring:
     async def create_many(
         self, new_keys: Sequence[NewKey], *, by: Principal | None = None
     ) -> Sequence[Created]:
-        """Make keys in one transaction: all of them, or none.
+        """Create keys in one transaction: all of them, or none.
 
-        A thousand at a time is plenty: every other change waits for the transaction.
+        Pass at most about a thousand at once: every other change waits for the transaction.
 
         Raises:
-            InvalidValue: naming the argument at fault of one of them; nothing was made.
-            CallerRefused, NotPermitted: as `create`; nothing was made.
-            HashingFailed: nothing was made.
-            StoreUnavailable: as a rule nothing was made, and if it was, nobody has the tokens.
+            InvalidValue: names the argument of one of them; nothing was created.
+            CallerRefused, NotPermitted: as `create`; nothing was created.
+            HashingFailed: nothing was created.
+            StoreUnavailable: as a rule nothing was created; if it was, the tokens are lost.
         """
         if not new_keys:
             return []
-        for new_key in new_keys:
-            for error in self.validate(new_key):
-                raise error
+        self._require_valid(new_keys)
         now_ms, actor = self.now_ms(), self._actor(by)
-        created = await asyncio.to_thread(
+        minted = await asyncio.to_thread(
             lambda: [self._mint(new_key, now_ms, actor.name) for new_key in new_keys]
         )
-        hashes = await self._hasher.hash_all([each.token for each in created])
-        made = [(each.record, hashed) for each, hashed in zip(created, hashes, strict=True)]
-        records, _ = await self._store.add_many(made, by=actor)
-        return [Created(record, each.token) for record, each in zip(records, created, strict=True)]
-
-    async def import_many(
-        self, imports: Sequence[tuple[NewKey, ImportedToken]], *, by: Principal | None = None
-    ) -> Sequence[Imported]:
-        """Take keys in that were made elsewhere, in one transaction, and return when every process
-        knows that there are such keys. Those that are here already stay as they are: a deleted one
-        stays deleted.
-
-        Raises:
-            InvalidValue: naming the argument at fault of one of them; nothing was taken in.
-            HashingFailed: nothing was taken in.
-            StoreUnavailable: as a rule nothing was taken in; it can be repeated.
-        """
-        if not imports:
-            return []
-        for new_key, _ in imports:
-            for error in self.validate(new_key):
-                raise error
-        now_ms, actor = self.now_ms(), self._actor(by)
-        tokens = [imported.token for _, imported in imports if imported.token is not None]
-        hashes = iter(await self._hasher.hash_all(tokens))
-        made = await asyncio.to_thread(
-            lambda: [
-                (
-                    self._imported_record(new_key, foreign, now_ms, actor.name),
-                    foreign.hash or next(hashes),
-                )
-                for new_key, foreign in imports
-            ]
-        )
-        seq, existing = await self._store.import_many(made, by=actor)
-        await self._propagation.publish(seq)
-        results = []
-        for record, _ in made:
-            key_id, is_deleted = existing.get(str(record.locator), (record.id, False))
-            results.append(Imported(key_id, key_id == record.id, is_deleted))
-        return results
-
-    async def find_imported(self, tokens: Sequence[ImportedToken]) -> Sequence[Imported]:
-        """Which of them are here already; `key_id` is empty for those that are not."""
-        existing = await self._store.keys_by_locator([foreign.locator for foreign in tokens])
-        return [
-            Imported(existing[each.locator][0], False, existing[each.locator][1])
-            if each.locator in existing
-            else Imported("")
-            for each in tokens
-        ]
-
-    def _imported_record(
-        self, new_key: NewKey, imported: ImportedToken, now_ms: int, by: str
-    ) -> KeyRecord:
-        minted = self._mint(new_key, now_ms, by).record  # for its id; its token is dropped
-        return replace(minted, partial_token=imported.partial, locator=imported.locator)
-
-    async def analyze(self) -> None:
-        """To be called when many were made: lists stay quick on a database that knows of them."""
-        await self._store.analyze()
+        hashes = await self._hasher.hash_all([each.token for each in minted])
+        rows = [(each.record, hashed) for each, hashed in zip(minted, hashes, strict=True)]
+        records, _ = await self._store.add_many(rows, by=actor)
+        return [Created(record, each.token) for record, each in zip(records, minted, strict=True)]
 
     def validate(self, new_key: NewKey) -> list[InvalidValue]:
-        """Everything that is wrong with a key to be made."""
-        return self._rules.validate(new_key, self.now_ms())
+        """Every mistake in a new key; empty if it may be created."""
+        return self._validator.validate(new_key, self.now_ms())
 
-    def _mint(self, new_key: NewKey, now_ms: int, by: str) -> Created:
-        token = self._mac_keys.mint(self._prefix, new_key.environment)
-        record = KeyRecord(
-            id=token.key_id,
-            organization_id=new_key.organization_id,
-            name=new_key.name.strip(),
-            permission=new_key.permission,
-            environment=new_key.environment,
-            partial_token=token.partial,
-            active=True,
-            organization_active=True,
-            created_at=now_ms,
-            updated_at=now_ms,
-            expires_at=new_key.expires_at,
-            metadata=serialize_metadata(new_key.metadata),
-            created_by=by,
-        )
-        return Created(record, token)
+    # Read
 
     async def list(
         self,
@@ -299,14 +192,15 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         by: Principal | None = None,
-    ) -> list[KeyRecord]:
-        """The organisation's keys in the order of their creation; deleted ones if asked for."""
-        return await self._store.list(
+    ) -> list[Key]:
+        """The organisation's keys in the order of their creation; with `deleted`, these as well."""
+        records = await self._store.list(
             organization_id,
             newest_first=newest_first,
             deleted=deleted,
             environment=_environment_of(by),
         )
+        return [Key(record) for record in records]
 
     async def page(
         self,
@@ -316,18 +210,27 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
-        idle_days: int | None = None,
+        idle: timedelta | None = None,
         by: Principal | None = None,
     ) -> Page:
-        """At most `limit` keys of that list, from where another page `next_cursor`; only those
-        that nobody has used for so many days, if that is given."""
+        """At most `limit` keys of that list.
+
+        Args:
+            organization_id: the owner.
+            limit: the size of the page.
+            newest_first: False: the oldest first.
+            deleted: True: deleted keys as well.
+            after: `next_cursor` of the page before; None: the first page.
+            idle: only keys that were not used for this long.
+            by: the caller's own key; None: an operator.
+        """
         return await self._store.page(
             organization_id,
             limit,
             newest_first=newest_first,
             deleted=deleted,
             after=after,
-            unused_since=self._days_ago(idle_days),
+            unused_since=self._unused_since_ms(idle),
             environment=_environment_of(by),
         )
 
@@ -338,24 +241,25 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         after: int | None = None,
-        idle_days: int | None = None,
+        idle: timedelta | None = None,
         by: Principal | None = None,
     ) -> AsyncIterator[Page]:
-        """That list page by page, for those that are long."""
+        """That list page by page; for long lists. The arguments are those of `page`."""
         return self._store.pages(
             organization_id,
             newest_first=newest_first,
             deleted=deleted,
             after=after,
-            unused_since=self._days_ago(idle_days),
+            unused_since=self._unused_since_ms(idle),
             environment=_environment_of(by),
         )
 
     async def get(
         self, organization_id: str, key_id: str, *, by: Principal | None = None
-    ) -> KeyRecord | None:
-        """The key, deleted or not; None where the organisation has no such key."""
-        return await self._store.get(organization_id, key_id, _environment_of(by))
+    ) -> Key | None:
+        """The key, deleted or not; None: the organisation has no such key."""
+        record = await self._store.get(organization_id, key_id, _environment_of(by))
+        return None if record is None else Key(record)
 
     async def usage(
         self,
@@ -365,167 +269,129 @@ class Keyring:
         *,
         by: Principal | None = None,
     ) -> KeyUsage | None:
-        """How often the key was let in and refused on each of the last days, today included.
+        """How often the key was allowed and refused on each of the last days, today included.
 
-        It is some seconds behind: see `usage`. None where the organisation has no such key.
+        The counts are some seconds behind. None: the organisation has no such key.
         """
         since_day = self.now_ms() // DAY_MS - days + 1
         return await self._store.usage(organization_id, key_id, since_day, _environment_of(by))
+
+    async def events(
+        self,
+        organization_id: str | None,
+        limit: int,
+        *,
+        key_id: str | None = None,
+        before: int | None = None,
+        by: Principal | None = None,
+    ) -> Sequence[AuditEvent]:
+        """The newest `limit` events of the audit log, the newest first.
+
+        Args:
+            organization_id: the owner of the keys; None: all organisations, for operators.
+            limit: at most so many.
+            key_id: only the changes of this key.
+            before: only events before the one with this id.
+            by: the caller's own key; one for another environment than `live` sees the events of
+                keys in that environment only.
+        """
+        environment = _environment_of(by)
+        return await self._store.events(organization_id, limit, key_id, before, environment)
+
+    # Change
 
     async def change(
         self,
         organization_id: str,
         key_id: str,
         *,
-        by: Principal | None = None,
-        wait: bool = True,
-        **values: Any,
-    ) -> Changed | None:
-        """Change `name`, `active`, `permission`, `expires_at` or `metadata` of a key that is not
-        deleted.
-
-        Returns:
-            the key after it, a deleted key as it is, or None where there is no such key.
-
-        Raises:
-            InvalidValue: naming the argument at fault.
-            CallerRefused: `by` is not valid any more.
-            NotPermitted: the key would have more rights than `by`, or have them for longer.
-            QuotaExceeded: as in `create`; disabling a key is never refused for that.
-            StoreUnavailable: nothing was changed.
-        """
-        if "name" in values:
-            values["name"] = validate_name(values["name"])
-        if "permission" in values:
-            self._rules.validate_permission(values["permission"])
-        if "expires_at" in values:
-            validate_expiry(values["expires_at"], self.now_ms())
-        if "metadata" in values:
-            values["metadata"] = serialize_metadata(values["metadata"])
-        return await self._change(organization_id, key_id, values, by, wait)
-
-    async def delete(
-        self,
-        organization_id: str,
-        key_id: str,
-        *,
-        reason: str | None = None,
-        descendants: bool = False,
+        name: str | Unset = UNSET,
+        active: bool | Unset = UNSET,
+        permission: str | Unset = UNSET,
+        expires_at: datetime | Unset | None = UNSET,
+        metadata: Metadata | Unset | None = UNSET,
         by: Principal | None = None,
         wait: bool = True,
     ) -> Changed | None:
-        """Revoke a key, finally. Repeating it changes nothing.
+        """Change the given fields of a key that is not deleted; the others stay as they are.
 
         Args:
-            organization_id: whose key it is.
-            key_id: which key.
-            reason: why, in up to 200 characters, for those who look at the key later.
-            descendants: revoke in the same change what the key created, what that created, and so
-                on; `count` of the result tells how many keys it was.
-            by: the caller's own key; None: the operator.
-            wait: return only when no process accepts it any more; False: right after the commit,
-                with a receipt that bounds how long it may take.
-
-        Returns:
-            the deleted key, or None where the organisation has no such key.
-
-        Raises:
-            InvalidValue: of the reason.
-            CallerRefused: `by` is not valid any more.
-            NotPermitted: `by` is the secret before a rotation.
-            StoreUnavailable: it may not have been revoked; repeat it.
-        """
-        reason, now_ms = validate_reason(reason), self.now_ms()
-        if not descendants:
-            values = {"active": False, "revoked_reason": reason, "deleted_at": now_ms}
-            return await self._change(organization_id, key_id, values, by, wait)
-        deleted = await self._store.delete_with_descendants(
-            organization_id, key_id, now_ms, reason, by=self._actor(by)
-        )
-        if deleted is None:
-            return None
-        record, count, seq = deleted
-        return Changed(record, await self._propagation.publish(seq, record, wait), count)
-
-    async def revoke_secret(
-        self,
-        record: KeyRecord,
-        secret: int,
-        *,
-        reason: str | None = None,
-        wait: bool = True,
-    ) -> Changed | None:
-        """Revoke the key of a secret that is known to others; the secret before a rotation ends
-        alone, and its key goes on.
-
-        Args:
-            record: the key.
-            secret: which of its secrets, see `secret_version_of`.
-            reason: as in `delete`.
+            organization_id: the owner.
+            key_id: the key.
+            name: as in `create`.
+            active: False: disable it until it is enabled again.
+            permission: as in `create`.
+            expires_at: as in `create`; None: it does not expire.
+            metadata: replaces all of it; None: removes it.
+            by: the caller's own key; None: an operator.
             wait: as in `delete`.
 
-        Raises:
-            InvalidValue: of the reason.
-            InvalidKeyState: the key was rotated or deleted since the record was read.
-            StoreUnavailable: as in `delete`.
-        """
-        return await self._revoke_secret(
-            record.organization_id, record.id, secret, reason, None, wait
-        )
-
-    async def revoke_own_secret(
-        self, by: Principal, *, reason: str | None = None, wait: bool = True
-    ) -> Changed | None:
-        """Revoke the key that asks, whatever its permission; asked with the secret before a
-        rotation, that secret alone.
+        Returns:
+            the changed key, a deleted key as it is, or None: the organisation has no such key.
 
         Raises:
-            InvalidValue: of the reason.
-            CallerRefused: it is not valid any more.
-            StoreUnavailable: as in `delete`.
+            InvalidValue: names the argument.
+            CallerRefused: `by` is not valid any more.
+            NotPermitted: the key would have more rights than `by`, or have them for longer.
+            QuotaExceeded: as in `create`; a key can always be disabled.
+            StoreUnavailable: nothing was changed.
         """
-        # Without a secret the store refuses the caller.
-        secret = by.secret_version or 0
-        return await self._revoke_secret(by.organization_id, by.key_id, secret, reason, by, wait)
+        values: dict[str, Any] = {}
+        if name is not UNSET:
+            values["name"] = validate_name(name)
+        if active is not UNSET:
+            values["active"] = active
+        if permission is not UNSET:
+            self._validator.validate_permission(permission)
+            values["permission"] = permission
+        if expires_at is not UNSET:
+            values["expires_at"] = validate_expiry(expires_at, self.now_ms())
+        if metadata is not UNSET:
+            values["metadata"] = serialize_metadata(metadata)
+        return await self._change(organization_id, key_id, values, by, wait)
 
-    async def _revoke_secret(
+    async def set_organization_active(
         self,
         organization_id: str,
-        key_id: str,
-        secret: int,
-        reason: str | None,
-        by: Principal | None,
-        wait: bool,
-    ) -> Changed | None:
-        reason = validate_reason(reason)
-        changed = await self._store.revoke_secret(
-            organization_id, key_id, secret, self.now_ms(), reason, by=self._actor(by)
+        active: bool,
+        *,
+        by: Principal | None = None,
+        wait: bool = True,
+    ) -> Receipt | None:
+        """Disable an organisation with all of its keys, or enable it again.
+
+        Returns:
+            the propagation of the change; None: no such organisation.
+        """
+        seq = await self._store.change_organization(
+            organization_id, self.now_ms(), active, by=self._actor(by)
         )
-        return None if changed is None else await self._propagated(changed, wait)
+        return None if seq is None else await self._propagation.publish(seq, None, wait)
+
+    # Rotate
 
     async def rotate(
         self,
         organization_id: str,
         key_id: str,
         *,
-        grace_seconds: int = 0,
+        grace: timedelta = _NO_GRACE,
         by: Principal | None = None,
         wait: bool = True,
     ) -> Rotated | None:
-        """Give a key a new secret; the one before stays good for the grace.
-
-        A secret that is still in its grace from an earlier rotation ends now.
+        """Give a key a new secret. The present one is accepted until the grace has passed; a
+        secret that is still in the grace of an earlier rotation ends now.
 
         Args:
-            organization_id: whose key it is.
-            key_id: which key; it keeps its id, its rights and all else.
-            grace_seconds: how long the present secret stays good, never beyond the key's own
-                expiry; 0: it ends with this call.
-            by: the caller's own key; None: the operator.
+            organization_id: the owner.
+            key_id: the key; it keeps its id and rights.
+            grace: how long the present secret is accepted, never beyond the key's own expiry;
+                zero: it ends with this call.
+            by: the caller's own key; None: an operator.
             wait: as in `delete`.
 
         Returns:
-            the key and its new token; None where the organisation has no such key.
+            the key and its new secret; None: the organisation has no such key.
 
         Raises:
             InvalidValue: of the grace.
@@ -533,16 +399,16 @@ class Keyring:
             NotPermitted: the key has more rights than `by`, or has them for longer.
             InvalidKeyState: the key was deleted.
             QuotaExceeded: as in `create`.
-            HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
+            HashingBusy, StoreUnavailable: it may not have been rotated; repeat the call.
         """
-        validate_grace(grace_seconds)
+        grace_ms = validate_grace(grace)
         record = await self._store.get(organization_id, key_id, _environment_of(by))
         if record is None:
             return None
         token = self._mac_keys.mint(self._prefix, record.environment, record.id)
         hashed = await self._hash(token, organization_id, by)
         now_ms = self.now_ms()
-        ends_at = now_ms + grace_seconds * 1000 if grace_seconds else None
+        ends_at = now_ms + grace_ms if grace_ms else None
         rotated = await self._store.rotate(
             organization_id, key_id, now_ms, hashed, token.partial, ends_at, by=self._actor(by)
         )
@@ -559,15 +425,14 @@ class Keyring:
         by: Principal | None = None,
         wait: bool = True,
     ) -> Changed | None:
-        """While the grace of a rotation runs: the secret before it is the key's again, and the new
-        one ends now.
+        """End the new secret during the grace of a rotation; the previous one stays.
 
         Returns:
-            the key; None where the organisation has no such key.
+            the key; None: the organisation has no such key.
 
         Raises:
             NotPermitted: as in `rotate`.
-            InvalidKeyState: no grace runs, or the key was deleted.
+            InvalidKeyState: no rotation has a grace now, or the key was deleted.
             StoreUnavailable: as in `delete`.
         """
         return await self._end_grace(organization_id, key_id, by, wait, restore_previous=True)
@@ -580,8 +445,54 @@ class Keyring:
         by: Principal | None = None,
         wait: bool = True,
     ) -> Changed | None:
-        """While the grace of a rotation runs: end it now. As `cancel_rotation`, the other way."""
+        """End the previous secret during the grace of a rotation. Returns and raises as
+        `cancel_rotation`."""
         return await self._end_grace(organization_id, key_id, by, wait, restore_previous=False)
+
+    # Revoke
+
+    async def delete(
+        self,
+        organization_id: str,
+        key_id: str,
+        *,
+        reason: str | None = None,
+        descendants: bool = False,
+        by: Principal | None = None,
+        wait: bool = True,
+    ) -> Changed | None:
+        """Revoke a key for good. Repeating the call changes nothing.
+
+        Args:
+            organization_id: the owner.
+            key_id: the key.
+            reason: up to 200 characters, stored with the key.
+            descendants: revoke the keys that it created as well, directly and indirectly, in the
+                same change; `count` of the result is the number of keys.
+            by: the caller's own key; None: an operator.
+            wait: True: return when no process accepts the key any more; False: return after the
+                commit, with a receipt that says how long the propagation may take.
+
+        Returns:
+            the deleted key, or None: the organisation has no such key.
+
+        Raises:
+            InvalidValue: of the reason.
+            CallerRefused: `by` is not valid any more.
+            NotPermitted: `by` is the secret before a rotation.
+            StoreUnavailable: it may not have been revoked; repeat the call.
+        """
+        reason, now_ms = validate_reason(reason), self.now_ms()
+        if not descendants:
+            values = {"active": False, "revoked_reason": reason, "deleted_at": now_ms}
+            return await self._change(organization_id, key_id, values, by, wait)
+        deleted = await self._store.delete_with_descendants(
+            organization_id, key_id, now_ms, reason, by=self._actor(by)
+        )
+        if deleted is None:
+            return None
+        record, count, seq = deleted
+        return Changed(record, await self._propagation.publish(seq, record, wait), count)
 
     async def revoke_all(
         self,
@@ -591,12 +502,12 @@ class Keyring:
         by: Principal | None = None,
         wait: bool = True,
     ) -> Revoked:
-        """Revoke every key of an organisation, the caller's own among them, in one change that
-        every cache takes in as one. Keys that are made afterwards are good.
+        """Revoke every key of an organisation, the caller's own included, in one change with one
+        invalidation. Keys that are created later are valid.
 
         Raises:
             InvalidValue: of the reason.
-            NotPermitted: `by` is not for live.
+            NotPermitted: `by` is not for `live`.
             StoreUnavailable: as in `delete`.
         """
         reason = validate_reason(reason)
@@ -605,45 +516,159 @@ class Keyring:
         )
         return Revoked(count, await self._propagation.publish(seq, None, wait))
 
-    async def set_organization_active(
-        self,
-        organization_id: str,
-        active: bool,
-        *,
-        by: Principal | None = None,
-        wait: bool = True,
-    ) -> Receipt | None:
-        """Disable an organisation with all of its keys, or enable it again.
+    async def revoke_own_secret(
+        self, by: Principal, *, reason: str | None = None, wait: bool = True
+    ) -> Changed | None:
+        """Revoke the caller's own key, whatever its permission. If the caller used the secret
+        before a rotation, only that secret ends.
 
-        Returns:
-            what is known of the change's spreading; None: no such organisation.
+        Raises:
+            InvalidValue: of the reason.
+            CallerRefused: `by` is not valid any more.
+            StoreUnavailable: as in `delete`.
         """
-        seq = await self._store.change_organization(
-            organization_id, self.now_ms(), active, by=self._actor(by)
-        )
-        return None if seq is None else await self._propagation.publish(seq, None, wait)
+        secret = by.secret_version or 0  # the store refuses a caller without a secret
+        return await self._revoke_secret(by.organization_id, by.key_id, secret, reason, by, wait)
 
-    async def events(
+    # For keylatch's own programs: `keylatch scan`, `keylatch keys import`
+
+    async def revoke_secret(
         self,
-        organization_id: str | None,
-        limit: int,
+        record: KeyRecord,
+        secret: int,
         *,
-        key_id: str | None = None,
-        before: int | None = None,
-        by: Principal | None = None,
-    ) -> Sequence[AuditEvent]:
-        """The audit log: at most `limit` of what was done, the newest first.
+        reason: str | None = None,
+        wait: bool = True,
+    ) -> Changed | None:
+        """Revoke the key of a leaked secret. If it is the secret before a rotation, only that
+        secret ends.
 
         Args:
-            organization_id: whose; None: everybody's, for the operator.
-            limit: at most so many.
-            key_id: only what was done to this key.
-            before: only what was done before the deed with this id.
-            by: the caller's own key; one for another environment than `live` sees what was done
-                to the keys of that environment.
+            record: the key.
+            secret: which of its secrets, see `secret_version_of`.
+            reason: as in `delete`.
+            wait: as in `delete`.
+
+        Raises:
+            InvalidValue: of the reason.
+            InvalidKeyState: the key was rotated or deleted since the record was read.
+            StoreUnavailable: as in `delete`.
         """
-        environment = _environment_of(by)
-        return await self._store.events(organization_id, limit, key_id, before, environment)
+        return await self._revoke_secret(
+            record.organization_id, record.id, secret, reason, None, wait
+        )
+
+    async def import_many(
+        self, imports: Sequence[tuple[NewKey, ImportedToken]], *, by: Principal | None = None
+    ) -> Sequence[Imported]:
+        """Import keys of another system in one transaction. Returns when no process has a negative
+        entry for one of them any more. Keys that are here already stay unchanged; a deleted one
+        stays deleted.
+
+        Raises:
+            InvalidValue: names the argument of one of them; nothing was imported.
+            HashingFailed: nothing was imported.
+            StoreUnavailable: as a rule nothing was imported; the call can be repeated.
+        """
+        if not imports:
+            return []
+        self._require_valid([new_key for new_key, _ in imports])
+        now_ms, actor = self.now_ms(), self._actor(by)
+        tokens = [imported.token for _, imported in imports if imported.token is not None]
+        hashes = iter(await self._hasher.hash_all(tokens))
+        rows = await asyncio.to_thread(
+            lambda: [
+                (
+                    self._imported_record(new_key, imported, now_ms, actor.name),
+                    imported.hash or next(hashes),
+                )
+                for new_key, imported in imports
+            ]
+        )
+        seq, existing = await self._store.import_many(rows, by=actor)
+        await self._propagation.publish(seq)
+        results = []
+        for record, _ in rows:
+            key_id, is_deleted = existing.get(str(record.locator), (record.id, False))
+            results.append(Imported(key_id, key_id == record.id, is_deleted))
+        return results
+
+    async def find_imported(self, tokens: Sequence[ImportedToken]) -> Sequence[Imported]:
+        """Which of the tokens were imported already; `key_id` is empty for the others."""
+        existing = await self._store.keys_by_locator([imported.locator for imported in tokens])
+        return [
+            Imported(existing[each.locator][0], False, existing[each.locator][1])
+            if each.locator in existing
+            else Imported("")
+            for each in tokens
+        ]
+
+    async def analyze(self) -> None:
+        """Update the database's statistics. Call it after many keys were created: without them,
+        lists of a large store are slow."""
+        await self._store.analyze()
+
+    def now_ms(self) -> int:
+        """The store's time, in milliseconds since the epoch."""
+        return self._now_ms()
+
+    # Steps
+
+    def _require_valid(self, new_keys: Sequence[NewKey]) -> None:
+        for new_key in new_keys:
+            for error in self.validate(new_key):
+                raise error
+
+    def _mint(self, new_key: NewKey, now_ms: int, by: str) -> Created:
+        token = self._mac_keys.mint(self._prefix, new_key.environment)
+        record = KeyRecord(
+            id=token.key_id,
+            organization_id=new_key.organization_id,
+            name=new_key.name.strip(),
+            permission=new_key.permission,
+            environment=new_key.environment,
+            partial_token=token.partial,
+            active=True,
+            organization_active=True,
+            created_at=now_ms,
+            updated_at=now_ms,
+            expires_at=validate_expiry(new_key.expires_at, now_ms),
+            metadata=serialize_metadata(new_key.metadata),
+            created_by=by,
+        )
+        return Created(record, token)
+
+    def _imported_record(
+        self, new_key: NewKey, imported: ImportedToken, now_ms: int, by: str
+    ) -> KeyRecord:
+        minted = self._mint(new_key, now_ms, by).record  # for its id; its token is dropped
+        return replace(minted, partial_token=imported.partial, locator=imported.locator)
+
+    async def _hash(
+        self, token: Token, organization_id: str, by: Principal | None, new_keys: int = 0
+    ) -> str:
+        """The hash of a new token. For callers with a key, the quotas are checked before the hash
+        is computed, and an organisation may only compute a few hashes at a time."""
+        if by is None:
+            return await self._hasher.hash(token)
+        async with self._limit.slot(organization_id):
+            await self._store.check_quota(
+                organization_id, self.now_ms(), self._quotas, new_keys=new_keys
+            )
+            return await self._hasher.hash(token)
+
+    async def _change(
+        self,
+        organization_id: str,
+        key_id: str,
+        values: dict[str, Any],
+        by: Principal | None,
+        wait: bool,
+    ) -> Changed | None:
+        changed = await self._store.change(
+            organization_id, key_id, self.now_ms(), values, by=self._actor(by)
+        )
+        return None if changed is None else await self._propagated(changed, wait)
 
     async def _end_grace(
         self,
@@ -659,16 +684,18 @@ class Keyring:
         )
         return None if changed is None else await self._propagated(changed, wait)
 
-    async def _change(
+    async def _revoke_secret(
         self,
         organization_id: str,
         key_id: str,
-        values: dict[str, Any],
+        secret: int,
+        reason: str | None,
         by: Principal | None,
         wait: bool,
     ) -> Changed | None:
-        changed = await self._store.change(
-            organization_id, key_id, self.now_ms(), values, by=self._actor(by)
+        reason = validate_reason(reason)
+        changed = await self._store.revoke_secret(
+            organization_id, key_id, secret, self.now_ms(), reason, by=self._actor(by)
         )
         return None if changed is None else await self._propagated(changed, wait)
 
@@ -676,30 +703,13 @@ class Keyring:
         record, seq = changed
         return Changed(record, await self._propagation.publish(seq, record, wait))
 
-    async def _hash(
-        self, token: Token, organization_id: str, by: Principal | None, new_keys: int = 0
-    ) -> str:
-        """The hash of a new token. One that would be refused afterwards is not hashed, and of those
-        that keys ask for an organisation has only some at a time."""
-        if by is None:
-            return await self._hasher.hash(token)
-        async with self._limit.slot(organization_id):
-            await self._store.check_quota(
-                organization_id, self.now_ms(), self._quotas, new_keys=new_keys
-            )
-            return await self._hasher.hash(token)
-
     def _actor(self, by: Principal | None) -> Actor:
-        if by is None:  # operators have no limits
+        if by is None:  # operators have no quotas
             return Actor(self._operator)
         return Actor(by.key_id, by, self.now_ms, self._quotas)
 
-    def _days_ago(self, days: int | None) -> int | None:
-        return None if days is None else self.now_ms() - days * DAY_MS
-
-    def now_ms(self) -> int:
-        """The store's time, in milliseconds since the epoch."""
-        return self._now_ms()
+    def _unused_since_ms(self, idle: timedelta | None) -> int | None:
+        return None if idle is None else self.now_ms() - idle // timedelta(milliseconds=1)
 
 
 def _environment_of(by: Principal | None) -> str | None:

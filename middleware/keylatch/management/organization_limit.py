@@ -1,4 +1,4 @@
-"""How much of what all organisations share one of them may use at the same time (a bulkhead)."""
+"""A limit on the concurrent work of each organisation (a bulkhead)."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,27 +6,32 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from keylatch.core.validation import QuotaExceeded
+from keylatch.errors import QuotaExceeded
 
 _RETRY_AFTER_SECONDS: Final = 1
 
 
 @dataclass(slots=True)
 class _Slots:
-    """Of one organisation: who works or waits, and the places for those that work."""
+    """The work of one organisation.
+
+    Args:
+        semaphore: held by the work that runs.
+        count: work that runs or waits.
+    """
 
     semaphore: asyncio.Semaphore
     count: int = 0
 
 
 class OrganizationLimit:
-    """Some pieces of work of an organisation at once, some more that wait their turn, and no more.
+    """Lets each organisation do a few things at a time, and a few more wait.
 
     It belongs to one event loop.
 
     Args:
-        max_active: under way at the same time, for each organisation.
-        max_waiting: how many more may wait, for each organisation.
+        max_active: running at the same time, for each organisation.
+        max_waiting: waiting at the same time, for each organisation.
     """
 
     def __init__(self, max_active: int, max_waiting: int) -> None:
@@ -36,10 +41,10 @@ class OrganizationLimit:
 
     @asynccontextmanager
     async def slot(self, organization_id: str) -> AsyncIterator[None]:
-        """`async with limit.slot("acme"): …` waits until it is the organisation's turn.
+        """`async with limit.slot("acme"): …` waits until the organisation has a free slot.
 
         Raises:
-            QuotaExceeded: too many of the organisation wait already.
+            QuotaExceeded: too much work of the organisation waits already.
         """
         slots = self._slots.get(organization_id) or _Slots(asyncio.Semaphore(self._max_active))
         if slots.count >= self._limit:

@@ -1,45 +1,31 @@
-"""The store's own secrets and how they change while everybody works: the keys of the tokens' keyed
-check, and the peppers of the shared cache.
+"""The store's own secrets and their rotation: MAC keys for tokens, peppers for the shared cache.
 
-The law of this file: nothing is made with a secret before every process knows that it exists. So a
-rotation is two changes. The first adds the secret, which nothing is made with, and waits as a
-revoke does, until no process decides without having heard of it. Whoever has heard of it reads the
-secrets again before it refuses a token as made by nobody. The second change has it make whatever is
-new. What was made with its predecessor is read until that is retired.
+The law of this file: no process creates anything with a secret before every process knows that
+secret. So a rotation is two changes. The first adds a pending secret, which creates nothing, and
+waits as a revoke does, until no process decides without knowing of it. A process that knows of it
+reloads its secrets before it rejects a token as forged. The second change makes the secret primary:
+it creates everything new. What its predecessor created is accepted until that is retired.
 
-A rotation that was cut off in between is finished by the next one.
+The next rotation finishes one that was interrupted between the two changes.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from keylatch.caches.shared_cache import TTL_SECONDS
+from keylatch.errors import SecretInUse
 from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.storage.audit import OPERATOR
 from keylatch.storage.secrets import KINDS, SecretInfo
 from keylatch.storage.store import Store
 
 SHARED_CACHE_SECONDS: Final = TTL_SECONDS
-"""How long values live in the shared cache, and how long a process may still be about to make
-something with what it knew before: so long a secret that was replaced has to stay."""
-
-
-class SecretInUse(Exception):
-    """A secret that is needed cannot be retired.
-
-    Args:
-        message: why.
-        hint: what to do instead.
-    """
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+"""How long a value lives in the shared cache, and how long a process may still create something
+with the secrets that it loaded before: a replaced secret has to stay for this long."""
 
 
 class StoreSecrets:
-    """The secrets of an opened store; it never shows one.
+    """The secrets of an opened store. No method returns a secret itself.
 
     Args:
         store: whose secrets.
@@ -58,17 +44,17 @@ class StoreSecrets:
         self._clock = clock
 
     async def list(self) -> Sequence[SecretInfo]:
-        """What there is to know of them, newest first."""
+        """The id, kind and status of each secret, newest first."""
         return await self._store.list_secrets()
 
     async def rotate(self, kinds: Sequence[str] = KINDS, *, by: str = OPERATOR) -> Receipt:
-        """Make everything of these kinds with new secrets from now on.
+        """Replace the primary secret of these kinds.
 
         Returns:
-            what is known of the second change's spreading.
+            the propagation of the second change.
 
         Raises:
-            StoreUnavailable: repeat it; it goes on where it was.
+            StoreUnavailable: repeat the call; it continues where it was interrupted.
         """
         await self._propagation.publish(
             await self._store.add_pending_secrets(kinds, self._now_ms(), by=by)
@@ -78,8 +64,8 @@ class StoreSecrets:
         )
 
     async def count_dependent_keys(self, secret_id: int) -> int:
-        """How many live keys have a token that was probably made with it, or with an older one:
-        those from before its successor. 0 for a pepper, which no key depends on.
+        """How many live keys have a token that this MAC key, or an older one, probably signed:
+        those from before its successor became primary. 0 for a pepper; no key depends on it.
 
         Raises:
             SecretInUse: see `retire`.
@@ -90,12 +76,14 @@ class StoreSecrets:
         return await self._store.count_issued_before(successor.status_since, self._now_ms())
 
     async def retire(self, secret_id: int, *, by: str = OPERATOR) -> Receipt:
-        """Delete a secret that was replaced. Tokens whose check was made with it are strangers'
-        from then on; a process that remembers such a key may let it in until it forgets it.
+        """Delete a secret that was replaced. Tokens that it signed are rejected as forged from then
+        on; a process that has such a key in its local cache may accept it until the entry is
+        evicted.
 
         Raises:
-            SecretInUse: there is none, it is still of use, or it was until a moment ago.
-            StoreUnavailable: repeat it.
+            SecretInUse: there is no such secret, it is still needed, or it was replaced less than
+                `SHARED_CACHE_SECONDS` ago.
+            StoreUnavailable: repeat the call.
         """
         await self._find_retirable(secret_id)
         seq = await self._store.retire_secret(
@@ -106,7 +94,7 @@ class StoreSecrets:
         return await self._propagation.publish(seq)
 
     async def _find_retirable(self, secret_id: int) -> tuple[SecretInfo, SecretInfo]:
-        """A secret that may go, and the one that came after it."""
+        """A secret that may be deleted, and its successor."""
         by_id = {secret.id: secret for secret in await self._store.list_secrets()}
         secret = by_id.get(secret_id)
         if secret is None:

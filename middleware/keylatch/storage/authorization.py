@@ -31,12 +31,11 @@ from keylatch.core.decisions import (
     unusable_reason,
 )
 from keylatch.core.validation import (
-    CallerRefused,
-    NotPermitted,
     check_may_grant,
     check_may_grant_until,
     has_access_to_environment,
 )
+from keylatch.errors import CallerRefused, NotPermitted
 from keylatch.storage.database import Contended
 from keylatch.storage.queries import SELECT_RECORDS, record_of
 from keylatch.storage.quotas import Quotas

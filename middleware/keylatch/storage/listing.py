@@ -12,6 +12,7 @@ from sqlalchemy import (
 )
 
 from keylatch.core.decisions import KeyRecord
+from keylatch.core.keys import Key
 from keylatch.storage.queries import SELECT_RECORDS, record_of
 from keylatch.storage.schema import keys
 
@@ -24,6 +25,11 @@ class Page:
 
     records: list[KeyRecord]
     next_cursor: int | None
+
+    @property
+    def keys(self) -> list[Key]:
+        """The keys of this page."""
+        return [Key(record) for record in self.records]
 
 
 @dataclass(frozen=True, slots=True)

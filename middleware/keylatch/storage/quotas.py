@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Select, case, func, literal, select
 
-from keylatch.core.validation import QuotaExceeded
+from keylatch.errors import QuotaExceeded
 from keylatch.storage.schema import audit, keys
 
 HOUR_MS: Final = 3_600_000

@@ -8,7 +8,8 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, case, func, literal, select, update
 
 from keylatch.core.decisions import FULL, KeyRecord, secret_version_of
-from keylatch.core.validation import LIVE, InvalidKeyState
+from keylatch.core.validation import LIVE
+from keylatch.errors import InvalidKeyState
 from keylatch.storage.audit import record_event, record_events
 from keylatch.storage.authorization import (
     Actor,

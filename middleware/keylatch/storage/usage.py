@@ -10,6 +10,8 @@ A day is one of UTC, as the number of days since the epoch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date as calendar_date
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -26,6 +28,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keylatch.core.decisions import KeyRecord
+from keylatch.core.keys import Key
+from keylatch.core.timestamps import datetime_of
 from keylatch.storage.changes import record_last_used
 from keylatch.storage.listing import get_key
 from keylatch.storage.schema import NO_ID, clients, usage
@@ -49,12 +53,17 @@ class Client:
     Args:
         address: a network, such as `192.0.2.0/24` or `2001:db8:7::/48`; None: not known.
         agent: the product's name, such as `curl`; None: not known.
-        seen_at: milliseconds since the epoch.
+        seen_at_ms: milliseconds since the epoch.
     """
 
     address: str | None
     agent: str | None
-    seen_at: int
+    seen_at_ms: int
+
+    @property
+    def seen_at(self) -> datetime:
+        """When it was seen."""
+        return datetime_of(self.seen_at_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +90,14 @@ class DayUsage:
     """The uses of a key on one day; a reason that never came has no entry."""
 
     day: int
+    """Days since the Unix epoch (UTC)."""
     allowed: int
     refused: Mapping[str, int]
+
+    @property
+    def date(self) -> calendar_date:
+        """The day (UTC)."""
+        return datetime_of(self.day * DAY_MS).date()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,11 @@ class KeyUsage:
     record: KeyRecord
     days: list[DayUsage]
     client: Client | None
+
+    @property
+    def key(self) -> Key:
+        """The key."""
+        return Key(self.record)
 
 
 def add_batch(connection: Connection, last_used: Mapping[str, int], batch: UsageBatch) -> None:
@@ -117,7 +137,12 @@ def add_batch(connection: Connection, last_used: Mapping[str, int], batch: Usage
             counts,
         )
     seen = [
-        {"key_id": key_id, "network": each.address, "product": each.agent, "seen_at": each.seen_at}
+        {
+            "key_id": key_id,
+            "network": each.address,
+            "product": each.agent,
+            "seen_at": each.seen_at_ms,
+        }
         for key_id, each in sorted(batch.clients.items())
     ]
     if seen:

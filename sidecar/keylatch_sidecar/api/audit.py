@@ -58,7 +58,7 @@ def describe(event: AuditEvent) -> AuditEntry:
     """An audit event for a response body."""
     return AuditEntry(
         id=event.id,
-        at=iso(event.at),
+        at=iso(event.at_ms),
         actor=event.actor,
         action=event.action,
         organization_id=event.organization_id,

@@ -8,14 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.decisions import Deny
-from keylatch.core.validation import (
+from keylatch.errors import (
     CallerRefused,
     InvalidKeyState,
     InvalidValue,
+    KeylatchError,
     NotPermitted,
     QuotaExceeded,
 )
-from keylatch.errors import KeylatchError
 from keylatch_sidecar.api.access import engine_of
 from keylatch_sidecar.api.errors import (
     InvalidInput,

@@ -26,9 +26,8 @@ from starlette.responses import Response
 from keylatch.authentication.lookup import Owner
 from keylatch.core import credentials
 from keylatch.core.tokens import Token, is_native
-from keylatch.core.validation import InvalidKeyState
 from keylatch.engine import Engine
-from keylatch.errors import HashingFailed, KeylatchError, StoreUnavailable
+from keylatch.errors import HashingFailed, InvalidKeyState, KeylatchError, StoreUnavailable
 from keylatch.management.keyring import Keyring
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch_sidecar.api import request_body, unsent

@@ -15,6 +15,7 @@ import asyncio
 import base64
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Final
 from urllib.parse import urlencode
@@ -55,13 +56,14 @@ async def list_response(
         StoreUnavailable: nothing was sent yet.
     """
     limit, after = read_all(request, LIMIT, CURSORS[newest_first])
+    idle = None if idle_days is None else timedelta(days=idle_days)
     page = await keyring.page(
         by.organization_id,
         limit or PAGE_SIZE,
         newest_first=newest_first,
         deleted=deleted,
         after=after,
-        idle_days=idle_days,
+        idle=idle,
         by=by,
     )
     position = page.next_cursor
@@ -76,7 +78,7 @@ async def list_response(
         newest_first=newest_first,
         deleted=deleted,
         after=position,
-        idle_days=idle_days,
+        idle=idle,
         by=by,
     )
     return _StreamedArray(_array(page, rest, describe), request)

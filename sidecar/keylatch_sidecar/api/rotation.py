@@ -10,7 +10,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from keylatch.core.validation import MAX_GRACE_SECONDS
+from keylatch.core.validation import MAX_GRACE_SECONDS, grace_of
 from keylatch_sidecar.api import receipts, request_body
 from keylatch_sidecar.api.access import authenticate_any, authenticate_manager
 from keylatch_sidecar.api.dialects import errors_in
@@ -56,7 +56,7 @@ class Rotation(HTTPEndpoint):
             await keyring.rotate(
                 caller.organization_id,
                 key_id(request),
-                grace_seconds=body.grace_seconds,
+                grace=grace_of(body.grace_seconds),
                 by=caller,
                 wait=waits_for_propagation(request),
             )

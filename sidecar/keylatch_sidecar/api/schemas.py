@@ -132,8 +132,3 @@ def iso(milliseconds: int) -> str:
     """ISO 8601 in UTC with milliseconds and `Z`, from milliseconds since the epoch."""
     instant = _EPOCH + timedelta(milliseconds=milliseconds)
     return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def milliseconds_of(instant: datetime | None) -> int | None:
-    """Milliseconds since the epoch."""
-    return None if instant is None else (instant - _EPOCH) // timedelta(milliseconds=1)

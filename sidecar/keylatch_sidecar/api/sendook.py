@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.decisions import KeyRecord
-from keylatch.management.keyring import InvalidValue
+from keylatch.errors import InvalidValue
 from keylatch_sidecar.api import pagination, parameters, receipts, request_body
 from keylatch_sidecar.api.access import authenticate_manager
 from keylatch_sidecar.api.dialects import errors_in
@@ -115,8 +115,8 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await authenticate_manager(request)
-        record = await keyring.get(caller.organization_id, key_id(request), by=caller)
-        return JSON(_key(found(record)))
+        key = await keyring.get(caller.organization_id, key_id(request), by=caller)
+        return JSON(_key(found(key).record))
 
     @errors_in(render_error)
     async def delete(self, request: Request) -> Response:

@@ -10,7 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keylatch.core.decisions import FULL, KeyRecord
-from keylatch.core.validation import InvalidValue, expiry_after
+from keylatch.core.timestamps import datetime_of
+from keylatch.core.validation import expiry_after
+from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Changed
 from keylatch_sidecar.api import pagination, parameters, receipts, request_body
 from keylatch_sidecar.api.access import authenticate_manager, engine_of
@@ -29,7 +31,6 @@ from keylatch_sidecar.api.schemas import (
     Scalar,
     common_fields,
     iso,
-    milliseconds_of,
 )
 
 
@@ -164,7 +165,7 @@ class Keys(HTTPEndpoint):
             metadata=body.metadata,
             by=caller,
         )
-        return JSON(CreatedKey(token=created.token.reveal(), **fields_of(created.record)))
+        return JSON(CreatedKey(token=created.secret, **fields_of(created.record)))
 
 
 class OneKey(HTTPEndpoint):
@@ -174,8 +175,8 @@ class OneKey(HTTPEndpoint):
     async def get(self, request: Request) -> Response:
         """Show a key, deleted or not."""
         caller, keyring = await authenticate_manager(request)
-        record = await keyring.get(caller.organization_id, key_id(request), by=caller)
-        return JSON(describe(found(record)))
+        key = await keyring.get(caller.organization_id, key_id(request), by=caller)
+        return JSON(describe(found(key).record))
 
     @errors_in(render_error)
     async def patch(self, request: Request) -> Response:
@@ -223,13 +224,12 @@ def revoked_response(changed: Changed, *, waited: bool, with_count: bool = False
     return receipts.revocation_response(content, changed.receipt, waited=waited)
 
 
-def _expiry_of(request: Request, instant: datetime | None, duration: str | None) -> int | None:
-    """The expiry in milliseconds since the epoch."""
+def _expiry_of(request: Request, instant: datetime | None, duration: str | None) -> datetime | None:
     if duration is None:
-        return milliseconds_of(instant)
+        return instant
     if instant is not None:
         raise InvalidValue("expiresIn", "cannot be combined with expiresAt")
-    return expiry_after(duration, engine_of(request).now_ms())
+    return datetime_of(expiry_after(duration, engine_of(request).now_ms()))
 
 
 def describe(record: KeyRecord) -> Key:

@@ -1,7 +1,6 @@
 """`/v1/api-keys/{id}/usage`: how often a key was allowed and refused, by day."""
 
 from collections import Counter
-from datetime import date
 from typing import Final
 
 from starlette.endpoints import HTTPEndpoint
@@ -17,7 +16,6 @@ from keylatch_sidecar.api.schemas import JSON, ResponseBody, iso
 from keylatch_sidecar.api.unsent import render_error
 
 DEFAULT_DAYS: Final = 30
-_EPOCH: Final = date(1970, 1, 1).toordinal()
 
 
 class UsageTotals(ResponseBody):
@@ -83,9 +81,8 @@ def describe(usage: KeyUsage) -> KeyUsageReport:
 
 
 def _day(day: DayUsage) -> DailyUsage:
-    iso_date = date.fromordinal(_EPOCH + day.day).isoformat()
-    return DailyUsage(day=iso_date, allowed=day.allowed, refused=dict(day.refused))
+    return DailyUsage(day=day.date.isoformat(), allowed=day.allowed, refused=dict(day.refused))
 
 
 def _client(client: Client) -> LastClient:
-    return LastClient(address=client.address, agent=client.agent, seen_at=iso(client.seen_at))
+    return LastClient(address=client.address, agent=client.agent, seen_at=iso(client.seen_at_ms))

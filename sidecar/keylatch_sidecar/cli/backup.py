@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
+from keylatch.errors import BackupError
 from keylatch.settings import Settings
 from keylatch.storage.store import file_of
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import Given, setting_options
 from keylatch_sidecar.cli.session import account
 from keylatch_sidecar.operations.backup import (
-    BackupError,
     RestoreReport,
     create_backup,
     restore_backup,

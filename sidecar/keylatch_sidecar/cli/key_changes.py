@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from keylatch.core.decisions import KeyRecord
-from keylatch.core.validation import InvalidValue, parse_duration_ms
+from keylatch.core.validation import grace_of, parse_duration_ms
+from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Changed, Keyring, Rotated
 from keylatch.settings import Settings
 from keylatch_sidecar.api.receipts import revocation
@@ -42,12 +43,12 @@ def rotate(
 
     async def run(keyring: Keyring, record: KeyRecord) -> Rotated | None:
         seconds = 0 if grace == "0" else parse_duration_ms(grace, "--grace") // 1000
-        return await keyring.rotate(record.organization_id, record.id, grace_seconds=seconds)
+        return await keyring.rotate(record.organization_id, record.id, grace=grace_of(seconds))
 
     rotated = with_key(Settings.load(**given), key_id, organization, run)
     key = output.as_json(rotated.record)
     if as_json:
-        output.print_json(key | {"token": rotated.token.reveal()})
+        output.print_json(key | {"token": rotated.secret})
         return
     output.print_token(rotated.token)
     ends = key["previous"]["expiresAt"] if key["previous"] else None

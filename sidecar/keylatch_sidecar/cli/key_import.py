@@ -16,6 +16,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from keylatch.core.decisions import FULL
+from keylatch.core.timestamps import milliseconds_of
 from keylatch.core.validation import LIVE
 from keylatch.management.keyring import Imported, Keyring, NewKey
 from keylatch.settings import Settings
@@ -208,12 +209,13 @@ def _print_imported(batch: ImportedBatch, new: str) -> None:
 
 
 def _key_fields(key: NewKey) -> dict[str, Any]:
+    expires_at = milliseconds_of(key.expires_at, "expiresAt")
     return {
         "name": key.name.strip(),
         "organizationId": key.organization_id,
         "permission": key.permission,
         "environment": key.environment,
-        "expiresAt": key.expires_at and iso(key.expires_at),
+        "expiresAt": None if expires_at is None else iso(expires_at),
     }
 
 

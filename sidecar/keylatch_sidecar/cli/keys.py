@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sys
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -82,9 +83,11 @@ def list_keys(
         output.fail(message, f"ids match {ORGANIZATION_PATTERN}", output.ERROR)
     write = output.print_json_of if as_json else output.print_table_of
 
+    idle_time = None if idle is None else timedelta(days=idle)
+
     async def run(keyring: Keyring) -> None:
         is_first, remaining = True, limit or sys.maxsize
-        async for page in keyring.pages(organization, idle_days=idle):
+        async for page in keyring.pages(organization, idle=idle_time):
             records = page.records[:remaining]
             remaining -= len(records)
             is_last = remaining == 0 or page.next_cursor is None

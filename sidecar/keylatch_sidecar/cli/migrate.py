@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from keylatch.errors import KeylatchError
+from keylatch.errors import OperationalError
 from keylatch.settings import Settings
 from keylatch.storage.migrations import Step, steps_after
 from keylatch.storage.schema import VERSION
@@ -44,7 +44,7 @@ def migrate(
         if steps:
             took = asyncio.run(_upgrade(settings.store))
             output.stderr.print(f"The store is at version {VERSION} now ({took:.1f} s).")
-    except KeylatchError as error:
+    except OperationalError as error:
         output.fail(error.message, error.hint, output.ERROR)
 
 

@@ -21,10 +21,12 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from keylatch._variables import variable_name
-from keylatch.core.validation import InvalidValue, Scalar, expiry_after
+from keylatch.core.keys import Scalar
+from keylatch.core.timestamps import datetime_of
+from keylatch.core.validation import expiry_after
+from keylatch.errors import InvalidValue
 from keylatch_sidecar.api.parameters import MAX_IDLE_DAYS, MAX_USAGE_DAYS
 from keylatch_sidecar.api.schemas import Instant
-from keylatch_sidecar.api.schemas import milliseconds_of as milliseconds_of_instant
 
 Given = dict[str, str | None]
 """Settings from the command line by name; None: not given, so the environment decides."""
@@ -160,8 +162,8 @@ JSONOption = Annotated[bool, typer.Option("--json", help="Write JSON to standard
 _INSTANT: TypeAdapter[datetime] = TypeAdapter(Instant)
 
 
-def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> int | None:
-    """When a key expires, in milliseconds since the epoch; None: neither option was given.
+def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> datetime | None:
+    """When a key expires; None: neither option was given.
 
     Raises:
         InvalidValue: both were given, or the value is malformed.
@@ -169,11 +171,11 @@ def expiry_of(now_ms: int, expires_in: str | None, expires_at: str | None) -> in
     if expires_in is not None:
         if expires_at is not None:
             raise InvalidValue("--expires-in", "cannot be combined with --expires-at")
-        return expiry_after(expires_in, now_ms, "--expires-in")
+        return datetime_of(expiry_after(expires_in, now_ms, "--expires-in"))
     if expires_at is None:
         return None
     try:
-        return milliseconds_of_instant(_INSTANT.validate_python(expires_at))
+        return _INSTANT.validate_python(expires_at)
     except ValidationError:
         raise InvalidValue("--expires-at", "must be an ISO 8601 time with an offset") from None
 

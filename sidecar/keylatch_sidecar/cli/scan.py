@@ -20,9 +20,8 @@ from sqlalchemy.engine import make_url
 
 from keylatch.core.decisions import KeyRecord, Reason, unusable_reason
 from keylatch.core.tokens import Token, redact_tokens
-from keylatch.core.validation import InvalidKeyState
 from keylatch.engine import Engine
-from keylatch.errors import HashingBusy, HashingFailed, KeylatchError
+from keylatch.errors import HashingBusy, HashingFailed, InvalidKeyState, OperationalError
 from keylatch.settings import Settings
 from keylatch_sidecar.api import leaks
 from keylatch_sidecar.cli import output
@@ -153,7 +152,7 @@ def _look_up_all(
 
     try:
         asyncio.run(run())
-    except KeylatchError as error:
+    except OperationalError as error:
         output.print_error(error.message, error.hint)
     return results
 

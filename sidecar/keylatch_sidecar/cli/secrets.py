@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keylatch.engine import Engine
-from keylatch.management.store_secrets import SecretInUse
+from keylatch.errors import SecretInUse
 from keylatch.revocation.propagation import Receipt
 from keylatch.settings import Settings
 from keylatch.storage.secrets import KINDS, SecretInfo

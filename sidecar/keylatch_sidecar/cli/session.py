@@ -10,9 +10,8 @@ from typing import Final, TypeVar
 
 from keylatch.authentication.hashing import Hasher
 from keylatch.core.decisions import KeyRecord
-from keylatch.core.validation import InvalidKeyState, InvalidValue
 from keylatch.engine import Engine
-from keylatch.errors import KeylatchError
+from keylatch.errors import InvalidKeyState, InvalidValue, OperationalError
 from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
 from keylatch.storage.store import NotFound
@@ -38,7 +37,7 @@ def with_engine(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T
 
     try:
         return asyncio.run(run())
-    except KeylatchError as error:
+    except OperationalError as error:
         output.fail(error.message, error.hint, output.ERROR)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from keylatch.core.imported_tokens import ImportedToken
-from keylatch.errors import KeylatchError
-from keylatch.management.keyring import Created, Imported, InvalidValue, Keyring, NewKey
+from keylatch.errors import InvalidValue, KeylatchError
+from keylatch.management.keyring import Created, Imported, Keyring, NewKey
 from keylatch_sidecar.importing.file import NumberedKey
 
 

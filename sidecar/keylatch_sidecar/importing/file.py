@@ -17,7 +17,8 @@ from typing import Any, Final, TextIO
 from keylatch.core.decisions import FULL
 from keylatch.core.imported_tokens import ImportedToken
 from keylatch.core.tokens import redact_tokens
-from keylatch.core.validation import LIVE, InvalidValue, NewKey
+from keylatch.core.validation import LIVE, NewKey
+from keylatch.errors import InvalidValue
 from keylatch_sidecar.api import request_body, schemas
 from keylatch_sidecar.api.errors import InvalidInput, Problem, invalid_input
 from keylatch_sidecar.importing import external_keys
@@ -195,7 +196,7 @@ def _new_key(row: Row, defaults: Defaults) -> NewKey:
         row.name,
         sys.intern(_value_or_default(row.permission, defaults.permission)),
         sys.intern(_value_or_default(row.environment, defaults.environment)),
-        schemas.milliseconds_of(row.expires_at),
+        row.expires_at,
     )
 
 

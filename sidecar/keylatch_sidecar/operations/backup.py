@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from keylatch.errors import BackupError
 from keylatch.storage.schema import VERSION
 from keylatch.storage.store import Store
 from keylatch.storage.store_file import StoreFile, create_private
@@ -36,20 +37,6 @@ _INSERT_AUDIT_EVENT: Final = """
     INSERT INTO keylatch_audit (at, actor, action, details) VALUES (?, ?, 'store.restore', ?)
 """
 _DISABLED_ORGANIZATIONS: Final = "SELECT id FROM keylatch_organizations WHERE NOT active"
-
-
-class BackupError(Exception):
-    """The file cannot be copied or restored; nothing was changed.
-
-    Args:
-        message: why.
-        hint: what to do instead.
-    """
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
