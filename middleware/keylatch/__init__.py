@@ -3,12 +3,12 @@
 Public are the names in `__all__` and the modules in this folder whose names have no underscore;
 `docs/public-api.md` lists them. Everything else may change without notice.
 
-A name is imported from its module when it is first used, so that `import keylatch` and the
-middlewares do not load what they do not need.
+A name is imported from its module when it is first used (PEP 562), so that `import keylatch` and
+the middlewares do not load what they do not need.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from keylatch.adapters.sync_keyring import SyncKeyring
@@ -145,14 +145,13 @@ _MODULE_OF = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module 'keylatch' has no attribute {name!r}")
-    value = getattr(import_module(f"keylatch.{module}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would accept every name
 
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"keylatch.{_MODULE_OF[name]}"), name)
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

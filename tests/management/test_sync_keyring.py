@@ -1,8 +1,10 @@
 """`SyncKeyring`, the keyring for threads: every method is that of `Keyring`, on another thread."""
 
 import inspect
+import re
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,14 @@ def methods(keyring: type[Any]) -> dict[str, inspect.Signature]:
 
 def parameters(signature: inspect.Signature) -> list[inspect.Parameter]:
     return list(signature.parameters.values())[1:]
+
+
+def test_the_page_of_the_public_api_lists_the_methods() -> None:
+    """All that both keyrings have."""
+    page = (Path(__file__).parents[2] / "docs/public-api.md").read_text()
+    table = page.partition("| method |")[2].partition("\n\n")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == methods(SyncKeyring).keys() - {"close"}
 
 
 @pytest.fixture
