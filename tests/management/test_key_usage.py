@@ -27,7 +27,7 @@ KEYS = "/v1/api-keys"
 
 
 @pytest.mark.long
-def test_uses_are_told_day_by_day(sidecar: Sidecar, client: httpx.Client) -> None:
+def test_uses_are_reported_by_day(sidecar: Sidecar, client: httpx.Client) -> None:
     """The calls with a key, with some seconds' delay; another key's are its own."""
     organization = client.get(KEYS).json()[0]["organizationId"]
     key = sidecar.create(organization, "ci", permission="SENDING")
@@ -235,7 +235,7 @@ def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: str
 
 
 @pytest.mark.long
-def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
+def test_the_last_client_of_a_key_is_reported(clock: Clock, store_url: str) -> None:
     """Of the sidecar's own callers; a proxy's request has no client information."""
     with sidecar_on(store_url, clock, clients="on") as sidecar:
         admin_key, used = sidecar.create("acme", "admin_key"), sidecar.create("acme", "used")
