@@ -27,7 +27,7 @@ KEYS = "/v1/api-keys"
 
 
 @pytest.mark.long
-def test_uses_are_told_day_by_day(sidecar: Sidecar, client: httpx.Client) -> None:
+def test_uses_are_reported_by_day(sidecar: Sidecar, client: httpx.Client) -> None:
     """The calls with a key, with some seconds' delay; another key's are its own."""
     organization = client.get(KEYS).json()[0]["organizationId"]
     key = sidecar.create(organization, "ci", permission="SENDING")

@@ -33,7 +33,7 @@ async def holder(engine: Engine, permission: str, environment: str = "live") -> 
     return principal_of(changed[0])
 
 
-async def test_a_created_key_is_what_was_asked_for(keyring: Keyring, clock: Clock) -> None:
+async def test_a_created_key_has_the_requested_fields(keyring: Keyring, clock: Clock) -> None:
     """Everything given is kept, and the token's parts say the same as the record."""
     expires_at = int(clock() * 1000) + 1
     created = await keyring.create(

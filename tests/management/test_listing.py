@@ -86,7 +86,7 @@ def without_uses(answer: httpx.Response) -> str:
     return re.sub('"lastUsed":("[^"]*"|null)', "", answer.text)
 
 
-def test_a_link_keeps_what_was_asked(client: httpx.Client) -> None:
+def test_a_link_keeps_the_query(client: httpx.Client) -> None:
     """Deleted keys stay included on the next page; nothing that is not ours is repeated."""
     created(client, 3)
     for key in client.get(UNSENT).json()[:2]:

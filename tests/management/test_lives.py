@@ -66,9 +66,7 @@ class TestRotation:
         now = iso(int(sidecar.clock() * 1000))
         assert names["is_safe_to_finish"](client, key["id"], now)
 
-    def test_the_grace_is_a_day_unless_told_otherwise(
-        self, client: httpx.Client, sidecar: Sidecar
-    ) -> None:
+    def test_the_grace_is_a_day_by_default(self, client: httpx.Client, sidecar: Sidecar) -> None:
         """Without a body, too."""
         key = created(client)
         previous = client.post(f"{KEYS}/{key['id']}/rotate").json()["previous"]

@@ -301,7 +301,7 @@ class TestCosts:
         await second.stop()
 
 
-async def test_it_is_told_which_secret_was_used_when(engine: Engine, clock: Clock) -> None:
+async def test_the_last_use_of_each_secret_is_shown(engine: Engine, clock: Clock) -> None:
     """So that one knows when it is safe to let the old one go."""
     key = await create(engine)
     clock.tick(1)

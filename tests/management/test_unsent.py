@@ -520,7 +520,7 @@ def test_the_examples_of_the_page_run_with_curl(sidecar: Sidecar, admin_key: Cre
     assert [one["name"] for one in curl(keys, *authorized, *as_json)] == ["Admin key"]
 
 
-def test_curl_without_naming_json_is_told_to(sidecar: Sidecar, admin_key: Created) -> None:
+def test_curl_without_a_json_content_type_gets_415(sidecar: Sidecar, admin_key: Created) -> None:
     """curl's default is a form: 415 that says what to send."""
     authorized = ("-H", f"Authorization: Bearer {admin_key.token.reveal()}")
     answer = curl(f"{sidecar.url}{KEYS}", *authorized, "-d", '{"name": "CI"}')

@@ -58,7 +58,7 @@ class VaultContract(StoreTests):
         assert after.mac_keys == known.mac_keys[::-1]
         assert after.peppers == known.peppers[::-1]
 
-    async def test_every_step_is_told(self, store: Store) -> None:
+    async def test_every_step_is_audited(self, store: Store) -> None:
         """The invalidations since then contain the secrets, and no key."""
         since = (await store.secrets()).as_of
         await store.add_pending_secrets(KINDS, NOW)
@@ -111,7 +111,7 @@ class TestPostgreSQL(VaultContract):
     def url(self, postgres: PostgresServer) -> str:
         return postgres.new_database()
 
-    async def test_who_is_cut_from_the_store_refuses_no_token_as_made_up(
+    async def test_a_process_without_the_store_rejects_no_token_as_forged(
         self, url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A MAC key that it has not loaded may have created it: 503 once its lease is over. What

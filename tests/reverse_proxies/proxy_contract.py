@@ -88,7 +88,7 @@ class ProxyContract:
         assert config_errors(proxy.kind) == ""
 
     @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "PROPFIND"])
-    def test_a_good_key_is_let_in_and_the_app_knows_whose_it_is(
+    def test_a_valid_key_is_allowed_and_the_app_gets_the_identity(
         self, proxy: ProxyStack, method: str
     ) -> None:
         """All identity headers, once each; method, path and query as they came."""
@@ -221,9 +221,7 @@ class ProxyContract:
             b"Accept: */*\r\nX-Forwarded-Method: POST\r\nX-Forwarded-Uri: /v1/emails",
         ],
     )
-    def test_no_header_changes_what_a_request_asks_of_its_key(
-        self, proxy: ProxyStack, field: bytes
-    ) -> None:
+    def test_no_header_changes_the_requirement(self, proxy: ProxyStack, field: bytes) -> None:
         """A SENDING key stays out, a FULL key in, and the facts for the sidecar are the proxy's."""
         assert proxy.request_refused(
             b"GET /v1/emails", auth_header(proxy.sender), field
@@ -248,7 +246,7 @@ class ProxyContract:
         assert "DELETE" not in json.dumps(seen)
 
     @pytest.mark.parametrize("name", SPELLINGS)
-    def test_nobody_can_say_for_himself_who_he_is(self, proxy: ProxyStack, name: bytes) -> None:
+    def test_no_client_can_set_its_identity(self, proxy: ProxyStack, name: bytes) -> None:
         """In no spelling, once or twice, with a key or without: the app gets the sidecar's."""
         lies = (name + b": evil", name + b": evil2")
         keyed = echoed(proxy.request(b"GET /v1/me", auth_header(proxy.full), *lies))
@@ -423,7 +421,7 @@ class ProxyContract:
         assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"401"]
         assert proxy.app.request_count == count_before + 1
 
-    def test_at_the_same_time_everybody_is_himself(self, proxy: ProxyStack) -> None:
+    def test_concurrent_requests_keep_their_identities(self, proxy: ProxyStack) -> None:
         """Forty callers at once, on routes that both may call: no identity is mixed up."""
 
         def ask(key: Created) -> dict[str, list[str]]:
@@ -585,7 +583,7 @@ class ProxyContract:
         """The proxy's own 429; some cannot say it as JSON."""
         assert_rate_limited(answer)
 
-    def test_a_key_that_asks_too_often_is_told_to_wait(self, proxy: ProxyStack) -> None:
+    def test_a_key_beyond_its_rate_limit_gets_429(self, proxy: ProxyStack) -> None:
         """It alone: not another key, nor what is public. The app is not asked, no key is logged.
         Whoever knows the public part of a key uses up nothing of it."""
         if not proxy.kind.limited:
@@ -610,7 +608,7 @@ class ProxyContract:
             for file in (file for file in other.folder.rglob("*") if file.is_file()):
                 assert proxy.full.token.reveal().encode() not in file.read_bytes(), file
 
-    def test_an_allow_that_names_nobody_lets_nobody_speak_for_himself(
+    def test_an_allow_without_identity_forwards_no_identity_of_the_client(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """200 from another server than the sidecar: refused, or the app gets no identity."""
@@ -623,7 +621,7 @@ class ProxyContract:
             assert identity(seen) == {}
             assert "evil" not in json.dumps(seen)
 
-    def test_the_question_holds_what_it_must_and_nothing_of_the_clients(
+    def test_the_check_has_its_fields_and_no_other_of_the_client(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """One check per request: the permission, the credential, method and URI; no body."""
@@ -647,7 +645,7 @@ class ProxyContract:
         names = {name for name, _ in sent}
         assert names.isdisjoint({b"transfer-encoding", *self.dropped_headers})
 
-    def test_a_kept_connection_that_ends_under_a_question_is_not_missed(
+    def test_a_connection_that_closes_during_a_check_is_replaced(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """Closed by the sidecar while a check is being sent: it is retried on a new one."""
@@ -672,7 +670,7 @@ class ProxyContract:
             assert send(other.url, b"GET /v1/me", *fields).status == (200 if fields else 401)
         assert injector.connections - before <= 2 * (os.cpu_count() or 1)
 
-    def test_it_asks_over_a_unix_socket_as_well(self, proxy: ProxyStack) -> None:
+    def test_checks_work_over_a_unix_socket(self, proxy: ProxyStack) -> None:
         """The other spelling that the files name; the sidecar with its default settings."""
         if proxy.kind.unix_format is None:
             pytest.skip(f"{proxy.kind.name} cannot")

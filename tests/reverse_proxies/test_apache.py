@@ -201,7 +201,7 @@ def test_the_clients_own_addresses_do_not_arrive(proxy: ProxyStack) -> None:
         assert "6.6.6.6" not in str(seen)
 
 
-def test_mod_headers_would_delete_what_the_sidecar_said(proxy: ProxyStack) -> None:
+def test_mod_headers_would_delete_the_sidecars_headers(proxy: ProxyStack) -> None:
     """Why the hook strips by itself: a plain `RequestHeader unset` runs after it. `early` is before
     it, but knows no patterns."""
     unset = "RequestHeader unset X-Keylatch-Key-Id"
@@ -246,7 +246,7 @@ UNASKED = [
 
 
 @pytest.mark.parametrize(("lines", "start", "_"), UNASKED)
-def test_what_the_sidecar_is_not_asked_about_is_refused(
+def test_unchecked_requests_are_refused(
     proxy: ProxyStack, lines: list[str], start: bytes, _: dict[str, list[str]]
 ) -> None:
     """By the second hook, which Apache runs for every request."""
@@ -272,7 +272,7 @@ def test_without_the_second_hook_it_would_get_to_the_app(
 @pytest.mark.parametrize(
     ("mistake", "status"), [({}, 401), ({"and is_idle(old)": "", "elseif old": "elseif nil"}, 200)]
 )
-def test_an_answer_that_nobody_asked_for_is_nobodys(
+def test_an_unexpected_response_is_given_to_no_client(
     proxy: ProxyStack, mistake: dict[str, str], status: int
 ) -> None:
     """On a kept connection it would be taken for the next one's. Why it is looked at before use."""
@@ -307,7 +307,7 @@ def test_a_sidecar_that_dribbles_means_503_in_time(proxy: ProxyStack) -> None:
             over.set()
 
 
-def test_a_reload_misses_nobody_and_reads_the_lua_anew(proxy: ProxyStack) -> None:
+def test_a_reload_loses_no_request_and_reads_the_lua_again(proxy: ProxyStack) -> None:
     """Requests are answered meanwhile; after it the routes are the new ones."""
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port) as other:
         lua = other.folder / "keylatch.lua"

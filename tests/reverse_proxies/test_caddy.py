@@ -121,7 +121,7 @@ def test_placeholders_of_a_client_are_never_filled_in(
     assert b"\r\nAuthorization: Bearer {http.request.host}\r\n" in check
 
 
-def test_without_a_query_of_its_own_the_question_would_have_the_clients(proxy: ProxyStack) -> None:
+def test_without_a_query_of_its_own_the_check_would_have_the_clients(proxy: ProxyStack) -> None:
     """Why the files write `?permission=`: Caddy appends what it does not replace."""
     mistake = {"rewrite /verify?permission={keylatch_permission}": "rewrite /verify"}
     start = b"GET /v1/me?permission=SENDING"
@@ -180,7 +180,7 @@ def test_without_that_rule_caddy_would_make_up_an_identity(
     assert identity(seen)["x-keylatch-key-id"] == [made_up]
 
 
-def test_a_catch_all_that_ends_nothing_would_let_everybody_in(
+def test_a_catch_all_without_a_handler_would_allow_every_request(
     proxy: ProxyStack, fresh: tuple[FaultInjector, Proxy]
 ) -> None:
     """Why the last handle_response has an error: after it Caddy goes on to the app."""
@@ -193,7 +193,7 @@ def test_a_catch_all_that_ends_nothing_would_let_everybody_in(
         assert identity(echoed(send(other.url, b"GET /v1/me"))) == {}
 
 
-def test_an_error_page_of_the_apps_would_let_everybody_in(proxy: ProxyStack) -> None:
+def test_an_error_page_of_the_app_would_bypass_the_check(proxy: ProxyStack) -> None:
     """Why the files warn of the app in handle_errors: without a sidecar all would be the app's."""
     mistake = {"respond `": "import app # `"}
     with running_proxy(KIND, proxy.app_url, free_port(), mistake) as other:
@@ -229,7 +229,7 @@ def test_without_the_rule_on_connection_a_client_could_strip_its_identity(
     assert "x-keylatch-key-id" not in identity(seen)
 
 
-def test_without_the_rule_on_upgrades_the_app_would_be_asked_for_h2c(proxy: ProxyStack) -> None:
+def test_without_the_rule_on_upgrades_the_app_would_get_h2c(proxy: ProxyStack) -> None:
     """And an app that supports it would bypass Caddy."""
     lines = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full)]
     lines += [b"Upgrade: h2c", b"Connection: Upgrade", b"", b""]
@@ -258,7 +258,7 @@ def test_a_second_upgrade_is_not_hidden_behind_websocket(proxy: ProxyStack, firs
         (b"Upgrade: websocket", b"", b""),
     ],
 )
-def test_the_question_has_no_body_and_no_upgrade(
+def test_the_check_has_no_body_and_no_upgrade(
     proxy: ProxyStack, fresh: tuple[FaultInjector, Proxy], lines: tuple[bytes, ...]
 ) -> None:
     """Or the sidecar would wait for the one, and talk WebSocket for the other."""
@@ -271,7 +271,7 @@ def test_the_question_has_no_body_and_no_upgrade(
     assert re.findall(rb"\r\nconnection: (.*)", head) in ([], [b"close"])
 
 
-def test_a_question_is_never_too_long_for_the_sidecar(proxy: ProxyStack) -> None:
+def test_a_check_is_never_too_long_for_the_sidecar(proxy: ProxyStack) -> None:
     """What Caddy takes at all, 32 kB of it, the sidecar can be asked about; the rest is 431."""
     fields = [auth_header(proxy.full), *(b"X-Filler-%d: " % n + 7_000 * b"x" for n in range(2))]
     assert proxy.request(b"GET /v1/me?" + 15_000 * b"x", *fields).status == 200
@@ -315,13 +315,13 @@ def test_a_host_that_no_site_names_gets_an_empty_answer(proxy: ProxyStack) -> No
     assert (answered.status, answered.body, proxy.app.request_count) == (200, b"", count_before)
 
 
-def test_a_question_about_the_whole_server_is_not_the_apps(proxy: ProxyStack) -> None:
+def test_options_for_the_whole_server_does_not_reach_the_app(proxy: ProxyStack) -> None:
     """`OPTIONS *` is answered by Caddy's own library, with nothing."""
     answered = proxy.request_refused(b"OPTIONS *", auth_header(proxy.full))
     assert (answered.status, answered.body) == (200, b"")
 
 
-def test_nobody_can_tell_it_to_check_nothing(proxy: ProxyStack) -> None:
+def test_no_client_can_disable_the_check(proxy: ProxyStack) -> None:
     """Its administration, open to the whole machine by default, is off."""
     assert "admin endpoint disabled" in (proxy.running.folder / "output.log").read_text()
 
@@ -400,7 +400,7 @@ def test_http_2_is_judged_in_the_same_way(proxy: ProxyStack, http_2: int) -> Non
         ("x-http-method-override", "DELETE"),
     ],
 )
-def test_over_http_2_nobody_says_who_he_is_either(
+def test_over_http_2_no_client_can_set_its_identity(
     proxy: ProxyStack, http_2: int, lie: Field
 ) -> None:
     """The app gets the sidecar's headers, or Caddy rejects the request."""

@@ -153,7 +153,7 @@ def test_the_image_is_made_from_what_is_there() -> None:
     assert {line for line in others if line[0] != "!"} == {"**/__pycache__", "**/*.pyc"}
 
 
-def test_the_image_serves_and_is_nobody() -> None:
+def test_the_image_serves_without_root() -> None:
     """Not as root, by exec and not by a shell, where it says, with options that there are."""
     words = dict(instructions())
     user, group = words["USER"].split(":")
@@ -263,7 +263,7 @@ def test_the_composition_is_hardened() -> None:
         assert manifests.flaws_of_service(twin(services["keylatch"], change))
 
 
-def test_the_composition_s_sidecar_is_what_nginx_asks() -> None:
+def test_the_compositions_nginx_calls_its_sidecar() -> None:
     """Its options, its settings, its address, and the facts that nginx sends."""
     keylatch = COMPOSE["services"]["keylatch"]
     options = manifests.options_of(keylatch["command"])
@@ -693,7 +693,7 @@ def test_the_metrics_are_there(tmp_path: Path, name: str) -> None:
         process.wait()
 
 
-def test_the_ports_are_told_apart() -> None:
+def test_the_ports_are_distinguished() -> None:
     """Management, metrics, gRPC and Traefik's own entry point can all run on one host."""
     traefik = (DEPLOY / "traefik/traefik.yaml").read_text()
     envoy = (DEPLOY / "envoy/envoy-grpc.yaml").read_text()
@@ -742,7 +742,7 @@ each_question = pytest.mark.parametrize(
 
 
 @each_question
-def test_istio_asks(request_: Request, permission: str | None) -> None:
+def test_istio_checks_requests(request_: Request, permission: str | None) -> None:
     """One check per request, for the right permission."""
     policies = of_kind(ISTIO, "AuthorizationPolicy")
     asked = manifests.asked_by_istio(policies, MESH, request_)
@@ -750,14 +750,14 @@ def test_istio_asks(request_: Request, permission: str | None) -> None:
 
 
 @each_question
-def test_a_gateway_asks(request_: Request, permission: str | None) -> None:
+def test_a_gateway_checks_requests(request_: Request, permission: str | None) -> None:
     """About everything but what is public; it cannot say for which permission."""
     (route,) = of_kind(GATEWAY, "HTTPRoute")
     assert manifests.asked_by_gateway(route, request_) == (permission is not None)
 
 
 @each_question
-def test_ingress_nginx_asks(request_: Request, permission: str | None) -> None:
+def test_ingress_nginx_checks_requests(request_: Request, permission: str | None) -> None:
     """By path alone: what is said of a path holds for all of its methods, and CORS is its own."""
     if request_.path in ("/v1/emails", "/v1/emails/batch"):
         permission = "SENDING"
@@ -767,7 +767,7 @@ def test_ingress_nginx_asks(request_: Request, permission: str | None) -> None:
 
 
 @each_question
-def test_apisix_asks(request_: Request, permission: str | None) -> None:
+def test_apisix_checks_requests(request_: Request, permission: str | None) -> None:
     """The route with the highest priority that fits, and WebSockets on one of their own."""
     assert manifests.asked_by_apisix(APISIX, request_) == permission
 
@@ -776,7 +776,7 @@ TRICKS = ["//v1/emails", "/v1/./emails", "/v1/%65mails", "/admin/..%2fv1/emails"
 
 
 @pytest.mark.parametrize("path", TRICKS)
-def test_apisix_asks_for_full_where_the_path_is_spelled_another_way(path: str) -> None:
+def test_apisix_needs_full_for_another_spelling_of_a_path(path: str) -> None:
     """Its routes see the resolved path; without `vars` such a request would need less."""
     request = Request("POST", path)
     assert manifests.asked_by_apisix(APISIX, request) == "FULL"
@@ -809,7 +809,7 @@ def test_ingress_nginx_hands_on_the_path_that_it_compared() -> None:
     assert raw(broken) == ["app-sending"]
 
 
-def test_a_policy_without_rules_would_ask_nobody() -> None:
+def test_a_policy_without_rules_would_check_no_request() -> None:
     """Why istio.yaml warns of it: Istio takes such a policy for one that fits nothing."""
     policies = of_kind(ISTIO, "AuthorizationPolicy")
     assert {policy["spec"]["action"] for policy in policies} == {"CUSTOM"}

@@ -75,7 +75,7 @@ class TestEnvoy(ProxyContract):
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"DELETE", b"PROPFIND", b"TRACE"])
-def test_the_sidecar_is_asked_with_the_clients_method_and_our_permission(
+def test_the_check_has_the_clients_method_and_the_routes_permission(
     proxy: ProxyStack, answering: tuple[FaultInjector, Proxy], method: bytes
 ) -> None:
     """Whatever the client says that should be asked, in its headers, query or path."""
@@ -124,7 +124,7 @@ def test_without_the_default_permission_every_good_key_would_do(proxy: ProxyStac
         assert send(other.url, b"GET /v1/me", auth_header(proxy.sender)).status == 200
 
 
-def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
+def test_failing_open_would_allow_every_request(proxy: ProxyStack) -> None:
     """Why `failure_mode_allow` must not be set: while the sidecar is down, the app serves."""
     mistake = {"failure_mode_allow: false": "failure_mode_allow: true"}
     with running_proxy(KIND, proxy.app_url, free_port(), mistake) as other:
@@ -133,7 +133,7 @@ def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
         assert_unavailable(send(other.url, b"GET /v1/me"))
 
 
-def test_without_the_rule_on_names_clients_would_say_who_they_are(proxy: ProxyStack) -> None:
+def test_without_the_rule_on_names_clients_could_set_their_identity(proxy: ProxyStack) -> None:
     """Why they are removed ahead of all else: what is public, ext_authz does not look at."""
     mistake = {"x[^a-z0-9]keylatch.*": "nothing"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
@@ -150,7 +150,7 @@ def test_without_the_rule_on_underscores_a_method_could_be_another(proxy: ProxyS
     assert values_of(seen, "x_http_method_override") == ["DELETE"]
 
 
-def test_with_trailers_a_client_would_say_who_he_is(proxy: ProxyStack) -> None:
+def test_with_trailers_a_client_could_set_its_identity(proxy: ProxyStack) -> None:
     """Why `enable_trailers` stays off: uvicorn with httptools reads trailers as headers."""
     mistake = {
         "normalize_path: true": "http_protocol_options: {enable_trailers: true}",
@@ -198,7 +198,7 @@ def test_a_connection_that_the_sidecar_closes_costs_no_answer_and_no_second(
 @pytest.mark.parametrize(
     ("twin", "status"), [({}, 429), ({"max_dynamic_descriptors: 10000": ""}, 200)]
 )
-def test_a_limit_is_not_forgotten_for_the_many_that_ask(
+def test_a_limit_holds_among_many_keys(
     proxy: ProxyStack, twin: dict[str, str], status: int
 ) -> None:
     """Why so many keys are counted: by default twenty, and the next one's place is the oldest's."""
@@ -235,7 +235,7 @@ def test_what_steers_envoy_is_not_the_clients_to_say(
     assert (b"evil" in answered.body) == bool(twin)
 
 
-def test_the_app_hears_where_the_connection_comes_from(proxy: ProxyStack) -> None:
+def test_the_app_gets_the_address_of_the_connection(proxy: ProxyStack) -> None:
     """Not where the client says that it does."""
     seen = echoed(
         proxy.request(b"GET /v1/me", auth_header(proxy.full), b"X-Forwarded-For: 192.0.2.66")
@@ -420,7 +420,7 @@ class Restarted(Listening):
 @pytest.mark.parametrize(
     ("twin", "status", "questions"), [({}, 200, 1), ({", max_interval: 2s": ""}, 503, 2)]
 )
-def test_a_slow_sidecar_is_asked_once(
+def test_a_slow_sidecar_gets_each_check_once(
     proxy: ProxyStack, twin: dict[str, str], status: int, questions: int
 ) -> None:
     """Why the retries' `max_interval` is set: Envoy uses it as the timeout of one attempt."""
@@ -439,7 +439,7 @@ def test_a_slow_sidecar_is_asked_once(
 @pytest.mark.parametrize(
     ("twin", "expected"), [({}, {200}), ({"max_retries: 1024": "max_requests: 1024"}, {200, 503})]
 )
-def test_a_restart_under_many_questions_is_not_noticed(
+def test_a_restart_during_many_checks_loses_none(
     proxy: ProxyStack, twin: dict[str, str], expected: set[int]
 ) -> None:
     """Why `max_retries` is raised: by default three checks at a time are retried."""

@@ -117,7 +117,7 @@ def denied(status: int, body: bytes = b"", **headers: bytes) -> bytes:
 class TestEnvoyOverGRPC(ProxyContract):
     """All that a proxy promises. What stands in for the sidecar must speak gRPC here."""
 
-    def test_an_allow_that_names_nobody_lets_nobody_speak_for_himself(
+    def test_an_allow_without_identity_forwards_no_identity_of_the_client(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """An empty message is an allow: the app gets no identity."""
@@ -127,7 +127,7 @@ class TestEnvoyOverGRPC(ProxyContract):
         assert identity(seen) == {}
         assert "evil" not in json.dumps(seen)
 
-    def test_the_question_holds_what_it_must_and_nothing_of_the_clients(
+    def test_the_check_has_its_fields_and_no_other_of_the_client(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """One check per request: the permission, the credential, method and path; no body."""
@@ -161,7 +161,7 @@ class TestEnvoyOverGRPC(ProxyContract):
         assert_rate_limited(answered)
         assert header_dict(answered)[b"retry-after"] == b"7"
 
-    def test_a_kept_connection_that_ends_under_a_question_is_not_missed(
+    def test_a_connection_that_closes_during_a_check_is_replaced(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
         """Closed by the sidecar while a check is being sent: it is retried on a new one."""
@@ -250,7 +250,7 @@ def test_a_permission_without_a_word_is_no_permission(proxy: ProxyStack) -> None
         assert send(p.url, b"POST /v1/emails", auth_header(proxy.full)).status == 200
 
 
-def test_failing_open_would_let_everybody_in(proxy: ProxyStack) -> None:
+def test_failing_open_would_allow_every_request(proxy: ProxyStack) -> None:
     """Why `failure_mode_allow` must not be set: while the sidecar is down, the app serves."""
     mistake = {"failure_mode_allow: false": "failure_mode_allow: true"}
     with running_proxy(KIND, proxy.app_url, free_port(), mistake) as other:
@@ -329,14 +329,14 @@ ASKING = {
 }
 
 
-def test_a_connection_may_be_asked_whether_it_lives(proxy: ProxyStack) -> None:
+def test_pings_close_no_connection(proxy: ProxyStack) -> None:
     """As often as an operator likes: no check is lost."""
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, ASKING) as other:
         answers = [send(other.url, b"GET /v1/me", auth_header(proxy.full)) for _ in range(100)]
     assert {answered.status for answered in answers} == {200}
 
 
-def test_other_servers_would_hang_up_on_who_asks(proxy: ProxyStack) -> None:
+def test_other_servers_would_close_connections_that_ping(proxy: ProxyStack) -> None:
     """Why the sidecar does not count pings: gRPC's default closes connections, losing checks."""
     with answering(proxy, b"", ASKING) as (_, other):
         eventually(lambda: send(other.url, b"GET /v1/me").status == 503)
@@ -353,7 +353,7 @@ def test_other_servers_would_hang_up_on_who_asks(proxy: ProxyStack) -> None:
         ("- name: app\n      connect_timeout", ""),
     ],
 )
-def test_the_two_files_differ_in_the_question_alone(start: str, end: str) -> None:
+def test_the_two_files_differ_only_in_the_check(start: str, end: str) -> None:
     """Settings that fail closed in one of them do so in the other."""
     parts = set()
     for name in ("envoy.yaml", "envoy-grpc.yaml"):

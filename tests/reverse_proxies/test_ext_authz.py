@@ -40,7 +40,7 @@ PATHS = [b"", b"/", b"/v1/emails", b"/a/../v1/api-keys", b"//x", b"/%2e%2e/healt
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("path", PATHS)
-def test_any_method_and_path_is_the_same_question(
+def test_any_method_and_path_is_the_same_check(
     sidecar: Sidecar, full: Created, method: bytes, path: bytes
 ) -> None:
     """Path and query are the client's and say nothing; the answer is that of /verify."""
@@ -155,7 +155,7 @@ async def test_facts_come_from_the_agreed_place_or_nothing_passes(
 
 
 @pytest.mark.anyio
-async def test_questions_without_facts_fill_no_log(
+async def test_checks_without_an_original_request_fill_no_log(
     operated: Engine, key: Created, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Any client can cause it: 1,000 requests write ten log lines, each with the count."""
@@ -240,7 +240,7 @@ def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_many_questions_on_one_connection(sidecar: Sidecar, full: Created) -> None:
+def test_many_checks_on_one_connection(sidecar: Sidecar, full: Created) -> None:
     """Envoy keeps its connections: answers are complete, and nothing closes them."""
     one = (
         b"POST /ext_authz/x HTTP/1.1",

@@ -310,7 +310,7 @@ async def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
 @pytest.mark.parametrize(
     "field", [b"x-keylatch-require", b"x-keylatch-permission", b"permission", b":path"]
 )
-async def test_headers_ask_for_nothing(
+async def test_headers_set_no_requirement(
     channel: grpc.aio.Channel, sender: Created, field: bytes
 ) -> None:
     """They are the client's; the proxy sets the route's permission."""
@@ -343,7 +343,7 @@ async def test_two_credentials_are_never_allowed(channel: grpc.aio.Channel, full
         CheckRequest(attributes={"request": {"http": {"path": b"/"}}}),
     ],
 )
-async def test_a_question_about_no_request_is_refused(
+async def test_a_check_without_a_request_is_refused(
     engine: Engine, channel: grpc.aio.Channel, full: Created, message: Any
 ) -> None:
     """403 in the words of HTTP, as when a proxy there does not say what it was asked."""
@@ -371,7 +371,7 @@ async def test_the_request_is_logged_without_its_query(
     assert said == ["POST /v1/emails: allowed", "POST /v1/emails: no credential was sent"]
 
 
-async def test_at_the_same_time_everybody_is_himself(
+async def test_concurrent_requests_keep_their_identities(
     channel: grpc.aio.Channel, full: Created, sender: Created
 ) -> None:
     """Two hundred concurrent checks on one connection."""
@@ -381,7 +381,7 @@ async def test_at_the_same_time_everybody_is_himself(
     assert told == [key.record.id.encode() for key in keys]
 
 
-async def test_a_revoked_key_is_refused_on_the_very_next_question(
+async def test_a_revoked_key_is_refused_by_the_next_check(
     engine: Engine, channel: grpc.aio.Channel
 ) -> None:
     """Nothing on the way remembers it."""
@@ -432,9 +432,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("patience")
-async def test_a_question_that_was_given_up_harms_nobody(
-    make_engine: MakeEngine, full: Created
-) -> None:
+async def test_a_cancelled_check_affects_no_other(make_engine: MakeEngine, full: Created) -> None:
     """The proxy's timeout has expired: the look-up that it began serves the next check."""
     hasher = Gated()
     engine = make_engine(hasher=hasher)
@@ -570,7 +568,7 @@ def question_of(key: Created, size: int) -> Any:
     return asked
 
 
-async def test_a_question_may_have_256_kib(channel: grpc.aio.Channel, full: Created) -> None:
+async def test_a_check_may_have_256_kib(channel: grpc.aio.Channel, full: Created) -> None:
     """One byte more is an error of gRPC, which a proxy that fails closed answers with a refusal;
     the connection goes on."""
     largest = question_of(full, GRPC_MESSAGE_BYTES)
@@ -581,7 +579,7 @@ async def test_a_question_may_have_256_kib(channel: grpc.aio.Channel, full: Crea
     assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
 
 
-async def test_a_question_may_be_about_a_thousand_headers(
+async def test_a_checked_request_may_have_a_thousand_headers(
     channel: grpc.aio.Channel, full: Created
 ) -> None:
     """More headers are not read: 403, as without an original request."""
@@ -596,9 +594,7 @@ async def test_a_question_may_be_about_a_thousand_headers(
 
 
 @pytest.mark.usefixtures("patience")
-async def test_only_so_many_questions_are_under_way_at_once(
-    make_engine: MakeEngine, full: Created
-) -> None:
+async def test_concurrent_checks_are_limited(make_engine: MakeEngine, full: Created) -> None:
     """The next one is an error of gRPC at once, and those under way are answered."""
     hasher = Gated()
     engine = make_engine(hasher=hasher)

@@ -103,7 +103,7 @@ def test_dots_that_are_no_segments_do(proxy: ProxyStack, path: str) -> None:
         {"txn.http:req_set_header(name, values[1])": "txn.http:no_such_thing()"},
     ],
 )
-def test_a_mistake_in_lua_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, str]) -> None:
+def test_an_error_in_lua_allows_no_request(proxy: ProxyStack, mistake: dict[str, str]) -> None:
     """HAProxy continues with the next rule then, which refuses the request."""
     count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
@@ -111,7 +111,9 @@ def test_a_mistake_in_lua_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, s
     assert proxy.app.request_count == count_before
 
 
-def test_without_the_closing_rule_such_a_mistake_would_let_everybody_in(proxy: ProxyStack) -> None:
+def test_without_the_closing_rule_such_a_mistake_would_allow_every_request(
+    proxy: ProxyStack,
+) -> None:
     """Why it must not be deleted."""
     mistakes = {
         "local answer = ask(txn)": "error('a mistake')",
@@ -121,7 +123,7 @@ def test_without_the_closing_rule_such_a_mistake_would_let_everybody_in(proxy: P
         assert send(other.url, b"GET /v1/me").status == 200
 
 
-def test_without_the_rule_on_bodies_a_trailer_would_say_who_calls(proxy: ProxyStack) -> None:
+def test_without_the_rule_on_bodies_a_trailer_would_set_the_identity(proxy: ProxyStack) -> None:
     """Why bodies need a length: uvicorn with httptools takes a trailer for one more header."""
     mistake = {"if { req.hdr(transfer-encoding) -m found }": "if FALSE"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
@@ -129,7 +131,7 @@ def test_without_the_rule_on_bodies_a_trailer_would_say_who_calls(proxy: ProxySt
     assert identity(seen)["x-keylatch-key-id"] == [proxy.full.record.id, "evil"]
 
 
-def test_who_is_refused_for_asking_too_often_is_served_again_without_a_pause(
+def test_a_key_that_was_limited_is_served_again_without_a_pause(
     proxy: ProxyStack,
 ) -> None:
     """Requests that were refused do not count; else a busy client would be shut out for good."""

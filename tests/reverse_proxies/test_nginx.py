@@ -49,7 +49,7 @@ def impostor(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
 
 
 @pytest.mark.parametrize("path", [b"/_keylatch", b"/_keylatch?permission=SENDING", b"/%5fkeylatch"])
-def test_the_question_cannot_be_asked_from_outside(proxy: ProxyStack, path: bytes) -> None:
+def test_the_check_cannot_be_called_from_outside(proxy: ProxyStack, path: bytes) -> None:
     """404, for every client."""
     assert proxy.request_refused(b"GET " + path, auth_header(proxy.full)).status == 404
 

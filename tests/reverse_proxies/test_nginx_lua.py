@@ -54,14 +54,14 @@ def impostor(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
         yield made
 
 
-def test_the_app_is_told_the_same_as_by_nginx_without_lua() -> None:
+def test_the_app_gets_the_same_as_from_nginx_without_lua() -> None:
     """One file, and it is in both folders because operators copy folders."""
     files = [DEPLOY / folder / "keylatch_app.conf" for folder in ("nginx", "nginx-lua")]
     assert files[0].read_text() == files[1].read_text()
 
 
 @pytest.mark.parametrize("path", [b"/_keylatch", b"/_keylatch?permission=SENDING", b"/%5fkeylatch"])
-def test_the_question_cannot_be_asked_from_outside(proxy: ProxyStack, path: bytes) -> None:
+def test_the_check_cannot_be_called_from_outside(proxy: ProxyStack, path: bytes) -> None:
     """404, for every client."""
     assert proxy.request_refused(b"GET " + path, auth_header(proxy.full)).status == 404
 
@@ -103,7 +103,7 @@ def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: Prox
         {"ngx.var[variable] = said[name]": "ngx.no_such_thing()"},
     ],
 )
-def test_a_mistake_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, str]) -> None:
+def test_a_mistake_allows_no_request(proxy: ProxyStack, mistake: dict[str, str]) -> None:
     """A mistake in Lua is 500 to nginx and 503 to the client; the app is not asked."""
     count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
@@ -111,7 +111,7 @@ def test_a_mistake_lets_nobody_in(proxy: ProxyStack, mistake: dict[str, str]) ->
     assert proxy.app.request_count == count_before
 
 
-def test_a_lua_file_that_is_not_there_lets_nobody_in(proxy: ProxyStack) -> None:
+def test_a_missing_lua_file_allows_no_request(proxy: ProxyStack) -> None:
     """nginx then answers 404 to every client on every checked route."""
     mistake = {"access_by_lua_file ": "access_by_lua_file /nowhere"}
     count_before = proxy.app.request_count

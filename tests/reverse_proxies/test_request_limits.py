@@ -208,7 +208,7 @@ def test_time_is_counted_from_the_first_byte() -> None:
         assert statuses(rest_of(line)) == [408]
 
 
-def test_a_client_that_says_nothing_is_told_nothing() -> None:
+def test_a_silent_client_gets_no_response() -> None:
     """A connection on which nothing was ever sent is closed."""
     with connected(hasty(head_seconds=0.1)) as (line, _):
         assert rest_of(line) == b""

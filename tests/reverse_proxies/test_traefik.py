@@ -130,7 +130,7 @@ def test_paths_that_could_be_read_in_two_ways_are_refused(proxy: ProxyStack, cod
     assert proxy.request(b"GET /v1/me?x=" + code, auth_header(proxy.full)).status == 200
 
 
-def test_where_they_are_allowed_they_still_ask_for_full(proxy: ProxyStack) -> None:
+def test_where_they_are_allowed_they_still_need_full(proxy: ProxyStack) -> None:
     """For apps that need such paths: no way to spell one reaches another permission."""
     options = ["Slash", "BackSlash", "Semicolon", "Percent", "QuestionMark", "Hash"]
     allowed = {f"allowEncoded{name}: false": f"allowEncoded{name}: true" for name in options}
@@ -151,7 +151,9 @@ def test_headers_of_keylatch_that_are_not_invented_yet_are_removed_too(proxy: Pr
 
 
 @pytest.mark.parametrize("name", [b"X_Keylatch_Key_Id", b"X.Keylatch.Key.Id", b"X~Keylatch~Key~Id"])
-def test_without_the_strategy_an_alias_would_say_who_calls(proxy: ProxyStack, name: bytes) -> None:
+def test_without_the_strategy_an_alias_would_set_the_identity(
+    proxy: ProxyStack, name: bytes
+) -> None:
     """Why `aliasHeadersStrategy` is written: Traefik hands them on by default."""
     fields = (auth_header(proxy.full), name + b": evil")
     assert identity(echoed(proxy.request(b"GET /v1/me", *fields))) == identity_of(proxy.full)
@@ -219,7 +221,7 @@ def test_without_the_middleware_another_upgrade_would(proxy: ProxyStack) -> None
 
 
 @pytest.mark.parametrize("name", ["FULL", "SENDING", "or-unavailable"])
-def test_a_name_that_is_misspelled_lets_nobody_in(proxy: ProxyStack, name: str) -> None:
+def test_a_misspelled_name_allows_no_request(proxy: ProxyStack, name: str) -> None:
     """The routers that name it are not there, and what they open stays closed."""
     count_before = proxy.app.request_count
     mistake = {f"middlewares: [{name}]": f"middlewares: [{name}X]"}
@@ -231,7 +233,7 @@ def test_a_name_that_is_misspelled_lets_nobody_in(proxy: ProxyStack, name: str) 
 
 
 @pytest.mark.parametrize("name", ["nobody@file", "no-upgrade"])
-def test_where_all_routers_need_the_name_nobody_is_served(proxy: ProxyStack, name: str) -> None:
+def test_where_all_routers_need_the_name_no_client_is_served(proxy: ProxyStack, name: str) -> None:
     """404 for all, which is what Traefik says of every path that it has no router for."""
     count_before = proxy.app.request_count
     mistake = {f"middlewares: [{name}]": f"middlewares: [x{name}]"}
@@ -267,7 +269,7 @@ def test_without_the_plugin_the_503_is_plain_text(proxy: ProxyStack) -> None:
     assert header_dict(refused)[b"content-type"].startswith(b"text/plain")
 
 
-def test_without_its_time_out_a_sidecar_that_hangs_would_hold_everybody(proxy: ProxyStack) -> None:
+def test_without_its_timeout_a_hanging_sidecar_would_block_every_request(proxy: ProxyStack) -> None:
     """Why there is a router of its own: ForwardAuth waits for 30 s, whatever one writes."""
     mistake = {"responseHeaderTimeout: 1s": "responseHeaderTimeout: 0s"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
@@ -285,7 +287,7 @@ def test_without_its_time_out_a_sidecar_that_hangs_would_hold_everybody(proxy: P
             proxy.sidecar.resume()
 
 
-def test_without_trust_in_itself_nobody_gets_in(proxy: ProxyStack) -> None:
+def test_without_trust_in_itself_no_request_is_allowed(proxy: ProxyStack) -> None:
     """The facts end between Traefik and itself then: the sidecar says so, and refuses."""
     mistake = {"trustedIPs: [127.0.0.1]": "trustedIPs: [192.0.2.1]"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
@@ -349,7 +351,7 @@ def test_without_the_number_of_kept_connections_they_would_be_many(proxy: ProxyS
 
 
 @pytest.mark.parametrize("start", [b"GET /verify?permission=SENDING", b"GET /unavailable"])
-def test_the_question_cannot_be_asked_from_outside(proxy: ProxyStack, start: bytes) -> None:
+def test_the_check_cannot_be_called_from_outside(proxy: ProxyStack, start: bytes) -> None:
     """These are paths of the app like all others."""
     assert proxy.request_refused(start).status == 401
     assert proxy.request_refused(start, auth_header(proxy.sender)).status == 403

@@ -149,7 +149,7 @@ def test_a_query_cannot_write_headers(sidecar: Sidecar, sender: Created, attack:
     assert len(refused.headers) == 5
 
 
-def test_the_challenge_names_what_was_asked_for(sidecar: Sidecar, sender: Created) -> None:
+def test_the_challenge_names_the_permission(sidecar: Sidecar, sender: Created) -> None:
     """RFC 6750, 3: the scopes, each once, in one order."""
     query = b"GET /verify?permission=B&permission=A&permission=B"
     challenge = dict(send(sidecar.url, query, auth_header(sender)).headers)[b"www-authenticate"]
