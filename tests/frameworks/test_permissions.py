@@ -9,7 +9,7 @@ import pytest
 from django.http import HttpRequest, HttpResponse
 from django.test import Client, override_settings
 from django.urls import path
-from fastapi import FastAPI, Security
+from fastapi import Depends, FastAPI, Security
 from flask import Flask
 from starlette.applications import Starlette
 from starlette.authentication import requires as starlette_requires
@@ -85,7 +85,7 @@ async def fastapi_any(keys: Keys, headers: dict[str, str]) -> int:
 
     @app.get("/x")
     async def view(
-        key: Annotated[Principal, Security(APIKey().requires_any("SENDING", "READING"))],
+        key: Annotated[Principal, Depends(APIKey().requires_any("SENDING", "READING"))],
     ) -> str:
         return key.key_name
 
