@@ -56,7 +56,8 @@ class EngineTasks:
         if self._watcher is not None and self._watcher is not asyncio.current_task():
             self._watcher.cancel()
         for loop in self._loops:
-            loop.cancel()
+            if not loop.cancelling():  # a second cancel would cut psycopg off while it cleans up
+                loop.cancel()
         if self._finite_tasks:
             await asyncio.wait(self._finite_tasks, timeout=_SHUTDOWN_SECONDS)
         await asyncio.gather(*self._loops, return_exceptions=True)

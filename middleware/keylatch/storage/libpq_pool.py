@@ -146,6 +146,7 @@ class ConnectionPool:
         stale_seconds: float | None = None,
     ) -> None:
         self._connect = connect
+        self._max_size = max_size
         self._slots = asyncio.Semaphore(max_size)
         self._stale_seconds = stale_seconds
         self._idle: list[LibpqConnection] = []
@@ -209,3 +210,5 @@ class ConnectionPool:
         self._close_idle()
         for connection in tuple(self._busy):
             connection.close()
+        # A semaphore belongs to the event loop on which a task first waited for it.
+        self._slots = asyncio.Semaphore(self._max_size)
