@@ -48,7 +48,7 @@ def test_every_public_name_is_imported_on_first_use() -> None:
     assert names <= set(dir(keylatch))
     assert all(getattr(keylatch, name) for name in names)
     with pytest.raises(AttributeError, match="no attribute 'Stroe'"):
-        keylatch.Stroe  # noqa: B018
+        keylatch.Stroe  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
