@@ -153,9 +153,9 @@ class StoreKeyFactory:
         """Put keys into Redis as a process does that has just verified them; False: it cannot."""
         engine, secrets = await self._open()
         async with self._shared_cache(secrets) as shared:
-            epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
+            epoch = (await engine.store.invalidations.since(MAX_SEQ)).epoch
             for key in keys:
-                found = await engine.store.find(key.id)
+                found = await engine.store.keys.find(key.id)
                 if isinstance(found, Found):
                     fit = await self._hashers["cheap"].verify(found.hash, key.token)
                     if isinstance(fit, bytes):
@@ -167,7 +167,7 @@ class StoreKeyFactory:
         his answer."""
         engine, secrets = await self._open()
         async with self._shared_cache(secrets) as shared:
-            epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
+            epoch = (await engine.store.invalidations.since(MAX_SEQ)).epoch
             for _ in range(_POLLS):
                 if await _is_in_redis(engine.store, shared, key, epoch):
                     return True
@@ -211,7 +211,7 @@ class StoreKeyFactory:
 
 async def _is_in_redis(store: Store, shared: SharedCache, key: Key, epoch: str) -> bool:
     """Whether Redis saves the hash of a key."""
-    found = await store.find(key.id)
+    found = await store.keys.find(key.id)
     if not isinstance(found, Found):
         return False
     return await shared.proves(key.token, key.id, found.hash, epoch)

@@ -302,7 +302,7 @@ class AcceptsAnyScheme(Counting):
     """The broken twin: it takes the keyed check for a proof."""
 
     async def identify(self, token: Token) -> Owner | None:
-        found = await self.store.find(token.key_id)
+        found = await self.store.keys.find(token.key_id)
         return Owner(found.record, is_usable=True) if isinstance(found, Found) else None
 
 

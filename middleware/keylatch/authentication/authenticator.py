@@ -306,7 +306,7 @@ class Authenticator(ABC):
         )
 
     async def _load_secrets(self) -> None:
-        secrets = await self.store.secrets()
+        secrets = await self.store.secrets.load()
         if self._mac_keys is not None:
             self._mac_keys.set_keys(secrets.mac_keys)
         if self._l2 is not None:

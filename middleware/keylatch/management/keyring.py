@@ -185,7 +185,7 @@ class Keyring:
         actor = self._actor(by)
         created = self._mint(new_key, self.now_ms(), actor.name)
         hashed = await self._hash(created.token, organization_id, by, new_keys=1)
-        record, _ = await self._store.add(created.record, hashed, by=actor)
+        record, _ = await self._store.keys.add(created.record, hashed, by=actor)
         return Created(record, created.token)
 
     async def create_many(
@@ -212,7 +212,7 @@ class Keyring:
         )
         hashes = await self._hasher.hash_all([each.token for each in created])
         made = [(each.record, hashed) for each, hashed in zip(created, hashes, strict=True)]
-        records, _ = await self._store.add_many(made, by=actor)
+        records, _ = await self._store.keys.add_many(made, by=actor)
         return [Created(record, each.token) for record, each in zip(records, created, strict=True)]
 
     async def import_many(
@@ -244,7 +244,7 @@ class Keyring:
                 for new_key, foreign in imports
             ]
         )
-        seq, existing = await self._store.import_many(made, by=actor)
+        seq, existing = await self._store.keys.import_many(made, by=actor)
         await self._propagate(None, seq, True)
         results = []
         for record, _ in made:
@@ -254,7 +254,7 @@ class Keyring:
 
     async def find_imported(self, tokens: Sequence[ImportedToken]) -> Sequence[Imported]:
         """Which of them are here already; `key_id` is empty for those that are not."""
-        existing = await self._store.keys_by_locator([foreign.locator for foreign in tokens])
+        existing = await self._store.keys.keys_by_locator([foreign.locator for foreign in tokens])
         return [
             Imported(existing[each.locator][0], False, existing[each.locator][1])
             if each.locator in existing
@@ -270,7 +270,7 @@ class Keyring:
 
     async def analyze(self) -> None:
         """To be called when many were made: lists stay quick on a database that knows of them."""
-        await self._store.analyze()
+        await self._store.keys.analyze()
 
     def validate(self, new_key: NewKey) -> list[InvalidValue]:
         """Everything that is wrong with a key to be made."""
@@ -304,7 +304,7 @@ class Keyring:
         by: Principal | None = None,
     ) -> list[KeyRecord]:
         """The organisation's keys in the order of their creation; deleted ones if asked for."""
-        return await self._store.list(
+        return await self._store.keys.list(
             organization_id,
             newest_first=newest_first,
             deleted=deleted,
@@ -324,7 +324,7 @@ class Keyring:
     ) -> Page:
         """At most `limit` keys of that list, from where another page `next_cursor`; only those
         that nobody has used for so many days, if that is given."""
-        return await self._store.page(
+        return await self._store.keys.page(
             organization_id,
             limit,
             newest_first=newest_first,
@@ -345,7 +345,7 @@ class Keyring:
         by: Principal | None = None,
     ) -> AsyncIterator[Page]:
         """That list page by page, for those that are long."""
-        return self._store.pages(
+        return self._store.keys.pages(
             organization_id,
             newest_first=newest_first,
             deleted=deleted,
@@ -358,7 +358,7 @@ class Keyring:
         self, organization_id: str, key_id: str, *, by: Principal | None = None
     ) -> KeyRecord | None:
         """The key, deleted or not; None where the organisation has no such key."""
-        return await self._store.get(organization_id, key_id, _environment_of(by))
+        return await self._store.keys.get(organization_id, key_id, _environment_of(by))
 
     async def usage(
         self,
@@ -373,7 +373,9 @@ class Keyring:
         It is some seconds behind: see `usage`. None where the organisation has no such key.
         """
         since_day = self.now_ms() // DAY_MS - days + 1
-        return await self._store.usage(organization_id, key_id, since_day, _environment_of(by))
+        return await self._store.usage.of_key(
+            organization_id, key_id, since_day, _environment_of(by)
+        )
 
     async def change(
         self,
@@ -442,7 +444,7 @@ class Keyring:
         if not descendants:
             values = {"active": False, "revoked_reason": reason, "deleted_at": now_ms}
             return await self._change(organization_id, key_id, values, by, wait)
-        deleted = await self._store.delete_with_descendants(
+        deleted = await self._store.descendants.delete(
             organization_id, key_id, now_ms, reason, by=self._actor(by)
         )
         if deleted is None:
@@ -501,7 +503,7 @@ class Keyring:
         wait: bool,
     ) -> Changed | None:
         reason = validate_reason(reason)
-        changed = await self._store.revoke_secret(
+        changed = await self._store.rotation.revoke_secret(
             organization_id, key_id, secret, self.now_ms(), reason, by=self._actor(by)
         )
         return None if changed is None else await self._propagated(changed, wait)
@@ -539,14 +541,14 @@ class Keyring:
             HashingBusy, StoreUnavailable: it may not have been rotated; repeat it.
         """
         validate_grace(grace_seconds)
-        record = await self._store.get(organization_id, key_id, _environment_of(by))
+        record = await self._store.keys.get(organization_id, key_id, _environment_of(by))
         if record is None:
             return None
         token = self._mac_keys.mint(self._prefix, record.environment, record.id)
         hashed = await self._hash(token, organization_id, by)
         now_ms = self.now_ms()
         ends_at = now_ms + grace_seconds * 1000 if grace_seconds else None
-        rotated = await self._store.rotate(
+        rotated = await self._store.rotation.rotate(
             organization_id, key_id, now_ms, hashed, token.partial, ends_at, by=self._actor(by)
         )
         if rotated is None:
@@ -603,7 +605,7 @@ class Keyring:
             StoreUnavailable: as in `delete`.
         """
         reason = validate_reason(reason)
-        count, seq = await self._store.revoke_all(
+        count, seq = await self._store.organizations.revoke_all(
             organization_id, self.now_ms(), reason, by=self._actor(by)
         )
         return Revoked(count, await self._propagate(None, seq, wait))
@@ -621,7 +623,7 @@ class Keyring:
         Returns:
             what is known of the change's spreading; None: no such organisation.
         """
-        seq = await self._store.change_organization(
+        seq = await self._store.organizations.set_active(
             organization_id, self.now_ms(), active, by=self._actor(by)
         )
         return None if seq is None else await self._propagate(None, seq, wait)
@@ -646,7 +648,7 @@ class Keyring:
                 to the keys of that environment.
         """
         environment = _environment_of(by)
-        return await self._store.events(organization_id, limit, key_id, before, environment)
+        return await self._store.audit.events(organization_id, limit, key_id, before, environment)
 
     async def _end_grace(
         self,
@@ -657,7 +659,7 @@ class Keyring:
         *,
         restore_previous: bool,
     ) -> Changed | None:
-        changed = await self._store.end_grace(
+        changed = await self._store.rotation.end_grace(
             organization_id, key_id, self.now_ms(), restore_previous, by=self._actor(by)
         )
         return None if changed is None else await self._propagated(changed, wait)
@@ -670,7 +672,7 @@ class Keyring:
         by: Principal | None,
         wait: bool,
     ) -> Changed | None:
-        changed = await self._store.change(
+        changed = await self._store.keys.change(
             organization_id, key_id, self.now_ms(), values, by=self._actor(by)
         )
         return None if changed is None else await self._propagated(changed, wait)
@@ -687,7 +689,7 @@ class Keyring:
         if by is None:
             return await self._hasher.hash(token)
         async with self._limit.slot(organization_id):
-            await self._store.check_quota(
+            await self._store.keys.check_quota(
                 organization_id, self.now_ms(), self._quotas, new_keys=new_keys
             )
             return await self._hasher.hash(token)

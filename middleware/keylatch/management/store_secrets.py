@@ -59,7 +59,7 @@ class StoreSecrets:
 
     async def list(self) -> Sequence[SecretInfo]:
         """What there is to know of them, newest first."""
-        return await self._store.list_secrets()
+        return await self._store.secrets.infos()
 
     async def rotate(self, kinds: Sequence[str] = KINDS, *, by: str = OPERATOR) -> Receipt:
         """Make everything of these kinds with new secrets from now on.
@@ -71,10 +71,10 @@ class StoreSecrets:
             StoreUnavailable: repeat it; it goes on where it was.
         """
         await self._wait_until_acknowledged(
-            await self._store.add_pending_secrets(kinds, self._now_ms(), by=by)
+            await self._store.secrets.add_pending(kinds, self._now_ms(), by=by)
         )
         return await self._wait_until_acknowledged(
-            await self._store.promote_secrets(kinds, self._now_ms(), by=by)
+            await self._store.secrets.promote(kinds, self._now_ms(), by=by)
         )
 
     async def count_dependent_keys(self, secret_id: int) -> int:
@@ -87,7 +87,7 @@ class StoreSecrets:
         _, successor = await self._find_retirable(secret_id)
         if successor.kind != "mac":
             return 0
-        return await self._store.count_issued_before(successor.status_since, self._now_ms())
+        return await self._store.secrets.count_issued_before(successor.status_since, self._now_ms())
 
     async def retire(self, secret_id: int, *, by: str = OPERATOR) -> Receipt:
         """Delete a secret that was replaced. Tokens whose check was made with it are strangers'
@@ -98,7 +98,7 @@ class StoreSecrets:
             StoreUnavailable: repeat it.
         """
         await self._find_retirable(secret_id)
-        seq = await self._store.retire_secret(
+        seq = await self._store.secrets.retire(
             secret_id, self._replaced_before_ms(), self._now_ms(), by=by
         )
         if seq is None:
@@ -107,7 +107,7 @@ class StoreSecrets:
 
     async def _find_retirable(self, secret_id: int) -> tuple[SecretInfo, SecretInfo]:
         """A secret that may go, and the one that came after it."""
-        by_id = {secret.id: secret for secret in await self._store.list_secrets()}
+        by_id = {secret.id: secret for secret in await self._store.secrets.infos()}
         secret = by_id.get(secret_id)
         if secret is None:
             raise SecretInUse("there is no such secret", "keylatch secrets list")

@@ -135,7 +135,7 @@ class Lease:
 
     async def begin(self) -> None:
         self._invalidations.begin(
-            await self._store.invalidations_since(MAX_SEQ, self._lease_seconds)
+            await self._store.invalidations.since(MAX_SEQ, self._lease_seconds)
         )
         await self.renew()
 
@@ -183,7 +183,7 @@ class Lease:
         member, self._member = self._member, ""
         if member:
             try:
-                await self._store.leave(member)
+                await self._store.leases.leave(member)
             except StoreUnavailable:
                 log.warning(
                     "could not remove this member on shutdown; "
@@ -242,16 +242,16 @@ class Lease:
             changes_only
             and self._expires_at - self._timer() > self._lease_seconds * _RECENT_FRACTION
         ):
-            batch = await self._store.invalidations_since(seq, self._lease_seconds)
+            batch = await self._store.invalidations.since(seq, self._lease_seconds)
             self._invalidations.apply(batch, min_seq)
             return batch.seq != seq
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)
-                await self._store.join(member, self._lease_seconds)
+                await self._store.leases.join(member, self.now_ms(), self._lease_seconds)
                 self._member = member
             requested_at = self._timer()  # before the query is sent
-            poll = await self._store.poll(self._member, seq, self._lease_seconds, pending)
+            poll = await self._store.leases.poll(self._member, seq, self._lease_seconds, pending)
             if poll.is_member:
                 self._apply_grant(poll, requested_at, min_seq)
                 return poll.acknowledged_seq != poll.batch.seq
@@ -282,7 +282,7 @@ class Lease:
         members = 0
         while True:
             try:
-                laggards, members = await self._store.laggards(seq, self._lease_seconds)
+                laggards, members = await self._store.leases.laggards(seq, self._lease_seconds)
                 if not laggards:
                     break
                 if not grants:
@@ -306,7 +306,7 @@ class Lease:
         notice = None
         with suppress(StoreUnavailable):  # then all have to look
             notice = Notice(
-                since, await self._store.invalidations_since(since, self._lease_seconds / 4)
+                since, await self._store.invalidations.since(since, self._lease_seconds / 4)
             )
         self.on_notice(notice)  # this process is one of those who must know
         await self._publish(notice)
@@ -314,7 +314,9 @@ class Lease:
     async def _remove_laggards(self, laggards: dict[str, int], seq: int) -> None:
         """Remove members who acknowledged nothing and were granted nothing for X."""
         try:
-            removed = await self._store.remove_members(laggards, seq, self._lease_seconds / 4)
+            removed = await self._store.leases.remove_members(
+                laggards, seq, self._lease_seconds / 4
+            )
         except StoreUnavailable:
             return  # the next revoke tries again
         if removed:

@@ -16,7 +16,7 @@ import typer
 from keylatch.engine import Engine
 from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.settings import Settings
-from keylatch.storage.listing import InactiveKey
+from keylatch.storage.keys import InactiveKey
 from keylatch.storage.store import Found, file_of
 from keylatch_sidecar.api.schemas import iso
 from keylatch_sidecar.cli import output
@@ -79,7 +79,7 @@ def export_revocations(store: StoreOption = None) -> None:
     """
 
     async def run(engine: Engine) -> Sequence[InactiveKey]:
-        return await engine.store.inactive_keys()
+        return await engine.store.keys.inactive()
 
     for each in with_engine(Settings.load(store=store, redis=""), run):
         at = None if each.deleted_at is None else iso(each.deleted_at)
@@ -107,7 +107,7 @@ def apply_revocations(
         keyring = await keyring_of(engine)
         reactivated = []
         for key_id, was_revoked in listed.items():
-            found = await engine.store.find(key_id)
+            found = await engine.store.keys.find(key_id)
             if not isinstance(found, Found) or found.record.deleted_at is not None:
                 continue
             if not found.record.active and not was_revoked:
@@ -120,8 +120,10 @@ def apply_revocations(
                 else:
                     await keyring.change(owner, key_id, active=False)
         if not dry_run:
-            current = await engine.store.invalidations_since(MAX_SEQ)
-            await engine.store.start_new_epoch(current.epoch, current.seq)
+            current = await engine.store.invalidations.since(MAX_SEQ)
+            await engine.store.invalidations.start_new_epoch(
+                current.epoch, current.seq, int(time.time() * 1000)
+            )
         return reactivated
 
     revived = with_engine(Settings.load(store=store, redis=redis, lease=lease), run)
