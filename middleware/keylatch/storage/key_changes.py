@@ -1,8 +1,8 @@
 """What the changes of keys share, as functions of a connection.
 
-The law of this file: a transaction that changes what a key may do advances `meta.seq`, makes the
-change and writes the invalidation, in ONE transaction. Recording a use is no such change. The
-acting key is authorized once the transaction holds the sequence row: see `authorization`.
+The law of this file: a change of what a key may do is ONE transaction that advances `meta.seq`,
+makes the change and writes the invalidation. Recording a use is no such change. The acting key is
+authorized once the transaction holds the sequence row: see `authorization`.
 """
 
 from collections.abc import Mapping, Sequence

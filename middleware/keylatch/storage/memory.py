@@ -1,6 +1,6 @@
-"""The store in this process's memory: for tests of apps, never for keys that shall live on.
+"""A store in this process's memory, for tests of apps: its keys are lost with the process.
 
-It is SQLite, so it holds what the store on a file holds; work runs at once, in the caller's thread.
+It is SQLite, so it behaves as the store on a file does; work runs at once, in the caller's thread.
 """
 
 import secrets
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Memory:
-    """One connection, one after the other; see `keylatch.storage.database.Database`."""
+    """One connection, one transaction at a time; see `keylatch.storage.database.Database`."""
 
     is_shared = False
     warnings: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class Memory:
 
     async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
         raise StoreUnavailable(
-            "a store in memory has no LISTEN", "it serves one process and needs none"
+            "a store in memory has no LISTEN", "one process uses it, so it needs none"
         )
 
     async def run_maintenance(self) -> None:

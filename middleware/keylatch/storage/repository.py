@@ -78,8 +78,8 @@ class MonitoredDatabase:
         *,
         seconds: float | None = None,
     ) -> T:
-        """Run a change. The database repeats it if the answer to its COMMIT was lost; if the first
-        attempt was committed, the acting key may be gone by its own change and is not judged again.
+        """Run a change. The database repeats it if the answer to its COMMIT was lost. If the first
+        attempt was committed, it is not made again: the acting key may be gone by its own change.
 
         Args:
             change: returns its sequence number, last; anything but an int: it changed nothing.

@@ -1,7 +1,7 @@
 """The store's own secrets: the MAC keys of tokens, and the peppers of values in Redis.
 
-The law of this file: a transaction that changes the secrets advances `meta.seq` and writes the
-invalidation that names them, in ONE transaction. It can be repeated: after a lost answer, or a
+The law of this file: a change of the secrets is ONE transaction that advances `meta.seq`, makes the
+change and writes the invalidation that names them. It can be repeated: after a lost answer, or a
 crash between two steps, no second secret is created.
 """
 

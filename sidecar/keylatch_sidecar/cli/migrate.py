@@ -52,8 +52,8 @@ def _print_plan(version: str | None, steps: Sequence[Step]) -> None:
     at = f"at version {version}" if version else "empty"
     output.stderr.print(f"The store is {at}, this keylatch needs {VERSION}:")
     for step in steps:
-        waiting = f" Meanwhile wait: {step.blocks}." if version else ""
-        output.stderr.print(f"  {step.version}  {step.purpose}{waiting}", soft_wrap=True)
+        blocks = f" Blocks {step.blocks}." if version else ""
+        output.stderr.print(f"  {step.version}  {step.purpose}{blocks}", soft_wrap=True)
 
 
 async def _version(url: str) -> str | None:
