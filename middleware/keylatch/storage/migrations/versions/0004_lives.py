@@ -61,6 +61,5 @@ def upgrade() -> None:
     )
     op.create_index("keylatch_audit_of_organization", "keylatch_audit", ["organization_id", "id"])
     op.add_column(
-        "keylatch_secrets",
-        sa.Column("makes", sa.Boolean, nullable=False, server_default=sa.true()),
+        "keylatch_secrets", sa.Column("makes", sa.Boolean, nullable=False, server_default=sa.true())
     )
