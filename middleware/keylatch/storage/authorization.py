@@ -40,7 +40,7 @@ from keylatch.core.validation import (
 from keylatch.storage.database import Contended
 from keylatch.storage.quotas import Quotas
 from keylatch.storage.records import SELECT_RECORDS, record_of
-from keylatch.storage.repository import MAX_PARAMETERS
+from keylatch.storage.repository import batches
 from keylatch.storage.schema import keys
 
 _STORED_KEYS: Final = SELECT_RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
@@ -168,9 +168,7 @@ def lock_keys(
         Contended: another transaction holds one of them, and `wait` is False.
     """
     found: dict[str, StoredKey] = {}
-    ordered = sorted(key_ids)
-    for start in range(0, len(ordered), MAX_PARAMETERS):
-        batch = ordered[start : start + MAX_PARAMETERS]
+    for batch in batches(sorted(key_ids)):
         statement = _STORED_KEYS.where(
             keys.c.id.in_(batch), keys.c.organization_id == organization_id
         )

@@ -49,14 +49,15 @@ class Query:
 
 
 class Database(Protocol):
-    """One of the two databases."""
+    """A database; a method with a body here is what one without that feature does."""
 
-    is_shared: bool
+    is_shared: bool = False
     """Whether several hosts use it, so that processes need leases."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
+        return ()
 
     async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
         """The rows of a query.
@@ -90,13 +91,16 @@ class Database(Protocol):
 
     def pools(self) -> Mapping[str, int]:
         """Work in progress by kind, including work that waits for a thread; empty: not counted."""
+        return {}
 
     def fetch_nowait(self, query: Query, **parameters: Any) -> Rows | None:
         """`fetch` without waiting for a disk or a socket; None where that is impossible."""
+        return None
 
     def data_version(self) -> bytes | None:
         """Bytes that differ after every commit of any process: while they are equal, no query is
         needed; None: the database has none."""
+        return None
 
     async def identity(self) -> str:
         """The identity of the database, whose tables exist: the same text in all processes that
@@ -108,18 +112,23 @@ class Database(Protocol):
 
     async def run_maintenance(self) -> None:
         """Housekeeping that may be slow."""
+        return
 
     async def close(self) -> None:
         """Close connections and end threads."""
+        return
 
     def before_fork(self) -> None:
         """Close what must not be open while the process forks."""
+        return
 
     def after_fork_in_parent(self) -> None:
         """Continue after a fork."""
+        return
 
     def after_fork_in_child(self) -> None:
         """Drop what the parent has open, without closing it."""
+        return
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from keylatch.storage.authorization import OPERATOR, Actor, authorize, lock_keys
 from keylatch.storage.invalidation_log import advance_for_each, lock_sequence, sequence
 from keylatch.storage.key_changes import deletion_details, deletion_values, next_updated_at
 from keylatch.storage.records import SELECT_RECORDS, record_of
-from keylatch.storage.repository import MANY_ROWS_SECONDS, MAX_PARAMETERS, Repository, changes
+from keylatch.storage.repository import MANY_ROWS_SECONDS, Repository, batches, changes
 from keylatch.storage.schema import keys
 
 
@@ -81,9 +81,9 @@ def descendants_of(connection: Connection, organization_id: str, key_id: str) ->
 def _delete_all(
     connection: Connection, key_ids: Sequence[str], now_ms: int, reason: str | None
 ) -> None:
-    for start in range(0, len(key_ids), MAX_PARAMETERS):
+    for batch in batches(key_ids):
         connection.execute(
             update(keys)
-            .where(keys.c.id.in_(key_ids[start : start + MAX_PARAMETERS]))
+            .where(keys.c.id.in_(batch))
             .values(**deletion_values(now_ms, reason), updated_at=next_updated_at(now_ms))
         )

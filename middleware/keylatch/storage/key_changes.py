@@ -17,7 +17,7 @@ from keylatch.storage.authorization import Actor, Authority, authorize
 from keylatch.storage.invalidation_log import advance
 from keylatch.storage.quotas import check_quota
 from keylatch.storage.records import SELECT_RECORDS, record_of
-from keylatch.storage.repository import MAX_PARAMETERS
+from keylatch.storage.repository import batches
 from keylatch.storage.schema import keys, organizations
 
 GRANT_COLUMNS: Final = ("permission", "expires_at")
@@ -94,9 +94,7 @@ def _insert(
 
 
 def _add_organizations(connection: Connection, organization_ids: set[str], now_ms: int) -> None:
-    names = sorted(organization_ids)
-    for start in range(0, len(names), MAX_PARAMETERS):
-        batch = names[start : start + MAX_PARAMETERS]
+    for batch in batches(sorted(organization_ids)):
         statement = select(organizations.c.id).where(organizations.c.id.in_(batch))
         missing = set(batch).difference(connection.execute(statement).scalars())
         if missing:

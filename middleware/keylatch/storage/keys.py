@@ -36,8 +36,8 @@ from keylatch.storage.records import (
 )
 from keylatch.storage.repository import (
     MANY_ROWS_SECONDS,
-    MAX_PARAMETERS,
     Repository,
+    batches,
     changes,
     reads,
     writes,
@@ -295,10 +295,9 @@ def _keys_by_locator(
     connection: Connection, locators: Sequence[str]
 ) -> dict[str, tuple[str, bool]]:
     existing: dict[str, tuple[str, bool]] = {}
-    for start in range(0, len(locators), MAX_PARAMETERS):
-        statement = select(keys.c.locator, keys.c.id, keys.c.deleted_at).where(
-            keys.c.locator.in_(locators[start : start + MAX_PARAMETERS])
-        )
+    columns = select(keys.c.locator, keys.c.id, keys.c.deleted_at)
+    for batch in batches(locators):
+        statement = columns.where(keys.c.locator.in_(batch))
         for locator, key_id, deleted_at in connection.execute(statement):
             existing[locator] = (key_id, deleted_at is not None)
     return existing

@@ -25,7 +25,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.dialects.postgresql import JSONB
 
 from keylatch.storage.database import Query
 from keylatch.storage.invalidation_log import (
@@ -47,16 +47,6 @@ class Poll:
     batch: InvalidationBatch
     store_seconds: float
     """The store's own time, in seconds since the epoch."""
-
-
-class _Jsonb(UserDefinedType[Any]):
-    """PostgreSQL's type, without the import of SQLAlchemy's PostgreSQL dialect, which a process on
-    SQLite does not need."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "JSONB"
 
 
 def _poll() -> Select[Any]:
@@ -90,8 +80,8 @@ def _acknowledged_seq() -> Case[int]:
         .order_by(invalidations.c.seq)
         .subquery()
     )
-    logged = select(func.jsonb_agg(entries.c.entry, type_=_Jsonb)).scalar_subquery()
-    pending = cast(bindparam("pending", type_=Text), _Jsonb)
+    logged = select(func.jsonb_agg(entries.c.entry, type_=JSONB)).scalar_subquery()
+    pending = cast(bindparam("pending", type_=Text), JSONB)
     return case((logged == pending, pending_seq), else_=since)
 
 

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.errors import StoreUnavailable
-from keylatch.storage.database import Contended, Query, Rows, Work, translate_errors
+from keylatch.storage.database import Contended, Database, Query, Rows, Work, translate_errors
 from keylatch.storage.libpq_pool import ConnectionPool
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class _ConnectionLost(Exception):
     """An open connection turned out to be closed, or was shut down."""
 
 
-class PostgreSQL:
+class PostgreSQL(Database):
     """A server; see `keylatch.storage.database.Database`.
 
     Args:
@@ -69,7 +69,6 @@ class PostgreSQL:
     """
 
     is_shared = True
-    warnings: tuple[str, ...] = ()
 
     def __init__(self, url: URL) -> None:
         self._url = url.set(drivername="postgresql+psycopg")
@@ -254,12 +253,6 @@ class PostgreSQL:
     def pools(self) -> Mapping[str, int]:
         return {"checks": self._lookup_pool.under_way, "management": len(self._tasks)}
 
-    def fetch_nowait(self, query: Query, **parameters: Any) -> Rows | None:
-        return None
-
-    def data_version(self) -> bytes | None:
-        return None
-
     async def identity(self) -> str:
         return await self.read(_identity)
 
@@ -276,9 +269,6 @@ class PostgreSQL:
                 f"LISTEN on the store failed: {type(error).__name__}", self._hint
             ) from None
 
-    async def run_maintenance(self) -> None:
-        return None
-
     async def close(self) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_READ_SECONDS)
@@ -288,12 +278,6 @@ class PostgreSQL:
             pool.close()
         for engine in (self._engine, self._lease_engine):
             await engine.dispose()
-
-    def before_fork(self) -> None:
-        return None
-
-    def after_fork_in_parent(self) -> None:
-        return None
 
     def after_fork_in_child(self) -> None:
         # Kept, never closed: to close them would end the parent's sessions.

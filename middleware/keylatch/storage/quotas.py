@@ -40,16 +40,10 @@ class Quotas:
 
 
 def check_quota(
-    connection: Connection,
-    organization_id: str,
-    now_ms: int,
-    quotas: Quotas,
-    *,
-    changes: int = 1,
-    new_keys: int = 0,
+    connection: Connection, organization_id: str, now_ms: int, quotas: Quotas, *, new_keys: int = 0
 ) -> None:
-    """Raises `QuotaExceeded` unless so many changes that add so many keys are within the limits."""
-    check_changes(connection, organization_id, now_ms, quotas.max_changes, more=changes)
+    """Raises `QuotaExceeded` unless a change that adds so many keys is within the limits."""
+    check_changes(connection, organization_id, now_ms, quotas.max_changes, more=1)
     if new_keys:
         check_keys(connection, organization_id, quotas.max_keys, more=new_keys)
 

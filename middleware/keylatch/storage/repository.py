@@ -9,7 +9,7 @@ answer to its COMMIT was lost, the change is recognised by its row in the invali
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, select
@@ -23,14 +23,19 @@ from keylatch.telemetry.health import Health
 MANY_ROWS_SECONDS: Final = 60.0
 """The time limit of statements that touch every key of an organisation or of the store. An index
 of a million keys takes two seconds."""
-MAX_PARAMETERS: Final = 500
-"""Bind parameters of one statement; longer lists are cut into several statements."""
+_MAX_PARAMETERS: Final = 500
 
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R", bound="Repository")
 Operation = Callable[Concatenate[R, Connection, P], T]
 Method = Callable[Concatenate[R, P], Coroutine[Any, Any, T]]
+
+
+def batches(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Parts of a list, as the bind parameters of one statement each."""
+    for start in range(0, len(values), _MAX_PARAMETERS):
+        yield values[start : start + _MAX_PARAMETERS]
 
 
 class MonitoredDatabase:

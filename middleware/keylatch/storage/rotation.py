@@ -63,8 +63,7 @@ class RotationRepository(Repository):
         if found is None:
             return None
         seq = advance(connection, now_ms, key_id=key_id)
-        authority = authorize(connection, by)
-        record = _require_not_deleted(found)
+        authority, record = authorize(connection, by), _require_not_deleted(found)
         authority.check_grant(record)
         check_limits(connection, by, organization_id, now_ms)
         values: dict[str, Any] = {
@@ -104,8 +103,7 @@ class RotationRepository(Repository):
         if found is None:
             return None
         seq = advance(connection, now_ms, key_id=key_id)
-        authority = authorize(connection, by)
-        record = _require_not_deleted(found)
+        authority, record = authorize(connection, by), _require_not_deleted(found)
         authority.check(organization_id, record.permission, record.environment)
         if found.previous_hash is None or record.grace_ends_at(now_ms) is None:
             raise InvalidKeyState("No rotation of the API key is under way")

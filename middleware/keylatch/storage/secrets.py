@@ -31,6 +31,7 @@ from keylatch.storage.repository import MonitoredDatabase, Repository, reads, wr
 from keylatch.storage.schema import STORE_SECRETS_ID, keys, meta, secrets
 
 KINDS: Final = ("mac", "pepper")
+Status = Literal["primary", "enabled", "pending"]
 _BYTES: Final = 32
 _SECRETS: Final = Query(
     select(meta.c.seq, secrets.c.kind, secrets.c.value)
@@ -57,7 +58,7 @@ class SecretInfo:
     kind: str
     status_since: int
     """Milliseconds since the epoch: when it was added, or enabled."""
-    status: Literal["primary", "enabled", "pending"]
+    status: Status
     """Creates new values; accepted for older values; not used until every process has it."""
 
 
@@ -92,26 +93,16 @@ class SecretRepository(Repository):
     @reads
     def infos(self, connection: Connection) -> Sequence[SecretInfo]:
         """All secrets without their values, newest first."""
-        rows = connection.execute(
-            select(
-                secrets.c.id, secrets.c.kind, secrets.c.status_since, secrets.c.enabled
-            ).order_by(secrets.c.id.desc())
-        ).all()
-        primaries: dict[str, int] = {}
-        for row in rows:
+        infos, kinds_with_primary = [], set()
+        columns = secrets.c.id, secrets.c.kind, secrets.c.status_since, secrets.c.enabled
+        for row in connection.execute(select(*columns).order_by(secrets.c.id.desc())):
+            status: Status = "enabled" if row.kind in kinds_with_primary else "primary"
             if row.enabled:
-                primaries.setdefault(row.kind, row.id)
-        return [
-            SecretInfo(
-                *(row.id, row.kind, row.status_since),
-                "pending"
-                if not row.enabled
-                else "primary"
-                if primaries[row.kind] == row.id
-                else "enabled",
+                kinds_with_primary.add(row.kind)
+            infos.append(
+                SecretInfo(row.id, row.kind, row.status_since, status if row.enabled else "pending")
             )
-            for row in rows
-        ]
+        return infos
 
     @writes
     def add_pending(

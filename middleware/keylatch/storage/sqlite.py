@@ -22,7 +22,7 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import URL
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.storage.database import Query, Rows, Work, translate_errors
+from keylatch.storage.database import Database, Query, Rows, Work, translate_errors
 from keylatch.storage.mounts import mounts, mounts_over
 from keylatch.storage.store_file import StoreFile
 from keylatch.storage.threads import ThreadPool
@@ -39,7 +39,7 @@ _CHECKPOINT_BYTES: Final = 1 << 20
 _FIRST_FIXED_SQLITE: Final = (3, 51, 3)
 
 
-class SQLite:
+class SQLite(Database):
     """A file; see `keylatch.storage.database.Database`.
 
     Args:
@@ -48,8 +48,6 @@ class SQLite:
     Raises:
         ConfigurationError: SQLite would not work there, or lose changes.
     """
-
-    is_shared = False
 
     def __init__(self, path: Path) -> None:
         self.file = StoreFile(path)

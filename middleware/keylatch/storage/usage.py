@@ -32,7 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from keylatch.core.decisions import PREVIOUS_SUFFIX, KeyRecord
 from keylatch.storage.authorization import in_byte_order
 from keylatch.storage.records import find_record
-from keylatch.storage.repository import MAX_PARAMETERS, Repository, reads, writes
+from keylatch.storage.repository import Repository, batches, reads, writes
 from keylatch.storage.schema import NO_ID, clients, keys, usage
 
 ALLOWED: Final = "allowed"
@@ -176,30 +176,23 @@ def add_batch(connection: Connection, last_used: Mapping[str, int], batch: Usage
     ]
     if counts:
         insertion = _insert(connection, usage)
-        total = usage.c.count + insertion.excluded.count
+        total = {"count": usage.c.count + insertion.excluded.count}
         connection.execute(
-            insertion.on_conflict_do_update(
-                index_elements=usage.primary_key, set_={"count": total}
-            ),
-            counts,
+            insertion.on_conflict_do_update(index_elements=usage.primary_key, set_=total), counts
         )
     seen = [
         {"key_id": key_id, "network": each.address, "product": each.agent, "seen_at": each.seen_at}
         for key_id, each in sorted(batch.clients.items())
     ]
     if seen:
-        insertion_of_clients = _insert(connection, clients)
-        new = {
-            name: insertion_of_clients.excluded[name] for name in ("network", "product", "seen_at")
-        }
-        connection.execute(
-            insertion_of_clients.on_conflict_do_update(
-                index_elements=clients.primary_key,
-                set_=new,
-                where=clients.c.seen_at < insertion_of_clients.excluded.seen_at,
-            ),
-            seen,
+        insertion = _insert(connection, clients)
+        new = insertion.excluded
+        upsert = insertion.on_conflict_do_update(
+            index_elements=clients.primary_key,
+            set_={name: new[name] for name in ("network", "product", "seen_at")},
+            where=clients.c.seen_at < new.seen_at,
         )
+        connection.execute(upsert, seen)
     if last_used:
         record_last_used(connection, last_used)
 
@@ -264,11 +257,9 @@ def record_last_used(connection: Connection, last_used: Mapping[str, int]) -> No
 
 
 def _lock_in_order(connection: Connection, key_ids: Sequence[str]) -> None:
-    for start in range(0, len(key_ids), MAX_PARAMETERS):
-        matches_batch = keys.c.id.in_(key_ids[start : start + MAX_PARAMETERS])
-        ordered = (
-            select(keys.c.id).where(matches_batch).order_by(in_byte_order(connection, keys.c.id))
-        )
+    for batch in batches(key_ids):
+        rows = select(keys.c.id).where(keys.c.id.in_(batch))
+        ordered = rows.order_by(in_byte_order(connection, keys.c.id))
         connection.execute(ordered.with_for_update(key_share=True)).all()
 
 
