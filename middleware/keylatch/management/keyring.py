@@ -254,7 +254,7 @@ class Keyring:
 
     async def find_imported(self, tokens: Sequence[ImportedToken]) -> Sequence[Imported]:
         """Which of them are here already; `key_id` is empty for those that are not."""
-        existing = await self._store.keys.keys_by_locator([foreign.locator for foreign in tokens])
+        existing = await self._store.keys.by_locator([foreign.locator for foreign in tokens])
         return [
             Imported(existing[each.locator][0], False, existing[each.locator][1])
             if each.locator in existing

@@ -93,11 +93,11 @@ class KeyRepository(Repository):
         )
 
     @reads
-    def keys_by_locator(
+    def by_locator(
         self, connection: Connection, locators: Sequence[str]
     ) -> dict[str, tuple[str, bool]]:
         """Which locators the store has: locator → (id of its key, whether that is deleted)."""
-        return _keys_by_locator(connection, locators)
+        return _by_locator(connection, locators)
 
     @reads
     def get(
@@ -221,10 +221,10 @@ class KeyRepository(Repository):
         """Insert imported keys, all or none, except those whose locator the store has.
 
         Returns:
-            the sequence number, and the locators that the store had: see `keys_by_locator`. The
+            the sequence number, and the locators that the store had: see `by_locator`. The
             caller's own ids among them were inserted by an earlier attempt whose answer was lost.
         """
-        existing = _keys_by_locator(connection, [str(record.locator) for record, _ in new_keys])
+        existing = _by_locator(connection, [str(record.locator) for record, _ in new_keys])
         missing = [each for each in new_keys if each[0].locator not in existing]
         if not missing:
             return sequence(connection), existing
@@ -291,9 +291,7 @@ class KeyRepository(Repository):
         return [record async for page in pages for record in page.records]
 
 
-def _keys_by_locator(
-    connection: Connection, locators: Sequence[str]
-) -> dict[str, tuple[str, bool]]:
+def _by_locator(connection: Connection, locators: Sequence[str]) -> dict[str, tuple[str, bool]]:
     existing: dict[str, tuple[str, bool]] = {}
     columns = select(keys.c.locator, keys.c.id, keys.c.deleted_at)
     for batch in batches(locators):
