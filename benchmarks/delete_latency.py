@@ -36,11 +36,11 @@ from keylatch.engine import Engine
 from keylatch.revocation.lease import Lease
 from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
-from keylatch.storage import leases, queries
+from keylatch.storage import invalidation_log, leases
 from keylatch.storage.store import Invalidation
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_QUERIES = {b"poll": leases.POLL, b"changes": queries.INVALIDATIONS_SINCE}
+_QUERIES = {b"poll": leases.POLL, b"changes": invalidation_log.INVALIDATIONS_SINCE}
 
 
 class Member:
@@ -156,7 +156,7 @@ class MemberGroup:
         """Join one after the other, so that nobody polls in step."""
         self._signer = Signer((await self._store.open(0)).peppers)
         for name in self._names:
-            await self._store.join(name, self._settings.lease)
+            await self._store.leases.join(name, 0, self._settings.lease)
             self._members.append(Member(name, self._settings.store, self._settings.lease))
             await asyncio.sleep(self._settings.lease / 4 / len(self._names))
 
@@ -165,7 +165,7 @@ class MemberGroup:
         for member in self._members:
             member.close()
         for name in self._names:
-            await self._store.leave(name)
+            await self._store.leases.leave(name)
 
 
 def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: int) -> None:

@@ -139,7 +139,7 @@ async def l2_on(kind: str, rounds: int, redis: RedisServer, done: Done) -> list[
             names = [name async for name in client.scan_iter("keylatch:*")]
             turn = {
                 "get": lambda: each(client.get, names),
-                "find": lambda: each(engine.store.find, [key.record.id for key in keys]),
+                "find": lambda: each(engine.store.keys.find, [key.record.id for key in keys]),
                 "check": lambda: checked(engine, values),
             }
             given_up = 0
@@ -228,7 +228,7 @@ async def cold(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
 
 async def hash_of(engine: Engine, key: Created) -> str:
     """What the store holds of a key."""
-    found = await engine.store.find(key.record.id)
+    found = await engine.store.keys.find(key.record.id)
     assert isinstance(found, Found)
     return found.hash
 

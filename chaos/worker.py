@@ -69,6 +69,8 @@ class CommitTimeStore(Store):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.committed: dict[str, int] = {}
+        self._change = self.keys.change
+        self.keys.change = self.change  # type: ignore[method-assign]
 
     async def change(
         self,
@@ -79,7 +81,7 @@ class CommitTimeStore(Store):
         *,
         by: Actor = OPERATOR,
     ) -> tuple[KeyRecord, int] | None:
-        changed = await super().change(organization_id, key_id, now_ms, values, by=by)
+        changed = await self._change(organization_id, key_id, now_ms, values, by=by)
         self.committed[key_id] = time.monotonic_ns()
         return changed
 

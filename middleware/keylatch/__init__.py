@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from keylatch.management.results import Changed, Created, Revoked, Rotated
     from keylatch.revocation.propagation import Receipt
     from keylatch.settings import Settings
-    from keylatch.storage.listing import Page
+    from keylatch.storage.keys import Page
     from keylatch.storage.usage import Client, DayUsage, KeyUsage
 
 __all__ = [

@@ -482,7 +482,7 @@ class Engine:
     # In the background
 
     async def _store_usage(self, last_used: Mapping[str, int], batch: UsageBatch) -> None:
-        await self.store.record_last_used(last_used, batch)
+        await self.store.usage.record(last_used, batch)
         await self._revocation_monitor.check(last_used)
         self.authenticator.sample_timings()
 
@@ -494,9 +494,9 @@ class Engine:
         )
 
     async def _handle_restore(self, key_ids: list[str], epoch: str, seq: int) -> None:
-        await self.store.start_new_epoch(epoch, seq)
+        await self.store.invalidations.start_new_epoch(epoch, seq, self._now_ms())
         for key_id in key_ids:
-            found = await self.store.find(key_id)
+            found = await self.store.keys.find(key_id)
             if isinstance(found, Found) and found.record.deleted_at is None:
                 log.critical(
                     "%s has the state of the restored backup: a later change to it was lost", key_id

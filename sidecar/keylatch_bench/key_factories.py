@@ -157,9 +157,9 @@ class StoreKeyFactory:
         """Write entries to Redis as a process does after verifying a key; False: Redis failed."""
         engine, secrets = await self._open()
         async with self._shared_cache(secrets) as shared:
-            epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
+            epoch = (await engine.store.invalidations.since(MAX_SEQ)).epoch
             for key in keys:
-                found = await engine.store.find(key.id)
+                found = await engine.store.keys.find(key.id)
                 if isinstance(found, Found):
                     fit = await self._hashers["cheap"].verify(found.hash, key.token)
                     if isinstance(fit, bytes):
@@ -171,7 +171,7 @@ class StoreKeyFactory:
         writes the entry after its response."""
         engine, secrets = await self._open()
         async with self._shared_cache(secrets) as shared:
-            epoch = (await engine.store.invalidations_since(MAX_SEQ)).epoch
+            epoch = (await engine.store.invalidations.since(MAX_SEQ)).epoch
             for _ in range(_POLLS):
                 if await _is_in_redis(engine.store, shared, key, epoch):
                     return True
@@ -215,7 +215,7 @@ class StoreKeyFactory:
 
 async def _is_in_redis(store: Store, shared: SharedCache, key: Key, epoch: str) -> bool:
     """Whether Redis has an entry that verifies this key."""
-    found = await store.find(key.id)
+    found = await store.keys.find(key.id)
     if not isinstance(found, Found):
         return False
     return await shared.proves(key.token, key.id, found.hash, epoch)

@@ -116,6 +116,7 @@ class Log:
         self.blind = False
         self.questions = 0
         self.gate: asyncio.Event | None = None
+        self.invalidations = self
 
     def commit(self, key_id: str | None = None, organization_id: str | None = None) -> int:
         self.seq += 1
@@ -129,14 +130,14 @@ class Log:
         self.asked += 1
         return None if self.blind else self.seq
 
-    def invalidations_since_nowait(self, since: int) -> InvalidationBatch:
+    def since_nowait(self, since: int) -> InvalidationBatch:
         told = tuple(row for row in self.rows if row[0] > since)
         is_complete = since >= self.pruned and len(told) <= 1_000
         return InvalidationBatch(self.seq, self.epoch, is_complete, told if is_complete else ())
 
-    async def invalidations_since(self, since: int) -> InvalidationBatch:
+    async def since(self, since: int) -> InvalidationBatch:
         self.questions += 1
-        batch = self.invalidations_since_nowait(since)
+        batch = self.since_nowait(since)
         if self.gate is not None:
             await self.gate.wait()
         return batch

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, TypeVar
 
 import pytest
@@ -42,7 +43,7 @@ async def create(engine: Engine) -> Created:
     return await (await engine.keyring()).create("acme", "ci")
 
 
-async def last_used(make_engine: MakeEngine, key: Created) -> int | None:
+async def last_used(make_engine: MakeEngine, key: Created) -> datetime | None:
     """What another process finds in the store."""
     async with make_engine() as other:
         record = await (await other.keyring()).get("acme", key.record.id)
@@ -65,7 +66,7 @@ def loop_on_a_thread() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 def test_an_engine_is_a_context(make_engine: MakeEngine) -> None:
     """`async with` starts it and stops it: what was used inside is stored."""
 
-    async def story() -> int | None:
+    async def story() -> datetime | None:
         async with make_engine() as engine:
             key = await create(engine)
             assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
@@ -74,7 +75,7 @@ def test_an_engine_is_a_context(make_engine: MakeEngine) -> None:
     assert asyncio.run(story()) is not None
 
 
-def use_on_a_loop_of_its_own(engine: Engine, make_engine: MakeEngine) -> int | None:
+def use_on_a_loop_of_its_own(engine: Engine, make_engine: MakeEngine) -> datetime | None:
     """What is stored after a loop ended without a stop of the engine."""
 
     async def use() -> Created:

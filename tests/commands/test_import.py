@@ -43,7 +43,7 @@ def forbidden_store(engine: Engine) -> None:
     async def find(key_id: str) -> Found:
         raise AssertionError("the store was asked")
 
-    engine.store.find = find  # type: ignore[method-assign]
+    engine.store.keys.find = find  # type: ignore[method-assign]
 
 
 class ImportContract(StoreTests):
@@ -63,39 +63,39 @@ class ImportContract(StoreTests):
     ) -> None:
         """As if they had been made one after the other, new organisations on the way."""
         made = [(record(f"key_{n}", f"org{n % 3}"), f"hash {n}") for n in (5, 3, 8, 1, 6)]
-        _, seq = await store.add_many(made)
+        _, seq = await store.keys.add_many(made)
         for each, hashed in made:
-            assert await store.find(each.id) == Found(each, hashed, seq)
-        listed = await store.list("org2", newest_first=False)
+            assert await store.keys.find(each.id) == Found(each, hashed, seq)
+        listed = await store.keys.list("org2", newest_first=False)
         assert [each.id for each in listed] == ["key_5", "key_8"]
 
     async def test_a_batch_is_one_line_of_the_log(self, store: Store) -> None:
         """A million keys leave no million tombstones, and every key has a number of its own."""
-        before = (await store.invalidations_since(0)).seq
-        _, seq = await store.add_many([(record(f"key_{n}"), "hashed") for n in range(2_500)])
+        before = (await store.invalidations.since(0)).seq
+        _, seq = await store.keys.add_many([(record(f"key_{n}"), "hashed") for n in range(2_500)])
         assert seq == before + 2_500
-        changes = await store.invalidations_since(before)
+        changes = await store.invalidations.since(before)
         assert changes.is_complete
         assert changes.invalidations == ((seq, None, ""),)
-        _, later = await store.add(record("key_later"), "hashed")
-        assert (await store.invalidations_since(seq)).invalidations == ((later, "key_later", None),)
+        _, later = await store.keys.add(record("key_later"), "hashed")
+        assert (await store.invalidations.since(seq)).invalidations == ((later, "key_later", None),)
 
     async def test_a_batch_may_be_repeated(self, store: Store) -> None:
         """Whoever lost the answer of the commit tries again, and makes no second change."""
         made = [(record(f"key_{n}"), f"hash {n}") for n in range(3)]
-        _, seq = await store.add_many(made)
-        assert (await store.add_many(made))[1] == seq
-        assert (await store.invalidations_since(0)).seq == seq
+        _, seq = await store.keys.add_many(made)
+        assert (await store.keys.add_many(made))[1] == seq
+        assert (await store.invalidations.since(0)).seq == seq
 
     async def test_all_or_none(self, store: Store) -> None:
         """One key that cannot be made takes its batch along, and nothing is told of it."""
-        await store.add(record("key_taken"), "hashed")
-        before = await store.invalidations_since(0)
+        await store.keys.add(record("key_taken"), "hashed")
+        before = await store.invalidations.since(0)
         made = [(record("key_1", "new"), "hashed"), (record("key_taken"), "other")]
         with pytest.raises(StoreUnavailable):
-            await store.add_many([*made, (record("key_2"), "hashed")])
-        assert await store.invalidations_since(0) == before
-        assert await store.list("new") == []
+            await store.keys.add_many([*made, (record("key_2"), "hashed")])
+        assert await store.invalidations.since(0) == before
+        assert await store.keys.list("new") == []
 
     async def test_an_import_is_believed_by_whoever_remembers_that_there_is_no_such_key(
         self, engines: list[Engine], clock: Clock
@@ -108,14 +108,14 @@ class ImportContract(StoreTests):
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: it advances the counter, and its line of the log concerns others."""
-        monkeypatch.setattr("keylatch.storage.changes.NO_ID", "somebody-else")
+        monkeypatch.setattr("keylatch.storage.keys.NO_ID", "somebody-else")
         assert await self._remembered(engines, clock) == (False, True)
 
     async def test_a_batch_that_told_everybody_would_empty_the_caches(
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The other twin: every process would ask the store, and argon2, for every key anew."""
-        monkeypatch.setattr("keylatch.storage.changes.NO_ID", None)
+        monkeypatch.setattr("keylatch.storage.keys.NO_ID", None)
         assert await self._remembered(engines, clock) == (True, False)
 
     async def _remembered(self, engines: list[Engine], clock: Clock) -> tuple[bool, bool]:
@@ -165,7 +165,7 @@ class ImportContract(StoreTests):
         )
         store = Store(url)
         await store.open(NOW)
-        listed = await store.list("org1", newest_first=False)
+        listed = await store.keys.list("org1", newest_first=False)
         assert [each.id for each in listed] == [each["id"] for each in made[1::2]]
         await store.close()
 
@@ -405,7 +405,7 @@ def test_the_cost_of_argon2id_is_told_before_it_is_paid(
 async def test_keys_share_the_words_that_they_have_in_common(engine: Engine) -> None:
     """A cache of many keys holds each organisation, permission and environment once."""
     await (await engine.keyring()).create_many([NewKey("acme", f"key {n}") for n in range(3)])
-    principals = [principal_of(record) for record in await engine.store.list("acme")]
+    principals = [principal_of(record) for record in await engine.store.keys.list("acme")]
     for field in ("organization_id", "permission", "environment"):
         assert len({id(getattr(principal, field)) for principal in principals}) == 1
 

@@ -72,7 +72,7 @@ both = pytest.mark.parametrize("build", [starlette_app, fastapi_app])
 async def create(engine: Engine, permission: str = "FULL") -> Created:
     """A key; READING is one of an older configuration, which no rule names any more."""
     created = await (await engine.keyring()).create("default", f"my {permission}")
-    await engine.store.change("default", created.record.id, 0, {"permission": permission})
+    await engine.store.keys.change("default", created.record.id, 0, {"permission": permission})
     return created
 
 
@@ -419,7 +419,9 @@ def test_a_graceful_stop_stores_when_keys_were_used(make_engine: MakeEngine, app
     engine = make_engine()
     with serving(APIKeyMiddleware(app(engine), engine=engine)) as url:
         httpx.get(url, headers={"Authorization": f"Bearer {key.token.reveal()}"})
-    stored = asyncio.run(_operated(operator, lambda: operator.store.get("default", key.record.id)))
+    stored = asyncio.run(
+        _operated(operator, lambda: operator.store.keys.get("default", key.record.id))
+    )
     assert stored is not None
     assert stored.last_used == key.record.created_at
 

@@ -65,7 +65,7 @@ class Keys:
         assert self._runner.run(keyring.delete("default", key.record.id)) is not None
 
     def last_used(self, key: Created) -> int | None:
-        found = self._runner.run(self._engine.store.get("default", key.record.id))
+        found = self._runner.run(self._engine.store.keys.get("default", key.record.id))
         return found.last_used if found else None
 
     def close(self) -> None:
@@ -319,5 +319,5 @@ def test_websockets_and_lifespan_pass(
         with pytest.raises(InvalidStatus, match="401"):
             connect(place, proxy=None)
     assert events == ["started", "stopped"]
-    stored = asyncio.run(operated(lambda: operator.store.get("default", key.record.id)))
+    stored = asyncio.run(operated(lambda: operator.store.keys.get("default", key.record.id)))
     assert stored.last_used == key.record.created_at

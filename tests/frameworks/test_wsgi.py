@@ -80,7 +80,7 @@ class Protected:
         assert self._runner.run(keyring.delete("default", key.record.id)) is not None
 
     def last_used(self, key: Created) -> int | None:
-        found = self._runner.run(self._manager.store.get("default", key.record.id))
+        found = self._runner.run(self._manager.store.keys.get("default", key.record.id))
         return None if found is None else found.last_used
 
 

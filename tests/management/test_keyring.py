@@ -28,7 +28,7 @@ async def holder(engine: Engine, permission: str, environment: str = "live") -> 
     keyring = await engine.keyring()
     made = await keyring.create("acme", "caller", permission="SENDING", environment=environment)
     change = {"permission": permission}
-    changed = await engine.store.change("acme", made.record.id, 0, change)
+    changed = await engine.store.keys.change("acme", made.record.id, 0, change)
     assert changed is not None
     return principal_of(changed[0])
 
@@ -184,7 +184,7 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
             self, seq: int, record: KeyRecord | None = None, wait: bool = True
         ) -> Receipt:
             assert record is not None
-            stored = await engine.store.get("acme", record.id)
+            stored = await engine.store.keys.get("acme", record.id)
             calls.append((record.name, stored == record))
             return Receipt(seq, 0, 0, 0.0)
 

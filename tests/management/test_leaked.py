@@ -318,7 +318,7 @@ class AcceptsAnyScheme(Counting):
         self.authenticator.identify = self.identify  # type: ignore[method-assign]
 
     async def identify(self, token: Token) -> Owner | None:
-        found = await self.store.find(token.key_id)
+        found = await self.store.keys.find(token.key_id)
         return Owner(found.record, is_usable=True) if isinstance(found, Found) else None
 
 

@@ -16,7 +16,7 @@ from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.management.keyring import Created, NewKey
 from keylatch.revocation.invalidations import MAX_SEQ
-from keylatch.storage.listing import Page
+from keylatch.storage.keys import Page
 from keylatch.storage.store import Store
 from keylatch_sidecar.api import pagination
 from keylatch_sidecar.api.pagination import CURSORS, encode_cursor
@@ -176,18 +176,18 @@ class ListingContract(StoreTests):
         self, store: Store, newest_first: bool
     ) -> None:
         """Keys are created and deleted between any two pages; no other key moves."""
-        await store.add_many([(record(f"key_{n:02}"), "hashed") for n in range(40)])
+        await store.keys.add_many([(record(f"key_{n:02}"), "hashed") for n in range(40)])
         seen: list[str] = []
         after, turn = None, 0
         while True:
-            page = await store.page("acme", 4, newest_first=newest_first, after=after)
+            page = await store.keys.page("acme", 4, newest_first=newest_first, after=after)
             seen += [found.id for found in page.records]
             after = page.next_cursor
             if after is None:
                 break
-            await store.add(record(f"key_new_{turn}"), "hashed")
+            await store.keys.add(record(f"key_new_{turn}"), "hashed")
             gone = {"deleted_at": NOW, "active": False}
-            await store.change("acme", f"key_{turn * 3:02}", NOW, gone)
+            await store.keys.change("acme", f"key_{turn * 3:02}", NOW, gone)
             turn += 1
         assert len(set(seen)) == len(seen)
         stayed = {f"key_{n:02}" for n in range(40)} - {f"key_{n * 3:02}" for n in range(turn)}
@@ -196,17 +196,17 @@ class ListingContract(StoreTests):
 
     async def test_a_list_of_several_pages_is_read_whole(self, store: Store) -> None:
         """Whoever asks for all of it gets all of it, from as many reads as it takes."""
-        await store.add_many([(record(f"key_{n}"), "hashed") for n in range(1_201)])
-        found = [each.id for each in await store.list("acme", newest_first=False)]
+        await store.keys.add_many([(record(f"key_{n}"), "hashed") for n in range(1_201)])
+        found = [each.id for each in await store.keys.list("acme", newest_first=False)]
         assert found == [f"key_{n}" for n in range(1_201)]
-        assert [len(page.records) async for page in store.pages("acme")] == [500, 500, 201]
-        assert await store.page("unknown") == Page([], None)
+        assert [len(page.records) async for page in store.keys.pages("acme")] == [500, 500, 201]
+        assert await store.keys.page("unknown") == Page([], None)
 
     async def test_a_page_ends_exactly_where_the_list_does(self, store: Store) -> None:
         """No link to an empty page."""
-        await store.add_many([(record(f"key_{n}"), "hashed") for n in range(4)])
-        assert (await store.page("acme", 4)).next_cursor is None
-        assert (await store.page("acme", 3)).next_cursor is not None
+        await store.keys.add_many([(record(f"key_{n}"), "hashed") for n in range(4)])
+        assert (await store.keys.page("acme", 4)).next_cursor is None
+        assert (await store.keys.page("acme", 3)).next_cursor is not None
 
 
 class TestMemory(ListingContract):
@@ -244,11 +244,11 @@ async def test_pages_hold_whatever_happens_meanwhile(
     store = Store("sqlite://")
     await store.open(NOW)
     made = [f"key_{n:03}" for n in range(12)]
-    await store.add_many([(record(name), "hashed") for name in made])
+    await store.keys.add_many([(record(name), "hashed") for name in made])
     at_first, gone, seen = list(made), set[str](), list[str]()
     after, turns = None, iter(meanwhile)
     while True:
-        page = await store.page(
+        page = await store.keys.page(
             "acme", limit, newest_first=newest_first, deleted=deleted, after=after
         )
         seen += [found.id for found in page.records]
@@ -258,11 +258,11 @@ async def test_pages_hold_whatever_happens_meanwhile(
         for event in next(turns, []):
             if event == "make":
                 made.append(f"key_{len(made):03}")
-                await store.add(record(made[-1]), "hashed")
+                await store.keys.add(record(made[-1]), "hashed")
             else:
                 name = choice.choice(made)
                 gone.add(name)
-                await store.change("acme", name, NOW, {"deleted_at": NOW, "active": False})
+                await store.keys.change("acme", name, NOW, {"deleted_at": NOW, "active": False})
     stayed = at_first if deleted else [name for name in at_first if name not in gone]
     if newest_first:
         stayed = stayed[::-1]
@@ -329,7 +329,7 @@ async def test_a_list_that_breaks_off_is_no_list(
     keyring = await engine.keyring()
     admin_key = await keyring.create("acme", "admin_key")
     await keyring.create_many([NewKey("acme", f"key {n}") for n in range(600)])
-    page, sent = engine.store.page, list[dict[str, Any]]()
+    page, sent = engine.store.keys.page, list[dict[str, Any]]()
 
     async def failing(*args: Any, after: int | None = None, **options: Any) -> Page:
         if after is None and not is_down:
@@ -339,7 +339,7 @@ async def test_a_list_that_breaks_off_is_no_list(
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    monkeypatch.setattr(engine.store, "page", failing)
+    monkeypatch.setattr(engine.store.keys, "page", failing)
     is_down = False
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - a server cuts the connection
         await create_app(engine)(list_scope(admin_key), _nothing_more, send)  # type: ignore[arg-type]

@@ -26,9 +26,10 @@ from keylatch.engine import Engine
 from keylatch.errors import CallerRefused, InvalidKeyState, NotPermitted
 from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
-from keylatch.storage import authorization, changes
+from keylatch.storage import authorization
 from keylatch.storage.authorization import Actor, Authority
 from keylatch.storage.database import Database
+from keylatch.storage.key_changes import insert_keys
 from keylatch.storage.schema import keys
 from keylatch.storage.store import Store
 from servers import PostgresServer
@@ -62,11 +63,11 @@ class Scene:
 
     async def snapshot(self) -> list[Any]:
         """All that a refused change must not touch."""
-        changes = await self.engine.store.invalidations_since(0)
+        changes = await self.engine.store.invalidations.since(0)
         return [
             changes.seq,
-            await self.engine.store.list(ORG, deleted=True),
-            await self.engine.store.events(None, 1_000),
+            await self.engine.store.keys.list(ORG, deleted=True),
+            await self.engine.store.audit.events(None, 1_000),
         ]
 
 
@@ -85,7 +86,9 @@ async def demoted(scene: Scene) -> None:
 async def expired(scene: Scene) -> None:
     """By the store's time, which on PostgreSQL no test moves."""
     now_ms = scene.keyring.now_ms()
-    assert await scene.engine.store.change(ORG, scene.by.key_id, now_ms, {"expires_at": now_ms - 1})
+    assert await scene.engine.store.keys.change(
+        ORG, scene.by.key_id, now_ms, {"expires_at": now_ms - 1}
+    )
 
 
 async def organization_disabled(scene: Scene) -> None:
@@ -201,10 +204,11 @@ class OvertakenContract:
     ) -> None:
         """The store repeats the transaction: the acting key may be gone by its own work, and that
         is no refusal. It is written once, and waits for no connection of the leases."""
-        scene.engine.store._database = LosesAnswers(scene.engine.store._database)
-        before = len(await scene.engine.store.events(None, 1_000))
+        store = scene.engine.store
+        store._monitored.unmonitored = LosesAnswers(store._database)
+        before = len(await scene.engine.store.audit.events(None, 1_000))
         assert await CHANGES[change](scene)
-        written = len(await scene.engine.store.events(None, 1_000)) - before
+        written = len(await scene.engine.store.audit.events(None, 1_000)) - before
         assert written == (2 if change == "create many" else 1)
 
     async def test_without_the_second_judgement_a_revoked_key_makes_keys(
@@ -226,7 +230,7 @@ class OvertakenContract:
             assert await keyring.change(ORG, key_id, name="new", by=principal_of(by))
 
         async def use(at: int) -> None:
-            await scene.engine.store.record_last_used(dict.fromkeys(ids, at))
+            await scene.engine.store.usage.record(dict.fromkeys(ids, at))
 
         for turn in range(5):
             renames = [rename(by.record, key_id) for by in made for key_id in ids]
@@ -273,11 +277,11 @@ class TestPostgreSQL(OvertakenContract):
         """Shared locks do not queue: a key whose calls overlap could keep its own DELETE waiting.
         The twin locks the row for reading, as its judgement would."""
         engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
-        actor = Actor(scene.by.key_id, scene.by)
+        actor = Actor(scene.by.key_id, scene.by, scene.keyring.now_ms)
         row = select(keys.c.id).where(keys.c.id == scene.by.key_id)
         with engine.connect() as calling, engine.connect() as revoking:
             made = replace(scene.other, id="key_made", locator=None)
-            changes.add_key(calling, made, "hashed", actor)
+            insert_keys(calling, [(made, "hashed")], actor, "key.create")
             assert revoking.execute(row.with_for_update(nowait=True)).all()
             revoking.rollback()
             calling.execute(row.with_for_update(read=True))
@@ -308,7 +312,7 @@ async def test_keys_are_locked_in_the_order_of_their_bytes(postgres: PostgresSer
     store = Store(url)
     await store.open(0)
     ids = {f"key_{letter}" for letter in "aBcDeF"}
-    await store.add_many([(replace(record(each)), "hashed") for each in ids])
+    await store.keys.add_many([(replace(record(each)), "hashed") for each in ids])
     await store.close()
     engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
     with engine.connect() as connection:
@@ -348,12 +352,12 @@ class TestWhatAKeyLeavesBehind:
         grandchild = await self._child(keyring, child)
         unrelated = await self._child(keyring, None)
         await keyring.delete(ORG, child.id)
-        before = (await engine.store.invalidations_since(0)).seq
+        before = (await engine.store.invalidations.since(0)).seq
         changed = await keyring.delete(ORG, root.id, descendants=True, reason="leaked")
         assert changed is not None
         assert (changed.count, changed.record.revoked_reason) == (3, "leaked")
         assert [key.id for key in await keyring.list(ORG)] == [unrelated.id]
-        touched = (await engine.store.invalidations_since(before)).invalidations
+        touched = (await engine.store.invalidations.since(before)).invalidations
         assert sorted(key_id or "" for _, key_id, _ in touched) == sorted(
             (root.id, sibling.id, grandchild.id)
         )

@@ -166,7 +166,7 @@ ENDINGS: dict[str, Ending] = {
     ),
     "everything revoked": lambda keyring, key: keyring.revoke_all(key.record.organization_id),
     "rotated": lambda keyring, key: keyring.rotate(key.record.organization_id, key.record.id),
-    "expired": lambda keyring, key: keyring._store.change(
+    "expired": lambda keyring, key: keyring._store.keys.change(
         *(key.record.organization_id, key.record.id, keyring.now_ms()),
         {"expires_at": keyring.now_ms() - 1},
     ),

@@ -329,11 +329,13 @@ class RotationContract(StoreTests):
 
     async def test_repeated_after_a_lost_answer_it_is_done_once(self, store: Store) -> None:
         """The old hash is not lost under the new one."""
-        await store.add(record(), "old")
+        await store.keys.add(record(), "old")
         for _ in range(2):
-            rotated = await store.rotate("acme", "key_a", NOW, "new", "kl_...wxyz", NOW + 5)
+            rotated = await store.rotation.rotate(
+                "acme", "key_a", NOW, "new", "kl_...wxyz", NOW + 5
+            )
             assert rotated is not None
-        found = await store.find("key_a")
+        found = await store.keys.find("key_a")
         assert isinstance(found, Found)
         assert (found.hash, found.previous_hash) == ("new", "old")
         assert found.record.previous_expires_at == NOW + 5
@@ -341,14 +343,16 @@ class RotationContract(StoreTests):
 
     async def test_a_cancelled_one_leaves_no_trace_but_in_the_log(self, store: Store) -> None:
         """Hash and partial token are what they were."""
-        await store.add(record(), "old")
-        await store.rotate("acme", "key_a", NOW, "new", "kl_...wxyz", NOW + 5, by=Actor("key_b"))
-        await store.end_grace("acme", "key_a", NOW, True, by=Actor("key_c"))
-        found = await store.find("key_a")
+        await store.keys.add(record(), "old")
+        await store.rotation.rotate(
+            "acme", "key_a", NOW, "new", "kl_...wxyz", NOW + 5, by=Actor("key_b")
+        )
+        await store.rotation.end_grace("acme", "key_a", NOW, True, by=Actor("key_c"))
+        found = await store.keys.find("key_a")
         assert isinstance(found, Found)
         assert (found.hash, found.previous_hash) == ("old", None)
         assert found.record.partial_token == "kl_...abcd"
-        deeds = await store.events("acme", 10)
+        deeds = await store.audit.events("acme", 10)
         assert [(deed.action, deed.actor) for deed in deeds] == [
             ("key.rotate.cancel", "key_c"),
             ("key.rotate", "key_b"),
@@ -358,45 +362,49 @@ class RotationContract(StoreTests):
     async def test_all_keys_of_an_organisation_end_in_one_change(self, store: Store) -> None:
         """One sequence number and one invalidation for any number of keys of the organisation."""
         for number in range(5):
-            await store.add(record(f"key_{number}"), f"hash {number}")
-        await store.add(record("key_x", "other"), "hash")
-        deleted = await store.change("acme", "key_0", NOW, {"active": False, "deleted_at": NOW})
+            await store.keys.add(record(f"key_{number}"), f"hash {number}")
+        await store.keys.add(record("key_x", "other"), "hash")
+        deleted = await store.keys.change(
+            "acme", "key_0", NOW, {"active": False, "deleted_at": NOW}
+        )
         assert deleted is not None
         _, before = deleted
-        count, seq = await store.revoke_all("acme", NOW + 1, "leaked", by=Actor("key_1"))
+        count, seq = await store.organizations.revoke_all(
+            "acme", NOW + 1, "leaked", by=Actor("key_1")
+        )
         assert (count, seq) == (4, before + 1)
-        batch = await store.invalidations_since(before)
+        batch = await store.invalidations.since(before)
         assert batch.invalidations == ((seq, None, "acme"),)
-        records = await store.list("acme", deleted=True)
+        records = await store.keys.list("acme", deleted=True)
         assert {each.id for each in records if each.revoked_reason == "leaked"} == {
             f"key_{number}" for number in range(1, 5)
         }
         assert not any(each.active or each.deleted_at is None for each in records)
-        assert await store.list("other")
-        assert (await store.revoke_all("acme", NOW + 2, None))[0] == 0
+        assert await store.keys.list("other")
+        assert (await store.organizations.revoke_all("acme", NOW + 2, None))[0] == 0
 
     async def test_a_deed_and_its_line_are_one(self, store: Store) -> None:
         """Nothing done, nothing written: the transaction that fails leaves neither."""
-        await store.add(record(), "hash")
-        await store.change("acme", "key_a", NOW, {"active": False, "deleted_at": NOW})
-        before = await store.events(None, 10)
+        await store.keys.add(record(), "hash")
+        await store.keys.change("acme", "key_a", NOW, {"active": False, "deleted_at": NOW})
+        before = await store.audit.events(None, 10)
         with pytest.raises(InvalidKeyState):
-            await store.rotate("acme", "key_a", NOW, "new", "kl_...wxyz", None)
-        assert await store.change("acme", "key_b", NOW, {"name": "b"}) is None
-        assert await store.change_organization("unknown", NOW, False) is None
-        assert await store.events(None, 10) == before
+            await store.rotation.rotate("acme", "key_a", NOW, "new", "kl_...wxyz", None)
+        assert await store.keys.change("acme", "key_b", NOW, {"name": "b"}) is None
+        assert await store.organizations.set_active("unknown", NOW, False) is None
+        assert await store.audit.events(None, 10) == before
 
     async def test_the_log_is_read_in_pages_and_by_key(self, store: Store) -> None:
         """The newest first; another organisation's lines are not there."""
         for number in range(4):
-            await store.add(record(f"key_{number}"), f"hash {number}", by=Actor("cli:alice"))
-        await store.add(record("key_x", "other"), "hash")
-        first = await store.events("acme", 3)
-        rest = await store.events("acme", 3, None, first[-1].id)
+            await store.keys.add(record(f"key_{number}"), f"hash {number}", by=Actor("cli:alice"))
+        await store.keys.add(record("key_x", "other"), "hash")
+        first = await store.audit.events("acme", 3)
+        rest = await store.audit.events("acme", 3, None, first[-1].id)
         assert [deed.key_id for deed in (*first, *rest)] == [
             f"key_{number}" for number in (3, 2, 1, 0)
         ]
-        assert [deed.key_id for deed in await store.events("acme", 3, "key_1")] == ["key_1"]
+        assert [deed.key_id for deed in await store.audit.events("acme", 3, "key_1")] == ["key_1"]
         assert first[0].details == {
             "name": "ci",
             "permission": "FULL",

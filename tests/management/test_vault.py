@@ -46,52 +46,52 @@ class VaultContract(StoreTests):
 
     async def test_what_is_introduced_makes_nothing_yet(self, store: Store) -> None:
         """First it is enabled, after the primary one; then it is primary, and comes first."""
-        before = await store.secrets()
-        seq = await store.add_pending_secrets(KINDS, NOW)
-        known = await store.secrets()
+        before = await store.secrets.load()
+        seq = await store.secrets.add_pending(KINDS, NOW)
+        known = await store.secrets.load()
         assert known.as_of == seq == before.as_of + 1
         assert known.mac_keys[0] == before.mac_keys[0]
         assert known.peppers[0] == before.peppers[0]
         assert (len(known.mac_keys), len(known.peppers)) == (2, 2)
-        await store.promote_secrets(KINDS, NOW)
-        after = await store.secrets()
+        await store.secrets.promote(KINDS, NOW)
+        after = await store.secrets.load()
         assert after.mac_keys == known.mac_keys[::-1]
         assert after.peppers == known.peppers[::-1]
 
     async def test_every_step_is_audited(self, store: Store) -> None:
         """The invalidations since then contain the secrets, and no key."""
-        since = (await store.secrets()).as_of
-        await store.add_pending_secrets(KINDS, NOW)
-        await store.promote_secrets(KINDS, NOW)
+        since = (await store.secrets.load()).as_of
+        await store.secrets.add_pending(KINDS, NOW)
+        await store.secrets.promote(KINDS, NOW)
         assert {
-            touched[1:] for touched in (await store.invalidations_since(since)).invalidations
+            touched[1:] for touched in (await store.invalidations.since(since)).invalidations
         } == {(None, "*")}
 
     async def test_a_rotation_that_was_cut_off_is_finished(self, store: Store) -> None:
         """No second secret is created, and processes that may have missed it are notified again."""
-        first = await store.add_pending_secrets(["mac"], NOW)
-        assert await store.add_pending_secrets(["mac"], NOW) == first + 1
-        assert len((await store.secrets()).mac_keys) == 2
-        await store.promote_secrets(["mac"], NOW)
-        await store.promote_secrets(["mac"], NOW)
-        assert [each.status for each in await store.list_secrets() if each.kind == "mac"] == [
+        first = await store.secrets.add_pending(["mac"], NOW)
+        assert await store.secrets.add_pending(["mac"], NOW) == first + 1
+        assert len((await store.secrets.load()).mac_keys) == 2
+        await store.secrets.promote(["mac"], NOW)
+        await store.secrets.promote(["mac"], NOW)
+        assert [each.status for each in await store.secrets.infos() if each.kind == "mac"] == [
             "primary",
             "enabled",
         ]
 
     async def test_only_what_was_replaced_long_ago_is_retired(self, store: Store) -> None:
         """Not what makes, not what waits, not what was replaced a moment ago."""
-        oldest = {each.kind: each.id for each in await store.list_secrets()}
-        assert await store.retire_secret(oldest["mac"], NOW, NOW) is None
-        await store.add_pending_secrets(KINDS, NOW)
-        waiting = max(each.id for each in await store.list_secrets())
-        assert await store.retire_secret(oldest["mac"], NOW, NOW) is None
-        assert await store.retire_secret(waiting, NOW, NOW) is None
-        await store.promote_secrets(["mac"], NOW)
-        assert await store.retire_secret(oldest["mac"], NOW - 1, NOW) is None
-        assert await store.retire_secret(oldest["pepper"], NOW, NOW) is None
-        assert await store.retire_secret(oldest["mac"], NOW, NOW) is not None
-        assert oldest["mac"] not in [each.id for each in await store.list_secrets()]
+        oldest = {each.kind: each.id for each in await store.secrets.infos()}
+        assert await store.secrets.retire(oldest["mac"], NOW, NOW) is None
+        await store.secrets.add_pending(KINDS, NOW)
+        waiting = max(each.id for each in await store.secrets.infos())
+        assert await store.secrets.retire(oldest["mac"], NOW, NOW) is None
+        assert await store.secrets.retire(waiting, NOW, NOW) is None
+        await store.secrets.promote(["mac"], NOW)
+        assert await store.secrets.retire(oldest["mac"], NOW - 1, NOW) is None
+        assert await store.secrets.retire(oldest["pepper"], NOW, NOW) is None
+        assert await store.secrets.retire(oldest["mac"], NOW, NOW) is not None
+        assert oldest["mac"] not in [each.id for each in await store.secrets.infos()]
 
 
 @pytest.mark.anyio
@@ -131,8 +131,13 @@ class TestPostgreSQL(VaultContract):
         async def fail(*args: Any, **kwargs: Any) -> Poll:
             raise StoreUnavailable("cut off by the test")
 
-        for name in ("poll", "invalidations_since", "find", "secrets"):
-            monkeypatch.setattr(cut.store, name, fail)
+        for repository, name in (
+            (cut.store.leases, "poll"),
+            (cut.store.invalidations, "since"),
+            (cut.store.keys, "find"),
+            (cut.store.secrets, "load"),
+        ):
+            monkeypatch.setattr(repository, name, fail)
         clock.tick(1)
         assert await cut.authenticate(bearer(unknown)) == Deny(Reason.UNAVAILABLE)
         assert await cut.authenticate(bearer(miscopied)) == Deny(Reason.FORGED)
@@ -166,10 +171,10 @@ async def test_old_and_new_keys_are_good_in_every_process(engines: list[Engine])
     """No request waits and no process restarts; new tokens have a MAC of the new key."""
     here, there = engines
     old = await create(here)
-    before = await here.store.secrets()
+    before = await here.store.secrets.load()
     await (await here.store_secrets()).rotate()
     new = await create(here)
-    after = await here.store.secrets()
+    after = await here.store.secrets.load()
     assert not MacKeys(before.mac_keys).verify_mac(new)
     assert MacKeys(after.mac_keys[:1]).verify_mac(new)
     for engine in engines:
@@ -302,14 +307,14 @@ async def test_the_store_alone_signs_nothing_where_there_is_a_pepper_file(
     process = processes.new(secret_file("a"))
     token = await create(process)
     read = await (stolen := Store(store_url)).open(NOW)
-    kept = await process.store.secrets()
+    kept = await process.store.secrets.load()
     assert set(read.peppers).isdisjoint(kept.peppers)
-    changes = await process.store.invalidations_since(0)
+    changes = await process.store.invalidations.since(0)
     signed = Signer(read.peppers).sign(Notice(0, changes))
     assert Signer(kept.peppers).verify(signed) is None
     assert Signer(read.peppers).verify(signed) is not None, "the twin without a file"
     await (await process.store_secrets()).rotate(["pepper"])
-    assert len((await process.store.secrets()).peppers) == 2
+    assert len((await process.store.secrets.load()).peppers) == 2
     assert isinstance(await process.authenticate(bearer(token)), Allow)
     await stolen.close()
     await process.stop()
@@ -328,7 +333,7 @@ async def test_a_process_with_old_secrets_refuses_no_key(
         raise StoreUnavailable("broken by the test")
 
     assert isinstance(there.authenticator.check_token_cached(new), CacheMiss)
-    monkeypatch.setattr(there.store, "secrets", fail)
+    monkeypatch.setattr(there.store.secrets, "load", fail)
     assert await there.authenticate(bearer(new)) == Deny(Reason.UNAVAILABLE)
     monkeypatch.undo()
     assert isinstance(await there.authenticate(bearer(new)), Allow)
@@ -342,14 +347,14 @@ async def test_a_herd_reads_the_secrets_once(
     here, there = engines
     await (await here.store_secrets()).rotate()
     requests = 0
-    secrets = there.store.secrets
+    load = there.store.secrets.load
 
     async def counted() -> Any:
         nonlocal requests
         requests += 1
-        return await secrets()
+        return await load()
 
-    monkeypatch.setattr(there.store, "secrets", counted)
+    monkeypatch.setattr(there.store.secrets, "load", counted)
     unknown = [MacKeys([b"s" * 32]).mint("kl", "live") for _ in range(100)]
     for _ in range(2):
         verdicts = await asyncio.gather(*(there.authenticate(bearer(token)) for token in unknown))
@@ -494,8 +499,8 @@ async def rotate_in_one_step(url: str, redis: str) -> None:
     engine = Engine(Settings.load(store=url, redis=redis, hasher="sha256", lease=2))
     await engine.store_secrets()
     for _ in range(5):  # now and then the other one happens to look just then
-        await engine.store.add_pending_secrets(KINDS, NOW)
-        await engine.store.promote_secrets(KINDS, NOW)
+        await engine.store.secrets.add_pending(KINDS, NOW)
+        await engine.store.secrets.promote(KINDS, NOW)
         assert engine._opened is not None
         assert engine._opened.notifier is not None
         await engine._opened.notifier.publish(None)

@@ -22,7 +22,7 @@ from keylatch.errors import StoreUnavailable
 from keylatch.management.keyring import Created
 from keylatch.metrics import Collector
 from keylatch.settings import Settings
-from keylatch.storage.changes import advance
+from keylatch.storage.invalidation_log import advance
 from keylatch.storage.store import Invalidation, Poll, Store
 from keylatch.telemetry.counters import Counter, Histogram
 from keylatch.usage.recorder import UsageRecorder
@@ -231,11 +231,13 @@ class Moved(Store):
     def __init__(self, url: str, clock: Clock) -> None:
         super().__init__(url)
         self._clock = clock
+        self._poll = self.leases.poll
+        self.leases.poll = self.poll  # type: ignore[method-assign]
 
     async def poll(
         self, member: str, seq: int, seconds: float, pending: tuple[Invalidation, ...] = ()
     ) -> Poll:
-        return replace(await super().poll(member, seq, seconds), store_seconds=self._clock())
+        return replace(await self._poll(member, seq, seconds), store_seconds=self._clock())
 
 
 async def accepted_late(kind: type[Engine], url: str, clock: Clock) -> tuple[list[bool], float]:
@@ -376,7 +378,7 @@ async def test_a_restored_store_is_counted(make_engine: MakeEngine) -> None:
     created = await make(engine)
     assert "keylatch_store_restored_total" not in seen(engine)
     engine._invalidations.seq += 10  # as if it had known a later state of the store
-    await engine.store._write(advance, 0)
+    await engine.store._database.write(lambda connection: advance(connection, 0))
     await engine.authenticate(header(created))
     await engine._tasks.stop()  # it gives the store a new epoch
     for _ in range(3):

@@ -23,6 +23,10 @@ pytestmark = pytest.mark.anyio
 
 
 class Broken(Store):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.keys.find = self.find  # type: ignore[method-assign]
+
     async def find(self, key_id: str) -> Found | NotFound:
         raise StoreUnavailable("broken by the test, at a host that nobody should know")
 

@@ -30,24 +30,23 @@ class Members:
         self.reads = 0
         self.cut_off: set[str] = set()
         self.lost_answers: set[str] = set()
+        self.invalidations = self.leases = self
 
     def commit(self, key_id: str) -> int:
         self.seq += 1
         self.rows.append((self.seq, key_id, None))
         return self.seq
 
-    async def invalidations_since(
-        self, since: int, seconds: float | None = None
-    ) -> InvalidationBatch:
+    async def since(self, since: int, seconds: float | None = None) -> InvalidationBatch:
         self.reads += 1
-        return self.invalidations_since_nowait(since)
+        return self.since_nowait(since)
 
-    def invalidations_since_nowait(self, since: int) -> InvalidationBatch:
+    def since_nowait(self, since: int) -> InvalidationBatch:
         return InvalidationBatch(
             self.seq, "epoch", True, tuple(row for row in self.rows if row[0] > since)
         )
 
-    async def join(self, member: str, seconds: float) -> None:
+    async def join(self, member: str, now_ms: int, seconds: float) -> None:
         self.members[member] = [0, 0]
 
     async def leave(self, member: str) -> None:
@@ -62,9 +61,7 @@ class Members:
         acknowledged_seq = self.acknowledged(seq, pending)
         if row is not None:
             row[0], row[1] = row[0] + 1, acknowledged_seq
-        answer = Poll(
-            row is not None, acknowledged_seq, self.invalidations_since_nowait(seq), self.clock()
-        )
+        answer = Poll(row is not None, acknowledged_seq, self.since_nowait(seq), self.clock())
         self.on_poll(member)
         if member in self.lost_answers:
             raise StoreUnavailable("its answer was lost by the test")
@@ -224,7 +221,7 @@ async def test_a_dead_process_costs_one_revoke(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
     """The second revoke after a kill -9 does not wait for it any more."""
-    await store.join("killed", seconds=X)
+    await store.leases.join("killed", 0, seconds=X)
     await processes[0].propagation.publish(store.commit("key_a"))
     began = clock()
     receipt = await processes[0].propagation.publish(store.commit("key_b"))
@@ -252,7 +249,7 @@ async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
     """Its lease may still run, so later revokes have to wait for it as well."""
-    await store.join("slow", seconds=X)
+    await store.leases.join("slow", 0, seconds=X)
 
     def granted(member: str) -> None:
         store.members["slow"][0] += 1  # it asks, but what it learns never arrives
@@ -342,8 +339,8 @@ async def test_silence_counts_from_after_the_first_look(
 ) -> None:
     """A look that takes long has counted grants that were made while it was under way: whoever was
     granted one of them keeps its row, or a later revoke would not wait for it."""
-    await store.join("slow", seconds=X)
-    look = store.laggards
+    await store.leases.join("slow", 0, seconds=X)
+    look = store.leases.laggards
 
     async def slow_look(seq: int, seconds: float) -> tuple[dict[str, int], int]:
         if clock() < committed_at + X / 2:
@@ -351,7 +348,7 @@ async def test_silence_counts_from_after_the_first_look(
             store.members["slow"][0] += 1  # granted just before the look reads its row
         return await look(seq, seconds)
 
-    store.laggards = slow_look  # type: ignore[method-assign]
+    store.leases.laggards = slow_look  # type: ignore[method-assign]
     committed_at = clock()
     await processes[0].propagation.publish(store.commit("key_a"))
     assert committed_at + X <= clock() <= committed_at + 1.25 * X
@@ -368,7 +365,7 @@ async def test_a_revoke_whose_looks_all_fail_waits_for_time_alone(
         clock.tick(X / 20)
         raise StoreUnavailable("cut off by the test")
 
-    store.laggards = fail  # type: ignore[method-assign]
+    store.leases.laggards = fail  # type: ignore[method-assign]
     committed_at = clock()
     receipt = await processes[0].propagation.publish(store.commit("key_a"))
     assert clock() >= committed_at + X

@@ -254,16 +254,16 @@ class TestPostgreSQL:
     async def store(self, postgres: PostgresServer) -> AsyncIterator[Store]:
         store = Store(postgres.new_database())
         await store.open(0)
-        await store.join("member", seconds=5)
+        await store.leases.join("member", 0, seconds=5)
         yield store
         await store.close()
 
     async def test_only_what_the_log_says_is_acknowledged(self, store: Store) -> None:
         """Line by line, up to the last one heard; and the log after what was known comes back."""
-        since = (await store.invalidations_since(2**62)).seq
+        since = (await store.invalidations.since(2**62)).seq
         record = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
-        _, first = await store.add(record, "hashed")
-        second = await store.change_organization("acme", 0, False)
+        _, first = await store.keys.add(record, "hashed")
+        second = await store.organizations.set_active("acme", 0, False)
         assert second == first + 1 == since + 2
         one: Invalidation = (first, "key_a", None)
         two: Invalidation = (second, None, "acme")
@@ -279,20 +279,20 @@ class TestPostgreSQL:
             (one, (second, None, "rival")): since,
             (one, two, (second + 1, "key_a", None)): since,  # not yet
         }.items():
-            poll = await store.poll("member", since, 5, heard)
+            poll = await store.leases.poll("member", since, 5, heard)
             assert (poll.is_member, poll.acknowledged_seq) == (True, known), heard
             assert poll.batch.invalidations == (one, two)
-            late, _ = await store.laggards(known + 1, 5)
+            late, _ = await store.leases.laggards(known + 1, 5)
             assert list(late) == ["member"]
-            assert (await store.laggards(known, 5))[0] == {}
-        assert not (await store.poll("stranger", since, 5, (one,))).is_member
+            assert (await store.leases.laggards(known, 5))[0] == {}
+        assert not (await store.leases.poll("stranger", since, 5, (one,))).is_member
 
     async def test_the_stores_bell_carries_what_is_said(self, store: Store) -> None:
         """NOTIFY with its payload; the first call says that the line is up."""
         heard: asyncio.Queue[str] = asyncio.Queue()
-        listening = asyncio.create_task(store.listen(heard.put_nowait))
+        listening = asyncio.create_task(store.invalidations.listen(heard.put_nowait))
         assert await asyncio.wait_for(heard.get(), 10) == ""
-        await store.notify("x" * 7_999)
+        await store.invalidations.notify("x" * 7_999)
         assert await asyncio.wait_for(heard.get(), 10) == "x" * 7_999
         listening.cancel()
         await asyncio.wait([listening])
@@ -360,7 +360,7 @@ class TestRedis:
         revoker, other = engines
         kept = await (await revoker.keyring()).create("acme", "kept")
         assert isinstance(await other.authenticate(bearer(kept)), Allow)
-        log = await other.store.invalidations_since(0)
+        log = await other.store.invalidations.since(0)
         then: Invalidation = (log.seq + 1, kept.record.id, None)
         seal = Signer((await other.store.open(0)).peppers)
         bell = seal.sign(news(0, *log.invalidations, then, epoch=log.epoch))
@@ -370,12 +370,12 @@ class TestRedis:
         with redis_server.client() as client:
             client.publish(channel(other), bell)
             await asyncio.to_thread(eventually, lambda: alarm in caplog.text)
-            now = await other.store.invalidations_since(0)
+            now = await other.store.invalidations.since(0)
             client.publish(channel(other), bell)
         assert now.epoch != log.epoch
         assert now.seq > then[0]
         assert isinstance(await other.authenticate(bearer(kept)), Allow)
-        assert (await other.store.invalidations_since(0)).seq == now.seq
+        assert (await other.store.invalidations.since(0)).seq == now.seq
 
 
 def channel(engine: Engine) -> str:

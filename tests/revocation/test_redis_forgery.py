@@ -90,10 +90,10 @@ class Attacker:
 
     @classmethod
     async def who_has_read(cls, store: Store, redis: Any, *keys: Created) -> "Attacker":
-        secrets, changes = await store.secrets(), await store.invalidations_since(MAX_SEQ)
+        secrets, changes = await store.secrets.load(), await store.invalidations.since(MAX_SEQ)
         attacker = cls(redis, secrets, changes.epoch)
         for key in keys:
-            found = await store.find(key.record.id)
+            found = await store.keys.find(key.record.id)
             assert isinstance(found, Found)
             attacker.rows[key.record.id] = found
         return attacker
@@ -247,7 +247,7 @@ async def disable_organization(engine: Engine, key: Created) -> None:
 
 
 async def let_expire(engine: Engine, key: Created) -> None:
-    assert await engine.store.change("acme", key.record.id, 0, {"expires_at": 1})
+    assert await engine.store.keys.change("acme", key.record.id, 0, {"expires_at": 1})
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ async def test_a_preimage_is_in_the_clear_nowhere(
     first = make_engine(redis=FakeAsyncRedis(server=server))
     assert isinstance(await first.authenticate(bearer(key.token)), Allow)
     await first.stop()
-    found = await engine.store.find(key.record.id)
+    found = await engine.store.keys.find(key.record.id)
     assert isinstance(found, Found)
     preimage = argon2id.compute_preimage(found.hash, key.token.reveal())
     client = FakeAsyncRedis(server=server)

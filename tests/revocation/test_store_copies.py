@@ -34,7 +34,7 @@ class Anonymous(Store):
 
     async def open(self, now_ms: int) -> Secrets:
         secrets = await super().open(now_ms)
-        self._database_hash = ""
+        self.invalidations.database_hash = ""
         return secrets
 
 
@@ -45,7 +45,7 @@ def bearer(key: Created) -> list[bytes]:
 async def epoch_of(store: Store) -> str:
     """What a store says of itself."""
     await store.open(0)
-    epoch = (await store.invalidations_since(MAX_SEQ)).epoch
+    epoch = (await store.invalidations.since(MAX_SEQ)).epoch
     await store.close()
     return epoch
 
@@ -149,15 +149,15 @@ async def test_a_restored_backup_goes_beyond_all_that_was_given_out() -> None:
     faster to renew it: numbers that were given out are never given out again."""
     store = Store("sqlite://")
     await store.open(0)
-    present = await store.invalidations_since(MAX_SEQ)
-    await store.start_new_epoch("of the original", present.seq + 50)
-    renewed = await store.invalidations_since(MAX_SEQ)
+    present = await store.invalidations.since(MAX_SEQ)
+    await store.invalidations.start_new_epoch("of the original", present.seq + 50, 0)
+    renewed = await store.invalidations.since(MAX_SEQ)
     assert renewed.seq > present.seq + 50
     assert renewed.epoch != present.epoch
-    await store.start_new_epoch("of the original", present.seq + 20)
-    assert (await store.invalidations_since(MAX_SEQ)).epoch == renewed.epoch, "one was faster"
-    await store.start_new_epoch(renewed.epoch, 0)
-    assert (await store.invalidations_since(MAX_SEQ)).epoch != renewed.epoch
+    await store.invalidations.start_new_epoch("of the original", present.seq + 20, 0)
+    assert (await store.invalidations.since(MAX_SEQ)).epoch == renewed.epoch, "one was faster"
+    await store.invalidations.start_new_epoch(renewed.epoch, 0, 0)
+    assert (await store.invalidations.since(MAX_SEQ)).epoch != renewed.epoch
     await store.close()
 
 

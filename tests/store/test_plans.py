@@ -6,7 +6,7 @@ ends with making them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,14 +14,25 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from keylatch.storage import changes, leases, listing, queries, rotation
-from keylatch.storage.audit import page_of_events, prune_events
+from keylatch.storage import leases, records
+from keylatch.storage.audit import AuditRepository
 from keylatch.storage.authorization import stored_key
 from keylatch.storage.database import Database
+from keylatch.storage.descendants import descendants_of
+from keylatch.storage.invalidation_log import INVALIDATIONS_SINCE, InvalidationLog, advance
+from keylatch.storage.keys import KeyRepository, analyze
 from keylatch.storage.quotas import Quotas, check_changes, check_quota
 from keylatch.storage.schema import invalidations
 from keylatch.storage.store import Store, database_of
-from keylatch.storage.usage import DAY_MS, Client, UsageBatch, add_batch, prune_usage, usage_of
+from keylatch.storage.usage import (
+    DAY_MS,
+    Client,
+    UsageBatch,
+    UsageRepository,
+    add_batch,
+    record_last_used,
+)
+from on_connection import on, run
 from servers import PostgresServer
 from test_store import NOW, record
 
@@ -33,46 +44,52 @@ TODAY = NOW // DAY_MS
 SEEN = Client("192.0.2.0/24", "curl", NOW)
 TALLY = UsageBatch("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
 ASKED: dict[str, Callable[[Connection], object]] = {
-    "a cold look-up": lambda c: c.execute(queries.FIND.statement, {"key_id": ONE}).all(),
+    "a cold look-up": lambda c: c.execute(records.FIND.statement, {"key_id": ONE}).all(),
     "a cold look-up of a token from elsewhere": lambda c: c.execute(
-        queries.FIND_BY_LOCATOR.statement, dict.fromkeys(queries.LOCATOR_PARAMETERS, "seam:a_b")
+        records.FIND_BY_LOCATOR.statement, dict.fromkeys(records.LOCATOR_PARAMETERS, "seam:a_b")
     ).all(),
-    "keys from elsewhere": lambda c: changes.import_keys(
-        c, [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
+    "keys from elsewhere": lambda c: on(c, KeyRepository).import_many(
+        [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
     ),
-    "one of an organisation": lambda c: listing.get_key(c, "org1", ONE),
-    "the first page": lambda c: listing.page_of_keys(c, "big", 100, True, False, None),
-    "the first page, oldest first": lambda c: listing.page_of_keys(
-        c, "big", 100, False, False, None
+    "one of an organisation": lambda c: on(c, KeyRepository).get("org1", ONE),
+    "the first page": lambda c: on(c, KeyRepository).page("big", 100),
+    "the first page, oldest first": lambda c: on(c, KeyRepository).page(
+        "big", 100, newest_first=False
     ),
-    "a page": lambda c: listing.page_of_keys(c, "big", 100, True, False, 2_000),
-    "a page, oldest first": lambda c: listing.page_of_keys(c, "big", 100, False, False, 2_000),
-    "a page with deleted keys": lambda c: listing.page_of_keys(c, "big", 100, True, True, 2_000),
-    "uses": lambda c: changes.record_last_used(c, {ONE: NOW}),
+    "a page": lambda c: on(c, KeyRepository).page("big", 100, after=2_000),
+    "a page, oldest first": lambda c: on(c, KeyRepository).page(
+        "big", 100, newest_first=False, after=2_000
+    ),
+    "a page with deleted keys": lambda c: on(c, KeyRepository).page(
+        "big", 100, deleted=True, after=2_000
+    ),
+    "uses": lambda c: record_last_used(c, {ONE: NOW}),
     "counts of uses": lambda c: add_batch(c, {ONE: NOW}, TALLY),
-    "uses of a key": lambda c: usage_of(c, "org1", ONE, TODAY - 29),
-    "keys that nobody uses": lambda c: listing.page_of_keys(
-        c, "big", 9, True, False, 2_000, NOW - 1
+    "uses of a key": lambda c: on(c, UsageRepository).of_key("org1", ONE, TODAY - 29),
+    "keys that nobody uses": lambda c: on(c, KeyRepository).page(
+        "big", 9, after=2_000, unused_since=NOW - 1
     ),
-    "old counts": lambda c: prune_usage(c, TODAY),
-    "a better hash": lambda c: changes.replace_hash(c, ONE, "old", "new"),
-    "a change": lambda c: changes.change_key(c, "org1", ONE, NOW, {"name": "new"}),
-    "a new key": lambda c: changes.add_key(c, record("key_new", "org1"), "hashed"),
+    "old counts": lambda c: on(c, UsageRepository).prune(TODAY),
+    "a better hash": lambda c: on(c, KeyRepository).replace_hash(ONE, "old", "new"),
+    "a change": lambda c: on(c, KeyRepository).change("org1", ONE, NOW, {"name": "new"}),
+    "a new key": lambda c: on(c, KeyRepository).add(record("key_new", "org1"), "hashed"),
     "what happened": lambda c: c.execute(
-        queries.INVALIDATIONS_SINCE.statement, {"since": KEYS + LOG - 9}
+        INVALIDATIONS_SINCE.statement, {"since": KEYS + LOG - 9}
     ).all(),
     "who lags": lambda c: c.execute(leases.LAGGARDS.statement, {"seq": 5}).all(),
-    "pruning": changes.prune_invalidations,
-    "a key's audit log": lambda c: page_of_events(c, "big", 100, ONE),
-    "more of a key's audit log": lambda c: page_of_events(c, "big", 100, ONE, 9_000),
-    "a key's audit log, for an operator": lambda c: page_of_events(c, None, 100, ONE),
-    "the audit log": lambda c: page_of_events(c, "big", 100),
-    "more of the audit log": lambda c: page_of_events(c, "big", 100, None, 9_000),
-    "the audit log of an environment": lambda c: page_of_events(c, "big", 9, environment="test"),
-    "keys of an environment": lambda c: listing.page_of_keys(
-        c, "big", 9, True, False, 2_000, environment="test"
+    "pruning": lambda c: on(c, InvalidationLog).prune(),
+    "a key's audit log": lambda c: on(c, AuditRepository).events("big", 100, ONE),
+    "more of a key's audit log": lambda c: on(c, AuditRepository).events("big", 100, ONE, 9_000),
+    "a key's audit log, for an operator": lambda c: on(c, AuditRepository).events(None, 100, ONE),
+    "the audit log": lambda c: on(c, AuditRepository).events("big", 100),
+    "more of the audit log": lambda c: on(c, AuditRepository).events("big", 100, None, 9_000),
+    "the audit log of an environment": lambda c: on(c, AuditRepository).events(
+        "big", 9, environment="test"
     ),
-    "what a key created": lambda c: rotation._descendants(c, "org1", ONE),
+    "keys of an environment": lambda c: on(c, KeyRepository).page(
+        "big", 9, after=2_000, environment="test"
+    ),
+    "what a key created": lambda c: descendants_of(c, "org1", ONE),
     "the acting key": lambda c: stored_key(c, "org1", ONE),
     "limits": lambda c: check_quota(c, "big", NOW, Quotas(KEYS, 100), new_keys=1),
 }
@@ -87,7 +104,9 @@ def plan_of(connection: Connection, ask: Callable[[Connection], object]) -> list
     """How the database does it, line by line."""
     explain = "EXPLAIN " if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
     with statements_of(connection) as asked:
-        ask(connection)
+        outcome = ask(connection)
+        if isinstance(outcome, Coroutine):
+            run(outcome)
     return [
         str(row[-1])
         for statement, parameters in asked
@@ -126,14 +145,14 @@ async def full(url: str) -> Database:
             (record(f"key_{n:05}", organization), "hashed")
             for n, organization in enumerate(organizations, start)
         ]
-        await store.add_many(made)
+        await store.keys.add_many(made)
     await store.close()
     database = database_of(url)
     log = [{"seq": KEYS + n + 2, "key_id": f"key_{n:05}", "at": NOW} for n in range(LOG)]
 
     def lengthen(connection: Connection) -> None:
         connection.execute(insert(invalidations), log)
-        changes.advance(connection, NOW, steps=LOG + 9)
+        advance(connection, NOW, steps=LOG + 9)
         used = [f"key_{n:05}" for n in range(500)]
         counts = {(key_id, TODAY - day, "allowed"): 1 for key_id in used for day in range(9)}
         seen = {f"key_{n:05}": SEEN for n in range(KEYS)}
@@ -161,7 +180,7 @@ class PlanContract:
         """Every statement that is run while keys are checked, listed and changed."""
 
         def slow(connection: Connection) -> dict[str, list[str]]:
-            changes.analyze(connection)
+            analyze(connection)
             steps = {name: slow_steps(connection, ASKED[name], SCANS, SORTS) for name in ASKED}
             return {name: found for name, found in steps.items() if found}
 
@@ -205,7 +224,7 @@ class PlanContract:
             }
 
         assert await database.write(used) == {True}
-        await database.write(changes.analyze)
+        await database.write(analyze)
         assert await database.write(used) == {True}
 
     @pytest.mark.long
@@ -217,7 +236,7 @@ class PlanContract:
         def plan(connection: Connection) -> str:
             everything = "UPDATE keylatch_audit SET organization_id = 'big' WHERE id > 900"
             connection.exec_driver_sql(everything)
-            changes.analyze(connection)
+            analyze(connection)
             return "\n".join(plan_of(connection, lambda c: check_changes(c, "big", NOW, 10)))
 
         steps = await database.write(plan)
@@ -231,8 +250,8 @@ class PlanContract:
         """However many there are: no more of them is read than may be deleted at once."""
 
         def plan(connection: Connection) -> list[str]:
-            changes.analyze(connection)
-            return plan_of(connection, lambda c: prune_events(c, NOW - 1))
+            analyze(connection)
+            return plan_of(connection, lambda c: on(c, AuditRepository).prune(NOW - 1))
 
         steps = await database.write(plan)
         assert not any(SORTS.search(step) for step in steps)
@@ -249,7 +268,7 @@ class PlanContract:
                 "keylatch_keys_of_environment",
             ):
                 connection.exec_driver_sql(f"DROP INDEX {index}")
-            changes.analyze(connection)
+            analyze(connection)
             return [name for name in LISTS if slow_steps(connection, ASKED[name], SCANS, SORTS)]
 
         assert await database.write(slow) == LISTS
@@ -262,7 +281,7 @@ class PlanContract:
             connection.exec_driver_sql(
                 f"UPDATE keylatch_keys SET deleted_at = {NOW} WHERE id < 'key_02990'"
             )
-            changes.analyze(connection)
+            analyze(connection)
             return "\n".join(plan_of(connection, ASKED["the first page"]))
 
         assert "keylatch_live_keys_of_organization" in await database.write(plan)

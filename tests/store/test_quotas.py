@@ -12,8 +12,8 @@ from sqlalchemy.engine import make_url
 
 from conftest import StoreTests
 from keylatch.errors import QuotaExceeded
-from keylatch.storage import changes
 from keylatch.storage.authorization import Actor
+from keylatch.storage.key_changes import insert_keys
 from keylatch.storage.quotas import HOUR_MS, Quotas, check_quota
 from keylatch.storage.schema import keys
 from keylatch.storage.store import Store
@@ -28,24 +28,24 @@ SECOND = 1_000
 
 async def add(store: Store, name: str, quotas: Quotas | None, at: int = NOW, by: str = BY) -> int:
     actor = Actor(by, quotas=quotas)
-    _, seq = await store.add(record(name, created_at=at), "hashed", by=actor)
+    _, seq = await store.keys.add(record(name, created_at=at), "hashed", by=actor)
     return seq
 
 
 async def rename(store: Store, name: str, at: int, quotas: Quotas | None, by: str = BY) -> object:
     actor = Actor(by, quotas=quotas)
-    return await store.change("acme", "key_a", at, {"name": name}, by=actor)
+    return await store.keys.change("acme", "key_a", at, {"name": name}, by=actor)
 
 
 async def delete(store: Store, name: str, at: int) -> None:
     values = {"active": False, "deleted_at": at}
-    assert await store.change("acme", name, at, values, by=Actor(BY))
+    assert await store.keys.change("acme", name, at, values, by=Actor(BY))
 
 
 async def state_of(store: Store) -> tuple[object, ...]:
     """All that a change would leave a trace in."""
-    told = await store.invalidations_since(0)
-    return await store.events(None, 100), told, await store.list("acme", deleted=True)
+    told = await store.invalidations.since(0)
+    return await store.audit.events(None, 100), told, await store.keys.list("acme", deleted=True)
 
 
 class QuotaContract(StoreTests):
@@ -69,8 +69,8 @@ class QuotaContract(StoreTests):
             await add(store, "key_more", limit)
         assert (caught.value.limit, caught.value.retry_after_seconds) == ("keys", None)
         assert await state_of(store) == before, "what is refused writes nothing"
-        await store.add(record("key_x", "rival"), "hashed", by=Actor("key_x", quotas=limit))
-        await store.change("acme", "key_0", NOW, {"active": False, "deleted_at": NOW})
+        await store.keys.add(record("key_x", "rival"), "hashed", by=Actor("key_x", quotas=limit))
+        await store.keys.change("acme", "key_0", NOW, {"active": False, "deleted_at": NOW})
         await add(store, "key_more", limit)
 
     async def test_operators_have_no_limit(self, store: Store) -> None:
@@ -128,7 +128,7 @@ class QuotaContract(StoreTests):
         """Not what operators did, and not what others did."""
         limit = Quotas(max_changes=2)
         await add(store, "key_a", None, by="cli:alice")
-        await store.add(record("key_x", "rival"), "hashed", by=Actor("key_x"))
+        await store.keys.add(record("key_x", "rival"), "hashed", by=Actor("key_x"))
         for number in range(3):
             await rename(store, f"name {number}", NOW, None, by="cli:alice")
         await rename(store, "one", NOW, limit)
@@ -141,15 +141,15 @@ class QuotaContract(StoreTests):
         limit = Quotas(max_changes=2)
         await add(store, "key_a", limit)
         rotated = "acme", "key_a", NOW, "new", "kl_...wxyz", NOW + 5
-        assert await store.rotate(*rotated, by=Actor(BY, quotas=limit))
+        assert await store.rotation.rotate(*rotated, by=Actor(BY, quotas=limit))
         before = await state_of(store)
         with pytest.raises(QuotaExceeded):
-            await store.rotate(
+            await store.rotation.rotate(
                 "acme", "key_a", NOW, "newer", "...", NOW + 5, by=Actor(BY, quotas=limit)
             )
         assert await state_of(store) == before
-        assert await store.end_grace("acme", "key_a", NOW, False, by=Actor(BY))
-        assert await store.revoke_all("acme", NOW, None, by=Actor(BY))
+        assert await store.rotation.end_grace("acme", "key_a", NOW, False, by=Actor(BY))
+        assert await store.organizations.revoke_all("acme", NOW, None, by=Actor(BY))
 
     async def test_what_takes_access_away_is_never_refused(self, store: Store) -> None:
         """The owner of a leaked key can demote and disable it, whatever its thief has used up."""
@@ -157,11 +157,11 @@ class QuotaContract(StoreTests):
         await add(store, "key_a", by.quotas)
         narrower: list[dict[str, Any]] = [{"permission": "SENDING"}, {"active": False}]
         for values in narrower:
-            assert await store.change("acme", "key_a", NOW, values, by=by)
+            assert await store.keys.change("acme", "key_a", NOW, values, by=by)
         wider = {"permission": "FULL"}, {"active": True}, {"active": False, "name": "x"}
         for more in wider:
             with pytest.raises(QuotaExceeded):
-                await store.change("acme", "key_a", NOW, more, by=by)
+                await store.keys.change("acme", "key_a", NOW, more, by=by)
 
     async def test_deletions_are_not_counted_but_hide_nothing(self, store: Store) -> None:
         """Half of what a log may grow in an hour is for changes: keys that were there before cannot
@@ -188,18 +188,18 @@ class QuotaContract(StoreTests):
         """However often it is repeated; the answer is the key as it is."""
         await add(store, "key_a", None)
         values = {"name": "new", "metadata": '{"a":1}'}
-        first = await store.change("acme", "key_a", NOW, values, by=Actor(BY))
+        first = await store.keys.change("acme", "key_a", NOW, values, by=Actor(BY))
         before = await state_of(store)
         for at in (NOW + 1, NOW + 2):
-            assert await store.change("acme", "key_a", at, values, by=Actor(BY)) == first
+            assert await store.keys.change("acme", "key_a", at, values, by=Actor(BY)) == first
         assert await state_of(store) == before
 
     async def test_the_log_has_metadata_by_its_digest(self, store: Store) -> None:
         """4 KB of it leave less than 200 bytes there."""
         await add(store, "key_a", None)
         text = '{"m":"' + "y" * 4_000 + '"}'
-        await store.change("acme", "key_a", NOW, {"metadata": text}, by=Actor(BY))
-        [line] = await store.events("acme", 1)
+        await store.keys.change("acme", "key_a", NOW, {"metadata": text}, by=Actor(BY))
+        [line] = await store.audit.events("acme", 1)
         assert line.details["metadata"]["bytes"] == len(text)
         assert set(line.details["metadata"]) == {"sha256", "bytes"}
         assert len(str(line.details)) < 200
@@ -215,12 +215,12 @@ class QuotaContract(StoreTests):
         )
         assert sum(isinstance(each, int) for each in tried) == 10
         assert sum(isinstance(each, QuotaExceeded) for each in tried) == 30
-        made = await store.list("acme")
+        made = await store.keys.list("acme")
         assert len(made) == 10
         limit = Quotas(max_changes=15)
         changed = await asyncio.gather(
             *(
-                (store, other)[n % 2].change(
+                (store, other)[n % 2].keys.change(
                     "acme", key.id, NOW, {"name": f"name {n}"}, by=Actor(BY, quotas=limit)
                 )
                 for n, key in enumerate(made * 3)
@@ -244,9 +244,9 @@ class QuotaContract(StoreTests):
         left = []
         for _ in range(4):
             await store.run_maintenance(NOW + 30 * DAY_MS + 1)
-            left.append(len(await store.events(None, 100)))
+            left.append(len(await store.audit.events(None, 100)))
         assert left == [7, 4, 3, 3]
-        young = [deed.key_id for deed in await store.events(None, 100)]
+        young = [deed.key_id for deed in await store.audit.events(None, 100)]
         assert young == ["key_9", "key_8", "key_7"]
 
     async def test_the_newest_line_stays_so_that_no_number_comes_again(self, store: Store) -> None:
@@ -254,12 +254,12 @@ class QuotaContract(StoreTests):
         store.audit_days = 1
         for number in range(3):
             await add(store, f"key_{number}", None)
-        [newest, *_] = await store.events(None, 100)
+        [newest, *_] = await store.audit.events(None, 100)
         for _ in range(2):
             await store.run_maintenance(NOW + 9 * DAY_MS)
-        assert await store.events(None, 100) == [newest]
+        assert await store.audit.events(None, 100) == [newest]
         await add(store, "key_new", None)
-        [new, *_] = await store.events(None, 100)
+        [new, *_] = await store.audit.events(None, 100)
         assert new.id > newest.id
 
     async def test_one_line_with_a_wrong_time_holds_nothing_up(self, store: Store) -> None:
@@ -269,20 +269,20 @@ class QuotaContract(StoreTests):
             await add(store, f"key_{number}", None)
         store.audit_days = 1
         await store.run_maintenance(NOW + 9 * DAY_MS)
-        assert [deed.key_id for deed in await store.events(None, 100)] == ["key_3", "key_0"]
+        assert [deed.key_id for deed in await store.audit.events(None, 100)] == ["key_3", "key_0"]
 
     async def test_nothing_goes_where_it_is_kept_for_ever(self, store: Store) -> None:
         """0, which is also what a middleware does: only the sidecar deletes."""
         await add(store, "key_0", None)
         await add(store, "key_1", None)
         await store.run_maintenance(NOW + 4_000 * DAY_MS)
-        assert len(await store.events(None, 100)) == 2
+        assert len(await store.audit.events(None, 100)) == 2
 
     async def test_processes_that_prune_at_once_do_not_disturb_each_other(
         self, store: Store, other: Store
     ) -> None:
         """Nor what is written meanwhile."""
-        await store.add_many([(record(f"key_{n}"), "hashed") for n in range(400)])
+        await store.keys.add_many([(record(f"key_{n}"), "hashed") for n in range(400)])
         later = NOW + 40 * DAY_MS
         for each in (store, other):
             each.audit_days = 30
@@ -291,7 +291,7 @@ class QuotaContract(StoreTests):
             *(add(store, f"key_new{n}", None, later) for n in range(10)),
         )
         await store.run_maintenance(later)
-        assert len(await store.events(None, 1_000)) == 10
+        assert len(await store.audit.events(None, 1_000)) == 10
 
 
 class TestSQLite(QuotaContract):
@@ -320,11 +320,11 @@ class TestPostgreSQL(QuotaContract):
         with engine.connect() as slow, engine.connect() as quick:
             for each in (slow, quick):
                 check_quota(each, "acme", NOW, limit, new_keys=1)
-            changes.add_key(quick, record("key_1"), "hashed", Actor(BY, quotas=limit))
+            insert_keys(quick, [(record("key_1"), "hashed")], Actor(BY, quotas=limit), "key.create")
             quick.commit()
             by = Actor(BY, quotas=limit if counts_again else None)
             with contextlib.suppress(QuotaExceeded):
-                changes.add_key(slow, record("key_2"), "hashed", by)
+                insert_keys(slow, [(record("key_2"), "hashed")], by, "key.create")
                 slow.commit()
             slow.rollback()
             made = quick.execute(select(keys.c.id)).scalars().all()

@@ -42,7 +42,7 @@ def url(postgres: PostgresServer, network: Proxy) -> str:
 async def store(url: str) -> AsyncIterator[Store]:
     store = Store(url)
     await store.open(0)
-    await store.join("member", seconds=5)
+    await store.leases.join("member", 0, seconds=5)
     yield store
     await store.close()
 
@@ -50,16 +50,16 @@ async def store(url: str) -> AsyncIterator[Store]:
 async def test_whoever_asks_a_silent_server_is_told_in_time(store: Store, network: Proxy) -> None:
     """Every question ends as unavailable, and none of them keeps a place in the pool: when the
     network is sound again, so is the store."""
-    assert (await store.poll("member", 0, seconds=5)).is_member
+    assert (await store.leases.poll("member", 0, seconds=5)).is_member
     with network.blackholing():
         for _ in range(MORE_THAN_THE_POOL // AT_ONCE):
             answers = await asyncio.gather(
-                *(store.poll("member", 0, seconds=0.1) for _ in range(AT_ONCE)),
+                *(store.leases.poll("member", 0, seconds=0.1) for _ in range(AT_ONCE)),
                 return_exceptions=True,
             )
             assert [type(answer) for answer in answers] == [StoreUnavailable] * AT_ONCE
-    assert (await store.poll("member", 0, seconds=5)).is_member
-    assert isinstance(await store.find("key_unknown"), NotFound)
+    assert (await store.leases.poll("member", 0, seconds=5)).is_member
+    assert isinstance(await store.keys.find("key_unknown"), NotFound)
 
 
 async def test_connecting_to_a_silent_server_keeps_no_place(store: Store, network: Proxy) -> None:
@@ -69,21 +69,23 @@ async def test_connecting_to_a_silent_server_keeps_no_place(store: Store, networ
     with network.blackholing():
         for _ in range(MORE_THAN_THE_POOL):
             with pytest.raises(StoreUnavailable):
-                await store.poll("member", 0, seconds=0.05)
-    assert (await store.poll("member", 0, seconds=0.5)).is_member
+                await store.leases.poll("member", 0, seconds=0.05)
+    assert (await store.leases.poll("member", 0, seconds=0.5)).is_member
 
 
 async def test_a_lease_does_not_queue_behind_look_ups(store: Store, network: Proxy) -> None:
     """Look-ups that fell into the silence wait it out; the lease is renewed, or the process joins
     again, as soon as it ends."""
-    await store.find("key_unknown")
+    await store.keys.find("key_unknown")
     with network.blackholing():
-        stuck = [asyncio.create_task(store.find("key_unknown")) for _ in range(MORE_THAN_THE_POOL)]
+        stuck = [
+            asyncio.create_task(store.keys.find("key_unknown")) for _ in range(MORE_THAN_THE_POOL)
+        ]
         with pytest.raises(StoreUnavailable):
-            await store.poll("member", 0, seconds=0.3)
+            await store.leases.poll("member", 0, seconds=0.3)
         with pytest.raises(StoreUnavailable):
-            await store.join("another", seconds=0.3)
-    assert (await store.poll("member", 0, seconds=0.5)).is_member
+            await store.leases.join("another", 0, seconds=0.3)
+    assert (await store.leases.poll("member", 0, seconds=0.5)).is_member
     assert not all(task.done() for task in stuck)
     await asyncio.gather(*stuck, return_exceptions=True)
 
@@ -94,12 +96,12 @@ async def test_connections_that_died_meanwhile_do_not_show(
     """A server that was restarted costs a second attempt, and nobody a refusal, however many idle
     connections died with it; and no library fills the log with tracebacks."""
     for _ in range(3):
-        known = await asyncio.gather(*(store.find("key_unknown") for _ in range(AT_ONCE)))
+        known = await asyncio.gather(*(store.keys.find("key_unknown") for _ in range(AT_ONCE)))
         assert [type(one) for one in known] == [NotFound] * AT_ONCE
         network.reset_connections()
-        assert isinstance(await store.find("key_unknown"), NotFound)
+        assert isinstance(await store.keys.find("key_unknown"), NotFound)
         network.reset_connections()
-        assert (await store.poll("member", 0, seconds=5)).is_member
+        assert (await store.leases.poll("member", 0, seconds=5)).is_member
         network.reset_connections()
     assert caplog.records == []
 
@@ -117,8 +119,8 @@ async def test_a_lock_is_not_kept_by_whoever_fell_silent(
 
         with pytest.raises(StoreUnavailable, match="in time"):
             await store._database.write(change_and_fall_silent, seconds=0.2)
-        await sound.start_new_epoch(
-            (await sound.invalidations_since(0)).epoch, 1
+        await sound.invalidations.start_new_epoch(
+            (await sound.invalidations.since(0)).epoch, 1, 0
         )  # it needs the row
 
 
@@ -136,13 +138,13 @@ async def sound(
 async def record_uses(store: Store, number: int, keys: list[str]) -> None:
     counts = {(key_id, TODAY, ALLOWED): 1 for key_id in keys}
     seen = {key_id: Client("192.0.2.0/24", "curl", NOW) for key_id in keys}
-    await store.record_last_used(
+    await store.usage.record(
         dict.fromkeys(keys, NOW), UsageBatch("a process", number, TODAY, counts, seen)
     )
 
 
 async def import_keys(store: Store, number: int, keys: list[str]) -> None:
-    await store.add_many([(record(f"{key_id}_{number}"), "hashed") for key_id in keys])
+    await store.keys.add_many([(record(f"{key_id}_{number}"), "hashed") for key_id in keys])
 
 
 KEYS = [f"key_{n:03}" for n in range(200)]
@@ -162,7 +164,7 @@ async def revoke_while(
             await asyncio.sleep(0.001)
         assert network.is_blackholing
         try:
-            return await sound.change(
+            return await sound.keys.change(
                 "acme", KEYS[eighths], NOW, {"deleted_at": NOW}, by=Actor("me")
             )
         finally:
@@ -174,7 +176,7 @@ async def revoke_while(
 @pytest.fixture
 async def keys(store: Store, sound: Store) -> None:
     """Keys to use and to revoke."""
-    await sound.add_many([(record(key_id), "hashed") for key_id in KEYS])
+    await sound.keys.add_many([(record(key_id), "hashed") for key_id in KEYS])
     await record_uses(store, 0, KEYS)  # whatever has to be learned once
 
 

@@ -65,7 +65,7 @@ def tally(number: int, counts: Mapping[CountKey, int], by: str = "one", **more: 
 
 
 async def days(store: Store, key_id: str = "key_a") -> list[DayUsage]:
-    found = await store.usage("acme", key_id, TODAY - RETENTION_DAYS)
+    found = await store.usage.of_key("acme", key_id, TODAY - RETENTION_DAYS)
     assert found is not None
     return found.days
 
@@ -75,14 +75,14 @@ Write = Callable[[Mapping[str, int], UsageBatch], Awaitable[None]]
 
 async def use_after_a_revoke(store: Store, write: Write) -> tuple[KeyRecord, int]:
     """A key is used, revoked, and only then is its use written; what the store says of it."""
-    await store.add(record(), "hashed")
+    await store.keys.add(record(), "hashed")
     gone = {"active": False, "deleted_at": NOW + 5}
-    changed = await store.change("acme", "key_a", NOW + 5, gone)
+    changed = await store.keys.change("acme", "key_a", NOW + 5, gone)
     assert changed is not None
     await write({"key_a": NOW + 1}, tally(1, {("key_a", TODAY, ALLOWED): 1}))
-    found = await store.get("acme", "key_a")
+    found = await store.keys.get("acme", "key_a")
     assert found is not None
-    return found, (await store.invalidations_since(0)).seq - changed[1]
+    return found, (await store.invalidations.since(0)).seq - changed[1]
 
 
 class TallyContract(StoreTests):
@@ -90,36 +90,36 @@ class TallyContract(StoreTests):
 
     async def test_tallies_add_up(self, store: Store) -> None:
         """Those of several processes, by day and outcome; the newest day comes first."""
-        await store.add(record(), "hashed")
-        await store.record_last_used(
+        await store.keys.add(record(), "hashed")
+        await store.usage.record(
             {}, tally(1, {("key_a", TODAY, ALLOWED): 7, ("key_a", TODAY, REVOKED): 2})
         )
-        await store.record_last_used({}, tally(2, {("key_a", TODAY, ALLOWED): 3}))
-        await store.record_last_used({}, tally(1, {("key_a", TODAY - 1, ALLOWED): 5}, by="another"))
-        await store.record_last_used({}, tally(2, {("key_a", TODAY, ALLOWED): 4}, by="another"))
+        await store.usage.record({}, tally(2, {("key_a", TODAY, ALLOWED): 3}))
+        await store.usage.record({}, tally(1, {("key_a", TODAY - 1, ALLOWED): 5}, by="another"))
+        await store.usage.record({}, tally(2, {("key_a", TODAY, ALLOWED): 4}, by="another"))
         assert await days(store) == [
             DayUsage(TODAY, 14, {REVOKED: 2}),
             DayUsage(TODAY - 1, 5, {}),
         ]
-        assert await store.usage("acme", "key_a", TODAY) == KeyUsage(
+        assert await store.usage.of_key("acme", "key_a", TODAY) == KeyUsage(
             record(), [DayUsage(TODAY, 14, {REVOKED: 2})], None
         )
 
     async def test_a_foreign_key_is_an_unknown_key(self, store: Store) -> None:
         """Its uses are none of anybody else's business."""
-        await store.add(record(), "hashed")
-        assert await store.usage("rival", "key_a", 0) is None
-        assert await store.usage("acme", "key_b", 0) is None
+        await store.keys.add(record(), "hashed")
+        assert await store.usage.of_key("rival", "key_a", 0) is None
+        assert await store.usage.of_key("acme", "key_b", 0) is None
 
     async def test_a_tally_that_is_told_again_is_added_once(self, store: Store) -> None:
         """Also by two who tell it at the same time, because the first is thought to be dead."""
-        await store.add(record(), "hashed")
+        await store.keys.add(record(), "hashed")
         one = tally(1, {("key_a", TODAY, ALLOWED): 7})
-        await asyncio.gather(*(store.record_last_used({"key_a": NOW}, one) for _ in range(8)))
-        await store.record_last_used({}, tally(2, {("key_a", TODAY, ALLOWED): 1}))
-        await store.record_last_used({"key_a": NOW + 1}, one)
+        await asyncio.gather(*(store.usage.record({"key_a": NOW}, one) for _ in range(8)))
+        await store.usage.record({}, tally(2, {("key_a", TODAY, ALLOWED): 1}))
+        await store.usage.record({"key_a": NOW + 1}, one)
         assert await days(store) == [DayUsage(TODAY, 8, {})]
-        assert (await store.list("acme"))[0].last_used == NOW
+        assert (await store.keys.list("acme"))[0].last_used == NOW
 
     async def test_the_twin_that_does_not_ask_for_the_number_adds_it_twice(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
@@ -132,11 +132,11 @@ class TallyContract(StoreTests):
     async def test_an_answer_that_got_lost_is_no_use_twice(self, store: Store) -> None:
         """The commit was made and nobody heard of it: told again in the same words, while others
         wait."""
-        await store.add(record(), "hashed")
+        await store.keys.add(record(), "hashed")
         answers = iter([False, False, True])
 
         async def deaf(uses: Mapping[str, int], tally: UsageBatch) -> None:
-            await store.record_last_used(uses, tally)
+            await store.usage.record(uses, tally)
             if not next(answers, True):
                 raise StoreUnavailable("the answer was lost")
 
@@ -150,7 +150,7 @@ class TallyContract(StoreTests):
     async def test_a_use_revives_nobody(self, store: Store) -> None:
         """A use that is written after the revoke changes when the key was last used, its counts,
         and nothing else; and is no change that caches would have to hear of."""
-        found, changes = await use_after_a_revoke(store, store.record_last_used)
+        found, changes = await use_after_a_revoke(store, store.usage.record)
         assert (found.active, found.deleted_at, changes) == (False, NOW + 5, 0)
         assert (found.last_used, await days(store)) == (NOW + 1, [DayUsage(TODAY, 1, {})])
 
@@ -173,18 +173,18 @@ class TallyContract(StoreTests):
     async def test_processes_do_not_wait_for_each_other_in_circles(self, store: Store) -> None:
         """Each has seen the same keys in an order of its own: no deadlock, and no use is lost."""
         names = [f"key_{n:02}" for n in range(40)]
-        await store.add_many([(record(name), "hashed") for name in names])
+        await store.keys.add_many([(record(name), "hashed") for name in names])
 
         async def one(number: int) -> None:
             mixed = random.Random(number).sample(names, len(names))
             counts = {(name, TODAY, ALLOWED): number for name in mixed}
             seen = {name: Client(None, str(number), NOW + number) for name in mixed}
             uses = dict.fromkeys(mixed, NOW + number)
-            await store.record_last_used(uses, tally(1, counts, f"process {number}", clients=seen))
+            await store.usage.record(uses, tally(1, counts, f"process {number}", clients=seen))
 
         await asyncio.gather(*(one(number) for number in range(1, 13)))
         for name in names:
-            found = await store.usage("acme", name, TODAY)
+            found = await store.usage.of_key("acme", name, TODAY)
             assert found is not None
             assert found.days == [DayUsage(TODAY, sum(range(1, 13)), {})]
             assert found.client == Client(None, "12", NOW + 12)
@@ -192,20 +192,20 @@ class TallyContract(StoreTests):
 
     async def test_what_is_old_goes(self, store: Store, url: str) -> None:
         """Counts after 400 days, clients after 90; the rest stays, whoever tidies up."""
-        await store.add_many([(record(name), "hashed") for name in ("key_a", "key_b")])
+        await store.keys.add_many([(record(name), "hashed") for name in ("key_a", "key_b")])
         on = {("key_a", TODAY - age, ALLOWED): 1 for age in (0, 1, 399, 400, 401, 500)}
         seen = {
             "key_a": Client("192.0.2.0/24", "curl", NOW - 91 * DAY_MS),
             "key_b": Client("192.0.2.0/24", "curl", NOW - 89 * DAY_MS),
         }
         for number in range(3):
-            await store.record_last_used(
+            await store.usage.record(
                 {}, UsageBatch(f"gone {number}", 1, TODAY - 8, on if not number else {})
             )
-        await store.record_last_used({}, tally(1, {}, clients=seen))
+        await store.usage.record({}, tally(1, {}, clients=seen))
         await asyncio.gather(store.run_maintenance(NOW), store.run_maintenance(NOW))
-        found = await store.usage("acme", "key_a", 0)
-        other = await store.usage("acme", "key_b", 0)
+        found = await store.usage.of_key("acme", "key_a", 0)
+        other = await store.usage.of_key("acme", "key_b", 0)
         assert found is not None
         assert other is not None
         assert [each.day for each in found.days] == [TODAY - age for age in (0, 1, 399, 400)]
@@ -225,13 +225,13 @@ class TallyContract(StoreTests):
         for name, (made, used) in ages.items():
             last_used = None if used is None else NOW - used * DAY_MS
             made_at = NOW - made * DAY_MS
-            await store.add(record(name, created_at=made_at, last_used=last_used), "hashed")
-        await store.change("acme", "key_gone", NOW, {"deleted_at": NOW})
+            await store.keys.add(record(name, created_at=made_at, last_used=last_used), "hashed")
+        await store.keys.change("acme", "key_gone", NOW, {"deleted_at": NOW})
         since = NOW - 30 * DAY_MS
-        pages = [page async for page in store.pages("acme", unused_since=since)]
+        pages = [page async for page in store.keys.pages("acme", unused_since=since)]
         assert [each.id for each in pages[0].records] == ["key_older", "key_old", "key_never"]
-        first = await store.page("acme", 2, unused_since=since)
-        rest = await store.page("acme", 2, after=first.next_cursor, unused_since=since)
+        first = await store.keys.page("acme", 2, unused_since=since)
+        rest = await store.keys.page("acme", 2, after=first.next_cursor, unused_since=since)
         assert [each.id for page in (first, rest) for each in page.records] == [
             *("key_older", "key_old", "key_never")
         ]
@@ -565,7 +565,7 @@ def test_counts_are_exact_after_sigterm(
     assert answers == {(ids[0], 200): 160, (ids[1], 401): 80, (ids[2], 403): 80}
     with asyncio.Runner() as runner:
         store = Store(store_url)
-        found = [runner.run(store.usage("default", key_id, 0)) for key_id in ids]
+        found = [runner.run(store.usage.of_key("default", key_id, 0)) for key_id in ids]
         runner.run(store.close())
     counted = [(each.days[0].allowed, each.days[0].refused) for each in found if each]
     assert counted == [(160, {}), (0, {"REVOKED": 80}), (0, {"INSUFFICIENT_SCOPE": 80})]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from keylatch.storage import queries
+from keylatch.storage.records import FIND
 from keylatch.storage.sqlite import SQLite
 from keylatch.storage.store import Store
 from keylatch.storage.threads import ThreadPool
@@ -33,7 +33,7 @@ async def path(tmp_path: Path) -> Path:
     """Of a file with one key."""
     store = Store(f"sqlite:///{tmp_path}/keys.db")
     await store.open(NOW)
-    await store.add(record(), "hashed")
+    await store.keys.add(record(), "hashed")
     await store.close()
     return tmp_path / "keys.db"
 
@@ -52,7 +52,7 @@ def held(gate: threading.Event) -> Callable[[Connection], bool]:
 
 
 async def ask(database: SQLite) -> int:
-    return len(await database.fetch(queries.FIND, key_id="key_a"))
+    return len(await database.fetch(FIND, key_id="key_a"))
 
 
 @pytest.mark.parametrize("kind", [SQLite, OnePool])

@@ -49,12 +49,12 @@ class Process:
 
     async def was_used(self, key_id: str) -> bool:
         """Whether the store knows of a use."""
-        record = await self._engine.store.get("org", key_id)
+        record = await self._engine.store.keys.get("org", key_id)
         return record is not None and record.last_used is not None
 
     async def allowed(self, key_id: str) -> int:
         """How often the key was let in, as far as the store knows."""
-        found = await self._engine.store.usage("org", key_id, 0)
+        found = await self._engine.store.usage.of_key("org", key_id, 0)
         return sum(day.allowed for day in found.days) if found else 0
 
     async def stop(self, _: Any) -> None:

@@ -124,7 +124,7 @@ async def work(engine: Engine) -> dict[str, object]:
     made.append((await (await engine.keyring()).create("org", "last")).token.reveal())
     await asyncio.wait(tasks[1:])
     tasks[0].cancel()
-    secrets = await engine.store.secrets()
+    secrets = await engine.store.secrets.load()
     await engine.stop()
     for task in tasks[1:]:
         task.result()

@@ -24,10 +24,16 @@ from keylatch.storage.store import Store
 class HastyStore(Store):
     """A broken twin: answers at once and writes a moment later."""
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._add, self._change = self.keys.add, self.keys.change
+        self.keys.add = self.add  # type: ignore[method-assign]
+        self.keys.change = self.change  # type: ignore[method-assign]
+
     async def add(
         self, record: KeyRecord, hashed: str, *, by: Actor = OPERATOR
     ) -> tuple[KeyRecord, int]:
-        self._in_a_moment(super().add(record, hashed))
+        self._in_a_moment(self._add(record, hashed))
         return record, 0
 
     async def change(
@@ -39,7 +45,7 @@ class HastyStore(Store):
         *,
         by: Actor = OPERATOR,
     ) -> None:
-        self._in_a_moment(super().change(organization_id, key_id, now_ms, values))
+        self._in_a_moment(self._change(organization_id, key_id, now_ms, values))
 
     def _in_a_moment(self, work: Any) -> None:
         loop = asyncio.get_running_loop()

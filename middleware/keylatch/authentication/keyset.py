@@ -123,7 +123,7 @@ class Keyset:
         )
 
     async def _load(self) -> None:
-        secrets = await self._store.secrets()
+        secrets = await self._store.secrets.load()
         if self.mac_keys is not None:
             self.mac_keys.set_keys(secrets.mac_keys)
         for user in self._pepper_users:

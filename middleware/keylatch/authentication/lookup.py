@@ -196,7 +196,7 @@ class Lookup:
 
     async def _find(self, token: Token) -> Found | NotFound:
         if is_native(token):
-            return await self._store.find(token.key_id)
+            return await self._store.keys.find(token.key_id)
         if self._imported_lookups == _MAX_IMPORTED_LOOKUPS:
             raise HashingBusy(
                 f"{_MAX_IMPORTED_LOOKUPS} lookups of imported tokens are under way: limit reached",
@@ -204,7 +204,7 @@ class Lookup:
             )
         self._imported_lookups += 1
         try:
-            return await self._store.find_by_locator(imported_tokens.locators(token))
+            return await self._store.keys.find_by_locator(imported_tokens.locators(token))
         finally:
             self._imported_lookups -= 1
 
@@ -215,7 +215,7 @@ class Lookup:
 
     async def _rehash(self, token: Token, key_id: str, old: str) -> None:
         with contextlib.suppress(KeylatchError):  # the next use tries again
-            await self._store.replace_hash(key_id, old, await self._hasher.rehash(token))
+            await self._store.keys.replace_hash(key_id, old, await self._hasher.rehash(token))
 
 
 def _negative_entry(reason: Reason, found: Found) -> NegativeEntry:

@@ -151,7 +151,7 @@ class Keyring:
         actor = self._actor(by)
         created = self._mint(new_key, self.now_ms(), actor.name)
         hashed = await self._hash(created.token, organization_id, by, new_keys=1)
-        record, _ = await self._store.add(created.record, hashed, by=actor)
+        record, _ = await self._store.keys.add(created.record, hashed, by=actor)
         return Created(record, created.token)
 
     async def create_many(
@@ -176,7 +176,7 @@ class Keyring:
         )
         hashes = await self._hasher.hash_all([each.token for each in minted])
         rows = [(each.record, hashed) for each, hashed in zip(minted, hashes, strict=True)]
-        records, _ = await self._store.add_many(rows, by=actor)
+        records, _ = await self._store.keys.add_many(rows, by=actor)
         return [Created(record, each.token) for record, each in zip(records, minted, strict=True)]
 
     def validate(self, new_key: NewKey) -> list[InvalidValue]:
@@ -194,7 +194,7 @@ class Keyring:
         by: Principal | None = None,
     ) -> list[Key]:
         """The organisation's keys in the order of their creation; with `deleted`, these as well."""
-        records = await self._store.list(
+        records = await self._store.keys.list(
             organization_id,
             newest_first=newest_first,
             deleted=deleted,
@@ -224,7 +224,7 @@ class Keyring:
             idle: only keys that were not used for this long.
             by: the caller's own key; None: an operator.
         """
-        return await self._store.page(
+        return await self._store.keys.page(
             organization_id,
             limit,
             newest_first=newest_first,
@@ -245,7 +245,7 @@ class Keyring:
         by: Principal | None = None,
     ) -> AsyncIterator[Page]:
         """That list page by page; for long lists. The arguments are those of `page`."""
-        return self._store.pages(
+        return self._store.keys.pages(
             organization_id,
             newest_first=newest_first,
             deleted=deleted,
@@ -258,7 +258,7 @@ class Keyring:
         self, organization_id: str, key_id: str, *, by: Principal | None = None
     ) -> Key | None:
         """The key, deleted or not; None: the organisation has no such key."""
-        record = await self._store.get(organization_id, key_id, _environment_of(by))
+        record = await self._store.keys.get(organization_id, key_id, _environment_of(by))
         return None if record is None else Key(record)
 
     async def usage(
@@ -269,12 +269,14 @@ class Keyring:
         *,
         by: Principal | None = None,
     ) -> KeyUsage | None:
-        """How often the key was allowed and refused on each of the last days, today included.
+        """The key's decisions by day, the last `days` with today.
 
         The counts are some seconds behind. None: the organisation has no such key.
         """
         since_day = self.now_ms() // DAY_MS - days + 1
-        return await self._store.usage(organization_id, key_id, since_day, _environment_of(by))
+        return await self._store.usage.of_key(
+            organization_id, key_id, since_day, _environment_of(by)
+        )
 
     async def events(
         self,
@@ -296,7 +298,7 @@ class Keyring:
                 keys in that environment only.
         """
         environment = _environment_of(by)
-        return await self._store.events(organization_id, limit, key_id, before, environment)
+        return await self._store.audit.events(organization_id, limit, key_id, before, environment)
 
     # Change
 
@@ -363,7 +365,7 @@ class Keyring:
         Returns:
             the propagation of the change; None: no such organisation.
         """
-        seq = await self._store.change_organization(
+        seq = await self._store.organizations.set_active(
             organization_id, self.now_ms(), active, by=self._actor(by)
         )
         return None if seq is None else await self._propagation.publish(seq, None, wait)
@@ -402,14 +404,14 @@ class Keyring:
             HashingBusy, StoreUnavailable: it may not have been rotated; repeat the call.
         """
         grace_ms = validate_grace(grace)
-        record = await self._store.get(organization_id, key_id, _environment_of(by))
+        record = await self._store.keys.get(organization_id, key_id, _environment_of(by))
         if record is None:
             return None
         token = self._mac_keys.mint(self._prefix, record.environment, record.id)
         hashed = await self._hash(token, organization_id, by)
         now_ms = self.now_ms()
         ends_at = now_ms + grace_ms if grace_ms else None
-        rotated = await self._store.rotate(
+        rotated = await self._store.rotation.rotate(
             organization_id, key_id, now_ms, hashed, token.partial, ends_at, by=self._actor(by)
         )
         if rotated is None:
@@ -486,7 +488,7 @@ class Keyring:
         if not descendants:
             values = {"active": False, "revoked_reason": reason, "deleted_at": now_ms}
             return await self._change(organization_id, key_id, values, by, wait)
-        deleted = await self._store.delete_with_descendants(
+        deleted = await self._store.descendants.delete(
             organization_id, key_id, now_ms, reason, by=self._actor(by)
         )
         if deleted is None:
@@ -511,7 +513,7 @@ class Keyring:
             StoreUnavailable: as in `delete`.
         """
         reason = validate_reason(reason)
-        count, seq = await self._store.revoke_all(
+        count, seq = await self._store.organizations.revoke_all(
             organization_id, self.now_ms(), reason, by=self._actor(by)
         )
         return Revoked(count, await self._propagation.publish(seq, None, wait))
@@ -585,7 +587,7 @@ class Keyring:
                 for new_key, imported in imports
             ]
         )
-        seq, existing = await self._store.import_many(rows, by=actor)
+        seq, existing = await self._store.keys.import_many(rows, by=actor)
         await self._propagation.publish(seq)
         results = []
         for record, _ in rows:
@@ -595,7 +597,7 @@ class Keyring:
 
     async def find_imported(self, tokens: Sequence[ImportedToken]) -> Sequence[Imported]:
         """Which of the tokens were imported already; `key_id` is empty for the others."""
-        existing = await self._store.keys_by_locator([imported.locator for imported in tokens])
+        existing = await self._store.keys.by_locator([imported.locator for imported in tokens])
         return [
             Imported(existing[each.locator][0], False, existing[each.locator][1])
             if each.locator in existing
@@ -606,7 +608,7 @@ class Keyring:
     async def analyze(self) -> None:
         """Update the database's statistics. Call it after many keys were created: without them,
         lists of a large store are slow."""
-        await self._store.analyze()
+        await self._store.keys.analyze()
 
     def now_ms(self) -> int:
         """The store's time, in milliseconds since the epoch."""
@@ -652,7 +654,7 @@ class Keyring:
         if by is None:
             return await self._hasher.hash(token)
         async with self._limit.slot(organization_id):
-            await self._store.check_quota(
+            await self._store.keys.check_quota(
                 organization_id, self.now_ms(), self._quotas, new_keys=new_keys
             )
             return await self._hasher.hash(token)
@@ -665,7 +667,7 @@ class Keyring:
         by: Principal | None,
         wait: bool,
     ) -> Changed | None:
-        changed = await self._store.change(
+        changed = await self._store.keys.change(
             organization_id, key_id, self.now_ms(), values, by=self._actor(by)
         )
         return None if changed is None else await self._propagated(changed, wait)
@@ -679,7 +681,7 @@ class Keyring:
         *,
         restore_previous: bool,
     ) -> Changed | None:
-        changed = await self._store.end_grace(
+        changed = await self._store.rotation.end_grace(
             organization_id, key_id, self.now_ms(), restore_previous, by=self._actor(by)
         )
         return None if changed is None else await self._propagated(changed, wait)
@@ -694,7 +696,7 @@ class Keyring:
         wait: bool,
     ) -> Changed | None:
         reason = validate_reason(reason)
-        changed = await self._store.revoke_secret(
+        changed = await self._store.rotation.revoke_secret(
             organization_id, key_id, secret, self.now_ms(), reason, by=self._actor(by)
         )
         return None if changed is None else await self._propagated(changed, wait)

@@ -45,7 +45,7 @@ class StoreSecrets:
 
     async def list(self) -> Sequence[SecretInfo]:
         """The id, kind and status of each secret, newest first."""
-        return await self._store.list_secrets()
+        return await self._store.secrets.infos()
 
     async def rotate(self, kinds: Sequence[str] = KINDS, *, by: str = OPERATOR) -> Receipt:
         """Replace the primary secret of these kinds.
@@ -57,10 +57,10 @@ class StoreSecrets:
             StoreUnavailable: repeat the call; it continues where it was interrupted.
         """
         await self._propagation.publish(
-            await self._store.add_pending_secrets(kinds, self._now_ms(), by=by)
+            await self._store.secrets.add_pending(kinds, self._now_ms(), by=by)
         )
         return await self._propagation.publish(
-            await self._store.promote_secrets(kinds, self._now_ms(), by=by)
+            await self._store.secrets.promote(kinds, self._now_ms(), by=by)
         )
 
     async def count_dependent_keys(self, secret_id: int) -> int:
@@ -73,7 +73,7 @@ class StoreSecrets:
         _, successor = await self._find_retirable(secret_id)
         if successor.kind != "mac":
             return 0
-        return await self._store.count_issued_before(successor.status_since, self._now_ms())
+        return await self._store.secrets.count_issued_before(successor.status_since, self._now_ms())
 
     async def retire(self, secret_id: int, *, by: str = OPERATOR) -> Receipt:
         """Delete a secret that was replaced. Tokens that it signed are rejected as forged from then
@@ -86,7 +86,7 @@ class StoreSecrets:
             StoreUnavailable: repeat the call.
         """
         await self._find_retirable(secret_id)
-        seq = await self._store.retire_secret(
+        seq = await self._store.secrets.retire(
             secret_id, self._replaced_before_ms(), self._now_ms(), by=by
         )
         if seq is None:
@@ -95,7 +95,7 @@ class StoreSecrets:
 
     async def _find_retirable(self, secret_id: int) -> tuple[SecretInfo, SecretInfo]:
         """A secret that may be deleted, and its successor."""
-        by_id = {secret.id: secret for secret in await self._store.list_secrets()}
+        by_id = {secret.id: secret for secret in await self._store.secrets.infos()}
         secret = by_id.get(secret_id)
         if secret is None:
             raise SecretInUse("there is no such secret", "keylatch secrets list")

@@ -130,7 +130,7 @@ class Lease:
         self._notified.set()
 
     async def begin(self) -> None:
-        self._invalidations.begin(await self._store.invalidations_since(MAX_SEQ, self.seconds))
+        self._invalidations.begin(await self._store.invalidations.since(MAX_SEQ, self.seconds))
         await self.renew()
 
     async def revalidate(self) -> None:
@@ -177,7 +177,7 @@ class Lease:
         member, self._member = self._member, ""
         if member:
             try:
-                await self._store.leave(member)
+                await self._store.leases.leave(member)
             except StoreUnavailable:
                 log.warning(
                     "could not remove this member on shutdown; "
@@ -233,16 +233,16 @@ class Lease:
         )
         # Only while the lease is recent: endless notices must not keep it from being renewed.
         if changes_only and self._expires_at - self._timer() > self.seconds * _RECENT_FRACTION:
-            batch = await self._store.invalidations_since(seq, self.seconds)
+            batch = await self._store.invalidations.since(seq, self.seconds)
             self._invalidations.apply(batch, min_seq)
             return batch.seq != seq
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)
-                await self._store.join(member, self.seconds)
+                await self._store.leases.join(member, self.now_ms(), self.seconds)
                 self._member = member
             requested_at = self._timer()  # before the query is sent
-            poll = await self._store.poll(self._member, seq, self.seconds, pending)
+            poll = await self._store.leases.poll(self._member, seq, self.seconds, pending)
             if poll.is_member:
                 self._apply_grant(poll, requested_at, min_seq)
                 return poll.acknowledged_seq != poll.batch.seq

@@ -17,8 +17,7 @@ from typing import Final
 
 from keylatch.caches.local_cache import Entry, LocalCache
 from keylatch.errors import StoreUnavailable
-from keylatch.storage.queries import InvalidationBatch
-from keylatch.storage.store import Store
+from keylatch.storage.store import InvalidationBatch, Store
 from keylatch.telemetry.counters import Counters
 
 GRACE_MS: Final = 1_000.0
@@ -73,7 +72,7 @@ class RevocationMonitor:
                     key_id,
                 )
         try:
-            batch = await self._store.invalidations_since(self._seq)
+            batch = await self._store.invalidations.since(self._seq)
         except StoreUnavailable:
             return
         self._record_changes(batch, self._now_ms())

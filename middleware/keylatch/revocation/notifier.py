@@ -90,14 +90,14 @@ class StoreNotifier:
 
     async def publish(self, notice: Notice | None) -> None:
         try:
-            await self._store.notify(self._signer.sign(notice).decode())
+            await self._store.invalidations.notify(self._signer.sign(notice).decode())
         except StoreUnavailable:
             return
 
     async def subscribe(self, on_notice: OnNotice) -> None:
         while True:
             try:
-                await self._store.listen(
+                await self._store.invalidations.listen(
                     lambda payload: on_notice(self._signer.verify(payload.encode()))
                 )
             except StoreUnavailable:

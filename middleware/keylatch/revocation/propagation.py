@@ -120,7 +120,7 @@ class Propagation:
         since = max(0, seq - _NOTICE_REACH)
         notice = None
         with suppress(StoreUnavailable):  # without rows, the notice makes every member poll
-            notice = Notice(since, await self._store.invalidations_since(since, lease.seconds / 4))
+            notice = Notice(since, await self._store.invalidations.since(since, lease.seconds / 4))
         lease.on_notice(notice)  # this process is a member as well
         if self._notifier is not None:
             await self._notifier.publish(notice)
@@ -134,7 +134,7 @@ class Propagation:
         members = 0
         while True:
             try:
-                laggards, members = await self._store.laggards(seq, lease_seconds)
+                laggards, members = await self._store.leases.laggards(seq, lease_seconds)
                 if not laggards:
                     break
                 if not grants:
@@ -156,7 +156,7 @@ class Propagation:
     ) -> None:
         """Remove members that acknowledged nothing and were granted nothing for a lease period."""
         try:
-            removed = await self._store.remove_members(laggards, seq, lease_seconds / 4)
+            removed = await self._store.leases.remove_members(laggards, seq, lease_seconds / 4)
         except StoreUnavailable:
             return  # the next revocation tries again
         if removed:

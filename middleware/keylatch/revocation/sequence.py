@@ -52,11 +52,11 @@ class SequenceFreshness:
         # what another one has applied.
         with self._lock:
             data_version = self._read_data_version()
-            seq = self._store.sequence_nowait()
+            seq = self._store.invalidations.sequence_nowait()
             if seq is None:
                 return False
             if seq != self._invalidations.seq:
-                batch = self._store.invalidations_since_nowait(self._invalidations.seq)
+                batch = self._store.invalidations.since_nowait(self._invalidations.seq)
                 if batch is None:
                     return False
                 self._invalidations.apply(batch)
@@ -65,7 +65,7 @@ class SequenceFreshness:
 
     async def begin(self) -> None:
         self._data_version = None
-        self._invalidations.begin(await self._store.invalidations_since(MAX_SEQ))
+        self._invalidations.begin(await self._store.invalidations.since(MAX_SEQ))
         await self.revalidate()
 
     async def revalidate(self) -> None:

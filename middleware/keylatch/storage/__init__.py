@@ -1,1 +1,1 @@
-"""The store: its tables, every SQL statement, and the drivers for SQLite and PostgreSQL."""
+"""The store: its tables, every SQL statement, and the databases SQLite and PostgreSQL."""

@@ -1,21 +1,21 @@
-"""Judges the acting key again, in the transaction of the change that it asked for.
+"""Authorizes the acting key again, in the transaction of the change that it requests.
 
-A management call is authenticated when its headers arrive. Reading its body, computing a hash and
-waiting for locks come after that, and the key may be revoked, demoted or rotated meanwhile. So each
-change judges the acting key by its row, and is written only if the key may still make it.
+A management request is authenticated when its headers arrive. Reading its body, computing a hash
+and waiting for locks come after that, and the key may be revoked, demoted or rotated meanwhile. So
+each change authorizes the acting key by its row, and is made only if the key still may make it.
 
-It does so once it holds the counter row (`changes.advance`), which every change takes before it
-commits. What has revoked the key either was committed before that, and is seen, or is committed
-later and has a later sequence number. The acting key's row itself is not locked: shared locks do
-not queue, and a key whose calls overlap could keep its own revocation waiting for as long as it
-likes (tried: 12 clients, the DELETE gave up after five seconds, twice).
+It does so once the transaction holds the sequence row (`invalidation_log.advance`), which every
+change locks before it commits. A change that revokes the acting key either was committed before
+that, and is seen, or is committed later and has a later sequence number. The acting key's row
+itself is not locked: shared locks do not queue, and a key whose requests overlap could delay its
+own revocation for as long as it likes (measured: with 12 clients the DELETE gave up after five
+seconds, twice).
 
 The law of this file is one order of locks, so that two changes never deadlock: the keys to be
-changed, by their ids (the order in which uses are recorded), then the counter row. A change that
-holds the counter row waits for no other lock. SQLite takes one lock for all (`BEGIN IMMEDIATE`).
+changed, by their ids (the order in which uses are recorded), then the sequence row. A change that
+holds the sequence row waits for no other lock. SQLite takes one lock for all (`BEGIN IMMEDIATE`).
 """
 
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -37,34 +37,34 @@ from keylatch.core.validation import (
 )
 from keylatch.errors import CallerRefused, NotPermitted
 from keylatch.storage.database import Contended
-from keylatch.storage.queries import SELECT_RECORDS, record_of
 from keylatch.storage.quotas import Quotas
+from keylatch.storage.records import SELECT_RECORDS, record_of
+from keylatch.storage.repository import batches
 from keylatch.storage.schema import keys
 
-_MAX_PARAMETERS: Final = 500  # parameters of one statement
 _STORED_KEYS: Final = SELECT_RECORDS.add_columns(keys.c.hash, keys.c.previous_hash)
 
 
-def _now_ms() -> int:
-    return int(time.time() * 1000)
+def _no_clock() -> int:
+    raise TypeError("an actor with a principal needs a clock")
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who asks for a change.
+    """The caller of a change.
 
     Args:
         name: for the audit log: a key's id, `cli:` and an account, or `operator`.
         principal: the key, with the secret by which it was authenticated; None: an operator, who
-            is not bound by any key.
-        now_ms: the time to judge the key's expiry at, asked in the transaction, after it has waited
-            for locks; milliseconds since the epoch.
+            may make every change.
+        now_ms: the time for the key's expiry, in milliseconds since the epoch; called in the
+            transaction, after it has waited for locks.
         quotas: what the key's organisation may add; None: no limits.
     """
 
     name: str
     principal: Principal | None = None
-    now_ms: Callable[[], int] = _now_ms
+    now_ms: Callable[[], int] = _no_clock
     quotas: Quotas | None = None
 
     @property
@@ -73,7 +73,7 @@ class Actor:
         return None if self.principal is None else self.principal.key_id
 
     def can_see(self, record: KeyRecord) -> bool:
-        """Whether a key exists for it: of its organisation, in an environment that it reaches.
+        """Whether a key is of its organisation and in an environment that it has access to.
         Neither ever changes, so this holds in the transaction as well."""
         return self.principal is None or (
             record.organization_id == self.principal.organization_id
@@ -86,7 +86,7 @@ OPERATOR: Final = Actor("operator")
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """A key with what it is checked by."""
+    """A key with its hashes."""
 
     record: KeyRecord
     hash: str = field(repr=False)
@@ -99,7 +99,7 @@ class Authority:
 
     Args:
         record: the acting key; None: an operator, who may do everything.
-        is_previous: whether it acts by the secret before its last rotation.
+        is_previous: whether it was authenticated by the secret before its last rotation.
     """
 
     record: KeyRecord | None = None
@@ -120,7 +120,7 @@ class Authority:
             check_may_grant_until(self.record, record.expires_at)
 
     def with_inherited_expiry(self, record: KeyRecord) -> KeyRecord:
-        """A new key; one without an end gets that of the acting key."""
+        """A new key; one without an expiry gets that of the acting key."""
         if self.record is None or record.expires_at is not None:
             return record
         return replace(record, expires_at=self.record.expires_at)
@@ -129,12 +129,12 @@ class Authority:
 def authorize(
     connection: Connection, actor: Actor, *, is_self_revocation: bool = False
 ) -> Authority:
-    """What an actor may do, by its key's row as it is now. The counter row must be held.
+    """What an actor may do, by its key's row as it is now. The sequence row must be locked.
 
     Args:
         connection: of the transaction.
-        actor: who asks.
-        is_self_revocation: whether the acting secret only ends itself, which any may do.
+        actor: the caller.
+        is_self_revocation: whether the acting secret only ends itself, which every key may do.
 
     Raises:
         CallerRefused: the acting key, or its secret, is not valid any more.
@@ -150,7 +150,7 @@ def authorize(
 def stored_key(
     connection: Connection, organization_id: str, key_id: str, *, lock: bool = False
 ) -> StoredKey | None:
-    """A key of an organisation; `lock`: which no other transaction changes until this one ends."""
+    """A key of an organisation; `lock`: no other transaction changes it until this one ends."""
     statement = _STORED_KEYS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
     if lock:
         statement = statement.with_for_update(of=keys)
@@ -167,9 +167,7 @@ def lock_keys(
         Contended: another transaction holds one of them, and `wait` is False.
     """
     found: dict[str, StoredKey] = {}
-    ordered = sorted(key_ids)
-    for start in range(0, len(ordered), _MAX_PARAMETERS):
-        batch = ordered[start : start + _MAX_PARAMETERS]
+    for batch in batches(sorted(key_ids)):
         statement = _STORED_KEYS.where(
             keys.c.id.in_(batch), keys.c.organization_id == organization_id
         )
@@ -185,20 +183,20 @@ def lock_keys(
 
 
 def in_byte_order(connection: Connection, column: Any) -> Any:
-    """A column of ids in the order of their bytes, in which `sorted` puts them too: a database may
-    have been created with the order of some language."""
+    """A column of ids in the order of their bytes, which is that of `sorted`; the database may have
+    been created with the collation of a language."""
     return column.collate("C") if connection.dialect.name == "postgresql" else column
 
 
 def reauthorize(
     principal: Principal, acting: StoredKey | None, now_ms: int, *, is_self_revocation: bool = False
 ) -> Authority:
-    """What a key may do that was authenticated before; see `authorize`.
+    """What a principal may do now; see `authorize`.
 
     Args:
         principal: the key, with the secret by which it was authenticated.
-        acting: what is stored of it now.
-        now_ms: the time to judge its expiry at.
+        acting: the key's row now; None: it has none.
+        now_ms: the time for its expiry.
         is_self_revocation: as in `authorize`.
     """
     if principal.secret_version is None:

@@ -1,9 +1,9 @@
-"""What the store needs of a database, and the one gate through which drivers' errors pass.
+"""What the store needs of a database, and the translation of drivers' errors.
 
-A unit of work is a plain function of a SQLAlchemy `Connection`; a question is one statement, which
-is compiled once and then given to the driver as text, because checks and leases ask it often.
-`questions` and `changes` write each of them once and both `sqlite` and `postgresql` run it. Every
-error of a driver becomes `StoreUnavailable` here and nowhere else, with a one-line message that
+A unit of work is a function of a SQLAlchemy `Connection`. A `Query` is one statement that is
+compiled once and then given to the driver as text, because checks and leases run it often. The
+repositories contain each of them once; `sqlite`, `postgresql` and `memory` run them. Every error of
+a driver becomes `StoreUnavailable` in this file and nowhere else, with a message of one line that
 holds no parameters.
 """
 
@@ -23,14 +23,14 @@ Rows = list[tuple[Any, ...]]
 
 
 class Contended(Exception):
-    """Another transaction was faster; the work has to be repeated from its beginning."""
+    """A conflict with another transaction: the work has to be repeated from its beginning."""
 
 
 class Query:
     """One statement, in one snapshot.
 
     Args:
-        statement: what is asked; its bind parameters are given with every question.
+        statement: its bind parameters are given to `Database.fetch`.
     """
 
     def __init__(self, statement: Select[Any]) -> None:
@@ -38,8 +38,8 @@ class Query:
         self._compiled: dict[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {}
 
     def compile_for(self, dialect: Dialect) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
-        """The text for a driver, the parameters that never change, and the order of all of them
-        where the driver wants an order."""
+        """The text for a driver, the constant parameters, and the order of all parameters where
+        the driver needs one."""
         cached = self._compiled.get(dialect.name)
         if cached is None:
             compiled = self.statement.compile(dialect=dialect)
@@ -49,23 +49,24 @@ class Query:
 
 
 class Database(Protocol):
-    """One of the two databases."""
+    """A database; a method with a body here is what one without that feature does."""
 
-    is_shared: bool
-    """Whether many hosts use it, so that it has to be asked and cannot just be read."""
+    is_shared: bool = False
+    """Whether several hosts use it, so that processes need leases."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
+        return ()
 
     async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
-        """The rows that answer a question.
+        """The rows of a query.
 
         Args:
             query: the statement.
-            seconds: how long to wait for a server, where it is urgent: then it waits for nobody
-                else's question; None: as long as is usual.
-            parameters: the question's own.
+            seconds: the time limit of an urgent query, which does not wait for a connection that
+                other queries use; None: the default limit.
+            parameters: of the query.
         """
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
@@ -83,52 +84,60 @@ class Database(Protocol):
 
         Args:
             work: may be repeated from its beginning.
-            durable: False: the last ones may be lost when the power fails.
-            seconds: how long to wait for a server; None: as long as is usual.
-            is_urgent: whether it waits for no other transaction's connection: for leases alone.
+            durable: False: the last commits may be lost when the power fails.
+            seconds: the time limit; None: the default limit.
+            is_urgent: use the connections that are reserved for leases.
         """
 
     def pools(self) -> Mapping[str, int]:
-        """Work under way by kind, with what waits for a thread of that kind; empty: not counted."""
+        """Work in progress by kind, including work that waits for a thread; empty: not counted."""
+        return {}
 
     def fetch_nowait(self, query: Query, **parameters: Any) -> Rows | None:
         """`fetch` without waiting for a disk or a socket; None where that is impossible."""
+        return None
 
     def data_version(self) -> bytes | None:
-        """Bytes that differ after every commit, by whomever, so that equal ones spare the question;
-        None where there are none."""
+        """Bytes that differ after every commit of any process: while they are equal, no query is
+        needed; None: the database has none."""
+        return None
 
     async def identity(self) -> str:
-        """Which database this is, once its tables are there: another text for every copy of it,
-        and the same for all processes that use it."""
+        """The identity of the database, whose tables exist: the same text in all processes that
+        use it, another one for every copy of it."""
 
     async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
-        """Call `on_notification` at once, and with the payload of each notification, until the
-        line breaks."""
+        """Call `on_notification` at once with an empty payload, and then with the payload of each
+        notification, until the connection is lost."""
 
     async def run_maintenance(self) -> None:
-        """Housekeeping that may take its time."""
+        """Housekeeping that may be slow."""
+        return
 
     async def close(self) -> None:
-        """Let connections and threads go."""
+        """Close connections and end threads."""
+        return
 
     def before_fork(self) -> None:
-        """Close whatever must not be open while the process forks."""
+        """Close what must not be open while the process forks."""
+        return
 
     def after_fork_in_parent(self) -> None:
-        """In the parent: go on."""
+        """Continue after a fork."""
+        return
 
     def after_fork_in_child(self) -> None:
-        """In the child: drop what the parent has open, without closing it."""
+        """Drop what the parent has open, without closing it."""
+        return
 
 
 @contextlib.contextmanager
 def translate_errors(driver: type[Exception], hint: str) -> Iterator[None]:
-    """Turn whatever a driver raises into `StoreUnavailable`.
+    """Turn the errors of a driver into `StoreUnavailable`.
 
     Args:
         driver: the driver's base class of errors.
-        hint: what the operator should look at.
+        hint: what the operator should check.
     """
     try:
         yield

@@ -1,8 +1,10 @@
-"""The statements about leases: who holds one, who has acknowledged what, and how the bell rings.
+"""The members, which hold leases: join, poll, leave; laggards and their removal.
 
-`questions` has what a lease is about: the log of changes. Nothing here changes what a key may do.
+Nothing here changes what a key may do. Lease polls and removals have a connection of their own
+(`is_urgent`, `seconds`): they wait for no other transaction.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,19 +25,22 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.dialects.postgresql import JSONB
 
-from keylatch.storage.changes import now_ms
-from keylatch.storage.database import Query, Rows
-from keylatch.storage.queries import InvalidationBatch, read_invalidations, select_invalidations
+from keylatch.storage.database import Query
+from keylatch.storage.invalidation_log import (
+    Invalidation,
+    InvalidationBatch,
+    InvalidationLog,
+    select_invalidations,
+)
+from keylatch.storage.repository import MonitoredDatabase, Repository, writes
 from keylatch.storage.schema import invalidations, members
-
-NOTIFY_CHANNEL: Final = "keylatch_invalidations"
 
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """The answer to a process that asks for a lease."""
+    """The answer to a process that polls for a lease."""
 
     is_member: bool
     acknowledged_seq: int
@@ -44,20 +49,10 @@ class Poll:
     """The store's own time, in seconds since the epoch."""
 
 
-class _Jsonb(UserDefinedType[Any]):
-    """PostgreSQL's own, without the import of its dialect, which users of SQLite need not wait
-    for."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "JSONB"
-
-
 def _poll() -> Select[Any]:
-    # The log is read as it was when the statement began, the grant is counted when the row is
-    # locked: a little later. A removal in between finds fewer grants and takes the row away; then
-    # none is counted here, and nothing was granted.
+    # The log is read in the snapshot of the statement; the grant is counted when the row is locked,
+    # a little later. If the member is removed in between, the removal found fewer grants: no grant
+    # is counted here, and no lease is granted.
     granted = (
         update(members)
         .where(members.c.id == bindparam("member"))
@@ -71,9 +66,9 @@ def _poll() -> Select[Any]:
 
 
 def _acknowledged_seq() -> Case[int]:
-    # What a process heard is acknowledged only if it is, line by line, what the log says now: a
-    # bell may be an old one, from before this store went back to a backup, with numbers that have
-    # been given out again since. No key and no epoch can tell; the log can.
+    # Pending invalidations are acknowledged only if they equal the log row by row: a notice may be
+    # an old one, from before this store was restored from a backup, with sequence numbers that have
+    # been given out again since. Neither key nor epoch shows that; the log does.
     since = bindparam("since", type_=BigInteger)
     pending_seq = bindparam("pending_seq", type_=BigInteger)
     entry = func.jsonb_build_array(
@@ -85,13 +80,13 @@ def _acknowledged_seq() -> Case[int]:
         .order_by(invalidations.c.seq)
         .subquery()
     )
-    logged = select(func.jsonb_agg(entries.c.entry, type_=_Jsonb)).scalar_subquery()
-    pending = cast(bindparam("pending", type_=Text), _Jsonb)
+    logged = select(func.jsonb_agg(entries.c.entry, type_=JSONB)).scalar_subquery()
+    pending = cast(bindparam("pending", type_=Text), JSONB)
     return case((logged == pending, pending_seq), else_=since)
 
 
 def _laggards() -> Select[Any]:
-    # One row at least, because nobody may be left who lags; and few, because it is asked often.
+    # One row at least, also without laggards; and few rows, because the query is frequent.
     totals = select(func.count().label("members")).select_from(members).subquery()
     lagging = members.c.acked_seq < bindparam("seq", type_=BigInteger)
     return select(totals.c.members, members.c.id, members.c.grants).join_from(
@@ -99,43 +94,85 @@ def _laggards() -> Select[Any]:
     )
 
 
-LAGGARDS: Final = Query(_laggards())
 POLL: Final = Query(_poll())
-NOTIFY: Final = Query(select(func.pg_notify(NOTIFY_CHANNEL, bindparam("payload", type_=Text))))
+LAGGARDS: Final = Query(_laggards())
 
 
-def read_poll(rows: Rows, since: int) -> Poll:
-    *_, acknowledged_seq, store_seconds = rows[0]
-    is_member = acknowledged_seq is not None
-    return Poll(is_member, acknowledged_seq or 0, read_invalidations(rows, since), store_seconds)
+class LeaseRepository(Repository):
+    """The members of a store."""
 
+    def __init__(self, database: MonitoredDatabase, log: InvalidationLog) -> None:
+        super().__init__(database)
+        self._log = log
 
-def join(connection: Connection, member: str) -> None:
-    """A process will ask for leases under this name."""
-    if not connection.execute(select(members.c.id).where(members.c.id == member)).all():
-        connection.execute(
-            insert(members).values(id=member, grants=0, acked_seq=0, joined_at=now_ms())
+    async def join(self, member: str, now_ms: int, seconds: float) -> None:
+        """Add a member, so that it can poll for leases."""
+
+        def work(connection: Connection) -> None:
+            if not connection.execute(select(members.c.id).where(members.c.id == member)).all():
+                connection.execute(
+                    insert(members).values(id=member, grants=0, acked_seq=0, joined_at=now_ms)
+                )
+
+        await self._database.unmonitored.write(work, seconds=seconds, is_urgent=True)
+
+    async def poll(
+        self, member: str, seq: int, seconds: float, pending: tuple[Invalidation, ...] = ()
+    ) -> Poll:
+        """Acknowledge `seq`, count a grant, and read the log after `seq`, in one statement
+        (PostgreSQL).
+
+        Args:
+            member: the member that polls.
+            seq: up to where it has applied the log.
+            seconds: see `Database.fetch`.
+            pending: rows of the log after `seq` that it has received and applied; they are
+                acknowledged as well if the log has the same rows up to the last of them.
+        """
+        rows = await self._database.unmonitored.fetch(
+            POLL,
+            seconds=seconds,
+            member=member,
+            since=seq,
+            pending_seq=pending[-1][0] if pending else seq,
+            pending=json.dumps(pending),
         )
+        *_, acknowledged_seq, store_seconds = rows[0]
+        is_member = acknowledged_seq is not None
+        batch = self._log.read_batch(rows, seq)
+        return Poll(is_member, acknowledged_seq or 0, batch, store_seconds)
+
+    @writes
+    def leave(self, connection: Connection, member: str) -> None:
+        """Remove a member that holds no lease any more."""
+        connection.execute(members.delete().where(members.c.id == member))
+
+    async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
+        """Members that have not acknowledged `seq` (name → grants so far), and the number of all
+        members."""
+        rows = await self._database.unmonitored.fetch(LAGGARDS, seconds=seconds, seq=seq)
+        laggards = {member: grants for _, member, grants in rows if member is not None}
+        return laggards, rows[0][0]
+
+    async def remove_members(self, laggards: Mapping[str, int], seq: int, seconds: float) -> int:
+        """Remove the laggards that still have not acknowledged `seq` and were granted nothing
+        since; return how many.
+
+        A locked row is skipped: its member is being granted a lease, or hangs in that transaction.
+        """
+
+        def work(connection: Connection) -> int:
+            return sum(
+                _remove_member(connection, member, laggards[member], seq)
+                for member in sorted(laggards)
+            )
+
+        return await self._database.unmonitored.write(work, seconds=seconds, is_urgent=True)
 
 
-def leave(connection: Connection, member: str) -> None:
-    """A process holds no lease any more."""
-    connection.execute(members.delete().where(members.c.id == member))
-
-
-def remove_members(connection: Connection, laggards: Mapping[str, int], seq: int) -> int:
-    """Remove members that were granted nothing since and still have not acknowledged `seq`.
-
-    Whoever is locked is just being granted something, or hangs in the middle of it: next time.
-    """
-    removed = 0
-    for member in sorted(laggards):
-        condition = and_(
-            members.c.id == member,
-            members.c.grants == laggards[member],
-            members.c.acked_seq < seq,
-        )
-        locked = select(members.c.id).where(condition).with_for_update(skip_locked=True)
-        if connection.execute(locked).first() is not None:
-            removed += connection.execute(members.delete().where(condition)).rowcount
-    return removed
+def _remove_member(connection: Connection, member: str, grants: int, seq: int) -> int:
+    is_lagging = and_(members.c.id == member, members.c.grants == grants, members.c.acked_seq < seq)
+    locked = select(members.c.id).where(is_lagging).with_for_update(skip_locked=True)
+    if connection.execute(locked).first() is None:
+        return 0
+    return connection.execute(members.delete().where(is_lagging)).rowcount

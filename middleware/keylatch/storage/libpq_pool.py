@@ -1,11 +1,12 @@
-"""Lines to PostgreSQL on which questions are asked, one at a time, prepared, in libpq's own words.
+"""A pool of PostgreSQL connections for prepared queries, one at a time per connection, over libpq.
 
-Leases and look-ups ask a handful of questions all the time, and what Python does around a question
-costs several times what libpq does. So a line keeps its statements prepared and its socket watched
-by the event loop: to ask is to send, and to hear is to read. psycopg connects and brings libpq.
+Leases and look-ups run a few queries all the time, and what psycopg's Python does around a query
+costs several times what libpq does. So a connection keeps its statements prepared and its socket
+registered with the event loop: a query is one send and one read. psycopg connects and supplies
+libpq.
 
-A line that dies while nobody asks is noticed by the event loop. One that falls silent is cut by
-whoever has waited long enough, and nothing is ever heard on it again.
+The event loop notices that an idle connection was closed. A connection whose server does not answer
+is closed at the query's time limit and never used again.
 """
 
 import asyncio
@@ -21,18 +22,18 @@ from keylatch.storage.database import Rows
 PsycopgConnection = psycopg.AsyncConnection[Any]
 
 _DISCONNECT_STATES: Final = ("57P", "08")
-"""SQLSTATEs of a server that shuts down, has crashed, or was told to end this session."""
+"""SQLSTATEs of a server that shuts down, has crashed, or terminates this session."""
 
 
 class ConnectionLost(Exception):
-    """It was closed, by whichever side, before it answered."""
+    """Either side closed the connection before the server answered."""
 
 
 class LibpqConnection:
-    """One connection."""
+    """A connection that runs one query at a time."""
 
     def __init__(self, connection: PsycopgConnection) -> None:
-        self._connection = connection  # it would close what it owns
+        self._connection = connection  # kept: when it is collected, it closes `_libpq`
         self._libpq = connection.pgconn
         self._libpq.nonblocking = 1
         self._loop = asyncio.get_running_loop()
@@ -44,11 +45,11 @@ class LibpqConnection:
         self.is_open = True
 
     async def fetch(self, text: str, values: Sequence[bytes | None]) -> Rows:
-        """The rows that answer a statement; its parameters are `$1`, `$2`, …
+        """The rows of a statement with parameters `$1`, `$2`, …
 
         Raises:
-            LineLost: nothing was heard, or only that the server goes.
-            psycopg.Error: what the server has against it.
+            ConnectionLost: there was no answer, or the server ended the session.
+            psycopg.Error: the server refused the statement.
         """
         name = self._prepared.get(text)
         try:
@@ -58,7 +59,7 @@ class LibpqConnection:
                 self._prepared[text] = name
             result = await self._send(lambda: self._libpq.send_query_prepared(name, values))
         except BaseException:
-            self.close()  # whatever is left of the answer must not be taken for the next one
+            self.close()  # the rest of the answer must not be read as the next one's
             raise
         transformer = Transformer(self._connection)
         transformer.set_pgresult(result, set_loaders=True)
@@ -91,7 +92,7 @@ class LibpqConnection:
         return psycopg.DatabaseError(message.decode(errors="replace"))
 
     def _flush(self) -> None:
-        if self.is_open and self._libpq.flush():  # the socket takes no more at the moment
+        if self.is_open and self._libpq.flush():  # the socket's buffer is full
             self._loop.add_writer(self._socket, self._on_writable)
 
     def _on_writable(self) -> None:
@@ -119,7 +120,7 @@ class LibpqConnection:
             waiter.set_result(result)
 
     def close(self) -> None:
-        """Hang up; whoever waits is told that the line is lost."""
+        """Close the connection; a waiting query gets `ConnectionLost`."""
         if not self.is_open:
             return
         self.is_open = False
@@ -130,13 +131,13 @@ class LibpqConnection:
 
 
 class ConnectionPool:
-    """As many lines as are needed, up to a number of places; idle ones are kept.
+    """Up to `max_size` connections; idle ones are kept.
 
     Args:
-        connect: makes a connection that commits by itself.
-        max_size: how many questions may be under way at once; the others wait for a place.
-        stale_seconds: how long a line that was idle may be silent. It may have died without a
-            word; then the question is asked again, on a new one. None: as long as the question may.
+        connect: opens a connection in autocommit mode.
+        max_size: how many queries may run at once; the others wait.
+        stale_seconds: the time limit on a connection that was idle, which may have been lost
+            without notice; then the query is repeated on a new one. None: the query's own limit.
     """
 
     def __init__(
@@ -154,19 +155,19 @@ class ConnectionPool:
 
     @property
     def under_way(self) -> int:
-        """Questions that the server has not answered yet."""
+        """Queries that the server has not answered yet."""
         return len(self._busy)
 
     async def fetch(self, text: str, values: Sequence[bytes | None], seconds: float) -> Rows:
-        """The rows that answer a statement; it must be one that may be asked twice.
+        """The rows of a statement that may be run twice.
 
         Args:
-            text: of the statement; its parameters are `$1`, `$2`, …
+            text: of the statement, with parameters `$1`, `$2`, …
             values: of the parameters, in PostgreSQL's text format.
-            seconds: how long to wait in all, for a place and a connection as well.
+            seconds: the time limit, including the wait for a connection.
 
         Raises:
-            TimeoutError, psycopg.Error: there was no answer, or an error.
+            TimeoutError, psycopg.Error: no answer, or an error.
         """
         async with asyncio.timeout(seconds), self._slots:
             connection = self._take_idle()
@@ -175,7 +176,7 @@ class ConnectionPool:
                     async with asyncio.timeout(self._stale_seconds):
                         return await self._fetch_on(connection, text, values)
                 except (ConnectionLost, TimeoutError):
-                    self._close_idle()  # what ended this one may have ended the others as well
+                    self._close_idle()  # the cause may have closed the others as well
             connection = LibpqConnection(await self._connect())
             try:
                 return await self._fetch_on(connection, text, values)
@@ -206,7 +207,7 @@ class ConnectionPool:
             connection.close()
 
     def close(self) -> None:
-        """Hang up; whoever still waits is told that the line is lost."""
+        """Close all connections; waiting queries get `ConnectionLost`."""
         self._close_idle()
         for connection in tuple(self._busy):
             connection.close()

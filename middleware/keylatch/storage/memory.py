@@ -1,27 +1,24 @@
-"""The store in this process's memory: for tests of apps, never for keys that shall live on.
+"""A store in this process's memory, for tests of apps: its keys are lost with the process.
 
-It is SQLite, so it holds what the store on a file holds; work runs at once, in the caller's thread.
+It is SQLite, so it behaves as the store on a file does; work runs at once, in the caller's thread.
 """
 
 import secrets
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import StaticPool, create_engine, event
 
 from keylatch.errors import StoreUnavailable
-from keylatch.storage.database import Query, Rows, Work, translate_errors
+from keylatch.storage.database import Database, Query, Rows, Work, translate_errors
 
 T = TypeVar("T")
 
 
-class Memory:
-    """One connection, one after the other; see `keylatch.storage.database.Database`."""
-
-    is_shared = False
-    warnings: tuple[str, ...] = ()
+class Memory(Database):
+    """One connection, one transaction at a time; see `keylatch.storage.database.Database`."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -48,9 +45,6 @@ class Memory:
     ) -> T:
         return self._run(work)
 
-    def pools(self) -> Mapping[str, int]:
-        return {}
-
     def fetch_nowait(self, query: Query, **parameters: Any) -> Rows:
         return self._run(
             lambda connection: [
@@ -66,31 +60,13 @@ class Memory:
         ):
             return work(connection)
 
-    def data_version(self) -> bytes | None:
-        return None
-
     async def identity(self) -> str:
         return self._identity
 
     async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
         raise StoreUnavailable(
-            "a store in memory has no LISTEN", "it serves one process and needs none"
+            "a store in memory has no LISTEN", "one process uses it, so it needs none"
         )
-
-    async def run_maintenance(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None  # it lives as long as the object
-
-    def before_fork(self) -> None:
-        return None
-
-    def after_fork_in_parent(self) -> None:
-        return None
-
-    def after_fork_in_child(self) -> None:
-        return None
 
 
 def _configure(raw: sqlite3.Connection, record: object) -> None:

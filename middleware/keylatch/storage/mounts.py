@@ -1,7 +1,7 @@
-"""What a path is mounted on, according to /proc/self/mounts (proc(5), fstab(5)).
+"""The file system of a path, according to /proc/self/mounts (proc(5), fstab(5)).
 
-The law of this file: it reads that one file and judges names of file systems. A store on a file
-system without POSIX locks or shared memory loses changes, and with them revocations.
+The law of this file: it reads that one file and decides by the names of file systems. A store on a
+file system without POSIX locks or shared memory loses changes, and with them revocations.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Final
 
 _MOUNT_TABLE: Final = Path("/proc/self/mounts")
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
-"""The kernel writes blank, tab, newline, backslash and # of a path as octal numbers."""
+"""The kernel writes space, tab, newline, backslash and # of a path as octal numbers."""
 
 _NETWORK_TYPES: Final = (
     *("9p", "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "gfs", "gfs2"),
@@ -44,11 +44,11 @@ _REFUSED_TYPES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A line of the table.
+    """An entry of the mount table.
 
     Args:
-        mount_point: where it is mounted.
-        fs_type: the type of the file system; of FUSE with the name of its program, as far as it is
+        mount_point: an absolute path.
+        fs_type: the type of the file system; for FUSE with the name of its program, if that is
             known: `fuse.sshfs`.
     """
 
@@ -57,33 +57,33 @@ class Mount:
 
     @property
     def is_network(self) -> bool:
-        """Whether SQLite's locks or its shared memory do not hold there."""
+        """Whether SQLite's locks or its shared memory do not work there."""
         return self.fs_type in _REFUSED_TYPES
 
     @property
     def is_unknown(self) -> bool:
-        """Whether that depends on a program that is not known here."""
+        """Whether that depends on a FUSE program that this file does not list."""
         return self.fs_type.partition(".")[0] == "fuse" and not self.is_network
 
 
 def mounts() -> list[Mount]:
-    """All mounts, in the order of the table; none where the system has no such table."""
+    """All mounts, in the order of the table; empty: the system has no such table."""
     if not _MOUNT_TABLE.exists():
         return []
     try:
         table = _MOUNT_TABLE.read_text()
-    except UnicodeDecodeError:  # of a mount point, whose name may be any bytes
+    except UnicodeDecodeError:  # a mount point may be any bytes
         table = os.fsdecode(_MOUNT_TABLE.read_bytes())
-    lines = (line.split(" ") for line in table.split("\n"))  # U+2028 in a name ends no line
+    lines = (line.split(" ") for line in table.split("\n"))  # U+2028 in a name must not end a line
     return [_mount(*fields[:3]) for fields in lines if len(fields) >= 3]
 
 
 def mounts_over(path: Path, table: Iterable[Mount]) -> list[Mount]:
-    """The mounts that a path may lie on: one, unless some are hidden below a later one.
+    """The mounts that may contain a path: one, or two where the table does not show which.
 
-    A later mount hides what was mounted at and below its point before, so the last one over the
-    path is the one that counts; but a mount that was moved keeps its place in the table. Where the
-    last one and the deepest one differ, both are named.
+    A later mount hides earlier ones at and below its mount point, so the last mount over the path
+    counts; but a mount that was moved keeps its place in the table. If the last one and the deepest
+    one differ, both are returned.
     """
     over = [mount for mount in table if path.is_relative_to(mount.mount_point)]
     if not over:
@@ -94,7 +94,7 @@ def mounts_over(path: Path, table: Iterable[Mount]) -> list[Mount]:
 
 
 def _mount(source: str, mount_point: str, fs_type: str) -> Mount:
-    if fs_type == "fuse":  # without a name of its own; some programs give it as the source
+    if fs_type == "fuse":  # without a subtype; some programs give their name as the source
         fs_type = f"fuse.{source.rpartition('/')[2]}"
     return Mount(Path(_unescape(mount_point)), fs_type.lower())
 

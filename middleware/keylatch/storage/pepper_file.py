@@ -1,12 +1,13 @@
-"""Peppers that do not come from the store alone: `KEYLATCH_PEPPER_FILE`.
+"""Peppers that are not in the store alone: `KEYLATCH_PEPPER_FILE`.
 
-The store holds the pepper that values in Redis and bells are signed with, so an attacker who has
-read the store once, in a backup say, has it as well. A file elsewhere adds what no copy has.
+The store contains the pepper that values in Redis and notices are signed with, so an attacker who
+has read the store, or a backup of it, has the pepper as well. This file adds a secret that no copy
+of the store contains.
 
-    openssl rand -hex 32 > /etc/keylatch/pepper     one secret a line, the newest first
+    openssl rand -hex 32 > /etc/keylatch/pepper     one secret per line, the newest first
 
-The first line writes, all of them read. To rotate, put the new secret on the second line on every
-host, then on the first, and remove the old one after five minutes.
+The first secret signs, all of them verify. To rotate, add the new secret as the second line on
+every host, then make it the first line, and remove the old one after five minutes.
 """
 
 import hmac
@@ -23,7 +24,7 @@ def read(path: Path) -> tuple[bytes, ...]:
     """The secrets in a file, the newest first.
 
     Raises:
-        ValueError: why it is of no use; it says nothing of what is in it.
+        ValueError: why it cannot be used; the message holds nothing of its content.
     """
     try:
         with path.open("rb") as file:
@@ -44,13 +45,13 @@ def is_world_readable(path: Path) -> bool:
     """Whether every account of the host may read a file."""
     try:
         return bool(path.stat().st_mode & stat.S_IROTH)
-    except OSError:  # it is gone, and was read before
+    except OSError:  # it was removed after it was read
         return False
 
 
 def combine(peppers: Sequence[bytes], file_peppers: Sequence[bytes]) -> tuple[bytes, ...]:
-    """The store's peppers combined with each secret from outside, the newest first; without any,
-    the store's own."""
+    """The store's peppers combined with each secret of the file, the newest first; without such
+    secrets, the store's own."""
     if not file_peppers:
         return tuple(peppers)
     return tuple(

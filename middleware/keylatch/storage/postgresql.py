@@ -1,9 +1,9 @@
-"""The store as a server for many hosts, over psycopg's asynchronous sockets.
+"""The store as a server for several hosts, over psycopg's asynchronous sockets.
 
-Questions go over `line`, reads and transactions through SQLAlchemy. A server may fall silent
-without closing its connections. psycopg, when cancelled, first asks the server to cancel and waits
-for its answer; so work runs in a task of its own, and whoever has waited long enough leaves it
-behind and cuts its connection.
+Queries go through `libpq_pool`, reads and transactions through SQLAlchemy. A server may stop
+answering without closing its connections. psycopg, when cancelled, first asks the server to cancel
+and waits for its answer; so work runs in a task of its own, and at the time limit the caller leaves
+that task and the sockets of its connections are shut down.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.errors import StoreUnavailable
-from keylatch.storage.database import Contended, Query, Rows, Work, translate_errors
+from keylatch.storage.database import Contended, Database, Query, Rows, Work, translate_errors
 from keylatch.storage.libpq_pool import ConnectionPool
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ _IDLE_MILLISECONDS: Final = 2_000
 _BLOCKER_POLL_SECONDS: Final = 1.0
 _MAX_CONNECTION_LOSSES: Final = 2
 _MAX_CONFLICTS: Final = 8
-# Of other roles' connections it sees nothing, and so ends none.
+# It sees no sessions of other roles, and so terminates none.
 _TERMINATE_BLOCKERS: Final = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = ANY (pg_blocking_pids(%s)) AND application_name = 'keylatch'
@@ -58,10 +58,10 @@ log = logging.getLogger("keylatch")
 
 
 class _ConnectionLost(Exception):
-    """A connection that had been open turned out to be dead, or was cut."""
+    """An open connection turned out to be closed, or was shut down."""
 
 
-class PostgreSQL:
+class PostgreSQL(Database):
     """A server; see `keylatch.storage.database.Database`.
 
     Args:
@@ -69,7 +69,6 @@ class PostgreSQL:
     """
 
     is_shared = True
-    warnings: tuple[str, ...] = ()
 
     def __init__(self, url: URL) -> None:
         self._url = url.set(drivername="postgresql+psycopg")
@@ -79,8 +78,9 @@ class PostgreSQL:
 
     def _open(self) -> None:
         self._engine = self._create_engine(pool_size=5, max_overflow=10)
-        # Leases have places of their own. Else, after a silence, they would queue behind look-ups
-        # that wait out their two seconds, and every check would be 503 for as long.
+        # Leases have connections of their own. Else, while the server does not answer, they would
+        # queue behind look-ups that wait for their time limit of two seconds, and every check would
+        # get 503 meanwhile.
         self._lease_engine = self._create_engine(pool_size=1, max_overflow=2)
         self._lookup_pool = ConnectionPool(self._connect, max_size=8, stale_seconds=_STALE_SECONDS)
         self._lease_pool = ConnectionPool(self._connect_for_leases, max_size=4)
@@ -94,12 +94,12 @@ class PostgreSQL:
             pool_size=pool_size,
             max_overflow=max_overflow,
             pool_timeout=_READ_SECONDS,
-            # Questions and reads need no BEGIN and no ROLLBACK, and transactions bring their own.
+            # Reads need no BEGIN and no ROLLBACK, and `write` begins its own transactions.
             isolation_level="AUTOCOMMIT",
             skip_autocommit_rollback=True,
             pool_reset_on_return=None,
         )
-        # First of all listeners: SQLAlchemy's own asks what server this is, and may wait for ever.
+        # Before SQLAlchemy's own listener, which queries the version without a time limit.
         event.listen(engine.sync_engine, "connect", self._on_connect, insert=True)
         return engine
 
@@ -115,11 +115,11 @@ class PostgreSQL:
 
     async def _connect_for_leases(self) -> PsycopgConnection:
         connection = await self._connect()
-        # Nobody waits for a disk to be granted a lease. What a crash takes back are grants and
-        # acknowledgements; then revokes wait longer, or for somebody who knows already.
+        # A grant does not wait for a disk. A crash of the server can lose grants and
+        # acknowledgements; then revocations wait longer, or for a member that has acknowledged.
         try:
             await connection.execute("SET synchronous_commit = off")
-        except BaseException:  # cancelled as well: no caller has it yet
+        except BaseException:  # a cancellation as well: no caller has the connection yet
             connection.pgconn.finish()
             raise
         return connection
@@ -159,10 +159,10 @@ class PostgreSQL:
         return await self._run_with_retries(engine, seconds or _WRITE_SECONDS, transact)
 
     async def _terminate_blockers(self, pid: int) -> None:
-        """End connections that keep a transaction waiting for a lock, and have themselves waited
-        two seconds for their own process: it was stopped, or cut off, amid what it said.
+        """Every second, terminate the keylatch sessions that block a transaction and have been in
+        `ClientRead` for more than two seconds: their process was stopped or cut off.
 
-        The time limit of `_configure` does not see them if more was to follow at once: psycopg
+        `idle_in_transaction_session_timeout` does not end them in the middle of a pipeline: psycopg
         sends many rows without waiting for answers, and to the server that is no idle transaction.
         """
         while True:
@@ -176,11 +176,11 @@ class PostgreSQL:
     async def _run_with_retries(
         self, engine: AsyncEngine, seconds: float, operation: Operation[T]
     ) -> T:
-        """Once more where the connection had died before: the server was restarted, say. And some
-        times where another transaction was faster.
+        """Run an operation, once more if its connection was lost (the server was restarted), and up
+        to eight times if it conflicts with another transaction.
 
-        All work may be repeated: it says what shall be so, and not what to add to what is; or it
-        knows itself again, as a tally does.
+        All work may be repeated: it sets values and adds nothing to them, or it recognises its
+        earlier attempt, as a usage batch does.
         """
         losses = conflicts = 0
         with translate_errors(psycopg.Error, self._hint):
@@ -202,7 +202,7 @@ class PostgreSQL:
         )
         self._tasks[task] = connections
         task.add_done_callback(self._on_done)
-        # A timer and not the waiter cuts the connection: the waiter may be cancelled.
+        # A timer, and not the caller, shuts the socket down: the caller may be cancelled.
         timer = asyncio.get_running_loop().call_later(seconds, self._shut_down_sockets, task)
         task.add_done_callback(lambda _: timer.cancel())
         done, _ = await asyncio.wait({task}, timeout=seconds)
@@ -217,7 +217,7 @@ class PostgreSQL:
         async with engine.connect() as connection:
             pooled = await connection.get_raw_connection()
             driver_connection = cast(PsycopgConnection, pooled.driver_connection)
-            if driver_connection not in connections:  # it was there before
+            if driver_connection not in connections:  # it was open before
                 connections.append(driver_connection)
             try:
                 return await operation(connection, driver_connection)
@@ -226,8 +226,8 @@ class PostgreSQL:
                     raise
             finally:
                 if driver_connection.closed or engine.pool is not pool:
-                    await connection.invalidate()  # or its pool would keep it
-        # What killed this connection may have killed its idle siblings as well.
+                    await connection.invalidate()  # else its pool would keep it
+        # The cause may have closed the idle connections as well.
         if engine.pool is pool:
             await engine.dispose()
         raise _ConnectionLost
@@ -248,16 +248,10 @@ class PostgreSQL:
     def _on_done(self, task: asyncio.Task[Any]) -> None:
         del self._tasks[task]
         if not task.cancelled():
-            task.exception()  # its caller has it, or has left
+            task.exception()  # its caller gets it, or has left
 
     def pools(self) -> Mapping[str, int]:
         return {"checks": self._lookup_pool.under_way, "management": len(self._tasks)}
-
-    def fetch_nowait(self, query: Query, **parameters: Any) -> Rows | None:
-        return None
-
-    def data_version(self) -> bytes | None:
-        return None
 
     async def identity(self) -> str:
         return await self.read(_identity)
@@ -275,9 +269,6 @@ class PostgreSQL:
                 f"LISTEN on the store failed: {type(error).__name__}", self._hint
             ) from None
 
-    async def run_maintenance(self) -> None:
-        return None
-
     async def close(self) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_READ_SECONDS)
@@ -288,24 +279,18 @@ class PostgreSQL:
         for engine in (self._engine, self._lease_engine):
             await engine.dispose()
 
-    def before_fork(self) -> None:
-        return None
-
-    def after_fork_in_parent(self) -> None:
-        return None
-
     def after_fork_in_child(self) -> None:
-        # Kept, never closed: closing would say goodbye on the parent's connections.
+        # Kept, never closed: to close them would end the parent's sessions.
         self._inherited_from_parent += [self._engine, self._lease_engine, self._tasks]
         self._inherited_from_parent += [self._lookup_pool, self._lease_pool]
         self._open()
 
 
 def _identity(connection: Connection) -> str:
-    """The cluster, the database in it, and the tables in that: schemas may hold one store each."""
+    """The cluster, the database, and the table: each schema may have a store."""
     database, tables = connection.exec_driver_sql(_OIDS).one()
     cluster = ""
-    # Where this role may not ask for the cluster, the oids alone have to do.
+    # Without the permission to read the cluster's identifier, the oids have to do.
     with contextlib.suppress(DBAPIError), connection.begin_nested():
         cluster = connection.exec_driver_sql(_CLUSTER).scalar_one()
     return f"{cluster}/{database}/{tables}"
@@ -318,7 +303,7 @@ def _is_contended(error: Exception) -> bool:
 
 def _configure(raw: Any) -> None:
     # A process that is stopped or cut off in the middle of a transaction must not keep its locks:
-    # the one on the counter row would stop every change.
+    # the lock on the sequence row would block every change.
     with contextlib.closing(raw.cursor()) as cursor:
         cursor.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_MILLISECONDS}")
     raw.commit()

@@ -1,11 +1,11 @@
-"""What an organisation's own keys may add to the store: live keys, and changes in an hour.
+"""The quotas of an organisation's own keys: live keys, and changes in an hour.
 
-The law of this file: it reads, and writes nothing. A change counts once it holds the counter row
-(`changes.advance`), so it sees every change that was committed before, and of changes at the same
-time no more commit than there is room for (READ COMMITTED on PostgreSQL; SQLite has one writer).
+The law of this file: it only reads. A change counts once its transaction holds the sequence row
+(`invalidation_log.advance`), so it sees every change that was committed before, and of concurrent
+changes no more commit than the quota allows (READ COMMITTED on PostgreSQL; SQLite has one writer).
 
-What only takes access away is never checked: deleting, revoking, disabling, demoting, the end of a
-rotation. Nor is what operators do.
+A change that only takes access away is never checked: deleting, revoking, disabling, demoting, the
+end of a rotation. Nor are changes by operators.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from keylatch.errors import QuotaExceeded
 from keylatch.storage.schema import audit, keys
 
 HOUR_MS: Final = 3_600_000
-_KEY_PREFIX: Final = "key_"  # of an actor in the audit log that is no operator
+_KEY_PREFIX: Final = "key_"  # of an actor in the audit log that is a key
 _REVOKING_ACTIONS: Final = (
     "key.delete",
     "key.rotate.cancel",
@@ -31,8 +31,8 @@ class Quotas:
     """Limits of each organisation; 0: none.
 
     Args:
-        max_keys: live keys, disabled and expired ones included, for creating one by a key.
-        max_changes: changes by keys within an hour, for another one by a key.
+        max_keys: live keys, disabled and expired ones included; checked when a key creates one.
+        max_changes: changes by keys within an hour; checked when a key changes something.
     """
 
     max_keys: int = 0
@@ -40,30 +40,17 @@ class Quotas:
 
 
 def check_quota(
-    connection: Connection,
-    organization_id: str,
-    now_ms: int,
-    quotas: Quotas,
-    *,
-    changes: int = 1,
-    new_keys: int = 0,
+    connection: Connection, organization_id: str, now_ms: int, quotas: Quotas, *, new_keys: int = 0
 ) -> None:
-    """Whether so many changes that add so many keys are within the limits.
-
-    Raises:
-        QuotaExceeded: they are not.
-    """
-    check_changes(connection, organization_id, now_ms, quotas.max_changes, more=changes)
+    """Raises `QuotaExceeded` unless a change that adds so many keys is within the limits."""
+    check_changes(connection, organization_id, now_ms, quotas.max_changes, more=1)
     if new_keys:
         check_keys(connection, organization_id, quotas.max_keys, more=new_keys)
 
 
 def check_keys(connection: Connection, organization_id: str, limit: int, more: int = 0) -> None:
-    """Whether an organisation that gets `more` keys has at most so many live ones (0: no limit).
-
-    Raises:
-        QuotaExceeded: it would have more. Waiting does not help.
-    """
+    """Raises `QuotaExceeded`, without a time to wait, if an organisation that gets `more` keys has
+    more live keys than the limit (0: no limit)."""
     if limit and _live_keys(connection, organization_id, limit + 1) + more > limit:
         raise QuotaExceeded(
             f"The organisation may have {limit:,} API keys: delete those that it does not need",
@@ -75,12 +62,9 @@ def check_keys(connection: Connection, organization_id: str, limit: int, more: i
 def check_changes(
     connection: Connection, organization_id: str, now_ms: int, limit: int, more: int = 0
 ) -> None:
-    """Whether an organisation's keys make at most so many changes within an hour (0: no limit),
-    with `more` of them. Those that end access are not counted among these; but all together may be
-    twice as many, or who has many keys could hide changes behind deletions.
-
-    Raises:
-        QuotaExceeded: they make more.
+    """Raises `QuotaExceeded` if an organisation's keys make more changes than the limit within an
+    hour (0: no limit), with `more` of them. Changes that end access are not counted among these;
+    but all together may be at most twice as many, or changes could be hidden behind deletions.
     """
     if not limit:
         return
@@ -90,10 +74,10 @@ def check_changes(
     total, revoking = connection.execute(select(func.count(), ended).select_from(counted)).one()
     if total - revoking + more <= limit and total + more <= 2 * limit:
         return
-    entries = connection.execute(recent).all()
+    rows = connection.execute(recent).all()
     allowed_at = max(
-        _allowed_at([line.at for line in entries if not line.ends_access], limit, more),
-        _allowed_at([line.at for line in entries], 2 * limit, more),
+        _allowed_at([row.at for row in rows if not row.ends_access], limit, more),
+        _allowed_at([row.at for row in rows], 2 * limit, more),
     )
     raise QuotaExceeded(
         f"The organisation's API keys may make {limit:,} changes an hour",
@@ -103,7 +87,7 @@ def check_changes(
 
 
 def _allowed_at(times: list[int], limit: int, more: int) -> int:
-    """When enough of these changes are an hour old for `more`; 0: there is room."""
+    """When enough of these changes are an hour old for `more`; 0: now."""
     excess = len(times) + more - limit
     return sorted(times)[excess - 1] + HOUR_MS if excess > 0 else 0
 
@@ -119,18 +103,18 @@ def _live_keys(connection: Connection, organization_id: str, at_most: int) -> in
 
 
 def _recent_changes(organization_id: str, since: int, limit: int) -> Select[Any]:
-    """When keys changed something after a time, and whether that ended access, among the newest
-    lines of the organisation's log.
+    """The times of changes by keys, and whether they ended access, among the newest `limit` events
+    of the organisation's audit log.
 
-    No more lines are looked at than matter: what an operator writes in the same hour, a million
-    lines of an import say, must not make each change read all of it. While an operator writes more
-    lines than the keys, some of the keys' changes are not counted.
+    No more events are read: an operator's import may write a million events in the same hour, and
+    no change may have to read them all. While an operator writes more events than the keys, some of
+    the keys' changes are not counted.
     """
     organization = audit.c.organization_id
     newest = (
         select(audit.c.at, audit.c.actor, audit.c.action)
-        # Were it "equal", PostgreSQL might walk the log of all from its end, because it cannot know
-        # that a large organisation's lines are far from there.
+        # With `=`, PostgreSQL may read the log of all organisations from its end, because it does
+        # not know that a large organisation's events are far from there.
         .where(organization.between(organization_id, organization_id))
         .order_by(organization.desc(), audit.c.id.desc())
         .limit(limit)

@@ -1,7 +1,7 @@
 """The tables, once for both databases. Times are milliseconds since the Unix epoch (UTC).
 
-`migrations/` makes them; a test holds the two against each other. The names carry a prefix
-because a PostgreSQL database is often shared with the application.
+`migrations/` creates them; a test compares the two. The names have a prefix because a PostgreSQL
+database is often shared with the application.
 """
 
 from typing import Final
@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 
 VERSION: Final = "0006"
-"""The newest migration: what a store must be at for this code to use it."""
+"""The newest migration: this code uses a store of this version only."""
 
 metadata: Final = MetaData()
 
@@ -35,8 +35,8 @@ meta: Final = Table(
     "keylatch_meta",
     metadata,
     Column("id", Integer, primary_key=True),
-    # A counter row and not a SEQUENCE: sequences commit out of order, and whoever polls for
-    # "newer than what I saw" would silently skip the row that committed late.
+    # A row and not a SEQUENCE: its values commit out of order, and a process that polls for
+    # "newer than the last one" would silently skip a row that was committed late.
     Column("seq", BigInteger, nullable=False),
     Column("pruned_seq", BigInteger, nullable=False),
     Column("epoch", String(32), nullable=False),
@@ -69,9 +69,9 @@ keys: Final = Table(
     Column("deleted_at", BigInteger),
     Column("revoked_reason", String(200)),
     Column("metadata", Text),  # a JSON object
-    # How the token of a key that was imported from elsewhere finds it; ours hold the id.
+    # Finds an imported key by its token; other tokens contain the key's id.
     Column("locator", String(160)),
-    # The secret before the last rotation: good until its grace ends.
+    # The secret before the last rotation: accepted until its grace ends.
     Column("rotated_at", BigInteger),
     Column("previous_hash", String(255)),
     Column("previous_partial_token", String(32)),
@@ -79,7 +79,7 @@ keys: Final = Table(
     Column("previous_last_used", BigInteger),
     Column("previous_rotated_at", BigInteger),
     Column("created_by", String(100)),  # a key's id, or an operator as in the audit log
-    # Only of those that have one: made on a large table, it reads and sorts nothing else.
+    # Only of imported keys: to create it on a large table sorts nothing else.
     Index(
         "keylatch_keys_by_locator",
         "locator",
@@ -88,7 +88,7 @@ keys: Final = Table(
         postgresql_where=_HAS_LOCATOR,
     ),
     Index("keylatch_keys_of_organization", "organization_id", "created_seq"),
-    # Deleted keys stay for ever; a list of those that are live must not wade through them.
+    # Deleted keys are kept for ever; a list of live keys must not read them.
     Index(
         "keylatch_live_keys_of_organization",
         "organization_id",
@@ -96,7 +96,7 @@ keys: Final = Table(
         sqlite_where=_IS_LIVE,
         postgresql_where=_IS_LIVE,
     ),
-    # A key for another environment than `live` lists only the keys of its own.
+    # A key of another environment than `live` lists only the keys of its environment.
     Index("keylatch_keys_of_environment", "organization_id", "environment", "created_seq"),
     Index(
         "keylatch_keys_by_creator",
@@ -114,16 +114,16 @@ secrets: Final = Table(
     Column("value", LargeBinary, nullable=False),
     # When it was added, or enabled.
     Column("status_since", BigInteger, nullable=False),
-    # Whether it may be primary. A pending secret is not, until every process has loaded it.
+    # False: pending, until every process has loaded it.
     Column("enabled", Boolean, nullable=False, server_default=true()),
 )
 
 NO_ID: Final = ""
-"""The organisation of keys that are not there. An invalidation that names it makes everybody look
-anew for what they remember as absent, and leaves all that is known of keys that exist as it is."""
+"""The organisation of no key. An invalidation that names it invalidates every negative entry, and
+no entry of a key that exists."""
 STORE_SECRETS_ID: Final = "*"
-"""The organisation of the store's own secrets, which no key belongs to. Secrets are remembered like
-anything else: with `as_of`, and read again after an invalidation that names it."""
+"""The organisation of the store's own secrets, which no key has. Processes cache the secrets with
+their `as_of` and load them again after an invalidation that names it."""
 
 invalidations: Final = Table(
     "keylatch_invalidations",
@@ -138,8 +138,8 @@ members: Final = Table(
     "keylatch_members",
     metadata,
     Column("id", String(32), primary_key=True),
-    # Advances with every lease that is granted: whoever sees it stand still for longer than a
-    # lease lasts knows that this member holds none.
+    # Advances with every grant: a member whose number has not changed for one lease period holds
+    # no lease.
     Column("grants", BigInteger, nullable=False),
     Column("acked_seq", BigInteger, nullable=False),
     Column("joined_at", BigInteger, nullable=False),

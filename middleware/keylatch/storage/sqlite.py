@@ -1,13 +1,13 @@
-"""The store as a file on this host: work runs on threads, one private connection reads in place.
+"""The store as a file on this host: work runs on threads; one connection reads on the event loop.
 
-Questions go to SQLite as text, reads and transactions through SQLAlchemy. Each of the three has
-threads of its own: a cold check asks questions, and waits for no list, no page of the audit log and
-no transaction. Which file it is and who may open it is `store_file`'s to see to: SQLite opens what
-is there and creates nothing.
+Queries go to SQLite as text, reads and transactions through SQLAlchemy. Each of the three has
+threads of its own: a cold check runs queries, and waits for no list, no page of the audit log and
+no transaction. `store_file` decides which file it is and who may open it, and creates it: SQLite
+opens a file that exists and creates none.
 
 `wal_autocheckpoint` is off everywhere, because SQLite 3.7.0 to 3.51.2 can lose commits when a
-checkpoint overlaps the commit that resets the log, and a lost commit is a lost revoke. Commits
-of keys are synced (`synchronous = FULL`), those of lastUsed are not.
+checkpoint overlaps the commit that resets the log, and a lost commit is a lost revocation. Commits
+of keys are synced (`synchronous = FULL`), those of usage are not.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.engine import URL
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
-from keylatch.storage.database import Query, Rows, Work, translate_errors
+from keylatch.storage.database import Database, Query, Rows, Work, translate_errors
 from keylatch.storage.mounts import mounts, mounts_over
 from keylatch.storage.store_file import StoreFile
 from keylatch.storage.threads import ThreadPool
@@ -33,30 +33,28 @@ T = TypeVar("T")
 _DIALECT: Final = sqlite_dialect()
 _QUERY_THREADS: Final = 4
 _READ_THREADS: Final = 2
-_WRITE_THREADS: Final = 2  # one writes, and the other waits for its lock
+_WRITE_THREADS: Final = 2  # one writes, the other waits for its lock
 _BUSY_SECONDS: Final = 5.0
 _CHECKPOINT_BYTES: Final = 1 << 20
 _FIRST_FIXED_SQLITE: Final = (3, 51, 3)
 
 
-class SQLite:
+class SQLite(Database):
     """A file; see `keylatch.storage.database.Database`.
 
     Args:
-        path: of the file; it is created when it is first needed, for its owner only.
+        path: of the file; it is created on first use, for its owner only.
 
     Raises:
         ConfigurationError: SQLite would not work there, or lose changes.
     """
-
-    is_shared = False
 
     def __init__(self, path: Path) -> None:
         self.file = StoreFile(path)
         self._path = self.file.path
         _refuse_network_file_system(self._path)
         self.file.refuse_aliases()
-        self._hint = f"is {self._path} writable, on a disk with room, and not held by a backup?"
+        self._hint = f"is {self._path} writable, on a disk with space, and not locked by a backup?"
         self._inline_connection: sqlite3.Connection | None = None
         self._wal_index: WalIndex | None = None
         self._readers: list[sqlite3.Connection] = []
@@ -72,7 +70,7 @@ class SQLite:
 
     @property
     def version_warnings(self) -> tuple[str, ...]:
-        """What an operator should know of SQLite itself."""
+        """What an operator should know about this version of SQLite."""
         if sqlite3.sqlite_version_info >= _FIRST_FIXED_SQLITE:
             return ()
         return (
@@ -105,8 +103,8 @@ class SQLite:
         return dict(zip(("checks", "reads", "writes"), under_way, strict=True))
 
     def fetch_nowait(self, query: Query, **parameters: Any) -> Rows | None:
-        # A reader of a WAL database never waits for a writer, and the pages it touches here are
-        # in memory: 2 us. fetchall() ends the statement, so no snapshot is held open.
+        # A reader of a WAL database never waits for a writer, and the pages that it reads here are
+        # in memory: 2 us. fetchall() ends the statement, so no snapshot stays open.
         if self._inline_connection is None:
             return None
         text, values = _compile(query, parameters)
@@ -137,8 +135,8 @@ class SQLite:
         self._engines = {}
 
     def before_fork(self) -> None:
-        # SQLite keeps books on its locks in memory, per file. A child inherits the books and not
-        # the locks, so it must inherit no open file at all (sqlite.org/howtocorrupt.html 2.6).
+        # SQLite records its locks in memory, per file. A child inherits the records and not the
+        # locks, so it must inherit no open file (sqlite.org/howtocorrupt.html section 2.6).
         for pool in self._pools:
             pool.pause()
         self._close_connections()
@@ -171,8 +169,8 @@ class SQLite:
             return result
 
     def _fetch(self, text: str, values: Sequence[Any]) -> Rows:
-        # Around SQLAlchemy, which holds the interpreter's lock ten times as long: a herd of cold
-        # keys on four threads would hold the event loop up.
+        # Without SQLAlchemy, which holds the interpreter's lock ten times as long: many cold keys
+        # on four threads would delay the event loop.
         with self._translate_errors():
             reader = self._readers.pop() if self._readers else self._connect(_BUSY_SECONDS)
             try:
@@ -214,22 +212,22 @@ class SQLite:
 
     def _configure(self, raw: sqlite3.Connection, synchronous: str) -> None:
         if raw.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-            with self.file.exclusive_lock(wait=True):  # two processes at once would find it locked
+            with self.file.exclusive_lock(wait=True):  # two processes at once would get "locked"
                 raw.execute("PRAGMA journal_mode = WAL")
         raw.execute("PRAGMA wal_autocheckpoint = 0")
         raw.execute(f"PRAGMA synchronous = {synchronous}")
         raw.execute("PRAGMA foreign_keys = ON")
 
     def _connect(self, timeout: float) -> sqlite3.Connection:
-        """A connection for questions alone."""
+        """A connection that only reads."""
         reader = self._open(timeout)
         reader.execute("PRAGMA wal_autocheckpoint = 0")
         reader.execute("PRAGMA query_only = ON")
         return reader
 
     def _open(self, timeout: float) -> sqlite3.Connection:
-        """A connection that begins no transactions on its own, to a file that is there."""
-        with contextlib.suppress(FileNotFoundError):  # of its folder: SQLite says so as well
+        """A connection that begins no transactions on its own; the file is created if needed."""
+        with contextlib.suppress(FileNotFoundError):  # of its folder: SQLite reports it
             self.file.create()
         return sqlite3.connect(
             f"file:{quote(bytes(self._path))}?mode=rw",
@@ -272,8 +270,8 @@ def _refuse_network_file_system(path: Path) -> None:
         raise ConfigurationError(
             [
                 (
-                    f"KEYLATCH_STORE: {path} lies on a network file system ({kinds[0]})",
-                    "put the file on a local disk, or use postgresql:// for many hosts",
+                    f"KEYLATCH_STORE: {path} is on a network file system ({kinds[0]})",
+                    "put the file on a local disk, or use postgresql:// for several hosts",
                 )
             ]
         )

@@ -1,9 +1,9 @@
-"""The store's file and what lies beside it, before SQLite opens any of it.
+"""The SQLite file of a store and the files beside it, before SQLite opens any of them.
 
-The law of this file: whatever is created is closed to other accounts before it holds anything, and
-a store has one name. SQLite gives its log (`-wal`), the log's index (`-shm`) and its journal the
-permissions of the file (`findCreateFileMode` in its os_unix.c). The permissions of a file that
-holds something are never changed: accounts may share a store through its group on purpose.
+The law of this file: a file is created private, before it has content, and a store has one name.
+SQLite gives its log (`-wal`), the log's index (`-shm`) and its journal the permissions of the file
+(`findCreateFileMode` in its os_unix.c). The permissions of a file with content are never changed:
+accounts may share a store through its group on purpose.
 
 Two accounts that share a store (0660, in a folder with the set-group-ID bit) share the lock file
 as well: only accounts that may write to the store may open it. `flock` needs no more than an open
@@ -28,11 +28,11 @@ except ImportError:  # Windows
 
 PRIVATE: Final = 0o600
 _SQLITE_SUFFIXES: Final = ("-wal", "-shm", "-journal")
-"""What SQLite keeps beside the file, by the ends of its name."""
+"""The suffixes of the files that SQLite keeps beside the file."""
 _LOCK_SUFFIX: Final = "-lock"
 
 _UNUSABLE_LOCK: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR)
-"""Why a lock file cannot be opened that another account, or nothing of keylatch's, has made."""
+"""Errors of opening a lock file that another account, or another program, created."""
 _ATTEMPTS: Final = 100
 _NO_POSIX_LOCKS: Final = (
     "a SQLite store needs POSIX locks and permissions, which Windows does not have",
@@ -41,10 +41,10 @@ _NO_POSIX_LOCKS: Final = (
 
 
 def create_private(path: Path) -> int:
-    """The descriptor of a new, empty file that no other account could open, whatever the umask is.
+    """The descriptor of a new, empty file that no other account can open, whatever the umask is.
 
     Raises:
-        FileExistsError: there is one, or a link, also to nowhere.
+        FileExistsError: the file exists, or a link, also a dangling one.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE)
     os.fchmod(descriptor, PRIVATE)
@@ -52,11 +52,11 @@ def create_private(path: Path) -> int:
 
 
 class StoreFile:
-    """Where a store is; nothing is opened or created yet.
+    """The file of a store; to construct it opens and creates nothing.
 
     Args:
         path: of the file. Symbolic links are resolved here and never again: SQLite keeps its log
-            beside the file that a link leads to, and the lock file has to be there as well.
+            beside the target of a link, and the lock file has to be there as well.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,13 +64,14 @@ class StoreFile:
         self._lock_path = self.beside(_LOCK_SUFFIX)
 
     def beside(self, suffix: str) -> Path:
-        """The file whose name has this end."""
+        """The file with this suffix."""
         return Path(f"{self.path}{suffix}")
 
     def refuse_aliases(self) -> None:
-        """Raise ConfigurationError where the file can be reached under a name that has another log.
+        """Raise ConfigurationError if the file has another name, which would have another log.
 
-        A revocation is in the log before it is in the file, so under another name the key lives.
+        A revocation is in the log before it is in the file: under the other name, the key is still
+        active.
         """
         points = {mount.mount_point for mount in mounts()}
         names = [self.path, *map(self.beside, (*_SQLITE_SUFFIXES, _LOCK_SUFFIX))]
@@ -93,7 +94,7 @@ class StoreFile:
             raise ConfigurationError(mistakes)
 
     def create(self) -> None:
-        """Create the file unless it is there, so that SQLite never does.
+        """Create the file unless it exists, so that SQLite never does.
 
         Raises:
             OSError: it cannot be created.
@@ -103,12 +104,12 @@ class StoreFile:
         if fcntl is None:
             raise StoreUnavailable(*_NO_POSIX_LOCKS)
         if self._is_empty():
-            with self.exclusive_lock(wait=True):  # then no other process is creating it
+            with self.exclusive_lock(wait=True):  # no other process is creating it
                 if self._is_empty():
                     self._create_empty()
 
     def exposed_files(self) -> list[tuple[Path, int]]:
-        """The files with secrets that other accounts than their owner may use, with their modes."""
+        """The files with secrets that other accounts than the owner may access, and their modes."""
         exposed = []
         for each in (self.path, *map(self.beside, _SQLITE_SUFFIXES)):
             with contextlib.suppress(OSError):
@@ -118,14 +119,14 @@ class StoreFile:
         return exposed
 
     def unsafe_lock(self) -> Path | None:
-        """The lock file, where another account may hold it; it is replaced before it is used."""
+        """The lock file, if another account may lock it; it is replaced before it is used."""
         with contextlib.suppress(FileNotFoundError):
             if not self._is_safe_lock(self._lock_path.lstat()):
                 return self._lock_path
         return None
 
     def unknown_file_system(self) -> str | None:
-        """The type of the file system, where it depends on a program whether SQLite works there."""
+        """The type of the file system, if this release does not know whether SQLite works there."""
         candidates = mounts_over(self.path, mounts())
         return next((mount.fs_type for mount in candidates if mount.is_unknown), None)
 
@@ -141,18 +142,18 @@ class StoreFile:
             )
         if fs_type := self.unknown_file_system():
             warnings.append(
-                f"{self.path} is on a file system that keylatch does not know ({fs_type}): revoked"
-                " keys may live again if it lacks POSIX locks or shared memory; use a local disk"
+                f"{self.path} is on a file system that keylatch does not know ({fs_type}): without"
+                " POSIX locks or shared memory, revoked keys may become active; use a local disk"
             )
         return tuple(warnings)
 
     @contextlib.contextmanager
     def exclusive_lock(self, *, wait: bool) -> Iterator[None]:
-        """Alone among all processes, until the end of the block.
+        """Hold the exclusive lock among all processes, until the end of the block.
 
         Raises:
-            BlockingIOError: another process is alone, and `wait` is False.
-            OSError: the lock file cannot be had.
+            BlockingIOError: another process holds it, and `wait` is False.
+            OSError: the lock file cannot be opened or created.
         """
         operation = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
         while True:
@@ -175,7 +176,7 @@ class StoreFile:
             return
         found = self.path.lstat()
         if stat.S_ISREG(found.st_mode) and found.st_mode & 0o007:
-            self.path.unlink()  # another account may have it open already
+            self.path.unlink()  # another account may have it open
             file = create_private(self.path)
             _chown_like(file, found)
             os.close(file)
@@ -200,9 +201,9 @@ class StoreFile:
         return lock
 
     def _open_existing_lock(self) -> int | None:
-        """The lock file; None where it is not fit to be one, or is gone."""
+        """The lock file; None: it cannot be used as one, or was removed."""
         try:
-            # O_NONBLOCK: to open a pipe would wait for its other end.
+            # O_NONBLOCK: opening a pipe would wait for its other end.
             lock = os.open(
                 self._lock_path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             )
@@ -218,7 +219,7 @@ class StoreFile:
         return None
 
     def _is_safe_lock(self, lock: os.stat_result) -> bool:
-        """Whether the lock file can be held by those accounts alone that may write to the store."""
+        """Whether only accounts that may write to the store can lock the lock file."""
         store = self._stat()
         owners, mode = {0, os.geteuid()}, PRIVATE
         if store is not None:
@@ -254,8 +255,8 @@ class StoreFile:
 
 
 def _chown_like(descriptor: int, reference: os.stat_result) -> None:
-    """To the owner and group of another file, as far as the system lets us: what root creates
-    beside a service's store must be the service's, as SQLite sees to for its own files."""
+    """Set the owner and group of another file, as far as the system permits: a file that root
+    creates beside a service's store must belong to the service, as SQLite's own files do."""
     current = os.fstat(descriptor)
     owner = reference.st_uid if os.geteuid() == 0 else current.st_uid
     if (owner, reference.st_gid) != (current.st_uid, current.st_gid):

@@ -1,6 +1,6 @@
-"""Threads for one kind of work with a file, so that no other kind waits for them.
+"""A thread pool for one kind of work with a file, as a bulkhead: no other kind waits for it.
 
-A fork must not happen while a thread is at work: `pause` waits until none is, and lets none begin.
+The process must not fork while a thread works: `pause` waits until none does, and lets none start.
 """
 
 import asyncio
@@ -28,19 +28,19 @@ class ThreadPool:
         self.reset()
 
     def reset(self) -> None:
-        """In the child of a fork: the threads and what they hold are the parent's."""
+        """Start anew in the child of a fork, which has none of the parent's threads."""
         self._threads: ThreadPoolExecutor | None = None
         self._slots = threading.Semaphore(self._size)
         self._started, self._finished = Counter(), Counter()
 
     @property
     def under_way(self) -> int:
-        """Pieces of work that threads do, or that wait for one."""
-        finished = self._finished.value  # before what has begun: never fewer than none
+        """Pieces of work in progress, or waiting for a thread."""
+        finished = self._finished.value  # read first: the difference is never negative
         return self._started.value - finished
 
     async def run(self, work: Callable[[], T]) -> T:
-        """The result of the work, done by a thread."""
+        """The result of the work, which a thread does."""
         slots, finished = self._slots, self._finished
 
         def run_in_slot() -> T:
@@ -55,22 +55,22 @@ class ThreadPool:
         self._started.add()
         try:
             result = asyncio.get_running_loop().run_in_executor(self._threads, run_in_slot)
-        except RuntimeError:  # the interpreter ends and starts no more threads: no request waits
+        except RuntimeError:  # the interpreter shuts down and starts no threads: no request waits
             return run_in_slot()
         return await result
 
     def close(self) -> None:
-        """Wait for what is under way, and let the threads go."""
+        """Wait for the work in progress, and end the threads."""
         if self._threads is not None:
             self._threads.shutdown(wait=True)
             self._threads = None
 
     def pause(self) -> None:
-        """Wait until no thread is at work, and let none begin."""
+        """Wait until no thread works, and let none start."""
         for _ in range(self._size):
             self._slots.acquire()
 
     def resume(self) -> None:
-        """After `pause`, in the same process: go on."""
+        """After `pause`, in the same process."""
         for _ in range(self._size):
             self._slots.release()

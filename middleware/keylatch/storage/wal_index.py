@@ -1,9 +1,9 @@
-"""Has anybody committed to the SQLite file? Told by 48 bytes, without a call into SQLite.
+"""SQLite's WAL index: 48 bytes that change with every commit, read without a call into SQLite.
 
 In WAL mode all processes share a memory-mapped index, the `-shm` file, whose header changes with
-every commit and every reset of the log (sqlite.org/walformat.html section 2.2). SQLite's mapping is
-mapped once more here, and the file is not opened: whoever opens it and closes it again drops the
-locks that SQLite holds on it, because POSIX locks belong to the process.
+every commit and every reset of the log (sqlite.org/walformat.html section 2.2). This module
+duplicates SQLite's mapping and does not open the file: to open and close it would release the locks
+that SQLite holds on it, because POSIX locks belong to the process.
 """
 
 import ctypes
@@ -34,17 +34,17 @@ _libc: Final = _load_libc()
 
 
 class WalIndex:
-    """The header of the index. It means something while a connection to the file is open.
+    """The header of the index, valid while SQLite has a connection to the file.
 
-    It may be read from any thread, also while another one closes that connection: the mapping is
-    our own, and goes when the last reader has gone.
+    Any thread may read it, also while another one closes that connection: the object owns its
+    mapping and unmaps it when the last reference is dropped.
 
     Args:
         libc: the C library.
         address: where this process has the index mapped.
 
     Raises:
-        OSError: it cannot be mapped once more.
+        OSError: the mapping cannot be duplicated.
     """
 
     def __init__(self, libc: ctypes.CDLL, address: int) -> None:
@@ -52,12 +52,12 @@ class WalIndex:
         # An old size of 0 makes a second mapping of the same shared pages: mremap(2).
         self._address = libc.mremap(address, 0, mmap.PAGESIZE, _MREMAP_MAYMOVE)
         if self._address == _MAP_FAILED:
-            raise OSError("the index cannot be mapped once more")
+            raise OSError("the mapping of the WAL index cannot be duplicated")
         self.header = (ctypes.c_char * _HEADER_BYTES).from_address(self._address)
-        """Its `raw` bytes equal those seen before if and only if nothing was committed since.
+        """Its `raw` bytes equal those read before if and only if nothing was committed since.
 
-        They may be caught in the middle of a change. So they are read before the data is, and then
-        differ at the next look. Whoever reads them holds on to this object, whose pages they are.
+        A read may see a half-written header. So read the header before the data: the next read of
+        the header then differs. Keep a reference to this object while reading: it owns the pages.
         """
 
     def __del__(self) -> None:
@@ -73,7 +73,7 @@ class WalIndex:
         shm = database.with_name(database.name + "-shm")
         try:
             inode = str(shm.stat().st_ino)
-            # Names of files may be any bytes, and U+2028 in one ends no line.
+            # A file name may be any bytes; U+2028 in it must not end a line.
             for line in os.fsdecode(_MAPS.read_bytes()).rstrip("\n").split("\n"):
                 address_range, permissions, offset, _, mapped, *name = line.split(maxsplit=5)
                 if (mapped, permissions, name) == (inode, "rw-s", [str(shm)]) and not int(

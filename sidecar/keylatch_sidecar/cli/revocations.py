@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 wrong usage or no store.
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final
@@ -19,7 +20,7 @@ from keylatch.engine import Engine
 from keylatch.management.keyring import Keyring
 from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.settings import Settings
-from keylatch.storage.listing import InactiveKey
+from keylatch.storage.keys import InactiveKey
 from keylatch.storage.store import Found
 from keylatch_sidecar.api.schemas import iso
 from keylatch_sidecar.cli import output
@@ -34,7 +35,7 @@ def export(*, given: Given) -> None:
     """Write all revoked and disabled keys to standard output, as one JSON object per line."""
 
     async def run(engine: Engine) -> Sequence[InactiveKey]:
-        return await engine.store.inactive_keys()
+        return await engine.store.keys.inactive()
 
     for each in with_engine(Settings.load(**given, redis=""), run):
         at = None if each.deleted_at is None else iso(each.deleted_at)
@@ -64,8 +65,10 @@ def apply(
         owners = await _find_active(engine, exported)
         if not dry_run:
             await _deactivate(await keyring_of(engine), owners, exported)
-            current = await engine.store.invalidations_since(MAX_SEQ)
-            await engine.store.start_new_epoch(current.epoch, current.seq)
+            current = await engine.store.invalidations.since(MAX_SEQ)
+            await engine.store.invalidations.start_new_epoch(
+                current.epoch, current.seq, int(time.time() * 1000)
+            )
         return list(owners)
 
     active = with_engine(Settings.load(**given), run)
@@ -79,7 +82,7 @@ async def _find_active(engine: Engine, exported: Mapping[str, bool]) -> dict[str
     """Keys that have more rights than the export says, each with its organisation."""
     owners: dict[str, str] = {}
     for key_id, was_revoked in exported.items():
-        found = await engine.store.find(key_id)
+        found = await engine.store.keys.find(key_id)
         if not isinstance(found, Found) or found.record.deleted_at is not None:
             continue
         if found.record.active or was_revoked:

@@ -75,7 +75,7 @@ def with_key(
 
 async def find(engine: Engine, key_id: str, organization: str | None) -> KeyRecord | None:
     """The key with this id, of any organisation unless one is given."""
-    found = await engine.store.find(key_id) if _ID.fullmatch(key_id) else None
+    found = await engine.store.keys.find(key_id) if _ID.fullmatch(key_id) else None
     if found is None or isinstance(found, NotFound):
         return None
     return found.record if organization in (None, found.record.organization_id) else None

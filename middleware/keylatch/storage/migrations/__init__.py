@@ -1,4 +1,4 @@
-"""Setting up an empty store, and bringing an old one up to date: whoever comes first does it."""
+"""Creates the tables of an empty store and upgrades those of an old one, in one transaction."""
 
 import secrets as csprng
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _LOCK_MILLISECONDS: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A migration: the version it leads to, what it is for, and who waits for it meanwhile."""
+    """A migration: its version, its purpose, and what it blocks while it runs."""
 
     version: str
     purpose: str
@@ -28,7 +28,7 @@ class Step:
 
 
 def version_of(connection: Connection) -> str | None:
-    """The version that the store is at; None: it is empty."""
+    """The version of the store; None: it is empty."""
     if not inspect(connection).has_table("keylatch_version"):
         return None
     version: str | None = connection.execute(
@@ -38,10 +38,10 @@ def version_of(connection: Connection) -> str | None:
 
 
 def is_up_to_date(connection: Connection) -> bool:
-    """Whether the store is at this code's version: asked at every start, so without Alembic.
+    """Whether the store has this code's version. It is called at every start, so without Alembic.
 
     Raises:
-        StoreIncompatible: it is at a newer one.
+        StoreIncompatible: the store has a newer version.
     """
     version = version_of(connection)
     _refuse_newer(version)
@@ -57,15 +57,15 @@ def _refuse_newer(version: str | None) -> None:
 
 
 def upgrade(connection: Connection, now_ms: int) -> None:
-    """Make the tables of an empty store, or those that an old one lacks, in this transaction."""
+    """Create or upgrade the tables in this transaction. One process does it, the others wait."""
     if connection.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE locks by itself
         connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))
-        # Whoever waits for a table behind a long transaction (a backup, say) has everybody else who
-        # wants to read it wait behind him: rather give up, and try again.
+        # A migration that waits for a table behind a long transaction, such as a backup, blocks
+        # every reader of that table that comes after it: so it gives up and is retried.
         connection.execute(text(f"SET LOCAL lock_timeout = {_LOCK_MILLISECONDS}"))
     if is_up_to_date(connection):
-        return  # somebody else was faster
-    from alembic import command  # 0.3 s that only a new or an old store costs
+        return  # another process did it
+    from alembic import command  # its import takes 0.3 s
 
     config = _config()
     config.attributes["connection"] = connection
@@ -84,10 +84,10 @@ def upgrade(connection: Connection, now_ms: int) -> None:
 
 
 def steps_after(version: str | None) -> Sequence[Step]:
-    """What has to be done to a store of that version, in order.
+    """The migrations of a store of that version, in order.
 
     Raises:
-        StoreIncompatible: it is a newer one.
+        StoreIncompatible: it is a newer version.
     """
     _refuse_newer(version)
     from alembic.script import ScriptDirectory
@@ -95,7 +95,7 @@ def steps_after(version: str | None) -> Sequence[Step]:
     scripts = ScriptDirectory.from_config(_config())
     pending = [each for each in scripts.walk_revisions() if each.revision > (version or "")]
     return [
-        Step(each.revision, " ".join(each.doc.split()), each.module.waiting)
+        Step(each.revision, " ".join(each.doc.split()), each.module.blocks)
         for each in reversed(pending)
     ]
 

@@ -5,7 +5,7 @@ from alembic import op
 
 revision = "0001"
 down_revision = None
-waiting = "nobody: there is nothing yet"
+blocks = "nothing: the store is empty"
 
 
 def upgrade() -> None:

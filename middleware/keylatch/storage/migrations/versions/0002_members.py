@@ -5,7 +5,7 @@ from alembic import op
 
 revision = "0002"
 down_revision = "0001"
-waiting = "nobody"
+blocks = "nothing"
 
 
 def upgrade() -> None:

@@ -1,11 +1,11 @@
-"""An index of the keys that are not deleted: there may be a hundred thousand that are."""
+"""An index of the keys that are not deleted: a store may have 100,000 deleted keys."""
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0003"
 down_revision = "0002"
-waiting = "changes, and no checks, while an index is built: 3 s for a million keys"
+blocks = "changes, not checks, while it builds an index: 3 s for a million keys"
 
 
 def upgrade() -> None:

@@ -1,12 +1,12 @@
-"""Records who created a key, when its previous secret was made, and the environment of a key in the
-audit log; indexes the keys and the audit log of an environment, and the audit log of a key."""
+"""Columns for the creator of a key, the creation time of its previous secret, and the environment
+of an audit event; indexes of keys and audit log by environment, and of the audit log by key."""
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0005"
 down_revision = "0004"
-waiting = "changes, while keys and audit log are indexed: 3 s for a million of each"
+blocks = "changes while it indexes keys and audit log: 3 s for a million rows of each"
 
 
 def upgrade() -> None:

@@ -1,11 +1,11 @@
-"""Renames columns, an index and a kind of secret after what they hold."""
+"""Renames columns, an index and a kind of secret after their content."""
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0006"
 down_revision = "0005"
-waiting = "all who use the store, while names are changed: a moment, whatever its size"
+blocks = "every use of the store, briefly, while it renames columns"
 
 _COLUMNS = (
     ("keylatch_meta", "pruned", "pruned_seq"),
