@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from conftest import Clock, MakeEngine
 from keylatch.authentication.authenticator import CacheMiss
 from keylatch.authentication.hashing import CHEAPEST, Cost, Hasher, VerifyResult
+from keylatch.authentication.keyset import Keyset
 from keylatch.core import tokens
 from keylatch.core.decisions import Allow, Deny, Reason, Requirement, principal_of
 from keylatch.core.timestamps import datetime_of
@@ -656,3 +657,68 @@ class TestSharedWithManagement:
         assert {each.retry_after_seconds for each in refused} == {1}
         assert isinstance(await other, Created)
         await engine.stop()
+
+
+class CountingKeyset(Keyset):
+    """Counts MACs."""
+
+    verified = 0
+
+    def verify_mac(self, token: Token) -> bool:
+        CountingKeyset.verified += 1
+        return super().verify_mac(token)
+
+
+class TrustsMisses(Keyset):
+    """A broken twin: what was verified once is not verified by newer secrets."""
+
+    async def may_be_valid(self, token: Token, verified_as_of: int | None) -> bool:
+        return verified_as_of is not None
+
+
+class TestCacheMiss:
+    """The third answer: what was found on the way is not looked for again."""
+
+    async def test_a_miss_shows_no_token(self, engine: Engine) -> None:
+        """Neither it nor its entry is in the representation."""
+        created = await create(engine)
+        miss = engine.authenticator.check_cached(bearer(created.token))
+        assert isinstance(miss, CacheMiss)
+        assert created.token.reveal() not in repr(miss)
+        assert created.record.id not in repr(miss)
+
+    async def test_the_mac_of_a_miss_is_verified_once(self, engine: Engine) -> None:
+        """`check` goes on from it."""
+        created = await create(engine)
+        engine._keyset.__class__ = CountingKeyset
+        CountingKeyset.verified = 0
+        assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
+        assert CountingKeyset.verified == 1
+
+    @pytest.mark.parametrize("kind", [Keyset, TrustsMisses])
+    async def test_a_miss_of_retired_secrets_is_verified_again(
+        self, engine: Engine, other: Engine, clock: Clock, kind: type[Keyset]
+    ) -> None:
+        """Between the miss and the check the secret was retired: the token is forged now. The twin
+        that trusts the miss allows it."""
+        created = await create(engine)
+        engine._keyset.__class__ = kind
+        miss = engine.authenticator.check_token_cached(created.token)
+        assert isinstance(miss, CacheMiss)
+        secrets = await other.store_secrets()
+        await secrets.rotate(["mac"])
+        clock.tick(1_000_000)
+        oldest = min(each.id for each in await secrets.list() if each.kind == "mac")
+        await secrets.retire(oldest)
+        decision = await engine.authenticator.check(miss)
+        assert isinstance(decision, Allow) == (kind is TrustsMisses)
+
+    async def test_timings_are_sampled_and_then_cost_nothing(self, engine: Engine) -> None:
+        """64 hits are timed, then the plain method takes over until uses are stored."""
+        created = await create(engine)
+        await engine.authenticate(bearer(created.token))
+        for _ in range(100):
+            await engine.authenticate(bearer(created.token))
+        buckets, _ = engine.stats().stages["l1"]
+        assert buckets[-1] == ("+Inf", 63.0)
+        assert engine.stats().decisions["allow", "l1"] == 100
