@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         SecretInUse,
         StoreIncompatible,
         StoreUnavailable,
+        WrongEventLoop,
     )
     from keylatch.management.keyring import UNSET, Keyring
     from keylatch.management.results import Changed, Created, Revoked, Rotated
@@ -93,6 +94,7 @@ __all__ = [
     "StoreUnavailable",
     "SyncKeyring",
     "Token",
+    "WrongEventLoop",
     "has_valid_checksum",
 ]
 
@@ -123,7 +125,7 @@ _MODULE_OF = {
     "NewKey": "core.validation",
     "NotPermitted": "errors",
     "OperationalError": "errors",
-    "Page": "storage.listing",
+    "Page": "storage.keys",
     "PreviousSecret": "core.keys",
     "Principal": "core.decisions",
     "QuotaExceeded": "errors",
@@ -141,6 +143,7 @@ _MODULE_OF = {
     "SyncKeyring": "adapters.sync_keyring",
     "Token": "core.tokens",
     "UNSET": "management.keyring",
+    "WrongEventLoop": "errors",
     "has_valid_checksum": "core.tokens",
 }
 
