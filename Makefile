@@ -3,8 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # Tests that load the machine on their own run one after the other, after all other tests.
-ALONE := $(patsubst %,tests/revocation/test_%.py,chaos fork redis_faults revocation_sqlite) \
-  $(patsubst %,tests/store/test_%.py,kill silence)
+ALONE := $(patsubst %,tests/revocation/test_%.py,chaos fork revocation_sqlite) tests/caches/test_redis_faults.py \
+  $(patsubst %,tests/storage/test_%.py,kill silence)
 
 # The extras in the lock files. `make LOCKED=0 …` installs any version that pyproject.toml allows, without
 # hashes, for mirrors that lack a file of the lock files.
@@ -48,7 +48,7 @@ chaos: .venv/dev            ## 20 minutes of random faults, with the promises ch
 	@$(BIN)/python chaos/run.py
 
 grammar: .venv/dev          ## how seven servers read 144 requests, cell by cell
-	@$(BIN)/python tests/frameworks/grammar.py
+	@$(BIN)/python -m tests.adapters.grammar
 
 bench: .venv/dev            ## the cost of an L1 hit, beside a middleware that you would write yourself
 	@$(BIN)/python benchmarks/l1_hit.py

@@ -43,9 +43,9 @@ from keylatch.core.tokens import MacKeys
 from keylatch.engine import Engine
 from keylatch.settings import Settings
 
-sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
+sys.path.append(str(Path(__file__).parent.parent))
 
-from servers import PostgresServer
+from tests.support.servers import PostgresServer
 
 BARE = "bare app"
 STARLETTE = "Starlette AuthenticationMiddleware + dict"

@@ -35,10 +35,9 @@ from keylatch.engine import Engine
 from keylatch.management.keyring import NewKey
 from keylatch.settings import Settings
 
-sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
-sys.path.append(str(Path(__file__).parent.parent / "tests/reverse_proxies"))
+sys.path.append(str(Path(__file__).parent.parent))
 
-from proxies import SidecarProcess, auth_header
+from tests.support.proxies import SidecarProcess, auth_header
 
 AIM_BYTES = 600
 BATCH = 1_000

@@ -14,10 +14,10 @@ from typing import Final
 
 FOLDER: Final = Path(__file__).parent
 TESTS: Final = FOLDER.parent / "tests"
-sys.path += [str(TESTS / "support"), str(TESTS / "reverse_proxies")]
+sys.path.append(str(FOLDER.parent))
 
-from servers import eventually, free_port  # noqa: E402
-from wire import send  # noqa: E402
+from tests.support.raw_http import send  # noqa: E402
+from tests.support.servers import eventually, free_port  # noqa: E402
 
 __all__ = [
     "AS_THE_SIDECAR",

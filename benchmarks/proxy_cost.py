@@ -26,6 +26,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tests.support.proxies import SEARCHED, Kind, SidecarProcess, auth_header, running_proxy
+from tests.support.raw_http import send as exchanged
 
 from processes import (  # finds the tests' modules, below
     AS_THE_SIDECAR,
@@ -35,8 +37,6 @@ from processes import (  # finds the tests' modules, below
     free_port,
     running,
 )
-from proxies import SEARCHED, Kind, SidecarProcess, auth_header, running_proxy
-from wire import send as exchanged
 from wrk import Load, NotMeasured, load, require
 
 ONE, MANY = 1, 16

@@ -34,9 +34,9 @@ from keylatch.engine import Engine
 from keylatch.management.keyring import NewKey
 from keylatch.settings import Settings
 
-sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
+sys.path.append(str(Path(__file__).parent.parent))
 
-from servers import PostgresServer
+from tests.support.servers import PostgresServer
 
 BATCH = 1_000
 ORGANIZATIONS = 1_000

@@ -28,12 +28,12 @@ from typing import Final
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from tests.support.raw_http import exchange, parse_response
 
 from open_loop import in_a_process
 from processes import AS_THE_SIDECAR, FOLDER, Program, free_port, running
 from stores import auth_header_of, create_store
 from targets import Spread, shown
-from wire import exchange, parse_response
 from wrk import load, require
 
 PIPELINE: Final = FOLDER / "pipeline.lua"

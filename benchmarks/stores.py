@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-sys.path.append(str(Path(__file__).parent.parent / "tests/support"))
+sys.path.append(str(Path(__file__).parent.parent))
+
+from tests.support.servers import PostgresServer, RedisServer
 
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created
 from keylatch.settings import Settings
-from servers import PostgresServer, RedisServer
 
 __all__ = ["KINDS", "RedisServer", "auth_header_of", "create_store", "filled"]
 

@@ -1,14 +1,9 @@
 """What tests share: a clock to move, cheap hashes, engines, and real servers on demand."""
 
-import asyncio
-import contextlib
 import gc
-import itertools
 import os
-import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,36 +12,23 @@ import pytest
 
 from keylatch._variables import variable_name
 from keylatch.authentication.hashing import CHEAPEST, Hasher
-from keylatch.caches.redis_client import CircuitBreaker
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created
 from keylatch.settings import Settings
 from keylatch.storage.store import Store
-from keylatch_sidecar.app import create_app
 from keylatch_sidecar.settings import TestSettings
-from servers import PostgresServer, RedisServer, serving
+from tests.support.clock import Clock
+from tests.support.engines import MakeEngine, Times, extend_redis_timeouts
+from tests.support.servers import PostgresServer, RedisServer
+from tests.support.sidecars import Sidecar, sidecar_on
 
 if TYPE_CHECKING:
-    from proxies import FaultInjector, Proxy, ProxyStack
-    from shell import Operator
+    from tests.support.command_line import Operator
+    from tests.support.proxies import FaultInjector, Proxy, ProxyStack
 
-pytest.register_assert_rewrite("proxies", "proxy_contract", "shell")  # imported only where needed
-
-MakeEngine = Callable[..., Engine]
-Times = Callable[[int, int], int]
-
-
-class Clock:
-    """Wall clock and monotonic timer in one, moved by hand. Seconds."""
-
-    def __init__(self) -> None:
-        self.seconds = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def tick(self, seconds: float) -> None:
-        self.seconds += seconds
+pytest.register_assert_rewrite(
+    *(f"tests.support.{name}" for name in ("proxies", "proxy_contract", "command_line"))
+)  # imported only where needed
 
 
 def pytest_sessionstart() -> None:
@@ -97,21 +79,6 @@ def store_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/keys.db"
 
 
-class StoreTests:
-    """For what both databases promise: each class of tests names its own `url`."""
-
-    @pytest.fixture
-    def url(self) -> str:
-        raise AssertionError("each database has its own")
-
-    @pytest.fixture
-    async def store(self, url: str) -> AsyncIterator[Store]:
-        store = Store(url)
-        await store.open(0)
-        yield store
-        await store.close()
-
-
 @pytest.fixture
 def make_engine(store_url: str, clock: Clock) -> MakeEngine:
     """Builds engines on the test's store, with cheap hashes; the test starts and stops them."""
@@ -141,20 +108,6 @@ def generous_redis_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     extend_redis_timeouts(monkeypatch)
 
 
-def extend_redis_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much as a busy machine takes: the 50 ms of an attempt are other tests' affair."""
-    monkeypatch.setattr("keylatch.caches.redis_client.TIMEOUT_SECONDS", 60)
-    monkeypatch.setattr(
-        "keylatch.engine.CircuitBreaker", partial(CircuitBreaker, timeout_seconds=60)
-    )
-
-
-async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
-    """Return once something is so that a background task of this loop brings about."""
-    while not await condition():  # noqa: ASYNC110 - it has no event that a test could wait for
-        await asyncio.sleep(0)
-
-
 @pytest.fixture
 async def engine(make_engine: MakeEngine) -> AsyncIterator[Engine]:
     """A started engine on an empty SQLite store."""
@@ -178,65 +131,6 @@ def postgres() -> Iterator[PostgresServer]:
     server = PostgresServer()
     yield server
     server.remove()
-
-
-class Sidecar:
-    """A sidecar on a real socket, and its operator, who makes the first key of an organisation."""
-
-    def __init__(
-        self, url: str, probes: str, clock: Clock, operator: Engine, runner: asyncio.Runner
-    ) -> None:
-        self.url = url
-        self._probes = probes
-        self.clock = clock
-        self._operator = operator
-        self._runner = runner
-        self._numbers = itertools.count(1)
-
-    def create(self, organization: str = "", name: str = "Admin key", **fields: Any) -> Created:
-        """A key, of a new organisation where none is named."""
-        organization = organization or f"organization-{next(self._numbers)}"
-
-        async def create() -> Created:
-            keyring = await self._operator.keyring()
-            created = await keyring.create(organization, name, **fields)
-            if self._operator.store.is_shared:  # a member that does not run is waited for
-                await self._operator.stop()
-            return created
-
-        return self._runner.run(create())
-
-    def client(self, key: Created | None = None) -> httpx.Client:
-        """An HTTP client that sends this key."""
-        headers = {"Authorization": f"Bearer {key.token.reveal()}"} if key else {}
-        return httpx.Client(
-            base_url=self.url, headers=headers, timeout=30, trust_env=False, verify=False
-        )
-
-    def probe(self) -> httpx.Client:
-        """An HTTP client without a key, at the listener for metrics."""
-        return httpx.Client(base_url=self._probes, timeout=30, trust_env=False)
-
-
-@contextlib.contextmanager
-def sidecar_on(store_url: str, clock: Clock, **settings: Any) -> Iterator[Sidecar]:
-    """A sidecar that is served until the end of the block."""
-
-    def engine() -> Engine:
-        return Engine(
-            Settings.load(**{"store": store_url, "redis": "", **settings}),
-            clock=clock,
-            timer=clock,
-            hasher=Hasher("argon2id", CHEAPEST),
-        )
-
-    probes = socket.create_server(("127.0.0.1", 0))
-    port = probes.getsockname()[1]
-    app = create_app(engine(), metrics_address=port)
-    with serving(app, [probes]) as url, asyncio.Runner() as runner:
-        operator = engine()
-        yield Sidecar(url, f"http://127.0.0.1:{port}", clock, operator, runner)
-        runner.run(operator.stop())
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +159,7 @@ def operator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> "Operator":
     """Somebody at a shell, with a store of the test's own."""
-    from shell import Operator
+    from tests.support.command_line import Operator
 
     return Operator(tmp_path, monkeypatch, capsys)
 
@@ -273,7 +167,7 @@ def operator(
 @pytest.fixture(scope="module")
 def proxy(request: pytest.FixtureRequest) -> "Iterator[ProxyStack]":
     """The proxy that the module calls `KIND`, with a sidecar, an app, and keys."""
-    import proxies
+    from tests.support import proxies
 
     with proxies.running_stack(request.module.KIND) as made:
         yield made
@@ -282,7 +176,7 @@ def proxy(request: pytest.FixtureRequest) -> "Iterator[ProxyStack]":
 @pytest.fixture(scope="module")
 def proxy_with_fault(proxy: "ProxyStack") -> "Iterator[tuple[FaultInjector, Proxy]]":
     """Another such proxy, with somebody between it and the sidecar."""
-    import proxies
+    from tests.support import proxies
 
     with proxies.faulty_proxy(proxy) as made:
         yield made
@@ -305,7 +199,7 @@ def _report_proxies(terminalreporter: pytest.TerminalReporter) -> None:
         if report.when == "call"
     ]
     if any("::Test" in nodeid and "test_a_websocket_opens" in nodeid for _, nodeid in reports):
-        from proxy_contract import properties
+        from tests.support.proxy_contract import properties
 
         terminalreporter.section("proxy x property: tests passed (failed)")
         for line in properties(reports):

@@ -28,7 +28,7 @@ from findings import Finding, as_tables, finding, read, write
 from rounds import measure
 from serving import Server, serving
 
-SUPPORT = Path(__file__).parent.parent.parent / "tests/support"
+ROOT = Path(__file__).parent.parent.parent
 CONSOLE = Console(stderr=True)
 
 
@@ -38,8 +38,8 @@ def postgresql() -> Iterator[str]:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/postgres")):
         yield ""
         return
-    sys.path.append(str(SUPPORT))
-    from servers import PostgresServer
+    sys.path.append(str(ROOT))
+    from tests.support.servers import PostgresServer
 
     server = PostgresServer()
     try:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import Clock
 from keylatch.core.decisions import Allow, Deny, KeyRecord, Principal, Reason, principal_of
 from keylatch.core.timestamps import datetime_of, milliseconds_of
 from keylatch.core.validation import NewKey
@@ -14,6 +13,7 @@ from keylatch.engine import Engine
 from keylatch.errors import InvalidValue, NotPermitted
 from keylatch.management.keyring import UNSET, Keyring
 from keylatch.revocation.propagation import Propagation, Receipt
+from tests.support.clock import Clock
 
 pytestmark = pytest.mark.anyio
 

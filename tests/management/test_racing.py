@@ -18,15 +18,15 @@ import pytest
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
-from conftest import Times
 from keylatch.authentication.hashing import Hasher
 from keylatch.core.timestamps import datetime_of
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
 from keylatch.storage.schema import invalidations, keys
-from servers import PostgresServer
-from wire import RawResponse, parse_response
+from tests.support.engines import Times
+from tests.support.raw_http import RawResponse, parse_response
+from tests.support.servers import PostgresServer
 
 pytestmark = pytest.mark.long
 

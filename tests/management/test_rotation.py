@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
-from conftest import Clock, MakeEngine, StoreTests
 from keylatch.caches.local_cache import Entry, entry_of
 from keylatch.core.decisions import Allow, Deny, Reason, principal_of
 from keylatch.core.timestamps import datetime_of
@@ -18,9 +17,12 @@ from keylatch.errors import InvalidKeyState, InvalidValue, NotPermitted
 from keylatch.management.keyring import Created, Rotated
 from keylatch.storage.authorization import Actor
 from keylatch.storage.store import Found, Store
-from servers import PostgresServer
-from test_engine import WatchedHasher, WatchedStore, bearer, create, with_other_secret
-from test_store import NOW, record
+from tests.storage.test_store import NOW, record
+from tests.support.clock import Clock
+from tests.support.engines import MakeEngine
+from tests.support.servers import PostgresServer
+from tests.support.stores import StoreTests
+from tests.test_engine import WatchedHasher, WatchedStore, bearer, create, with_other_secret
 
 pytestmark = pytest.mark.anyio
 

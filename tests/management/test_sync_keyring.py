@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from conftest import MakeEngine
 from keylatch import Keyring, NewKey, Settings, StoreUnavailable, SyncKeyring
 from keylatch.flask import api_key
 from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware
+from tests.support.engines import MakeEngine
 
 OWN_PROGRAMS_ONLY = {"analyze", "find_imported", "import_many", "now_ms", "revoke_secret"}
 

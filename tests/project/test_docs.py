@@ -20,7 +20,7 @@ from keylatch.settings import Settings
 from keylatch_sidecar.app import ROUTES
 from keylatch_sidecar.forward_auth import ext_authz, verify
 from keylatch_sidecar.settings import ProxySettings
-from servers import serving
+from tests.support.servers import serving
 
 ROOT = Path(__file__).parents[2]
 PLACES = [str(ROOT / "tests" / each) for each in ("project", "support")]
@@ -174,7 +174,7 @@ def test_the_requirements_that_are_claimed_have_their_tests() -> None:
     assert numbers == sorted(set(numbers))
     assert all(named_tests(shown) for _, shown in rows)
     assert unknown_tests(security) == []
-    made_up = "`tests/checks/test_canaries.py::test_all_is_well` `tests/none.py::test_x`"
+    made_up = "`tests/test_canaries.py::test_all_is_well` `tests/none.py::test_x`"
     assert len(unknown_tests(made_up)) == 2
 
 

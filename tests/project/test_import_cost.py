@@ -9,7 +9,7 @@ import pytest
 
 import keylatch
 from keylatch_sidecar.__main__ import _PACKAGES
-from servers import error_without_package
+from tests.support.servers import error_without_package
 
 HEAVY = {
     *("alembic", "sqlalchemy", "redis", "psycopg", "pydantic", "pydantic_settings"),

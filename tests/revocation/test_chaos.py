@@ -20,7 +20,7 @@ from faults import FAULTS
 from judge import BUCKET_NS, Interval, Ledger, Revoke, percentiles
 from proxy import Proxy
 from schedule import WEIGHTS, draw
-from servers import require_program
+from tests.support.servers import require_program
 
 pytestmark = pytest.mark.long
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import worker_forks
-from servers import RedisServer, eventually
+from tests.support import worker_forks
+from tests.support.servers import RedisServer, eventually
 
 pytestmark = pytest.mark.long
 

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from conftest import Clock
 from keylatch.errors import StoreUnavailable
 from keylatch.revocation.invalidations import Invalidations
 from keylatch.revocation.lease import Lease
@@ -13,6 +12,7 @@ from keylatch.revocation.notices import Notice
 from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.storage.store import Invalidation, InvalidationBatch, Poll
 from keylatch.telemetry.counters import Histogram
+from tests.support.clock import Clock
 
 pytestmark = pytest.mark.anyio
 X = 1.0

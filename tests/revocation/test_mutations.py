@@ -16,7 +16,6 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import Connection, update
 
-import worker_verdicts
 from keylatch.core.decisions import principal_of, secret_version_of
 from keylatch.core.imported_tokens import ImportedToken
 from keylatch.core.validation import NewKey
@@ -24,7 +23,8 @@ from keylatch.engine import Engine
 from keylatch.management.keyring import Created, Keyring
 from keylatch.settings import Settings
 from keylatch.storage.schema import keys
-from servers import PostgresServer
+from tests.support import worker_decisions
+from tests.support.servers import PostgresServer
 
 pytestmark = pytest.mark.anyio
 READS = {"list", "page", "get", "events", "find_imported", "analyze", "usage"}
@@ -37,7 +37,7 @@ class OtherProcess:
 
     def __init__(self, store: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, worker_verdicts.__file__, store],
+            [sys.executable, worker_decisions.__file__, store],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import worker_checks
-from conftest import Times
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
-from worker_checks import ACCEPTED, REFUSED
+from tests.support import worker_checks
+from tests.support.engines import Times
+from tests.support.worker_checks import ACCEPTED, REFUSED
 
 pytestmark = pytest.mark.long
 

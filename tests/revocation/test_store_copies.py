@@ -12,7 +12,6 @@ import psycopg
 import pytest
 from fakeredis import FakeAsyncRedis, FakeServer
 
-from conftest import MakeEngine
 from keylatch.authentication.hashing import CHEAPEST, Hasher
 from keylatch.core.decisions import Allow, Deny, Reason
 from keylatch.engine import Engine
@@ -21,7 +20,8 @@ from keylatch.revocation.invalidations import MAX_SEQ
 from keylatch.settings import Settings
 from keylatch.storage.store import Secrets, Store
 from keylatch_sidecar.operations import backup
-from servers import PostgresServer, RedisServer, eventually
+from tests.support.engines import MakeEngine
+from tests.support.servers import PostgresServer, RedisServer, eventually
 
 pytestmark = pytest.mark.anyio
 

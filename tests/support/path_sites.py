@@ -347,7 +347,7 @@ def configure_django(engine: Engine) -> None:
         ALLOWED_HOSTS=["*"],
         DEBUG=False,
         APPEND_SLASH=True,
-        ROOT_URLCONF="path_sites",
+        ROOT_URLCONF="tests.support.path_sites",
         MIDDLEWARE=[
             "keylatch.django.APIKeyMiddleware",
             "django.middleware.common.CommonMiddleware",

@@ -2,6 +2,6 @@
 
 import os
 
-import path_sites
+from tests.support import path_sites
 
 app = path_sites.built(os.environ["PATH_SITE"])

@@ -1,0 +1,1 @@
+"""Tests, in the tree of the source: tests/core for keylatch.core, and so on."""

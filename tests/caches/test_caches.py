@@ -1,0 +1,479 @@
+"""What this process remembers, and the rule by which it believes it."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.exceptions import ResponseError
+
+from keylatch.caches.local_cache import Entry, LocalCache, NegativeEntry
+from keylatch.caches.redis_client import CircuitBreaker
+from keylatch.caches.single_flight import SingleFlight
+from keylatch.core.decisions import Allow, Deny, KeyRecord, Reason
+from keylatch.engine import Engine
+from keylatch.revocation.invalidations import Invalidations
+from keylatch.revocation.sequence import SequenceFreshness
+from keylatch.storage.store import InvalidationBatch
+from tests.support.clock import Clock
+from tests.support.engines import Times
+
+RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
+ENTRY = Entry(b"key_a", RECORD, 1)
+ABSENCE = NegativeEntry(Reason.UNKNOWN, "key_a", "", 1)
+
+
+def entry(key_id: str) -> Entry:
+    return Entry(key_id.encode(), replace(RECORD, id=key_id), 1)
+
+
+def test_a_spray_of_bad_tokens_evicts_no_good_key() -> None:
+    """Absences have a bounded map of their own."""
+    cache = LocalCache(size=10)
+    cache.add(ENTRY)
+    for number in range(10_000):
+        cache.add_negative(b"%d" % number, NegativeEntry(Reason.UNKNOWN, f"bad {number}", "", 1))
+    assert cache.by_secret_id("key_a") is ENTRY
+    assert (
+        sum(cache.negative_entry(b"%d" % number) is not None for number in range(10_000)) == 4_096
+    )
+
+
+def test_an_absence_is_forgotten_after_ten_seconds() -> None:
+    """Whatever else goes wrong, nobody is kept out for longer."""
+    clock = Clock()
+    cache = LocalCache(timer=clock)
+    cache.add_negative(b"token", ABSENCE)
+    clock.tick(9.9)
+    assert cache.negative_entry(b"token") is ABSENCE
+    clock.tick(0.2)
+    assert cache.negative_entry(b"token") is None
+
+
+def test_the_least_recently_used_key_goes_first() -> None:
+    """The bound holds, and a key in use stays."""
+    cache = LocalCache(size=2)
+    cache.add(used := entry("a"))
+    cache.add(entry("b"))
+    used.used_at = 1.0
+    cache.add(entry("c"))
+    assert [cache.by_secret_id(name) is not None for name in "abc"] == [True, False, True]
+
+
+def test_a_full_cache_of_keys_in_use_still_takes_new_ones() -> None:
+    """It lets one go after a few looks, and not after looking at all of them."""
+    cache = LocalCache(size=100)
+    for number in range(100):
+        cache.add(used := entry(str(number)))
+        used.used_at = 1.0
+    cache.add(ENTRY)
+    left = [known for number in range(100) if (known := cache.by_secret_id(str(number)))]
+    assert (len(left), cache.by_secret_id("key_a")) == (99, ENTRY)
+    assert 0 < sum(known.considered_at for known in left) < 20
+
+
+def test_a_key_is_found_by_its_fingerprint_as_long_as_it_is_kept() -> None:
+    """Whatever drops an entry drops it from both indexes: else one would grow without bound."""
+    cache = LocalCache(size=3)
+    for number in range(10):
+        cache.add(entry(str(number)))
+    kept = [number for number in range(10) if cache.by_fingerprint(b"%d" % number)]
+    assert kept == [7, 8, 9]
+    cache.add_negative(b"8", NegativeEntry(Reason.REVOKED, "8", "acme", 2))
+    assert cache.by_fingerprint(b"8") is cache.by_secret_id("8") is None
+    cache.clear()
+    assert cache.by_fingerprint(b"9") is cache.by_secret_id("9") is None
+
+
+def test_a_key_that_changes_again_and_again_takes_one_place() -> None:
+    """Its earlier entries are gone, from memory as well, and evict nobody."""
+    cache = LocalCache(size=10)
+    cache.add(ENTRY)
+    for _ in range(1_000):
+        cache.add(changing := entry("changing"))
+    assert (cache.by_secret_id("key_a"), cache.by_secret_id("changing")) == (ENTRY, changing)
+    assert len(cache._entries._queue) <= 20
+
+
+class Log:
+    """A store's counter and log, as far as a feed needs one; `blind` makes it unreadable."""
+
+    def __init__(self) -> None:
+        self.mark: Callable[[], bytes] | None = None
+        self.asked = 0
+        self.seq = 1
+        self.epoch = "first"
+        self.rows: list[tuple[int, str | None, str | None]] = []
+        self.pruned = 0
+        self.blind = False
+        self.questions = 0
+        self.gate: asyncio.Event | None = None
+        self.invalidations = self
+
+    def commit(self, key_id: str | None = None, organization_id: str | None = None) -> int:
+        self.seq += 1
+        self.rows.append((self.seq, key_id, organization_id))
+        return self.seq
+
+    def data_version(self) -> bytes | None:
+        return None if self.mark is None else self.mark()
+
+    def sequence_nowait(self) -> int | None:
+        self.asked += 1
+        return None if self.blind else self.seq
+
+    def since_nowait(self, since: int) -> InvalidationBatch:
+        told = tuple(row for row in self.rows if row[0] > since)
+        is_complete = since >= self.pruned and len(told) <= 1_000
+        return InvalidationBatch(self.seq, self.epoch, is_complete, told if is_complete else ())
+
+    async def since(self, since: int) -> InvalidationBatch:
+        self.questions += 1
+        batch = self.since_nowait(since)
+        if self.gate is not None:
+            await self.gate.wait()
+        return batch
+
+
+def watch(
+    log: Log, restores: list[list[str]] | None = None
+) -> tuple[Invalidations, SequenceFreshness]:
+    """A feed and the witness that keeps it current."""
+    feed = Invalidations((restores if restores is not None else []).append)
+    return feed, SequenceFreshness(log, feed, Clock())  # type: ignore[arg-type]
+
+
+def test_an_entry_is_believed_until_its_key_is_touched() -> None:
+    """A change to the key or its organisation refuses it; changes to others do not."""
+    feed, witness = watch(log := Log())
+    assert witness.is_fresh()
+    read_at = log.seq
+    log.commit("key_b")
+    log.commit(None, "rival")
+    assert witness.is_fresh()
+    assert feed.accepts("key_a", "acme", read_at)
+    touched = log.commit("key_a")
+    assert witness.is_fresh()
+    assert not feed.accepts("key_a", "acme", read_at)
+    assert feed.accepts("key_a", "acme", touched)
+    log.commit(None, "acme")
+    assert witness.is_fresh()
+    assert not feed.accepts("key_a", "acme", touched)
+
+
+def test_an_in_flight_read_cannot_bring_a_revoked_key_back() -> None:
+    """An entry read before the revoke and stored after it carries the older number."""
+    feed, witness = watch(log := Log())
+    read_at = log.seq
+    log.commit("key_a")
+    assert witness.is_fresh()
+    assert not feed.accepts("key_a", "acme", read_at)
+
+
+def test_a_change_that_touches_everything_refuses_everything() -> None:
+    """A row that names nobody raises the floor."""
+    feed, witness = watch(log := Log())
+    read_at = log.seq
+    everything = log.commit()
+    assert witness.is_fresh()
+    assert not feed.accepts("key_a", "acme", read_at)
+    assert feed.accepts("key_a", "acme", everything)
+
+
+@pytest.mark.parametrize("cause", ["pruned", "too many"])
+def test_what_was_not_told_is_not_believed(cause: str) -> None:
+    """A log that was pruned or is too long raises the floor: cold caches, right answers."""
+    feed, witness = watch(log := Log())
+    assert witness.is_fresh()
+    read_at = log.seq
+    for number in range(5 if cause == "pruned" else 1_001):
+        log.commit(f"key_{number}")
+    log.pruned = log.seq if cause == "pruned" else 0
+    assert witness.is_fresh()
+    assert not feed.accepts("key_z", "acme", read_at)
+    assert feed.accepts("key_z", "acme", log.seq)
+
+
+def test_an_unchanged_mark_spares_the_question() -> None:
+    """Equal bytes, no commit: the counter is read only when they differ."""
+    store, feed = Log(), Invalidations(lambda touched: None)
+    counter = SequenceFreshness(store, feed, Clock())  # type: ignore[arg-type]
+    store.mark = lambda: b"%d" % store.seq
+    assert counter.is_fresh()
+    asked = store.asked
+    assert counter.is_fresh()
+    assert store.asked == asked
+    store.commit("key_a")
+    assert counter.is_fresh()
+    assert (store.asked, feed.seq) == (asked + 1, store.seq)
+
+
+def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
+    """The mark is read first: what is committed meanwhile shows as another mark, later."""
+    store, feed = Log(), Invalidations(lambda touched: None)
+    counter = SequenceFreshness(store, feed, Clock())  # type: ignore[arg-type]
+
+    def mark_and_commit() -> bytes:
+        mark = b"%d" % store.seq
+        store.mark = lambda: b"%d" % store.seq
+        store.commit("key_a")
+        return mark
+
+    store.mark = mark_and_commit
+    assert counter.is_fresh()
+    store.commit("key_b")
+    assert counter.is_fresh()
+    assert feed.seq == store.seq
+
+
+def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory for tombstones is bounded; what falls out of it is not believed either."""
+    monkeypatch.setattr("keylatch.revocation.invalidations._MAX_TOMBSTONES", 3)
+    feed, witness = watch(log := Log())
+    read_at = log.seq
+    for number in range(6):
+        log.commit(f"key_{number}")
+        assert witness.is_fresh()
+    assert not feed.accepts("key_0", "acme", read_at)
+    assert not feed.accepts("key_other", "acme", read_at)
+
+
+def test_an_unreadable_store_is_not_current() -> None:
+    """Who cannot read the counter does not know, and says so."""
+    feed, witness = watch(log := Log())
+    log.blind = True
+    assert not witness.is_fresh()
+    assert not feed.seq
+
+
+@pytest.mark.parametrize("sign", ["seq", "epoch"])
+def test_a_restored_store_resets_everything(sign: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A counter that went back, or another epoch: caches go, and the log is loud about it."""
+    restores: list[list[str]] = []
+    _, witness = watch(log := Log(), restores)
+    for _ in range(5):
+        log.commit("key_a")
+    assert witness.is_fresh()
+    if sign == "seq":
+        log.seq, log.rows = 3, []
+    else:
+        log.epoch = "second"
+        log.commit("key_b")
+    with caplog.at_level(logging.CRITICAL):
+        assert witness.is_fresh()
+    assert restores == [["key_a"] if sign == "seq" else []]
+    assert "backup" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_feed_begins_with_the_recent_past() -> None:
+    """After a restart, what Redis holds about untouched keys can be believed at once."""
+    feed, witness = watch(log := Log())
+    read_at = log.seq
+    log.commit("key_b")
+    await witness.begin()
+    assert feed.accepts("key_a", "acme", read_at)
+    assert not feed.accepts("key_b", "acme", read_at)
+
+
+class FeedAgainstTruth(RuleBasedStateMachine):
+    """Whatever happens in whatever order, an accepted entry says what the store says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Log()
+        self.feed, self.witness = watch(self.log)
+        self.touched: dict[str, int] = {}
+        self.entries: list[tuple[str, int]] = []
+
+    @rule(name=st.sampled_from(["key_a", "key_b", "key_c"]))
+    def change(self, name: str) -> None:
+        self.touched[name] = self.log.commit(name)
+
+    @rule(name=st.sampled_from(["key_a", "key_b", "key_c"]))
+    def read(self, name: str) -> None:
+        self.entries.append((name, self.log.seq))
+
+    @rule()
+    def prune(self) -> None:
+        self.log.pruned = self.log.seq
+
+    @rule()
+    def look(self) -> None:
+        self.witness.is_fresh()
+
+    @invariant()
+    def nothing_stale_is_accepted(self) -> None:
+        if self.witness.is_fresh():
+            for name, as_of in self.entries:
+                if self.feed.accepts(name, "acme", as_of):
+                    assert as_of >= self.touched.get(name, 0)
+
+
+FeedAgainstTruth.TestCase.settings = hypothesis_settings(max_examples=50)
+TestFeedAgainstTruth = FeedAgainstTruth.TestCase
+
+
+@pytest.mark.anyio
+async def test_many_who_want_the_same_share_one_flight() -> None:
+    """A hundred callers, one fetch."""
+    flights: SingleFlight[int] = SingleFlight()
+    gate = asyncio.Event()
+    fetched = []
+
+    async def fetch() -> int:
+        fetched.append(1)
+        await gate.wait()
+        return 7
+
+    callers = [asyncio.create_task(flights.do("token", fetch)) for _ in range(100)]
+    await asyncio.sleep(0)
+    gate.set()
+    assert await asyncio.gather(*callers) == [7] * 100
+    assert len(fetched) == 1
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_leader_takes_nobody_down() -> None:
+    """The first caller hangs up; the others still get the result."""
+    flights: SingleFlight[int] = SingleFlight()
+    gate = asyncio.Event()
+
+    async def fetch() -> int:
+        await gate.wait()
+        return 7
+
+    leader = asyncio.create_task(flights.do("token", fetch))
+    follower = asyncio.create_task(flights.do("token", fetch))
+    await asyncio.sleep(0)
+    leader.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    assert await follower == 7
+    with pytest.raises(asyncio.CancelledError):
+        await leader
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(600)
+async def test_cancelled_leaders_cost_nobody_an_answer(engine: Engine, times: Times) -> None:
+    """Leaders of cold tokens hang up at every possible moment: whoever waits with them gets the
+    right answer, and nobody waits for ever."""
+    keyring = await engine.keyring()
+    good = await keyring.create("org", "good")
+    gone = await keyring.create("org", "gone")
+    await keyring.delete("org", gone.record.id)
+    headers = [[b"Bearer " + key.token.reveal().encode()] for key in (good, gone)]
+
+    async def one_round(number: int) -> None:
+        engine._l1.clear()
+        leaders = [asyncio.create_task(engine.authenticate(values)) for values in headers]
+        followers = [asyncio.create_task(engine.authenticate(values)) for values in headers]
+        for _ in range(number % 8):
+            await asyncio.sleep(0)
+        for leader in leaders:
+            leader.cancel()
+        allowed, refused = await asyncio.gather(*followers)
+        assert isinstance(allowed, Allow)
+        assert refused == Deny(Reason.REVOKED)
+
+    for number in range(times(250, 5_000)):
+        await asyncio.wait_for(one_round(number), 10)
+
+
+@pytest.mark.anyio
+async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
+    """Whoever comes in the same turn of the loop would get what was true before, and get it again
+    and again, because nothing makes them wait for the landing to be noted."""
+    flights: SingleFlight[int] = SingleFlight()
+    fetched: list[int] = []
+
+    async def fetch() -> int:
+        fetched.append(len(fetched))
+        return fetched[-1]
+
+    async def come_when_it_lands() -> tuple[int, int]:
+        while not fetched:  # noqa: ASYNC110 - to come in the very turn in which it lands
+            await asyncio.sleep(0)
+        return await flights.do("token", fetch), await flights.do("token", fetch)
+
+    late = [asyncio.create_task(come_when_it_lands()) for _ in range(3)]
+    assert await flights.do("token", fetch) == 0
+    for first, second in await asyncio.gather(*late):
+        assert second > first > 0
+
+
+@pytest.mark.anyio
+async def test_a_failed_flight_is_not_remembered() -> None:
+    """Everybody on it hears of the error; the next caller tries anew."""
+    flights: SingleFlight[int] = SingleFlight()
+
+    async def fail() -> int:
+        raise OSError("down")
+
+    async def succeed() -> int:
+        return 7
+
+    results = await asyncio.gather(
+        flights.do("token", fail), flights.do("token", fail), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [OSError, OSError]
+    assert await flights.do("token", succeed) == 7
+
+
+def test_the_breaker_lets_one_try_each_second() -> None:
+    """One wait a second while Redis is down, and all go on as soon as it is back."""
+    clock = Clock()
+    breaker = CircuitBreaker(clock)
+    assert breaker.try_acquire()
+    breaker.record_failure()
+    assert not breaker.try_acquire()
+    clock.tick(1.1)
+    assert [breaker.try_acquire() for _ in range(3)] == [True, False, False]
+    breaker.record_failure()
+    clock.tick(1.1)
+    assert breaker.try_acquire()
+    breaker.record_success()
+    assert breaker.try_acquire()
+    assert breaker.try_acquire()
+
+
+class IgnoresInvalidations(Invalidations):
+    """The broken twin: it believes whatever it once read."""
+
+    def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
+        return True
+
+
+def test_the_twin_that_believes_everything_is_caught() -> None:
+    """The machine above finds a stale entry where the rule is missing."""
+
+    class AgainstIgnoresInvalidations(FeedAgainstTruth):
+        def __init__(self) -> None:
+            super().__init__()
+            self.feed = IgnoresInvalidations(lambda _: None)
+            self.witness = SequenceFreshness(self.log, self.feed, Clock())  # type: ignore[arg-type]
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(AgainstIgnoresInvalidations)
+
+
+@pytest.mark.anyio
+async def test_a_value_of_another_type_is_a_miss_and_no_outage() -> None:
+    """Whoever can write Redis cannot switch the shared cache off for everybody."""
+    breaker = CircuitBreaker(Clock())
+
+    async def wrong_type() -> bytes:
+        raise ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+
+    assert await breaker.attempt(wrong_type) is None
+    assert breaker.try_acquire()

@@ -1,0 +1,178 @@
+"""Questions to PostgreSQL: each gets its own answer, or none, whatever becomes of the line."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy.engine import make_url
+
+from keylatch.storage.libpq_pool import ConnectionPool
+from keylatch.storage.postgresql import PostgreSQL
+from proxy import Proxy
+from tests.support.servers import PostgresServer, eventually
+
+pytestmark = pytest.mark.anyio
+ECHO = "SELECT $1::text"
+SLOW_ECHO = "SELECT $1::text FROM pg_sleep(0.2)"
+PATIENT = 10.0
+
+
+@pytest.fixture
+async def network(postgres: PostgresServer) -> AsyncIterator[Proxy]:
+    """What lies between the lines and the server."""
+    network = Proxy(postgres.port)
+    await network.start()
+    yield network
+    await network.stop()
+
+
+class CountingPool:
+    """Lines to a server, and how many were opened."""
+
+    def __init__(self, port: int, places: int = 2, stale_seconds: float | None = None) -> None:
+        self.url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        self.opened = 0
+        self.lines = ConnectionPool(self._connect, places, stale_seconds)
+
+    async def _connect(self) -> psycopg.AsyncConnection[Any]:
+        self.opened += 1
+        return await psycopg.AsyncConnection.connect(self.url, autocommit=True)
+
+    async def fetch(self, text: str, *values: bytes, seconds: float = PATIENT) -> object:
+        return (await self.lines.fetch(text, values, seconds))[0][0]
+
+
+@pytest.fixture
+async def pool(network: Proxy) -> AsyncIterator[CountingPool]:
+    pool = CountingPool(network.port)
+    yield pool
+    pool.lines.close()
+
+
+async def test_one_line_answers_whoever_asks_in_turn(pool: CountingPool) -> None:
+    """It stays open, and its statements prepared; values come as the database types them."""
+    assert [await pool.fetch(ECHO, b"%d" % n) for n in range(5)] == [str(n) for n in range(5)]
+    assert await pool.fetch("SELECT $1::bigint + 1", b"41") == 42
+    assert await pool.fetch("SELECT NULL") is None
+    assert pool.opened == 1
+
+
+async def test_many_who_ask_at_once_each_get_their_own(pool: CountingPool) -> None:
+    """More of them than there are places."""
+    answers = await asyncio.gather(*(pool.fetch(ECHO, b"%d" % n) for n in range(50)))
+    assert answers == [str(n) for n in range(50)]
+    assert pool.opened == 2
+
+
+async def test_an_answer_that_nobody_waits_for_reaches_nobody_else(pool: CountingPool) -> None:
+    """Whoever hangs up takes the line along: the next one does not hear what he had asked. (It has
+    no broken twin: libpq itself refuses a question before the last answer has been read.)"""
+    await cancel_during(pool.fetch(SLOW_ECHO, b"mine"))
+    assert await pool.fetch(SLOW_ECHO, b"yours") == "yours"
+
+
+async def cancel_during(question: Coroutine[Any, Any, object]) -> None:
+    """Cancel it when it has been sent, and let that sink in."""
+    asking = asyncio.create_task(question)
+    await asyncio.sleep(0.05)
+    asking.cancel()
+    await asyncio.wait([asking])
+
+
+async def test_what_the_server_has_against_a_question_is_told(pool: CountingPool) -> None:
+    """And the next question is answered."""
+    with pytest.raises(psycopg.Error, match="division by zero"):
+        await pool.fetch("SELECT 1 / $1::int", b"0")
+    assert await pool.fetch(ECHO, b"on") == "on"
+
+
+async def test_a_question_larger_than_a_socket_takes_at_once(pool: CountingPool) -> None:
+    """What is left of it is sent when there is room."""
+    large = b"x" * 20_000_000
+    assert await pool.fetch("SELECT length($1)", large) == len(large)
+
+
+async def test_a_line_that_dies_while_nobody_asks_costs_nothing(
+    pool: CountingPool, network: Proxy
+) -> None:
+    """The event loop hears of it; the next question goes over a new one."""
+    await pool.fetch(ECHO, b"once")
+    [idle] = pool.lines._idle
+    network.reset_connections()
+    await asyncio.to_thread(eventually, lambda: not idle.is_open)
+    assert await pool.fetch(ECHO, b"again") == "again"
+
+
+async def test_a_line_that_is_lost_amid_a_question_is_replaced(
+    pool: CountingPool, network: Proxy
+) -> None:
+    """Once: the question is asked again on a new one."""
+    await pool.fetch(ECHO, b"it is prepared")
+    with network.held():
+        asking = asyncio.create_task(pool.fetch(ECHO, b"again"))
+        await asyncio.to_thread(eventually, lambda: bool(pool.lines._busy))
+        network.reset_connections()
+    assert await asking == "again"
+    assert pool.opened == 2
+
+
+async def test_a_session_that_is_ended_by_the_server_is_replaced(pool: CountingPool) -> None:
+    """As at a restart, or by an operator's hand."""
+    await pool.fetch(ECHO, b"it is idle")
+    pid = await pool.fetch("SELECT pg_backend_pid()")
+    asking = [asyncio.create_task(pool.fetch(SLOW_ECHO, b"here")) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    async with await psycopg.AsyncConnection.connect(pool.url) as operator:
+        await operator.execute("SELECT pg_terminate_backend(%s)", [pid])
+    assert await asyncio.gather(*asking) == ["here", "here"]
+
+
+async def test_a_line_that_fell_silent_is_not_trusted_for_long(
+    network: Proxy,
+) -> None:
+    """It was idle when the network swallowed it; the question is asked again on a new line, long
+    before its time is over, and the idle siblings are not asked at all."""
+    pool = CountingPool(network.port, stale_seconds=0.1)
+    await asyncio.gather(*(pool.fetch(SLOW_ECHO, b"warm") for _ in range(2)))
+    with network.blackholing():
+        asking = asyncio.create_task(pool.fetch(ECHO, b"late"))
+        await asyncio.sleep(0.05)
+    assert await asking == "late"
+    assert pool.opened == 3
+    assert len(pool.lines._idle) == 1
+    pool.lines.close()
+
+
+async def test_a_silent_server_is_given_up_in_time(pool: CountingPool, network: Proxy) -> None:
+    """Also while it is being connected to."""
+    with network.blackholing():
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                await pool.fetch(ECHO, b"hello", seconds=0.05)
+    assert await pool.fetch(ECHO, b"hello") == "hello"
+
+
+async def test_closed_lines_tell_whoever_waits(pool: CountingPool) -> None:
+    """At the end of a process nobody is left hanging."""
+    asking = asyncio.create_task(pool.fetch("SELECT pg_sleep(60)"))
+    await asyncio.to_thread(eventually, lambda: bool(pool.lines._busy))
+    pool.lines.close()
+    with pytest.raises(psycopg.OperationalError):
+        await asking
+
+
+async def test_only_leases_wait_for_no_disk(postgres: PostgresServer) -> None:
+    """What a crash may take back of them makes revokes wait longer; of a change it would take the
+    revoke."""
+    database = PostgreSQL(make_url(postgres.new_database()))
+    shown = "SHOW synchronous_commit"
+    assert await database._lease_pool.fetch(shown, (), PATIENT) == [("off",)]
+    assert await database._lookup_pool.fetch(shown, (), PATIENT) == [("on",)]
+    for seconds in (None, PATIENT):
+        written = await database.write(
+            lambda connection: connection.exec_driver_sql(shown).scalar(), seconds=seconds
+        )
+        assert written == "on"
+    await database.close()
