@@ -1,1 +1,1 @@
-"""From a token to a decision: cache, look-up, hash."""
+"""Authentication: from a token to a decision; cache, look-up, hash."""

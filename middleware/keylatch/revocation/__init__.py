@@ -1,1 +1,1 @@
-"""How a process knows that what it remembers still holds, and how a revoke waits until all do."""
+"""Revocation: which cached entries are valid, and how a change reaches every process."""

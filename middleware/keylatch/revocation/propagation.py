@@ -63,7 +63,7 @@ class Propagation:
         invalidations: name the epoch under which Redis holds values.
         seconds: observes how long each awaited propagation took.
         shared_cache: Redis, if it is configured.
-        lease: of this process (PostgreSQL); None: nothing to publish and nobody to wait for.
+        lease: of this process (PostgreSQL); None: publishing and waiting are not needed.
         notifier: publishes notices (PostgreSQL).
         timer: seconds that never go back and never stand still.
     """
