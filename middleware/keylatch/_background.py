@@ -53,15 +53,22 @@ class EngineTasks:
     async def stop(self) -> None:
         """Cancel the loops; wait up to a second for the other tasks."""
         self._is_stopping = True
-        if self._watcher is not None and self._watcher is not asyncio.current_task():
+        if self._watcher is asyncio.current_task():
+            # The event loop ends and has cancelled all tasks. A second cancel would interrupt
+            # psycopg while it cleans up.
+            await self._wait_for_loops()
+        elif self._watcher is not None:
             self._watcher.cancel()
         for loop in self._loops:
-            if not loop.cancelling():  # a second cancel would cut psycopg off while it cleans up
-                loop.cancel()
+            loop.cancel()
         if self._finite_tasks:
             await asyncio.wait(self._finite_tasks, timeout=_SHUTDOWN_SECONDS)
         await asyncio.gather(*self._loops, return_exceptions=True)
         self._loops = []
+
+    async def _wait_for_loops(self) -> None:
+        if self._loops:
+            await asyncio.wait(self._loops, timeout=_SHUTDOWN_SECONDS)
 
     def _create_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
