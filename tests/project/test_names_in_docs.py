@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.project.test_docs import DOCUMENTS, ROOT
+
 PACKAGES = [ROOT / "middleware", ROOT / "sidecar"]
 DESIGN = [ROOT / "ARCHITECTURE.md", *sorted(ROOT.glob("docs/design/*.md"))]
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[a-z]*/**/README.md")]
-)
 FILES = [
     path.relative_to(ROOT).as_posix()
     for path in ROOT.glob("[a-z]*/**/*.py")
