@@ -153,6 +153,13 @@ def test_the_image_is_made_from_what_is_there() -> None:
     assert {line for line in others if line[0] != "!"} == {"**/__pycache__", "**/*.pyc"}
 
 
+def test_the_image_has_the_command() -> None:
+    """Its entry point is in an extra, which `pip install keylatch` does not install."""
+    (extras,) = re.findall(r"'\.\[(.+)\]'", (DEPLOY / "Dockerfile").read_text())
+    assert dict(instructions())["ENTRYPOINT"] == '["keylatch"]'
+    assert "sidecar" in extras.split(",")
+
+
 def test_the_image_serves_without_root() -> None:
     """Not as root, by exec and not by a shell, where it says, with options that there are."""
     words = dict(instructions())

@@ -23,7 +23,6 @@ from keylatch_sidecar.settings import ProxySettings
 from tests.support.servers import serving
 
 ROOT = Path(__file__).parents[2]
-PLACES = [str(ROOT)]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[a-z]*/**/README.md")]
@@ -59,7 +58,7 @@ def test_the_examples_in_the_readme_run(
     """As a reader would paste them into a file; and they protect their app."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example.py").write_text(
-        f"import sys; sys.path += {PLACES}\n{program}\n"
+        f"import sys; sys.path += [{str(ROOT)!r}]\n{program}\n"
         "from tests.project.test_docs import status_of\nprint(status_of(globals()))\n"
     )
     done = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True)

@@ -6,6 +6,7 @@ It is SQLite, so it behaves as the store on a file does; work runs at once, in t
 import secrets
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ class Memory(Database):
         self._engine = create_engine(
             "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
         )
+        # Python 3.13 and later warn of a connection that is collected while it is open.
+        weakref.finalize(self, self._engine.dispose)
         event.listen(self._engine, "connect", _configure)
         event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
 
