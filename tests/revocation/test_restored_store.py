@@ -7,14 +7,16 @@ import pytest
 from sqlalchemy import Connection, update
 
 from keylatch.authentication.authenticator import Authenticator, CacheMiss
+from keylatch.authentication.keyset import Keyset, ReadAt
 from keylatch.authentication.lookup import Lookup
 from keylatch.caches.local_cache import Entry, NegativeEntry
 from keylatch.core.decisions import Allow, Decision, Deny, Reason
-from keylatch.core.tokens import Token
+from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created
 from keylatch.storage.invalidation_log import advance
-from keylatch.storage.schema import invalidations, keys, meta
+from keylatch.storage.schema import STORE_SECRETS_ID, invalidations, keys, meta, secrets
+from keylatch.storage.secrets import Secrets
 from tests.support.engines import MakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -145,6 +147,72 @@ async def test_a_look_up_from_before_a_restore_fills_no_cache(
     assert engine._freshness.is_fresh()  # notices it
     lookup.restored.set()
     assert isinstance(await checking, Allow) == (kind is IgnoresHistory)
+    await engine.stop()
+
+
+class KnowsNoHistory(Keyset):
+    """The broken twin: compares only sequence numbers."""
+
+    def _is_valid(self, as_of: ReadAt) -> bool:
+        return self._invalidations.accepts(STORE_SECRETS_ID, STORE_SECRETS_ID, as_of.seq)
+
+
+@pytest.mark.parametrize("kind", [Keyset, KnowsNoHistory])
+async def test_secrets_from_before_a_restore_call_no_token_forged(
+    make_engine: MakeEngine, kind: type[Keyset]
+) -> None:
+    """The restored store has another MAC key, which was made with a lower number."""
+    engine, key = await backed_up(make_engine, Authenticator)
+    engine._keyset.__class__ = kind
+    seq = await make_changes(engine, key)
+    assert engine._freshness.is_fresh()  # knows all changes
+    engine._keyset.as_of = engine._keyset.as_of._replace(seq=engine._invalidations.seq)
+    await Restored(engine, key).restore(seq, active=True, changed=False)
+    mac_key = b"k" * 32
+
+    def replace_key(connection: Connection) -> None:
+        connection.execute(update(secrets).where(secrets.c.kind == "mac").values(value=mac_key))
+        advance(connection, 0, organization_id=STORE_SECRETS_ID)
+
+    await engine.store._database.write(replace_key)
+    token = MacKeys([mac_key]).mint("kl", "live")
+    outcome = engine.authenticator.check_token_cached(token)
+    assert (outcome == Deny(Reason.FORGED)) == (kind is KnowsNoHistory)
+    await engine.stop()
+
+
+class StopsMeanwhile(Keyset):
+    """The engine stops and starts again, on another thread, while this one verifies a MAC."""
+
+    secrets: Secrets
+
+    def verify_mac(self, token: Token) -> bool:
+        mac_keys, self.mac_keys = self.mac_keys, None
+        verified = super().verify_mac(token)
+        assert mac_keys is not None
+        self._invalidations.history = object()
+        self.clear()
+        self.begin(self.secrets, mac_keys, ())
+        return verified
+
+
+class StopsUnnoticed(KnowsNoHistory, StopsMeanwhile):
+    """The broken twin: the secrets of the next start count as those that did not make the MAC."""
+
+
+@pytest.mark.parametrize("kind", [StopsMeanwhile, StopsUnnoticed])
+async def test_a_stop_and_a_start_meanwhile_call_no_token_forged(
+    make_engine: MakeEngine, kind: type[StopsMeanwhile]
+) -> None:
+    """A thread that found no secrets to verify a MAC with knows nothing about it."""
+    engine, key = await backed_up(make_engine, Authenticator)
+    assert engine._freshness.is_fresh()
+    await engine._keyset.refresh()
+    engine._keyset.__class__ = kind
+    assert isinstance(engine._keyset, StopsMeanwhile)
+    engine._keyset.secrets = await engine.store.secrets.load()
+    outcome = engine.authenticator.check_token_cached(key.token)
+    assert (outcome == Deny(Reason.FORGED)) == (kind is StopsUnnoticed)
     await engine.stop()
 
 

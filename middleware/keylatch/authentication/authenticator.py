@@ -44,7 +44,7 @@ from keylatch.telemetry.events import Decided, Events
 from keylatch.telemetry.request_trace import time_awaited_check, time_check
 
 if TYPE_CHECKING:
-    from keylatch.authentication.keyset import Keyset
+    from keylatch.authentication.keyset import Keyset, ReadAt
     from keylatch.authentication.lookup import Lookup, Owner
     from keylatch.revocation.freshness import Freshness
     from keylatch.revocation.invalidations import Invalidations
@@ -67,7 +67,7 @@ class CacheMiss:
     """
 
     token: Token = field(repr=False)
-    mac_verified_as_of: int | None = None
+    mac_verified_as_of: ReadAt | None = None
     cached: Entry | NegativeEntry | None = field(default=None, repr=False)
 
 
