@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from keylatch.authentication.authenticator import CacheMiss
 from keylatch.authentication.hashing import CHEAPEST, Cost, Hasher, VerifyResult
-from keylatch.authentication.keyset import Keyset
+from keylatch.authentication.keyset import Keyset, ReadAt
 from keylatch.core import tokens
 from keylatch.core.decisions import Allow, Deny, Reason, Requirement, principal_of
 from keylatch.core.timestamps import datetime_of
@@ -673,7 +673,7 @@ class CountingKeyset(Keyset):
 class TrustsMisses(Keyset):
     """A broken twin: what was verified once is not verified by newer secrets."""
 
-    async def may_be_valid(self, token: Token, verified_as_of: int | None) -> bool:
+    async def may_be_valid(self, token: Token, verified_as_of: ReadAt | None) -> bool:
         return verified_as_of is not None
 
 

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from keylatch._background import EngineTasks
+from keylatch.adapters.portal import Portal
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.core.decisions import Allow, Deny, Reason
 from keylatch.core.tokens import Token
@@ -227,3 +228,20 @@ def test_a_wsgi_app_beside_a_running_asgi_app_is_refused_with_503(
         assert any("create one Engine for each event loop" in each for each in caplog.messages)
         run(engine.stop())
     wsgi.close()
+
+
+def test_a_portal_beside_another_loop_ends_and_leaves_the_engine(make_engine: MakeEngine) -> None:
+    """The portal of an engine that runs on another loop ends its thread without an exception, and
+    the engine goes on."""
+    engine = make_engine()
+    with loop_on_a_thread() as run:
+        key = run(create(engine))
+        portal = Portal.for_engine(engine)
+        with pytest.raises(WrongEventLoop):
+            portal.run(engine.start())
+        thread = portal._thread
+        portal.close()
+        assert thread is not None
+        assert not thread.is_alive()
+        assert isinstance(run(engine.authenticate(bearer(key.token))), Allow)
+        run(engine.stop())

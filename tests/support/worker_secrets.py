@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from keylatch.authentication.hashing import CHEAPEST, Hasher
-from keylatch.authentication.keyset import Keyset
+from keylatch.authentication.keyset import Keyset, ReadAt
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.core.decisions import Allow
 from keylatch.core.tokens import MacKeys, Token
@@ -38,7 +38,7 @@ class OldKeyset(Keyset):
     async def refresh(self) -> None:
         return None
 
-    def proves_forged(self, token: Token, as_of: int) -> bool:
+    def proves_forged(self, token: Token, as_of: ReadAt) -> bool:
         return self.mac_keys is not None
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from keylatch.authentication.authenticator import CacheMiss
 from keylatch.core.decisions import ANY_KEY, Decision, Requirement
-from keylatch.errors import ConfigurationError
+from keylatch.errors import ConfigurationError, WrongEventLoop
 
 if TYPE_CHECKING:
     from keylatch.engine import Engine
@@ -116,6 +116,8 @@ class Portal:
             asyncio.run_coroutine_threadsafe(self._engine.stop(), loop).result(_SHUTDOWN_SECONDS)
         except TimeoutError:
             log.warning("the last usage counts were not stored before the shutdown timeout")
+        except WrongEventLoop:
+            pass  # it runs on the loop of an ASGI app, which stops it
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         atexit.unregister(self.close)

@@ -44,7 +44,7 @@ from keylatch.telemetry.events import Decided, Events
 from keylatch.telemetry.request_trace import time_awaited_check, time_check
 
 if TYPE_CHECKING:
-    from keylatch.authentication.keyset import Keyset
+    from keylatch.authentication.keyset import Keyset, ReadAt
     from keylatch.authentication.lookup import Lookup, Owner
     from keylatch.revocation.freshness import Freshness
     from keylatch.revocation.invalidations import Invalidations
@@ -67,7 +67,7 @@ class CacheMiss:
     """
 
     token: Token = field(repr=False)
-    mac_verified_as_of: int | None = None
+    mac_verified_as_of: ReadAt | None = None
     cached: Entry | NegativeEntry | None = field(default=None, repr=False)
 
 
@@ -309,7 +309,9 @@ class Authenticator:
         entry = self._l1.by_fingerprint(miss.token.fingerprint)
         if entry is not None and entry is not miss.cached and self._still_valid(entry):
             return entry, L1
+        history = self._invalidations.history  # first: a restore may be noticed meanwhile
         found, source = await lookup.fetch(miss.token)
+        found.history = history
         if isinstance(found, Entry):
             self._l1.add(found)
         else:
@@ -321,10 +323,17 @@ class Authenticator:
     def _still_valid(self, entry: Entry) -> bool:
         """Whether no change since the entry was last validated concerns it."""
         version = self._invalidations.version  # first: more changes may be applied meanwhile
-        accepted = self._invalidations.accepts(entry.key_id, entry.organization_id, entry.as_of)
+        accepted = self._accepts(entry)
         if accepted:
             entry.version = version
         return accepted
+
+    def _accepts(self, cached: Entry | NegativeEntry) -> bool:
+        """Whether the entry was read in the present history of the store, and no known change
+        invalidates it. A check that waits may hold an entry from before a restore."""
+        return cached.history is self._invalidations.history and self._invalidations.accepts(
+            cached.key_id, cached.organization_id, cached.as_of
+        )
 
     def _evaluate(
         self, cached: Entry | NegativeEntry, token: Token, requirement: Requirement, source: str
@@ -362,7 +371,7 @@ class Authenticator:
     def _evaluate_negative(
         self, negative: NegativeEntry, requirement: Requirement, source: str
     ) -> Decision | None:
-        if self._invalidations.accepts(negative.key_id, negative.organization_id, negative.as_of):
+        if self._accepts(negative):
             self._record_refusal(negative.key_id, negative.reason, requirement)
             return self._count_decision(Deny(negative.reason), source)
         return None

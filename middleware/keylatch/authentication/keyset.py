@@ -5,7 +5,7 @@ not know whether it has the newest secrets asks the store first.
 """
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from keylatch.caches.single_flight import SingleFlight
 from keylatch.core.tokens import MacKeys, Token, is_native, is_well_formed
@@ -23,6 +23,14 @@ class UsesPeppers(Protocol):
 
     def set_peppers(self, peppers: Sequence[bytes]) -> None:
         """Derive the keys from these, newest first."""
+
+
+class ReadAt(NamedTuple):
+    """When secrets were read: the history of the store (`Invalidations.history`), and the sequence
+    number in it."""
+
+    history: object
+    seq: int
 
 
 class Keyset:
@@ -43,8 +51,8 @@ class Keyset:
     def clear(self) -> None:
         """No secrets are loaded, and no token is called forged."""
         self.mac_keys: MacKeys | None = None
-        self.as_of = 0
-        """The sequence number at which the secrets were read."""
+        self.as_of = ReadAt(self._invalidations.history, 0)
+        """When the secrets were read."""
         self._pepper_users: Sequence[UsesPeppers] = ()
         self._single_flight: SingleFlight[None] = SingleFlight()
 
@@ -59,14 +67,14 @@ class Keyset:
             pepper_users: updated when the secrets change.
         """
         self._pepper_users = pepper_users
-        self.as_of = secrets.as_of
+        self.as_of = self.as_of._replace(seq=secrets.as_of)  # the history of before the start
         self.mac_keys = mac_keys
 
     def verify_mac(self, token: Token) -> bool:
         """Whether the known secrets made the token's MAC."""
         return self.mac_keys is not None and self.mac_keys.verify_mac(token)
 
-    def proves_forged(self, token: Token, as_of: int) -> bool:
+    def proves_forged(self, token: Token, as_of: ReadAt) -> bool:
         """Whether a token without a valid MAC belongs to no key of this store. While the process is
         not fresh, a new secret or an import may exist that it does not know.
 
@@ -76,9 +84,7 @@ class Keyset:
         """
         if self.mac_keys is None:
             return False
-        is_up_to_date = self._freshness.is_fresh() and self._invalidations.accepts(
-            STORE_SECRETS_ID, STORE_SECRETS_ID, as_of
-        )
+        is_up_to_date = self._freshness.is_fresh() and self._is_valid(as_of)
         if not is_native(token):
             return is_up_to_date and not self._invalidations.has_imported
         return is_up_to_date or not is_well_formed(token)
@@ -90,7 +96,13 @@ class Keyset:
         self._freshness.is_fresh()  # applies changes where that needs no waiting
         return self._invalidations.has_imported
 
-    async def may_be_valid(self, token: Token, verified_as_of: int | None) -> bool:
+    def _is_valid(self, as_of: ReadAt) -> bool:
+        """Whether no known change, restore or stop concerns secrets that were read then."""
+        return as_of.history is self._invalidations.history and self._invalidations.accepts(
+            STORE_SECRETS_ID, STORE_SECRETS_ID, as_of.seq
+        )
+
+    async def may_be_valid(self, token: Token, verified_as_of: ReadAt | None) -> bool:
         """Whether the current secrets made the token's MAC, or it may belong to an imported key.
 
         Args:
@@ -114,7 +126,7 @@ class Keyset:
         """
         self._freshness.is_fresh()  # applies changes where that needs no waiting
         for _ in range(_ATTEMPTS):
-            if self._invalidations.accepts(STORE_SECRETS_ID, STORE_SECRETS_ID, self.as_of):
+            if self._is_valid(self.as_of):
                 return
             await self._single_flight.do("secrets", self._load)
         raise StoreUnavailable(
@@ -123,9 +135,11 @@ class Keyset:
         )
 
     async def _load(self) -> None:
+        history = self._invalidations.history  # first: a restore may be noticed meanwhile
         secrets = await self._store.secrets.load()
         if self.mac_keys is not None:
             self.mac_keys.set_keys(secrets.mac_keys)
         for user in self._pepper_users:
             user.set_peppers(secrets.peppers)
-        self.as_of = secrets.as_of  # last: a reader of the new number finds the new keys
+        # Last: a reader of the new number finds the new keys.
+        self.as_of = ReadAt(history, secrets.as_of)

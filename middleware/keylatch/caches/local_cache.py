@@ -52,7 +52,7 @@ class Entry(UsageCounter):
         as_of: the sequence number at which the record was read.
     """
 
-    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "version")
+    __slots__ = ("allow", "as_of", "considered_at", "fingerprint", "history", "version")
 
     def __init__(self, fingerprint: bytes, record: KeyRecord, as_of: int) -> None:
         super().__init__(record.id)
@@ -60,6 +60,7 @@ class Entry(UsageCounter):
         self.allow = Allow(principal_of(record), record.expires_at)
         self.as_of = as_of
         self.considered_at = 0.0  # `used_at` when it last got a second chance, see `_Entries`
+        self.history: object = None  # of `Invalidations` before the record was read
         self.version: object = None  # of `Invalidations` when this entry was last validated
 
     @property
@@ -173,13 +174,14 @@ class NegativeEntry:
         as_of: the sequence number at which that was read.
     """
 
-    __slots__ = ("as_of", "key_id", "organization_id", "reason")
+    __slots__ = ("as_of", "history", "key_id", "organization_id", "reason")
 
     def __init__(self, reason: Reason, key_id: str, organization_id: str, as_of: int) -> None:
         self.reason = reason
         self.key_id = key_id
         self.organization_id = organization_id
         self.as_of = as_of
+        self.history: object = None  # of `Invalidations` before that was read
 
 
 class LocalCache:

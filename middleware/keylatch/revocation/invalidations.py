@@ -55,6 +55,9 @@ class Invalidations:
         self.epoch = ""
         self.has_imported = False
         """Whether the store has imported keys."""
+        self.history = object()
+        """Replaced when the store was restored from a backup, which assigns sequence numbers again:
+        an `as_of` is comparable only within the history in which the read of the store began."""
         self._set_floor(0)
         self.version = object()
         """Replaced after every change: an entry that was accepted under this version still is.
@@ -128,6 +131,7 @@ class Invalidations:
             batch: the store's answer.
             min_seq: a sequence number that the store had assigned before the query was sent.
         """
+        history = self.history
         has_changed = (batch.seq, batch.epoch) != (self.seq, self.epoch)
         if self.epoch and self._was_restored(batch, min_seq):
             self._handle_restore(batch)
@@ -141,7 +145,7 @@ class Invalidations:
         self.pending = tuple(
             invalidation for invalidation in self.pending if invalidation[0] > self.seq
         )
-        if has_changed:
+        if has_changed or self.history is not history:
             self._set_changed()
 
     def _set_changed(self) -> None:
@@ -179,6 +183,7 @@ class Invalidations:
             for object_id, seq in self._floor_and_tombstones[1].items()
             if seq > batch.seq or object_id in unconfirmed
         ]
+        self.history = object()
         self._set_floor(batch.seq)
         self._on_restore(invalidated)
 

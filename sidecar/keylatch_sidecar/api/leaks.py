@@ -27,7 +27,7 @@ from keylatch.authentication.lookup import Owner
 from keylatch.core import credentials
 from keylatch.core.tokens import Token, is_native
 from keylatch.engine import Engine
-from keylatch.errors import HashingFailed, InvalidKeyState, KeylatchError, StoreUnavailable
+from keylatch.errors import HashingFailed, InvalidKeyState, OperationalError, StoreUnavailable
 from keylatch.management.keyring import Keyring
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch_sidecar.api import request_body, unsent
@@ -172,7 +172,7 @@ class ReportQueue:
                 continue
             except HashingFailed as error:  # a retry would not help
                 self._log_not_revoked(token, error.message)
-            except KeylatchError as error:
+            except OperationalError as error:
                 log.warning("leak reports are pending: %s", error.message)
                 await asyncio.sleep(self._retry_seconds)
                 continue

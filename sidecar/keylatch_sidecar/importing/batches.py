@@ -84,10 +84,9 @@ async def import_batches(
     for batch in _batches(rows, size):
         try:
             committed = await _commit(keyring, batch)
-        except (KeylatchError, InvalidValue) as error:
-            hint = error.hint if isinstance(error, KeylatchError) else "correct the file"
-            message = error.message if isinstance(error, KeylatchError) else str(error)
-            raise BatchFailed(batch[0].line, batch[-1].line, message, hint) from None
+        except KeylatchError as error:
+            hint = "correct the file" if isinstance(error, InvalidValue) else error.hint
+            raise BatchFailed(batch[0].line, batch[-1].line, str(error), hint) from None
         yield committed
     with contextlib.suppress(KeylatchError):  # statistics only affect speed
         await keyring.analyze()

@@ -20,7 +20,7 @@ from keylatch.core.timestamps import datetime_of
 from keylatch.core.tokens import MacKeys, Token, has_valid_checksum
 from keylatch.core.validation import NewKey
 from keylatch.engine import Engine
-from keylatch.errors import HashingFailed, InvalidKeyState, StoreUnavailable
+from keylatch.errors import HashingFailed, InvalidKeyState, InvalidValue, StoreUnavailable
 from keylatch.management.keyring import Created
 from keylatch.settings import Settings
 from keylatch.storage.store import Found
@@ -376,7 +376,14 @@ async def test_a_rotation_that_is_taken_back_in_between_saves_nothing(counting: 
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("trouble", [HashingFailed("the row is damaged"), RuntimeError("a bug")])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        HashingFailed("the row is damaged"),
+        InvalidValue("reason", "must not be blank"),
+        RuntimeError("a bug"),
+    ],
+)
 async def test_a_report_that_cannot_be_looked_into_is_named(
     counting: Counting, trouble: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,6 +18,8 @@ from keylatch.errors import InvalidValue, StoreUnavailable
 from keylatch.management.keyring import Keyring, NewKey
 from keylatch.storage.store import Found, Store
 from keylatch_sidecar.cli.key_import import warn_of_hashing_cost
+from keylatch_sidecar.importing.batches import BatchFailed, import_batches
+from keylatch_sidecar.importing.file import NumberedKey
 from tests.storage.test_store import NOW, record
 from tests.support.clock import Clock
 from tests.support.command_line import SCRIPT, Operator, Result
@@ -391,6 +393,17 @@ def test_a_store_that_fails_halfway_is_told_with_the_line_to_go_on_from(
     assert "error: lines 5 to 6 were not created: the store failed: no more\n" in outcome.stderr
     assert "continue with --from-line 5\n" in outcome.stderr
     assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 5
+
+
+async def test_a_batch_with_an_invalid_value_names_it(engine: Engine) -> None:
+    """A row that became invalid after the file was read, such as by its expiry: the import says
+    which field, and to correct the file."""
+    rows = [NumberedKey(4, NewKey("acme", "ok")), NumberedKey(5, NewKey("acme", " "))]
+    with pytest.raises(BatchFailed, match=r"^name: must not be empty") as failed:
+        async for _ in import_batches(await engine.keyring(), rows, 10):
+            pass
+    assert (failed.value.first_line, failed.value.last_line) == (4, 5)
+    assert (failed.value.message, failed.value.hint) == (str(failed.value), "correct the file")
 
 
 def test_the_cost_of_argon2id_is_told_before_it_is_paid(
