@@ -10,7 +10,7 @@ LONGEST_LINE: Final = 2**22
 
 
 class Channel:
-    """One end of the line between a process and the run."""
+    """One end of the connection between a process and the run."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -25,13 +25,13 @@ class Channel:
         return channel
 
     def send(self, **message: Any) -> None:
-        """Say something, if somebody is there; never waits."""
+        """Send a message if the peer is connected; never waits."""
         if self._writer.transport.is_closing():
             return
         self._writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     async def receive(self) -> dict[str, Any] | None:
-        """The next message; None: nobody is there any more."""
+        """The next message; None: the peer has disconnected."""
         try:
             line = await self._reader.readline()
         except OSError:

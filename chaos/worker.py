@@ -112,7 +112,7 @@ class Revoker:
 
 
 async def revoke(engine: Engine, store: CommitTimeStore, path: str, name: str, seed: int) -> None:
-    """Revoke with the engine's keyring until told to end."""
+    """Revoke with the engine's keyring until the end message."""
     channel = await Channel.connect(path, role="revoker", side="keylatch", name=name)
     revoker = Revoker(await engine.keyring(), store)
     await revoke_until_ended(revoker, channel, random.Random(seed), _AT_A_TIME)

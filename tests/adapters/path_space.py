@@ -196,8 +196,8 @@ class TextPolicy:
         return Requirement(permissions, "SENDING") if matching else ONLY_FULL
 
     def routed_requirement(self, method: str, path: str, *_: object) -> Requirement:
-        wanted = self.requirement_for(method, path)
-        return wanted or ONLY_FULL
+        requirement = self.requirement_for(method, path)
+        return requirement or ONLY_FULL
 
 
 def _regex(path: str) -> re.Pattern[str]:

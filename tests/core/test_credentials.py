@@ -161,8 +161,10 @@ def test_a_bar_elsewhere_is_malformed_also_where_it_is_welcome(token: bytes) -> 
 def test_welcoming_a_bar_changes_nothing_else(values: list[bytes]) -> None:
     """Whatever is no such token is read as ever."""
     if not any(b"|" in value for value in values):
-        told, also = read(values), read(values, allow_pipe=True)
-        texts = [each.reveal() if isinstance(each, Token) else each for each in (told, also)]
+        without_pipe, with_pipe = read(values), read(values, allow_pipe=True)
+        texts = [
+            each.reveal() if isinstance(each, Token) else each for each in (without_pipe, with_pipe)
+        ]
         assert texts[0] == texts[1]
 
 

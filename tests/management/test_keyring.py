@@ -168,7 +168,7 @@ async def test_an_organisation_is_disabled_and_enabled(keyring: Keyring, engine:
     assert await check(created.token) == Deny(Reason.ORGANIZATION_DISABLED)
     assert await keyring.set_organization_active("acme", True)
     assert isinstance(await check(created.token), Allow)
-    assert await keyring.set_organization_active("nobody", False) is None
+    assert await keyring.set_organization_active("unknown", False) is None
 
 
 async def test_every_change_is_announced_after_its_commit(engine: Engine) -> None:

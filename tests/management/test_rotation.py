@@ -66,9 +66,9 @@ async def rotate(engine: Engine, key: Created, seconds: int = GRACE, **by: Any) 
 
 
 async def is_good(engine: Engine, token: Token) -> bool:
-    verdict = await engine.authenticate(bearer(token))
-    assert isinstance(verdict, Allow) or verdict.reason in (Reason.WRONG_SECRET, Reason.EXPIRED)
-    return isinstance(verdict, Allow)
+    decision = await engine.authenticate(bearer(token))
+    assert isinstance(decision, Allow) or decision.reason in (Reason.WRONG_SECRET, Reason.EXPIRED)
+    return isinstance(decision, Allow)
 
 
 class TestTheGrace:
@@ -161,7 +161,7 @@ class TestTheGrace:
     async def test_the_end_of_the_grace_is_not_forgotten_by_a_cache_entry(
         self, engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Somebody shipped that; the twin here that does so lets the old secret in for ever."""
+        """Another library has this defect; the twin here accepts the old secret for ever."""
         key = await create(engine)
         await rotate(engine, key)
 
@@ -354,8 +354,8 @@ class RotationContract(StoreTests):
         assert isinstance(found, Found)
         assert (found.hash, found.previous_hash) == ("old", None)
         assert found.record.partial_token == "kl_...abcd"
-        deeds = await store.audit.events("acme", 10)
-        assert [(deed.action, deed.actor) for deed in deeds] == [
+        events = await store.audit.events("acme", 10)
+        assert [(event.action, event.actor) for event in events] == [
             ("key.rotate.cancel", "key_c"),
             ("key.rotate", "key_b"),
             ("key.create", "operator"),
@@ -385,7 +385,7 @@ class RotationContract(StoreTests):
         assert await store.keys.list("other")
         assert (await store.organizations.revoke_all("acme", NOW + 2, None))[0] == 0
 
-    async def test_a_deed_and_its_line_are_one(self, store: Store) -> None:
+    async def test_a_change_and_its_audit_event_are_one_transaction(self, store: Store) -> None:
         """Nothing done, nothing written: the transaction that fails leaves neither."""
         await store.keys.add(record(), "hash")
         await store.keys.change("acme", "key_a", NOW, {"active": False, "deleted_at": NOW})
@@ -403,10 +403,10 @@ class RotationContract(StoreTests):
         await store.keys.add(record("key_x", "other"), "hash")
         first = await store.audit.events("acme", 3)
         rest = await store.audit.events("acme", 3, None, first[-1].id)
-        assert [deed.key_id for deed in (*first, *rest)] == [
+        assert [event.key_id for event in (*first, *rest)] == [
             f"key_{number}" for number in (3, 2, 1, 0)
         ]
-        assert [deed.key_id for deed in await store.audit.events("acme", 3, "key_1")] == ["key_1"]
+        assert [event.key_id for event in await store.audit.events("acme", 3, "key_1")] == ["key_1"]
         assert first[0].details == {
             "name": "ci",
             "permission": "FULL",

@@ -29,7 +29,7 @@ from tests.support.servers import PostgresServer
 pytestmark = pytest.mark.anyio
 READS = {"list", "page", "get", "events", "find_imported", "analyze", "usage"}
 GOOD = "ALLOW FULL ci"
-UNHEARD_OF = "FORGED"  # while the store has no key that was made elsewhere
+UNHEARD_OF = "FORGED"  # while the store has no imported key
 
 
 class OtherProcess:
@@ -74,7 +74,7 @@ def other(url: str) -> Iterator[OtherProcess]:
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a story is told: a key that the other process knows."""
+    """The scene of a test: a key that the other process has cached."""
 
     engine: Engine
     keyring: Keyring
@@ -237,7 +237,7 @@ STORIES: dict[str, list[Story]] = {
 
 
 def test_every_change_has_a_story() -> None:
-    """What the keyring can be asked for reads, or is told of here."""
+    """Each method of the keyring reads, or has a case here."""
     public = {
         name
         for name, _ in inspect.getmembers(Keyring, inspect.iscoroutinefunction)

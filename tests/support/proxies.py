@@ -244,7 +244,7 @@ class FaultInjector:
             self.response, self.closes_after_next_request = None, False
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for the next one
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the reader of the next one
         self._listener.close()
 
 
@@ -279,7 +279,7 @@ class Kind:
         inner: further addresses that it listens on, for itself.
         home: the folder it is started in; `{folder}` is where the files are.
         first: a request that is 404 until it has read its files, and is then refused without a
-            question; empty: it has read them when it listens.
+            check; empty: it has read them when it listens.
         environment: variables that say where it writes; `{folder}` is where the files are.
     """
 

@@ -19,7 +19,7 @@ from keylatch.django_ninja import APIKeyAuth
 
 def who(request: HttpRequest, **_: Any) -> HttpResponse:
     """Says who calls."""
-    return HttpResponse(request.api_key.display_name or "nobody")
+    return HttpResponse(request.api_key.display_name or "anonymous")
 
 
 async def who_async(request: HttpRequest) -> HttpResponse:

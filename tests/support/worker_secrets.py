@@ -51,7 +51,7 @@ class NeverReloadsSecrets(Engine):
 
 
 class WithoutNotifier(Engine):
-    """A process that the bell does not reach: it looks by itself, every X/4."""
+    """A process that receives no notices: it polls by itself, every X/4."""
 
     def _open_redis(self, *given: Any) -> tuple[SharedCache | None, Notifier | None]:
         shared_cache, _ = super()._open_redis(*given)
@@ -59,7 +59,7 @@ class WithoutNotifier(Engine):
 
 
 class NullNotifier:
-    """No bell."""
+    """No notices."""
 
     async def publish(self, notice: Notice | None) -> None:
         return None
@@ -83,7 +83,7 @@ def write_token(token: str) -> None:
 
 
 async def work(engine: Engine) -> dict[str, object]:
-    """Create and check until told to stop."""
+    """Create and check until the stop command."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -94,8 +94,8 @@ async def work(engine: Engine) -> dict[str, object]:
     made: list[str] = []
 
     async def check(values: list[bytes]) -> None:
-        verdict = await engine.authenticate(values)
-        outcomes["ALLOWED" if isinstance(verdict, Allow) else verdict.reason.name] += 1
+        decision = await engine.authenticate(values)
+        outcomes["ALLOWED" if isinstance(decision, Allow) else decision.reason.name] += 1
 
     async def create() -> None:
         while not stop.is_set():
@@ -134,9 +134,9 @@ async def work(engine: Engine) -> dict[str, object]:
     }
 
 
-def mac_key_index(check_keys: tuple[bytes, ...], token: str) -> int:
+def mac_key_index(mac_keys: tuple[bytes, ...], token: str) -> int:
     """Which of the keys made it; the newest is 0."""
-    return [MacKeys([key]).verify_mac(Token(token)) for key in check_keys].index(True)
+    return [MacKeys([key]).verify_mac(Token(token)) for key in mac_keys].index(True)
 
 
 if __name__ == "__main__":

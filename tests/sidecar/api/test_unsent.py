@@ -176,10 +176,10 @@ def test_only_the_word_deleted_includes_deleted_keys(client: httpx.Client, inclu
 def test_foreign_unknown_and_malformed_ids_look_the_same(
     client: httpx.Client, sidecar: Sidecar, method: str
 ) -> None:
-    """Nobody learns whether another organisation has a key: 404, byte for byte the same."""
-    foreign = sidecar.create(name="Foreign").record.id
+    """No answer shows whether another organisation has a key: 404, byte for byte the same."""
+    other_id = sidecar.create(name="Foreign").record.id
     ids = [
-        foreign,
+        other_id,
         "key_000000000000",
         "1",
         "%00",
@@ -205,7 +205,7 @@ def test_organizations_see_their_own_keys_only(
     client: httpx.Client, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """No list, and no parameter, shows or creates another organisation's keys."""
-    other = sidecar.create(name="Stranger")
+    other = sidecar.create(name="Other")
     mine, theirs = admin_key.record.organization_id, other.record.organization_id
     for name in ("organizationId", "organization", "teamId"):
         keys = client.get(KEYS, params={name: theirs, "include": "deleted"}).json()
@@ -214,7 +214,7 @@ def test_organizations_see_their_own_keys_only(
         assert key["organizationId"] == mine
         assert client.post(KEYS, json={"name": "Spy", name: theirs}).status_code == 400
     with sidecar.client(other) as others:
-        assert [key["name"] for key in others.get(KEYS).json()] == ["Stranger"]
+        assert [key["name"] for key in others.get(KEYS).json()] == ["Other"]
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
@@ -363,7 +363,7 @@ def test_a_disabled_key_is_listed_and_can_be_enabled_again(client: httpx.Client)
 
 @pytest.mark.parametrize("change", [{"active": True}, {"name": "Back"}, {"expiresAt": None}])
 def test_a_deleted_key_stays_deleted(client: httpx.Client, change: dict[str, Any]) -> None:
-    """No change brings it back."""
+    """No change re-activates it."""
     key = created(client)
     path = f"{KEYS}/{key['id']}"
     client.delete(path)

@@ -275,7 +275,7 @@ def test_without_the_second_hook_it_would_get_to_the_app(
 def test_an_unexpected_response_is_given_to_no_client(
     proxy: ProxyStack, mistake: dict[str, str], status: int
 ) -> None:
-    """On a kept connection it would be taken for the next one's. Why it is looked at before use."""
+    """On a persistent connection it would be the next answer: why connections are checked."""
     injector = FaultInjector(proxy.sidecar.port)
     twin = ONE_PROCESS | mistake
     try:

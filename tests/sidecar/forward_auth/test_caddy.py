@@ -306,7 +306,7 @@ def test_log_credentials_would_write_keys_into_the_log(proxy: ProxyStack) -> Non
 
 
 def test_a_host_that_no_site_names_gets_an_empty_answer(proxy: ProxyStack) -> None:
-    """200 by Caddy itself: the app is not asked, and a health check would believe it."""
+    """200 by Caddy itself, without the app: a health check would accept it."""
     count_before = proxy.app.request_count
     with running_proxy(
         KIND, proxy.app_url, proxy.sidecar.port, {"http://:": "http://api.test:"}

@@ -453,8 +453,8 @@ def test_a_restart_during_many_checks_loses_none(
             ) as other,
             ThreadPoolExecutor(16) as pool,
         ):
-            ask = functools.partial(send, other.url, b"GET /v1/me", auth_header(proxy.full))
-            waves = [[pool.submit(ask) for _ in range(16)] for _ in range(2)]
+            request_ = functools.partial(send, other.url, b"GET /v1/me", auth_header(proxy.full))
+            waves = [[pool.submit(request_) for _ in range(16)] for _ in range(2)]
             statuses = [{request.result().status for request in wave} for wave in waves]
     finally:
         injector.close()

@@ -300,7 +300,7 @@ BELIEVING = {
 
 
 @pytest.mark.parametrize("raw", ["false", "true"])
-def test_an_envoy_that_tells_the_sidecar_of_all_headers_believes_no_lie(
+def test_an_envoy_that_sends_all_headers_accepts_no_forged_identity(
     proxy: ProxyStack, raw: str
 ) -> None:
     """For other configurations: if the sidecar gets names that an app could mistake for

@@ -77,7 +77,7 @@ def test_429_is_429_after_a_second_try(
         assert_rate_limited(answered)
 
 
-def test_a_limit_by_the_public_part_would_be_used_up_by_anybody(proxy: ProxyStack) -> None:
+def test_a_limit_by_the_public_part_could_be_used_up_without_the_key(proxy: ProxyStack) -> None:
     """Why it is the whole credential that counts: requests are counted ahead of the check."""
     public = len("kl_live_000000000000")
     mistake = {**KIND.limited, r"\S{1,96}": rf"\S{{1,{public}}}"}

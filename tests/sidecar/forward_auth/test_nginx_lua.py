@@ -136,8 +136,8 @@ def test_the_sidecars_words_arrive_as_they_are(
         "retry-after": "17",
         "content-length": str(len(body)),
     }
-    spelled = [f"{getattr(str, names)(name)}: {value}" for name, value in fields.items()]
-    head = "\r\n".join([f"HTTP/1.1 {status} Whatever", *spelled, "X-Internal: 1", "", ""])
+    lines = [f"{getattr(str, names)(name)}: {value}" for name, value in fields.items()]
+    head = "\r\n".join([f"HTTP/1.1 {status} Whatever", *lines, "X-Internal: 1", "", ""])
     count_before = proxy.app.request_count
     with injector.responding(head.encode() + body):
         answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))
