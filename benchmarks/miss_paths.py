@@ -105,7 +105,7 @@ async def fill_redis(url: str, redis: RedisServer, keys: Sequence[Created]) -> N
 
 
 def clear_caches(engine: Engine) -> None:
-    """Take away what this process remembers of keys."""
+    """Clear the caches of this process."""
     engine._l1.clear()
 
 
@@ -121,7 +121,7 @@ class Spent:
 
 
 async def l2(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
-    """A check that Redis saves the hash ÷ what it asks: one look-up and one GET."""
+    """A check that Redis saves the hash ÷ its requests: one look-up and one GET."""
     return [row for kind in KINDS for row in await l2_on(kind, rounds, redis, done)]
 
 

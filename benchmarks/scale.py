@@ -55,7 +55,7 @@ class Filled:
 
 
 async def filled(url: str, keys: int, progress: Progress) -> Filled:
-    """Fill a store, and remember some of its tokens."""
+    """Fill a store, and keep some of its tokens."""
     engine = Engine(Settings.load(store=url, redis="", hasher="sha256"))
     keyring = await engine.keyring()
     task = progress.add_task(f"{url.partition(':')[0]}, {keys:,} keys", total=keys)

@@ -70,7 +70,7 @@ class Figures:
 def measure(
     served: Served, store: str, rounds: int, seconds: int, done: Callable[[], None]
 ) -> tuple[Figures, Figures]:
-    """(open, protected); who goes first takes turns."""
+    """(open, protected), in alternating order."""
     key = auth_header_of(store)
     figures = {"no": Figures(), "on": Figures()}
     with running(served.command, {"KEYLATCH_STORE": store}, path="/v1/me") as server:

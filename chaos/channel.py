@@ -18,7 +18,7 @@ class Channel:
 
     @classmethod
     async def connect(cls, path: str, **hello: Any) -> "Channel":
-        """Connect to the run and say who this is."""
+        """Connect to the run and send this process's name."""
         reader, writer = await asyncio.open_unix_connection(path, limit=LONGEST_LINE)
         channel = cls(reader, writer)
         channel.send(pid=os.getpid(), **hello)

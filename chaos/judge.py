@@ -122,7 +122,7 @@ class Ledger:
         return found
 
     def durations(self, faults: Sequence[Interval], grace_ns: int) -> dict[str, list[float]]:
-        """Milliseconds from asking to the answer, of revokes that waited: far from every fault, and
+        """Milliseconds from request to answer, of revokes that waited: far from every fault, and
         near one."""
         found: dict[str, list[float]] = {"healthy": [], "under faults": []}
         troubled = set().union(*_buckets(faults, grace_ns).values())

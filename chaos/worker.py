@@ -124,7 +124,7 @@ if __name__ == "__main__":
     role, store_url, redis_url, lease, path, name, *seed = sys.argv[1:]
     store = CommitTimeStore(store_url)
     settings = Settings.load(store=store_url, redis=redis_url, lease=float(lease))
-    # argon2id, or Redis would never be asked.
+    # argon2id, or Redis would never be used.
     engine = Engine(settings, store=store, hasher=Hasher("argon2id", CHEAPEST))
     if role == "check":
         Checker(KeylatchSubject(engine), path, "keylatch", name).run()

@@ -171,7 +171,7 @@ def _reading(c: Configuration, v: View, m: Member) -> Iterator[Step]:
 
 
 def _checked(c: Configuration, v: View, m: Member, late: bool, as_of: int) -> Iterator[Step]:
-    """The moment of the check: one step, one clock reading, one rule wherever the value is from."""
+    """A check: one step, one clock reading, one rule for values of any source."""
     if (m.lease or not c.rules.needs_lease) and (as_of >= m.bar or not c.rules.checks_as_of):
         broken = "G3 is broken: accepted later than commit + X" if v.overdue else ""
         broken = "G2 is broken: accepted, though it started after the answer" if late else broken

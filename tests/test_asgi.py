@@ -122,7 +122,7 @@ async def test_the_app_learns_who_is_calling(engine: Engine, build: Build) -> No
         ("", "GET", "/v1/emails", 403),
     ],
 )
-async def test_a_permission_opens_what_is_named_for_it(
+async def test_a_permission_allows_what_is_named_for_it(
     engine: Engine, build: Build, permission: str, method: str, path: str, status: int
 ) -> None:
     """FULL may do everything, also what `@requires("SENDING")` guards; the others fail closed."""

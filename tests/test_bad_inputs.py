@@ -394,7 +394,7 @@ async def test_a_forged_token_costs_no_call_to_redis_the_store_or_argon2(
     costs.calls.clear()
     caplog.clear()
     # What lacks keylatch's shape could have been imported a moment ago, and what has it made with
-    # a new check key: 48 bytes of mapped memory tell whether anything was committed at all.
+    # a new MAC key: 48 bytes of mapped memory tell whether anything was committed at all.
     assert (await asgi_request(app, headers=[bearer("letmein")])) == A2
     assert set(costs.calls) <= {"data_version", "sequence_nowait", "since_nowait"}
     costs.calls.clear()
@@ -410,8 +410,8 @@ async def test_a_forged_token_costs_no_call_to_redis_the_store_or_argon2(
 
 @pytest.mark.anyio
 async def test_a_store_that_is_down_is_never_the_keys_fault(costs: Costs) -> None:
-    """503 for every token that may be good, warm or cold, and for what may have been imported, or
-    made with another check key, since. What was copied wrongly is none of these."""
+    """503 for every token that may be valid, cached or not, and for what may have been imported, or
+    created with another MAC key, since. A token with a wrong checksum is none of these."""
     keyring = await costs.engine.keyring()
     warm, cold = [(await keyring.create("default", name)).token for name in ("warm", "cold")]
     app = APIKeyMiddleware(echo, engine=costs.engine)
@@ -455,7 +455,7 @@ class Crowded(Hasher):
 
 @pytest.mark.anyio
 async def test_a_full_hash_queue_asks_to_come_again(make_engine: MakeEngine) -> None:
-    """503 with Retry-After; and the refusal is not remembered."""
+    """503 with Retry-After; and the refusal is not cached."""
     hasher = Crowded("argon2id", CHEAPEST)
     engine = make_engine(hasher=hasher)
     token = (await (await engine.keyring()).create("default", "good")).token.reveal()

@@ -70,7 +70,7 @@ def look_at_headers(get_response: Any) -> Any:
 
 
 def who(request: HttpRequest, **_: Any) -> HttpResponse:
-    """A view that says who calls."""
+    """A view that returns the principal."""
     return HttpResponse(request.api_key.display_name)
 
 
@@ -136,7 +136,7 @@ def test_over_asgi_it_is_the_same(keys: Keys) -> None:
         answer = await AsyncClient().get(path, headers=headers)
         return answer.status_code, answer.content
 
-    async def story() -> None:
+    async def scenario() -> None:
         assert await request("/v1/emails/async", **small) == (200, b"Ada")
         assert await request("/v1/emails", **small) == (200, b"Ada")
         assert await request("/open") == (200, b"anonymous")
@@ -146,7 +146,7 @@ def test_over_asgi_it_is_the_same(keys: Keys) -> None:
         reader = keys.create("Bo", permission="READING").headers
         assert await request("/v1/drafts/async", **reader) == (200, b"Bo")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 class HeldHasher(Hasher):
@@ -168,7 +168,7 @@ def test_a_miss_does_not_block_the_loop(make_engine: MakeEngine) -> None:
     """While one request waits for a hash, another on the same loop is answered from memory."""
     hasher = HeldHasher()
 
-    async def story() -> None:
+    async def scenario() -> None:
         manager = make_engine()
         keyring = await manager.keyring()
         tokens = [(await keyring.create("default", name)).token.reveal() for name in "ab"]
@@ -186,7 +186,7 @@ def test_a_miss_does_not_block_the_loop(make_engine: MakeEngine) -> None:
         assert (await slow).content == b"b"
 
     with project(make_engine(hasher=hasher)):
-        asyncio.run(story())
+        asyncio.run(scenario())
     while Remembered.opened:
         Remembered.opened.pop().close()
 
@@ -232,8 +232,8 @@ def bearer(key: Created) -> dict[str, str]:
 
 @pytest.mark.parametrize("over", ["wsgi", "asgi"])
 def test_a_request_counts_once_as_what_it_was(over: str, make_engine: MakeEngine) -> None:
-    """Let in or refused, by the view or by the rules, at first sight or later: metrics and the
-    key's own usage say what the answer said."""
+    """Allowed or refused, by the view or by the rules, cached or not: metrics and the
+    key's own usage agree with the answer."""
     engine = make_engine(permissions="FULL,SENDING,READING")
     portal = Portal.for_engine(engine)
 
@@ -256,7 +256,7 @@ def test_a_request_counts_once_as_what_it_was(over: str, make_engine: MakeEngine
         assert request("POST", "/v1/emails", sender) == 200
         assert request("POST", "/ninja/emails", sender) == 200  # the rules' word
         assert request("GET", "/v1/drafts", sender) == 403  # the view's
-        assert request("GET", "/v1/emails", reader) == 403  # at first sight
+        assert request("GET", "/v1/emails", reader) == 403  # uncached
         assert request("GET", "/", reader) == 403  # nothing is declared
         assert request("GET", "/nowhere", reader) == 403
         assert request("GET", "/v1/drafts", reader) == 200
@@ -336,7 +336,7 @@ def test_every_request_may_have_a_principal(keys: Keys) -> None:
 
 
 def test_the_view_refuses_as_the_middleware_does(keys: Keys) -> None:
-    """Where the settings let more pass than a view asks for: the very same answer."""
+    """Where the settings let more pass than a view requires: the very same answer."""
     sender = keys.create(permission="SENDING").headers
     by_view = Client().post("/v1/batch", headers=sender)
     by_middleware = Client().get("/v1/batch", headers=sender)
@@ -345,11 +345,11 @@ def test_the_view_refuses_as_the_middleware_does(keys: Keys) -> None:
     assert by_view.headers == by_middleware.headers
     assert by_view.headers["www-authenticate"].endswith('scope="READING"')
 
-    async def story() -> None:
+    async def scenario() -> None:
         answer = await AsyncClient().get("/v1/batch", headers=sender)
         assert (answer.content, answer.headers) == (by_view.content, by_view.headers)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_public_path_has_no_principal_where_a_view_requires_one(keys: Keys) -> None:

@@ -410,7 +410,7 @@ def test_routers_and_mounted_apps() -> None:
 
 
 def test_scopes_of_routers_and_apps_add_up() -> None:
-    """What app, router, inclusion and route ask for is asked for together."""
+    """The requirements of app, router, inclusion and route are combined."""
     app = FastAPI(dependencies=[Security(api_key)])
     router = APIRouter(dependencies=[Security(api_key, scopes=["SENDING"])])
     router.add_api_route("/one", name_of)
@@ -427,7 +427,7 @@ def test_scopes_of_routers_and_apps_add_up() -> None:
 
 
 def test_what_is_for_full_only() -> None:
-    """HEAD and OPTIONS, a scope FULL, and scopes that are asked of another scheme."""
+    """HEAD and OPTIONS, a scope FULL, and scopes of another security scheme."""
 
     async def of_another_scheme(scopes: SecurityScopes) -> str:
         return scopes.scope_str
@@ -454,7 +454,7 @@ def test_what_is_for_full_only() -> None:
         ("/v1/emails/x.json", "/v1/emails/{id}.json"),
     ],
 )
-def test_a_rule_that_opens_a_route_for_full_stops_the_start(closed: str, opened: str) -> None:
+def test_a_rule_that_allows_a_route_for_full_stops_the_start(closed: str, opened: str) -> None:
     """Rules know no order of routes; a route that would be allowed by mistake fails the start."""
     app = FastAPI()
     app.add_api_route(closed, name_of)
@@ -475,7 +475,7 @@ PATHS = ["/" + "/".join(path) for n in range(5) for path in product(["a", "7", "
 @pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(closed=TEMPLATES, opened=TEMPLATES)
-def test_no_route_for_full_is_opened_unsaid(closed: list[str], opened: list[str]) -> None:
+def test_no_route_for_full_is_allowed_implicitly(closed: list[str], opened: list[str]) -> None:
     """Whenever some path matches both, whatever the two look like, the start fails."""
     app = FastAPI()
     for endpoint, segments in ((name_of, closed), (send, opened)):
@@ -524,7 +524,7 @@ def test_neighbours_do_not_stop_the_start(closed: str, opened: str) -> None:
 
 
 def test_what_comes_later_or_says_so_itself_does_not_stop_the_start() -> None:
-    """The router never gets to the former, and the dependency is asked in the latter."""
+    """The router never gets to the former, and the dependency runs in the latter."""
     app = FastAPI()
     app.add_api_route("/{page}", both)
     app.add_api_route("/{page}", name_of, methods=["POST"])

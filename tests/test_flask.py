@@ -14,7 +14,7 @@ from tests.support.servers import error_without_package
 
 
 def who() -> str:
-    """Says who calls."""
+    """Returns the principal."""
     return api_key.display_name or "anonymous"
 
 
@@ -118,7 +118,7 @@ def test_a_key_may_call_what_its_permission_is_declared_for() -> None:
 
 
 def test_the_view_refuses_as_the_middleware_does() -> None:
-    """Where rules let more pass than a view asks for: the same status, headers and body."""
+    """Where rules let more pass than a view requires: the same status, headers and body."""
     keys = Keys(permissions="FULL,SENDING,READING")
     small = keys.create(permission="READING").headers
     said = []

@@ -199,7 +199,7 @@ async def test_two_engines_have_one_page(make_engine: MakeEngine) -> None:
 
 @pytest.mark.anyio
 async def test_an_engine_that_was_not_started_has_numbers_too(make_engine: MakeEngine) -> None:
-    """A page that is asked for early is no error."""
+    """A scrape before the start is no error."""
     found = numbers(page_of(make_engine()))
     assert found["keylatch_cache_entries{type=keys}"] == 0
 
@@ -374,7 +374,7 @@ async def test_lost_uses_are_counted() -> None:
 
 @pytest.mark.anyio
 async def test_a_restored_store_is_counted(make_engine: MakeEngine) -> None:
-    """The alarm stays on the page, for those who did not read the log."""
+    """The alarm stays on the page, also if the log was not read."""
     engine = make_engine()
     await make(engine)
     created = await make(engine)
@@ -451,7 +451,7 @@ def test_the_page_is_for_operators(sidecar: Sidecar, admin_key: Created) -> None
 
 
 def test_the_listener_for_metrics_serves_nothing_else(sidecar: Sidecar, admin_key: Created) -> None:
-    """No key opens more there, and no decision can be asked for."""
+    """No key is allowed more there, and no check can be requested."""
     credential = {"Authorization": f"Bearer {admin_key.token.reveal()}"}
     with sidecar.probe() as probe:
         for path in ("/metrics", "/healthz", "/readyz"):
@@ -482,7 +482,7 @@ def test_prometheus_has_a_listener_of_its_own(operator: Operator, workers: int) 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_workers_are_on_every_page(operator: Operator, workers: int) -> None:
-    """Whichever of them is asked, and for management only."""
+    """Whichever worker answers, and for management keys only."""
     key = operator.create()
     port, admin = free_port(), free_port()
     asking, managing = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"

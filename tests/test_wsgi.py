@@ -38,7 +38,7 @@ RULES = {"SENDING": ["POST /v1/emails", "GET /v1/emails/{id}"]}
 
 
 def echo(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-    """An app that says who calls."""
+    """An app that returns the principal."""
     principal = environ["keylatch.principal"]
     body = f"{principal.display_name or 'anonymous'}".encode()
     length = str(len(body))
@@ -398,7 +398,7 @@ def test_workers_are_replaced_under_load(
         while not done.is_set():
             answers[key.record.name, worker_wsgi.status_of(port, "/", bearer(key))] += 1
 
-    def is_let_in(port: str, key: Created) -> bool:
+    def is_accepted(port: str, key: Created) -> bool:
         # gunicorn resets what a worker on its way out has accepted and not begun.
         status = worker_wsgi.status_of(int(port), "/", bearer(key))
         assert status in (0, 200)
@@ -410,7 +410,7 @@ def test_workers_are_replaced_under_load(
             try:
                 for number in range(times(2, 25)):
                     key = protected.create(f"used once {number}")
-                    eventually(lambda port=port, key=key: is_let_in(port, key))  # type: ignore[misc]
+                    eventually(lambda port=port, key=key: is_accepted(port, key))  # type: ignore[misc]
                     process.send_signal(signal.SIGHUP)
                     eventually(lambda key=key: protected.last_used(key) is not None)  # type: ignore[misc]
             finally:
@@ -418,7 +418,7 @@ def test_workers_are_replaced_under_load(
         for caller in callers:
             caller.result()
         last = protected.create("last")
-        eventually(lambda: is_let_in(port, last))
+        eventually(lambda: is_accepted(port, last))
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert protected.last_used(last) is not None

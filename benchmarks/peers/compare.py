@@ -49,7 +49,7 @@ def postgresql() -> Iterator[str]:
 
 
 def chosen(only: Sequence[str]) -> list[Peer]:
-    """The peers that were asked for; all of them if none was."""
+    """The requested peers; all of them by default."""
     unknown = set(only) - {peer.name for peer in PEERS}
     if unknown:
         names = ", ".join(peer.name for peer in PEERS)

@@ -82,7 +82,7 @@ def measure(
 
 
 def turn(server: Server, number: int, seconds: int) -> tuple[float, float]:
-    """Open and protected; who goes first takes turns."""
+    """Open and protected, in alternating order."""
     paths = ["/open", "/protected"]
     found = {p: load(server, p, seconds) for p in (paths if number % 2 else reversed(paths))}
     return found["/open"], found["/protected"]

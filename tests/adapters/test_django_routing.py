@@ -124,7 +124,7 @@ def test_a_default_language_without_a_prefix() -> None:
 
 @pytest.mark.parametrize("what", ["path", "urlconf", "language"])
 @pytest.mark.parametrize("over", ["wsgi", "asgi"])
-def test_what_a_middleware_in_between_changes_opens_nothing(what: str, over: str) -> None:
+def test_what_a_middleware_in_between_changes_allows_nothing(what: str, over: str) -> None:
     """The path, the URLconf, or the language by its own rules; not for keys without FULL, and on a
     public path for no request. A twin that checks only once lets each of them through."""
     keys = Keys()

@@ -21,7 +21,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 @pytest.mark.long
 @pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.name)
 def test_every_server_gives_the_answers_of_the_table(server: Server, keys: Keys) -> None:
-    """Byte for byte: what is refused, who passes, and what the server refuses by itself."""
+    """Byte for byte: refused and accepted requests, and those that the server refuses by itself."""
     for package in server.packages:
         pytest.importorskip(package)
     with grammar.serving(server, keys) as served:

@@ -97,7 +97,7 @@ class Running:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         connection.close()
 
-    def let_in(self) -> list[str]:
+    def accepted_keys(self) -> list[str]:
         return self._acts.read_text().split() if self._acts.exists() else []
 
 
@@ -141,7 +141,7 @@ def running(server: Server, over: str, trusted: str, app: str = "") -> Iterator[
         yield run
         process.terminate()
         process.wait(60)
-        run.in_the_end = run.let_in()
+        run.in_the_end = run.accepted_keys()
     finally:
         process.kill()
         process.wait()
@@ -176,9 +176,9 @@ def test_a_twin_that_guesses_accepts_other_clients(server: Server) -> None:
     """On uvicorn a connection that was reset has no address: the twin calls that a Unix socket."""
     with running(server, "TCP", "unix", app="guessing") as run:
 
-        def is_let_in() -> bool:
+        def is_accepted() -> bool:
             run.reset("127.0.0.2")
-            return "key_forged" in run.let_in()
+            return "key_forged" in run.accepted_keys()
 
-        eventually(is_let_in)
+        eventually(is_accepted)
         assert run.status("key_honest") == 401

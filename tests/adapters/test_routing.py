@@ -1,4 +1,4 @@
-"""Routers are asked: through middlewares and mounts, once, and with care; and what views declare.
+"""Rules are matched by the app's routers, through middlewares and mounts; and views' permissions.
 
 Each app here has a view for FULL that a rule with a parameter, or a public path with one, would
 open if only text were compared.
@@ -137,7 +137,7 @@ def test_an_app_that_cannot_be_seen_is_compared_by_text() -> None:
         assert client.get(where)[0] == 403
 
 
-def test_of_two_apps_in_a_middleware_neither_is_taken_for_the_one() -> None:
+def test_of_two_apps_in_a_middleware_neither_is_used() -> None:
     """Which of them gets a request is known to the middleware alone."""
     one_app, other = Starlette(routes=ROUTES), Starlette()
 
@@ -162,7 +162,7 @@ class Changing:
     ("change", "where"),
     [(lambda path: path.rstrip("/"), "/v1/export/"), (str.lower, "/v1/EXPORT")],
 )
-def test_a_path_that_a_middleware_changes_opens_nothing(change: Any, where: str) -> None:
+def test_a_path_that_a_middleware_changes_allows_nothing(change: Any, where: str) -> None:
     """Although the router would lead the path that the client sent to another view."""
     rules = {"FULL": ["GET /v1/export"], "SENDING": ["GET /v1/{name:path}"]}
     routes = [Route("/v1/export", export), Route("/v1/{name:path}", one)]
@@ -303,7 +303,7 @@ def test_the_router_is_asked_only_where_that_decides() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), AssertionError(), KeyError("x")])
-def test_a_router_that_fails_when_asked_opens_nothing(
+def test_a_router_that_fails_allows_no_request(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The answer is 403, never 500, and the log says so once."""
@@ -329,7 +329,7 @@ class ForVersion(Route):
 
 
 def test_what_a_client_sent_first_does_not_decide_what_a_rule_means() -> None:
-    """The route of an exact rule's path is remembered, but not by any header of a client."""
+    """The route of an exact rule's path is cached, but not by any header of a client."""
     routes = [ForVersion("/v1/export", one), *ROUTES]
     client = AppClient(Starlette(routes=routes))
     client.get("/v1/7", headers=[(b"x-version", b"2")])
@@ -517,7 +517,7 @@ def websocket_status(client: AppClient, where: str, permission: str = "") -> boo
 
 
 @pytest.mark.parametrize("public", ["/chat/7", "/chat/{room}"])
-def test_a_public_page_opens_no_websocket(public: str) -> None:
+def test_a_public_page_makes_no_websocket_public(public: str) -> None:
     """On the same path; `WEBSOCKET` in its place does, and no page. For the rest of keys, what
     rules say of GET counts."""
     routes = [Route("/chat/{room}", one), WebSocketRoute("/chat/{room}", greet)]
@@ -561,7 +561,7 @@ def test_a_rule_for_a_public_page_is_that_of_the_websocket() -> None:
 
 
 @pytest.mark.parametrize("public", ["/x", "/x/{a}"])
-def test_a_public_path_opens_no_other_view_for_head(public: str) -> None:
+def test_a_public_path_makes_no_other_view_public_for_head(public: str) -> None:
     """FastAPI does not start where it declares nothing and the one for GET does."""
     app, api_key = FastAPI(openapi_url=None), APIKey()
     sending = [Security(api_key, scopes=["FULL"])]
@@ -573,7 +573,7 @@ def test_a_public_path_opens_no_other_view_for_head(public: str) -> None:
     assert AppClient(app, public=["/y"], permissions=permissions_of(app)) is not None
 
 
-def test_a_public_path_with_parameters_opens_no_websocket_unsaid() -> None:
+def test_a_public_path_with_parameters_makes_no_websocket_public() -> None:
     """FastAPI starts beside one for pages, and not with one for WebSockets."""
     app = FastAPI(openapi_url=None)
     app.add_api_websocket_route("/chat/{room}", greet)
@@ -617,10 +617,10 @@ def fastapi_app() -> FastAPI:
         (["DELETE /users/{id}"], ""),
     ],
 )
-def test_fastapi_does_not_start_where_a_public_path_opens_a_route_unsaid(
+def test_fastapi_does_not_start_if_a_public_path_makes_another_route_public(
     public: list[str], opened: str
 ) -> None:
-    """One that asks for no key, and that `public` does not spell as the route does."""
+    """A route without a key that `public` does not spell as the route does."""
     app = fastapi_app()
     if not opened:
         assert AppClient(app, public=public, permissions=permissions_of(app)) is not None
@@ -630,7 +630,7 @@ def test_fastapi_does_not_start_where_a_public_path_opens_a_route_unsaid(
 
 
 def test_a_route_that_asks_for_a_key_is_not_public_by_the_way() -> None:
-    """A declaration wins over a public pattern, and the key that it asks for is looked at."""
+    """A declaration wins over a public pattern, and the required key is checked."""
     app, api_key = FastAPI(openapi_url=None), APIKey()
     sending = [Security(api_key, scopes=["SENDING"])]
     app.add_api_route("/users/me", lambda: "me", dependencies=sending)
@@ -648,7 +648,7 @@ def test_what_is_mounted_can_be_public() -> None:
     assert client.get("/static/a.css", "") == (200, b"a file")
 
 
-def test_fastapi_does_not_start_where_a_public_path_opens_a_mount_unsaid() -> None:
+def test_fastapi_does_not_start_if_a_public_path_makes_a_mount_public() -> None:
     """An opaque app may have views for FULL: a public path must name its mount."""
     app = FastAPI(openapi_url=None)
     app.mount("/admin", Slotted(PlainTextResponse("users")))
@@ -691,7 +691,7 @@ def test_flask_views_that_declare_nothing_are_for_full(copied: Callable[[Any], A
     assert statuses == [200, 403, 403, 403]
 
 
-def test_flask_does_not_start_where_a_public_path_opens_a_view_unsaid() -> None:
+def test_flask_does_not_start_if_a_public_path_makes_another_view_public() -> None:
     """Its static files are its own affair."""
     app = flask_app()
     rules = flask_permissions_of(app)
@@ -824,7 +824,7 @@ def for_a_tenant(get_response: Any) -> Any:
 
 
 def test_django_as_a_whole_can_be_wrapped() -> None:
-    """By the middleware for WSGI, which then asks the URLconf."""
+    """By the middleware for WSGI, which then uses the URLconf."""
     keys = Keys()
     with override_settings(ROOT_URLCONF=tuple(rest_urls()), MIDDLEWARE=[]):
         app = WSGIMiddleware(WSGIHandler(), engine=keys.engine(), permissions=REST_RULES)

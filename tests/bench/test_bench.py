@@ -144,7 +144,7 @@ def test_what_is_not_answered_is_counted_with_the_time_that_it_took_at_least() -
 def test_a_plan_never_needs_more_keys_than_it_may_make(
     seconds: float, rate: int, keys: int, revocations: int
 ) -> None:
-    """Whatever is asked for: first sights are as many as there are keys for."""
+    """Whatever the requested rate: there are as many uncached checks as keys."""
     try:
         made = Plan(seconds=seconds, rate=rate, keys=keys, revocations=revocations)
     except OutOfBounds:
@@ -275,13 +275,13 @@ class Maker:
         return [(key_id, "org") for key_id, its in self.living.items() if its == name]
 
 
-def supplied(story: Callable[[Maker, TemporaryKeys], Awaitable[None]]) -> None:
+def supplied(scenario: Callable[[Maker, TemporaryKeys], Awaitable[None]]) -> None:
     """What happens to the keys of a run."""
 
     async def run() -> None:
         maker = Maker()
         maker.living["key_of_somebody"] = "in production"
-        await story(maker, TemporaryKeys(maker, max_keys=50, expires_at=time.time() + 60))
+        await scenario(maker, TemporaryKeys(maker, max_keys=50, expires_at=time.time() + 60))
         assert maker.living.pop("key_of_somebody") == "in production"
 
     asyncio.run(run())
@@ -290,7 +290,7 @@ def supplied(story: Callable[[Maker, TemporaryKeys], Awaitable[None]]) -> None:
 def test_keys_whose_making_was_interrupted_are_taken_back() -> None:
     """Ctrl-C comes while they are made: what was under way is waited for, and revoked."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         making = asyncio.create_task(supply.create(3))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -301,13 +301,13 @@ def test_keys_whose_making_was_interrupted_are_taken_back() -> None:
         assert list(maker.living) == ["key_of_somebody"]
         assert (making.cancelled(), supply.active) == (True, [])
 
-    supplied(story)
+    supplied(scenario)
 
 
 def test_keys_whose_making_was_not_answered_are_found_by_their_name() -> None:
     """They exist, and their ids were not reported."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         maker.loses_answers = True
         with pytest.raises(StoreUnavailable):
@@ -316,13 +316,13 @@ def test_keys_whose_making_was_not_answered_are_found_by_their_name() -> None:
         await supply.revoke_all()
         assert list(maker.living) == ["key_of_somebody"]
 
-    supplied(story)
+    supplied(scenario)
 
 
 def test_keys_that_cannot_be_taken_back_are_named() -> None:
     """The operator has to know which."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         keys = await supply.create(2)
         maker.is_broken = True
@@ -333,20 +333,20 @@ def test_keys_that_cannot_be_taken_back_are_named() -> None:
         assert "could not be revoked" in warning
         assert all(key.id in warning for key in keys)
 
-    supplied(story)
+    supplied(scenario)
 
 
 def test_a_supply_makes_no_more_keys_than_requested() -> None:
     """Whatever is wrong with the rest of the program."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         with pytest.raises(AssertionError):
             await supply.create(51)
         assert len(maker.living) == 51  # 50, and the one of another organisation
         await supply.revoke_all()
 
-    supplied(story)
+    supplied(scenario)
 
 
 # The whole of it

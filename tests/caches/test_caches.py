@@ -170,7 +170,7 @@ def test_an_entry_is_accepted_until_its_key_is_invalidated() -> None:
     assert not invalidations.accepts("key_a", "acme", touched)
 
 
-def test_an_in_flight_read_cannot_bring_a_revoked_key_back() -> None:
+def test_a_read_in_flight_cannot_reactivate_a_revoked_key() -> None:
     """An entry read before the revoke and stored after it carries the older number."""
     invalidations, freshness = watch(log := Log())
     read_at = log.seq
@@ -203,7 +203,7 @@ def test_an_entry_from_before_an_incomplete_batch_is_not_accepted(cause: str) ->
     assert invalidations.accepts("key_z", "acme", log.seq)
 
 
-def test_an_unchanged_mark_spares_the_question() -> None:
+def test_an_unchanged_data_version_saves_the_query() -> None:
     """Equal bytes, no commit: the sequence number is read only when they differ."""
     store, invalidations = Log(), Invalidations(lambda touched: None)
     counter = SequenceFreshness(store, invalidations, Clock())  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def test_an_unchanged_mark_spares_the_question() -> None:
 
 
 def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
-    """The mark is read first: what is committed meanwhile shows as another mark, later."""
+    """The data version is read first: a commit meanwhile shows as another data version, later."""
     store, invalidations = Log(), Invalidations(lambda touched: None)
     counter = SequenceFreshness(store, invalidations, Clock())  # type: ignore[arg-type]
 

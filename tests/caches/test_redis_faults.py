@@ -435,7 +435,7 @@ def test_no_fault_of_redis_shows(
     hits = keyspace_hits(cause.server)
     for key in keys.good[:10]:
         expect(200, key)
-    assert keyspace_hits(cause.server) > hits  # so Redis is really asked
+    assert keyspace_hits(cause.server) > hits  # so Redis is really used
     FAULTS[fault](cause)
     for good, revoked in itertools.zip_longest(keys.good[10:], keys.revoked):
         expect(200, good)

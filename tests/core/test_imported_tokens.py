@@ -44,7 +44,7 @@ def origin_of(key: ExternalKey) -> ImportedToken:
     return external_keys.parse(key.import_fields, frozenset())[1]
 
 
-async def bring(engine: Engine, *keys: ExternalKey, **values: Any) -> list[Imported]:
+async def import_keys(engine: Engine, *keys: ExternalKey, **values: Any) -> list[Imported]:
     keyring = await engine.keyring()
     new_keys = [NewKey("acme", "old", **values) for _ in keys]
     origins = [origin_of(key) for key in keys]
@@ -176,7 +176,7 @@ async def test_a_damaged_hash_refuses_no_other_key() -> None:
     hasher.close()
 
 
-async def test_tokens_from_elsewhere_wait_in_a_queue_of_their_own() -> None:
+async def test_imported_tokens_wait_in_a_queue_of_their_own() -> None:
     """Who floods it with the public part of one delays no token of keylatch's own."""
     hasher = Hasher("argon2id", CHEAPEST, workers=1, queue=0)
     own = MacKeys([b"k" * 32]).mint("kl", "live")
@@ -197,7 +197,7 @@ async def test_tokens_from_elsewhere_wait_in_a_queue_of_their_own() -> None:
 
 
 class CountingStore(Store):
-    """A store that counts how it is asked for keys."""
+    """A store that counts its look-ups of keys."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -259,7 +259,7 @@ class ForeignContract(StoreTests):
     async def test_unknown_tokens_cost_nothing_where_nothing_was_imported(
         self, engine: Engine, store: CountingStore, hasher: CountingHasher
     ) -> None:
-        """Not one query to the store, whatever shape they have; a bar is still no character."""
+        """Not one query to the store, whatever shape they have; a pipe is still no valid character."""
         await (await engine.keyring()).create("acme", "own")
         for maker in MAKERS.values():
             key = maker()
@@ -290,17 +290,17 @@ class ForeignContract(StoreTests):
     async def _is_known_at_once(self, engine: Engine, other: Engine) -> bool:
         key = other_systems.sanctum()
         assert await engine.authenticate(bearer(key.token)) == Deny(Reason.MALFORMED)
-        await bring(other, key)
+        await import_keys(other, key)
         return isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_later_import_is_known_by_who_remembers_that_there_was_no_such_key(
         self, engine: Engine, other: Engine
     ) -> None:
         """The negative cache is no reason to refuse it."""
-        await bring(other, other_systems.sha256())
+        await import_keys(other, other_systems.sha256())
         key = other_systems.usesend()
         assert await engine.authenticate(bearer(key.token)) == Deny(Reason.UNKNOWN)
-        await bring(other, key)
+        await import_keys(other, key)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_cold_token_costs_one_look_up_and_one_hash_and_then_nothing(
@@ -308,7 +308,7 @@ class ForeignContract(StoreTests):
     ) -> None:
         """As keylatch's own do; a hundred cold requests at once are one flight."""
         key = other_systems.usesend()
-        await bring(other, key)
+        await import_keys(other, key)
         decisions = await asyncio.gather(
             *(engine.authenticate(bearer(key.token)) for _ in range(100))
         )
@@ -321,7 +321,7 @@ class ForeignContract(StoreTests):
         self, engine: Engine, other: Engine, store: CountingStore, hasher: CountingHasher
     ) -> None:
         """One look-up each, and none for one that was refused a moment ago."""
-        await bring(other, other_systems.usesend(), other_systems.django_pbkdf2())
+        await import_keys(other, other_systems.usesend(), other_systems.django_pbkdf2())
         for _ in range(2):
             for made_up in ("us_0123456789_" + "0" * 32, "abcdefgh.0123", "x" * 500):
                 assert await engine.authenticate(bearer(made_up)) == Deny(Reason.UNKNOWN)
@@ -331,7 +331,7 @@ class ForeignContract(StoreTests):
         self, engine: Engine, other: Engine, store: CountingStore
     ) -> None:
         """Imported keys change nothing for what has keylatch's shape, be its checks wrong."""
-        await bring(other, other_systems.usesend())
+        await import_keys(other, other_systems.usesend())
         forged = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
         for token in (forged, forged[:-1] + ("b" if forged[-1] == "a" else "a")):
             assert await engine.authenticate(bearer(token)) == Deny(Reason.FORGED)
@@ -358,7 +358,7 @@ class ForeignContract(StoreTests):
         assert store.queries == 201
 
     async def _flooded(self, engine: Engine, other: Engine, store: CountingStore) -> list[Decision]:
-        await bring(other, other_systems.usesend())
+        await import_keys(other, other_systems.usesend())
         own = await (await engine.keyring()).create("acme", "own")
         store.queries = 0
         made_up = [engine.authenticate(bearer(f"made-up-{number}")) for number in range(200)]
@@ -377,7 +377,7 @@ class ForeignContract(StoreTests):
             other_systems.seam(),
             other_systems.sanctum(),
         )
-        ids = [each.key_id for each in await bring(other, revoked, disabled, last)]
+        ids = [each.key_id for each in await import_keys(other, revoked, disabled, last)]
         for key in (revoked, disabled, last):
             assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         keyring = await other.keyring()
@@ -395,7 +395,7 @@ class ForeignContract(StoreTests):
     ) -> None:
         """The broken twin: entries are used for as long as they are there."""
         key = other_systems.usesend()
-        [imported] = await bring(other, key)
+        [imported] = await import_keys(other, key)
         await engine.authenticate(bearer(key.token))
         monkeypatch.setattr(Invalidations, "accepts", lambda *arguments: True)
         assert await (await other.keyring()).delete("acme", imported.key_id)
@@ -407,7 +407,7 @@ class ForeignContract(StoreTests):
         """Behind the same public part."""
         for maker in (other_systems.usesend, other_systems.django_sha512, other_systems.seam):
             key = maker()
-            await bring(other, key)
+            await import_keys(other, key)
             assert await engine.authenticate(bearer(key.with_wrong_secret)) == Deny(
                 Reason.WRONG_SECRET
             )
@@ -421,12 +421,12 @@ class ForeignContract(StoreTests):
     ) -> None:
         """The rest of the batch is taken in; and a revoked key does not come back to life."""
         first, second = other_systems.usesend(), other_systems.knox()
-        [before] = await bring(other, first)
-        again, fresh = await bring(other, first, second)
+        [before] = await import_keys(other, first)
+        again, fresh = await import_keys(other, first, second)
         assert again == Imported(before.key_id, is_new=False)
         assert fresh.is_new
         await (await other.keyring()).delete("acme", before.key_id)
-        [revoked] = await bring(other, first)
+        [revoked] = await import_keys(other, first)
         assert revoked == Imported(before.key_id, is_new=False, is_deleted=True)
         assert await engine.authenticate(bearer(first.token)) == Deny(Reason.REVOKED)
         assert len(await other.store.keys.list("acme", deleted=True)) == 2
@@ -434,12 +434,12 @@ class ForeignContract(StoreTests):
     async def test_an_import_whose_answer_was_lost_may_be_repeated(self, other: Engine) -> None:
         """It finds its own work done, and makes no second change."""
         record = (await (await other.keyring()).create("acme", "own")).record
-        made = [(replace(record, id="key_brought", locator="seam:a_b"), imported_tokens.SEAM)]
+        made = [(replace(record, id="key_imported", locator="seam:a_b"), imported_tokens.SEAM)]
         seq, held = await other.store.keys.import_many(made)
         assert held == {}
         assert await other.store.keys.import_many(made) == (
             seq,
-            {"seam:a_b": ("key_brought", False)},
+            {"seam:a_b": ("key_imported", False)},
         )
 
     async def test_environments_count(
@@ -447,7 +447,7 @@ class ForeignContract(StoreTests):
     ) -> None:
         """As for every key."""
         key = other_systems.better_auth()
-        await bring(other, key, environment="test")
+        await import_keys(other, key, environment="test")
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         live = make_engine(store=Store(url), environment="live")
         assert await live.authenticate(bearer(key.token)) == Deny(Reason.WRONG_ENVIRONMENT)
@@ -456,7 +456,7 @@ class ForeignContract(StoreTests):
     async def test_an_end_counts(self, engine: Engine, other: Engine) -> None:
         """As for every key."""
         key = other_systems.better_auth()
-        [imported] = await bring(other, key)
+        [imported] = await import_keys(other, key)
         await other.store.keys.change("acme", imported.key_id, 0, {"expires_at": 1})
         assert await engine.authenticate(bearer(key.token)) == Deny(Reason.EXPIRED)
 
@@ -465,7 +465,7 @@ class ForeignContract(StoreTests):
     ) -> None:
         """So its holder moves to a token of keylatch's own, of the same key."""
         key = other_systems.usesend()
-        [imported] = await bring(other, key)
+        [imported] = await import_keys(other, key)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         keyring = await other.keyring()
         rotated = await keyring.rotate("acme", imported.key_id, grace=timedelta(seconds=3_600))
@@ -487,7 +487,7 @@ class ForeignContract(StoreTests):
         head = exact.token[:8]
         posing = other_systems.argon2()
         posing.import_fields["prefix"] = head
-        _, imported = await bring(other, posing, exact)
+        _, imported = await import_keys(other, posing, exact)
         decision = await engine.authenticate(bearer(exact.token))
         assert isinstance(decision, Allow)
         assert decision.principal.key_id == imported.key_id
@@ -497,7 +497,7 @@ class ForeignContract(StoreTests):
     ) -> None:
         """An uncached imported token is 503 while the store does not answer."""
         key = other_systems.usesend()
-        await bring(other, key)
+        await import_keys(other, key)
 
         async def broken(locators: Any) -> Found:
             raise StoreUnavailable("broken by the test")
@@ -512,7 +512,7 @@ class ForeignContract(StoreTests):
     ) -> None:
         """Also for a connection that an imported token opened."""
         key = other_systems.sanctum()
-        [imported] = await bring(other, key)
+        [imported] = await import_keys(other, key)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         with engine.revocation_event(bearer(key.token)) as ended:
             await (await other.keyring()).delete("acme", imported.key_id)
@@ -537,12 +537,12 @@ class TestPostgreSQL(ForeignContract):
 
 
 async def test_redis_gets_nothing_of_imported_tokens(make_engine: MakeEngine) -> None:
-    """And is not asked; it is of keylatch's own. A process that is new verifies for itself."""
+    """And is not read for them; it has native keys only. A new process verifies for itself."""
     redis, hasher = FakeServer(), CountingHasher()
     engine = make_engine(redis=FakeAsyncRedis(server=redis))
     new = make_engine(redis=FakeAsyncRedis(server=redis), hasher=hasher)
     key, own = other_systems.seam(), await (await engine.keyring()).create("acme", "own")
-    [imported] = await bring(engine, key)
+    [imported] = await import_keys(engine, key)
     for token in (key.token, own.token.reveal()):
         assert isinstance(await engine.authenticate(bearer(token)), Allow)
     await engine.stop()
@@ -578,7 +578,7 @@ def stored_hash(database: Path, key_id: str) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_key_from_elsewhere_from_its_file_to_its_end(
+def test_an_imported_key_from_its_file_to_its_revocation(
     name: str, running: Sidecar, database: Path, operator: Operator
 ) -> None:
     """Imported by the command, good over HTTP at once, hashed as keylatch's own when it was used,

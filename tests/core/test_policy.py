@@ -45,7 +45,7 @@ EMAILS = Policy(
         ("POST", "", {"FULL"}, "FULL"),
     ],
 )
-def test_a_permission_opens_the_routes_named_for_it(
+def test_a_permission_allows_the_routes_named_for_it(
     method: str, path: str, sufficient: set[str], scope: str
 ) -> None:
     """Method and path match exactly; everything else is for FULL."""
@@ -88,7 +88,7 @@ def test_public_paths_match_exactly(path: str, public: bool) -> None:
         ("", ""),
     ],
 )
-async def test_a_path_is_what_the_router_takes_it_for(path: str, root: str) -> None:
+async def test_a_path_is_matched_as_by_the_router(path: str, root: str) -> None:
     """Policy and router must not disagree on the path: one would guard another door."""
 
     async def inner(request: Request) -> PlainTextResponse:
@@ -290,7 +290,7 @@ def test_one_string_of_public_paths_is_a_mistake() -> None:
         Policy(public="/healthz")
 
 
-def test_demands_add_up() -> None:
+def test_requirements_add_up() -> None:
     """A further requirement can only restrict; FULL satisfies all."""
     assert Requirement.all_of([]) is ANY_KEY
     assert Requirement.all_of(["SENDING"]) == Requirement(frozenset({"FULL", "SENDING"}), "SENDING")
@@ -300,8 +300,8 @@ def test_demands_add_up() -> None:
 
 @pytest.mark.long
 @given(st.lists(st.from_regex(r"[A-Z][A-Z0-9_]{0,31}", fullmatch=True), max_size=40))
-def test_more_demands_never_open_more(permissions: list[str]) -> None:
-    """What satisfies all demands satisfies each of them, and the scope stays short."""
+def test_more_requirements_never_allow_more(permissions: list[str]) -> None:
+    """What satisfies all permissions satisfies each of them, and the scope stays short."""
     requirement = Requirement.all_of(permissions)
     assert len(requirement.scope) < 300
     for permission in permissions:

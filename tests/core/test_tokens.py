@@ -80,7 +80,7 @@ def test_a_forged_token_with_a_good_crc_is_refused() -> None:
     assert not KEYS.verify_mac(other_token)
 
 
-def test_check_keys_rotate() -> None:
+def test_mac_keys_rotate() -> None:
     """Tokens with the MAC of an older key are accepted; new ones are minted with the newest."""
     old = MacKeys([b"o" * 32])
     assert KEYS.verify_mac(old.mint("kl", "live"))
@@ -108,7 +108,7 @@ def test_a_prefix_of_another_form_is_not_minted(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("keys", [[], [b"short"]])
-def test_weak_check_keys_are_not_taken(keys: list[bytes]) -> None:
+def test_weak_mac_keys_are_rejected(keys: list[bytes]) -> None:
     """Without a real key the check would accept all tokens."""
     with pytest.raises(ValueError, match="MAC key"):
         MacKeys(keys)

@@ -327,10 +327,10 @@ async def test_keys_are_locked_in_the_order_of_their_bytes(postgres: PostgresSer
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken twin: the acting key is what it was."""
 
-    def believe(*_: Any, **__: Any) -> Authority:
+    def without_check(*_: Any, **__: Any) -> Authority:
         return Authority()
 
-    monkeypatch.setattr(authorization, "reauthorize", believe)
+    monkeypatch.setattr(authorization, "reauthorize", without_check)
 
 
 class TestWhatAKeyLeavesBehind:

@@ -150,7 +150,7 @@ class TestTheGrace:
     async def test_no_other_secret_is_good(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """A wrong one is tried against both hashes, once, and then remembered."""
+        """A wrong one is verified against both hashes, once, and then cached."""
         key = await create(engine)
         await rotate(engine, key)
         wrong = await with_other_secret(store, key.token)
@@ -165,12 +165,12 @@ class TestTheGrace:
         key = await create(engine)
         await rotate(engine, key)
 
-        def forgetful(*known: Any) -> Entry:
+        def without_end(*known: Any) -> Entry:
             entry = entry_of(*known)
             entry.allow = replace(entry.allow, expires_at=None)
             return entry
 
-        monkeypatch.setattr("keylatch.authentication.lookup.entry_of", forgetful)
+        monkeypatch.setattr("keylatch.authentication.lookup.entry_of", without_end)
         assert await is_good(engine, key.token)
         clock.tick(GRACE * 10)
         with pytest.raises(AssertionError):
@@ -304,7 +304,7 @@ class TestCosts:
 
 
 async def test_the_last_use_of_each_secret_is_shown(engine: Engine, clock: Clock) -> None:
-    """So that one knows when it is safe to let the old one go."""
+    """It shows when the old one can be removed."""
     key = await create(engine)
     clock.tick(1)
     assert await is_good(engine, key.token)

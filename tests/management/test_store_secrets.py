@@ -82,7 +82,7 @@ class VaultContract(StoreTests):
         ]
 
     async def test_only_what_was_replaced_long_ago_is_retired(self, store: Store) -> None:
-        """Not what makes, not what waits, not what was replaced a moment ago."""
+        """Not the primary, not a pending one, not one that was just replaced."""
         oldest = {each.kind: each.id for each in await store.secrets.infos()}
         assert await store.secrets.retire(oldest["mac"], NOW, NOW) is None
         await store.secrets.add_pending(KINDS, NOW)
@@ -365,7 +365,7 @@ async def test_a_herd_reads_the_secrets_once(
 
 
 @pytest.mark.anyio
-async def test_a_retired_check_key_takes_its_tokens_along(engine: Engine, clock: Clock) -> None:
+async def test_a_retired_mac_key_ends_its_tokens(engine: Engine, clock: Clock) -> None:
     """It is deleted when it was replaced long enough ago; then its tokens are forged ones."""
     old = await create(engine)
     store_secrets = await engine.store_secrets()

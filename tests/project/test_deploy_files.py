@@ -707,7 +707,7 @@ def test_the_ports_are_distinguished() -> None:
     assert len(ports) == len(set(ports)) == len(used)
 
 
-# What is asked
+# What proxies require
 
 BROWSER = frozenset(("origin", "access-control-request-method"))
 QUESTIONS = {

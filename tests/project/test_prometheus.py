@@ -68,7 +68,7 @@ class Watched:
         assert self.sidecar.decision(self._known).status == 200
 
     def use_another(self) -> None:
-        """Ask with a new key, which no worker knows: it asks Redis and the store."""
+        """Send a request with a new key, uncached in all workers: it needs Redis and the store."""
         assert self.sidecar.decision(auth_header(self.sidecar.create())).status == 200
 
     def series(self, expression: str) -> list[dict[str, str]]:
@@ -115,7 +115,7 @@ def started(
         prometheus = PrometheusServer(folder, configuration(f"127.0.0.1:{port}"))
         stack.callback(prometheus.kill)
         given = {"STORE": postgres.new_database(), "REDIS": redis.url}
-        sidecar = Workers(folder, port, HASHER="argon2id", **given)  # or Redis is never asked
+        sidecar = Workers(folder, port, HASHER="argon2id", **given)  # or Redis is never used
         stack.callback(sidecar.close)
         stack.callback(sidecar.stop)
         yield Watched(sidecar, redis, prometheus)
@@ -212,7 +212,7 @@ def spoken_of(text: str) -> set[str]:
     return set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", text))
 
 
-def questions() -> dict[str, set[str]]:
+def queries() -> dict[str, set[str]]:
     """What panels show and alerts measure, and the labels that they speak of."""
     targets = [target for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
     shown = {target["expr"]: spoken_of(target["legendFormat"]) for target in targets}
@@ -225,7 +225,7 @@ def questions() -> dict[str, set[str]]:
 
 def test_whatever_is_asked_has_an_answer(watched: Watched) -> None:
     """Each panel and each alert reads series of a sidecar, with the labels that it speaks of."""
-    left = questions()
+    left = queries()
 
     def are_answered() -> bool:
         watched.use()  # a rate above 0 takes uses between two scrapes
@@ -239,7 +239,7 @@ def test_whatever_is_asked_has_an_answer(watched: Watched) -> None:
     assert left == {}
 
 
-def test_a_wrong_question_would_have_none(watched: Watched) -> None:
+def test_a_wrong_query_would_have_no_series(watched: Watched) -> None:
     """The twin: a label, a value or a name that does not exist; a legend that has no label."""
     right = 'sum by (source) (rate(keylatch_decisions_total{job=~"$job",source="l1"}[5m]))'
     eventually(lambda: watched.has_labels(right, {"source"}))

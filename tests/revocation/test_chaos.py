@@ -233,7 +233,7 @@ def test_no_promise_breaks_under_any_kind_of_fault(tmp_path: Path) -> None:
 
 
 def test_a_lost_notice_is_enough_to_catch_the_twin(tmp_path: Path) -> None:
-    """Workers that do not hear Redis: the twin goes on accepting, keylatch only takes longer."""
+    """Workers without notices: the twin goes on accepting, keylatch only takes longer."""
     code, found = chaos(tmp_path, "--faults=12", "--seconds=6", "--only=worker cut from redis")
     assert found["sides"]["naive"]["accepted after the answer"] > 0
     assert found["sides"]["keylatch"]["accepted after the answer"] == 0

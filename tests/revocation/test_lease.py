@@ -119,7 +119,7 @@ class Process:
     async def close(self) -> None:
         return None
 
-    def believes(self, key_id: str, as_of: int) -> bool:
+    def accepts(self, key_id: str, as_of: int) -> bool:
         return self.lease.is_fresh() and self.invalidations.accepts(key_id, "acme", as_of)
 
 
@@ -143,7 +143,7 @@ async def processes(store: Members, clock: Clock) -> AsyncIterator[list[Process]
     await asyncio.wait(tasks)
 
 
-async def test_a_lease_counts_from_the_question(store: Members, clock: Clock) -> None:
+async def test_a_lease_counts_from_its_request(store: Members, clock: Clock) -> None:
     """An answer that takes half of X leaves half of X; one that takes all of it leaves nothing."""
     process = Process(store, clock)
     store.on_poll = lambda member: clock.tick(X / 2)
@@ -175,7 +175,7 @@ async def test_tombstone_and_lease_come_in_one_step(store: Members, clock: Clock
     store.commit("key_a")
     await process.lease.revalidate()
     assert process.lease.is_fresh()
-    assert not process.believes("key_a", read_at)
+    assert not process.accepts("key_a", read_at)
 
 
 async def test_a_revoke_waits_until_every_member_acknowledged(
@@ -183,11 +183,11 @@ async def test_a_revoke_waits_until_every_member_acknowledged(
 ) -> None:
     """It returns when all have acknowledged, and says so."""
     read_at = store.seq
-    assert all(process.believes("key_a", read_at) for process in processes)
+    assert all(process.accepts("key_a", read_at) for process in processes)
     seq = store.commit("key_a")
     receipt = await processes[0].propagation.publish(seq)
     assert receipt == Receipt(seq, acknowledged=3, members=3, bound_seconds=0.0)
-    assert not any(process.believes("key_a", read_at) for process in processes)
+    assert not any(process.accepts("key_a", read_at) for process in processes)
 
 
 async def test_a_revoke_that_does_not_wait_says_how_long_it_may_take(
@@ -212,7 +212,7 @@ async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
     receipt = await processes[0].propagation.publish(store.commit("key_a"))
     assert (receipt.acknowledged, receipt.members) == (2, 3)
     assert X <= clock() - began <= X * 1.2
-    assert not lost.believes("key_a", read_at)
+    assert not lost.accepts("key_a", read_at)
     assert lost.lease._member not in store.members
 
 
@@ -252,7 +252,7 @@ async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
     await store.leases.join("slow", 0, seconds=X)
 
     def granted(member: str) -> None:
-        store.members["slow"][0] += 1  # it asks, but what it learns never arrives
+        store.members["slow"][0] += 1  # it polls, but the answer never arrives
 
     store.on_poll = granted
     await processes[0].propagation.publish(store.commit("key_a"))
@@ -273,7 +273,7 @@ async def test_a_removed_member_rejoins(
     await back.lease.renew()
     assert back.lease._member != name
     assert back.lease._member in store.members
-    assert not back.believes("key_a", read_at)
+    assert not back.accepts("key_a", read_at)
     assert "rejoining" in caplog.text
 
 
@@ -319,7 +319,7 @@ async def test_endless_notices_do_not_keep_a_lease_from_being_renewed(
         assert process.lease.is_fresh()
 
 
-async def test_a_question_that_left_before_me_does_not_answer_me(
+async def test_a_poll_that_was_sent_before_a_call_does_not_answer_it(
     store: Members, clock: Clock
 ) -> None:
     """A caller that arrives while a poll is under way waits for the next one, and shares it."""

@@ -111,7 +111,7 @@ class TestFeed:
         invalidations.apply(poll)
         assert (invalidations.seq, invalidations.pending) == (6, ((7, "key_b", None),))
 
-    def test_an_answer_from_before_takes_no_tombstone_back(self) -> None:
+    def test_an_older_answer_removes_no_tombstone(self) -> None:
         """A notice of seq 7 stays applied, though a poll up to seq 6 ends later; a twin that
         takes over the last number that it got accepts an entry from between."""
 
@@ -121,14 +121,14 @@ class TestFeed:
                     {key: seq for seq, key, _ in lines if key is not None}
                 )
 
-        def believes(kind: type[Invalidations]) -> bool:
+        def accepts_old_entry(kind: type[Invalidations]) -> bool:
             invalidations, _ = invalidations_at(5, kind)
             invalidations.add_pending(notice_of(5, (6, "key_a", None), (7, "key_a", None)))
             invalidations.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
             return invalidations.accepts("key_a", "acme", 6)
 
-        assert not believes(Invalidations)
-        assert believes(Forgetful)
+        assert not accepts_old_entry(Invalidations)
+        assert accepts_old_entry(Forgetful)
 
     def test_applied_notices_are_dropped_with_the_tombstones(
         self, monkeypatch: pytest.MonkeyPatch
@@ -162,7 +162,7 @@ class TestFeed:
         assert invalidations.accepts("key_a", "acme", answer.seq)
         assert "restored from a backup" in caplog.text
 
-    def test_an_answer_to_an_earlier_question_contradicts_nothing(self) -> None:
+    def test_an_answer_to_an_earlier_poll_contradicts_nothing(self) -> None:
         """A notice that arrived after the poll was sent may be missing in its answer."""
         invalidations, restores = invalidations_at(5)
         reached = invalidations.pending_seq
@@ -202,7 +202,7 @@ class TestAcknowledging:
     it uses what it had applied before, and the revoke must wait.
     """
 
-    async def story(
+    async def accepts_after_revoke(
         self,
         store: Members,
         kind: type[Invalidations],
@@ -223,7 +223,7 @@ class TestAcknowledging:
         seq = store.commit("key_b")
         victim.lease.on_notice(notice)
         await revoker.propagation.publish(seq)
-        return victim.believes("key_a", read_at)
+        return victim.accepts("key_a", read_at)
 
     @pytest.mark.long
     async def test_an_old_notice_is_compared_with_the_log(
@@ -231,8 +231,8 @@ class TestAcknowledging:
     ) -> None:
         """From before the store went back: genuine, of this epoch, and the next number."""
         old = notice_of(1, (2, "key_z", None), (3, "key_b", None))
-        assert not await self.story(Members(clock), Invalidations, old, tasks)
-        assert await self.story(Trusting(clock), Invalidations, old, tasks)
+        assert not await self.accepts_after_revoke(Members(clock), Invalidations, old, tasks)
+        assert await self.accepts_after_revoke(Trusting(clock), Invalidations, old, tasks)
 
     @pytest.mark.long
     async def test_a_notice_with_a_gap_is_not_applied(
@@ -240,10 +240,10 @@ class TestAcknowledging:
     ) -> None:
         """The notice before it was lost. The process sees the gap, and the store would as well."""
         later = notice_of(2, (3, "key_b", None))
-        assert not await self.story(Members(clock), Invalidations, later, tasks)
-        assert not await self.story(Trusting(clock), Invalidations, later, tasks)
-        assert not await self.story(Members(clock), Gullible, later, tasks)
-        assert await self.story(Trusting(clock), Gullible, later, tasks)
+        assert not await self.accepts_after_revoke(Members(clock), Invalidations, later, tasks)
+        assert not await self.accepts_after_revoke(Trusting(clock), Invalidations, later, tasks)
+        assert not await self.accepts_after_revoke(Members(clock), Gullible, later, tasks)
+        assert await self.accepts_after_revoke(Trusting(clock), Gullible, later, tasks)
 
     async def test_a_true_notice_is_acknowledged_in_one_poll(
         self, clock: Clock, tasks: list[asyncio.Task[None]]
@@ -251,7 +251,7 @@ class TestAcknowledging:
         """Although the answer is lost, the victim knows, and the revoke waits for nothing."""
         began = clock()
         notice = notice_of(1, (2, "key_a", None), (3, "key_b", None))
-        assert not await self.story(Members(clock), Invalidations, notice, tasks)
+        assert not await self.accepts_after_revoke(Members(clock), Invalidations, notice, tasks)
         assert clock() < began + X / 2
 
 

@@ -20,7 +20,7 @@ SMALL = [
 GRANTED = "a grant counted"
 
 # What the trace of each mutant must contain, in this order.
-STORIES = {
+STEPS = {
     "pub/sub only": ["fills L1", "DELETE 1 commits", "accepts", "G3"],
     "lease without as_of": ["as_of = 0", "commits", "tombstone = 1, lease", "accepts", "G3"],
     "as_of without lease": ["fills L1", "DELETE 1 commits", "accepts", "no lease", "G3"],
@@ -63,13 +63,13 @@ def test_each_mutant_is_caught_and_its_trace_shows_how(name: str) -> None:
     """Leaving out any one rule breaks a promise; the run that shows it names what happened."""
     steps = "\n".join(traced(name))
     at = -1
-    for words in STORIES[name]:
+    for words in STEPS[name]:
         assert words in steps[at + 1 :], steps
         at = steps.index(words, at + 1)
 
 
 def test_the_explorer_leaves_nothing_out() -> None:
-    """It finds as many states as a search that numbers and remembers nothing."""
+    """It finds as many states as a search without numbering and without a cache."""
     c = Configuration(lease=1)
     first = (first_world(c), Member())
     visited, frontier = {first}, [first]

@@ -90,7 +90,7 @@ async def create(engine: Engine, name: str) -> Created:
     return await (await engine.keyring()).create("acme", name)
 
 
-async def test_a_copy_revives_nothing(make_engine: MakeEngine, copy: Copy) -> None:
+async def test_a_copy_reactivates_no_key(make_engine: MakeEngine, copy: Copy) -> None:
     """The copy accepts a key that was revoked in the original meanwhile, and writes it to Redis.
     The original's processes, new ones as well, refuse it, and count nothing as forged."""
     server = FakeServer()

@@ -213,7 +213,7 @@ def test_a_redis_that_dies_is_reported_and_not_needed(
     clock: Clock,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Ready all the same; one line when it goes and one when it is back, whatever is asked."""
+    """Ready all the same; one line when it goes and one when it is back, whatever the requests."""
     with (
         sidecar_on(store_url, clock, redis=redis_server.url) as sidecar,
         sidecar.probe() as probe,
@@ -262,7 +262,7 @@ def test_a_postgresql_that_stops_is_reported(
             try:
                 seen = {each.get("/verify").status_code for each in (client, other) * 10}
                 answer = probe.get("/readyz")
-                # The lease is asked for four times a second by the wall clock.
+                # The lease is renewed four times a second by the wall clock.
                 eventually(lambda: said(caplog, "lease not renewed") == 1)
             finally:
                 postgres.start()
@@ -277,7 +277,7 @@ def test_a_postgresql_that_stops_is_reported(
             clock.tick(6)
             assert other.get("/verify").status_code == 200
             # Uses are stored again with the next flush, in five seconds of real time, and a
-            # lease is asked for four times a second.
+            # lease is renewed four times a second.
             eventually(lambda: components(probe) | {"usage": "ok"} == HEALTHY | {"lease": "ok"})
     for words in ("the store does not answer", "checks are refused with 503", "lease not renewed"):
         assert said(caplog, words) == 1, words

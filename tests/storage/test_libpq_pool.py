@@ -88,7 +88,7 @@ async def test_an_error_of_the_server_is_raised(pool: CountingPool) -> None:
     assert await pool.fetch(ECHO, b"on") == "on"
 
 
-async def test_a_question_larger_than_a_socket_takes_at_once(pool: CountingPool) -> None:
+async def test_a_query_larger_than_a_socket_takes_at_once(pool: CountingPool) -> None:
     """What is left of it is sent when there is room."""
     large = b"x" * 20_000_000
     assert await pool.fetch("SELECT length($1)", large) == len(large)

@@ -1,4 +1,4 @@
-"""The databases find what they are asked for by an index: nothing reads all keys, or sorts them.
+"""The databases find rows by an index: nothing reads all keys, or sorts them.
 
 What is asked is not written down here again: the statements are run as the store runs them, and the
 database is asked how it does that. PostgreSQL may sort where it has no statistics yet, so an import
@@ -49,7 +49,7 @@ ASKED: dict[str, Callable[[Connection], object]] = {
         records.FIND_BY_LOCATOR.statement, dict.fromkeys(records.LOCATOR_PARAMETERS, "seam:a_b")
     ).all(),
     "imported keys": lambda c: on(c, KeyRepository).import_many(
-        [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
+        [(replace(record(f"key_imported{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
     ),
     "one of an organisation": lambda c: on(c, KeyRepository).get("org1", ONE),
     "the first page": lambda c: on(c, KeyRepository).page("big", 100),
@@ -244,9 +244,7 @@ class PlanContract:
         assert not SORTS.search(steps)
 
     @pytest.mark.long
-    async def test_old_lines_of_the_audit_log_are_found_by_their_number(
-        self, database: Database
-    ) -> None:
+    async def test_old_audit_events_are_found_by_their_number(self, database: Database) -> None:
         """However many there are: no more of them is read than may be deleted at once."""
 
         def plan(connection: Connection) -> list[str]:

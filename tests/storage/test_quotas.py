@@ -236,10 +236,10 @@ class QuotaContract(StoreTests):
 
     # How long the log is kept
 
-    async def test_old_lines_go_some_at_a_time_and_young_ones_stay(
+    async def test_old_audit_events_are_deleted_in_batches_and_young_ones_stay(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Those from before the time that the setting names, and of these not the newest line."""
+        """Those from before the time that the setting names, and of these not the newest event."""
         monkeypatch.setattr("keylatch.storage.audit._PRUNE_BATCH", 4)
         store.audit_days = 30
         for number in range(10):
@@ -253,7 +253,9 @@ class QuotaContract(StoreTests):
         young = [event.key_id for event in await store.audit.events(None, 100)]
         assert young == ["key_9", "key_8", "key_7"]
 
-    async def test_the_newest_line_stays_so_that_no_number_comes_again(self, store: Store) -> None:
+    async def test_the_newest_audit_event_stays_so_that_no_number_is_reused(
+        self, store: Store
+    ) -> None:
         """Cursors and exports go by it."""
         store.audit_days = 1
         for number in range(3):
@@ -266,7 +268,7 @@ class QuotaContract(StoreTests):
         [new, *_] = await store.audit.events(None, 100)
         assert new.id > newest.id
 
-    async def test_one_line_with_a_wrong_time_holds_nothing_up(self, store: Store) -> None:
+    async def test_one_audit_event_with_a_wrong_time_delays_nothing(self, store: Store) -> None:
         """The clock of another process was a century ahead."""
         await add(store, "key_0", None, NOW + 36_500 * DAY_MS)
         for number in range(1, 4):

@@ -117,7 +117,7 @@ class StoreContract(StoreTests):
         await store.usage.record({"key_a": NOW + 3})
         assert await store.keys.find("key_a") == Found(record(last_used=NOW + 5), "hashed", seq)
 
-    async def test_a_use_does_not_revive_a_deleted_key(self, store: Store) -> None:
+    async def test_a_use_does_not_reactivate_a_deleted_key(self, store: Store) -> None:
         """A flush after the delete records only uses from before it, and changes no state."""
         await store.keys.add(record(), "hashed")
         await store.keys.change("acme", "key_a", NOW + 5, {"active": False, "deleted_at": NOW + 5})

@@ -146,7 +146,7 @@ def test_no_other_account_can_open_a_store_that_is_being_created(public: Path) -
 @needs_root
 @pytest.mark.long
 def test_a_twin_that_closes_the_file_afterwards_is_caught(public: Path) -> None:
-    """Created with the umask's mode and changed then: between the two there is a moment."""
+    """Created with the umask's mode and changed then: between the two it is readable."""
     os.umask(0o022)
     reader = OtherAccount("read", public)
 

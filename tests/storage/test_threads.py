@@ -1,4 +1,4 @@
-"""The threads of a SQLite file: questions of checks wait for nothing that management does."""
+"""The threads of a SQLite file: queries of checks wait for nothing that management does."""
 
 import asyncio
 import sqlite3
@@ -61,7 +61,7 @@ async def test_a_cold_check_waits_for_no_work_of_management(
     path: Path, gate: threading.Event, kind: type[SQLite], work: str
 ) -> None:
     """While lists, pages of the audit log or transactions keep every thread that they may have, a
-    question is answered. The twin answers when they are done."""
+    query is answered. The twin answers when they are done."""
     database = kind(path)
     run = database.read if work == "reads" else database.write
     holding = [asyncio.create_task(run(held(gate))) for _ in range(MANY)]
@@ -77,7 +77,7 @@ async def test_a_cold_check_waits_for_no_work_of_management(
     await database.close()
 
 
-async def test_reads_and_transactions_wait_for_no_question_nor_for_each_other(
+async def test_reads_and_transactions_wait_for_no_query_nor_for_each_other(
     path: Path, gate: threading.Event
 ) -> None:
     """Each kind has threads of its own, and says how much it has to do."""

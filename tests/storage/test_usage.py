@@ -1,4 +1,4 @@
-"""Counts of uses: exact, added once, off the request's path, bounded; they revive no member."""
+"""Counts of uses: exact, added once, off the request's path, bounded; they re-activate no key."""
 
 import asyncio
 import itertools
@@ -149,9 +149,9 @@ class TallyContract(StoreTests):
             await usage.flush()
         assert await days(store) == [DayUsage(TODAY, 15, {})]
 
-    async def test_a_use_revives_no_member(self, store: Store) -> None:
+    async def test_a_use_reactivates_no_key(self, store: Store) -> None:
         """A use that is written after the revoke changes when the key was last used, its counts,
-        and nothing else; and is no change that caches would have to hear of."""
+        and nothing else; it writes no invalidation."""
         found, changes = await use_after_a_revoke(store, store.usage.record)
         assert (found.active, found.deleted_at, changes) == (False, NOW + 5, 0)
         assert (found.last_used, await days(store)) == (NOW + 1, [DayUsage(TODAY, 1, {})])

@@ -55,7 +55,7 @@ ALLOWED: Final[Mapping[str, Mapping[str, frozenset[str]]]] = {
     "mounted": {"GET": _SENDERS},
     "mounted export": {"GET": _FULL},
 }
-"""For each view and method those who may call it; HEAD follows GET."""
+"""For each view and method the keys that may call it; HEAD follows GET."""
 
 ROUTES: Final = (
     ("/healthz", "healthz", "GET"),

@@ -115,7 +115,7 @@ class ProxyContract:
         assert seen["query"] == 7_000 * "x"
 
     def test_head_is_answered_without_a_body(self, proxy: ProxyStack) -> None:
-        """The app is asked HEAD; a refused HEAD has no body either."""
+        """The app gets HEAD; a refused HEAD has no body either."""
         count_before = proxy.app.request_count
         allowed = proxy.request(b"HEAD /v1/me", auth_header(proxy.full))
         assert (allowed.status, allowed.body, proxy.app.request_count) == (
@@ -154,7 +154,7 @@ class ProxyContract:
         assert header_dict(refused)[b"www-authenticate"].startswith(b'Bearer realm="keylatch"')
 
     def test_a_revoked_key_is_refused_on_the_very_next_request(self, proxy: ProxyStack) -> None:
-        """On the same kept connection too; nothing on the way remembers it."""
+        """On the same persistent connection too; nothing on the way caches it."""
         for _ in range(5):
             key = proxy.sidecar.create()
             assert proxy.request(b"GET /v1/me", auth_header(key)).status == 200
@@ -268,7 +268,7 @@ class ProxyContract:
 
     @pytest.mark.parametrize("order", ["good bad", "bad good", "good good", "good empty"])
     def test_two_credentials_are_never_allowed(self, proxy: ProxyStack, order: str) -> None:
-        """Whichever comes first: who reads the other one would be deceived."""
+        """Whichever comes first: an app that reads the other one would accept a forged value."""
         fields = {
             "good": auth_header(proxy.full),
             "bad": b"Authorization: Bearer wrong",
@@ -396,7 +396,7 @@ class ProxyContract:
         assert proxy.app.request_count == count_before
 
     def test_trailers_never_become_headers(self, proxy: ProxyStack) -> None:
-        """Some app servers add them to the headers: they could say who calls."""
+        """Some app servers add them to the headers: they could forge an identity."""
         answered = parse_response(exchange(proxy.url, with_trailer(proxy.full)))
         if not self.chunked_bodies:
             assert answered.status == 411
@@ -554,7 +554,7 @@ class ProxyContract:
     def test_nothing_but_an_allow_is_an_allow(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy], answer: bytes
     ) -> None:
-        """Whatever else comes from the sidecar's address is 503, and the app is not asked."""
+        """Whatever else comes from the sidecar's address is 503, and the app is not called."""
         injector, other = proxy_with_fault
         count_before = proxy.app.request_count
         with injector.responding(answer):
@@ -567,7 +567,7 @@ class ProxyContract:
     def test_a_sidecar_that_limits_a_key_is_understood(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """429 with its `Retry-After` where the proxy passes it on; the app is not asked."""
+        """429 with its `Retry-After` where the proxy passes it on; the app is not called."""
         injector, other = proxy_with_fault
         count_before = proxy.app.request_count
         with injector.responding(TOO_MANY):
@@ -584,7 +584,7 @@ class ProxyContract:
         assert_rate_limited(answer)
 
     def test_a_key_beyond_its_rate_limit_gets_429(self, proxy: ProxyStack) -> None:
-        """It alone: not another key, nor what is public. The app is not asked, no key is logged.
+        """It alone: not another key, nor what is public. The app is not called, no key is logged.
         The public part of a key is not enough to use up its limit."""
         if not proxy.kind.limited:
             pytest.skip(f"the files of {proxy.kind.name} set no limit")

@@ -26,14 +26,14 @@ _AT_A_TIME = 50
 
 
 class AlwaysFresh(SequenceFreshness):
-    """A broken twin: never asks whether anything was committed."""
+    """A broken twin: never reads whether anything was committed."""
 
     def now_if_fresh(self) -> float | None:
         return self._clock() * 1000
 
 
 class NeverInvalidated(Invalidations):
-    """A broken twin: asks, and then trusts an entry that was read before the change."""
+    """A broken twin: reads it, and then uses an entry that was read before the change."""
 
     def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
         return True

@@ -78,6 +78,6 @@ class Process:
 
 if __name__ == "__main__":
     store, redis, parent_fd, child_fd = sys.argv[1:]
-    # argon2id, or Redis would never be asked.
+    # argon2id, or Redis would never be used.
     engine = Engine(Settings.load(store=store, redis=redis), hasher=Hasher("argon2id", CHEAPEST))
     Process(engine, int(child_fd)).run_commands(int(parent_fd))

@@ -4,7 +4,7 @@
 
 It writes the token of every key that it creates, reads the other's, and checks each at once, and
 some older ones over again. Both say so on standard error when they are under way. At SIGTERM it
-writes its log: how many checks had which outcome, and with which of the store's check keys it
+writes its log: how many checks had which outcome, and with which of the store's MAC keys it
 made its first and its last token.
 """
 
@@ -115,7 +115,7 @@ async def work(engine: Engine) -> dict[str, object]:
         while not stop.is_set():
             for values in checked[:: max(1, len(checked) // _OLDER)]:
                 await check(values)
-            engine._l1.clear()  # so that Redis, the store and the check keys are asked as well
+            engine._l1.clear()  # so that Redis, the store and the MAC keys are used as well
             await asyncio.sleep(_PAUSE_SECONDS)
 
     await engine.start()
@@ -143,6 +143,6 @@ if __name__ == "__main__":
     logging.disable()  # standard error says one thing alone
     log, kind, store, *redis = sys.argv[1:]
     settings = Settings.load(store=store, redis=redis[0] if redis else "", lease=2)
-    # argon2id, or Redis would never be asked.
+    # argon2id, or Redis would never be used.
     engine = ENGINES[kind](settings, hasher=Hasher("argon2id", CHEAPEST))
     Path(log).write_text(json.dumps(asyncio.run(work(engine))))

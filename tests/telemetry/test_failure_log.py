@@ -1,4 +1,4 @@
-"""`KEYLATCH_LOG_FAILURES=on`: who was refused and why, in a line each; and no more than that."""
+"""`KEYLATCH_LOG_FAILURES=on`: each refusal with its reason, in one line, and nothing else."""
 
 import asyncio
 import threading
@@ -22,7 +22,7 @@ from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.settings import ProxySettings
-from tests.sidecar.forward_auth.test_ext_authz_grpc import check, question, served
+from tests.sidecar.forward_auth.test_ext_authz_grpc import check, check_request, served
 from tests.support.clock import Clock
 from tests.support.engines import MakeEngine
 from tests.support.raw_http import asgi_request
@@ -120,11 +120,11 @@ async def test_over_grpc_the_address_is_in_the_message(
     logging_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The proxy writes all of it, so this one is the client's."""
-    request = question(auth_header(UNKNOWN_TOKEN.reveal()))
+    request = check_request(auth_header(UNKNOWN_TOKEN.reveal()))
     request.attributes.source.address.socket_address.address = b"2001:db8::1"
     async with served(logging_engine) as channel:
         await check(channel, request)
-        await check(channel, question(auth_header(UNKNOWN_TOKEN.reveal())))
+        await check(channel, check_request(auth_header(UNKNOWN_TOKEN.reveal())))
     assert lines(caplog) == [
         "refused a request from 2001:db8::1: forged",
         "refused a request from no address: forged",
@@ -139,7 +139,7 @@ def call(app: Any, **environ: Any) -> None:
 def test_over_wsgi_it_is_the_same(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where a view asks for more than the rules do."""
+    """Also where a view requires more than the rules do."""
 
     def strict(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         refusal = refusal_of(environ, any_of(["FULL"]))
@@ -184,7 +184,7 @@ async def test_by_default_nothing_is_logged(
     assert lines(caplog) == []
 
 
-async def test_what_is_let_in_is_not_asked_whence_it_came(
+async def test_the_peer_of_an_accepted_request_is_not_read(
     logging_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A scope without a client is enough for it, and no line is written."""
@@ -293,7 +293,7 @@ async def test_a_stop_says_what_was_left_out(
     ],
 )
 def test_only_addresses_are_written(given: str | None, written: str) -> None:
-    """A server that believes `X-Forwarded-For` hands on whatever a client sends."""
+    """A server that trusts `X-Forwarded-For` passes on whatever a client sends."""
     assert address_of(given) == written
 
 

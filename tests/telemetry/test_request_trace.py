@@ -238,7 +238,7 @@ def test_verify_has_the_header_too(store_url: str, clock: Clock) -> None:
     "given", ["abc", "A-Z_0.9:=+/", "0f" * 32, "550e8400-e29b-41d4-a716-446655440000"]
 )
 def test_a_plain_request_id_is_kept(given: str) -> None:
-    """So that the lines of all who had the request can be put together."""
+    """So that the log lines of all parts that had the request can be joined."""
     assert request_id(given) == given
 
 

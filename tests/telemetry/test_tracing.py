@@ -119,7 +119,7 @@ async def test_a_refusal_names_no_key_and_an_error_no_host(
 async def test_a_check_that_a_view_will_settle_says_so(
     make_engine: MakeEngine, spans: InMemorySpanExporter
 ) -> None:
-    """The span ends before it is known what the view asks: it is no refusal yet."""
+    """The span ends before the view's requirement is known: it is no refusal yet."""
     engine = make_engine(tracing=True)
     keyring = await engine.keyring()
     created = await keyring.create("org", "a key", permission="SENDING")

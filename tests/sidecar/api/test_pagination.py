@@ -83,7 +83,7 @@ def test_a_list_without_a_limit_is_as_it_was(
 
 
 def without_uses(answer: httpx.Response) -> str:
-    """Its text but for `lastUsed`, which a moment later follows the very asking."""
+    """Its text but for `lastUsed`, which the request itself changes soon."""
     return re.sub('"lastUsed":("[^"]*"|null)', "", answer.text)
 
 
@@ -154,7 +154,7 @@ def test_both_mistakes_are_reported_at_once(client: httpx.Client) -> None:
     assert token not in answer.text
 
 
-def test_a_cursor_of_another_organisation_opens_nothing(
+def test_a_cursor_of_another_organisation_shows_nothing(
     client: httpx.Client, sidecar: Sidecar
 ) -> None:
     """It is a position and no permission: the keys shown are those of the caller's organisation."""
@@ -315,10 +315,10 @@ async def test_a_list_ends_when_its_client_disconnects(engine: Engine) -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    async def hang_up() -> dict[str, Any]:
+    async def disconnect() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    await create_app(engine)(list_scope(admin_key), hang_up, send)  # type: ignore[arg-type]
+    await create_app(engine)(list_scope(admin_key), disconnect, send)  # type: ignore[arg-type]
     assert sum(message.get("body", b"").count(b'"id"') for message in sent) <= 100
 
 

@@ -49,7 +49,7 @@ class RawConnection:
         return Answer(response.status, response.headers, json.loads(response.read()))
 
     def all_keys(self) -> Any:
-        """Every key of the organisation, deleted ones too; asking may only change `lastUsed`."""
+        """Every key of the organisation, deleted ones too; a request changes `lastUsed` only."""
         keys = self.send("GET", f"{UNSENT}?include=deleted").body
         return [key | {"lastUsed": ...} for key in keys]
 

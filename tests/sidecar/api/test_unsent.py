@@ -47,7 +47,7 @@ def created(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 
 def listed(client: httpx.Client, include: str | None = None) -> list[dict[str, Any]]:
-    """The list but for `lastUsed`, which a moment later follows the very asking."""
+    """The list but for `lastUsed`, which the request itself changes soon."""
     keys = client.get(KEYS, params={"include": include} if include is not None else {}).json()
     return [key | {"lastUsed": ...} for key in keys]
 
@@ -238,7 +238,7 @@ def test_a_key_that_is_no_good_is_unauthorized(
     client.delete(f"{KEYS}/{deleted['id']}")
     client.patch(f"{KEYS}/{disabled['id']}", json={"active": False})
     assert client.get(KEYS, headers=bearer(expired)).status_code == 200
-    sidecar.clock.tick(60)  # that very moment
+    sidecar.clock.tick(60)  # at the same time
     made_up = {"token": "unsent_live_1234567890abcdef1234567890abcdef"}
     answers = [
         client.request(method, path, headers=bearer(key))
@@ -253,7 +253,7 @@ def test_a_key_that_is_no_good_is_unauthorized(
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
 def test_a_sending_key_may_not_manage_keys(client: httpx.Client, method: str, path: str) -> None:
-    """403 FORBIDDEN on every call, whatever it asks for, before its body is looked at."""
+    """403 FORBIDDEN on every call, before its body is read."""
     sending = created(client, permission="SENDING")
     answer = client.request(method, path, headers=bearer(sending))
     assert answer.status_code == 403
@@ -440,7 +440,7 @@ def test_no_answer_is_kept_on_the_way(client: httpx.Client) -> None:
 
 @pytest.mark.long
 def test_last_used_is_null_until_the_key_is_used(store_url: str, clock: Clock) -> None:
-    """`lastUsed` is there from the start, and a graceful stop forgets no use."""
+    """`lastUsed` is there from the start, and a graceful stop loses no use."""
     with sidecar_on(store_url, clock) as sidecar:
         admin_key = sidecar.create()
         with sidecar.client(admin_key) as client:

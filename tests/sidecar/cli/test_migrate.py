@@ -116,7 +116,7 @@ def test_a_newer_store_is_refused(operator: Operator, url: str) -> None:
 
 
 def test_a_store_that_is_gone_is_reported(operator: Operator) -> None:
-    """In a moment, and without its password."""
+    """At once, and without its password."""
     operator.set(STORE="postgresql://u:hunter2secret@127.0.0.1:1/keys")
     outcome = operator.run("migrate")
     assert (outcome.exit_code, "hunter2secret" in outcome.stderr) == (2, False)

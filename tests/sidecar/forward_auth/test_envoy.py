@@ -78,7 +78,7 @@ class TestEnvoy(ProxyContract):
 def test_the_check_has_the_clients_method_and_the_routes_permission(
     proxy: ProxyStack, answering: tuple[FaultInjector, Proxy], method: bytes
 ) -> None:
-    """Whatever the client says that should be asked, in its headers, query or path."""
+    """Whatever permission the client names, in its headers, query or path."""
     injector, other = answering
     lies = [b"X-Keylatch-Require: SENDING", b"x_keylatch_require: SENDING"]
     lies += [b"X-Envoy-Original-Path: /v1/emails", b"Connection: X-Keylatch-Require"]

@@ -87,7 +87,7 @@ def auth_header(key: Created) -> Header:
     return b"authorization", b"Bearer " + key.token.reveal().encode()
 
 
-def question(headers: Sequence[Header] = (), *permissions: str, raw: bool = False) -> Any:
+def check_request(headers: Sequence[Header] = (), *permissions: str, raw: bool = False) -> Any:
     """As Envoy sends it: values of one name joined, or separate with `encode_raw_headers`."""
     request = CheckRequest()
     http = request.attributes.request.http
@@ -192,7 +192,7 @@ async def test_every_credential_is_answered_as_over_http(
     if value is not None:
         bearer = auth_header(full)[1].decode()
         headers.append((b"authorization", value.replace("{key}", bearer).encode()))
-    answered = http_response(await check(channel, question(headers, raw=raw)))
+    answered = http_response(await check(channel, check_request(headers, raw=raw)))
     assert answered == await over_http(engine, headers)
     assert (answered.status == 200) == (value in CREDENTIALS[:1])
 
@@ -217,7 +217,7 @@ async def test_whatever_is_sent_is_answered_as_over_http(
 ) -> None:
     """Any text in any number of fields, joined by Envoy or not."""
     headers = [(b"authorization", value.encode()) for value in values]
-    answered = http_response(await check(channel, question(headers, *permissions, raw=raw)))
+    answered = http_response(await check(channel, check_request(headers, *permissions, raw=raw)))
     assert answered == await over_http(engine, headers, *permissions)
 
 
@@ -233,17 +233,17 @@ async def test_bytes_that_are_no_text_are_answered_too(
     raw: bool,
 ) -> None:
     """Beside a good key they change nothing, as a key they are none; never an error."""
-    beside = question([auth_header(full), (b"x-" + name, value)], raw=raw)
+    beside = check_request([auth_header(full), (b"x-" + name, value)], raw=raw)
     assert http_response(await check(channel, beside)).status == 200
     alone = [(b"authorization", value)]
-    assert http_response(await check(channel, question(alone, raw=raw))) == await over_http(
+    assert http_response(await check(channel, check_request(alone, raw=raw))) == await over_http(
         engine, alone
     )
 
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("permission", ["FULL", "SENDING"])
-async def test_an_allow_names_the_caller_and_takes_the_key_away(
+async def test_an_allow_names_the_caller_and_removes_the_key(
     engine: Engine,
     channel: grpc.aio.Channel,
     full: Created,
@@ -253,7 +253,7 @@ async def test_an_allow_names_the_caller_and_takes_the_key_away(
 ) -> None:
     """All five headers, each of them written over whatever the client said."""
     created = full if permission == "FULL" else sender
-    response = await check(channel, question([auth_header(created)], raw=raw))
+    response = await check(channel, check_request([auth_header(created)], raw=raw))
     assert response.status.code == 0
     answered = http_response(response)
     assert answered == await over_http(engine, [auth_header(created)])
@@ -284,7 +284,7 @@ async def test_what_could_be_taken_for_the_callers_name_is_removed(
 ) -> None:
     """Envoy removes after it has set: the identity must not be among the removed names."""
     lies = [(name.encode(), b"evil"), (b"cookie", b"a=b")]
-    response = await check(channel, question([auth_header(full), *lies]))
+    response = await check(channel, check_request([auth_header(full), *lies]))
     names = {option.header.key for option in response.ok_response.headers}
     removed = set(response.ok_response.headers_to_remove)
     assert (name.lower().encode() in removed) == is_removed
@@ -304,7 +304,9 @@ async def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
     """As over HTTP; the refusal says what would have sufficed. A map on the wire is a list: readers
     that take the last of two would forget the first."""
     for key, status in ((full, 200), (sender, sender_may)):
-        answered = http_response(await check(channel, question([auth_header(key)], *permissions)))
+        answered = http_response(
+            await check(channel, check_request([auth_header(key)], *permissions))
+        )
         assert answered.status == status
         assert answered == await over_http(engine, [auth_header(key)], *permissions)
 
@@ -318,17 +320,17 @@ async def test_headers_set_no_requirement(
     """They are the client's; the proxy sets the route's permission."""
     for value in (b"FULL", b"SENDING", b""):
         headers = [auth_header(sender), (field, value)]
-        assert http_response(await check(channel, question(headers))).status == 200
-        assert http_response(await check(channel, question(headers, "FULL"))).status == 403
+        assert http_response(await check(channel, check_request(headers))).status == 200
+        assert http_response(await check(channel, check_request(headers, "FULL"))).status == 403
 
 
 async def test_two_credentials_are_never_allowed(channel: grpc.aio.Channel, full: Created) -> None:
     """Joined by a comma, one by one, or in both places at once."""
     twice = [auth_header(full), auth_header(full)]
-    for request in (question(twice), question(twice, raw=True)):
+    for request in (check_request(twice), check_request(twice, raw=True)):
         assert http_response(await check(channel, request)).status == 401
-    both = question([auth_header(full)])
-    both.MergeFrom(question([auth_header(full)], raw=True))
+    both = check_request([auth_header(full)])
+    both.MergeFrom(check_request([auth_header(full)], raw=True))
     assert http_response(await check(channel, both)).status == 401
 
 
@@ -348,7 +350,7 @@ async def test_two_credentials_are_never_allowed(channel: grpc.aio.Channel, full
 async def test_a_check_without_a_request_is_refused(
     engine: Engine, channel: grpc.aio.Channel, full: Created, message: Any
 ) -> None:
-    """403 in the words of HTTP, as when a proxy there does not say what it was asked."""
+    """403 in the words of HTTP, as when a proxy there sends no method or path."""
     if not isinstance(message, bytes):
         message.attributes.request.http.headers.add(
             key=b"authorization", value=auth_header(full)[1]
@@ -367,8 +369,8 @@ async def test_the_request_is_logged_without_its_query(
 ) -> None:
     """For operators, at DEBUG; without the query, which may contain secrets."""
     caplog.set_level("DEBUG", "keylatch.proxies")
-    await check(channel, question([auth_header(full)]))
-    await check(channel, question())
+    await check(channel, check_request([auth_header(full)]))
+    await check(channel, check_request())
     said = [record.getMessage() for record in caplog.records if "/v1" in record.getMessage()]
     assert said == ["POST /v1/emails: allowed", "POST /v1/emails: no credential was sent"]
 
@@ -378,7 +380,9 @@ async def test_concurrent_requests_keep_their_identities(
 ) -> None:
     """Two hundred concurrent checks on one connection."""
     keys = [full, sender] * 100
-    answers = await asyncio.gather(*(check(channel, question([auth_header(key)])) for key in keys))
+    answers = await asyncio.gather(
+        *(check(channel, check_request([auth_header(key)])) for key in keys)
+    )
     key_ids = [dict(http_response(answer).headers)[b"x-keylatch-key-id"] for answer in answers]
     assert key_ids == [key.record.id.encode() for key in keys]
 
@@ -386,13 +390,13 @@ async def test_concurrent_requests_keep_their_identities(
 async def test_a_revoked_key_is_refused_by_the_next_check(
     engine: Engine, channel: grpc.aio.Channel
 ) -> None:
-    """Nothing on the way remembers it."""
+    """Nothing on the way caches it."""
     keyring = await engine.keyring()
     for _ in range(5):
         key = await keyring.create("acme", "short")
-        assert http_response(await check(channel, question([auth_header(key)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(key)]))).status == 200
         await keyring.delete("acme", key.record.id)
-        assert http_response(await check(channel, question([auth_header(key)]))).status == 401
+        assert http_response(await check(channel, check_request([auth_header(key)]))).status == 401
 
 
 class Gated(Hasher):
@@ -420,7 +424,7 @@ async def test_nothing_waits_beyond_the_deadline(
     engine = make_engine(hasher=hasher)
     async with served(engine) as channel:
         answered = http_response(
-            await asyncio.wait_for(check(channel, question([auth_header(full)])), 10)
+            await asyncio.wait_for(check(channel, check_request([auth_header(full)])), 10)
         )
         assert answered.status == 503
         assert answered == await over_http(engine, [auth_header(full)])
@@ -441,11 +445,11 @@ async def test_a_cancelled_check_affects_no_other(make_engine: MakeEngine, full:
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     async with served(engine) as channel:
-        impatient = asyncio.ensure_future(check(channel, question([auth_header(full)])))
+        impatient = asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
         await hasher.called.wait()
         impatient.cancel()
         await asyncio.wait([impatient])
-        patient = asyncio.ensure_future(check(channel, question([auth_header(full)])))
+        patient = asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
         hasher.gate.set()
         assert http_response(await patient).status == 200
     assert hasher.times == 1
@@ -465,7 +469,7 @@ async def test_hashes_are_checked_on_their_own_threads(
 
     engine = make_engine()
     async with served(engine) as channel:
-        request = question([auth_header(full)])
+        request = check_request([auth_header(full)])
         monkeypatch.setattr(Token, "reveal", noted)
         assert http_response(await check(channel, request)).status == 200
     await engine.stop()
@@ -480,7 +484,7 @@ async def test_it_listens_on_a_unix_socket_as_well(
     place = tmp_path / "grpc.sock"
     async with served(engine, f"unix:{place}") as channel:
         assert place.stat().st_mode & 0o777 == 0o666
-        assert http_response(await check(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
     assert not place.exists()
 
 
@@ -509,7 +513,7 @@ async def test_a_server_that_stops_answers_first(make_engine: MakeEngine, full: 
     address = f"127.0.0.1:{free_port()}"
     server = await ext_authz_grpc.serve(ForwardAuth(engine), engine, address)
     async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
-        asking = asyncio.ensure_future(check(channel, question([auth_header(full)])))
+        asking = asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
         await hasher.called.wait()
         stopping = asyncio.ensure_future(server.stop(10))
         await asyncio.sleep(0)
@@ -517,7 +521,7 @@ async def test_a_server_that_stops_answers_first(make_engine: MakeEngine, full: 
         assert http_response(await asking).status == 200
         await stopping
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await check(channel, question([auth_header(full)]))
+            await check(channel, check_request([auth_header(full)]))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     await engine.stop()
 
@@ -528,7 +532,7 @@ async def test_it_runs_on_the_event_loop_that_serve_uses(
 ) -> None:
     """uvloop, as in production."""
     assert type(asyncio.get_running_loop()).__module__ == "uvloop"
-    answers = [check(channel, question([auth_header(full)])) for _ in range(50)]
+    answers = [check(channel, check_request([auth_header(full)])) for _ in range(50)]
     assert {http_response(answer).status for answer in await asyncio.gather(*answers)} == {200}
 
 
@@ -554,17 +558,17 @@ async def test_health_checks_are_answered(
 # Limits
 
 
-async def code_of(question: "asyncio.Future[Any]") -> grpc.StatusCode:
+async def code_of(check_request: "asyncio.Future[Any]") -> grpc.StatusCode:
     """The gRPC error that comes instead of an answer."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await question
+        await check_request
     code: grpc.StatusCode = caught.value.code()
     return code
 
 
-def question_of(key: Created, size: int) -> Any:
+def check_request_of_size(key: Created, size: int) -> Any:
     """A check of so many bytes; unknown fields of a message are ignored."""
-    request = question([auth_header(key)])
+    request = check_request([auth_header(key)])
     room = size - len(request.SerializeToString()) - 32
     request.attributes.request.http.headers.add(key=b"x", value=b"x" * room)
     request.attributes.request.http.path += b"x" * (size - len(request.SerializeToString()))
@@ -575,12 +579,12 @@ def question_of(key: Created, size: int) -> Any:
 async def test_a_check_may_have_256_kib(channel: grpc.aio.Channel, full: Created) -> None:
     """One byte more is an error of gRPC, which a proxy that fails closed answers with a refusal;
     the connection goes on."""
-    largest = question_of(full, GRPC_MESSAGE_BYTES)
+    largest = check_request_of_size(full, GRPC_MESSAGE_BYTES)
     assert http_response(await check(channel, largest)).status == 200
     largest.attributes.request.http.path += b"x"
     too_large = asyncio.ensure_future(check(channel, largest))
     assert await code_of(too_large) is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert http_response(await check(channel, question([auth_header(full)]))).status == 200
+    assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
 
 
 async def test_a_checked_request_may_have_a_thousand_headers(
@@ -589,8 +593,10 @@ async def test_a_checked_request_may_have_a_thousand_headers(
     """More headers are not read: 403, as without an original request."""
     headers = [auth_header(full), *((b"x%d" % number, b"") for number in range(GRPC_HEADERS - 1))]
     for raw in (False, True):
-        assert http_response(await check(channel, question(headers, raw=raw))).status == 200
-        refused = http_response(await check(channel, question([*headers, (b"x", b"")], raw=raw)))
+        assert http_response(await check(channel, check_request(headers, raw=raw))).status == 200
+        refused = http_response(
+            await check(channel, check_request([*headers, (b"x", b"")], raw=raw))
+        )
         assert (refused.status, dict(refused.headers)[b"x-keylatch-error"]) == (
             403,
             b"misconfigured",
@@ -604,13 +610,14 @@ async def test_concurrent_checks_are_limited(make_engine: MakeEngine, full: Crea
     engine = make_engine(hasher=hasher)
     async with served(engine, max_calls=2) as channel:
         calls = [
-            asyncio.ensure_future(check(channel, question([auth_header(full)]))) for _ in range(3)
+            asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
+            for _ in range(3)
         ]
         refused, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         assert [await code_of(each) for each in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
         hasher.gate.set()
         assert [http_response(await each).status for each in waiting] == [200, 200]
-        assert http_response(await check(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
     await engine.stop()
 
 
@@ -619,18 +626,18 @@ async def test_only_so_many_connections_are_open_at_once(engine: Engine, full: C
     are open go on; without such a limit none is closed."""
     address = f"127.0.0.1:{free_port()}"
     async with served(engine, address, max_connections=3) as channel:
-        assert http_response(await check(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
         host, port = address.split(":")
         lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
         reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
         for ended in itertools.islice(asyncio.as_completed(reading, timeout=8), 9):
             await ended
-        assert http_response(await check(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
         await ended_all(lines, reading)
     async with served(engine, address) as channel:
         lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
         reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
-        assert http_response(await check(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
         assert [each for each in reading if each.done()] == []
         await ended_all(lines, reading)
 

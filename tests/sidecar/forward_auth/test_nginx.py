@@ -88,7 +88,7 @@ def test_a_limit_by_the_public_part_could_be_used_up_without_the_key(proxy: Prox
         assert_rate_limited(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
 
 
-def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: ProxyStack) -> None:
+def test_a_location_with_headers_of_its_own_would_trust_the_client(proxy: ProxyStack) -> None:
     """Why the files warn of `proxy_set_header` in a location: it undoes those of the server."""
     mistake = {"proxy_pass http://app;": "proxy_pass http://app; proxy_set_header X-Mine 1;"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:

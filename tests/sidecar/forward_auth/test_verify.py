@@ -142,7 +142,7 @@ def test_what_a_client_appends_only_makes_it_harder(appended: bytes) -> None:
     ],
 )
 def test_a_query_cannot_write_headers(sidecar: Sidecar, sender: Created, attack: bytes) -> None:
-    """What is named in the challenge is a short word or two, whatever was asked for."""
+    """What is named in the challenge is a short word or two, whatever was required."""
     refused = send(sidecar.url, b"GET /verify?" + attack, auth_header(sender))
     expected = b'Bearer realm="keylatch", error="insufficient_scope", scope="FULL"'
     assert refused.status == 403

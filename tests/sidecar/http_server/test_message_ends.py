@@ -139,7 +139,7 @@ def test_an_upgrade_is_ignored_and_the_body_is_read(
         assert seen_of(Patient, *packets) == ([first, ("GET", "/last", b"")], [200, 200])
 
 
-def test_uvicorns_own_protocol_takes_the_body_for_a_request() -> None:
+def test_uvicorns_own_protocol_reads_the_body_as_a_request() -> None:
     """The broken twin: of a request with `Upgrade`, and of one with CONNECT."""
     length, body = framed(SMUGGLED, is_chunked=False)
     for start in (b"POST /first" + HOST + UPGRADES["websocket"], b"CONNECT /first" + HOST):

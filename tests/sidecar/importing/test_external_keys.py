@@ -187,7 +187,7 @@ def lines_of(*keys: ExternalKey) -> str:
     )
 
 
-def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
+def test_a_file_may_import_keys_and_request_new_ones(operator: Operator) -> None:
     """In its order: tokens for the new ones, and for the others the results of them."""
     keys = [maker() for maker in MAKERS.values()]
     typed = lines_of(*keys[:7]) + '{"name": "new"}\n' + lines_of(*keys[7:])
@@ -220,7 +220,7 @@ def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
     assert verified.stderr == f"Allowed: {results[5]['id']} (FULL)\n"
 
 
-def test_csv_brings_keys_too(operator: Operator) -> None:
+def test_csv_imports_keys_too(operator: Operator) -> None:
     """With a column for each field; empty cells say nothing."""
     keys = [other_systems.usesend(), other_systems.sanctum(), other_systems.raw()]
     columns = ["name", "scheme", "clientId", "tokenId", "hash", "key"]
@@ -280,7 +280,7 @@ def test_a_key_that_is_in_the_file_twice_is_a_mistake(operator: Operator) -> Non
     )
 
 
-def test_the_lines_in_the_readme_bring_their_keys(operator: Operator) -> None:
+def test_the_lines_in_the_readme_import_their_keys(operator: Operator) -> None:
     """As they stand there; and each opens with the token that its system gave out."""
     lines, commands = re.findall(r"```\n(.*?)```", SECTION, re.DOTALL)
     (operator.folder / "old.jsonl").write_text(lines)

@@ -344,7 +344,7 @@ def test_bytes_that_are_no_text_are_no_name(operator: Operator) -> None:
 
 
 def test_a_dry_run_makes_nothing(operator: Operator) -> None:
-    """It checks the file, and says how many keys it asks for."""
+    """It checks the file, and says how many keys it has."""
     outcome = operator.run("keys", "import", "-", "--dry-run", stdin='{"name": "x"}\n' * 3)
     assert outcome == Result(0, "", "The file has 3 keys; nothing was created.\n")
     assert json.loads(operator.run("keys", "list", "--json").stdout) == []

@@ -48,7 +48,7 @@ class Running:
         self._runner.run(asyncio.to_thread(work))
 
     def has_said(self, words: str, log: pytest.LogCaptureFixture) -> bool:
-        """Whether its background tasks, which go on for a moment, have logged that."""
+        """Whether its background tasks, which run on for a short time, have logged that."""
         self._runner.run(asyncio.sleep(0.02))
         return words in log.text
 
@@ -72,7 +72,7 @@ def running(operator: Operator) -> Iterator[Callable[[], Running]]:
 
 
 def test_a_backup_is_whole_and_a_copied_file_is_not(operator: Operator) -> None:
-    """It holds what was committed a moment ago, which lies in the log beside the file: copying
+    """It contains the last commits, which are in the write-ahead log beside the file: copying
     the file alone re-activates a revoked key."""
     backup, copy = operator.folder / "backup.db", operator.folder / "copy.db"
     key = operator.create()
@@ -132,7 +132,7 @@ def test_what_was_revoked_since_stays_revoked(
     running: Callable[[], Running],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """While a process goes on checking: it accepts neither what it remembers nor what the backup
+    """While a process goes on checking: it accepts neither what it has cached nor what the backup
     says of a key that was revoked, raises the alarm, and lets the others in."""
     process = running()
     kept, revoked, disabled, changed = (operator.create() for _ in range(4))

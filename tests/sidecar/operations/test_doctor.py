@@ -332,7 +332,7 @@ def test_a_store_that_cannot_be_written_fails(operator: Operator, postgres: Post
 
 
 def test_a_server_that_is_gone_fails(operator: Operator) -> None:
-    """In a moment, without its password."""
+    """At once, without its password."""
     operator.set(STORE="postgresql://u:hunter2secret@127.0.0.1:1/keys")
     doctor_run = DoctorRun(operator)
     assert (doctor_run.code, doctor_run.status_of("store")) == (2, "failure")
