@@ -259,7 +259,7 @@ class ForeignContract(StoreTests):
     async def test_unknown_tokens_cost_nothing_where_nothing_was_imported(
         self, engine: Engine, store: CountingStore, hasher: CountingHasher
     ) -> None:
-        """Not one query to the store, whatever shape they have; a pipe is still no valid character."""
+        """Not one query to the store, whatever shape they have; a pipe stays malformed."""
         await (await engine.keyring()).create("acme", "own")
         for maker in MAKERS.values():
             key = maker()
