@@ -36,7 +36,7 @@ HELLO: Final = [(b"content-length", b"2"), (b"content-type", b"text/plain")]
 
 
 async def allow(scope: Scope, receive: Receive, send: Send) -> None:
-    """The least that can answer a proxy: the headers of an allow, and no question."""
+    """The least that can answer a proxy: the headers of an allow, without a check."""
     if scope["type"] == "http":
         await send({"type": "http.response.start", "status": 200, "headers": ALLOW})
         await send({"type": "http.response.body", "body": b""})
@@ -103,7 +103,7 @@ def allowing(
 
 
 def over_grpc_as_well(address: str) -> ASGIApp:
-    """`allow`, and the same answer to every question over gRPC."""
+    """`allow`, and the same answer to every check over gRPC."""
     import grpc.aio
 
     from keylatch_sidecar.forward_auth.ext_authz_grpc import SERVICE

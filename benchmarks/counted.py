@@ -1,4 +1,4 @@
-"""Whoever is asked, counted: a wrapper around a store, a hasher or a Redis client."""
+"""Counts calls: a wrapper around a store, a hasher or a Redis client."""
 
 import inspect
 from collections import Counter
@@ -12,7 +12,7 @@ _IN_PLACE: Final = ("sequence_nowait", "invalidations_since_nowait")
 
 
 class Counted:
-    """Hands everything on to somebody, and counts calls that ask for something.
+    """Delegates everything to a target, and counts the calls that cost I/O or work.
 
     Those are coroutines, what a Redis client does, and what reads the store in place. Other
     attributes are handed out as they are, so that a hot path costs what it costs.
@@ -44,5 +44,5 @@ class Counted:
 
 
 def counted(target: T, calls: "Counter[str]") -> T:
-    """The target, counted; for whoever uses it, it is of the same type."""
+    """The target, counted; for its callers it is of the same type."""
     return cast(T, Counted(target, calls))

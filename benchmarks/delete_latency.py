@@ -44,10 +44,10 @@ _QUERIES = {b"poll": leases.POLL, b"changes": invalidation_log.INVALIDATIONS_SIN
 
 
 class Member:
-    """What the store sees of a `Lease`: the same questions at the same moments, asked by libpq.
+    """What the store sees of a `Lease`: the same statements at the same times, sent by libpq.
 
     Python around each of a hundred would take this machine's processors from the store, which in
-    life has its own. It opens the news that it hears and keeps their tombstones, but accepts
+    life has its own. It verifies notices and keeps their tombstones, but accepts
     nothing by them, so it has no lease to lose.
     """
 
@@ -62,8 +62,8 @@ class Member:
         self._loop = asyncio.get_running_loop()
         self._connection = pq.PGconn.connect(url.encode())
         self._connection.exec_(b"SET synchronous_commit = off")
-        for question, asked in _QUERIES.items():
-            self._connection.prepare(question, asked.compile_for(_DIALECT)[0].encode())
+        for question, statement in _QUERIES.items():
+            self._connection.prepare(question, statement.compile_for(_DIALECT)[0].encode())
         self._connection.nonblocking = 1
         self._query_under_way = b""
         self._has_notice = False
@@ -74,8 +74,8 @@ class Member:
         self._loop.add_reader(self._connection.socket, self._read)
 
     def on_notice(self, notice: Notice | None) -> None:
-        """The bell rang: acknowledge its news where they follow on what is known, else read;
-        afterwards if a question is under way."""
+        """On a notice: acknowledge it where it follows the known sequence number, else poll;
+        afterwards if a poll is under way."""
         if notice is not None and notice.since <= self._named["since"] < notice.batch.seq:
             self._pending = tuple(
                 line for line in notice.batch.invalidations if line[0] > self._named["since"]
@@ -125,14 +125,14 @@ class Member:
             self._timer = self._loop.call_later(self._pause, self._query, b"poll")
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         self._timer.cancel()
         self._loop.remove_reader(self._connection.socket)
         self._connection.finish()
 
 
 class MemberGroup:
-    """Members beside the process's own, who hear the bell that its engine hears."""
+    """Members beside the process's own, which receive the notices that its engine receives."""
 
     def __init__(self, engine: Engine, settings: Settings, count: int) -> None:
         assert isinstance(engine._freshness, Lease)
@@ -144,16 +144,16 @@ class MemberGroup:
         engine._freshness.on_notice = self.on_notice  # type: ignore[method-assign]
 
     def on_notice(self, notice: Notice | None = None) -> None:
-        """The bell rang."""
+        """A notice arrived."""
         self._on_notice(notice)
         if not self._members:
             return
-        sealed = self._signer.sign(notice)
+        signed = self._signer.sign(notice)
         for member in self._members:
-            member.on_notice(self._signer.verify(sealed))  # each checks the seal, as it would
+            member.on_notice(self._signer.verify(signed))  # each verifies the MAC, as it would
 
     async def start(self) -> None:
-        """Join one after the other, so that nobody polls in step."""
+        """Join one after the other, so that members do not poll in step."""
         self._signer = Signer((await self._store.open(0)).peppers)
         for name in self._names:
             await self._store.leases.join(name, 0, self._settings.lease)
@@ -168,8 +168,8 @@ class MemberGroup:
             await self._store.leases.leave(name)
 
 
-def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: int) -> None:
-    """One process: checks what it is told to, until it is told to stop; then reports."""
+def run_checks(pipe: Connection, store: str, redis: str, rate: float, members: int) -> None:
+    """One process: checks the tokens that it receives until the stop message; then reports."""
 
     async def run() -> dict[str, int]:
         settings = Settings.load(store=store, redis=redis, hasher="sha256")
@@ -186,12 +186,12 @@ def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: i
         pipe.send("ready")
         while True:
             while pipe.poll():
-                told = pipe.recv()
-                if told is None:
+                received = pipe.recv()
+                if received is None:
                     await crowd.stop()
                     await engine.stop()
                     return last_allowed
-                tokens.append(told)
+                tokens.append(received)
                 tokens = tokens[-50:]
             for key_id, value in tokens[-10:]:
                 began = time.monotonic_ns()
@@ -206,7 +206,7 @@ def check_keys(pipe: Connection, store: str, redis: str, rate: float, members: i
 async def measure(
     given: argparse.Namespace, pipes: list[Connection], pids: list[int]
 ) -> dict[str, Any]:
-    """Create, let everybody see it, revoke; again and again."""
+    """Create a key, let every process cache it, revoke it; repeatedly."""
     engine = Engine(Settings.load(store=given.store, redis=given.redis, hasher="sha256"))
     await engine.start()
     keyring = await engine.keyring()
@@ -284,7 +284,7 @@ def main() -> None:
         share = len(range(number, given.members, given.processes))
         ours, theirs = start.Pipe()
         process = start.Process(
-            target=check_keys,
+            target=run_checks,
             args=(theirs, given.store, given.redis, given.rate, share),
             daemon=True,
         )

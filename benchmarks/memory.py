@@ -59,8 +59,8 @@ async def filled(folder: str, entries: int, traced: bool) -> dict[str, Any]:
     tokens: list[Token] = []
     for start in range(0, entries, BATCH):
         numbers = range(start, min(start + BATCH, entries))
-        drafts = [NewKey(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
-        tokens += [each.token for each in await keyring.create_many(drafts)]
+        new_keys = [NewKey(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
+        tokens += [each.token for each in await keyring.create_many(new_keys)]
     await engine.authenticator.check_token(tokens[-1])  # whatever the first look-up needs
     await engine._usage.flush()
     gc.collect()
@@ -88,8 +88,8 @@ def allocated(snapshot: tracemalloc.Snapshot, entries: int) -> list[tuple[int, s
         frame = statistic.traceback[0]
         code = linecache.getline(frame.filename, frame.lineno).strip()
         sizes[f"{Path(frame.filename).name}:{frame.lineno}  {code[:60]}"] += statistic.size
-    told = [(round(size / entries), place) for place, size in sizes.most_common(16)]
-    return [(size, place) for size, place in told if size]
+    rounded = [(round(size / entries), place) for place, size in sizes.most_common(16)]
+    return [(size, place) for size, place in rounded if size]
 
 
 def _measured(folder: str, entries: int, traced: bool, answer: Any) -> None:

@@ -55,8 +55,8 @@ WARM_KEYS: Final = 40
 POOLS: Final = ((1, 0), (2, 0), (4, 0), (1, 19), (2, 19))
 """Threads, and how nice each of them is to all others (Linux)."""
 BACKGROUND: Final = ("record_last_used", "run_maintenance", "poll", "sequence_nowait")
-"""What an engine asks its store whether strangers call or not: lastUsed of the hits, housekeeping,
-and, in place, the counter after each of these commits."""
+"""What an engine asks its store with and without forged tokens: lastUsed of the hits, housekeeping,
+and, in place, the sequence number after each of these commits."""
 
 Done = Callable[[], None]
 
@@ -72,7 +72,7 @@ async def started(url: str, redis: Any = "", **given: Any) -> AsyncIterator[Engi
 
     Args:
         url: of the store.
-        redis: a URL; or a client, if nobody else needs it afterwards.
+        redis: a URL; or a client, if it is not used afterwards.
         given: more of `Engine`'s arguments.
     """
     place, client = (redis, None) if isinstance(redis, str) else ("", redis)
@@ -85,11 +85,11 @@ async def started(url: str, redis: Any = "", **given: Any) -> AsyncIterator[Engi
 
 
 async def allowed(engine: Engine, values: Sequence[bytes]) -> None:
-    """Check one after the other; all must be let in."""
+    """Check one after the other; all must be allowed."""
     for value in values:
-        verdict = await engine.authenticate([value])
-        if not isinstance(verdict, Allow):
-            raise SystemExit(f"error: a good key was refused: {verdict}")
+        decision = await engine.authenticate([value])
+        if not isinstance(decision, Allow):
+            raise SystemExit(f"error: a good key was refused: {decision}")
 
 
 async def fill_redis(url: str, redis: RedisServer, keys: Sequence[Created]) -> None:
@@ -105,7 +105,7 @@ async def fill_redis(url: str, redis: RedisServer, keys: Sequence[Created]) -> N
 
 
 def clear_caches(engine: Engine) -> None:
-    """Take away what this process remembers of keys."""
+    """Clear the caches of this process."""
     engine._l1.clear()
 
 
@@ -121,7 +121,7 @@ class Spent:
 
 
 async def l2(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
-    """A check that Redis saves the hash ÷ what it asks: one look-up and one GET."""
+    """A check that Redis saves the hash ÷ its requests: one look-up and one GET."""
     return [row for kind in KINDS for row in await l2_on(kind, rounds, redis, done)]
 
 
@@ -160,16 +160,16 @@ async def l2_on(kind: str, rounds: int, redis: RedisServer, done: Done) -> list[
                 for name, one in took.items():
                     spent[name].append(one)
                 done()
-    asked = list(zip(spent["get"], spent["find"], strict=True))[1:]  # the first one warms up
+    pairs = list(zip(spent["get"], spent["find"], strict=True))[1:]  # the first one warms up
     checks = spent["check"][1:]
-    times = [one.time_us for one in checks], [a.time_us + b.time_us for a, b in asked]
+    times = [one.time_us for one in checks], [a.time_us + b.time_us for a, b in pairs]
     costs = (
         [one.processor_us for one in checks],
-        [a.processor_us + b.processor_us for a, b in asked],
+        [a.processor_us + b.processor_us for a, b in pairs],
     )
     return [
-        Row(f"L2, {kind}: bare GET", Spread.of([get.time_us for get, _ in asked]), "us"),
-        Row(f"L2, {kind}: bare look-up", Spread.of([find.time_us for _, find in asked]), "us"),
+        Row(f"L2, {kind}: bare GET", Spread.of([get.time_us for get, _ in pairs]), "us"),
+        Row(f"L2, {kind}: bare look-up", Spread.of([find.time_us for _, find in pairs]), "us"),
         Row(f"L2, {kind}: check", Spread.of(times[0]), "us"),
         Row(f"L2, {kind}: check ÷ both", Spread.ratio(*times), "", "<=", 2.0),
         Row(f"L2, {kind}: the same by processor time", Spread.ratio(*costs)),
@@ -195,7 +195,7 @@ async def checked(engine: Engine, values: Sequence[bytes]) -> Spent:
 
 
 async def cold(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
-    """A check that nobody has cached ÷ a bare argon2 verify; no Redis."""
+    """A check that no process has cached ÷ a bare argon2 verify; no Redis."""
     rows = []
     for kind in KINDS:
         checks, verifies = [], []
@@ -259,25 +259,27 @@ async def herd(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
             async with started(url, redis.url) as engine:
                 await allowed(engine, values[:1])  # starts threads and connections
                 for _ in range(rounds):
-                    await asyncio.sleep(0.2)  # what Redis is told of the last round
+                    await asyncio.sleep(0.2)  # the last round's writes to Redis
                     redis.flush()
                     clear_caches(engine)
                     async with Ticker() as alone:
                         await asyncio.sleep(0.3)
                     async with Ticker() as ticker:
-                        verdicts = await asyncio.gather(*(engine.authenticate([v]) for v in values))
+                        decisions = await asyncio.gather(
+                            *(engine.authenticate([v]) for v in values)
+                        )
                     idle.append(percentiles_us(alone.lateness)["p99"] / 1e3)
                     p99s.append(percentiles_us(ticker.lateness)["p99"] / 1e3)
                     longest.append(percentiles_us(ticker.lateness)["max"] / 1e3)
                     worked.append(max(ticker.worked) * 1e3)
-                    busy.append(sum(verdict == Deny(Reason.BUSY) for verdict in verdicts))
+                    busy.append(sum(decision == Deny(Reason.BUSY) for decision in decisions))
                     done()
         rows += [
             Row(f"herd, {kind}: loop late, p99", Spread.of(p99s), "ms", "<", 5),
             Row(f"herd, {kind}: loop late, at most", Spread.of(longest), "ms"),
             Row(f"herd, {kind}: the loop's own longest piece of work", Spread.of(worked), "ms"),
             Row(f"herd, {kind}: loop late, p99 while idle", Spread.of(idle), "ms"),
-            Row(f"herd, {kind}: told to come again (503), of {HERD}", Spread.of(busy)),
+            Row(f"herd, {kind}: refused with 503, of {HERD}", Spread.of(busy)),
         ]
     return rows
 
@@ -358,7 +360,7 @@ async def warm(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
     ]
 
 
-# Strangers
+# Forged tokens
 
 
 async def flood(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
@@ -375,7 +377,7 @@ async def flood(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
             hasher=counted(Hasher(), calls["argon2"]),
         ) as engine:
             await allowed(engine, [value_of(key)])
-            await asyncio.sleep(0.1)  # Redis is told
+            await asyncio.sleep(0.1)  # Redis has been written
             made_up = unknown_tokens(key, 2_000)
             for number in range(-1, rounds):
                 for each in calls.values():
@@ -384,14 +386,14 @@ async def flood(rounds: int, redis: RedisServer, done: Done) -> list[Row]:
                     hits = await hits_seconds(engine, value_of(key), made_up if is_flooded else [])
                     if number >= 0:
                         (flooded if is_flooded else alone).append(percentiles_us(hits)["p99"])
-                asked = {
+                requested = {
                     f"{who}.{name}": count
                     for who, each in calls.items()
                     for name, count in each.items()
                     if name not in BACKGROUND
                 }
-                if asked:
-                    raise SystemExit(f"error: for made-up tokens somebody was asked: {asked}")
+                if requested:
+                    raise SystemExit(f"error: made-up tokens caused requests: {requested}")
                 done()
     return [
         Row("flood: p99 of a hit, idle", Spread.of(alone), "us"),
@@ -433,15 +435,15 @@ async def hits_seconds(
             for number in range(int(UNKNOWN_TOKENS_PER_SECOND * seconds))
         ]
     latencies = []
-    for moment, value in sorted(due):
-        while time.perf_counter() < moment:
+    for due_at, value in sorted(due):
+        while time.perf_counter() < due_at:
             pass
-        verdict = await engine.authenticate([value])
+        decision = await engine.authenticate([value])
         if value is good:
-            latencies.append(time.perf_counter() - moment)
+            latencies.append(time.perf_counter() - due_at)
             await asyncio.sleep(0)
-        if isinstance(verdict, Allow) is not (value is good):
-            raise SystemExit(f"error: the wrong one was let in or refused: {verdict}")
+        if isinstance(decision, Allow) is not (value is good):
+            raise SystemExit(f"error: the wrong key was allowed or refused: {decision}")
     return latencies
 
 

@@ -4,7 +4,7 @@
         [--seconds 5] [--connections 64] [--field 'Authorization: Bearer …']
 
 wrk's loop is closed: it asks no more while it waits, and a server that stalls looks fine. Here a
-latency counts from when its request was due. How late the generator was itself is told beside what
+latency counts from when its request was due. Its own lateness is reported beside what
 it measured: where that is of the same size, it measured itself. It prints JSON on standard output.
 """
 

@@ -30,7 +30,7 @@ __all__ = [
     "sidecar",
 ]
 
-# What `keylatch serve` tells uvicorn; see also `apps`.
+# What `keylatch serve` passes to uvicorn; see also `apps`.
 AS_THE_SIDECAR: Final = (
     *("--ws", "none", "--no-proxy-headers", "--no-server-header", "--no-date-header"),
     *("--timeout-keep-alive", "75", "--no-access-log", "--log-level", "error"),

@@ -4,7 +4,7 @@
 
 Each proxy runs twice with its files from `deploy/`: one asks keylatch's sidecar (an L1 hit), the
 other a bare app that allows whatever comes, served by the sidecar's own code, over HTTP or gRPC.
-The public route of both goes to the app behind them without a question: what is beyond that is
+The public route of both goes to the app behind them without a check: what is beyond that is
 added by the check. `wrk` calls them in turn, always with the same key, over one connection for the
 median latency and over sixteen for the speed, which is requests a second. Ratios are taken round by
 round. It takes about (rounds + 1) x 6 x seconds for each proxy; one that is not installed is left
@@ -40,7 +40,7 @@ from processes import (  # finds the tests' modules, below
 from wrk import Load, NotMeasured, load, require
 
 ONE, MANY = 1, 16
-"""Connections: nobody waits for anybody; and as many as keep everything busy."""
+"""Connections: one without contention, and as many as keep every process busy."""
 
 
 def serving(app: str) -> AbstractContextManager[Program]:
@@ -51,7 +51,7 @@ def serving(app: str) -> AbstractContextManager[Program]:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn: without a question, asked of the bare app, asked of keylatch."""
+    """One turn: without a check, checked by the bare app, checked by keylatch."""
 
     open: Load
     bare: Load
@@ -176,12 +176,12 @@ def main() -> None:
         steps = (given.rounds + 1) * 6
         task = progress.add_task("", total=len(kinds) * steps)
         for number, kind in enumerate(kinds):
-            name, asked = kind.name, other.port
+            name, target_port = kind.name, other.port
             if kind.sidecar is not SidecarProcess:
-                name, asked = f"{kind.name} over gRPC", grpc_port
+                name, target_port = f"{kind.name} over gRPC", grpc_port
             progress.update(task, description=name, completed=number * steps)
             try:
-                results[name] = cost(kind, app, asked, given, lambda: progress.advance(task))
+                results[name] = cost(kind, app, target_port, given, lambda: progress.advance(task))
             except NotMeasured as error:
                 console.print(f"error: {name}: {error}")
     title = "What the check adds (p50, us), keylatch ÷ bare 200; the aim behind nginx: 1.3"

@@ -55,7 +55,7 @@ class Filled:
 
 
 async def filled(url: str, keys: int, progress: Progress) -> Filled:
-    """Fill a store, and remember some of its tokens."""
+    """Fill a store, and keep some of its tokens."""
     engine = Engine(Settings.load(store=url, redis="", hasher="sha256"))
     keyring = await engine.keyring()
     task = progress.add_task(f"{url.partition(':')[0]}, {keys:,} keys", total=keys)
@@ -63,8 +63,8 @@ async def filled(url: str, keys: int, progress: Progress) -> Filled:
     began = time.perf_counter()
     for start in range(0, keys, BATCH):
         numbers = range(start, min(start + BATCH, keys))
-        drafts = [NewKey(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
-        made = await keyring.create_many(drafts)
+        new_keys = [NewKey(f"org{n % ORGANIZATIONS}", f"customer {n}") for n in numbers]
+        made = await keyring.create_many(new_keys)
         tokens += [each.token for each in made if random.random() < REMEMBERED / keys]
         progress.advance(task, len(made))
     spent = time.perf_counter() - began
@@ -78,9 +78,9 @@ async def cold(store: Filled, lookups: int) -> float:
     tokens = random.sample(store.tokens, min(lookups, len(store.tokens)))
     store.engine._l1.clear()
     began = time.perf_counter()
-    verdicts = [await store.engine.authenticator.check_token(token) for token in tokens]
+    decisions = [await store.engine.authenticator.check_token(token) for token in tokens]
     spent = time.perf_counter() - began
-    if not all(isinstance(verdict, Allow) for verdict in verdicts):
+    if not all(isinstance(decision, Allow) for decision in decisions):
         raise SystemExit("error: not every key was accepted\nhint: see the lines above")
     return spent / len(tokens) * 1e6
 

@@ -5,8 +5,8 @@
 One process each, for a bare app and for the sidecar's (an L1 hit on SQLite): `wrk` (apt-get install
 wrk) over 16 connections, with one request at a time on each and with eight (pipelining), in turn.
 wrk knows no Unix sockets, so for those a generator of ours asks 1,000 times a second, over TCP as
-well, and the server's processor time per answer is told; it is higher than under full load, because
-nothing comes in bunches. Memory is the proportional share after the load.
+well, and the server's processor time per answer is reported; it is higher than under full load,
+because requests do not come in batches. Memory is the proportional share after the load.
 
 Then what proxies need is tried on each of them, yes or no; how is in `Behaviour`'s docstrings.
 It takes about (rounds + 1) x 40 x seconds, and a minute.
@@ -230,7 +230,10 @@ class Behaviour:
 
     def is_silent(self, server: Program) -> bool:
         """An answer has the app's header fields and no others."""
-        names = {name.lower() for name, _ in parse_response(ask(server, b"GET / HTTP/1.1")).headers}
+        names = {
+            name.lower()
+            for name, _ in parse_response(send_request(server, b"GET / HTTP/1.1")).headers
+        }
         return not names & {b"server", b"date"}
 
     def ignores_upgrades(self, server: Program) -> bool:
@@ -241,12 +244,12 @@ class Behaviour:
             b"Sec-WebSocket-Version: 13",
         ]
         fields += [b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
-        return b" 200 " in ask(server, b"GET / HTTP/1.1", *fields)[:20]
+        return b" 200 " in send_request(server, b"GET / HTTP/1.1", *fields)[:20]
 
     def takes_methods(self, server: Program) -> bool:
-        """WebDAV's, and one that was made up."""
+        """WebDAV's methods, and an unknown one."""
         return all(
-            b" 200 " in ask(server, method + b" / HTTP/1.1")[:20]
+            b" 200 " in send_request(server, method + b" / HTTP/1.1")[:20]
             for method in (b"PROPFIND", b"REPORT", b"BREW")
         )
 
@@ -255,7 +258,7 @@ class Behaviour:
         with serving(self._kind, "apps:answering_slowly") as server:
             said: list[bytes] = []
             caller = threading.Thread(
-                target=lambda: said.append(ask(server, b"GET /slow HTTP/1.1"))
+                target=lambda: said.append(send_request(server, b"GET /slow HTTP/1.1"))
             )
             caller.start()
             time.sleep(0.3)  # it is with the app
@@ -277,13 +280,13 @@ class Behaviour:
         with contextlib.suppress(SystemExit, AssertionError, OSError):
             server = Program([*command, "--port", str(port)], uds)
             try:
-                return b" 200 " in ask(f"http://127.0.0.1:{port}", b"GET / HTTP/1.1")[:20]
+                return b" 200 " in send_request(f"http://127.0.0.1:{port}", b"GET / HTTP/1.1")[:20]
             finally:
                 server.close()
         return False
 
 
-def ask(server: Program | str, start: bytes, *fields: bytes) -> bytes:
+def send_request(server: Program | str, start: bytes, *fields: bytes) -> bytes:
     """Write a request as it is; what comes back."""
     place = server.place if isinstance(server, Program) else server
     closing = () if any(b"Connection" in name for name in fields) else (b"Connection: close",)

@@ -70,9 +70,9 @@ def table_of(title: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         low, high = (shown(value) for value in (row.measured.low, row.measured.high))
         aim = "" if row.aim is None else f"{row.sense} {shown(row.aim)}"
-        verdict = {None: "", True: "[green]met[/]", False: "[bold red]missed[/]"}[row.is_met]
+        outcome = {None: "", True: "[green]met[/]", False: "[bold red]missed[/]"}[row.is_met]
         median = f"{shown(row.measured.median)} {row.unit}".rstrip()
-        table.add_row(row.what, median, f"{low} … {high}" if low != high else "", aim, verdict)
+        table.add_row(row.what, median, f"{low} … {high}" if low != high else "", aim, outcome)
     return table
 
 
@@ -96,5 +96,5 @@ def report(title: str, rows: Sequence[Row], file: Path | None, **more: Any) -> N
     console.width = max(console.width, 110)  # in a file or a pipe
     console.print(table_of(title, rows))
     if file:
-        told = [asdict(row) | {"met": row.is_met} for row in rows]
-        file.write_text(json.dumps({"rows": told, **more}, indent=2, ensure_ascii=False) + "\n")
+        values = [asdict(row) | {"met": row.is_met} for row in rows]
+        file.write_text(json.dumps({"rows": values, **more}, indent=2, ensure_ascii=False) + "\n")

@@ -6,9 +6,9 @@
 Starlette on uvicorn (uvloop, httptools) and Flask on gunicorn (gthread, four threads): one worker,
 16 connections. `wrk` calls the same view with and without the middleware in turn, always with the
 same key in the header, so that L1 answers; the ratio is taken round by round. On a machine that
-others use, the processor time that the server took for each answer tells more; it knows nothing of
-waiting. Every app runs on both stores where none is named; PostgreSQL is started here. It needs
-`wrk` (apt-get install wrk), and takes (rounds + 1) x 2 x seconds for each app and store.
+others use, the processor time that the server took for each answer is more reliable; it does not
+include waiting. Every app runs on both stores where none is named; PostgreSQL is started here. It
+needs `wrk` (apt-get install wrk), and takes (rounds + 1) x 2 x seconds for each app and store.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Figures:
 def measure(
     served: Served, store: str, rounds: int, seconds: int, done: Callable[[], None]
 ) -> tuple[Figures, Figures]:
-    """(open, protected); who goes first takes turns."""
+    """(open, protected), in alternating order."""
     key = auth_header_of(store)
     figures = {"no": Figures(), "on": Figures()}
     with running(served.command, {"KEYLATCH_STORE": store}, path="/v1/me") as server:
@@ -87,7 +87,7 @@ def measure(
 
 
 def rows_of(name: str, free: Figures, guarded: Figures, aim: float) -> list[Row]:
-    """What is told of one app on one store."""
+    """The rows of one app on one store."""
     return [
         Row(f"{name}: open", Spread.of(free.speed), "requests/s"),
         Row(f"{name}: protected", Spread.of(guarded.speed), "requests/s"),

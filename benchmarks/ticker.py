@@ -1,4 +1,4 @@
-"""How late an event loop is: somebody on it who wants to be called every millisecond.
+"""How late an event loop is: a task on it that is due every millisecond.
 
 Ticks are due at their moments. One stall of 20 ms makes twenty ticks late and not one.
 """
@@ -44,13 +44,13 @@ class Ticker:
         before = time.thread_time()
         while True:
             now, spent = time.perf_counter(), time.thread_time()
-            due = note(self.lateness, due, now)
+            due = record_tick(self.lateness, due, now)
             self.worked.append(spent - before)
             before = spent
             await asyncio.sleep(due - now)
 
 
-def note(lateness: list[float], due: float, now: float) -> float:
+def record_tick(lateness: list[float], due: float, now: float) -> float:
     """Note every tick that is due by now; when the next one is."""
     while due <= now:
         lateness.append(now - due)

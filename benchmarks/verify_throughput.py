@@ -1,4 +1,4 @@
-"""What `/verify` costs: a real `keylatch serve` beside an app that allows whatever comes.
+"""What `/verify` costs: a real `keylatch serve` beside an app that allows every request.
 
     python benchmarks/verify_throughput.py [--store sqlite|postgresql] [--rounds 7] [--seconds 3]
         [--json out.json]
@@ -7,12 +7,12 @@ The bare app is served by the sidecar's own code, with another app in it (`apps.
 options are the same. `wrk` (apt-get install wrk) calls bare, one worker and two workers in turn, 64
 connections, an L1 hit. Then a generator of its own (`open_loop.py`) asks bare and `/verify` at a
 constant rate, half of what one worker just answered, and counts latencies from when a request was
-due. How late it was itself is told as well: it needs a processor of its own.
+due. Its own lateness is reported as well: it needs a processor of its own.
 
-Two workers and who asks them need three processors. Where there are fewer, requests a second say
-how they share, and not how the workers scale: for that, processor time per answer is told. Two
-workers with a processor each would answer 2 x (cost with one ÷ cost with two) as many.
-It takes about (rounds + 1) x 5 x seconds.
+Two workers and the load generator need three processors. Where there are fewer, requests a second
+say how they share, and not how the workers scale: for that, processor time per answer is reported.
+Two workers with a processor each would answer 2 x (cost with one ÷ cost with two) as many. It takes
+about (rounds + 1) x 5 x seconds.
 """
 
 import argparse
@@ -80,17 +80,17 @@ def measure(
         for name in (name for name in names if name in outcomes):
             if number >= 0:
                 half = figures[ONE].speed[-1] / 2
-                asked = in_a_process(servers[name].url, key, half, seconds, CONNECTIONS)
-                outcomes[name].append(asked)
+                half_load = in_a_process(servers[name].url, key, half, seconds, CONNECTIONS)
+                outcomes[name].append(half_load)
             done()
         names = [*names[1:], names[0]]
     return figures, outcomes
 
 
 def rows_of(figures: dict[str, Figures], outcomes: dict[str, list[Outcome]]) -> list[Row]:
-    """What is told."""
+    """The rows of the report."""
     none, one, two = (figures[name] for name in (BARE, ONE, TWO))
-    asked = outcomes[ONE]
+    half_load = outcomes[ONE]
     ideal = [2 * a / b for a, b in zip(one.cost_us, two.cost_us, strict=True)]
 
     def milliseconds(values: list[float]) -> Spread:
@@ -104,10 +104,16 @@ def rows_of(figures: dict[str, Figures], outcomes: dict[str, list[Outcome]]) -> 
         ),
         Row("/verify ÷ bare", Spread.ratio(one.speed, none.speed), "", ">=", 0.88),
         Row("the same by processor time", Spread.ratio(none.cost_us, one.cost_us)),
-        Row("half load: rate", Spread.of(each.rate for each in asked), "requests/s"),
-        Row("half load: p50", milliseconds([each.latency["p50"] for each in asked]), "ms"),
-        Row("half load: p99", milliseconds([each.latency["p99"] for each in asked]), "ms", "<", 1),
-        Row("half load: p99.9", milliseconds([each.latency["p99.9"] for each in asked]), "ms"),
+        Row("half load: rate", Spread.of(each.rate for each in half_load), "requests/s"),
+        Row("half load: p50", milliseconds([each.latency["p50"] for each in half_load]), "ms"),
+        Row(
+            "half load: p99",
+            milliseconds([each.latency["p99"] for each in half_load]),
+            "ms",
+            "<",
+            1,
+        ),
+        Row("half load: p99.9", milliseconds([each.latency["p99.9"] for each in half_load]), "ms"),
         Row(
             "half load: p99 of the bare app",
             milliseconds([each.latency["p99"] for each in outcomes[BARE]]),
@@ -115,7 +121,7 @@ def rows_of(figures: dict[str, Figures], outcomes: dict[str, list[Outcome]]) -> 
         ),
         Row(
             "half load: p99 of the generator's own lateness",
-            milliseconds([each.lateness["p99"] for each in asked]),
+            milliseconds([each.lateness["p99"] for each in half_load]),
             "ms",
         ),
         Row("2 workers ÷ 1 worker", Spread.ratio(two.speed, one.speed), "", ">=", 1.7),
@@ -130,13 +136,13 @@ def limit_of(two: Figures, processors: int) -> str:
     """Who held two workers up: a sentence."""
     workers = Spread.of(two.processors).median
     wrk = Spread.of(two.wrk_processors).median
-    told = f"two workers kept {workers:.2f} of {processors} processors busy, wrk {wrk:.2f}"
+    summary = f"two workers kept {workers:.2f} of {processors} processors busy, wrk {wrk:.2f}"
     if workers >= 1.9:
-        return f"The load generator was not the limit: {told}."
+        return f"The load generator was not the limit: {summary}."
     if wrk >= 0.95:
-        return f"The load generator was the limit: {told}."
+        return f"The load generator was the limit: {summary}."
     return (
-        f"The workers were not the limit: {told}; the rest was waiting, for wrk, for each other,"
+        f"The workers were not the limit: {summary}; the rest was waiting, for wrk, for each other,"
         " or for others on this machine. Believe the line by processor time."
     )
 

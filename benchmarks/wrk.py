@@ -1,7 +1,8 @@
 """wrk (apt-get install wrk): a closed-loop load, and what it says of it. Only 200s are let pass.
 
-Closed loop: each connection asks when its last question was answered, so a server that stalls is
-asked less and looks better than it is. Good for a speed; for latencies under load see `open_loop`.
+Closed loop: each connection sends when its last request was answered, so a server that stalls gets
+fewer requests and looks better than it is. Good for a speed; for latencies under load see
+`open_loop`.
 """
 
 import re
@@ -17,7 +18,7 @@ _MICROSECONDS: Final = {"us": 1, "ms": 1_000, "s": 1_000_000, "m": 60_000_000}
 
 
 class NotMeasured(Exception):
-    """Somebody did not answer as he should: what was counted is worth nothing."""
+    """Some answers had the wrong status: the figures are invalid."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ LONGEST_LINE: Final = 2**22
 
 
 class Channel:
-    """One end of the line between a process and the run."""
+    """One end of the connection between a process and the run."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -18,20 +18,20 @@ class Channel:
 
     @classmethod
     async def connect(cls, path: str, **hello: Any) -> "Channel":
-        """Connect to the run and say who this is."""
+        """Connect to the run and send this process's name."""
         reader, writer = await asyncio.open_unix_connection(path, limit=LONGEST_LINE)
         channel = cls(reader, writer)
         channel.send(pid=os.getpid(), **hello)
         return channel
 
     def send(self, **message: Any) -> None:
-        """Say something, if somebody is there; never waits."""
+        """Send a message if the peer is connected; never waits."""
         if self._writer.transport.is_closing():
             return
         self._writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     async def receive(self) -> dict[str, Any] | None:
-        """The next message; None: nobody is there any more."""
+        """The next message; None: the peer has disconnected."""
         try:
             line = await self._reader.readline()
         except OSError:

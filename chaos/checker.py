@@ -41,7 +41,7 @@ class Subject(Protocol):
         """The outcome of a check that need not wait; None: it has to."""
 
     async def check(self, token: str) -> int:
-        """The outcome of a check that has to ask somebody."""
+        """The outcome of a check that needs I/O."""
 
     def after_fork_in_child(self) -> None:
         """This is the child now."""
@@ -72,7 +72,7 @@ class Checker:
         self._loops: list[asyncio.Task[None]] = []
 
     def run(self) -> None:
-        """Check until told to end, and fork when told to."""
+        """Check until the end message, and fork on a fork message."""
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         loop = asyncio.new_event_loop()
         loop.run_until_complete(self._begin())

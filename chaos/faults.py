@@ -1,4 +1,4 @@
-"""What is done to whom: one function for each kind of fault.
+"""The faults: one function for each kind.
 
 Each returns when the fault is over. What falls on a place falls on both sides: on the worker with
 keylatch and on its naive twin. Faults of one server or one process wait for each other.
@@ -63,14 +63,14 @@ async def redis_restored(deployment: Deployment, fault: Fault) -> None:
 
 
 async def redis_connections_killed(deployment: Deployment, fault: Fault) -> None:
-    """CLIENT KILL of every subscriber and everybody else."""
+    """CLIENT KILL of every subscriber and every other client."""
     async with deployment.redis.client() as client:
         for kind in "pubsub", "normal":
             await client.client_kill_filter(_type=kind)
 
 
 async def redis_slow(deployment: Deployment, fault: Fault) -> None:
-    """Every answer comes up to 0.2 s late, for everybody."""
+    """Every answer comes up to 0.2 s late, for all clients."""
     delay = _SLOWEST_SECONDS * (fault.target % 100 + 1) / 100
     with ExitStack() as stack:
         for place in deployment.slots:
@@ -79,7 +79,7 @@ async def redis_slow(deployment: Deployment, fault: Fault) -> None:
 
 
 async def worker_cut_from_redis(deployment: Deployment, fault: Fault) -> None:
-    """What a worker hears from Redis is swallowed: the bell is lost, and the line stays up."""
+    """Drops what Redis sends to a worker: notices are lost, and the connection stays up."""
     with _apply_all(
         place.redis.blackholing() for place in deployment.slots_of("worker", fault.target)
     ):
@@ -117,7 +117,7 @@ async def store_cut(deployment: Deployment, fault: Fault) -> None:
 
 
 async def store_sessions_terminated(deployment: Deployment, fault: Fault) -> None:
-    """pg_terminate_backend of everybody."""
+    """pg_terminate_backend of all sessions."""
     await deployment.postgres.terminate_sessions()
 
 
@@ -202,7 +202,7 @@ FAULTS: Final[dict[str, tuple[Apply, str, str]]] = {
     "event loop blocked": (loop_blocked, "worker", "worker"),
     "worker forked": (worker_forked, "worker", "worker"),
 }
-"""Kind → the deed, whose turns it takes, and whose checks may be 503 for it ("": nobody's)."""
+"""Kind → the function, whose turns it takes, and whose checks may be 503 for it ("": none)."""
 
 
 class Faults:
@@ -231,13 +231,13 @@ class Faults:
             await asyncio.sleep(began + seconds - time.monotonic())
 
     async def _apply(self, fault: Fault) -> None:
-        deed, takes_turns_of, silences = FAULTS[fault.kind]
+        inject, takes_turns_of, silences = FAULTS[fault.kind]
         place = self._place(fault)
         turns = place.name if takes_turns_of == "worker" else takes_turns_of or str(id(fault))
         async with self._turns[turns]:
             start = time.monotonic_ns()
             try:
-                await deed(self._deployment, fault)
+                await inject(self._deployment, fault)
             except (OSError, TimeoutError, RedisError, psycopg.Error) as error:
                 self.failed.append(f"{fault.kind}: {type(error).__name__}: {error}")
             silenced = place.name if silences == "worker" else silences

@@ -1,4 +1,4 @@
-"""Where the processes of a run report: who is there, which keys to check, what was seen."""
+"""Where the processes of a run report: which are connected, which keys to check, what was seen."""
 
 import asyncio
 import time
@@ -25,7 +25,7 @@ class Hub:
         self.path = str(path)
         self.ledgers = {"keylatch": Ledger(lease_ns), "naive": Ledger(lease_ns)}
         self.pids: dict[str, int] = {}
-        """Who is connected: side and name → process id."""
+        """Connected processes: side and name → process id."""
         self._channels: dict[str, Channel] = {}
         self._checked: dict[str, dict[str, str]] = {"keylatch": {}, "naive": {}}
         self._done: list[tuple[float, str, str]] = []
@@ -35,7 +35,7 @@ class Hub:
         self._server = await asyncio.start_unix_server(self._accept, self.path, limit=LONGEST_LINE)
 
     async def stop(self) -> None:
-        """Judge what is left. Whoever is still connected finds nobody here any more."""
+        """Judge what is left. Connections that are still open are closed."""
         self._server.close()
         for ledger in self.ledgers.values():
             ledger.close()

@@ -1,8 +1,8 @@
-"""What is held against a side: a pure ledger of revokes, facts and faults.
+"""Finds broken promises of a side: a pure ledger of revokes, facts and faults.
 
 The law of this file: no I/O, no clock. An acceptance counts by the START of its check, a refusal by
 its END, so no doubt is left: what started after the answer must be refused, and what was refused
-before anybody asked for the revoke was refused wrongly. Findings are pairs of a key and a process.
+before the revoke was requested was refused wrongly. Findings are pairs of a key and a process.
 """
 
 import statistics
@@ -80,7 +80,7 @@ class Ledger:
             self.undecided[process, bucket] += checks
 
     def close(self, keys: set[str] | None = None) -> None:
-        """Judge these keys (None: all), about which little more will be heard; that is judged too,
+        """Judge these keys (None: all), about which few facts will follow; those are judged too,
         by a later call."""
         chosen = [pair for pair in self._open if keys is None or pair[0] in keys]
         for pair in chosen:
@@ -122,7 +122,7 @@ class Ledger:
         return found
 
     def durations(self, faults: Sequence[Interval], grace_ns: int) -> dict[str, list[float]]:
-        """Milliseconds from asking to the answer, of revokes that waited: far from every fault, and
+        """Milliseconds from request to answer, of revokes that waited: far from every fault, and
         near one."""
         found: dict[str, list[float]] = {"healthy": [], "under faults": []}
         troubled = set().union(*_buckets(faults, grace_ns).values())
@@ -149,7 +149,7 @@ def _keep_maximum(found: dict[tuple[str, str], int], pair: tuple[str, str], late
 
 
 def _buckets(faults: Sequence[Interval], grace_ns: int) -> dict[str, set[int]]:
-    """Who is silenced → the buckets in which, or shortly after which, a fault was under way."""
+    """Silenced process → the buckets in which, or shortly after which, a fault was under way."""
     buckets: dict[str, set[int]] = {}
     for fault in faults:
         first, last = fault.start // BUCKET_NS - 1, (fault.end + grace_ns) // BUCKET_NS

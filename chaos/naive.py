@@ -3,7 +3,7 @@
     python naive.py check|revoke STORE REDIS SOCKET NAME [SEED]
 
 A dictionary in the process and Redis behind it, 60 seconds each. A DELETE commits, deletes the
-value in Redis and publishes; every process that hears it drops its entry. No lease, no sequence
+value in Redis and publishes; every process that receives it drops its entry. No lease, no sequence
 numbers.
 Whatever Redis or the store does, a key that is cached is served: "availability first".
 """
@@ -161,7 +161,7 @@ class NaiveKeys:
 
 
 async def revoke(keys: NaiveKeys, path: str, name: str, seed: int) -> None:
-    """Revoke until told to end."""
+    """Revoke until the end message."""
     channel = await Channel.connect(path, role="revoker", side="naive", name=name)
     await keys.start()
     await revoke_until_ended(keys, channel, random.Random(seed), _AT_A_TIME)

@@ -1,9 +1,9 @@
 """What lies between a process and a server: a network that can be broken on purpose.
 
 One listener on a free port passes bytes to one server. `held` is a partition that heals: bytes wait
-and arrive late. `swallowing` is a line that dies in silence: bytes vanish, and the connections that
-lost some stay dead for ever, on the server's side too, as where no FIN arrives. `refusing` and
-`cut` are the loud ways.
+and arrive late. `swallowing` is a connection that dies without a reset: bytes vanish, and the
+connections that lost some stay dead for ever, on the server's side too, as where no FIN arrives.
+`refusing` and `cut` are the loud ways.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 _CHUNK: Final = 65_536
-_HALF_OPEN_SECONDS: Final = 8.0  # how long a server keeps a dead line; real ones keep it for hours
+_HALF_OPEN_SECONDS: Final = 8.0  # how long a server keeps a dead peer; real ones keep it for hours
 
 
 class _Connection:
@@ -67,11 +67,11 @@ class Proxy:
         for _ in range(3):  # an aborted transport closes its socket in a later turn of the loop
             await asyncio.sleep(0)
 
-    # What can be done to the line; each may overlap with itself and with the others
+    # What can be done to the connections; each may overlap with itself and with the others
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Bytes wait in both directions, and so does whoever connects."""
+        """Bytes wait in both directions, and so do new connections."""
         self._held += 1
         self._is_flowing.clear()
         try:
@@ -132,7 +132,7 @@ class Proxy:
         try:
             await self._serve(connection, reader)
         except (OSError, asyncio.CancelledError):
-            pass  # the line broke or the run is over; both ends are let go below
+            pass  # the connection broke or the run is over; both ends are let go below
         finally:
             connection.abort()
             self._connections.discard(connection)
@@ -181,11 +181,11 @@ class Proxy:
             if not connection.has_lost_bytes and not target.transport.is_closing():
                 target.write(data)
                 self.forwarded_bytes += 0 if is_response else len(data)
-                with contextlib.suppress(OSError):  # the next read tells
+                with contextlib.suppress(OSError):  # the next read shows it
                     await target.drain()
         if connection.has_lost_bytes:
             if is_response:
-                return  # the client is not told; it gives up by itself
+                return  # the client gets no reset; it times out
             await asyncio.sleep(_HALF_OPEN_SECONDS)
         connection.abort()
 

@@ -1,6 +1,6 @@
-"""Revoking again and again, whatever it is that revokes: a pool of live keys that stays as large.
+"""Revokes repeatedly, by any given function, from a pool of live keys of constant size.
 
-Each of a few loops makes keys, lets them live for a while, so that everybody has them cached,
+Each of a few loops makes keys, lets them live for a while, so that every worker has them cached,
 revokes the oldest and makes another. A revoke that was refused is repeated until it is answered.
 """
 
@@ -48,7 +48,7 @@ class RevokerSubject(Protocol):
 async def revoke_until_ended(
     revoking: RevokerSubject, channel: Channel, chance: random.Random, at_a_time: int
 ) -> None:
-    """Revoke until told to end or nobody is there any more.
+    """Revoke until the end message, or until the peer disconnects.
 
     Args:
         revoking: revokes.

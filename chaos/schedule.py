@@ -1,4 +1,4 @@
-"""Which fault happens when, to whom and for how long: drawn from a seed, before anything starts.
+"""Which fault happens when, to which process and for how long: drawn from a seed before the start.
 
 The law of this file: no I/O, no clock. The same arguments draw the same faults.
 """
@@ -71,11 +71,11 @@ def draw(
     kinds += chance.choices(list(weights), list(weights.values()), k=faults - len(kinds))
     chance.shuffle(kinds)
     round_seconds = min(ROUND_SECONDS, seconds)
-    calm = round_seconds * HEALTHY_SECONDS / ROUND_SECONDS
+    healthy_seconds = round_seconds * HEALTHY_SECONDS / ROUND_SECONDS
     times: list[float] = []
     while len(times) < faults:
         at = chance.uniform(0, seconds)
-        if at % round_seconds > calm:
+        if at % round_seconds > healthy_seconds:
             times.append(at)
     return [
         Fault(kind, at, chance.uniform(SHORTEST_SECONDS, longest_seconds), chance.randrange(2**16))

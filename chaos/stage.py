@@ -117,7 +117,7 @@ class Deployment:
             await self.postgres.remove()
 
     async def end(self) -> None:
-        """Tell everybody to end, revokers first, and wait until they have."""
+        """Send the end message to all processes, revokers first, and wait until they have."""
         for role in "revoker", "worker":
             leaving = self.slots_of(role)
             for slot in leaving:
@@ -177,7 +177,7 @@ class Deployment:
             slot.process.wait()
 
     def crashes(self) -> list[str]:
-        """What processes of ours said that nobody expected, and who ended without being told."""
+        """Unexpected output of our processes, and processes that ended by themselves."""
         found = [
             f"{log.stem}: {line}"
             for log in sorted(self.folder.glob("keylatch-*.log"))

@@ -112,7 +112,7 @@ class Revoker:
 
 
 async def revoke(engine: Engine, store: CommitTimeStore, path: str, name: str, seed: int) -> None:
-    """Revoke with the engine's keyring until told to end."""
+    """Revoke with the engine's keyring until the end message."""
     channel = await Channel.connect(path, role="revoker", side="keylatch", name=name)
     revoker = Revoker(await engine.keyring(), store)
     await revoke_until_ended(revoker, channel, random.Random(seed), _AT_A_TIME)
@@ -124,7 +124,7 @@ if __name__ == "__main__":
     role, store_url, redis_url, lease, path, name, *seed = sys.argv[1:]
     store = CommitTimeStore(store_url)
     settings = Settings.load(store=store_url, redis=redis_url, lease=float(lease))
-    # argon2id, or Redis would never be asked.
+    # argon2id, or Redis would never be used.
     engine = Engine(settings, store=store, hasher=Hasher("argon2id", CHEAPEST))
     if role == "check":
         Checker(KeylatchSubject(engine), path, "keylatch", name).run()

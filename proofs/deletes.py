@@ -64,7 +64,7 @@ def _waiting(c: Configuration, world: World, i: int, revoke: Revoke) -> Iterator
         text += "" if c.rules.removal_waits else "; removes who lags"
         effect = Effect("look", i, number)
         if not c.rules.polls:
-            text, effect = f"{name} rings the bell", Effect("ring", i)
+            text, effect = f"{name} publishes its notice", Effect("ring", i)
         yield _with_revoke(world, i, after, text, effect)
         if late:
             text = f"{name} could never look, and is answered at @+0, X after its clock reading"
@@ -76,7 +76,7 @@ def _waiting(c: Configuration, world: World, i: int, revoke: Revoke) -> Iterator
         minds = c.rules.removal_minds_grants
         text += " and was granted nothing since" if minds else ", whatever it was granted"
         yield _with_revoke(world, i, Revoke(REMOVED), text, Effect("remove", i, number))
-        text = f"{name}, X after its clock reading, hears nothing of its removal and"
+        text = f"{name}, X after its clock reading, does not learn of its removal and"
         answer = _answered(c, world, i, f"{text} is answered at @+0", Effect("leave", i))
         yield _with_revoke(answer.world, i, Revoke(LATE, number), answer.text, answer.effect)
     elif revoke.stage == LATE:

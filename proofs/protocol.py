@@ -45,7 +45,7 @@ def member_steps(c: Configuration, v: View, m: Member) -> Iterator[Step]:
 def _joining(v: View, m: Member) -> Iterator[Step]:
     if m.joined:
         return
-    # Whoever joins again has no poll under way, but for answers that others overtook.
+    # A process that rejoins has no poll under way, except for answers that others overtook.
     polls = tuple(poll for poll in m.polls if poll.seq >= 0)
     row = m._replace(row=0, joined=True, polls=polls, silent=())
     yield Step("{p} joins under a new id: acknowledged = 0, no grants", row)
@@ -60,10 +60,10 @@ def _polling(c: Configuration, v: View, m: Member) -> Iterator[Step]:
         polls = in_order([*m.polls, Poll(acked=m.seen)])
         yield Step(f"{{p}} polls: t0 = @+0, acknowledges {m.seen}", m._replace(polls=polls))
         if m.seen < len(v.log):
-            # At the bell: nothing is acknowledged and nothing granted, as if asked too long ago.
-            news = in_order([*m.polls, Poll(c.lease, seq=len(v.log))])
-            text = f"the store tells {{p}}, who only reads: seq = {len(v.log)}"
-            yield Step(text, m._replace(polls=news))
+            # On a notice: nothing is acknowledged and nothing granted, as if the poll were too old.
+            read_only = in_order([*m.polls, Poll(c.lease, seq=len(v.log))])
+            text = f"the store answers {{p}}, which only reads: seq = {len(v.log)}"
+            yield Step(text, m._replace(polls=read_only))
     yield from _receiving_notice(c, v, m)
     for poll in dict.fromkeys(m.polls):
         rest = m._replace(polls=without(m.polls, poll))
@@ -72,24 +72,25 @@ def _polling(c: Configuration, v: View, m: Member) -> Iterator[Step]:
         if poll.seq == ASKED:
             yield _transaction(c, v, rest, poll)
         elif poll.seq == REFUSED:
-            text = "{p} hears that it is no member: drops its lease and its id"
+            text = "{p} learns that it is no member: drops its lease and its id"
             yield Step(text, rest._replace(joined=False, lease=0))
         else:
             yield from _applied(c, v, rest, poll)
 
 
 def _receiving_notice(c: Configuration, v: View, m: Member) -> Iterator[Step]:
-    """News under seal, of any part of the log that there ever was: late, again, out of order. They
-    count only if they follow on what is known; else they make it look, which it may do anyway. The
-    store compares what was heard with its log; this one never goes back, so that they agree."""
+    """Signed notices of any part of the log that ever existed: late, repeated, out of order. They
+    count only if they follow the known sequence number; else they cause a poll, which may happen
+    anyway. The store compares applied notices with its log; this log only grows: they agree."""
     if not m.joined:
         return
     for last in range(m.seen + 1, len(v.log) + 1):
         for first in range(m.seen + 1, last + 1):
             if first == m.seen + 1 or not c.rules.notices_have_no_gap:
-                told = [n for n in range(first, last + 1) if v.log[n - 1]]
-                bar = max([m.bar, *told])
-                text = f"{{p}} hears news of {first} to {last}: known = {last}, tombstone = {bar}"
+                changed = [n for n in range(first, last + 1) if v.log[n - 1]]
+                bar = max([m.bar, *changed])
+                text = f"{{p}} receives notices {first} to {last}: known = {last}, "
+                text += f"tombstone = {bar}"
                 yield Step(text, m._replace(seen=last, bar=bar))
 
 
@@ -113,9 +114,9 @@ def _applied(c: Configuration, v: View, m: Member, poll: Poll) -> Iterator[Step]
     lease = max(m.lease, c.lease - poll.age)
     until = f"lease until @{lease:+}" if lease else "no lease"
     entry, bar, seen = m.entry, m.bar, max(m.seen, poll.seq)
-    news = [n for n in range(m.seen + 1, poll.seq + 1) if v.log[n - 1]]
-    if news and c.rules.polls_bring_tombstones:
-        bar = max(bar, news[-1])
+    changed = [n for n in range(m.seen + 1, poll.seq + 1) if v.log[n - 1]]
+    if changed and c.rules.polls_bring_tombstones:
+        bar = max(bar, changed[-1])
         entry = entry if c.rules.checks_as_of else None
     m = m._replace(entry=entry, bar=bar, lease=lease, seen=seen)
     yield Step(f"{{p}} applies the answer: seen = {seen}, tombstone = {bar}, {until}", m)
@@ -170,7 +171,7 @@ def _reading(c: Configuration, v: View, m: Member) -> Iterator[Step]:
 
 
 def _checked(c: Configuration, v: View, m: Member, late: bool, as_of: int) -> Iterator[Step]:
-    """The moment of the check: one step, one clock reading, one rule wherever the value is from."""
+    """A check: one step, one clock reading, one rule for values of any source."""
     if (m.lease or not c.rules.needs_lease) and (as_of >= m.bar or not c.rules.checks_as_of):
         broken = "G3 is broken: accepted later than commit + X" if v.overdue else ""
         broken = "G2 is broken: accepted, though it started after the answer" if late else broken
@@ -187,8 +188,8 @@ def _waited_for(c: Configuration, v: View, m: Member) -> Iterator[Step]:
         if i in m.silent:
             settled = settled._replace(silent=without(m.silent, i))
         if not c.rules.polls:
-            yield Step(f"the bell of {name} to {{p}} is lost", settled)
-            yield Step(f"{{p}} hears the bell of {name}", settled._replace(entry=None))
+            yield Step(f"the notice of {name} to {{p}} is lost", settled)
+            yield Step(f"{{p}} receives the notice of {name}", settled._replace(entry=None))
         elif m.row is None:
             yield Step(f"{name} looks again: no row of {{p}}", settled)
         elif m.row >= number:

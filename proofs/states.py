@@ -88,12 +88,12 @@ class Request(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One process: its row, its memory, its requests, and the DELETEs that have an eye on it.
+    """One process: its row, its memory, its requests, and the DELETEs that wait for it.
 
-    `row` is what its row acknowledges (None: there is no row), `joined` whether it believes to
+    `row` is what its row acknowledges (None: there is no row), `joined` whether it assumes to
     have one. `bar` is max(tombstone, floor). `entry` and `flight` are the as_of of an "active"
-    value, in L1 and in a read under way; values that say "revoked" are left out, since nobody is
-    accepted by them. `awaited` are the DELETEs that found it lagging and wait for it, `silent`
+    value, in L1 and in a read under way; values that say "revoked" are left out, since they
+    accept no request. `awaited` are the DELETEs that found it lagging and wait for it, `silent`
     those since whose first look its row counted no grant.
     """
 
@@ -119,7 +119,7 @@ class Revoke(NamedTuple):
 
 
 class World(NamedTuple):
-    """What is nobody's own: the log (is entry n about the watched key?) and the DELETEs.
+    """What all processes share: the log (is entry n about the watched key?) and the DELETEs.
 
     `since_commit` and `answered` are the judge's: the age of the first commit that revoked the
     watched key, and whether a DELETE of it was answered.

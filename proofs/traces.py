@@ -1,4 +1,4 @@
-"""The shortest run that breaks a promise, told step by step with the readings of one clock."""
+"""The shortest run that breaks a promise, printed step by step with the readings of one clock."""
 
 import re
 from collections.abc import Iterator

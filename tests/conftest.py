@@ -158,7 +158,7 @@ def client(sidecar: Sidecar, admin_key: Created) -> Iterator[httpx.Client]:
 def operator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> "Operator":
-    """Somebody at a shell, with a store of the test's own."""
+    """Runs `keylatch` commands, with a store of the test's own."""
     from tests.support.command_line import Operator
 
     return Operator(tmp_path, monkeypatch, capsys)
@@ -175,7 +175,7 @@ def proxy(request: pytest.FixtureRequest) -> "Iterator[ProxyStack]":
 
 @pytest.fixture(scope="module")
 def proxy_with_fault(proxy: "ProxyStack") -> "Iterator[tuple[FaultInjector, Proxy]]":
-    """Another such proxy, with somebody between it and the sidecar."""
+    """Another such proxy, with a fault-injecting relay between it and the sidecar."""
     from tests.support import proxies
 
     with proxies.faulty_proxy(proxy) as made:

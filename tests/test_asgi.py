@@ -1,4 +1,4 @@
-"""The ASGI middleware around Starlette and FastAPI apps: who gets in, as whom, and how it lives."""
+"""The ASGI middleware around Starlette and FastAPI apps: decisions, principals, lifespan."""
 
 import asyncio
 import json
@@ -122,7 +122,7 @@ async def test_the_app_learns_who_is_calling(engine: Engine, build: Build) -> No
         ("", "GET", "/v1/emails", 403),
     ],
 )
-async def test_a_permission_opens_what_is_named_for_it(
+async def test_a_permission_allows_what_is_named_for_it(
     engine: Engine, build: Build, permission: str, method: str, path: str, status: int
 ) -> None:
     """FULL may do everything, also what `@requires("SENDING")` guards; the others fail closed."""
@@ -152,7 +152,7 @@ async def test_requires_guards_what_the_rules_forgot(make_engine: MakeEngine) ->
 async def test_a_public_path_needs_no_key_and_gives_no_rights(
     engine: Engine, build: Build, method: str
 ) -> None:
-    """Nobody is asked, and nobody is recognised, whatever they bring along."""
+    """Without I/O and without a principal, whatever credential the request has."""
     assert (await asgi_request(build(engine), "/healthz", method=method)).status == 200
     key = await create(engine)
     for headers in (auth_header(key), [(b"authorization", b"Bearer made up")]):
@@ -201,7 +201,7 @@ async def test_scopes_of_another_kind_pass_through_untouched(engine: Engine, kin
 
 @pytest.mark.anyio
 async def test_the_callers_scope_is_not_written_on(engine: Engine) -> None:
-    """Whoever calls the middleware finds its scope as it was, headers and all."""
+    """The caller's scope is unchanged, headers included."""
     key = await create(engine)
     headers = [*auth_header(key), (b"x-keylatch-key-id", b"evil")]
     for path in ("/healthz", "/v1/domains"):
@@ -220,11 +220,11 @@ async def test_the_callers_scope_is_not_written_on(engine: Engine) -> None:
 
 
 async def _no_message() -> Message:
-    raise AssertionError("nobody should have asked")
+    raise AssertionError("the app must not receive")
 
 
 async def _not_sent(message: Message) -> None:
-    raise AssertionError(f"nobody should have said {message}")
+    raise AssertionError(f"the app must not send {message}")
 
 
 @pytest.mark.anyio
@@ -243,7 +243,7 @@ async def test_two_middlewares_with_different_stores_keep_to_themselves(
         await engine.stop()
 
 
-def test_every_wrong_setting_and_rule_is_told_at_once() -> None:
+def test_every_wrong_setting_and_rule_is_reported_at_once() -> None:
     """Settings, public paths and rules are wrong in one and the same message."""
     with pytest.raises(ConfigurationError) as caught:
         APIKeyMiddleware(
@@ -257,10 +257,10 @@ def test_every_wrong_setting_and_rule_is_told_at_once() -> None:
             public=["/docs/*"],
             permissions={"SENDING": ["/v1/emails"]},
         )
-    told = [wrong.split(":")[0] for wrong, _ in caught.value.mistakes]
-    assert len(told) == 8
+    names = [wrong.split(":")[0] for wrong, _ in caught.value.mistakes]
+    assert len(names) == 8
     for name in ("STORE", "REDIS", "LEASE", "HASHER", "REALM", "ENVIRONMENT"):
-        assert f"KEYLATCH_{name}" in told
+        assert f"KEYLATCH_{name}" in names
 
 
 def test_the_realm_is_ones_own(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def call_log(store_url: str) -> CallLogStore:
 async def test_the_engine_lives_as_long_as_the_app(
     make_engine: MakeEngine, call_log: CallLogStore
 ) -> None:
-    """It starts before the app and stops after it, and the server hears both."""
+    """It starts before the app and stops after it, and the server gets both messages."""
     inner = Starlette(lifespan=Life(call_log))
     async with lifespan(APIKeyMiddleware(inner, engine=make_engine(store=call_log))) as said:
         assert said == [{"type": "lifespan.startup.complete"}]
@@ -385,7 +385,7 @@ async def test_an_app_that_fails_is_not_covered_up(
 async def test_a_store_of_a_newer_keylatch_stops_the_start(
     engine: Engine, make_engine: MakeEngine, app: ASGIApp, store_url: str
 ) -> None:
-    """The server hears a failure with its reason, because a mere exception it would ignore."""
+    """The server gets `startup.failed` with the reason, because it would ignore an exception."""
     with closing(sqlite3.connect(store_url.removeprefix("sqlite:///"))) as raw, raw:
         raw.execute("UPDATE keylatch_version SET version_num = '9999'")
     with pytest.raises(Exception, match="9999"):
@@ -399,7 +399,7 @@ async def test_a_store_of_a_newer_keylatch_stops_the_start(
 async def test_without_lifespan_the_first_request_starts_the_engine(
     make_engine: MakeEngine, engine: Engine
 ) -> None:
-    """A mounted app hears no lifespan events; many first requests start it once."""
+    """A mounted app receives no lifespan events; many first requests start it once."""
     key = await create(engine)
     mounted = make_engine()
     outer = Starlette(routes=[Mount("/api", APIKeyMiddleware(Response("in"), engine=mounted))])

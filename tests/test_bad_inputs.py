@@ -73,7 +73,7 @@ A4 = refusal(
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """An app that answers with what it was told of its caller, and the headers it was handed."""
+    """An app that answers with its principal, and the headers that it received."""
     assert scope["type"] == "http"
     headers = [
         [name.decode("latin-1"), value.decode("latin-1")] for name, value in scope["headers"]
@@ -141,7 +141,7 @@ async def mint(engine: Engine, clock: Clock) -> dict[str, str]:
 
 
 def made_up(good: str) -> dict[str, str]:
-    """Tokens that nobody minted for this store."""
+    """Tokens that were not minted for this store."""
     return {
         "with another prefix": "ak" + good[2:],
         "without a prefix": good[3:],
@@ -171,7 +171,7 @@ MADE_UP = tuple(made_up("kl_live_0_0"))
 def test_a_token_that_is_not_good_is_refused_byte_for_byte_alike(
     place: str, servers: Servers, cause: str
 ) -> None:
-    """Whatever is wrong with a token, the answer tells nothing about it."""
+    """Whatever is wrong with a token, the answer shows nothing of it."""
     credential = b"Authorization: Bearer " + servers.tokens[cause].encode()
     assert send(place, b"GET /", credential) == A2
     assert send(place, b"GET /", credential) == A2, "and nor does the answer from the cache"
@@ -193,7 +193,7 @@ MISSING = (
 
 
 @pytest.mark.parametrize("fields", MISSING)
-def test_a_request_without_a_credential_is_told_how_to_send_one(
+def test_a_request_without_a_credential_gets_the_challenge(
     place: str, servers: Servers, fields: tuple[bytes, ...]
 ) -> None:
     """No credential in the one place that counts: 401 with a bare challenge (RFC 6750, 3.1)."""
@@ -209,7 +209,7 @@ def test_neither_query_nor_method_opens_the_door(
 
 
 def test_a_key_in_the_body_is_none(place: str, servers: Servers) -> None:
-    """Nobody reads the body to find out who is calling."""
+    """The body is not read for authentication."""
     form = b"access_token=" + servers.tokens["good"].encode()
     fields = (b"Content-Type: application/x-www-form-urlencoded", b"Content-Length: %d" % len(form))
     head = b"\r\n".join((b"POST / HTTP/1.1", b"Host: test", b"Connection: close", *fields))
@@ -270,7 +270,7 @@ def test_what_the_rfcs_allow_is_accepted(place: str, servers: Servers, field: by
     assert json.loads(accepted.body)["caller"] == "key_" + servers.tokens["good"].split("_")[2]
 
 
-def test_a_key_with_too_little_permission_is_told_what_would_do(
+def test_the_refusal_of_a_small_permission_names_the_required_one(
     place: str, servers: Servers
 ) -> None:
     """403, naming the scope (RFC 6750, 3.1)."""
@@ -383,10 +383,10 @@ async def costs(store_url: str, make_engine: MakeEngine) -> AsyncIterator[Costs]
 
 
 @pytest.mark.anyio
-async def test_a_stranger_costs_no_call_to_redis_the_store_or_argon2(
+async def test_a_forged_token_costs_no_call_to_redis_the_store_or_argon2(
     costs: Costs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever makes tokens up keeps nothing busy but the parser, and fills no log."""
+    """Forged tokens cost parsing only, and fill no log."""
     caplog.set_level("DEBUG", "keylatch")
     good = (await (await costs.engine.keyring()).create("default", "good")).token
     app = APIKeyMiddleware(echo, engine=costs.engine)
@@ -394,7 +394,7 @@ async def test_a_stranger_costs_no_call_to_redis_the_store_or_argon2(
     costs.calls.clear()
     caplog.clear()
     # What lacks keylatch's shape could have been imported a moment ago, and what has it made with
-    # a new check key: 48 bytes of mapped memory tell whether anything was committed at all.
+    # a new MAC key: 48 bytes of mapped memory tell whether anything was committed at all.
     assert (await asgi_request(app, headers=[bearer("letmein")])) == A2
     assert set(costs.calls) <= {"data_version", "sequence_nowait", "since_nowait"}
     costs.calls.clear()
@@ -410,8 +410,8 @@ async def test_a_stranger_costs_no_call_to_redis_the_store_or_argon2(
 
 @pytest.mark.anyio
 async def test_a_store_that_is_down_is_never_the_keys_fault(costs: Costs) -> None:
-    """503 for every token that may be good, warm or cold, and for what may have been imported, or
-    made with another check key, since. What was copied wrongly is none of these."""
+    """503 for every token that may be valid, cached or not, and for what may have been imported, or
+    created with another MAC key, since. A token with a wrong checksum is none of these."""
     keyring = await costs.engine.keyring()
     warm, cold = [(await keyring.create("default", name)).token for name in ("warm", "cold")]
     app = APIKeyMiddleware(echo, engine=costs.engine)
@@ -421,10 +421,10 @@ async def test_a_store_that_is_down_is_never_the_keys_fault(costs: Costs) -> Non
         assert await asgi_request(app, headers=[bearer(token.reveal())]) == A4
         head = await asgi_request(app, headers=[bearer(token.reveal())], method="HEAD")
         assert head == RawResponse(503, A4.headers, b"")
-    stranger = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
-    for unknown in ("letmein", stranger):
+    forged = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
+    for unknown in ("letmein", forged):
         assert await asgi_request(app, headers=[bearer(unknown)]) == A4
-    assert await asgi_request(app, headers=[bearer(stranger[:-6] + "000000")]) == A2
+    assert await asgi_request(app, headers=[bearer(forged[:-6] + "000000")]) == A2
     assert await asgi_request(app) == A0
     costs.store.down = False
     for token in (warm, cold):
@@ -434,16 +434,16 @@ async def test_a_store_that_is_down_is_never_the_keys_fault(costs: Costs) -> Non
 
 
 def test_a_store_that_was_never_there_is_never_the_keys_fault(tmp_path: Path) -> None:
-    """An app whose store cannot be opened starts, and answers 503 to whoever brings a token."""
+    """An app whose store cannot be opened starts, and answers 503 to requests with a token."""
     app = APIKeyMiddleware(echo, store=f"sqlite:///{tmp_path}/missing/keys.db", redis="")
     with serving(app) as place:
-        stranger = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
-        assert send(place, b"GET /", b"Authorization: Bearer " + stranger.encode()) == A4
+        forged = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
+        assert send(place, b"GET /", b"Authorization: Bearer " + forged.encode()) == A4
         assert send(place, b"GET /") == A0
 
 
 class Crowded(Hasher):
-    """A hasher whose queue is full while it is told so."""
+    """A hasher whose queue is full on demand."""
 
     crowded = False
 
@@ -455,7 +455,7 @@ class Crowded(Hasher):
 
 @pytest.mark.anyio
 async def test_a_full_hash_queue_asks_to_come_again(make_engine: MakeEngine) -> None:
-    """503 with Retry-After; and the refusal is not remembered."""
+    """503 with Retry-After; and the refusal is not cached."""
     hasher = Crowded("argon2id", CHEAPEST)
     engine = make_engine(hasher=hasher)
     token = (await (await engine.keyring()).create("default", "good")).token.reveal()

@@ -51,7 +51,7 @@ _PACKAGES = tuple(
 
 
 def secret_version_of(token: str) -> bytes:
-    """What nobody may see: the random part, without the checks, of which a partial shows some."""
+    """The secret: the random part, without the checks, of which a partial shows some."""
     return token[-_TAIL:][:SECRET_LENGTH].encode()
 
 
@@ -69,7 +69,7 @@ def hits(haystack: bytes, secrets: set[bytes]) -> set[bytes]:
 
 @contextlib.contextmanager
 def every_log_line(form: logging.Formatter | None = None) -> Iterator[io.StringIO]:
-    """Everything that anybody logs, at DEBUG."""
+    """All log records, at DEBUG."""
     lines = io.StringIO()
     handler = logging.StreamHandler(lines)
     handler.setFormatter(form)
@@ -143,7 +143,7 @@ async def call(
     """One request in this process."""
     headers = [(b"authorization", value.encode("latin-1")) for value in authorization]
     headers.append((b"content-type", b"application/json"))
-    if authorization:  # whoever pastes it there, too
+    if authorization:  # pasted there, too
         headers.append((b"x-request-id", authorization[0].rpartition(" ")[2].encode("latin-1")))
     sent: list[Message] = []
 
@@ -280,13 +280,13 @@ class World:
         await self._expect({401}, app, "GET", path, f"Bearer {token}")
 
     async def lose_redis(self, tokens: list[str]) -> None:
-        """Nobody notices it, but whoever reads the log."""
+        """It shows in the log only."""
         self.redis.connected = False
         for token in tokens:
-            stranger = self._new_engine(self.redis)
-            app = APIKeyMiddleware(hello, engine=stranger)
+            other_engine = self._new_engine(self.redis)
+            app = APIKeyMiddleware(hello, engine=other_engine)
             await self._expect({200}, app, "GET", "/", f"Bearer {token}")
-            await stranger.stop()
+            await other_engine.stop()
         self.redis.connected = True
 
     async def crowd(self, tokens: list[str]) -> None:
@@ -432,7 +432,7 @@ def test_no_token_is_found(found: Found, place: str) -> None:
 
 
 def test_no_token_is_found_in_a_traceback(found: Found) -> None:
-    """Whatever was raised in keylatch's code, caught or not, tells no token."""
+    """Whatever was raised in keylatch's code, caught or not, contains no token."""
     haystack = found.haystacks["tracebacks"]
     for raised in (b"StoreUnavailable", b"HashingBusy", b"Problem"):
         assert raised in haystack
@@ -444,6 +444,6 @@ def test_a_token_that_leaks_is_found(found: Found) -> None:
     secret = min(found.secrets)
     with every_log_line() as lines:
         logging.getLogger("keylatch").debug("checking kl_live_0123456789AB_%s", secret.decode())
-        logging.getLogger("anybody").info("in a longer word: a%sz", secret.decode())
+        logging.getLogger("any").info("in a longer word: a%sz", secret.decode())
     for line in lines.getvalue().splitlines():
         assert hits(line.encode(), found.secrets) == {secret}

@@ -1,4 +1,4 @@
-"""Cross-origin requests: whoever answers preflights stands outside of keylatch.
+"""Cross-origin requests: the CORS middleware is outside of keylatch's.
 
 A browser asks first, without the key (Fetch standard, CORS-preflight fetch), and shows a script
 only answers that name its origin. So CORS comes first on the way in: it answers the preflight
@@ -152,8 +152,8 @@ def test_cors_outside_of_keylatch(
         assert (sent.status_code, sent.text) == (200, "sent")
         assert sent.headers["access-control-allow-origin"] == ORIGIN
 
-        stranger = browser.post("/emails", headers={"Origin": "https://evil.example", **bearer})
-        assert "access-control-allow-origin" not in stranger.headers
+        other_origin = browser.post("/emails", headers={"Origin": "https://evil.example", **bearer})
+        assert "access-control-allow-origin" not in other_origin.headers
         assert browser.options("/emails").status_code == 401
 
 

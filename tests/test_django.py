@@ -70,7 +70,7 @@ def look_at_headers(get_response: Any) -> Any:
 
 
 def who(request: HttpRequest, **_: Any) -> HttpResponse:
-    """A view that says who calls."""
+    """A view that returns the principal."""
     return HttpResponse(request.api_key.display_name)
 
 
@@ -78,10 +78,10 @@ class BookConverter:
     """Asks a database, which Django permits on no thread with a running loop."""
 
     regex = "[a-z]+"
-    asked: ClassVar[list[str]] = []
+    threads: ClassVar[list[str]] = []
 
     def to_python(self, value: str) -> str:
-        async_unsafe(self.asked.append)(threading.current_thread().name)
+        async_unsafe(self.threads.append)(threading.current_thread().name)
         return value
 
     def to_url(self, value: str) -> str:
@@ -117,12 +117,12 @@ def keys() -> Iterator[Keys]:
 
 
 def test_a_view_knows_its_caller(keys: Keys) -> None:
-    """`request.api_key` is the principal; nobody on a public path; async views as well."""
+    """`request.api_key` is the principal; None on a public path; async views as well."""
     key = keys.create("Ada")
     client = Client()
     assert client.get("/", headers=key.headers).content == b"Ada"
     assert client.get("/async", headers=key.headers).content == b"Ada"
-    assert client.get("/open", headers=key.headers).content == b"nobody"
+    assert client.get("/open", headers=key.headers).content == b"anonymous"
     assert client.get("/").status_code == 401
     keys.revoke(key)
     assert client.get("/", headers=key.headers).status_code == 401
@@ -132,25 +132,25 @@ def test_over_asgi_it_is_the_same(keys: Keys) -> None:
     """Allowed, refused, public and declared, by the async side of the middleware."""
     small = keys.create("Ada", permission="SENDING").headers
 
-    async def ask(path: str, **headers: str) -> tuple[int, bytes]:
+    async def request(path: str, **headers: str) -> tuple[int, bytes]:
         answer = await AsyncClient().get(path, headers=headers)
         return answer.status_code, answer.content
 
-    async def story() -> None:
-        assert await ask("/v1/emails/async", **small) == (200, b"Ada")
-        assert await ask("/v1/emails", **small) == (200, b"Ada")
-        assert await ask("/open") == (200, b"nobody")
-        assert (await ask("/async"))[0] == 401
-        assert (await ask("/async", **small))[0] == 403
-        assert (await ask("/v1/drafts/async", **small))[0] == 403
+    async def scenario() -> None:
+        assert await request("/v1/emails/async", **small) == (200, b"Ada")
+        assert await request("/v1/emails", **small) == (200, b"Ada")
+        assert await request("/open") == (200, b"anonymous")
+        assert (await request("/async"))[0] == 401
+        assert (await request("/async", **small))[0] == 403
+        assert (await request("/v1/drafts/async", **small))[0] == 403
         reader = keys.create("Bo", permission="READING").headers
-        assert await ask("/v1/drafts/async", **reader) == (200, b"Bo")
+        assert await request("/v1/drafts/async", **reader) == (200, b"Bo")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 class HeldHasher(Hasher):
-    """Holds its verifications until told."""
+    """Blocks its verifications until released."""
 
     def __init__(self) -> None:
         super().__init__("argon2id", CHEAPEST)
@@ -168,7 +168,7 @@ def test_a_miss_does_not_block_the_loop(make_engine: MakeEngine) -> None:
     """While one request waits for a hash, another on the same loop is answered from memory."""
     hasher = HeldHasher()
 
-    async def story() -> None:
+    async def scenario() -> None:
         manager = make_engine()
         keyring = await manager.keyring()
         tokens = [(await keyring.create("default", name)).token.reveal() for name in "ab"]
@@ -186,7 +186,7 @@ def test_a_miss_does_not_block_the_loop(make_engine: MakeEngine) -> None:
         assert (await slow).content == b"b"
 
     with project(make_engine(hasher=hasher)):
-        asyncio.run(story())
+        asyncio.run(scenario())
     while Remembered.opened:
         Remembered.opened.pop().close()
 
@@ -232,8 +232,8 @@ def bearer(key: Created) -> dict[str, str]:
 
 @pytest.mark.parametrize("over", ["wsgi", "asgi"])
 def test_a_request_counts_once_as_what_it_was(over: str, make_engine: MakeEngine) -> None:
-    """Let in or refused, by the view or by the rules, at first sight or later: metrics and the
-    key's own usage say what the answer said."""
+    """Allowed or refused, by the view or by the rules, cached or not: metrics and the
+    key's own usage agree with the answer."""
     engine = make_engine(permissions="FULL,SENDING,READING")
     portal = Portal.for_engine(engine)
 
@@ -245,23 +245,23 @@ def test_a_request_counts_once_as_what_it_was(over: str, make_engine: MakeEngine
         assert found is not None
         return found.days[0].allowed, dict(found.days[0].refused)
 
-    def ask(method: str, where: str, key: Created) -> int:
+    def request(method: str, where: str, key: Created) -> int:
         if over == "wsgi":
             return over_wsgi(method, where, key)
         return asyncio.run(over_asgi(method, where, key))
 
     sender, reader, full = (portal.run(create(each)) for each in ("SENDING", "READING", FULL))
     with project(engine):
-        assert ask("POST", "/v1/emails", sender) == 200  # the view's word, and the store's
-        assert ask("POST", "/v1/emails", sender) == 200
-        assert ask("POST", "/ninja/emails", sender) == 200  # the rules' word
-        assert ask("GET", "/v1/drafts", sender) == 403  # the view's
-        assert ask("GET", "/v1/emails", reader) == 403  # at first sight
-        assert ask("GET", "/", reader) == 403  # nothing is declared
-        assert ask("GET", "/nowhere", reader) == 403
-        assert ask("GET", "/v1/drafts", reader) == 200
-        assert ask("GET", "/", full) == 200
-        assert ask("GET", "/nowhere", full) == 404
+        assert request("POST", "/v1/emails", sender) == 200  # the view's word, and the store's
+        assert request("POST", "/v1/emails", sender) == 200
+        assert request("POST", "/ninja/emails", sender) == 200  # the rules' word
+        assert request("GET", "/v1/drafts", sender) == 403  # the view's
+        assert request("GET", "/v1/emails", reader) == 403  # uncached
+        assert request("GET", "/", reader) == 403  # nothing is declared
+        assert request("GET", "/nowhere", reader) == 403
+        assert request("GET", "/v1/drafts", reader) == 200
+        assert request("GET", "/", full) == 200
+        assert request("GET", "/nowhere", full) == 404
     assert decided(engine) == {
         "allow store": 2,
         "allow l1": 4,
@@ -276,17 +276,17 @@ def test_a_request_counts_once_as_what_it_was(over: str, make_engine: MakeEngine
 
 
 def test_a_view_is_looked_up_where_that_decides_and_nowhere_else(keys: Keys) -> None:
-    """A path converter may ask a database: never for strangers, nor for keys that the rules let
+    """A path converter may ask a database: never for forged tokens, nor for keys that the rules let
     in, and in the request's own thread, also for a key that is seen for the first time. Django
     looks the view up once itself, to call it."""
-    client, asked = Client(), BookConverter.asked
+    client, threads = Client(), BookConverter.threads
     books = (path("v1/books/<book:book>", requires("READING")(who)),)
     revoked = keys.create(permission="READING")
     keys.revoke(revoked)
     with override_settings(ROOT_URLCONF=books):
         for headers in ({}, {"Authorization": "Bearer kl_live_x"}, revoked.headers):
             assert client.get("/v1/books/emma", headers=headers).status_code == 401
-        assert asked == []
+        assert threads == []
         reader, sender = keys.create(permission="READING"), keys.create(permission="SENDING")
         for key, status, times in (
             (keys.create(), 200, 1),
@@ -295,16 +295,16 @@ def test_a_view_is_looked_up_where_that_decides_and_nowhere_else(keys: Keys) -> 
             (sender, 403, 1),
         ):
             assert client.get("/v1/books/emma", headers=key.headers).status_code == status
-            assert asked == [threading.current_thread().name] * times
-            asked.clear()
+            assert threads == [threading.current_thread().name] * times
+            threads.clear()
         by_view = client.put("/v1/books/emma", headers=sender.headers)  # which the rules let pass
-        assert (by_view.status_code, len(asked)) == (403, 1)
+        assert (by_view.status_code, len(threads)) == (403, 1)
         ending = keys.create(permission="READING", expires_in=60).headers
         assert client.get("/v1/books/emma", headers=ending).status_code == 200
-        asked.clear()
+        threads.clear()
         keys.clock.tick(61)
         assert client.get("/v1/books/emma", headers=ending).status_code == 401
-        assert asked == []
+        assert threads == []
 
 
 def test_a_middleware_before_may_choose_the_views(keys: Keys) -> None:
@@ -316,8 +316,8 @@ def test_a_middleware_before_may_choose_the_views(keys: Keys) -> None:
         assert Client().post("/v1/emails", headers=sender).status_code == 403
 
 
-def test_who_is_refused_is_nobody(keys: Keys) -> None:
-    """As over WSGI: `request.api_key` is whom the middleware let in."""
+def test_a_refused_request_has_no_principal(keys: Keys) -> None:
+    """As over WSGI: `request.api_key` is the principal that the middleware accepted."""
     gate = Remembered(who)
     for permission, may in (("SENDING", False), (FULL, True)):
         key = keys.create(permission=permission)
@@ -326,7 +326,7 @@ def test_who_is_refused_is_nobody(keys: Keys) -> None:
         assert request.api_key.is_authenticated is may
 
 
-def test_everyone_may_be_somebody(keys: Keys) -> None:
+def test_every_request_may_have_a_principal(keys: Keys) -> None:
     """In an app's own tests; what views declare still holds."""
     sender = Principal("key_x", "newsletter", "acme", "SENDING", "live")
     with keys.everyone_is(sender):
@@ -336,7 +336,7 @@ def test_everyone_may_be_somebody(keys: Keys) -> None:
 
 
 def test_the_view_refuses_as_the_middleware_does(keys: Keys) -> None:
-    """Where the settings let more pass than a view asks for: the very same answer."""
+    """Where the settings let more pass than a view requires: the very same answer."""
     sender = keys.create(permission="SENDING").headers
     by_view = Client().post("/v1/batch", headers=sender)
     by_middleware = Client().get("/v1/batch", headers=sender)
@@ -345,14 +345,14 @@ def test_the_view_refuses_as_the_middleware_does(keys: Keys) -> None:
     assert by_view.headers == by_middleware.headers
     assert by_view.headers["www-authenticate"].endswith('scope="READING"')
 
-    async def story() -> None:
+    async def scenario() -> None:
         answer = await AsyncClient().get("/v1/batch", headers=sender)
         assert (answer.content, answer.headers) == (by_view.content, by_view.headers)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_public_path_is_for_nobody_where_a_view_requires_somebody(keys: Keys) -> None:
+def test_a_public_path_has_no_principal_where_a_view_requires_one(keys: Keys) -> None:
     """The contradiction is refused: no key is looked at on a public path. HEAD has no body."""
     answer = Client().get("/open/strict", headers=keys.create().headers)
     assert (answer.status_code, answer["x-keylatch-error"]) == (401, "unauthorized")
@@ -361,7 +361,7 @@ def test_a_public_path_is_for_nobody_where_a_view_requires_somebody(keys: Keys) 
 
 
 def test_headers_that_pose_as_identity_are_gone(keys: Keys) -> None:
-    """Also where somebody has looked at the headers before."""
+    """Also if the headers were read before."""
     headers = {**keys.create().headers, "X-Keylatch-Key-Id": "key_boss"}
     assert Client().get("/headers", headers=headers).content == b"none"
     with override_settings(MIDDLEWARE=[f"{__name__}.look_at_headers", f"{__name__}.Remembered"]):
@@ -406,12 +406,12 @@ def test_rest_framework_knows_the_key(keys: Keys) -> None:
 def test_rest_framework_throttles_by_the_key(keys: Keys) -> None:
     """Each key has its own allowance."""
     ada, bo = keys.create().headers, keys.create().headers
-    asked = [Client().get("/rest/me", headers=headers).status_code for headers in (ada, ada, bo)]
-    assert asked == [200, 429, 200]
+    statuses = [Client().get("/rest/me", headers=headers).status_code for headers in (ada, ada, bo)]
+    assert statuses == [200, 429, 200]
 
 
 def test_rest_framework_answers_401_on_public_paths(keys: Keys) -> None:
-    """A view that wants somebody there gives the challenge."""
+    """A view that requires authentication gives the challenge there."""
     answer = Client().get("/rest/open", headers=keys.create().headers)
     assert (answer.status_code, answer["WWW-Authenticate"]) == (401, 'Bearer realm="keylatch"')
 
@@ -438,7 +438,7 @@ def test_ninja_shows_the_scheme(keys: Keys) -> None:
     assert schema["paths"]["/ninja/emails"]["post"]["security"] == [{"APIKeyAuth": []}]
 
 
-def test_without_the_middleware_nobody_is_let_in(keys: Keys) -> None:
+def test_without_the_middleware_no_request_is_accepted(keys: Keys) -> None:
     """Decorators and authentication classes alone say what is missing."""
     with override_settings(MIDDLEWARE=[]):
         for where in ("/v1/emails", "/rest/me", "/ninja/emails"):

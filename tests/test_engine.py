@@ -1,4 +1,4 @@
-"""The story of a credential: who is asked, who is not, and what is believed."""
+"""The life of a credential: which parts are used, which are not, and what is cached."""
 
 import asyncio
 import threading
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.anyio
 
 
 class WatchedStore(Store):
-    """A store that counts questions, can be broken, and can hold an answer back."""
+    """A store that counts queries, can fail, and can delay an answer."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -143,7 +143,7 @@ class TestLookupOrder:
     async def test_a_cold_key_costs_one_look_up_and_one_hash_and_then_nothing(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """The first check asks the store and argon2; all further ones neither."""
+        """The first check uses the store and argon2; all further ones neither."""
         created = await create(engine)
         assert isinstance(engine.authenticator.check_token_cached(created.token), CacheMiss)
         for _ in range(5):
@@ -164,18 +164,18 @@ class TestLookupOrder:
     ) -> None:
         """A herd on one cold key is one flight."""
         created = await create(engine)
-        verdicts = await asyncio.gather(
+        decisions = await asyncio.gather(
             *(engine.authenticate(bearer(created.token)) for _ in range(100))
         )
-        assert all(isinstance(verdict, Allow) for verdict in verdicts)
+        assert all(isinstance(decision, Allow) for decision in decisions)
         assert (store.finds, hasher.verified) == (1, 1)
 
-    async def test_strangers_cost_nothing(
+    async def test_forged_tokens_cost_nothing(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
         """Tokens that this store never minted are refused by check_token_cached alone."""
-        stranger = tokens.MacKeys([b"s" * 32]).mint("kl", "live")
-        for token in (stranger, Token("rubbish"), Token("kl_live_a_b"), Token("x" * 500)):
+        forged = tokens.MacKeys([b"s" * 32]).mint("kl", "live")
+        for token in (forged, Token("rubbish"), Token("kl_live_a_b"), Token("x" * 500)):
             assert engine.authenticator.check_token_cached(token) == Deny(Reason.FORGED)
         assert (store.finds, hasher.verified) == (0, 0)
 
@@ -193,7 +193,7 @@ class TestLookupOrder:
     async def test_a_wrong_secret_for_a_cold_id_is_hashed_once(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """Then the negative cache knows it; the good token is not affected."""
+        """Then the negative cache has it; the valid token is not affected."""
         created = await create(engine)
         wrong = await with_other_secret(store, created.token)
         for _ in range(5):
@@ -204,7 +204,7 @@ class TestLookupOrder:
     async def test_a_revoked_key_that_was_cached_costs_one_look_up(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """What was remembered of it goes, so that the refusal is found in its place."""
+        """Its cached entry is dropped, so that the negative entry is found in its place."""
         created = await create(engine)
         await engine.authenticate(bearer(created.token))
         await revoke(engine, created)
@@ -222,12 +222,12 @@ class Unmoved(Invalidations):
 
 
 class TestRevocation:
-    """What is believed, and for how long."""
+    """What is cached, and for how long."""
 
     async def test_a_revoke_elsewhere_holds_from_the_next_check_on(
         self, engine: Engine, other: Engine
     ) -> None:
-        """G1: the answer of the delete is the last moment of the key, in every process."""
+        """G1: no process accepts the key after the answer of the delete."""
         created = await create(engine)
         await engine.authenticate(bearer(created.token))
         await revoke(other, created)
@@ -236,17 +236,17 @@ class TestRevocation:
     async def test_the_twin_that_does_not_read_seq_is_caught(
         self, engine: Engine, other: Engine
     ) -> None:
-        """Without the counter the same story accepts a revoked key."""
+        """Without the sequence number the same steps accept a revoked key."""
         created = await create(engine)
         await engine.authenticate(bearer(created.token))
         engine._freshness.now_if_fresh = lambda: 0.0  # type: ignore[method-assign]
         await revoke(other, created)
         assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
 
-    async def test_the_twin_whose_feed_never_says_that_it_learned_is_caught(
+    async def test_the_twin_whose_version_never_changes_is_caught(
         self, engine: Engine, other: Engine
     ) -> None:
-        """What was found true once would be believed for ever, whatever tombstones there are."""
+        """A cached entry would be used for ever, whatever tombstones there are."""
         created = await create(engine)
         await engine.authenticate(bearer(created.token))
         engine._invalidations.__class__ = Unmoved
@@ -254,7 +254,7 @@ class TestRevocation:
         assert isinstance(await engine.authenticate(bearer(created.token)), Allow)
         assert not engine._invalidations.accepts(created.record.id, "acme", as_of=0)
 
-    async def test_a_read_in_flight_cannot_revive_a_revoked_key(
+    async def test_a_read_in_flight_cannot_reactivate_a_revoked_key(
         self, engine: Engine, other: Engine, store: WatchedStore
     ) -> None:
         """Read as active, revoked, then delivered: neither the late answer nor any cache
@@ -268,7 +268,7 @@ class TestRevocation:
         assert await late == Deny(Reason.REVOKED)
         assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
 
-    async def test_whoever_joins_a_flight_late_judges_its_result_anew(
+    async def test_a_late_caller_of_a_single_flight_validates_its_result(
         self, engine: Engine, other: Engine, store: WatchedStore
     ) -> None:
         """A request that starts after the delete is refused, though its flight left before."""
@@ -298,17 +298,17 @@ class TestRevocation:
                 Deny(Reason.INSUFFICIENT_SCOPE, "FULL"),
             ),
         ]
-        for change, wanted, expected in steps:
+        for change, requirement, expected in steps:
             await keyring.change("acme", created.record.id, **change)
-            verdict = await engine.authenticate(bearer(created.token), wanted)
-            assert verdict == expected or type(verdict) is expected
+            decision = await engine.authenticate(bearer(created.token), requirement)
+            assert decision == expected or type(decision) is expected
 
-    async def test_an_organisation_that_is_disabled_takes_its_keys_along(
+    async def test_a_disabled_organisation_disables_its_keys(
         self, engine: Engine, other: Engine
     ) -> None:
         """One row of the log refuses all keys of the organisation, cached or not."""
-        created, foreign = await create(engine), await create(engine, "rival")
-        for each in (created, foreign):
+        created, other_key = await create(engine), await create(engine, "rival")
+        for each in (created, other_key):
             await engine.authenticate(bearer(each.token))
 
         def disable(connection: Connection) -> None:
@@ -321,12 +321,12 @@ class TestRevocation:
         assert await engine.authenticate(bearer(created.token)) == Deny(
             Reason.ORGANIZATION_DISABLED
         )
-        assert isinstance(await engine.authenticate(bearer(foreign.token)), Allow)
+        assert isinstance(await engine.authenticate(bearer(other_key.token)), Allow)
 
     async def test_expiry_is_judged_at_each_use(
         self, engine: Engine, clock: Clock, store: WatchedStore
     ) -> None:
-        """A cached key ends with its last millisecond, without anybody telling."""
+        """A cached key ends with its last millisecond, without an invalidation."""
         expires_at = int(clock() * 1000) + 60_000
         created = await create(engine, expires_at=datetime_of(expires_at))
         await engine.authenticate(bearer(created.token))
@@ -339,7 +339,7 @@ class TestRevocation:
     async def test_a_key_that_was_just_created_is_not_hidden(
         self, engine: Engine, other: Engine
     ) -> None:
-        """Somebody may have asked for it a moment too early."""
+        """A look-up may have come a moment too early."""
         keyring = await other.keyring()
         token = keyring._mac_keys.mint("kl", "live")
         assert await engine.authenticate(bearer(token)) == Deny(Reason.UNKNOWN)
@@ -360,7 +360,7 @@ class TestRevocation:
 
 
 class TestFailure:
-    """No fault turns a valid key into 401, and no fault is remembered."""
+    """No fault turns a valid key into 401, and no fault is cached."""
 
     async def test_a_broken_store_is_unavailable_and_forgotten(
         self, engine: Engine, store: WatchedStore
@@ -385,7 +385,7 @@ class TestFailure:
         assert isinstance(await engine.authenticate(bearer(cold.token)), Allow)
 
     async def test_a_damaged_hash_is_unavailable(self, engine: Engine, store: WatchedStore) -> None:
-        """A row that cannot be read says nothing about the key."""
+        """A row that cannot be read is no decision on the key."""
         created = await create(engine)
         found = await store.keys.find(created.record.id)
         assert isinstance(found, Found)
@@ -421,7 +421,7 @@ class TestLifecycle:
     async def test_a_graceful_stop_loses_no_use(
         self, engine: Engine, other: Engine, clock: Clock
     ) -> None:
-        """What was used a moment before the stop is in the store after it."""
+        """A use just before the stop is in the store after it."""
         used, unused = await create(engine), await create(engine)
         await engine.authenticate(bearer(used.token))
         now_ms = int(clock() * 1000)
@@ -450,7 +450,7 @@ class TestLifecycle:
     async def test_two_engines_in_one_process_do_not_meet(
         self, engine: Engine, tmp_path: Path
     ) -> None:
-        """No global state: another store's keys are strangers."""
+        """No global state: another store's keys are unknown."""
         second = Engine(Settings.load(store=f"sqlite:///{tmp_path}/second.db", hasher="sha256"))
         created = await create(second)
         assert isinstance(await second.authenticate(bearer(created.token)), Allow)
@@ -481,7 +481,7 @@ class TestSharedCache:
     async def test_what_one_process_proved_another_need_not(
         self, make_engine: MakeEngine, redis: FakeServer
     ) -> None:
-        """A second process, or the same one after a restart, asks Redis and not argon2."""
+        """A second process, or the same one after a restart, uses Redis and not argon2."""
         first = make_engine(redis=FakeAsyncRedis(server=redis))
         hasher = WatchedHasher()
         second = make_engine(redis=FakeAsyncRedis(server=redis), hasher=hasher)
@@ -522,7 +522,7 @@ class TestPostgreSQL:
     async def test_a_warm_key_costs_nothing(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """While the lease lasts, a hit asks nobody and never suspends."""
+        """While the lease lasts, a hit needs no I/O and never suspends."""
         created = await create(engine)
         await engine.authenticate(bearer(created.token))
         with pytest.raises(StopIteration) as done:
@@ -543,7 +543,7 @@ class TestPostgreSQL:
         assert isinstance(engine.authenticator.check_token_cached(created.token), CacheMiss)
         assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
 
-    async def test_a_read_in_flight_cannot_revive_a_revoked_key(
+    async def test_a_read_in_flight_cannot_reactivate_a_revoked_key(
         self, engine: Engine, other: Engine, store: WatchedStore
     ) -> None:
         """Read as active, revoked, then delivered: refused."""
@@ -630,8 +630,8 @@ class TestSharedWithManagement:
         hasher.gate.clear()
         creating = [asyncio.create_task(create(engine, "acme")) for _ in range(80)]
         await until(lambda: sum(map(asyncio.Task.done, creating)) == 80 - full)
-        verdicts = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for key in cold))
-        busy = verdicts.count(Deny(Reason.BUSY))
+        decisions = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for key in cold))
+        busy = decisions.count(Deny(Reason.BUSY))
         assert busy == (40 if kind is OneHashPool else 0)
         hasher.gate.set()
         made = await asyncio.gather(*creating, return_exceptions=True)
@@ -642,7 +642,7 @@ class TestSharedWithManagement:
         self, make_engine: MakeEngine
     ) -> None:
         """80 creates by a key: four are hashed or wait for a thread, 16 wait for those, and 60 are
-        told to come back; meanwhile another organisation's create finds a place."""
+        refused with a retry time; meanwhile another organisation's create finds a place."""
         engine = make_engine(hasher=(hasher := GatedHasher()))
         hasher.gate.set()
         caller = principal_of((await create(engine, "acme")).record)

@@ -68,13 +68,13 @@ def loop_on_a_thread() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 def test_an_engine_is_a_context(make_engine: MakeEngine) -> None:
     """`async with` starts it and stops it: what was used inside is stored."""
 
-    async def story() -> datetime | None:
+    async def scenario() -> datetime | None:
         async with make_engine() as engine:
             key = await create(engine)
             assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         return await last_used(make_engine, key)
 
-    assert asyncio.run(story()) is not None
+    assert asyncio.run(scenario()) is not None
 
 
 def use_on_a_loop_of_its_own(engine: Engine, make_engine: MakeEngine) -> datetime | None:

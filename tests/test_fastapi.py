@@ -125,7 +125,7 @@ async def test_the_route_is_handed_the_principal(engine: Engine) -> None:
 async def test_scopes_are_enforced_at_the_route(
     engine: Engine, permission: str, path: str, status: int
 ) -> None:
-    """Although the middleware's rules let everybody in: every scope named must be held."""
+    """Although the middleware's rules allow every key: every scope named must be held."""
     paths = ["GET /v1/me", "GET /v1/emails/{id}", "GET /v1/both"]
     app = protected(sample(), engine, permissions={"SENDING": paths, "READING": paths})
     key = await create(engine, permission)
@@ -161,7 +161,7 @@ async def test_a_public_path_has_no_principal_to_hand_over(engine: Engine) -> No
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("user", [{}, {"user": None}, {"user": "somebody else's"}])
+@pytest.mark.parametrize("user", [{}, {"user": None}, {"user": "another library's"}])
 async def test_without_the_middleware_it_says_what_to_add(user: dict[str, Any]) -> None:
     """A mistake of the developer's, no answer to the client."""
     with pytest.raises(RuntimeError, match=r"add_middleware\(keylatch\.asgi\.APIKeyMiddleware"):
@@ -180,10 +180,12 @@ async def test_it_can_be_overridden_in_an_apps_own_tests() -> None:
 @pytest.mark.anyio
 async def test_sub_dependencies_inherit_scopes(engine: Engine) -> None:
     """The scopes of `Security(account, …)` reach the `api_key` that `account` depends on."""
-    asked: list[list[str]] = []
+    required: list[list[str]] = []
 
-    async def account(key: Annotated[Principal, Depends(api_key)], wanted: SecurityScopes) -> str:
-        asked.append(wanted.scopes)
+    async def account(
+        key: Annotated[Principal, Depends(api_key)], security_scopes: SecurityScopes
+    ) -> str:
+        required.append(security_scopes.scopes)
         return key.key_name
 
     async def route(account: Annotated[str, Security(account, scopes=["SENDING"])]) -> str:
@@ -198,7 +200,7 @@ async def test_sub_dependencies_inherit_scopes(engine: Engine) -> None:
     for permission, status in (("SENDING", 200), ("READING", 403)):
         key = await create(engine, permission)
         assert (await asgi_request(app, "/deep", auth_header(key))).status == status
-    assert asked == [["SENDING"]]
+    assert required == [["SENDING"]]
 
 
 @pytest.mark.anyio
@@ -240,7 +242,7 @@ async def test_a_refusal_behind_a_function_middleware(engine: Engine) -> None:
 
 @pytest.mark.anyio
 async def test_refused_after_the_answer_began_is_an_error(engine: Engine) -> None:
-    """Nothing is answered twice: the server is told of a mistake of the app's."""
+    """Nothing is answered twice: the server gets the app's exception."""
 
     async def late(scope: Any, receive: Any, send: Any) -> None:
         await Response("begun")(scope, receive, send)
@@ -408,7 +410,7 @@ def test_routers_and_mounted_apps() -> None:
 
 
 def test_scopes_of_routers_and_apps_add_up() -> None:
-    """What app, router, inclusion and route ask for is asked for together."""
+    """The requirements of app, router, inclusion and route are combined."""
     app = FastAPI(dependencies=[Security(api_key)])
     router = APIRouter(dependencies=[Security(api_key, scopes=["SENDING"])])
     router.add_api_route("/one", name_of)
@@ -425,7 +427,7 @@ def test_scopes_of_routers_and_apps_add_up() -> None:
 
 
 def test_what_is_for_full_only() -> None:
-    """HEAD and OPTIONS, a scope FULL, and scopes that are asked of another scheme."""
+    """HEAD and OPTIONS, a scope FULL, and scopes of another security scheme."""
 
     async def of_another_scheme(scopes: SecurityScopes) -> str:
         return scopes.scope_str
@@ -452,8 +454,8 @@ def test_what_is_for_full_only() -> None:
         ("/v1/emails/x.json", "/v1/emails/{id}.json"),
     ],
 )
-def test_a_rule_that_opens_a_route_for_full_stops_the_start(closed: str, opened: str) -> None:
-    """Rules know no order of routes; whoever would be let in by mistake is told at the start."""
+def test_a_rule_that_allows_a_route_for_full_stops_the_start(closed: str, opened: str) -> None:
+    """Rules know no order of routes; a route that would be allowed by mistake fails the start."""
     app = FastAPI()
     app.add_api_route(closed, name_of)
     app.add_api_route(opened, send)
@@ -473,7 +475,7 @@ PATHS = ["/" + "/".join(path) for n in range(5) for path in product(["a", "7", "
 @pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(closed=TEMPLATES, opened=TEMPLATES)
-def test_no_route_for_full_is_opened_unsaid(closed: list[str], opened: list[str]) -> None:
+def test_no_route_for_full_is_allowed_implicitly(closed: list[str], opened: list[str]) -> None:
     """Whenever some path matches both, whatever the two look like, the start fails."""
     app = FastAPI()
     for endpoint, segments in ((name_of, closed), (send, opened)):
@@ -522,7 +524,7 @@ def test_neighbours_do_not_stop_the_start(closed: str, opened: str) -> None:
 
 
 def test_what_comes_later_or_says_so_itself_does_not_stop_the_start() -> None:
-    """The router never gets to the former, and the dependency is asked in the latter."""
+    """The router never gets to the former, and the dependency runs in the latter."""
     app = FastAPI()
     app.add_api_route("/{page}", both)
     app.add_api_route("/{page}", name_of, methods=["POST"])
@@ -533,7 +535,7 @@ def test_what_comes_later_or_says_so_itself_does_not_stop_the_start() -> None:
     assert list(permissions_of(app)) == ["SENDING"]
 
 
-def test_what_only_the_router_tells_apart_stops_the_start() -> None:
+def test_routes_that_only_the_router_distinguishes_stop_the_start() -> None:
     """A rule for GET is also one for HEAD, for WebSockets and for every host, in any order."""
 
     async def chat(websocket: WebSocket) -> None: ...
@@ -546,8 +548,8 @@ def test_what_only_the_router_tells_apart_stops_the_start() -> None:
     app.router.routes.append(Mount("/later", StaticFiles(directory="tests")))
     with pytest.raises(ConfigurationError) as caught:
         list(permissions_of(app))
-    told = [wrong.split(" requires")[0] for wrong, _ in caught.value.mistakes]
-    assert told == ["HEAD /x", "GET /x", "* /x"]
+    refused_routes = [wrong.split(" requires")[0] for wrong, _ in caught.value.mistakes]
+    assert refused_routes == ["HEAD /x", "GET /x", "* /x"]
 
 
 def test_a_mounted_app_without_routes_is_for_full() -> None:

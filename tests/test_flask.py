@@ -14,8 +14,8 @@ from tests.support.servers import error_without_package
 
 
 def who() -> str:
-    """Says who calls."""
-    return api_key.display_name or "nobody"
+    """Returns the principal."""
+    return api_key.display_name or "anonymous"
 
 
 def protect(app: Flask, keys: Keys, **rules: Any) -> Flask:
@@ -27,18 +27,18 @@ def protect(app: Flask, keys: Keys, **rules: Any) -> Flask:
 
 
 def test_a_view_knows_its_caller() -> None:
-    """`api_key` is the principal of this request; nobody on a public path."""
+    """`api_key` is the principal of this request; None on a public path."""
     app, keys = Flask("app"), Keys()
     app.add_url_rule("/", view_func=who)
     app.add_url_rule("/open", view_func=who, endpoint="open")
     client = protect(app, keys, public=["/open"]).test_client()
     key = keys.create("Ada")
     assert client.get("/", headers=key.headers).text == "Ada"
-    assert client.get("/open", headers=key.headers).text == "nobody"
+    assert client.get("/open", headers=key.headers).text == "anonymous"
     assert client.get("/").status_code == 401
 
 
-def test_nobody_knows_the_caller_elsewhere() -> None:
+def test_outside_of_a_request_there_is_no_principal() -> None:
     """Outside a request, and where the middleware is missing, `api_key` says what to do."""
     with pytest.raises(RuntimeError, match="inside a view"):
         api_key.key_id  # noqa: B018
@@ -68,11 +68,11 @@ def test_permissions_are_declared_once() -> None:
 
     class Drafts(MethodView):
         @requires("READING")
-        def get(self, draft: str) -> str:
-            return draft
+        def get(self, draft_id: str) -> str:
+            return draft_id
 
-        def delete(self, draft: str) -> str:
-            return draft
+        def delete(self, draft_id: str) -> str:
+            return draft_id
 
     class Outbox(View):
         decorators: ClassVar = [requires("READING")]
@@ -80,7 +80,7 @@ def test_permissions_are_declared_once() -> None:
         def dispatch_request(self) -> str:
             return who()
 
-    emails.add_url_rule("/drafts/<any(a,b):draft>", view_func=Drafts.as_view("drafts"))
+    emails.add_url_rule("/drafts/<any(a,b):draft_id>", view_func=Drafts.as_view("drafts"))
     emails.add_url_rule("/outbox", view_func=Outbox.as_view("outbox"))
     app.register_blueprint(emails)
     app.add_url_rule("/v1/domains", view_func=who)
@@ -92,7 +92,7 @@ def test_permissions_are_declared_once() -> None:
             "GET /v1/emails/<int:number>/files/<path:name>",
         ],
         "WRITING": ["GET /v1/emails", "POST /v1/emails"],
-        "READING": ["GET /v1/emails/drafts/<draft>", "GET /v1/emails/outbox"],
+        "READING": ["GET /v1/emails/drafts/<draft_id>", "GET /v1/emails/outbox"],
     }
 
 
@@ -118,7 +118,7 @@ def test_a_key_may_call_what_its_permission_is_declared_for() -> None:
 
 
 def test_the_view_refuses_as_the_middleware_does() -> None:
-    """Where rules let more pass than a view asks for: the same status, headers and body."""
+    """Where rules let more pass than a view requires: the same status, headers and body."""
     keys = Keys(permissions="FULL,SENDING,READING")
     small = keys.create(permission="READING").headers
     said = []
@@ -133,7 +133,7 @@ def test_the_view_refuses_as_the_middleware_does() -> None:
     assert dict(said[0][1])["www-authenticate"].endswith('scope="SENDING"')
 
 
-def test_a_public_path_is_for_nobody_where_a_view_requires_somebody() -> None:
+def test_a_public_path_has_no_principal_where_a_view_requires_one() -> None:
     """The contradiction is refused: no key is looked at on a public path. HEAD has no body."""
     app, keys = Flask("app"), Keys()
     app.add_url_rule("/", view_func=requires("SENDING")(who))
@@ -158,7 +158,7 @@ def test_a_public_path_is_for_nobody_where_a_view_requires_somebody() -> None:
 def test_a_route_that_declares_nothing_is_not_opened_by_its_neighbour(
     declared: str, bare: str
 ) -> None:
-    """Flask tells the two apart, rules do not: the start fails, naming both."""
+    """Flask distinguishes the two, rules do not: the start fails, naming both."""
     app = Flask("app", static_folder=None)
     app.add_url_rule(declared, view_func=requires("SENDING")(who))
     app.add_url_rule(bare, endpoint="bare", view_func=who)
@@ -194,7 +194,7 @@ def test_neighbours_that_share_no_path_are_no_mistake() -> None:
 
 
 def test_a_word_that_is_no_permission_stops_the_start() -> None:
-    """At the decorator where the form is wrong, at the middleware where nobody can have it."""
+    """At the decorator where the form is wrong, at the middleware where no key can have it."""
     with pytest.raises(ConfigurationError, match="'sending'"):
         requires("sending", "READING")
     app = Flask("app")

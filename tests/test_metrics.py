@@ -86,13 +86,13 @@ async def test_decisions_are_counted_where_they_are_made(
     sending = await make(first, permission="SENDING")
     right = header(created)[0]
     wrong = right[:-1] + (b"1" if right.endswith(b"0") else b"0")
-    stranger = wrong[:20] + wrong[20:].swapcase()
+    forged = wrong[:20] + wrong[20:].swapcase()
     only_full = Requirement(frozenset(("FULL",)))
     for _ in range(3):
         assert isinstance(await first.authenticate(header(created)), Allow)
     await wait_until(FakeAsyncRedis(server=redis).keys)  # what was found is put there by a task
     assert isinstance(await second.authenticate(header(created)), Allow)
-    for values in ([], [b"Basic x"], [b"Bearer"], [wrong], [stranger]):
+    for values in ([], [b"Basic x"], [b"Bearer"], [wrong], [forged]):
         assert isinstance(await second.authenticate(values), Deny)
     for _ in range(2):
         assert await second.authenticate(header(sending), only_full) == Deny(
@@ -180,7 +180,7 @@ def test_a_histogram_counts_up_to_its_bounds() -> None:
 
 @pytest.mark.anyio
 async def test_two_engines_have_one_page(make_engine: MakeEngine) -> None:
-    """Told apart by name; two collectors in one registry would be told so at once."""
+    """Distinguished by name; two equal ones in one registry fail at once."""
     api, console = make_engine(), make_engine()
     created = await make(api)
     await api.authenticate(header(created))
@@ -199,13 +199,13 @@ async def test_two_engines_have_one_page(make_engine: MakeEngine) -> None:
 
 @pytest.mark.anyio
 async def test_an_engine_that_was_not_started_has_numbers_too(make_engine: MakeEngine) -> None:
-    """A page that is asked for early is no error."""
+    """A scrape before the start is no error."""
     found = numbers(page_of(make_engine()))
     assert found["keylatch_cache_entries{type=keys}"] == 0
 
 
 def test_labels_have_few_values(make_engine: MakeEngine) -> None:
-    """All of them are there from the start, so that nobody's key, path or name can add one."""
+    """All of them are there from the start, so that no key, path or name can add one."""
     samples = numbers(page_of(make_engine()))
     assert 150 < len(samples) < 250
     assert not any("key_" in name for name in samples)
@@ -359,10 +359,10 @@ async def test_caches_and_uses_are_counted(make_engine: MakeEngine, clock: Clock
 @pytest.mark.long
 @pytest.mark.anyio
 async def test_lost_uses_are_counted() -> None:
-    """Beyond 50,000 keys that wait, a use is lost; and told."""
+    """Beyond 50,000 keys that wait, a use is lost, and counted as dropped."""
     from keylatch.caches.local_cache import UsageCounter
 
-    async def write(uses: object, tally: object) -> None:
+    async def write(uses: object, batch: object) -> None:
         raise StoreUnavailable("down")
 
     usage = UsageRecorder(write)
@@ -374,7 +374,7 @@ async def test_lost_uses_are_counted() -> None:
 
 @pytest.mark.anyio
 async def test_a_restored_store_is_counted(make_engine: MakeEngine) -> None:
-    """The alarm stays on the page, for those who did not read the log."""
+    """The alarm stays on the page, also if the log was not read."""
     engine = make_engine()
     await make(engine)
     created = await make(engine)
@@ -400,7 +400,7 @@ async def test_a_lease_is_on_the_page(postgres: PostgresServer, clock: Clock) ->
     await (await engine.keyring()).delete("org", created.record.id)
     found = seen(engine)
     assert 0 < found["keylatch_lease_left_seconds"] <= 1
-    assert found["keylatch_propagation_seconds_count"] == 1, "a new key waits for nobody"
+    assert found["keylatch_propagation_seconds_count"] == 1, "a new key waits for no process"
     assert found["keylatch_component_healthy{component=lease}"] == 1
     clock.tick(30)
     found = seen(engine)
@@ -431,7 +431,7 @@ def test_the_sidecar_has_a_page(sidecar: Sidecar, client: httpx.Client) -> None:
 def test_no_secret_is_on_the_page(
     sidecar: Sidecar, client: httpx.Client, admin_key: Created
 ) -> None:
-    """Nor any name, id or path: labels are bounded, and whoever may scrape need not be trusted."""
+    """Nor any name, id or path: labels are bounded, and clients that scrape need not be trusted."""
     client.post("/v1/api-keys", json={"name": "canary"})
     page = client.get("/metrics").text
     record = admin_key.record
@@ -451,7 +451,7 @@ def test_the_page_is_for_operators(sidecar: Sidecar, admin_key: Created) -> None
 
 
 def test_the_listener_for_metrics_serves_nothing_else(sidecar: Sidecar, admin_key: Created) -> None:
-    """No key opens more there, and no decision can be asked for."""
+    """No key is allowed more there, and no check can be requested."""
     credential = {"Authorization": f"Bearer {admin_key.token.reveal()}"}
     with sidecar.probe() as probe:
         for path in ("/metrics", "/healthz", "/readyz"):
@@ -482,7 +482,7 @@ def test_prometheus_has_a_listener_of_its_own(operator: Operator, workers: int) 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_workers_are_on_every_page(operator: Operator, workers: int) -> None:
-    """Whichever of them is asked, and for management only."""
+    """Whichever worker answers, and for management keys only."""
     key = operator.create()
     port, admin = free_port(), free_port()
     asking, managing = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"

@@ -203,16 +203,16 @@ async def test_any_one_permission_suffices_where_the_name_says_so(
 
 @pytest.mark.parametrize("declare", [keylatch_flask.requires, keylatch_flask.requires_any])
 def test_a_view_that_names_no_permission_requires_full(declare: Callable[..., Any]) -> None:
-    """No list is no permission for everybody."""
+    """An empty list does not mean every permission."""
     app = Flask("app")
     app.add_url_rule("/x", view_func=declare()(lambda: "x"))
     keys = Keys()
     app.wsgi_app = WSGIMiddleware(  # type: ignore[method-assign]
         app.wsgi_app, engine=keys.engine(), permissions={"SENDING": ["GET /x"]}
     )
-    ask = app.test_client().get
-    assert ask("/x", headers=keys.create(permission="SENDING").headers).status_code == 403
-    assert ask("/x", headers=keys.create().headers).status_code == 200
+    get = app.test_client().get
+    assert get("/x", headers=keys.create(permission="SENDING").headers).status_code == 403
+    assert get("/x", headers=keys.create().headers).status_code == 200
 
 
 def test_a_route_of_fastapi_combines_what_its_dependencies_require() -> None:

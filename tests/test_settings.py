@@ -92,7 +92,7 @@ WRONG = {
 }
 
 
-def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_mistakes_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every wrong setting is named with a hint, wherever it came from; no value is repeated."""
     for name, value in WRONG.items():
         monkeypatch.setenv(f"KEYLATCH_{name.upper()}", value)
@@ -180,7 +180,7 @@ def test_settings_do_not_show_where_keys_are() -> None:
 
 
 def test_settings_stay_as_they_were_checked() -> None:
-    """Nobody changes them behind the checks."""
+    """They are immutable after the checks."""
     with pytest.raises(ValueError, match="frozen"):
         Settings.load().prefix = "other"  # type: ignore[misc]
 
@@ -228,7 +228,7 @@ def test_a_pepper_file_of_no_use_stops_the_start(
         Settings.load(pepper_file=str(tmp_path))  # a folder
 
 
-def test_a_pepper_file_that_all_may_read_is_told(tmp_path: Path) -> None:
+def test_a_pepper_file_that_all_may_read_is_reported(tmp_path: Path) -> None:
     """A warning, because some ways of mounting a secret leave no choice."""
     file = tmp_path / "pepper"
     file.write_text(SECRET)

@@ -71,7 +71,7 @@ def keys() -> Keys:
 
 
 def test_a_rotated_key_has_two_secrets_until_the_clock_says(app: Any, keys: Keys) -> None:
-    """What a client that is told late meets."""
+    """What a client meets that learns of it late."""
     caller = Caller(app)
     with keys.behind(app):
         old = keys.create()
@@ -99,7 +99,7 @@ def test_the_apps_own_middleware_accepts_minted_keys(app: Any, keys: Keys) -> No
     assert caller.status(Authorization="Bearer kl_x") == 503
 
 
-def test_time_passes_when_it_is_told_to(app: Any, keys: Keys) -> None:
+def test_time_passes_on_demand(app: Any, keys: Keys) -> None:
     """A key that expires in an hour is good for an hour of the test's clock."""
     with keys.behind(app):
         key = keys.create(expires_in=3600)
@@ -108,7 +108,7 @@ def test_time_passes_when_it_is_told_to(app: Any, keys: Keys) -> None:
         assert Caller(app).status(**key.headers) == 401
 
 
-def test_everyone_may_be_somebody(app: Any, keys: Keys) -> None:
+def test_every_request_may_have_a_principal(app: Any, keys: Keys) -> None:
     """Without any key, as the principal that the test wants; rules still hold."""
     caller = Caller(app)
     sender = Principal("key_x", "newsletter", "acme", "SENDING", "live")
@@ -122,7 +122,7 @@ def test_everyone_may_be_somebody(app: Any, keys: Keys) -> None:
         assert caller.status() == 401
 
 
-def test_an_app_without_the_middleware_is_told_apart(keys: Keys) -> None:
+def test_an_app_without_the_middleware_is_an_error(keys: Keys) -> None:
     """A test that would protect nothing fails."""
     with pytest.raises(LookupError, match="Starlette"), keys.behind(Starlette()):
         pass
@@ -157,7 +157,7 @@ def test_an_error_arrives_from_an_async_test_too(keys: Keys) -> None:
 
 
 def test_the_clock_is_a_clock() -> None:
-    """It stands still, and moves by what it is told."""
+    """It stands still, and moves on demand."""
     clock = Clock(5)
     clock.tick(2.5)
     assert clock() == 7.5

@@ -57,16 +57,20 @@ def test_a_misspelled_variable_stops_the_start(
     assert mistakes() == {f"{name}: no such setting": f"is {meant} meant?"}
 
 
-def test_one_that_is_like_none_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_is_like_no_setting_is_reported_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """There is a hint all the same, also for one that is empty."""
     monkeypatch.setenv("KEYLATCH_ZZZZ", "")
     monkeypatch.setenv("KEYLATCH_", "x")
-    told = mistakes()
-    assert set(told) == {"KEYLATCH_ZZZZ: no such setting", "KEYLATCH_: no such setting"}
-    assert all(told.values())
+    found = mistakes()
+    assert set(found) == {"KEYLATCH_ZZZZ: no such setting", "KEYLATCH_: no such setting"}
+    assert all(found.values())
 
 
-def test_all_of_them_and_all_wrong_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_them_and_all_wrong_values_are_reported_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """They can be corrected in one go."""
     monkeypatch.setenv("KEYLATCH_STOER", STORE)
     monkeypatch.setenv("KEYLATCH_REDIS_URL", REDIS)
@@ -111,7 +115,7 @@ def test_every_variable_of_the_project_is_known() -> None:
     assert "KEYLATCH_REQUIRE_SERVICES" in names
 
 
-def test_a_process_that_never_heard_of_the_sidecar_knows_its_variables() -> None:
+def test_a_process_without_the_sidecar_knows_its_variables() -> None:
     """An app's, which imports the middleware alone."""
     program = "from keylatch import Settings; Settings.load(); import sys; print(*sys.modules)"
     environment = {**os.environ, "KEYLATCH_VERIFY_REQUEST": "forwarded"}
@@ -123,13 +127,13 @@ def test_a_process_that_never_heard_of_the_sidecar_knows_its_variables() -> None
 
 
 def test_the_middleware_starts_with_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the sidecar and each command do; the rules' mistakes are told along."""
+    """As the sidecar and each command do; the rules' mistakes are reported with them."""
     monkeypatch.setenv("KEYLATCH_STOER", "x")
     with pytest.raises(ConfigurationError) as caught:
         APIKeyMiddleware(lambda *_: None, public=["no slash"])  # type: ignore[arg-type]
-    told = str(caught.value)
-    assert "KEYLATCH_STOER" in told
-    assert "no slash" in told
+    message = str(caught.value)
+    assert "KEYLATCH_STOER" in message
+    assert "no slash" in message
 
 
 @pytest.mark.parametrize("words", [["keys", "list"], ["serve"], ["doctor"], ["migrate"], ["audit"]])

@@ -38,9 +38,9 @@ RULES = {"SENDING": ["POST /v1/emails", "GET /v1/emails/{id}"]}
 
 
 def echo(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-    """An app that says who calls."""
+    """An app that returns the principal."""
     principal = environ["keylatch.principal"]
-    body = f"{principal.display_name or 'nobody'}".encode()
+    body = f"{principal.display_name or 'anonymous'}".encode()
     length = str(len(body))
     start_response("200 OK", [("content-type", "text/plain"), ("content-length", length)])
     return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
@@ -96,7 +96,7 @@ def protected(make_engine: MakeEngine) -> Iterator[Protected]:
 
 
 def test_the_app_learns_who_is_calling(protected: Protected) -> None:
-    """`environ["keylatch.principal"]` is the principal; the second call asks nobody."""
+    """`environ["keylatch.principal"]` is the principal; the second call needs no I/O."""
     key = protected.create(permission="SENDING")
     seen: list[Any] = []
 
@@ -127,7 +127,7 @@ def test_it_keeps_to_the_protocol(protected: Protected) -> None:
 
 
 def test_refusals(protected: Protected) -> None:
-    """Each with its status, its challenge and a body whose length is told; none on HEAD."""
+    """Each with its status, its challenge and a body with a Content-Length; none on HEAD."""
     small = protected.create(permission="SENDING")
     revoked = protected.create()
     protected.revoke(revoked)
@@ -150,7 +150,7 @@ def test_refusals(protected: Protected) -> None:
 def test_public_paths_and_parameters(protected: Protected) -> None:
     """The same rules as over ASGI, also for paths beyond ASCII."""
     key = bearer(protected.create(permission="SENDING"))
-    assert call(protected.app, "/healthz")[::2] == (200, b"nobody")
+    assert call(protected.app, "/healthz")[::2] == (200, b"anonymous")
     assert call(protected.app, "/v1/emails/7", HTTP_AUTHORIZATION=key)[0] == 200
     wsgi_path = "/v1/emails/grüße".encode().decode("latin-1")
     assert call(protected.app, wsgi_path, HTTP_AUTHORIZATION=key)[0] == 200
@@ -158,7 +158,7 @@ def test_public_paths_and_parameters(protected: Protected) -> None:
 
 
 def test_identity_comes_from_no_header(protected: Protected) -> None:
-    """Whoever spells one of keylatch's headers, the app does not see it."""
+    """A client's header in any spelling of keylatch's does not reach the app."""
     seen: list[dict[str, Any]] = []
 
     def inner(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -201,7 +201,7 @@ def test_a_revoke_holds_at_once_in_every_thread(protected: Protected) -> None:
 
 
 class CountingHasher(Hasher):
-    """Counts its verifications, and holds them until told."""
+    """Counts its verifications, and blocks them until released."""
 
     def __init__(self) -> None:
         super().__init__("argon2id", CHEAPEST)
@@ -225,16 +225,16 @@ def test_many_threads_that_miss_on_one_key_cost_one_hash(make_engine: MakeEngine
         runner.run(manager.stop())
     waiting = threading.Barrier(33)
 
-    def ask() -> int:
+    def request() -> int:
         waiting.wait()
         return call(app, HTTP_AUTHORIZATION=bearer(key))[0]
 
     with ThreadPoolExecutor(32) as threads:
-        asked = [threads.submit(ask) for _ in range(32)]
+        calls = [threads.submit(request) for _ in range(32)]
         waiting.wait()
         eventually(lambda: len(app._portal._pending) == 32)
         hasher.go.set()
-        assert {each.result() for each in asked} == {200}
+        assert {each.result() for each in calls} == {200}
     assert hasher.verified == 1
     app.close()
 
@@ -311,7 +311,7 @@ def test_both_adapters_give_the_same_answer(
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         seen.append([name for name, _ in scope["headers"] if name[:1] == b"x"])
-        body = (scope["user"].display_name or "nobody").encode()
+        body = (scope["user"].display_name or "anonymous").encode()
         start = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": start})
         body = b"" if scope["method"] == "HEAD" else body
@@ -344,7 +344,7 @@ def served(store_url: str, *options: str) -> Iterator[tuple[str, "subprocess.Pop
         start_new_session=True,
     )
     try:
-        eventually(lambda: worker_wsgi.ask(port, "/healthz") == 200)
+        eventually(lambda: worker_wsgi.status_of(port, "/healthz") == 200)
         yield str(port), process
     finally:
         with contextlib.suppress(ProcessLookupError):  # it stopped in order
@@ -359,7 +359,7 @@ def served(store_url: str, *options: str) -> Iterator[tuple[str, "subprocess.Pop
         ("--workers", "2"),
         ("--workers", "2", "--preload"),
         ("--workers", "1", "--worker-class", "gthread", "--threads", "4"),
-        # One: it forgets to stop a worker that is told to before it has started.
+        # One: it forgets to stop a worker that gets the signal before it has started.
         ("granian", "--interface", "wsgi", "--workers", "1"),
     ],
     ids=["sync", "preload", "gthread", "granian"],
@@ -371,11 +371,11 @@ def test_pre_fork_workers_stop_in_order(
     key, other = protected.create(), protected.create()
     with served(store_url, *options) as (port, process):
         for _ in range(8):
-            assert worker_wsgi.ask(int(port), "/", bearer(key)) == 200
-            assert worker_wsgi.ask(int(port), "/", bearer(other)) == 200
+            assert worker_wsgi.status_of(int(port), "/", bearer(key)) == 200
+            assert worker_wsgi.status_of(int(port), "/", bearer(other)) == 200
         protected.revoke(other)
         for _ in range(8):
-            assert worker_wsgi.ask(int(port), "/", bearer(other)) == 401
+            assert worker_wsgi.status_of(int(port), "/", bearer(other)) == 401
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     assert protected.last_used(key) is not None
@@ -396,11 +396,11 @@ def test_workers_are_replaced_under_load(
 
     def load(port: int, key: Created) -> None:
         while not done.is_set():
-            answers[key.record.name, worker_wsgi.ask(port, "/", bearer(key))] += 1
+            answers[key.record.name, worker_wsgi.status_of(port, "/", bearer(key))] += 1
 
-    def is_let_in(port: str, key: Created) -> bool:
+    def is_accepted(port: str, key: Created) -> bool:
         # gunicorn resets what a worker on its way out has accepted and not begun.
-        status = worker_wsgi.ask(int(port), "/", bearer(key))
+        status = worker_wsgi.status_of(int(port), "/", bearer(key))
         assert status in (0, 200)
         return status == 200
 
@@ -410,7 +410,7 @@ def test_workers_are_replaced_under_load(
             try:
                 for number in range(times(2, 25)):
                     key = protected.create(f"used once {number}")
-                    eventually(lambda port=port, key=key: is_let_in(port, key))  # type: ignore[misc]
+                    eventually(lambda port=port, key=key: is_accepted(port, key))  # type: ignore[misc]
                     process.send_signal(signal.SIGHUP)
                     eventually(lambda key=key: protected.last_used(key) is not None)  # type: ignore[misc]
             finally:
@@ -418,7 +418,7 @@ def test_workers_are_replaced_under_load(
         for caller in callers:
             caller.result()
         last = protected.create("last")
-        eventually(lambda: is_let_in(port, last))
+        eventually(lambda: is_accepted(port, last))
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert protected.last_used(last) is not None

@@ -6,7 +6,7 @@
 
 Every peer is installed in a virtual environment of its own (the first time takes some minutes) and
 served by one process; `wrk` calls with sixteen connections. It takes about (rounds + 1) x peers x 2
-x seconds. It needs `wrk` (apt-get install wrk). README.md beside this file tells who the peers are.
+x seconds. It needs `wrk` (apt-get install wrk). README.md beside this file describes the peers.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def postgresql() -> Iterator[str]:
 
 
 def chosen(only: Sequence[str]) -> list[Peer]:
-    """The peers that were asked for; all of them if none was."""
+    """The requested peers; all of them by default."""
     unknown = set(only) - {peer.name for peer in PEERS}
     if unknown:
         names = ", ".join(peer.name for peer in PEERS)

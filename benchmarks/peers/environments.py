@@ -25,9 +25,9 @@ def python_for(peer: Peer, cache: Path) -> Path:
         return Path(sys.executable)
     folder = cache / peer.name
     bounds = "".join(f"{name}=={version}\n" for name, version in sorted(installed().items()))
-    wanted = hashlib.sha256(f"{peer.packages} {sys.version} {bounds}".encode()).hexdigest()
+    expected = hashlib.sha256(f"{peer.packages} {sys.version} {bounds}".encode()).hexdigest()
     stamp, python = folder / "installed", folder / "bin" / "python"
-    if stamp.exists() and stamp.read_text() == wanted:
+    if stamp.exists() and stamp.read_text() == expected:
         return python
     venv.create(folder, clear=True)
     constraints = folder / "constraints.txt"
@@ -37,7 +37,7 @@ def python_for(peer: Peer, cache: Path) -> Path:
     done = subprocess.run([*command, *peer.packages], capture_output=True, text=True)
     if done.returncode:
         raise NotMeasured(f"pip: {last_line(done.stderr)}")
-    stamp.write_text(wanted)
+    stamp.write_text(expected)
     return python
 
 

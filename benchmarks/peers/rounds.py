@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from catalogue import NotMeasured
-from serving import Server, ask
+from serving import Server, fetch
 
 CONNECTIONS = 16
 SLOWEST_ANSWER_SECONDS = 60
@@ -41,9 +41,9 @@ def load(server: Server, path: str, seconds: int) -> float:
     Caches are warm, however long ago the last turn was. A route that is slow is called for
     longer, so that there is something to count.
     """
-    ask(server, path, server.header)
+    fetch(server, path, server.header)
     began = time.perf_counter()
-    ask(server, path, server.header)
+    fetch(server, path, server.header)
     if time.perf_counter() - began > SLOW_SECONDS:
         seconds *= LONGER
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s"]
@@ -51,7 +51,7 @@ def load(server: Server, path: str, seconds: int) -> float:
     done = subprocess.run(
         [*command, server.url + path], stdout=subprocess.PIPE, text=True, timeout=seconds + 60
     )
-    server.settle()
+    server.wait_until_idle()
     return per_second(done.stdout)
 
 
@@ -64,7 +64,7 @@ def measure(
         servers: by the peer's name.
         rounds: how many count; one more goes before them, and warms up.
         seconds: each route of each peer in each round.
-        done: told whose turn it was.
+        done: called with the name of the peer that was measured.
     """
     measured: dict[str, Rounds] = {name: [] for name in servers}
     failed: dict[str, str] = {}
@@ -82,7 +82,7 @@ def measure(
 
 
 def turn(server: Server, number: int, seconds: int) -> tuple[float, float]:
-    """Open and protected; who goes first takes turns."""
+    """Open and protected, in alternating order."""
     paths = ["/open", "/protected"]
     found = {p: load(server, p, seconds) for p in (paths if number % 2 else reversed(paths))}
     return found["/open"], found["/protected"]

@@ -38,8 +38,8 @@ class Server:
     header: str
     pid: int
 
-    def settle(self) -> None:
-        """Return once the server rests: what wrk left behind must not weigh on who is next."""
+    def wait_until_idle(self) -> None:
+        """Return once the server is idle, so that wrk's last requests do not slow the next peer."""
         deadline = time.monotonic() + SETTLE_SECONDS
         spent = ticks(self.pid)
         while time.monotonic() < deadline:
@@ -113,7 +113,7 @@ def wait_until_up(server: Server, process: "subprocess.Popen[bytes]", log: Path)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            ask(server, "/open")
+            fetch(server, "/open")
             return
         except OSError:
             time.sleep(0.05)
@@ -127,15 +127,15 @@ def check(server: Server) -> None:
         ("/open", server.header): "200 hello",
         ("/protected", server.header): "200 hello",
     }
-    for (path, header), wanted in expected.items():
-        if (found := ask(server, path, header)) != wanted:
+    for (path, header), answer in expected.items():
+        if (found := fetch(server, path, header)) != answer:
             raise NotMeasured(f"{path} {'with' if header else 'without'} the key says {found}")
     for header in (None, server.header[:-4] + "0000"):
-        if (found := ask(server, "/protected", header))[:3] not in ("401", "403"):
+        if (found := fetch(server, "/protected", header))[:3] not in ("401", "403"):
             raise NotMeasured(f"/protected {'with a wrong' if header else 'without'} key: {found}")
 
 
-def ask(server: Server, path: str, header: str | None = None) -> str:
+def fetch(server: Server, path: str, header: str | None = None) -> str:
     """The status and the text, without the quotes of JSON."""
     headers = {"Authorization": header} if header else {}
     request = urllib.request.Request(server.url + path, headers=headers)
@@ -149,7 +149,7 @@ def ask(server: Server, path: str, header: str | None = None) -> str:
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """In order, or by force: the server and its worker, and nobody else."""
+    """Stops the server and its worker, by SIGKILL after a timeout; no other process."""
     process.terminate()
     try:
         process.wait(10)

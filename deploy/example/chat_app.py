@@ -15,7 +15,7 @@ from keylatch.asgi import APIKeyMiddleware
 
 
 async def chat(websocket: WebSocket) -> None:
-    """Greets, and repeats what it hears until one of the two goes."""
+    """Greets, and echoes each message until either side closes."""
     await websocket.accept()
     await websocket.send_text(f"hello {websocket.user.key_name}")
     async for message in websocket.iter_text():

@@ -3,7 +3,7 @@
     keylatch keys create --name me
     gunicorn --pythonpath deploy/example flask_app:app
 
-A route that declares nothing is for FULL only, also the one that somebody adds tomorrow.
+A route that declares nothing is for FULL only, also one that is added later.
 """
 
 from flask import Blueprint, Flask

@@ -3,7 +3,8 @@
     keylatch keys create --name me
     uvicorn --no-proxy-headers --app-dir deploy/example proxied_app:app
 
-It needs no store and sees no key. `--no-proxy-headers`, or the peer is whom X-Forwarded-For names.
+It needs no store and sees no key. Without `--no-proxy-headers` uvicorn
+takes the peer's address from X-Forwarded-For.
 """
 
 from starlette.applications import Starlette

@@ -23,7 +23,7 @@ def client(keys: Keys) -> Iterator[TestClient]:
         yield client
 
 
-def test_strangers_are_refused(client: TestClient) -> None:
+def test_requests_without_a_valid_key_are_refused(client: TestClient) -> None:
     """Without a key there is nothing to see but the health check."""
     assert client.get("/healthz").status_code == 200
     assert client.get("/v1/me").status_code == 401
@@ -59,6 +59,6 @@ def test_a_revoked_key_is_gone_at_once(client: TestClient, keys: Keys) -> None:
 
 
 def test_what_the_app_does_and_not_who_may(client: TestClient, keys: Keys) -> None:
-    """Where keys are beside the point, everybody is somebody."""
+    """Where a test is not about keys, every request has a principal."""
     with keys.everyone_is() as somebody:
         assert client.get("/v1/me").json()["key"] == somebody.key_id

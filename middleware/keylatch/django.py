@@ -123,8 +123,8 @@ class APIKeyMiddleware(BaseMiddleware[Callable[[HttpRequest], Any]]):
         )
         if self._traces_requests:
             self._authenticate = lambda *args: time_check(lambda: portal.authenticate(*args))
-            self._authenticate_from_loop = lambda *asked: time_awaited_check(
-                portal.authenticate_from_loop(*asked)
+            self._authenticate_from_loop = lambda *args: time_awaited_check(
+                portal.authenticate_from_loop(*args)
             )
 
     def __call__(self, request: HttpRequest) -> Any:

@@ -240,8 +240,8 @@ class Benchmark:
                 keys = self._new_keys(managing, stack)
                 await store.stop_engine()
             except BenchError:
-                note = "keys are not managed at that URL: they were revoked in the store instead"
-                self.results.notes.append(note)
+                message = "keys are not managed at that URL: they were revoked in the store instead"
+                self.results.notes.append(message)
         for number in range(self._plan.revocations):
             self._progress.step(f"revocation {number + 1}", 0)
             [key] = await keys.create(1)

@@ -135,10 +135,8 @@ class StoreKeyFactory:
 
     async def create(self, name: str, scheme: Scheme, expires_at: float) -> Key:
         engine, secrets = await self._open()
-        hasher, check_keys = self._hashers[scheme], MacKeys(secrets.mac_keys)
-        keyring = Keyring(
-            engine.store, hasher, check_keys, self._settings, _now_ms, _NoPropagation()
-        )
+        hasher, mac_keys = self._hashers[scheme], MacKeys(secrets.mac_keys)
+        keyring = Keyring(engine.store, hasher, mac_keys, self._settings, _now_ms, _NoPropagation())
         created = await keyring.create(
             ORGANIZATION, name, expires_at=datetime.fromtimestamp(expires_at, UTC)
         )

@@ -93,12 +93,12 @@ class Plan:
 
     def checks(self, scenario: str) -> int:
         """Checks of a scenario in each round."""
-        wanted = round(self.rate * self.round_seconds)
+        checks = round(self.rate * self.round_seconds)
         if scenario in UNCACHED:
             fastest = _COLD_PER_SECOND if scenario == COLD else _UNCACHED_PER_SECOND
             share = self._spare_keys * _SHARES[scenario] / sum(_SHARES.values()) / self.rounds
-            wanted = min(wanted, int(share), round(fastest * self.round_seconds))
-        return max(1, wanted)
+            checks = min(checks, int(share), round(fastest * self.round_seconds))
+        return max(1, checks)
 
     def rate_of(self, scenario: str) -> float:
         """Checks per second of a scenario."""

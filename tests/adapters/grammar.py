@@ -84,7 +84,7 @@ A2: Final = refused(401, b"invalid_token", b"The API key is not valid")
 A3: Final = refused(403, b"insufficient_scope", b"The API key may not do this", b', scope="FULL"')
 GOOD: Final = Passed()
 SENDING: Final = Passed("sending")
-NOBODY: Final = Passed(None)
+NO_PRINCIPAL: Final = Passed(None)
 
 # Who answers
 
@@ -151,7 +151,7 @@ Exceptions: TypeAlias = Mapping[Server, Answers]
 TOKEN_BYTES: Final = len("kl_live_") + 12 + len("_") + 41
 KEY: Final = b"Authorization: Bearer {good}"
 SMALL_KEY: Final = b"Authorization: Bearer {sending}"
-STRANGER: Final = b"Authorization: Bearer letmein"
+UNKNOWN_KEY: Final = b"Authorization: Bearer letmein"
 EVIL: Final = b": key_evil"
 
 
@@ -335,7 +335,7 @@ FOREIGN_BYTES: Final = (
         for name, text in (("DEL behind", b"Bearer {good}\x7f"), ("ESC", b"Bearer \x1b{good}"))
     ),
     Case("vertical tab before", value(b"\x0bBearer {good}"), Own(400)),
-    Case("form feed as separator", value(b"Bearer\x0c{good}"), Own(400)),
+    Case("\\f as separator", value(b"Bearer\x0c{good}"), Own(400)),
     Case("NUL behind", value(b"Bearer {good}\x00"), Own(400)),
     Case("NUL in another field", get(KEY, b"X-First: \x00"), Own(400)),
     Case("bare CR as separator", value(b"Bearer\r{good}"), Own(400)),
@@ -425,7 +425,7 @@ IDENTITY: Final = (
     Case("hyphens, then underscores", get(KEY, POSING[0] + EVIL, POSING[1] + EVIL), GOOD),
     Case("underscores, then hyphens", get(KEY, POSING[1] + EVIL, POSING[0] + EVIL), GOOD),
     Case("identity without a key", get(POSING[0] + EVIL), A0),
-    Case("identity on a public path", http(b"GET /healthz", POSING[1] + EVIL), NOBODY),
+    Case("identity on a public path", http(b"GET /healthz", POSING[1] + EVIL), NO_PRINCIPAL),
     Case(
         "identity in a trailer",
         chunked(KEY, body=b"5\r\nhello\r\n0\r\n" + POSING[0] + EVIL + b"\r\n\r\n"),
@@ -461,7 +461,7 @@ BODIES: Final = (
         Passed(body_bytes=11),
     ),
     Case("a chunked body without a key", chunked(body=HELLO), A0),
-    Case("a chunked body of a stranger", chunked(STRANGER, body=HELLO), A2),
+    Case("a chunked body of an unknown key", chunked(UNKNOWN_KEY, body=HELLO), A2),
     Case(
         "a chunked body with a length",
         chunked(KEY, b"Content-Length: 3", body=HELLO),
@@ -481,15 +481,15 @@ BODIES: Final = (
 
 PIPELINES: Final = (
     Case(
-        "good, then a stranger",
-        (get(KEY, last=False), get(STRANGER)),
+        "good, then an unknown key",
+        (get(KEY, last=False), get(UNKNOWN_KEY)),
         (GOOD, A2),
         {GUNICORN: GOOD},
         NO_PIPELINE,
     ),
     Case(
-        "a stranger, then good",
-        (get(STRANGER, last=False), get(KEY)),
+        "an unknown key, then good",
+        (get(UNKNOWN_KEY, last=False), get(KEY)),
         (A2, GOOD),
         {GUNICORN: A2},
         NO_PIPELINE,
@@ -532,12 +532,12 @@ PIPELINES: Final = (
 )
 
 PATHS: Final = (
-    Case("public path", http(b"GET /healthz"), NOBODY),
-    Case("public path, HEAD", http(b"HEAD /healthz"), NOBODY),
-    Case("public path, query", http(b"GET /healthz?x=1"), NOBODY),
-    Case("public path, a stranger's key", http(b"GET /healthz", STRANGER), NOBODY),
-    Case("public path, good key", http(b"GET /healthz", KEY), NOBODY),
-    Case("public path, percent-encoded", http(b"GET /%68ealthz"), NOBODY),
+    Case("public path", http(b"GET /healthz"), NO_PRINCIPAL),
+    Case("public path, HEAD", http(b"HEAD /healthz"), NO_PRINCIPAL),
+    Case("public path, query", http(b"GET /healthz?x=1"), NO_PRINCIPAL),
+    Case("public path, an unknown key", http(b"GET /healthz", UNKNOWN_KEY), NO_PRINCIPAL),
+    Case("public path, good key", http(b"GET /healthz", KEY), NO_PRINCIPAL),
+    Case("public path, percent-encoded", http(b"GET /%68ealthz"), NO_PRINCIPAL),
     Case("public path, slash behind", http(b"GET /healthz/"), A0),
     Case("public path, upper case", http(b"GET /HEALTHZ"), A0),
     Case("public path, %00 behind", http(b"GET /healthz%00"), A0),
@@ -545,26 +545,26 @@ PATHS: Final = (
     Case("public path, semicolon", http(b"GET /healthz;x"), A0),
     Case("public path by dots", http(b"GET /x/../healthz"), A0),
     Case("away from a public path by dots", http(b"GET /docs/../secret"), A0),
-    Case("public parameter", http(b"GET /docs/gr%C3%BC%C3%9Fe"), NOBODY),
+    Case("public parameter", http(b"GET /docs/gr%C3%BC%C3%9Fe"), NO_PRINCIPAL),
     Case("public parameter with %2F", http(b"GET /docs/a%2Fb"), A0),
     Case(
         "public path, two slashes",
         http(b"GET //healthz"),
         A0,
-        {WAITRESS: NOBODY},
+        {WAITRESS: NO_PRINCIPAL},
         "it makes one slash of them, for the app as well",
     ),
     Case(
         "public path, fragment",
         http(b"GET /healthz#x"),
-        NOBODY,
+        NO_PRINCIPAL,
         on(A0, H11, HYPERCORN),
         TARGET,
     ),
     Case(
         "public path, absolute form",
         http(b"GET http://test/healthz"),
-        NOBODY,
+        NO_PRINCIPAL,
         on(A0, H11, HYPERCORN),
         TARGET,
     ),
@@ -774,7 +774,7 @@ class Served:
     def is_ready(self) -> bool:
         return self._converse(http(b"GET /healthz")).startswith(b"HTTP/1.1 200")
 
-    def ask(self, case: Case) -> Cell:
+    def run_case(self, case: Case) -> Cell:
         """Send a case and look at what comes back and whether the app was called."""
         before = self._calls.stat().st_size
         methods = [request.split(b" ")[0] for request in case.sent]
@@ -858,7 +858,7 @@ def _all_cells(keys: Keys, console: Console) -> list[Cell]:
             progress.update(task, description=server.name)
             with serving(server, keys) as served:
                 for case in CASES:
-                    cells.append(served.ask(case))
+                    cells.append(served.run_case(case))
                     progress.advance(task)
     return cells
 

@@ -39,7 +39,7 @@ _FORMS: Final = {  # NFKC makes the letter of each
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a client asks for.
+    """A client's request.
 
     Args:
         method: as it is written.
@@ -172,7 +172,7 @@ def environ_of(target: Target) -> dict[str, Any]:
 
 
 class TextPolicy:
-    """The broken twin: what the policy did before it asked routers, when it compared text."""
+    """The broken twin: the policy compares text and does not use routers."""
 
     public_patterns: tuple[()] = ()
 
@@ -196,8 +196,8 @@ class TextPolicy:
         return Requirement(permissions, "SENDING") if matching else ONLY_FULL
 
     def routed_requirement(self, method: str, path: str, *_: object) -> Requirement:
-        wanted = self.requirement_for(method, path)
-        return wanted or ONLY_FULL
+        requirement = self.requirement_for(method, path)
+        return requirement or ONLY_FULL
 
 
 def _regex(path: str) -> re.Pattern[str]:

@@ -107,9 +107,9 @@ def test_a_view_is_looked_up_in_the_language_of_the_request(left: str, over: str
 
     with project(keys, LOCALE), translation.override(left):
         statuses = {where: get(where).status_code for where in PLACES}
-        nobody = [Client().get(where).status_code for where in (*PLACES, "/nowhere")]
+        without_key = [Client().get(where).status_code for where in (*PLACES, "/nowhere")]
     assert statuses == PLACES
-    assert nobody == [401] * 6
+    assert without_key == [401] * 6
 
 
 def test_a_default_language_without_a_prefix() -> None:
@@ -124,9 +124,9 @@ def test_a_default_language_without_a_prefix() -> None:
 
 @pytest.mark.parametrize("what", ["path", "urlconf", "language"])
 @pytest.mark.parametrize("over", ["wsgi", "asgi"])
-def test_what_a_middleware_in_between_changes_opens_nothing(what: str, over: str) -> None:
+def test_what_a_middleware_in_between_changes_allows_nothing(what: str, over: str) -> None:
     """The path, the URLconf, or the language by its own rules; not for keys without FULL, and on a
-    public path for nobody. A twin that looks only once lets each of them through."""
+    public path for no request. A twin that checks only once lets each of them through."""
     keys = Keys()
     where = "/de/export" if what == "language" else "/page"
 

@@ -35,7 +35,7 @@ def wrong_calls(site: Any, tried: Iterator[Target]) -> tuple[list[str], Counter[
 
 
 def callers_of(name: str, method: str) -> frozenset[str]:
-    """Who may call a view by a method. Frameworks take `get` for GET."""
+    """Which keys may call a view by a method. Frameworks take `get` for GET."""
     method = method.upper()
     return ALLOWED[name].get("GET" if method == "HEAD" else method, frozenset({FULL}))
 

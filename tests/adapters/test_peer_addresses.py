@@ -1,4 +1,4 @@
-"""Who is at the other end, on every server: by its word, and never because it knows no address."""
+"""The peer of a connection, on every server: as reported, never by a missing address."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ class Server:
         app: which app of `worker_identity` it takes.
         tcp: options to listen on a port.
         uds: options to listen on a Unix socket.
-        tells: whether it says that a request came over a Unix socket.
+        marks_unix: whether it reports that a request came over a Unix socket.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Server:
     app: str = "asgi"
     tcp: str = "--port {port}"
     uds: str = "--uds {path}"
-    tells: bool = True
+    marks_unix: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -54,8 +54,8 @@ SERVERS = (
     Server("uvicorn-httptools", f"{UVICORN} httptools"),
     Server("uvicorn-h11", f"{UVICORN} h11"),
     Server("granian", "granian --interface asgi"),
-    Server("hypercorn", "hypercorn", "asgi", *BIND, tells=False),
-    Server("daphne", "daphne", "asgi", "-b 127.0.0.1 -p {port}", "-u {path}", tells=False),
+    Server("hypercorn", "hypercorn", "asgi", *BIND, marks_unix=False),
+    Server("daphne", "daphne", "asgi", "-b 127.0.0.1 -p {port}", "-u {path}", marks_unix=False),
     Server("granian-wsgi", "granian --interface wsgi", "wsgi"),
     Server("gunicorn", "gunicorn", "wsgi", *BIND),
     Server("gunicorn-gthread", "gunicorn -k gthread --threads 2", "wsgi", *BIND),
@@ -65,7 +65,7 @@ on_every_server = pytest.mark.parametrize("server", SERVERS, ids=str)
 
 
 class Running:
-    """A server, and the keys that it let in."""
+    """A server, and the keys that it accepted."""
 
     def __init__(self, address: tuple[str, int] | str, acts: Path) -> None:
         self.in_the_end: list[str] = []
@@ -97,7 +97,7 @@ class Running:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         connection.close()
 
-    def let_in(self) -> list[str]:
+    def accepted_keys(self) -> list[str]:
         return self._acts.read_text().split() if self._acts.exists() else []
 
 
@@ -141,7 +141,7 @@ def running(server: Server, over: str, trusted: str, app: str = "") -> Iterator[
         yield run
         process.terminate()
         process.wait(60)
-        run.in_the_end = run.let_in()
+        run.in_the_end = run.accepted_keys()
     finally:
         process.kill()
         process.wait()
@@ -151,7 +151,7 @@ def running(server: Server, over: str, trusted: str, app: str = "") -> Iterator[
 @on_every_server
 def test_a_connection_that_is_reset_is_no_unix_socket(server: Server) -> None:
     """It has no address when the server asks for it, which does not make it a Unix socket. Trusted
-    connections are still let in."""
+    connections are still accepted."""
     with running(server, "TCP", "127.0.0.1,unix") as run:
         assert run.status("key_good") == 200
         assert run.status("key_forged", "127.0.0.2") == 401
@@ -166,19 +166,19 @@ def test_a_unix_socket_is_one_by_the_word_of_the_server(server: Server) -> None:
     """Where the server says so, `unix` is trusted; where it does not, every request is refused.
     Both whatever the client writes in `Host`."""
     with running(server, "unix", "unix") as run:
-        assert run.status("key_good") == (200 if server.tells else 401)
+        assert run.status("key_good") == (200 if server.marks_unix else 401)
     with running(server, "unix", "127.0.0.1") as run:
         assert run.status("key_good") == 401
 
 
 @pytest.mark.parametrize("server", SERVERS[:2], ids=str)
-def test_a_twin_that_guesses_lets_strangers_in(server: Server) -> None:
+def test_a_twin_that_guesses_accepts_other_clients(server: Server) -> None:
     """On uvicorn a connection that was reset has no address: the twin calls that a Unix socket."""
     with running(server, "TCP", "unix", app="guessing") as run:
 
-        def is_let_in() -> bool:
+        def is_accepted() -> bool:
             run.reset("127.0.0.2")
-            return "key_forged" in run.let_in()
+            return "key_forged" in run.accepted_keys()
 
-        eventually(is_let_in)
+        eventually(is_accepted)
         assert run.status("key_honest") == 401

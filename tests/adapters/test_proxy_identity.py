@@ -1,4 +1,4 @@
-"""Behind a proxy: identity comes from its headers, from nobody else's, and is as without one."""
+"""Behind a proxy: identity comes from its headers only, and is the same as without a proxy."""
 
 import socket
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ TRUSTED = ["127.0.0.1", "10.1.0.0/16", "::1", "unix"]
 
 
 class Apps:
-    """The same gate over ASGI and WSGI, around apps that note whom they see."""
+    """`ProxyIdentity` over ASGI and WSGI, around apps that record the principal."""
 
     def __init__(self, **arguments: Any) -> None:
         given = {"trusted": TRUSTED, "public": ["POST /healthz"], **arguments}
@@ -88,15 +88,15 @@ async def test_a_trusted_peer_says_who_calls(peer: str | None) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("peer", ["10.2.0.1", "192.0.2.1", "::2", "localhost", "unix", "nonsense"])
-async def test_nobody_else_does(peer: str) -> None:
-    """Whoever reaches the app without the proxy is nobody, whatever he writes."""
+async def test_no_other_client_sets_an_identity(peer: str) -> None:
+    """A request that does not come from the proxy has no identity, whatever its headers."""
     apps = Apps()
     assert await apps.get(TOLD, peer) == 401
     assert apps.seen == []
 
 
 @pytest.mark.anyio
-async def test_strangers_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_other_clients_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
     """500 requests from as many addresses: nine lines for each of the two, with the count."""
     apps = Apps()
     for number in range(500):
@@ -164,9 +164,7 @@ async def test_an_address_counts_before_a_unix_socket() -> None:
         ([(name.title(), value) for name, value in TOLD], 200),
     ],
 )
-async def test_identity_is_complete_and_said_once_or_nobodys(
-    headers: list[Header], status: int
-) -> None:
+async def test_identity_is_complete_and_single_or_none(headers: list[Header], status: int) -> None:
     """What is missing or empty is 401 and never anonymous, and grants nothing: an app may take an
     environment of "" for one that is not `test`. Two of a kind are 400."""
     assert await Apps().get(headers) == status
@@ -179,7 +177,7 @@ def test_look_alikes_are_refused(name: bytes) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1))
-def test_what_the_sidecar_says_is_what_the_app_hears(name: str) -> None:
+def test_the_app_gets_the_identity_that_the_sidecar_sends(name: str) -> None:
     """For every name that a key may have, and more."""
     principal = Principal("key_a", name, "acme", "FULL", "live")
     assert principal_from_headers(identity_headers(principal)) == principal
@@ -195,8 +193,8 @@ async def test_rules_hold_here_too_if_they_are_given() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_public_path_is_nobodys_and_open() -> None:
-    """Whoever asks, and whatever he says of himself."""
+async def test_a_public_path_is_open_and_has_no_principal() -> None:
+    """For every client, whatever identity headers it sends."""
     apps = Apps()
     assert await apps.get(TOLD, "192.0.2.1", "/healthz") == 200
     assert [user.is_authenticated for user in apps.seen] == [False, False]
@@ -207,7 +205,7 @@ def test_wrong_peers_are_all_named() -> None:
     with pytest.raises(ConfigurationError) as caught:
         ProxyIdentityMiddleware(lambda *_: None, trusted=["host", "10.0.0.1/8"], public="/x")  # type: ignore[arg-type]
     assert len(caught.value.mistakes) == 3
-    nobody: list[str] = []
-    for trusted in (nobody, "127.0.0.1"):
+    no_proxies: list[str] = []
+    for trusted in (no_proxies, "127.0.0.1"):
         with pytest.raises(ConfigurationError):
             ProxyIdentityMiddleware(lambda *_: None, trusted=trusted)  # type: ignore[arg-type]

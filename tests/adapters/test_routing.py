@@ -1,4 +1,4 @@
-"""Routers are asked: through middlewares and mounts, once, and with care; and what views declare.
+"""Rules are matched by the app's routers, through middlewares and mounts; and views' permissions.
 
 Each app here has a view for FULL that a rule with a parameter, or a public path with one, would
 open if only text were compared.
@@ -122,22 +122,22 @@ def test_a_router_is_found_behind_middlewares(wrapped: Callable[[Any], Any]) -> 
     """Whatever form they have: the alias of a view that is named for FULL stays closed."""
     app = Starlette(routes=ROUTES)
     assert find_framework(wrapped(app)) in (app, app.router)
-    asked = AppClient(wrapped(app))
-    assert asked.get("/alias/x") == (403, asked.get("/nowhere")[1])
+    client = AppClient(wrapped(app))
+    assert client.get("/alias/x") == (403, client.get("/nowhere")[1])
     if not isinstance(wrapped(app), APIKeyMiddleware):
-        assert asked.get("/v1/7") == (200, b"one")
-        assert asked.get("/alias/x", "FULL") == (200, b"export, for FULL")
+        assert client.get("/v1/7") == (200, b"one")
+        assert client.get("/alias/x", "FULL") == (200, b"export, for FULL")
 
 
 def test_an_app_that_cannot_be_seen_is_compared_by_text() -> None:
     """Letter case, a slash at the end and a suffix do not tell a path from an exact rule's."""
-    asked = AppClient(Slotted(Starlette(routes=ROUTES)))
-    assert asked.get("/v1/7")[0] == 200
+    client = AppClient(Slotted(Starlette(routes=ROUTES)))
+    assert client.get("/v1/7")[0] == 200
     for where in ("/v1/export", "/v1/EXPORT", "/v1/export.json", "/v1/exp\uff4frt"):
-        assert asked.get(where)[0] == 403
+        assert client.get(where)[0] == 403
 
 
-def test_of_two_apps_in_a_middleware_neither_is_taken_for_the_one() -> None:
+def test_of_two_apps_in_a_middleware_neither_is_used() -> None:
     """Which of them gets a request is known to the middleware alone."""
     one_app, other = Starlette(routes=ROUTES), Starlette()
 
@@ -162,13 +162,13 @@ class Changing:
     ("change", "where"),
     [(lambda path: path.rstrip("/"), "/v1/export/"), (str.lower, "/v1/EXPORT")],
 )
-def test_a_path_that_a_middleware_changes_opens_nothing(change: Any, where: str) -> None:
+def test_a_path_that_a_middleware_changes_allows_nothing(change: Any, where: str) -> None:
     """Although the router would lead the path that the client sent to another view."""
     rules = {"FULL": ["GET /v1/export"], "SENDING": ["GET /v1/{name:path}"]}
     routes = [Route("/v1/export", export), Route("/v1/{name:path}", one)]
-    asked = AppClient(Changing(Starlette(routes=routes), change), permissions=rules)
-    assert [asked.get(where, each)[0] for each in ("SENDING", "FULL")] == [403, 200]
-    assert asked.get("/v1/7") == (200, b"one")
+    client = AppClient(Changing(Starlette(routes=routes), change), permissions=rules)
+    assert [client.get(where, each)[0] for each in ("SENDING", "FULL")] == [403, 200]
+    assert client.get("/v1/7") == (200, b"one")
 
 
 class Dispatching:
@@ -225,9 +225,9 @@ def test_starlette_hands_its_router_over(added: Callable[[Any], None]) -> None:
 def test_mounted_apps_count(app: Any) -> None:
     """Rules name paths of the whole app, and views are found wherever they are."""
     rules = {"FULL": ["GET /api/v1/export"], "SENDING": ["GET /api/v1/{a}", "GET /api/alias/{a}"]}
-    asked = AppClient(app, permissions=rules)
-    assert asked.get("/api/v1/7") == (200, b"one")
-    assert asked.get("/api/v1/export")[0] == asked.get("/api/alias/x")[0] == 403
+    client = AppClient(app, permissions=rules)
+    assert client.get("/api/v1/7") == (200, b"one")
+    assert client.get("/api/v1/export")[0] == client.get("/api/alias/x")[0] == 403
 
 
 def test_an_app_of_another_framework_below_a_mount() -> None:
@@ -243,9 +243,9 @@ def test_an_app_of_another_framework_below_a_mount() -> None:
 
     app = Starlette(routes=[Mount("/api", litestar.Litestar([lite_export, lite_one]))])  # type: ignore[arg-type]
     rules = {"FULL": ["GET /api/v1/export"], "SENDING": ["GET /api/v1/{name}/", "GET /api/v1/{n}"]}
-    asked = AppClient(app, permissions=rules)
-    assert asked.get("/api/v1/7/")[0] == asked.get("/api/v1/7")[0] == 200
-    assert asked.get("/api/v1/export/")[0] == 403
+    client = AppClient(app, permissions=rules)
+    assert client.get("/api/v1/7/")[0] == client.get("/api/v1/7")[0] == 200
+    assert client.get("/api/v1/export/")[0] == 403
 
 
 def test_inside_of_litestar_the_route_is_chosen_already() -> None:
@@ -272,13 +272,13 @@ def test_inside_of_litestar_the_route_is_chosen_already() -> None:
 
 
 class Counted(Route):
-    """Counts how often it is asked, and can be told to fail."""
+    """Counts how often it is matched, and can fail on demand."""
 
-    asked = 0
+    requested = 0
     error: Exception | None = None
 
     def matches(self, scope: Any) -> Any:
-        type(self).asked += 1
+        type(self).requested += 1
         if self.error is not None and "user" not in scope:
             raise self.error
         return super().matches(scope)
@@ -287,7 +287,9 @@ class Counted(Route):
 def test_the_router_is_asked_only_where_that_decides() -> None:
     """Not for keys with FULL, nor for those that are no good, nor where a rule is exact; the app
     itself asks once."""
-    asked = AppClient(Starlette(routes=[Counted("/v1/export", export), Counted("/v1/{name}", one)]))
+    client = AppClient(
+        Starlette(routes=[Counted("/v1/export", export), Counted("/v1/{name}", one)])
+    )
     for where, permission, times in (
         ("/v1/7", "FULL", 2),
         ("/v1/7", "", 0),
@@ -295,21 +297,21 @@ def test_the_router_is_asked_only_where_that_decides() -> None:
         ("/nowhere", "SENDING", 0),
         ("/v1/export", "FULL", 1),
     ):
-        Counted.asked = 0
-        asked.get(where, permission)
-        assert (where, permission, Counted.asked) == (where, permission, times)
+        Counted.requested = 0
+        client.get(where, permission)
+        assert (where, permission, Counted.requested) == (where, permission, times)
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), AssertionError(), KeyError("x")])
-def test_a_router_that_fails_when_asked_opens_nothing(
+def test_a_router_that_fails_allows_no_request(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The answer is 403, never 500, and the log says so once."""
-    asked = AppClient(Starlette(routes=[Counted("/v1/{name}", one)]))
+    client = AppClient(Starlette(routes=[Counted("/v1/{name}", one)]))
     Counted.error = error
     try:
         with caplog.at_level(logging.WARNING, "keylatch"):
-            assert [asked.get("/v1/7")[0] for _ in range(2)] == [403, 403]
+            assert [client.get("/v1/7")[0] for _ in range(2)] == [403, 403]
     finally:
         Counted.error = None
     assert [each for each in caplog.messages if "router" in each] == [
@@ -327,33 +329,33 @@ class ForVersion(Route):
 
 
 def test_what_a_client_sent_first_does_not_decide_what_a_rule_means() -> None:
-    """The route of an exact rule's path is remembered, but not by any header of a client."""
+    """The route of an exact rule's path is cached, but not by any header of a client."""
     routes = [ForVersion("/v1/export", one), *ROUTES]
-    asked = AppClient(Starlette(routes=routes))
-    asked.get("/v1/7", headers=[(b"x-version", b"2")])
-    assert asked.get("/alias/x")[0] == 403
+    client = AppClient(Starlette(routes=routes))
+    client.get("/v1/7", headers=[(b"x-version", b"2")])
+    assert client.get("/alias/x")[0] == 403
 
 
 def test_routes_that_are_added_later_count() -> None:
     """The route of an exact rule that was not there at first."""
     app = Starlette(routes=[Route("/v1/{name}", one)])
-    asked = AppClient(app)
-    assert asked.get("/v1/7")[0] == 200
+    client = AppClient(app)
+    assert client.get("/v1/7")[0] == 200
     app.router.routes[:0] = [Route("/v1/export", export), Route("/alias/{x}", export)]
-    assert asked.get("/alias/x")[0] == 403
+    assert client.get("/alias/x")[0] == 403
 
 
 def test_an_exact_rule_speaks_of_a_view_by_each_of_its_paths() -> None:
-    """Also where a rule with parameters spells the other one; what is an argument tells requests to
-    one view apart."""
+    """Also where a rule with parameters spells the other one; requests to one view differ
+    in their arguments."""
     routes = [Route("/users", one), Route("/users/{id}", one), Route("/files/{name}", export)]
     rules = {
         "FULL": ["GET /users", "GET /files/keys"],
         "SENDING": ["GET /users/{name}", "GET /files/{a}"],
     }
-    asked = AppClient(Starlette(routes=routes), permissions=rules)
-    assert asked.get("/users")[0] == asked.get("/users/7")[0] == 403
-    assert [asked.get(where)[0] for where in ("/files/keys", "/files/key")] == [403, 200]
+    client = AppClient(Starlette(routes=routes), permissions=rules)
+    assert client.get("/users")[0] == client.get("/users/7")[0] == 403
+    assert [client.get(where)[0] for where in ("/files/keys", "/files/key")] == [403, 200]
 
 
 @pytest.mark.parametrize("root", ["/api", "/", ""])
@@ -363,36 +365,36 @@ def test_an_exact_rule_speaks_of_a_view_by_each_of_its_paths() -> None:
 )
 def test_below_a_root_path_rules_stay_the_same(root: str, where: str, status: int) -> None:
     """Whether the server puts it before the path or not."""
-    asked = AppClient(Starlette(routes=ROUTES))
+    client = AppClient(Starlette(routes=ROUTES))
     full = (root if root != "/" else "") + where
-    assert asked.get(where, root_path=root)[0] == status
-    assert asked.get(full, root_path=root)[0] == status
+    assert client.get(where, root_path=root)[0] == status
+    assert client.get(full, root_path=root)[0] == status
 
 
 @pytest.mark.parametrize("where", ["/apiv1/7", "/api/api/v1/7", "/v1/api/7", "/v1/api"])
 def test_a_root_path_that_can_be_cut_off_in_two_ways_is_for_full(where: str) -> None:
     """Within a segment, twice, or in the middle of the path."""
-    asked = AppClient(Slotted(Starlette()), permissions={"SENDING": ["GET /{p:path}"]})
-    assert asked.get(where, root_path="/api")[0] == 403
-    assert asked.get(where, "FULL", root_path="/api")[0] == 404
+    client = AppClient(Slotted(Starlette()), permissions={"SENDING": ["GET /{p:path}"]})
+    assert client.get(where, root_path="/api")[0] == 403
+    assert client.get(where, "FULL", root_path="/api")[0] == 404
 
 
 @pytest.mark.parametrize("raw", [b"/v1%2f7", b"/v1%2F7?x", b"/v1/%2f7"])
 def test_an_encoded_slash_is_for_full(raw: bytes) -> None:
     """A proxy in front has not read it as one; in a query it is nothing special."""
     public = ["/v1/{name}", "/v1/7"]
-    asked = AppClient(Starlette(routes=ROUTES), public=public, permissions=RULES)
-    assert asked.get("/v1/7", "", raw_path=raw)[0] == 401
-    assert asked.get("/v1/7", raw_path=raw)[0] == 403
-    assert asked.get("/v1/7", "", raw_path=b"/v1/7?next=%2f")[0] == 200
+    client = AppClient(Starlette(routes=ROUTES), public=public, permissions=RULES)
+    assert client.get("/v1/7", "", raw_path=raw)[0] == 401
+    assert client.get("/v1/7", raw_path=raw)[0] == 403
+    assert client.get("/v1/7", "", raw_path=b"/v1/7?next=%2f")[0] == 200
 
 
 @pytest.mark.parametrize("root", ["/v1", "/v1/export", "/alias", "/"])
 def test_a_root_path_does_not_change_what_an_exact_rule_means(root: str) -> None:
     """Clients of daphne choose it: one that begins the rule's own path takes nothing away."""
-    asked = AppClient(Starlette(routes=ROUTES))
-    assert asked.get("/alias/x", root_path=root)[0] == 403
-    assert asked.get("/alias/x", "FULL", root_path="/v1")[0] == 200
+    client = AppClient(Starlette(routes=ROUTES))
+    assert client.get("/alias/x", root_path=root)[0] == 403
+    assert client.get("/alias/x", "FULL", root_path="/v1")[0] == 200
 
 
 def test_below_a_mount_of_litestar_the_inner_app_is_asked() -> None:
@@ -427,9 +429,9 @@ class Following:
         self._inner = inner
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        asked = [value for name, value in scope["headers"] if b"method" in name]
+        methods = [value for name, value in scope["headers"] if b"method" in name]
         await self._inner(
-            {**scope, **({"method": asked[0].decode()} if asked else {})}, receive, send
+            {**scope, **({"method": methods[0].decode()} if methods else {})}, receive, send
         )
 
 
@@ -481,11 +483,11 @@ def test_over_wsgi_and_in_django_it_is_the_same(header: str) -> None:
 
 
 def test_public_paths_name_a_method() -> None:
-    """Without one they are for reading: whoever shows a profile does not let it be deleted."""
+    """Without one they are for reading: a public profile page does not allow its deletion."""
     routes = [Route("/users/{id}", one, methods=["GET", "DELETE", "POST", "OPTIONS"])]
-    asked = AppClient(Starlette(routes=routes), public=["/users/{id}", "POST /users/{id}", "/x"])
+    client = AppClient(Starlette(routes=routes), public=["/users/{id}", "POST /users/{id}", "/x"])
     statuses = {
-        method: asked.get("/users/7", "", method=method)[0]
+        method: client.get("/users/7", "", method=method)[0]
         for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT")
     }
     assert statuses == {
@@ -496,7 +498,7 @@ def test_public_paths_name_a_method() -> None:
         "OPTIONS": 401,
         "PUT": 401,
     }
-    assert [asked.get("/x", "", method=each)[0] for each in ("GET", "DELETE")] == [404, 401]
+    assert [client.get("/x", "", method=each)[0] for each in ("GET", "DELETE")] == [404, 401]
 
 
 async def greet(websocket: WebSocket) -> None:
@@ -504,18 +506,18 @@ async def greet(websocket: WebSocket) -> None:
     await websocket.close()
 
 
-def websocket_status(asked: AppClient, where: str, permission: str = "") -> bool:
+def websocket_status(client: AppClient, where: str, permission: str = "") -> bool:
     """Whether a WebSocket is opened."""
-    key = asked.keys.create(permission=permission).headers if permission else {}
+    key = client.keys.create(permission=permission).headers if permission else {}
     try:
-        with TestClient(asked.app).websocket_connect(where, headers=key):
+        with TestClient(client.app).websocket_connect(where, headers=key):
             return True
     except (WebSocketDisconnect, WebSocketDenialResponse):
         return False
 
 
 @pytest.mark.parametrize("public", ["/chat/7", "/chat/{room}"])
-def test_a_public_page_opens_no_websocket(public: str) -> None:
+def test_a_public_page_makes_no_websocket_public(public: str) -> None:
     """On the same path; `WEBSOCKET` in its place does, and no page. For the rest of keys, what
     rules say of GET counts."""
     routes = [Route("/chat/{room}", one), WebSocketRoute("/chat/{room}", greet)]
@@ -547,15 +549,19 @@ def test_a_public_page_opens_no_websocket(public: str) -> None:
 def test_a_rule_for_a_public_page_is_that_of_the_websocket() -> None:
     """What the path declares for GET is not lost where the page is public."""
     routes = [Route("/chat", one), WebSocketRoute("/chat", greet)]
-    asked = AppClient(
+    client = AppClient(
         Starlette(routes=routes), public=["/chat"], permissions={"SENDING": ["GET /chat"]}
     )
-    assert asked.get("/chat", "")[0] == 200
-    assert [websocket_status(asked, "/chat", each) for each in ("", "SENDING", "FULL")] == [0, 1, 1]
+    assert client.get("/chat", "")[0] == 200
+    assert [websocket_status(client, "/chat", each) for each in ("", "SENDING", "FULL")] == [
+        0,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("public", ["/x", "/x/{a}"])
-def test_a_public_path_opens_no_other_view_for_head(public: str) -> None:
+def test_a_public_path_makes_no_other_view_public_for_head(public: str) -> None:
     """FastAPI does not start where it declares nothing and the one for GET does."""
     app, api_key = FastAPI(openapi_url=None), APIKey()
     sending = [Security(api_key, scopes=["FULL"])]
@@ -567,7 +573,7 @@ def test_a_public_path_opens_no_other_view_for_head(public: str) -> None:
     assert AppClient(app, public=["/y"], permissions=permissions_of(app)) is not None
 
 
-def test_a_public_path_with_parameters_opens_no_websocket_unsaid() -> None:
+def test_a_public_path_with_parameters_makes_no_websocket_public() -> None:
     """FastAPI starts beside one for pages, and not with one for WebSockets."""
     app = FastAPI(openapi_url=None)
     app.add_api_websocket_route("/chat/{room}", greet)
@@ -583,10 +589,12 @@ def test_an_exact_rule_wins_over_a_public_pattern() -> None:
     """By its path, and by another path of the same view."""
     routes = [Route("/users/me", export), Route("/users/{id}", one), Route("/u/{x}", export)]
     rules = {"FULL": ["GET /users/me"]}
-    asked = AppClient(Starlette(routes=routes), public=["/users/{id}", "/u/{x}"], permissions=rules)
-    assert asked.get("/users/7", "") == (200, b"one")
+    client = AppClient(
+        Starlette(routes=routes), public=["/users/{id}", "/u/{x}"], permissions=rules
+    )
+    assert client.get("/users/7", "") == (200, b"one")
     for where in ("/users/me", "/u/7"):
-        assert [asked.get(where, each)[0] for each in ("", "SENDING", "FULL")] == [401, 403, 200]
+        assert [client.get(where, each)[0] for each in ("", "SENDING", "FULL")] == [401, 403, 200]
 
 
 def fastapi_app() -> FastAPI:
@@ -609,10 +617,10 @@ def fastapi_app() -> FastAPI:
         (["DELETE /users/{id}"], ""),
     ],
 )
-def test_fastapi_does_not_start_where_a_public_path_opens_a_route_unsaid(
+def test_fastapi_does_not_start_if_a_public_path_makes_another_route_public(
     public: list[str], opened: str
 ) -> None:
-    """One that asks for no key, and that `public` does not spell as the route does."""
+    """A route without a key that `public` does not spell as the route does."""
     app = fastapi_app()
     if not opened:
         assert AppClient(app, public=public, permissions=permissions_of(app)) is not None
@@ -622,26 +630,26 @@ def test_fastapi_does_not_start_where_a_public_path_opens_a_route_unsaid(
 
 
 def test_a_route_that_asks_for_a_key_is_not_public_by_the_way() -> None:
-    """A declaration wins over a public pattern, and the key that it asks for is looked at."""
+    """A declaration wins over a public pattern, and the required key is checked."""
     app, api_key = FastAPI(openapi_url=None), APIKey()
     sending = [Security(api_key, scopes=["SENDING"])]
     app.add_api_route("/users/me", lambda: "me", dependencies=sending)
     app.add_api_route("/users/{id}", lambda id: id)  # noqa: A006
-    asked = AppClient(app, public=["/users/{id}"], permissions=permissions_of(app))
-    assert asked.get("/users/7", "")[0] == 200
-    assert [asked.get("/users/me", each)[0] for each in ("", "SENDING")] == [401, 200]
+    client = AppClient(app, public=["/users/{id}"], permissions=permissions_of(app))
+    assert client.get("/users/7", "")[0] == 200
+    assert [client.get("/users/me", each)[0] for each in ("", "SENDING")] == [401, 200]
 
 
 def test_what_is_mounted_can_be_public() -> None:
     """An app that is no framework's, such as static files, can declare nothing."""
     app = FastAPI(openapi_url=None)
     app.mount("/static", Slotted(PlainTextResponse("a file")))
-    asked = AppClient(app, public=["/static/{file}"], permissions=permissions_of(app))
-    assert asked.get("/static/a.css", "") == (200, b"a file")
+    client = AppClient(app, public=["/static/{file}"], permissions=permissions_of(app))
+    assert client.get("/static/a.css", "") == (200, b"a file")
 
 
-def test_fastapi_does_not_start_where_a_public_path_opens_a_mount_unsaid() -> None:
-    """An app that cannot be looked into may have views for FULL: its place is to be spelled."""
+def test_fastapi_does_not_start_if_a_public_path_makes_a_mount_public() -> None:
+    """An opaque app may have views for FULL: a public path must name its mount."""
     app = FastAPI(openapi_url=None)
     app.mount("/admin", Slotted(PlainTextResponse("users")))
     for public in ("/admin/{page}", "/users/{id}"):
@@ -683,7 +691,7 @@ def test_flask_views_that_declare_nothing_are_for_full(copied: Callable[[Any], A
     assert statuses == [200, 403, 403, 403]
 
 
-def test_flask_does_not_start_where_a_public_path_opens_a_view_unsaid() -> None:
+def test_flask_does_not_start_if_a_public_path_makes_another_view_public() -> None:
     """Its static files are its own affair."""
     app = flask_app()
     rules = flask_permissions_of(app)
@@ -790,7 +798,7 @@ def test_django_views_win_over_public_paths_by_the_way() -> None:
         assert [Client().get(each).status_code for each in ("/users/me", "/users/7")] == [401, 200]
 
 
-def test_an_expression_for_digits_is_spelled_as_int() -> None:
+def test_an_expression_for_digits_is_written_as_int() -> None:
     """A public path for any text does not spell it, nor the other way round."""
     urls = [
         re_path(r"^pub/(?P<x>\d+)$", django_say("number")),
@@ -816,7 +824,7 @@ def for_a_tenant(get_response: Any) -> Any:
 
 
 def test_django_as_a_whole_can_be_wrapped() -> None:
-    """By the middleware for WSGI, which then asks the URLconf."""
+    """By the middleware for WSGI, which then uses the URLconf."""
     keys = Keys()
     with override_settings(ROOT_URLCONF=tuple(rest_urls()), MIDDLEWARE=[]):
         app = WSGIMiddleware(WSGIHandler(), engine=keys.engine(), permissions=REST_RULES)

@@ -35,7 +35,7 @@ async def talk(websocket: WebSocket) -> None:
             await websocket.send_text("tick")
             await asyncio.sleep(0.01)
     except WebSocketDisconnect:
-        seen.append("told")
+        seen.append("closed")
 
 
 class Manager:
@@ -114,7 +114,7 @@ def chats(request: pytest.FixtureRequest, make_engine: MakeEngine) -> Iterator[t
 def test_a_revoke_closes_what_the_key_has_open_and_nothing_else(
     chats: tuple[str, Manager],
 ) -> None:
-    """Whether the app listens or talks; it hears that the connection is gone."""
+    """Whether the app listens or talks; it receives the disconnect."""
     url, manager = chats
     key, other = manager.create(), manager.create()
     seen.clear()
@@ -132,7 +132,7 @@ def test_a_revoke_closes_what_the_key_has_open_and_nothing_else(
         assert ended(talk) == REVOKED
         unmoved.send("me too?")
         assert unmoved.recv() == "me too?"
-    eventually(lambda: seen == ["told"])
+    eventually(lambda: seen == ["closed"])
 
 
 @pytest.mark.long
@@ -191,7 +191,7 @@ async def test_a_token_that_went_bad_before_it_was_watched_ends_at_once() -> Non
 
 @pytest.mark.anyio
 async def test_an_outage_ends_nothing(make_engine: MakeEngine, store_url: str) -> None:
-    """Nobody knows that the key is bad: an open connection is no new decision."""
+    """No process knows that the key is bad: an open connection is no new decision."""
     engine = make_engine()
     key = await (await engine.keyring()).create("default", "chat")
     values = [b"Bearer " + key.token.reveal().encode()]

@@ -95,7 +95,7 @@ async def test_argon2_itself_says_the_same() -> None:
 
 
 async def test_argon2s_own_output_is_verified_and_made_anew() -> None:
-    """Hashes from before, and from elsewhere: they prove nothing to others, because an attacker who
+    """Older and imported hashes: they prove nothing to other processes, because an attacker who
     has read the store knows them."""
     hasher = Hasher("argon2id", CHEAPEST)
     before = argon2.PasswordHasher(1, 8, 1).hash(TOKEN.reveal())
@@ -107,7 +107,7 @@ async def test_argon2s_own_output_is_verified_and_made_anew() -> None:
 
 
 class Gated(Token):
-    """A token that keeps whoever hashes it waiting, and tells on which thread it was read."""
+    """A token that blocks its hashing, and records on which thread it was read."""
 
     __slots__ = ("gate", "readers")
 
@@ -137,7 +137,7 @@ async def test_a_full_queue_says_so_at_once_and_recovers() -> None:
 
 
 async def test_a_cancelled_request_keeps_its_place_until_its_hash_is_done() -> None:
-    """Clients that hang up cannot stack more work on the pool than it may hold."""
+    """Clients that disconnect cannot stack more work on the pool than it may hold."""
     hasher = Hasher("argon2id", CHEAPEST, workers=1, queue=0)
     token = Gated()
     hung_up = asyncio.create_task(hasher.hash(token))
@@ -189,7 +189,7 @@ async def test_new_tokens_take_no_place_from_checks(kind: type[Hasher]) -> None:
 
 
 async def test_the_queue_of_new_tokens_is_bounded_and_checks_stay_well() -> None:
-    """Beyond threads and queue it is HashingBusy; the condition of checks hears nothing of it."""
+    """Beyond threads and queue it is HashingBusy; the health of checks does not change."""
     hasher = Hasher("argon2id", CHEAPEST, workers=4, queue=3)
     token = Gated()
     held = [asyncio.create_task(hasher.hash(token)) for _ in range(9)]
@@ -207,7 +207,7 @@ async def test_management_has_fewer_threads_than_checks() -> None:
     """So that checks have most of the processors; a command, which checks nothing, has all."""
     one, four = Hasher(workers=1), Hasher(workers=4)
     command = Hasher(workers=4, management_workers=4)
-    found = [[lane.workers for lane in hasher._pools] for hasher in (one, four, command)]
+    found = [[pool.workers for pool in hasher._pools] for hasher in (one, four, command)]
     assert found == [[1, 1, 1, 1], [4, 2, 2, 1], [4, 2, 4, 1]]
 
 

@@ -1,7 +1,7 @@
-"""What strangers' tokens do to what a process knows of its keys: nothing, whatever they look like.
+"""Forged tokens change nothing of what a process has cached, whatever they look like.
 
-A stranger may know the id of each key, which is public, and all of a token but its secret. The
-keyed check of a native token cannot be made up, and a token of another shape proves nothing by what
+An attacker may know the id of each key, which is public, and all of a token but its secret. The
+MAC of a native token cannot be forged, and a token of another shape proves nothing by what
 it contains.
 """
 
@@ -99,7 +99,7 @@ def forgeries(draw: st.DrawFn) -> tuple[str, int, str, str]:
 
 
 def forged(scene: Scene, kind: str, which: int, tail: str, head: str) -> str:
-    """A token that somebody can make who knows all ids and all public parts."""
+    """A token that can be made from public ids and public parts alone."""
     token = scene.tokens[which]
     key_id = scene.tokens[which % 3].split("_")[2]
     return {
@@ -115,7 +115,7 @@ def forged(scene: Scene, kind: str, which: int, tail: str, head: str) -> str:
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(forgeries(), min_size=1, max_size=6))
-def test_no_token_of_a_stranger_changes_what_is_known(
+def test_no_forged_token_changes_the_cache(
     scene: Scene, sent: list[tuple[str, int, str, str]]
 ) -> None:
     """Of whatever shape and in whatever order: each entry is the one that was there before."""
@@ -143,7 +143,7 @@ class Naming(Lookup):
 def test_a_twin_whose_absences_name_keys_forgets_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token of another shape with the id in it makes the twin forget the key, and nobody else."""
+    """A token of another shape with the id in it evicts the key in the twin only."""
     forgotten = {}
     for lookup in (Lookup, Naming):
         monkeypatch.setattr("keylatch.engine.Lookup", lookup)
@@ -159,13 +159,13 @@ def test_a_twin_whose_absences_name_keys_forgets_them(
     assert forgotten == {Lookup: 0, Naming: 1}
 
 
-def test_a_wrong_secret_under_a_known_id_evicts_nothing_and_asks_nobody(scene: Scene) -> None:
-    """Without the keyed check it is refused in the process, which asks nobody for that."""
+def test_a_wrong_secret_under_a_known_id_evicts_nothing_and_needs_no_io(scene: Scene) -> None:
+    """Without a valid MAC it is refused in the process, without I/O."""
     known = scene.known
-    stranger = MacKeys([b"another store's k"])
+    other_store = MacKeys([b"another store's k"])
     for token in scene.tokens[:3]:
         for _ in range(3):
-            made_up = stranger.mint("kl", "live", "key_" + token.split("_")[2])
+            made_up = other_store.mint("kl", "live", "key_" + token.split("_")[2])
             assert scene.engine.authenticator.check_token_cached(made_up) in (
                 Deny(Reason.WRONG_SECRET),
                 Deny(Reason.FORGED),  # while the key has two secrets

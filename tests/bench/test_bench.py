@@ -96,15 +96,15 @@ def test_a_stall_of_the_server_shows_in_p99() -> None:
 
 
 class Echo:
-    """A line that answers with what was expected, at once or never."""
+    """A connection that answers with what was expected, at once or never."""
 
     def __init__(self, *, is_unresponsive: bool = False) -> None:
         self._is_unresponsive = is_unresponsive
-        self.asked = 0
+        self.requests = 0
         self.given_up = 0
 
     def check(self, credential: Credential, answered: Callable[[Outcome], None]) -> None:
-        self.asked += 1
+        self.requests += 1
         if not self._is_unresponsive:
             answered(credential.expected)
 
@@ -116,7 +116,7 @@ def test_every_check_is_sent_once_and_counted() -> None:
     """No more than the plan said, on lines that answer before they return as well."""
     lines = [Echo(), Echo()]
     turn = asyncio.run(drive(lines, itertools.repeat(GOOD), 20_000, 500))
-    assert sum(line.asked for line in lines) == len(turn.latencies) == 500
+    assert sum(line.requests for line in lines) == len(turn.latencies) == 500
     assert (turn.outcomes, turn.unexpected, turn.keeps_up) == ({200: 500}, 0, True)
 
 
@@ -125,7 +125,7 @@ def test_what_is_not_answered_is_counted_with_the_time_that_it_took_at_least() -
     deaf = Echo(is_unresponsive=True)
     turn = asyncio.run(drive([deaf], itertools.repeat(GOOD), 1_000, 20, grace=0.05))
     assert (turn.outcomes, turn.unexpected) == ({UNANSWERED: 20}, 20)
-    assert deaf.asked == deaf.given_up == 1
+    assert deaf.requests == deaf.given_up == 1
     assert min(turn.latencies) >= 50 * MS
     scenario = ScenarioResult(1_000)
     scenario.add(turn)
@@ -144,7 +144,7 @@ def test_what_is_not_answered_is_counted_with_the_time_that_it_took_at_least() -
 def test_a_plan_never_needs_more_keys_than_it_may_make(
     seconds: float, rate: int, keys: int, revocations: int
 ) -> None:
-    """Whatever is asked for: first sights are as many as there are keys for."""
+    """Whatever the requested rate: there are as many uncached checks as keys."""
     try:
         made = Plan(seconds=seconds, rate=rate, keys=keys, revocations=revocations)
     except OutOfBounds:
@@ -235,7 +235,7 @@ def probed(late: int) -> Revocation:
 
 
 def test_a_check_that_is_accepted_after_the_answer_is_caught() -> None:
-    """One connection that is told late suffices; a keyring that keeps its word is not blamed."""
+    """One connection that learns of it late suffices; a correct keyring gets no finding."""
     kept, broken = probed(late=0), probed(late=3)
     assert (kept.accepted_after, kept.last_accepted_ns < 0) == (0, True)
     assert (broken.accepted_after, broken.last_accepted_ns > 0) == (3, True)
@@ -249,7 +249,7 @@ def test_a_check_that_is_accepted_after_the_answer_is_caught() -> None:
 
 
 class Maker:
-    """Makes keys in a dictionary, and fails as it is told to."""
+    """Makes keys in a dictionary, and fails on demand."""
 
     def __init__(self) -> None:
         self._mac_keys = MacKeys([b"k" * 32])
@@ -275,13 +275,13 @@ class Maker:
         return [(key_id, "org") for key_id, its in self.living.items() if its == name]
 
 
-def supplied(story: Callable[[Maker, TemporaryKeys], Awaitable[None]]) -> None:
+def supplied(scenario: Callable[[Maker, TemporaryKeys], Awaitable[None]]) -> None:
     """What happens to the keys of a run."""
 
     async def run() -> None:
         maker = Maker()
         maker.living["key_of_somebody"] = "in production"
-        await story(maker, TemporaryKeys(maker, max_keys=50, expires_at=time.time() + 60))
+        await scenario(maker, TemporaryKeys(maker, max_keys=50, expires_at=time.time() + 60))
         assert maker.living.pop("key_of_somebody") == "in production"
 
     asyncio.run(run())
@@ -290,7 +290,7 @@ def supplied(story: Callable[[Maker, TemporaryKeys], Awaitable[None]]) -> None:
 def test_keys_whose_making_was_interrupted_are_taken_back() -> None:
     """Ctrl-C comes while they are made: what was under way is waited for, and revoked."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         making = asyncio.create_task(supply.create(3))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -301,13 +301,13 @@ def test_keys_whose_making_was_interrupted_are_taken_back() -> None:
         assert list(maker.living) == ["key_of_somebody"]
         assert (making.cancelled(), supply.active) == (True, [])
 
-    supplied(story)
+    supplied(scenario)
 
 
 def test_keys_whose_making_was_not_answered_are_found_by_their_name() -> None:
-    """They exist, and nobody has told their ids."""
+    """They exist, and their ids were not reported."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         maker.loses_answers = True
         with pytest.raises(StoreUnavailable):
@@ -316,37 +316,37 @@ def test_keys_whose_making_was_not_answered_are_found_by_their_name() -> None:
         await supply.revoke_all()
         assert list(maker.living) == ["key_of_somebody"]
 
-    supplied(story)
+    supplied(scenario)
 
 
 def test_keys_that_cannot_be_taken_back_are_named() -> None:
     """The operator has to know which."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         keys = await supply.create(2)
         maker.is_broken = True
         await supply.revoke_all()
         assert sorted(supply.active) == sorted(key.id for key in keys)
         results = Results("a test", {}, keys_left=supply.active)
-        [told] = report.warnings(results)
-        assert "could not be revoked" in told
-        assert all(key.id in told for key in keys)
+        [warning] = report.warnings(results)
+        assert "could not be revoked" in warning
+        assert all(key.id in warning for key in keys)
 
-    supplied(story)
+    supplied(scenario)
 
 
-def test_a_supply_makes_no_more_keys_than_it_was_told() -> None:
+def test_a_supply_makes_no_more_keys_than_requested() -> None:
     """Whatever is wrong with the rest of the program."""
 
-    async def story(maker: Maker, supply: TemporaryKeys) -> None:
+    async def scenario(maker: Maker, supply: TemporaryKeys) -> None:
         maker.go_on.set()
         with pytest.raises(AssertionError):
             await supply.create(51)
-        assert len(maker.living) == 51  # 50, and the one of somebody else
+        assert len(maker.living) == 51  # 50, and the one of another organisation
         await supply.revoke_all()
 
-    supplied(story)
+    supplied(scenario)
 
 
 # The whole of it
@@ -460,10 +460,10 @@ def test_all_scenarios_of_a_sidecar_are_prepared_through_its_store_and_redis(
         sidecar.close()
 
 
-def test_a_sidecar_that_dies_is_told_with_the_keys_that_are_left(
+def test_a_sidecar_that_dies_is_reported_with_the_keys_that_are_left(
     operator: Operator, tmp_path: Path
 ) -> None:
-    """Nobody is there to take them back: their ids are named, and they expire by themselves."""
+    """No server is left to revoke them: their ids are named, and they expire by themselves."""
     sidecar = SidecarProcess(tmp_path)
     try:
         operator.set(BENCH_KEY=sidecar.create(name="admin_key").token.reveal())
@@ -502,7 +502,7 @@ def test_an_interrupted_run_takes_its_keys_back(operator: Operator, how: signal.
 
 
 UNKNOWN_TOKEN = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
-NOBODY = f"http://127.0.0.1:{free_port()}"
+UNUSED_URL = f"http://127.0.0.1:{free_port()}"
 
 MISTAKES = {
     "nothing to measure": ([], UNKNOWN_TOKEN, "nothing to measure"),
@@ -513,39 +513,43 @@ MISTAKES = {
         UNKNOWN_TOKEN,
         "more than an address",
     ),
-    "a URL and a socket": ([NOBODY, "--uds", "/x"], UNKNOWN_TOKEN, "two targets"),
-    "nobody there": ([NOBODY], UNKNOWN_TOKEN, "cannot connect to http://127.0.0.1"),
+    "a URL and a socket": ([UNUSED_URL, "--uds", "/x"], UNKNOWN_TOKEN, "two targets"),
+    "nothing listens there": ([UNUSED_URL], UNKNOWN_TOKEN, "cannot connect to http://127.0.0.1"),
     "no socket": (
         ["--uds", "/missing/keylatch.sock"],
         UNKNOWN_TOKEN,
         "cannot connect to unix:/missing",
     ),
-    "no key": ([NOBODY], "", "no key to create keys with"),
-    "two lines for a key": ([NOBODY], "x y", "no key to create keys with"),
-    "a key as an argument": ([NOBODY, "--key", UNKNOWN_TOKEN], "", "never an argument"),
-    "too long": ([NOBODY, "--seconds", "9999"], UNKNOWN_TOKEN, "--seconds is 0.2 to 600"),
-    "Redis alone": ([NOBODY, "--redis", "redis://x"], UNKNOWN_TOKEN, "--redis needs --store"),
+    "no key": ([UNUSED_URL], "", "no key to create keys with"),
+    "two lines for a key": ([UNUSED_URL], "x y", "no key to create keys with"),
+    "a key as an argument": ([UNUSED_URL, "--key", UNKNOWN_TOKEN], "", "never an argument"),
+    "too long": ([UNUSED_URL, "--seconds", "9999"], UNKNOWN_TOKEN, "--seconds is 0.2 to 600"),
+    "Redis alone": ([UNUSED_URL, "--redis", "redis://x"], UNKNOWN_TOKEN, "--redis needs --store"),
     "no store": (["--store", "mysql://u:hunter2@db"], "", "neither sqlite nor postgresql"),
     "a password of the store": (
         *(["--store", "postgresql://u:hunter2@127.0.0.1:1/keys"], "", "never an argument"),
     ),
     "an unreachable store": (["--store-file", "store.url"], "", "the store failed"),
     "no file": (["--store-file", "missing.url"], "", "KEYLATCH_STORE_FILE: the file cannot be"),
-    "nothing to compare with": ([NOBODY, "--compare", "/missing"], UNKNOWN_TOKEN, "cannot be read"),
+    "nothing to compare with": (
+        [UNUSED_URL, "--compare", "/missing"],
+        UNKNOWN_TOKEN,
+        "cannot be read",
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_with_a_hint(
+def test_a_mistake_is_reported_with_a_hint(
     operator: Operator, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
     """Exit code 2, no traceback, and nothing that is secret."""
-    words, typed, told = MISTAKES[mistake]
+    words, typed, message = MISTAKES[mistake]
     monkeypatch.chdir(operator.folder)
     Path("store.url").write_text("postgresql://u:hunter2@127.0.0.1:1/keys\n")
     ending = operator.run("bench", *words, "--out", str(operator.folder / "out"), stdin=typed)
     assert (ending.exit_code, ending.stdout) == (2, "")
-    assert told in ending.stderr
+    assert message in ending.stderr
     assert ending.stderr.count("error: ") == ending.stderr.count("hint: ") == 1
     assert UNKNOWN_TOKEN[:-1] not in ending.stderr
     assert "hunter2" not in ending.stderr
@@ -555,10 +559,10 @@ def test_a_mistake_is_told_with_a_hint(
     ("permission", "message"),
     [(None, "the sidecar refuses the key"), ("SENDING", "may not manage keys")],
 )
-def test_a_key_that_cannot_manage_is_told(
+def test_a_key_that_cannot_manage_is_reported(
     operator: Operator, tmp_path: Path, permission: str | None, message: str
 ) -> None:
-    """A stranger's, or a small one."""
+    """A key of another store, or one with a small permission."""
     sidecar = SidecarProcess(tmp_path)
     try:
         token = sidecar.create(permission).token.reveal() if permission else UNKNOWN_TOKEN
@@ -571,7 +575,7 @@ def test_a_key_that_cannot_manage_is_told(
 
 
 def test_the_readme_names_every_option() -> None:
-    """Whoever reads it knows what there is."""
+    """The help names all scenarios."""
     section = README.read_text().partition("## Measure your own")[2].partition("\n## ")[0]
     options = {f"--{name.replace('_', '-')}" for name in signature(bench).parameters}
     options = options - {"--url", "--as-json"} | {"--json"}
@@ -596,17 +600,17 @@ def test_what_went_wrong_is_on_the_page() -> None:
     scenario.unexpected, scenario.keeps_up = 2, False
     results = Results("a test", {}, scenarios={"L1": scenario}, skipped=dict(NEEDS))
     html = html_report.render(results, plots.pictures(results))
-    for told in (
+    for expected in (
         "2 responses were not",
         "2 x 503",
         "L1: the responses did not keep up",
         *NEEDS.values(),
     ):
-        assert told in html
+        assert expected in html
 
 
 def test_keys_made_in_a_store_show_no_token(tmp_path: Path) -> None:
-    """Neither a key, nor what is sent, nor whoever makes it."""
+    """Neither a key, nor what is sent, nor its creator."""
 
     async def made() -> Key:
         maker = StoreKeyFactory(Settings.load(store=f"sqlite:///{tmp_path}/keys.db", redis=""))

@@ -1,4 +1,4 @@
-"""What this process remembers, and the rule by which it believes it."""
+"""What this process caches, and when a cached entry may be used."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ from tests.support.engines import Times
 
 RECORD = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
 ENTRY = Entry(b"key_a", RECORD, 1)
-ABSENCE = NegativeEntry(Reason.UNKNOWN, "key_a", "", 1)
+NEGATIVE_ENTRY = NegativeEntry(Reason.UNKNOWN, "key_a", "", 1)
 
 
 def entry(key_id: str) -> Entry:
@@ -49,12 +49,12 @@ def test_a_spray_of_bad_tokens_evicts_no_good_key() -> None:
 
 
 def test_an_absence_is_forgotten_after_ten_seconds() -> None:
-    """Whatever else goes wrong, nobody is kept out for longer."""
+    """A negative entry refuses no token for longer, whatever else goes wrong."""
     clock = Clock()
     cache = LocalCache(timer=clock)
-    cache.add_negative(b"token", ABSENCE)
+    cache.add_negative(b"token", NEGATIVE_ENTRY)
     clock.tick(9.9)
-    assert cache.negative_entry(b"token") is ABSENCE
+    assert cache.negative_entry(b"token") is NEGATIVE_ENTRY
     clock.tick(0.2)
     assert cache.negative_entry(b"token") is None
 
@@ -95,7 +95,7 @@ def test_a_key_is_found_by_its_fingerprint_as_long_as_it_is_kept() -> None:
 
 
 def test_a_key_that_changes_again_and_again_takes_one_place() -> None:
-    """Its earlier entries are gone, from memory as well, and evict nobody."""
+    """Its earlier entries are gone, from memory as well, and evict no other entry."""
     cache = LocalCache(size=10)
     cache.add(ENTRY)
     for _ in range(1_000):
@@ -105,11 +105,11 @@ def test_a_key_that_changes_again_and_again_takes_one_place() -> None:
 
 
 class Log:
-    """A store's counter and log, as far as a feed needs one; `blind` makes it unreadable."""
+    """A store's sequence number and log; `blind` makes it unreadable."""
 
     def __init__(self) -> None:
         self.mark: Callable[[], bytes] | None = None
-        self.asked = 0
+        self.queries = 0
         self.seq = 1
         self.epoch = "first"
         self.rows: list[tuple[int, str | None, str | None]] = []
@@ -128,13 +128,13 @@ class Log:
         return None if self.mark is None else self.mark()
 
     def sequence_nowait(self) -> int | None:
-        self.asked += 1
+        self.queries += 1
         return None if self.blind else self.seq
 
     def since_nowait(self, since: int) -> InvalidationBatch:
-        told = tuple(row for row in self.rows if row[0] > since)
-        is_complete = since >= self.pruned and len(told) <= 1_000
-        return InvalidationBatch(self.seq, self.epoch, is_complete, told if is_complete else ())
+        changed = tuple(row for row in self.rows if row[0] > since)
+        is_complete = since >= self.pruned and len(changed) <= 1_000
+        return InvalidationBatch(self.seq, self.epoch, is_complete, changed if is_complete else ())
 
     async def since(self, since: int) -> InvalidationBatch:
         self.questions += 1
@@ -147,80 +147,80 @@ class Log:
 def watch(
     log: Log, restores: list[list[str]] | None = None
 ) -> tuple[Invalidations, SequenceFreshness]:
-    """A feed and the witness that keeps it current."""
-    feed = Invalidations((restores if restores is not None else []).append)
-    return feed, SequenceFreshness(log, feed, Clock())  # type: ignore[arg-type]
+    """`Invalidations`, and the freshness that keeps them current."""
+    invalidations = Invalidations((restores if restores is not None else []).append)
+    return invalidations, SequenceFreshness(log, invalidations, Clock())  # type: ignore[arg-type]
 
 
-def test_an_entry_is_believed_until_its_key_is_touched() -> None:
+def test_an_entry_is_accepted_until_its_key_is_invalidated() -> None:
     """A change to the key or its organisation refuses it; changes to others do not."""
-    feed, witness = watch(log := Log())
-    assert witness.is_fresh()
+    invalidations, freshness = watch(log := Log())
+    assert freshness.is_fresh()
     read_at = log.seq
     log.commit("key_b")
     log.commit(None, "rival")
-    assert witness.is_fresh()
-    assert feed.accepts("key_a", "acme", read_at)
+    assert freshness.is_fresh()
+    assert invalidations.accepts("key_a", "acme", read_at)
     touched = log.commit("key_a")
-    assert witness.is_fresh()
-    assert not feed.accepts("key_a", "acme", read_at)
-    assert feed.accepts("key_a", "acme", touched)
+    assert freshness.is_fresh()
+    assert not invalidations.accepts("key_a", "acme", read_at)
+    assert invalidations.accepts("key_a", "acme", touched)
     log.commit(None, "acme")
-    assert witness.is_fresh()
-    assert not feed.accepts("key_a", "acme", touched)
+    assert freshness.is_fresh()
+    assert not invalidations.accepts("key_a", "acme", touched)
 
 
-def test_an_in_flight_read_cannot_bring_a_revoked_key_back() -> None:
+def test_a_read_in_flight_cannot_reactivate_a_revoked_key() -> None:
     """An entry read before the revoke and stored after it carries the older number."""
-    feed, witness = watch(log := Log())
+    invalidations, freshness = watch(log := Log())
     read_at = log.seq
     log.commit("key_a")
-    assert witness.is_fresh()
-    assert not feed.accepts("key_a", "acme", read_at)
+    assert freshness.is_fresh()
+    assert not invalidations.accepts("key_a", "acme", read_at)
 
 
 def test_a_change_that_touches_everything_refuses_everything() -> None:
-    """A row that names nobody raises the floor."""
-    feed, witness = watch(log := Log())
+    """A row without a key and an organisation raises the floor."""
+    invalidations, freshness = watch(log := Log())
     read_at = log.seq
     everything = log.commit()
-    assert witness.is_fresh()
-    assert not feed.accepts("key_a", "acme", read_at)
-    assert feed.accepts("key_a", "acme", everything)
+    assert freshness.is_fresh()
+    assert not invalidations.accepts("key_a", "acme", read_at)
+    assert invalidations.accepts("key_a", "acme", everything)
 
 
 @pytest.mark.parametrize("cause", ["pruned", "too many"])
-def test_what_was_not_told_is_not_believed(cause: str) -> None:
+def test_an_entry_from_before_an_incomplete_batch_is_not_accepted(cause: str) -> None:
     """A log that was pruned or is too long raises the floor: cold caches, right answers."""
-    feed, witness = watch(log := Log())
-    assert witness.is_fresh()
+    invalidations, freshness = watch(log := Log())
+    assert freshness.is_fresh()
     read_at = log.seq
     for number in range(5 if cause == "pruned" else 1_001):
         log.commit(f"key_{number}")
     log.pruned = log.seq if cause == "pruned" else 0
-    assert witness.is_fresh()
-    assert not feed.accepts("key_z", "acme", read_at)
-    assert feed.accepts("key_z", "acme", log.seq)
+    assert freshness.is_fresh()
+    assert not invalidations.accepts("key_z", "acme", read_at)
+    assert invalidations.accepts("key_z", "acme", log.seq)
 
 
-def test_an_unchanged_mark_spares_the_question() -> None:
-    """Equal bytes, no commit: the counter is read only when they differ."""
-    store, feed = Log(), Invalidations(lambda touched: None)
-    counter = SequenceFreshness(store, feed, Clock())  # type: ignore[arg-type]
+def test_an_unchanged_data_version_saves_the_query() -> None:
+    """Equal bytes, no commit: the sequence number is read only when they differ."""
+    store, invalidations = Log(), Invalidations(lambda touched: None)
+    counter = SequenceFreshness(store, invalidations, Clock())  # type: ignore[arg-type]
     store.mark = lambda: b"%d" % store.seq
     assert counter.is_fresh()
-    asked = store.asked
+    queries = store.queries
     assert counter.is_fresh()
-    assert store.asked == asked
+    assert store.queries == queries
     store.commit("key_a")
     assert counter.is_fresh()
-    assert (store.asked, feed.seq) == (asked + 1, store.seq)
+    assert (store.queries, invalidations.seq) == (queries + 1, store.seq)
 
 
 def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
-    """The mark is read first: what is committed meanwhile shows as another mark, later."""
-    store, feed = Log(), Invalidations(lambda touched: None)
-    counter = SequenceFreshness(store, feed, Clock())  # type: ignore[arg-type]
+    """The data version is read first: a commit meanwhile shows as another data version, later."""
+    store, invalidations = Log(), Invalidations(lambda touched: None)
+    counter = SequenceFreshness(store, invalidations, Clock())  # type: ignore[arg-type]
 
     def mark_and_commit() -> bytes:
         mark = b"%d" % store.seq
@@ -232,57 +232,57 @@ def test_a_commit_between_mark_and_counter_is_found_at_the_next_look() -> None:
     assert counter.is_fresh()
     store.commit("key_b")
     assert counter.is_fresh()
-    assert feed.seq == store.seq
+    assert invalidations.seq == store.seq
 
 
 def test_too_many_tombstones_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory for tombstones is bounded; what falls out of it is not believed either."""
+    """The memory for tombstones is bounded; entries older than a dropped one are not used."""
     monkeypatch.setattr("keylatch.revocation.invalidations._MAX_TOMBSTONES", 3)
-    feed, witness = watch(log := Log())
+    invalidations, freshness = watch(log := Log())
     read_at = log.seq
     for number in range(6):
         log.commit(f"key_{number}")
-        assert witness.is_fresh()
-    assert not feed.accepts("key_0", "acme", read_at)
-    assert not feed.accepts("key_other", "acme", read_at)
+        assert freshness.is_fresh()
+    assert not invalidations.accepts("key_0", "acme", read_at)
+    assert not invalidations.accepts("key_other", "acme", read_at)
 
 
 def test_an_unreadable_store_is_not_current() -> None:
-    """Who cannot read the counter does not know, and says so."""
-    feed, witness = watch(log := Log())
+    """Without the sequence number the process is not fresh."""
+    invalidations, freshness = watch(log := Log())
     log.blind = True
-    assert not witness.is_fresh()
-    assert not feed.seq
+    assert not freshness.is_fresh()
+    assert not invalidations.seq
 
 
 @pytest.mark.parametrize("sign", ["seq", "epoch"])
 def test_a_restored_store_resets_everything(sign: str, caplog: pytest.LogCaptureFixture) -> None:
     """A counter that went back, or another epoch: caches go, and the log is loud about it."""
     restores: list[list[str]] = []
-    _, witness = watch(log := Log(), restores)
+    _, freshness = watch(log := Log(), restores)
     for _ in range(5):
         log.commit("key_a")
-    assert witness.is_fresh()
+    assert freshness.is_fresh()
     if sign == "seq":
         log.seq, log.rows = 3, []
     else:
         log.epoch = "second"
         log.commit("key_b")
     with caplog.at_level(logging.CRITICAL):
-        assert witness.is_fresh()
+        assert freshness.is_fresh()
     assert restores == [["key_a"] if sign == "seq" else []]
     assert "backup" in caplog.text
 
 
 @pytest.mark.anyio
-async def test_a_feed_begins_with_the_recent_past() -> None:
-    """After a restart, what Redis holds about untouched keys can be believed at once."""
-    feed, witness = watch(log := Log())
+async def test_invalidations_begin_with_the_recent_past() -> None:
+    """After a restart, what Redis holds about unchanged keys can be used at once."""
+    invalidations, freshness = watch(log := Log())
     read_at = log.seq
     log.commit("key_b")
-    await witness.begin()
-    assert feed.accepts("key_a", "acme", read_at)
-    assert not feed.accepts("key_b", "acme", read_at)
+    await freshness.begin()
+    assert invalidations.accepts("key_a", "acme", read_at)
+    assert not invalidations.accepts("key_b", "acme", read_at)
 
 
 class FeedAgainstTruth(RuleBasedStateMachine):
@@ -291,7 +291,7 @@ class FeedAgainstTruth(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.log = Log()
-        self.feed, self.witness = watch(self.log)
+        self.invalidations, self.freshness = watch(self.log)
         self.touched: dict[str, int] = {}
         self.entries: list[tuple[str, int]] = []
 
@@ -309,13 +309,13 @@ class FeedAgainstTruth(RuleBasedStateMachine):
 
     @rule()
     def look(self) -> None:
-        self.witness.is_fresh()
+        self.freshness.is_fresh()
 
     @invariant()
     def nothing_stale_is_accepted(self) -> None:
-        if self.witness.is_fresh():
+        if self.freshness.is_fresh():
             for name, as_of in self.entries:
-                if self.feed.accepts(name, "acme", as_of):
+                if self.invalidations.accepts(name, "acme", as_of):
                     assert as_of >= self.touched.get(name, 0)
 
 
@@ -326,7 +326,7 @@ TestFeedAgainstTruth = FeedAgainstTruth.TestCase
 @pytest.mark.anyio
 async def test_many_who_want_the_same_share_one_flight() -> None:
     """A hundred callers, one fetch."""
-    flights: SingleFlight[int] = SingleFlight()
+    single_flight: SingleFlight[int] = SingleFlight()
     gate = asyncio.Event()
     fetched = []
 
@@ -335,7 +335,7 @@ async def test_many_who_want_the_same_share_one_flight() -> None:
         await gate.wait()
         return 7
 
-    callers = [asyncio.create_task(flights.do("token", fetch)) for _ in range(100)]
+    callers = [asyncio.create_task(single_flight.do("token", fetch)) for _ in range(100)]
     await asyncio.sleep(0)
     gate.set()
     assert await asyncio.gather(*callers) == [7] * 100
@@ -343,17 +343,17 @@ async def test_many_who_want_the_same_share_one_flight() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_cancelled_leader_takes_nobody_down() -> None:
-    """The first caller hangs up; the others still get the result."""
-    flights: SingleFlight[int] = SingleFlight()
+async def test_a_cancelled_leader_does_not_cancel_its_followers() -> None:
+    """The first caller is cancelled; the others still get the result."""
+    single_flight: SingleFlight[int] = SingleFlight()
     gate = asyncio.Event()
 
     async def fetch() -> int:
         await gate.wait()
         return 7
 
-    leader = asyncio.create_task(flights.do("token", fetch))
-    follower = asyncio.create_task(flights.do("token", fetch))
+    leader = asyncio.create_task(single_flight.do("token", fetch))
+    follower = asyncio.create_task(single_flight.do("token", fetch))
     await asyncio.sleep(0)
     leader.cancel()
     await asyncio.sleep(0)
@@ -365,9 +365,9 @@ async def test_a_cancelled_leader_takes_nobody_down() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.timeout(600)
-async def test_cancelled_leaders_cost_nobody_an_answer(engine: Engine, times: Times) -> None:
-    """Leaders of cold tokens hang up at every possible moment: whoever waits with them gets the
-    right answer, and nobody waits for ever."""
+async def test_cancelled_leaders_cost_no_follower_its_answer(engine: Engine, times: Times) -> None:
+    """Leaders of cold tokens are cancelled at every possible point: each follower gets the
+    right answer, and none waits for ever."""
     keyring = await engine.keyring()
     good = await keyring.create("org", "good")
     gone = await keyring.create("org", "gone")
@@ -392,9 +392,9 @@ async def test_cancelled_leaders_cost_nobody_an_answer(engine: Engine, times: Ti
 
 @pytest.mark.anyio
 async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
-    """Whoever comes in the same turn of the loop would get what was true before, and get it again
-    and again, because nothing makes them wait for the landing to be noted."""
-    flights: SingleFlight[int] = SingleFlight()
+    """A caller in the same turn of the loop would get the earlier value, and get it again
+    and again, because nothing makes it wait until the flight has ended."""
+    single_flight: SingleFlight[int] = SingleFlight()
     fetched: list[int] = []
 
     async def fetch() -> int:
@@ -404,18 +404,18 @@ async def test_a_flight_that_has_just_landed_is_not_boarded() -> None:
     async def come_when_it_lands() -> tuple[int, int]:
         while not fetched:  # noqa: ASYNC110 - to come in the very turn in which it lands
             await asyncio.sleep(0)
-        return await flights.do("token", fetch), await flights.do("token", fetch)
+        return await single_flight.do("token", fetch), await single_flight.do("token", fetch)
 
     late = [asyncio.create_task(come_when_it_lands()) for _ in range(3)]
-    assert await flights.do("token", fetch) == 0
+    assert await single_flight.do("token", fetch) == 0
     for first, second in await asyncio.gather(*late):
         assert second > first > 0
 
 
 @pytest.mark.anyio
 async def test_a_failed_flight_is_not_remembered() -> None:
-    """Everybody on it hears of the error; the next caller tries anew."""
-    flights: SingleFlight[int] = SingleFlight()
+    """All of its callers get the error; the next caller tries again."""
+    single_flight: SingleFlight[int] = SingleFlight()
 
     async def fail() -> int:
         raise OSError("down")
@@ -424,10 +424,10 @@ async def test_a_failed_flight_is_not_remembered() -> None:
         return 7
 
     results = await asyncio.gather(
-        flights.do("token", fail), flights.do("token", fail), return_exceptions=True
+        single_flight.do("token", fail), single_flight.do("token", fail), return_exceptions=True
     )
     assert [type(result) for result in results] == [OSError, OSError]
-    assert await flights.do("token", succeed) == 7
+    assert await single_flight.do("token", succeed) == 7
 
 
 def test_the_breaker_lets_one_try_each_second() -> None:
@@ -448,20 +448,20 @@ def test_the_breaker_lets_one_try_each_second() -> None:
 
 
 class IgnoresInvalidations(Invalidations):
-    """The broken twin: it believes whatever it once read."""
+    """The broken twin: it uses whatever it once read."""
 
     def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
         return True
 
 
-def test_the_twin_that_believes_everything_is_caught() -> None:
+def test_the_twin_that_accepts_every_entry_is_caught() -> None:
     """The machine above finds a stale entry where the rule is missing."""
 
     class AgainstIgnoresInvalidations(FeedAgainstTruth):
         def __init__(self) -> None:
             super().__init__()
-            self.feed = IgnoresInvalidations(lambda _: None)
-            self.witness = SequenceFreshness(self.log, self.feed, Clock())  # type: ignore[arg-type]
+            self.invalidations = IgnoresInvalidations(lambda _: None)
+            self.freshness = SequenceFreshness(self.log, self.invalidations, Clock())  # type: ignore[arg-type]
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(AgainstIgnoresInvalidations)
@@ -469,7 +469,7 @@ def test_the_twin_that_believes_everything_is_caught() -> None:
 
 @pytest.mark.anyio
 async def test_a_value_of_another_type_is_a_miss_and_no_outage() -> None:
-    """Whoever can write Redis cannot switch the shared cache off for everybody."""
+    """An attacker who can write Redis cannot switch off the shared cache."""
     breaker = CircuitBreaker(Clock())
 
     async def wrong_type() -> bytes:

@@ -1,4 +1,4 @@
-"""L2: what is believed of Redis, and what its faults may do. Nothing, but cost a moment."""
+"""L2: what is accepted from Redis, and what its faults may do: cost a short time, nothing else."""
 
 import asyncio
 import contextlib
@@ -59,7 +59,7 @@ class Row:
 
 
 def with_another_secret(token: Token) -> Token:
-    """A token for the same key that nobody minted."""
+    """A token for the same key that this store did not mint."""
     start, _, tail = token.reveal().rpartition("_")
     return Token(f"{start}_{tail[::-1]}")
 
@@ -80,16 +80,18 @@ def shared(client: Any, peppers: list[bytes]) -> SharedCache:
     return SharedCache(client, peppers, CircuitBreaker(timeout_seconds=5))
 
 
-async def told(client: Any, new_engine: Callable[[], Engine], keys: list[Created]) -> list[bytes]:
-    """The names of the keys' values, once Redis knows them all.
+async def names_in_redis(
+    client: Any, new_engine: Callable[[], Engine], keys: list[Created]
+) -> list[bytes]:
+    """The names of the keys' values, once Redis has all of them.
 
-    Telling Redis has a budget of 50 ms, so on a busy machine some of it takes another process.
+    Writing to Redis has a budget of 50 ms, so on a busy machine it may take another process.
     """
     while len(names := await client.keys()) < len(keys):
         engine = new_engine()
         for key in keys:
             assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
-        await asyncio.sleep(0.02)  # it is told in the background
+        await asyncio.sleep(0.02)  # it is written in the background
         await engine.stop()
     return list(names)
 
@@ -108,7 +110,9 @@ def connect_anew(request: pytest.FixtureRequest) -> Connect:
 class TestSharedCacheContract:
     """What holds for the real Redis holds for the fake one, so that other tests may use it."""
 
-    async def test_a_verified_token_is_told_to_the_others(self, connect_anew: Connect) -> None:
+    async def test_a_verified_token_is_shared_with_other_processes(
+        self, connect_anew: Connect
+    ) -> None:
         """What one process has hashed, another one need not."""
         ours, theirs = shared(connect_anew(), [PEPPER]), shared(connect_anew(), [PEPPER])
         row = Row()
@@ -119,8 +123,8 @@ class TestSharedCacheContract:
         await theirs.close()
 
     async def test_it_proves_one_token_of_one_row(self, connect_anew: Connect) -> None:
-        """Another secret of the same key, and a hash that was made since, are misses: Redis says
-        yes or nothing, so nobody is refused by what it holds."""
+        """Another secret of the same key, and a hash that was made since, are misses: Redis has
+        positive entries only, so no token is refused by what it holds."""
         cache, row = shared(connect_anew(), [PEPPER]), Row()
         await row.put(cache)
         assert not await row.is_proven(cache, with_another_secret(row.token))
@@ -130,7 +134,7 @@ class TestSharedCacheContract:
         await cache.close()
 
     async def test_a_tombstone_is_a_miss(self, connect_anew: Connect) -> None:
-        """The revoker overwrites what was told, without knowing the token."""
+        """The revoker overwrites the value, without knowing the token."""
         cache, row = shared(connect_anew(), [PEPPER]), Row()
         await row.put(cache)
         await cache.invalidate(row.token.key_id, EPOCH)
@@ -139,7 +143,7 @@ class TestSharedCacheContract:
         await cache.close()
 
     async def test_another_epoch_is_another_store(self, connect_anew: Connect) -> None:
-        """After a restore from a backup, and in a copy, nothing is found that was told before."""
+        """After a restore from a backup, and in a copy, no earlier value is found."""
         cache, row = shared(connect_anew(), [PEPPER]), Row()
         await row.put(cache)
         assert not await row.is_proven(cache, epoch="another")
@@ -149,17 +153,17 @@ class TestSharedCacheContract:
         """A value of an older pepper is read on; one of an unknown pepper is a miss."""
         cache, row = shared(connect_anew(), [PEPPER]), Row()
         rotated = shared(connect_anew(), [b"q" * 32, PEPPER])
-        stranger = shared(connect_anew(), [b"s" * 32])
+        other = shared(connect_anew(), [b"s" * 32])
         await row.put(cache)
         assert await row.is_proven(rotated)
-        assert not await row.is_proven(stranger)
-        for each in (cache, rotated, stranger):
+        assert not await row.is_proven(other)
+        for each in (cache, rotated, other):
             await each.close()
 
     async def test_a_herd_is_answered_together(self, connect_anew: Connect) -> None:
-        """Whoever comes while somebody asks is asked for with all the others: each finds his own.
+        """Look-ups that arrive during a request share the next one: each gets its own value.
 
-        A value that is no value, one that is missing, and one who left keep nobody waiting.
+        An invalid value, a missing one and a cancelled caller delay no other caller.
         """
         calls: list[str] = []
 
@@ -199,7 +203,7 @@ class TestSharedCacheContract:
     async def test_what_was_written_by_others_is_a_miss(
         self, connect_anew: Connect, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Any changed byte, any cut, garbage, a value of another key, a list: nothing is believed.
+        """Any changed byte, any cut, garbage, a value of another key, a list: nothing is accepted.
 
         And none of it keeps the next good value from being found.
         """
@@ -217,8 +221,8 @@ class TestSharedCacheContract:
             await client.set(row.name, forgery)
             assert not await row.is_proven(cache)
         assert cache.forged.value == len(forgeries)
-        told = [each for each in caplog.messages if "not written by keylatch" in each]
-        assert len(told) == cache.forged.value.bit_length(), "1, 2, 4, … of them are logged"
+        warnings = [each for each in caplog.messages if "not written by keylatch" in each]
+        assert len(warnings) == cache.forged.value.bit_length(), "1, 2, 4, … of them are logged"
         await client.set(row.name, good)
         assert await row.is_proven(cache)
         await client.delete(row.name)
@@ -230,22 +234,22 @@ class TestSharedCacheContract:
     async def test_an_old_value_that_is_put_back_is_stale(
         self, connect_anew: Connect, make_engine: MakeEngine
     ) -> None:
-        """Whoever restores what Redis held before a revoke brings no key back, in no process."""
-        revoker, stranger = make_engine(redis=connect_anew()), make_engine(redis=connect_anew())
+        """Restoring what Redis held before a revoke re-activates no key, in no process."""
+        revoker, other = make_engine(redis=connect_anew()), make_engine(redis=connect_anew())
         client = connect_anew(**PATIENT)
         await revoker.start()
-        await stranger.start()
+        await other.start()
         keyring = await revoker.keyring()
         created = await keyring.create("org", "key")
         assert isinstance(await revoker.authenticate(bearer(created.token)), Allow)
-        (name,) = await told(client, lambda: make_engine(redis=connect_anew()), [created])
+        (name,) = await names_in_redis(client, lambda: make_engine(redis=connect_anew()), [created])
         old = await client.get(name)
         await keyring.delete("org", created.record.id)
         await client.set(name, old)
 
         newcomer = make_engine(redis=connect_anew())
         await newcomer.start()
-        for engine in (revoker, stranger, newcomer):
+        for engine in (revoker, other, newcomer):
             assert await engine.authenticate(bearer(created.token)) == Deny(Reason.REVOKED)
             await engine.stop()
         await client.aclose()
@@ -258,7 +262,7 @@ class TestSharedCacheContract:
         await engine.start()
         keyring = await engine.keyring()
         created = [await keyring.create("org", f"key {number}") for number in range(20)]
-        names = await told(client, lambda: make_engine(redis=connect_anew()), created)
+        names = await names_in_redis(client, lambda: make_engine(redis=connect_anew()), created)
         held = b"".join(names) + b"".join(await client.mget(names))
         for key in created:
             assert key.token.reveal()[-41:][:SECRET_LENGTH].encode() not in held
@@ -273,7 +277,7 @@ class TestSharedCacheContract:
 
 
 class Storm:
-    """Keys of which Redis knows the best, and whoever wants to make it tell the worst."""
+    """Keys that Redis has as valid, and values that an attacker would write instead."""
 
     def __init__(self, server: RedisServer, before_revokes: dict[bytes, bytes]) -> None:
         self.server = server
@@ -325,7 +329,9 @@ class Answer:
     seconds: float
 
 
-def ask(client: httpx.Client, key: Created, method: str = "GET", path: str = "/verify") -> Answer:
+def request_(
+    client: httpx.Client, key: Created, method: str = "GET", path: str = "/verify"
+) -> Answer:
     start = time.monotonic()
     headers = {"Authorization": f"Bearer {key.token.reveal()}"}
     response = client.request(method, path, headers=headers)
@@ -404,9 +410,9 @@ FAULTS = {
 def test_no_fault_of_redis_shows(
     storm: tuple[Keys, Storm], serve: Callable[[str], httpx.Client], fault: str
 ) -> None:
-    """No good key is refused, no revoked key is accepted, nobody waits for 200 ms because of it.
+    """No good key is refused, no revoked key is accepted, no check takes 200 ms because of it.
 
-    Every key is new to the sidecar that answers. Three of them are asked in turn, each with a
+    Every key is new to the sidecar that answers. Three of them get requests in turn, each with a
     breaker of its own: a busy machine stalls one of them by chance, a missing budget stalls all,
     though the breaker sees to it that each stalls only once. So the quickest of them is judged,
     and beside it one that has no Redis: as long as that takes, it is the machine.
@@ -419,17 +425,17 @@ def test_no_fault_of_redis_shows(
     def expect(status: int, key: Created, *call: str) -> None:
         nonlocal machine
         for client in slowest:
-            answer = ask(client, key, *call)
+            answer = request_(client, key, *call)
             assert answer.status == status
             slowest[client] = max(slowest[client], answer.seconds)
-        machine = max(machine, ask(without, key, *call).seconds)
+        machine = max(machine, request_(without, key, *call).seconds)
         assert min(slowest.values()) < 0.2 + machine
 
     expect(200, keys.manager)
     hits = keyspace_hits(cause.server)
     for key in keys.good[:10]:
         expect(200, key)
-    assert keyspace_hits(cause.server) > hits  # so Redis is really asked
+    assert keyspace_hits(cause.server) > hits  # so Redis is really used
     FAULTS[fault](cause)
     for good, revoked in itertools.zip_longest(keys.good[10:], keys.revoked):
         expect(200, good)
@@ -448,7 +454,7 @@ def keyspace_hits(server: RedisServer) -> int:
 
 @pytest.mark.service("redis")
 def test_a_paused_redis_really_hangs(redis_server: RedisServer) -> None:
-    """Whoever waits for it without a budget waits on: the bound above could fail."""
+    """A check without a budget waits on: the bound above could fail."""
     redis_server.pause()
     with socket.create_connection(("127.0.0.1", redis_server.port), timeout=0.3) as client:
         client.sendall(b"PING\r\n")
@@ -460,18 +466,18 @@ def test_a_paused_redis_really_hangs(redis_server: RedisServer) -> None:
 def test_redis_is_used_again_when_it_is_back(
     storm: tuple[Keys, Storm], serve: Callable[[str], httpx.Client]
 ) -> None:
-    """A second after the last failure somebody tries, and the good times are back."""
+    """A second after the last failure one check tries Redis again, and it is used again."""
     keys, cause = storm
     client = serve(cause.server.url)
     cause.pause()
-    assert ask(client, keys.good[0]).status == 200
+    assert request_(client, keys.good[0]).status == 200
     cause.server.resume()
     hits = keyspace_hits(cause.server)
     cold = iter(keys.good[1:])
 
     def one_more_hits() -> bool:
         threading.Event().wait(1.05)  # one attempt for each key: on a busy machine it takes some
-        assert ask(client, next(cold)).status == 200
+        assert request_(client, next(cold)).status == 200
         return keyspace_hits(cause.server) > hits
 
     eventually(one_more_hits)
@@ -481,16 +487,16 @@ def test_redis_is_used_again_when_it_is_back(
 def test_a_herd_of_cold_keys_does_not_break_redis(
     storm: tuple[Keys, Storm], store_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """More requests at once than the client has connections: Redis is not taken for down."""
+    """More requests at once than the client has connections: Redis does not count as down."""
     keys, cause = storm
     herd = [*keys.good, *keys.doomed, *keys.revoked]
 
     async def arrive() -> list[bool]:
         engine = engine_on(store_url, cause.server.url)
         await engine.start()
-        verdicts = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for key in herd))
+        decisions = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for key in herd))
         await engine.stop()
-        return [isinstance(verdict, Allow) for verdict in verdicts]
+        return [isinstance(decision, Allow) for decision in decisions]
 
     assert asyncio.run(arrive()) == [key not in keys.revoked for key in herd]
     assert "MaxConnectionsError" not in caplog.text
@@ -501,7 +507,7 @@ def test_a_herd_of_cold_keys_does_not_break_redis(
 async def test_a_call_that_is_given_up_leaves_no_answer_behind(
     redis_server: RedisServer,
 ) -> None:
-    """Who asks next finds his own answer, and not a late one."""
+    """The next look-up gets its own answer, and not a late one."""
     client, breaker = connect(redis_server.url), CircuitBreaker(lambda: 0.0)
     with redis_server.client() as patient:
         patient.mset({"first": "first", "second": "second"})

@@ -1,7 +1,7 @@
 """An attacker who has read the whole store once, and may read and write all of Redis.
 
-Nothing that can be written there opens anything that the store would refuse. Each attack is tried
-on a broken twin as well, which believes what Redis tells of a key: there it works.
+No value that can be written there allows a token that the store would refuse. Each attack is tried
+on a broken twin as well, which trusts what Redis has of a key: there it works.
 """
 
 import base64
@@ -65,10 +65,10 @@ class Trusting(Lookup):
         assert hmac.compare_digest(
             mac, shared_cache._mac(self._shared_cache._mac_keys[0], name, body)
         )
-        told = json.loads(body)
-        assert told["tag"] == shared_cache._tag(self._shared_cache._peppers[0], token)
-        record = KeyRecord(**told["record"])
-        return entry_of(token.fingerprint, record, told["as_of"], told["is_previous"]), L2
+        value = json.loads(body)
+        assert value["tag"] == shared_cache._tag(self._shared_cache._peppers[0], token)
+        record = KeyRecord(**value["record"])
+        return entry_of(token.fingerprint, record, value["as_of"], value["is_previous"]), L2
 
 
 class Credulous(shared_cache.SharedCache):
@@ -99,15 +99,15 @@ class Attacker:
         return attacker
 
     def minted(self, key_id: str | None = None) -> Token:
-        """A token that passes the keyed check, for a new id or one that is there."""
+        """A token with a valid MAC, for a new id or one that is there."""
         return MacKeys(self.secrets.mac_keys).mint("kl", "live", key_id)
 
     async def write(self, token: Token, record: KeyRecord, *, is_previous: bool = False) -> None:
-        """For the twins what they believe, and for the others the best guess at a preimage."""
+        """For the twins what they accept, and for the others the best guess at a preimage."""
         as_of = MAX_SEQ - 1
         pepper = self.secrets.peppers[0]
-        told = {"as_of": as_of, "tag": shared_cache._tag(pepper, token), "record": asdict(record)}
-        await self._set(f"twin:{record.id}", json.dumps(told | {"is_previous": is_previous}))
+        value = {"as_of": as_of, "tag": shared_cache._tag(pepper, token), "record": asdict(record)}
+        await self._set(f"twin:{record.id}", json.dumps(value | {"is_previous": is_previous}))
         for hashed in self._hashes(record.id):
             for guess in self._guesses(token, hashed):
                 await self.sign(token, record.id, hashed, guess)
@@ -162,7 +162,7 @@ async def engine(make_engine: MakeEngine, server: FakeServer) -> AsyncIterator[E
 
 @pytest.fixture
 async def newcomers(make_engine: MakeEngine, server: FakeServer) -> AsyncIterator[list[Engine]]:
-    """A process that has met no key yet, and its twin that believes Redis."""
+    """A process with an empty cache, and its twin that trusts Redis."""
     engines = [make_engine(redis=FakeAsyncRedis(server=server)) for _ in range(2)]
     for engine in engines:
         await engine.start()
@@ -196,7 +196,7 @@ async def test_another_token_of_a_real_key_is_wrong(
     engine: Engine, newcomers: list[Engine], server: FakeServer
 ) -> None:
     """The id, the row and its hash are known, and every guess at the preimage is wrong; the holder
-    of the key is let in all the while."""
+    of the key is accepted all the while."""
     sound, twin = newcomers
     victim = await create(engine)
     attacker = await Attacker.who_has_read(engine.store, FakeAsyncRedis(server=server), victim)
@@ -296,9 +296,9 @@ async def test_rights_and_organisation_come_from_the_store(
     )
     found = []
     for process in (sound, twin):
-        verdict = await process.authenticate(bearer(key.token))
-        assert isinstance(verdict, Allow)
-        principal = verdict.principal
+        decision = await process.authenticate(bearer(key.token))
+        assert isinstance(decision, Allow)
+        principal = decision.principal
         found.append((principal.permission, principal.organization_id, principal.key_name))
     assert found == [("SENDING", "acme", "ci"), ("FULL", "rival", "admin_key")]
 

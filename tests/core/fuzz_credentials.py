@@ -1,10 +1,10 @@
-"""Ten million header values that nobody sane sends, and what must hold for each of them.
+"""Ten million malformed header values, and what must hold for each of them.
 
     python -m tests.core.fuzz_credentials --inputs 10000000 --seed 1
 
-The law of this file: the same seed gives the same inputs, so a failure is told by its seed and
-number. Every input is read as `Authorization` and as a header's name. What is right is said here
-once more in other words than in `keylatch.core.credentials`, without a regular expression.
+The law of this file: the same seed gives the same inputs, so a failure is identified by its seed
+and number. Every input is read as `Authorization` and as a header's name. The rules are written
+here a second time, unlike `keylatch.core.credentials` without a regular expression.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from keylatch.core.decisions import Reason
 from keylatch.core.tokens import MacKeys, Token
 
 CHECK_KEYS: Final = MacKeys([b"fuzz" * 8])
-# Minted by these check keys once: minting is random. Spelled in halves, for secret scanners.
+# Minted once with these MAC keys: minting is random. Written in halves, for secret scanners.
 MINTED: Final = (
     "kl_live_" + "xd095rz2QukG_Dv74ah4OPitcV09niAVgwhcg2OfHO85uQ7H3IppYT",
     "k2_test_" + "UJjqX7qAj0cM_95GBeLzxRZZyKWTddThU9KxuHzxtEfqPmGo08LTWG",
@@ -158,7 +158,7 @@ def kind_of(values: Values, reader: Reader = read) -> str:
     """
     joined = b",".join(values)
     token = reader(values)
-    if len(values) != 1 and _told(reader((joined,))) != _told(token):
+    if len(values) != 1 and _value(reader((joined,))) != _value(token):
         raise Broken("joined with a comma it is read differently")
     if is_identity_header(joined) != poses(joined):
         raise Broken("an identity header is not recognised, or another one is taken for it")
@@ -168,12 +168,12 @@ def kind_of(values: Values, reader: Reader = read) -> str:
         return token.name
     if CHECK_KEYS.verify_mac(token):
         if token.reveal() not in MINTED:
-            raise Broken("a token that nobody minted is vouched for")
+            raise Broken("the MAC of a token that was not minted is accepted")
         return "accepted, minted here"
-    return "accepted, a stranger's"
+    return "accepted, of another store"
 
 
-def _told(token: Token | Reason) -> str:
+def _value(token: Token | Reason) -> str:
     return token.name if isinstance(token, Reason) else token.reveal()
 
 
@@ -191,7 +191,7 @@ def _is_b64token(text: bytes) -> bool:
 
 
 def poses(name: bytes) -> bool:
-    """Whether a name reads as one of keylatch's, however it is spelled."""
+    """Whether a name reads as one of keylatch's, in any case and with any separator."""
     return name[:11].lower().translate(HYPHENS) == b"x-keylatch-"
 
 
@@ -209,7 +209,7 @@ def fuzz(
     reader: Reader = read,
     tell: Callable[[int], object] = lambda number: None,
 ) -> Report:
-    """Throw so many inputs at the parsers; `tell` hears now and then how many it were."""
+    """Throw so many inputs at the parsers; `tell` is called now and then with the count."""
     report = Report()
     for number, values in enumerate(inputs(seed, count)):
         try:

@@ -1,4 +1,4 @@
-"""What requests share: nobody changes it for the others."""
+"""What requests share is immutable."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ PRINCIPAL = Principal("key_a", "ci", "acme", "SENDING", "live")
 
 
 def test_a_principal_cannot_be_changed() -> None:
-    """All requests with a key share one: whoever promoted his own would promote theirs."""
+    """All requests with a key share one: a request that promoted its own would promote all."""
     with pytest.raises(AttributeError, match="shared"):
         PRINCIPAL.permission = "FULL"
     with pytest.raises(AttributeError, match="shared"):

@@ -1,4 +1,4 @@
-"""Keys that were made elsewhere: their formats, what a check of one costs, and that it ends."""
+"""Imported keys: their formats, what a check of one costs, and that revoked ones are refused."""
 
 import asyncio
 import json
@@ -44,11 +44,11 @@ def origin_of(key: ExternalKey) -> ImportedToken:
     return external_keys.parse(key.import_fields, frozenset())[1]
 
 
-async def bring(engine: Engine, *keys: ExternalKey, **values: Any) -> list[Imported]:
+async def import_keys(engine: Engine, *keys: ExternalKey, **values: Any) -> list[Imported]:
     keyring = await engine.keyring()
-    drafts = [NewKey("acme", "old", **values) for _ in keys]
+    new_keys = [NewKey("acme", "old", **values) for _ in keys]
     origins = [origin_of(key) for key in keys]
-    return list(await keyring.import_many(list(zip(drafts, origins, strict=True))))
+    return list(await keyring.import_many(list(zip(new_keys, origins, strict=True))))
 
 
 def bearer(token: str) -> list[bytes]:
@@ -147,7 +147,7 @@ TEXTS = (
 
 @pytest.mark.long
 @given(TEXTS)
-def test_whatever_a_stranger_sends_has_locators(text: str) -> None:
+def test_any_text_has_locators(text: str) -> None:
     """Few, distinct where they matter, of few characters, each of a scheme; and nothing raises."""
     found = imported_tokens.locators(Token(text))
     assert 2 <= len(found) <= imported_tokens.MAX_LOCATORS
@@ -160,15 +160,15 @@ def test_whatever_a_stranger_sends_has_locators(text: str) -> None:
 
 
 @given(TEXTS, st.sampled_from(sorted(VECTORS)))
-def test_whatever_a_stranger_sends_fits_or_does_not(text: str, name: str) -> None:
+def test_any_text_fits_a_hash_or_does_not(text: str, name: str) -> None:
     """The quick schemes; the others are the same functions behind more work."""
     stored, _ = VECTORS[name]
     if imported_tokens.is_imported_hash(stored) and imported_tokens.is_fast(stored):
         assert imported_tokens.verify(stored, Token(text)) in (True, False)
 
 
-async def test_a_damaged_hash_refuses_nobody() -> None:
-    """It is a failure of the store, which says nothing about the key: 503 and no 401."""
+async def test_a_damaged_hash_refuses_no_other_key() -> None:
+    """It is a failure of the store, which does not mean an unknown key: 503 and no 401."""
     hasher = Hasher("sha256")
     for stored in ("pbkdf2_sha256$x$y$z", "pbkdf2_sha256$1$y", "$argon2id$", "$unheard-of$1"):
         with pytest.raises(HashingFailed):
@@ -176,7 +176,7 @@ async def test_a_damaged_hash_refuses_nobody() -> None:
     hasher.close()
 
 
-async def test_tokens_from_elsewhere_wait_in_a_queue_of_their_own() -> None:
+async def test_imported_tokens_wait_in_a_queue_of_their_own() -> None:
     """Who floods it with the public part of one delays no token of keylatch's own."""
     hasher = Hasher("argon2id", CHEAPEST, workers=1, queue=0)
     own = MacKeys([b"k" * 32]).mint("kl", "live")
@@ -197,21 +197,21 @@ async def test_tokens_from_elsewhere_wait_in_a_queue_of_their_own() -> None:
 
 
 class CountingStore(Store):
-    """A store that counts how it is asked for keys."""
+    """A store that counts its look-ups of keys."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.asked = 0
+        self.queries = 0
         self._find, self._find_by_locator = self.keys.find, self.keys.find_by_locator
         self.keys.find = self.find  # type: ignore[method-assign]
         self.keys.find_by_locator = self.find_by_locator  # type: ignore[method-assign]
 
     async def find(self, key_id: str) -> Found | NotFound:
-        self.asked += 1
+        self.queries += 1
         return await self._find(key_id)
 
     async def find_by_locator(self, locators: Any) -> Found | NotFound:
-        self.asked += 1
+        self.queries += 1
         return await self._find_by_locator(locators)
 
 
@@ -228,7 +228,7 @@ class CountingHasher(Hasher):
 
 
 class ForeignContract(StoreTests):
-    """What both databases promise of keys that were made elsewhere."""
+    """What both databases promise of imported keys."""
 
     @pytest.fixture
     def store(self, url: str) -> CountingStore:
@@ -256,16 +256,16 @@ class ForeignContract(StoreTests):
         yield other
         await other.stop()
 
-    async def test_strangers_cost_nothing_where_nothing_was_imported(
+    async def test_unknown_tokens_cost_nothing_where_nothing_was_imported(
         self, engine: Engine, store: CountingStore, hasher: CountingHasher
     ) -> None:
-        """Not one question to the store, whatever shape they have; a bar is still no character."""
+        """Not one query to the store, whatever shape they have; a pipe stays malformed."""
         await (await engine.keyring()).create("acme", "own")
         for maker in MAKERS.values():
             key = maker()
             expected = Reason.MALFORMED if "|" in key.token else Reason.FORGED
             assert await engine.authenticate(bearer(key.token)) == Deny(expected)
-        assert (store.asked, hasher.verified) == (0, 0)
+        assert (store.queries, hasher.verified) == (0, 0)
 
     async def test_an_import_is_known_at_once_where_nothing_was_imported_before(
         self, engine: Engine, other: Engine
@@ -273,7 +273,7 @@ class ForeignContract(StoreTests):
         """A process that has just refused the token accepts it when the import has returned."""
         assert await self._is_known_at_once(engine, other)
 
-    async def test_a_feed_that_did_not_tell_would_refuse(
+    async def test_invalidations_without_the_first_import_would_refuse(
         self, engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: what is learned at the start is all that it ever knows."""
@@ -281,8 +281,8 @@ class ForeignContract(StoreTests):
         monkeypatch.setattr(
             Invalidations,
             "apply",
-            lambda feed, changes, *reached: apply(
-                feed, replace(changes, has_imported_keys=False), *reached
+            lambda invalidations, changes, *reached: apply(
+                invalidations, replace(changes, has_imported_keys=False), *reached
             ),
         )
         assert not await self._is_known_at_once(engine, other)
@@ -290,17 +290,17 @@ class ForeignContract(StoreTests):
     async def _is_known_at_once(self, engine: Engine, other: Engine) -> bool:
         key = other_systems.sanctum()
         assert await engine.authenticate(bearer(key.token)) == Deny(Reason.MALFORMED)
-        await bring(other, key)
+        await import_keys(other, key)
         return isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_later_import_is_known_by_who_remembers_that_there_was_no_such_key(
         self, engine: Engine, other: Engine
     ) -> None:
         """The negative cache is no reason to refuse it."""
-        await bring(other, other_systems.sha256())
+        await import_keys(other, other_systems.sha256())
         key = other_systems.usesend()
         assert await engine.authenticate(bearer(key.token)) == Deny(Reason.UNKNOWN)
-        await bring(other, key)
+        await import_keys(other, key)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_cold_token_costs_one_look_up_and_one_hash_and_then_nothing(
@@ -308,12 +308,12 @@ class ForeignContract(StoreTests):
     ) -> None:
         """As keylatch's own do; a hundred cold requests at once are one flight."""
         key = other_systems.usesend()
-        await bring(other, key)
-        verdicts = await asyncio.gather(
+        await import_keys(other, key)
+        decisions = await asyncio.gather(
             *(engine.authenticate(bearer(key.token)) for _ in range(100))
         )
-        assert all(isinstance(verdict, Allow) for verdict in verdicts)
-        assert (store.asked, hasher.verified) == (1, 1)
+        assert all(isinstance(decision, Allow) for decision in decisions)
+        assert (store.queries, hasher.verified) == (1, 1)
         assert isinstance(engine.authenticator.check_cached(bearer(key.token)), Allow)
         assert isinstance(engine.authenticator.check_token_cached(Token(key.token)), Allow)
 
@@ -321,29 +321,29 @@ class ForeignContract(StoreTests):
         self, engine: Engine, other: Engine, store: CountingStore, hasher: CountingHasher
     ) -> None:
         """One look-up each, and none for one that was refused a moment ago."""
-        await bring(other, other_systems.usesend(), other_systems.django_pbkdf2())
+        await import_keys(other, other_systems.usesend(), other_systems.django_pbkdf2())
         for _ in range(2):
             for made_up in ("us_0123456789_" + "0" * 32, "abcdefgh.0123", "x" * 500):
                 assert await engine.authenticate(bearer(made_up)) == Deny(Reason.UNKNOWN)
-        assert (store.asked, hasher.verified) == (3, 0)
+        assert (store.queries, hasher.verified) == (3, 0)
 
     async def test_a_forged_token_of_our_own_shape_costs_nothing(
         self, engine: Engine, other: Engine, store: CountingStore
     ) -> None:
         """Imported keys change nothing for what has keylatch's shape, be its checks wrong."""
-        await bring(other, other_systems.usesend())
+        await import_keys(other, other_systems.usesend())
         forged = MacKeys([b"s" * 32]).mint("kl", "live").reveal()
         for token in (forged, forged[:-1] + ("b" if forged[-1] == "a" else "a")):
             assert await engine.authenticate(bearer(token)) == Deny(Reason.FORGED)
-        assert store.asked == 0
+        assert store.queries == 0
 
     async def test_a_flood_of_made_up_tokens_is_bounded(
         self, engine: Engine, other: Engine, store: CountingStore
     ) -> None:
-        """Some are looked up, the others are told to come again; an own key is let in."""
-        told = await self._flooded(engine, other, store)
-        assert set(told) == {Deny(Reason.UNKNOWN), Deny(Reason.BUSY)}
-        assert store.asked < 100
+        """Some are looked up, the others are refused as BUSY; a native key is accepted."""
+        decisions = await self._flooded(engine, other, store)
+        assert set(decisions) == {Deny(Reason.UNKNOWN), Deny(Reason.BUSY)}
+        assert store.queries < 100
 
     async def test_a_flood_without_the_bound_would_reach_the_store(
         self,
@@ -352,21 +352,21 @@ class ForeignContract(StoreTests):
         store: CountingStore,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The broken twin: every one of them is a question."""
+        """The broken twin: every one of them is a query."""
         monkeypatch.setattr("keylatch.authentication.lookup._MAX_IMPORTED_LOOKUPS", 10_000)
         assert set(await self._flooded(engine, other, store)) == {Deny(Reason.UNKNOWN)}
-        assert store.asked == 201
+        assert store.queries == 201
 
     async def _flooded(self, engine: Engine, other: Engine, store: CountingStore) -> list[Decision]:
-        await bring(other, other_systems.usesend())
+        await import_keys(other, other_systems.usesend())
         own = await (await engine.keyring()).create("acme", "own")
-        store.asked = 0
+        store.queries = 0
         made_up = [engine.authenticate(bearer(f"made-up-{number}")) for number in range(200)]
-        mine, *told = await asyncio.gather(
+        mine, *decisions = await asyncio.gather(
             engine.authenticate(bearer(own.token.reveal())), *made_up
         )
         assert isinstance(mine, Allow)
-        return told
+        return decisions
 
     async def test_a_revoked_key_is_refused_by_a_process_that_has_it_cached(
         self, engine: Engine, other: Engine
@@ -377,7 +377,7 @@ class ForeignContract(StoreTests):
             other_systems.seam(),
             other_systems.sanctum(),
         )
-        ids = [each.key_id for each in await bring(other, revoked, disabled, last)]
+        ids = [each.key_id for each in await import_keys(other, revoked, disabled, last)]
         for key in (revoked, disabled, last):
             assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         keyring = await other.keyring()
@@ -390,15 +390,15 @@ class ForeignContract(StoreTests):
         await keyring.set_organization_active("acme", False)
         assert await engine.authenticate(bearer(last.token)) == Deny(Reason.ORGANIZATION_DISABLED)
 
-    async def test_a_feed_without_tombstones_would_accept_a_revoked_key(
+    async def test_invalidations_without_tombstones_would_accept_a_revoked_key(
         self, engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The broken twin: entries are used for as long as they are there."""
         key = other_systems.usesend()
-        [brought] = await bring(other, key)
+        [imported] = await import_keys(other, key)
         await engine.authenticate(bearer(key.token))
-        monkeypatch.setattr(Invalidations, "accepts", lambda *asked: True)
-        assert await (await other.keyring()).delete("acme", brought.key_id)
+        monkeypatch.setattr(Invalidations, "accepts", lambda *arguments: True)
+        assert await (await other.keyring()).delete("acme", imported.key_id)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
 
     async def test_a_wrong_secret_is_refused_and_the_right_one_stays_good(
@@ -407,7 +407,7 @@ class ForeignContract(StoreTests):
         """Behind the same public part."""
         for maker in (other_systems.usesend, other_systems.django_sha512, other_systems.seam):
             key = maker()
-            await bring(other, key)
+            await import_keys(other, key)
             assert await engine.authenticate(bearer(key.with_wrong_secret)) == Deny(
                 Reason.WRONG_SECRET
             )
@@ -421,12 +421,12 @@ class ForeignContract(StoreTests):
     ) -> None:
         """The rest of the batch is taken in; and a revoked key does not come back to life."""
         first, second = other_systems.usesend(), other_systems.knox()
-        [before] = await bring(other, first)
-        again, fresh = await bring(other, first, second)
+        [before] = await import_keys(other, first)
+        again, fresh = await import_keys(other, first, second)
         assert again == Imported(before.key_id, is_new=False)
         assert fresh.is_new
         await (await other.keyring()).delete("acme", before.key_id)
-        [revoked] = await bring(other, first)
+        [revoked] = await import_keys(other, first)
         assert revoked == Imported(before.key_id, is_new=False, is_deleted=True)
         assert await engine.authenticate(bearer(first.token)) == Deny(Reason.REVOKED)
         assert len(await other.store.keys.list("acme", deleted=True)) == 2
@@ -434,12 +434,12 @@ class ForeignContract(StoreTests):
     async def test_an_import_whose_answer_was_lost_may_be_repeated(self, other: Engine) -> None:
         """It finds its own work done, and makes no second change."""
         record = (await (await other.keyring()).create("acme", "own")).record
-        made = [(replace(record, id="key_brought", locator="seam:a_b"), imported_tokens.SEAM)]
+        made = [(replace(record, id="key_imported", locator="seam:a_b"), imported_tokens.SEAM)]
         seq, held = await other.store.keys.import_many(made)
         assert held == {}
         assert await other.store.keys.import_many(made) == (
             seq,
-            {"seam:a_b": ("key_brought", False)},
+            {"seam:a_b": ("key_imported", False)},
         )
 
     async def test_environments_count(
@@ -447,7 +447,7 @@ class ForeignContract(StoreTests):
     ) -> None:
         """As for every key."""
         key = other_systems.better_auth()
-        await bring(other, key, environment="test")
+        await import_keys(other, key, environment="test")
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         live = make_engine(store=Store(url), environment="live")
         assert await live.authenticate(bearer(key.token)) == Deny(Reason.WRONG_ENVIRONMENT)
@@ -456,8 +456,8 @@ class ForeignContract(StoreTests):
     async def test_an_end_counts(self, engine: Engine, other: Engine) -> None:
         """As for every key."""
         key = other_systems.better_auth()
-        [brought] = await bring(other, key)
-        await other.store.keys.change("acme", brought.key_id, 0, {"expires_at": 1})
+        [imported] = await import_keys(other, key)
+        await other.store.keys.change("acme", imported.key_id, 0, {"expires_at": 1})
         assert await engine.authenticate(bearer(key.token)) == Deny(Reason.EXPIRED)
 
     async def test_the_old_token_outlives_a_rotation_by_its_grace(
@@ -465,39 +465,39 @@ class ForeignContract(StoreTests):
     ) -> None:
         """So its holder moves to a token of keylatch's own, of the same key."""
         key = other_systems.usesend()
-        [brought] = await bring(other, key)
+        [imported] = await import_keys(other, key)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         keyring = await other.keyring()
-        rotated = await keyring.rotate("acme", brought.key_id, grace=timedelta(seconds=3_600))
+        rotated = await keyring.rotate("acme", imported.key_id, grace=timedelta(seconds=3_600))
         assert rotated
         for token in (key.token, rotated.token.reveal(), key.token):
-            verdict = await engine.authenticate(bearer(token))
-            assert isinstance(verdict, Allow)
-            assert verdict.principal.key_id == brought.key_id
+            decision = await engine.authenticate(bearer(token))
+            assert isinstance(decision, Allow)
+            assert decision.principal.key_id == imported.key_id
         assert await engine.authenticate(bearer(key.with_wrong_secret)) == Deny(Reason.WRONG_SECRET)
-        await keyring.rotate("acme", brought.key_id, grace=timedelta(seconds=0))
+        await keyring.rotate("acme", imported.key_id, grace=timedelta(seconds=0))
         for token in (key.token, rotated.token.reveal()):
             assert await engine.authenticate(bearer(token)) == Deny(Reason.WRONG_SECRET)
 
     async def test_a_token_that_fits_several_keys_is_the_one_of_its_digest(
         self, engine: Engine, other: Engine
     ) -> None:
-        """Somebody else's key may have a public part that looks the same."""
+        """Another organisation's key may have a public part that looks the same."""
         exact = other_systems.sha256()
         head = exact.token[:8]
         posing = other_systems.argon2()
         posing.import_fields["prefix"] = head
-        _, brought = await bring(other, posing, exact)
-        verdict = await engine.authenticate(bearer(exact.token))
-        assert isinstance(verdict, Allow)
-        assert verdict.principal.key_id == brought.key_id
+        _, imported = await import_keys(other, posing, exact)
+        decision = await engine.authenticate(bearer(exact.token))
+        assert isinstance(decision, Allow)
+        assert decision.principal.key_id == imported.key_id
 
     async def test_an_outage_is_no_refusal(
         self, engine: Engine, other: Engine, store: CountingStore
     ) -> None:
-        """A cold token from elsewhere is 503 while the store does not answer."""
+        """An uncached imported token is 503 while the store does not answer."""
         key = other_systems.usesend()
-        await bring(other, key)
+        await import_keys(other, key)
 
         async def broken(locators: Any) -> Found:
             raise StoreUnavailable("broken by the test")
@@ -510,12 +510,12 @@ class ForeignContract(StoreTests):
     async def test_an_open_connection_ends_with_its_key(
         self, engine: Engine, other: Engine
     ) -> None:
-        """One that was let in by a token from other_systems, too."""
+        """Also for a connection that an imported token opened."""
         key = other_systems.sanctum()
-        [brought] = await bring(other, key)
+        [imported] = await import_keys(other, key)
         assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
         with engine.revocation_event(bearer(key.token)) as ended:
-            await (await other.keyring()).delete("acme", brought.key_id)
+            await (await other.keyring()).delete("acme", imported.key_id)
             assert await engine.authenticate(bearer(key.token)) == Deny(Reason.REVOKED)
             await asyncio.wait_for(ended.wait(), 5)
 
@@ -536,19 +536,19 @@ class TestPostgreSQL(ForeignContract):
         return postgres.new_database()
 
 
-async def test_redis_is_told_nothing_of_tokens_from_elsewhere(make_engine: MakeEngine) -> None:
-    """And is not asked; it is of keylatch's own. A process that is new verifies for itself."""
+async def test_redis_gets_nothing_of_imported_tokens(make_engine: MakeEngine) -> None:
+    """And is not read for them; it has native keys only. A new process verifies for itself."""
     redis, hasher = FakeServer(), CountingHasher()
     engine = make_engine(redis=FakeAsyncRedis(server=redis))
     new = make_engine(redis=FakeAsyncRedis(server=redis), hasher=hasher)
     key, own = other_systems.seam(), await (await engine.keyring()).create("acme", "own")
-    [brought] = await bring(engine, key)
+    [imported] = await import_keys(engine, key)
     for token in (key.token, own.token.reveal()):
         assert isinstance(await engine.authenticate(bearer(token)), Allow)
     await engine.stop()
-    told = str(await FakeAsyncRedis(server=redis).keys("*"))
-    assert own.record.id in told
-    assert brought.key_id not in told
+    names = str(await FakeAsyncRedis(server=redis).keys("*"))
+    assert own.record.id in names
+    assert imported.key_id not in names
     for token in (key.token, own.token.reveal()):
         assert isinstance(await new.authenticate(bearer(token)), Allow)
     assert hasher.verified == 1
@@ -578,7 +578,7 @@ def stored_hash(database: Path, key_id: str) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_key_from_elsewhere_from_its_file_to_its_end(
+def test_an_imported_key_from_its_file_to_its_revocation(
     name: str, running: Sidecar, database: Path, operator: Operator
 ) -> None:
     """Imported by the command, good over HTTP at once, hashed as keylatch's own when it was used,
@@ -594,19 +594,19 @@ def test_a_key_from_elsewhere_from_its_file_to_its_end(
     line = {"name": name, "organization": name.replace("_", "-")} | key.import_fields
     outcome = operator.run("keys", "import", "-", stdin=json.dumps(line))
     assert (outcome.exit_code, outcome.stderr) == (0, "Imported 1 keys.\n")
-    [told] = [json.loads(line) for line in outcome.stdout.splitlines()]
-    assert told["outcome"] == "imported"
-    assert "token" not in told
+    [report] = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert report["outcome"] == "imported"
+    assert "token" not in report
     assert key.secret not in outcome.stdout
-    before = stored_hash(database, told["id"])
+    before = stored_hash(database, report["id"])
     assert status(key.with_wrong_secret) == 401
     assert status(key.token) == 200
     if key.import_fields["scheme"] != "raw":
-        eventually(lambda: stored_hash(database, told["id"]) != before)
+        eventually(lambda: stored_hash(database, report["id"]) != before)
     if not before.startswith("$sha256$"):
-        assert stored_hash(database, told["id"]).startswith("$argon2id$")
+        assert stored_hash(database, report["id"]).startswith("$argon2id$")
     assert status(key.token) == 200
     assert status(key.with_wrong_secret) == 401
-    revoked = operator.run("keys", "revoke", told["id"])
+    revoked = operator.run("keys", "revoke", report["id"])
     assert revoked.exit_code == 0
     assert status(key.token) == 401

@@ -1,4 +1,4 @@
-"""Policy: routes open exactly as far as they are named, and mistakes are told all at once."""
+"""Policy: only named routes are allowed, and all mistakes are reported at once."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ EMAILS = Policy(
         ("POST", "", {"FULL"}, "FULL"),
     ],
 )
-def test_a_permission_opens_the_routes_named_for_it(
+def test_a_permission_allows_the_routes_named_for_it(
     method: str, path: str, sufficient: set[str], scope: str
 ) -> None:
     """Method and path match exactly; everything else is for FULL."""
@@ -88,7 +88,7 @@ def test_public_paths_match_exactly(path: str, public: bool) -> None:
         ("", ""),
     ],
 )
-async def test_a_path_is_what_the_router_takes_it_for(path: str, root: str) -> None:
+async def test_a_path_is_matched_as_by_the_router(path: str, root: str) -> None:
     """Policy and router must not disagree on the path: one would guard another door."""
 
     async def inner(request: Request) -> PlainTextResponse:
@@ -153,7 +153,7 @@ def test_public_parameters_open_one_segment(path: str, public: bool) -> None:
     assert PARAMETERS.is_public(path) is public
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     """Each mistake comes with a hint, so that one restart repairs them all."""
     with pytest.raises(ConfigurationError) as caught:
         Policy(
@@ -211,7 +211,7 @@ def test_what_no_unambiguous_path_can_match_is_a_mistake(wrong: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("options", [[], ["-O"]])
-def test_mistakes_are_told_without_assertions_as_well(options: list[str]) -> None:
+def test_mistakes_are_reported_without_assertions_as_well(options: list[str]) -> None:
     """`python -O` takes away what Starlette asserts."""
     code = "from keylatch.core.policy import Policy; Policy(['/docs/{page:foo}'])"
     ended = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
@@ -290,8 +290,8 @@ def test_one_string_of_public_paths_is_a_mistake() -> None:
         Policy(public="/healthz")
 
 
-def test_demands_add_up() -> None:
-    """Whoever appends a demand can only make it harder; FULL satisfies all."""
+def test_requirements_add_up() -> None:
+    """A further requirement can only restrict; FULL satisfies all."""
     assert Requirement.all_of([]) is ANY_KEY
     assert Requirement.all_of(["SENDING"]) == Requirement(frozenset({"FULL", "SENDING"}), "SENDING")
     assert Requirement.all_of(["SENDING", "SENDING"]) == Requirement.all_of(["SENDING"])
@@ -300,12 +300,12 @@ def test_demands_add_up() -> None:
 
 @pytest.mark.long
 @given(st.lists(st.from_regex(r"[A-Z][A-Z0-9_]{0,31}", fullmatch=True), max_size=40))
-def test_more_demands_never_open_more(demands: list[str]) -> None:
-    """What satisfies all demands satisfies each of them, and the scope stays short."""
-    wanted = Requirement.all_of(demands)
-    assert len(wanted.scope) < 300
-    for demand in demands:
-        alone = Requirement.all_of([demand]).permissions
-        assert wanted.permissions is not None
+def test_more_requirements_never_allow_more(permissions: list[str]) -> None:
+    """What satisfies all permissions satisfies each of them, and the scope stays short."""
+    requirement = Requirement.all_of(permissions)
+    assert len(requirement.scope) < 300
+    for permission in permissions:
+        alone = Requirement.all_of([permission]).permissions
+        assert requirement.permissions is not None
         assert alone is not None
-        assert wanted.permissions <= alone
+        assert requirement.permissions <= alone

@@ -19,8 +19,8 @@ token_characters = st.sampled_from(string.ascii_letters + string.digits + "_-.~+
 
 
 @given(minted)
-def test_every_minted_token_is_vouched_for_and_found_by_scanners(token: Token) -> None:
-    """A minted token is vouched for, at most 96 characters, and found in any text around it."""
+def test_every_minted_token_has_a_valid_mac_and_is_found_by_scanners(token: Token) -> None:
+    """A minted token has a valid MAC and at most 96 characters, and found in any text around it."""
     text = token.reveal()
     assert KEYS.verify_mac(Token(text))
     assert len(text) <= MAX_LENGTH
@@ -32,7 +32,7 @@ def test_every_minted_token_is_vouched_for_and_found_by_scanners(token: Token) -
 
 @given(minted, st.data())
 def test_one_changed_character_is_refused(token: Token, data: st.DataObject) -> None:
-    """Any one character replaced by any other is refused without asking anybody."""
+    """Any one character replaced by any other is refused without I/O."""
     text = token.reveal()
     at = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(token_characters.filter(lambda c: c != text[at]))
@@ -73,15 +73,15 @@ def test_any_text_is_refused_without_an_exception(text: str) -> None:
     assert Token(text).partial == "..."
 
 
-def test_a_stranger_who_computes_the_crc_is_refused() -> None:
-    """A token with a good CRC from another store's check key is still a stranger's."""
-    stranger = MacKeys([b"s" * 32]).mint("kl", "live")
-    assert has_valid_checksum(stranger.reveal())
-    assert not KEYS.verify_mac(stranger)
+def test_a_forged_token_with_a_good_crc_is_refused() -> None:
+    """A token with a good CRC and another store's MAC is refused."""
+    other_token = MacKeys([b"s" * 32]).mint("kl", "live")
+    assert has_valid_checksum(other_token.reveal())
+    assert not KEYS.verify_mac(other_token)
 
 
-def test_check_keys_rotate() -> None:
-    """Tokens of an older check key are vouched for; new ones are minted with the newest."""
+def test_mac_keys_rotate() -> None:
+    """Tokens with the MAC of an older key are accepted; new ones are minted with the newest."""
     old = MacKeys([b"o" * 32])
     assert KEYS.verify_mac(old.mint("kl", "live"))
     assert not old.verify_mac(KEYS.mint("kl", "live"))
@@ -108,7 +108,7 @@ def test_a_prefix_of_another_form_is_not_minted(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("keys", [[], [b"short"]])
-def test_weak_check_keys_are_not_taken(keys: list[bytes]) -> None:
-    """Without a real key the check would vouch for everybody's tokens."""
+def test_weak_mac_keys_are_rejected(keys: list[bytes]) -> None:
+    """Without a real key the check would accept all tokens."""
     with pytest.raises(ValueError, match="MAC key"):
         MacKeys(keys)

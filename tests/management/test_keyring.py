@@ -168,15 +168,15 @@ async def test_an_organisation_is_disabled_and_enabled(keyring: Keyring, engine:
     assert await check(created.token) == Deny(Reason.ORGANIZATION_DISABLED)
     assert await keyring.set_organization_active("acme", True)
     assert isinstance(await check(created.token), Allow)
-    assert await keyring.set_organization_active("nobody", False) is None
+    assert await keyring.set_organization_active("unknown", False) is None
 
 
-async def test_every_change_is_announced_after_its_commit(engine: Engine) -> None:
-    """There is no path that forgets: delete, disable, rename, permission, and the repeated
-    delete, whose first announcement may have been lost."""
+async def test_every_change_is_propagated_after_its_commit(engine: Engine) -> None:
+    """Every change is propagated: delete, disable, rename, permission, and the repeated
+    delete, whose first propagation may have failed."""
     calls: list[tuple[str, bool]] = []
 
-    class Announced(Propagation):
+    class Recording(Propagation):
         def __init__(self) -> None:
             pass
 
@@ -191,7 +191,7 @@ async def test_every_change_is_announced_after_its_commit(engine: Engine) -> Non
     plain = await engine.keyring()
     created = await plain.create("acme", "ci")
     keyring = Keyring(
-        engine.store, engine.hasher, plain._mac_keys, engine.settings, engine.now_ms, Announced()
+        engine.store, engine.hasher, plain._mac_keys, engine.settings, engine.now_ms, Recording()
     )
     await keyring.change("acme", created.record.id, name="renamed")
     await keyring.change("acme", created.record.id, active=False)

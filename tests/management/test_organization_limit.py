@@ -1,4 +1,4 @@
-"""A share of what is everybody's: some at once, some that wait, and the others are told so."""
+"""An organisation's share of a common resource: some run, some wait, others are refused."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Work:
-    """Pieces of work that are held until the gate opens."""
+    """Pieces of work that are held until they are released."""
 
     def __init__(self, limit: OrganizationLimit) -> None:
         self.limit = limit
@@ -35,12 +35,12 @@ def refusals(tasks: list[asyncio.Task[None]]) -> list[QuotaExceeded]:
 
 
 async def test_an_organisation_has_its_share_and_no_more() -> None:
-    """Of 30, four work, sixteen wait, and ten are told to come back in a second."""
+    """Of 30, four work, sixteen wait, and ten are refused with a retry after one second."""
     work = Work(OrganizationLimit(4, 16))
     tasks = await work.many("acme", 30)
-    told = refusals(tasks)
-    assert (len(work.begun), len(told)) == (4, 10)
-    assert {(error.retry_after_seconds, error.limit) for error in told} == {(1, "hashes")}
+    errors = refusals(tasks)
+    assert (len(work.begun), len(errors)) == (4, 10)
+    assert {(error.retry_after_seconds, error.limit) for error in errors} == {(1, "hashes")}
     work.gate.set()
     await asyncio.wait(tasks)
     assert len(work.begun) == 20

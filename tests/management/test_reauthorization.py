@@ -215,7 +215,7 @@ class OvertakenContract:
     async def test_without_the_second_judgement_a_revoked_key_makes_keys(
         self, scene: Scene, trusting: None
     ) -> None:
-        """The twin: it believes what was true when the call began."""
+        """The twin: it uses what was true when the call began."""
         await deleted(scene)
         created = await scene.keyring.create(ORG, "new", by=scene.by)
         assert (await scene.keyring.get(ORG, created.record.id)) == created.key
@@ -327,10 +327,10 @@ async def test_keys_are_locked_in_the_order_of_their_bytes(postgres: PostgresSer
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken twin: the acting key is what it was."""
 
-    def believe(*_: Any, **__: Any) -> Authority:
+    def without_check(*_: Any, **__: Any) -> Authority:
         return Authority()
 
-    monkeypatch.setattr(authorization, "reauthorize", believe)
+    monkeypatch.setattr(authorization, "reauthorize", without_check)
 
 
 class TestWhatAKeyLeavesBehind:
@@ -417,13 +417,13 @@ class TestAnEnd:
         before = await scene.snapshot()
         with pytest.raises(NotPermitted):
             await scene.keyring.create(ORG, "new", expires_at=datetime_of(end + 1), by=scene.by)
-        drafts = [NewKey(ORG, "a"), NewKey(ORG, "b", expires_at=datetime_of(end + 1))]
+        new_keys = [NewKey(ORG, "a"), NewKey(ORG, "b", expires_at=datetime_of(end + 1))]
         with pytest.raises(NotPermitted):
-            await scene.keyring.create_many(drafts, by=scene.by)
+            await scene.keyring.create_many(new_keys, by=scene.by)
         assert await scene.snapshot() == before
 
     async def test_it_moves_no_end_beyond_its_own(self, scene: Scene) -> None:
-        """Not that of another key, not its own, and it revives or widens none that lasts longer."""
+        """Not that of another key, not its own, and no expired key is re-activated or extended."""
         end = scene.keyring.now_ms() + 60_000
         assert await scene.keyring.change(ORG, self.lasting.id, active=False)
         for key_id, values in (
@@ -544,5 +544,5 @@ async def is_allowed(engine: Engine, key: Created) -> bool:
 
 async def secret(engine: Engine, key: Created) -> int | None:
     """The secret by which a token is accepted; None: it is refused."""
-    verdict = await engine.authenticate([b"Bearer " + key.token.reveal().encode()])
-    return getattr(getattr(verdict, "principal", None), "secret_version", None)
+    decision = await engine.authenticate([b"Bearer " + key.token.reveal().encode()])
+    return getattr(getattr(decision, "principal", None), "secret_version", None)

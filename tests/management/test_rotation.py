@@ -66,9 +66,9 @@ async def rotate(engine: Engine, key: Created, seconds: int = GRACE, **by: Any) 
 
 
 async def is_good(engine: Engine, token: Token) -> bool:
-    verdict = await engine.authenticate(bearer(token))
-    assert isinstance(verdict, Allow) or verdict.reason in (Reason.WRONG_SECRET, Reason.EXPIRED)
-    return isinstance(verdict, Allow)
+    decision = await engine.authenticate(bearer(token))
+    assert isinstance(decision, Allow) or decision.reason in (Reason.WRONG_SECRET, Reason.EXPIRED)
+    return isinstance(decision, Allow)
 
 
 class TestTheGrace:
@@ -150,7 +150,7 @@ class TestTheGrace:
     async def test_no_other_secret_is_good(
         self, engine: Engine, store: WatchedStore, hasher: WatchedHasher
     ) -> None:
-        """A wrong one is tried against both hashes, once, and then remembered."""
+        """A wrong one is verified against both hashes, once, and then cached."""
         key = await create(engine)
         await rotate(engine, key)
         wrong = await with_other_secret(store, key.token)
@@ -161,16 +161,16 @@ class TestTheGrace:
     async def test_the_end_of_the_grace_is_not_forgotten_by_a_cache_entry(
         self, engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Somebody shipped that; the twin here that does so lets the old secret in for ever."""
+        """Another library has this defect; the twin here accepts the old secret for ever."""
         key = await create(engine)
         await rotate(engine, key)
 
-        def forgetful(*known: Any) -> Entry:
+        def without_end(*known: Any) -> Entry:
             entry = entry_of(*known)
             entry.allow = replace(entry.allow, expires_at=None)
             return entry
 
-        monkeypatch.setattr("keylatch.authentication.lookup.entry_of", forgetful)
+        monkeypatch.setattr("keylatch.authentication.lookup.entry_of", without_end)
         assert await is_good(engine, key.token)
         clock.tick(GRACE * 10)
         with pytest.raises(AssertionError):
@@ -304,7 +304,7 @@ class TestCosts:
 
 
 async def test_the_last_use_of_each_secret_is_shown(engine: Engine, clock: Clock) -> None:
-    """So that one knows when it is safe to let the old one go."""
+    """It shows when the old one can be removed."""
     key = await create(engine)
     clock.tick(1)
     assert await is_good(engine, key.token)
@@ -354,8 +354,8 @@ class RotationContract(StoreTests):
         assert isinstance(found, Found)
         assert (found.hash, found.previous_hash) == ("old", None)
         assert found.record.partial_token == "kl_...abcd"
-        deeds = await store.audit.events("acme", 10)
-        assert [(deed.action, deed.actor) for deed in deeds] == [
+        events = await store.audit.events("acme", 10)
+        assert [(event.action, event.actor) for event in events] == [
             ("key.rotate.cancel", "key_c"),
             ("key.rotate", "key_b"),
             ("key.create", "operator"),
@@ -385,7 +385,7 @@ class RotationContract(StoreTests):
         assert await store.keys.list("other")
         assert (await store.organizations.revoke_all("acme", NOW + 2, None))[0] == 0
 
-    async def test_a_deed_and_its_line_are_one(self, store: Store) -> None:
+    async def test_a_change_and_its_audit_event_are_one_transaction(self, store: Store) -> None:
         """Nothing done, nothing written: the transaction that fails leaves neither."""
         await store.keys.add(record(), "hash")
         await store.keys.change("acme", "key_a", NOW, {"active": False, "deleted_at": NOW})
@@ -403,10 +403,10 @@ class RotationContract(StoreTests):
         await store.keys.add(record("key_x", "other"), "hash")
         first = await store.audit.events("acme", 3)
         rest = await store.audit.events("acme", 3, None, first[-1].id)
-        assert [deed.key_id for deed in (*first, *rest)] == [
+        assert [event.key_id for event in (*first, *rest)] == [
             f"key_{number}" for number in (3, 2, 1, 0)
         ]
-        assert [deed.key_id for deed in await store.audit.events("acme", 3, "key_1")] == ["key_1"]
+        assert [event.key_id for event in await store.audit.events("acme", 3, "key_1")] == ["key_1"]
         assert first[0].details == {
             "name": "ci",
             "permission": "FULL",

@@ -82,7 +82,7 @@ class VaultContract(StoreTests):
         ]
 
     async def test_only_what_was_replaced_long_ago_is_retired(self, store: Store) -> None:
-        """Not what makes, not what waits, not what was replaced a moment ago."""
+        """Not the primary, not a pending one, not one that was just replaced."""
         oldest = {each.kind: each.id for each in await store.secrets.infos()}
         assert await store.secrets.retire(oldest["mac"], NOW, NOW) is None
         await store.secrets.add_pending(KINDS, NOW)
@@ -116,8 +116,8 @@ class TestPostgreSQL(VaultContract):
     async def test_a_process_without_the_store_rejects_no_token_as_forged(
         self, url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A MAC key that it has not loaded may have created it: 503 once its lease is over. What
-        no check key can have made is refused all the same."""
+        """A MAC key that it has not loaded may have created it: 503 once its lease is over. A token
+        with no key's MAC is refused all the same."""
         engines = [
             Engine(Settings.load(store=url, redis="", hasher="sha256"), clock=clock, timer=clock)
             for _ in range(2)
@@ -192,8 +192,8 @@ async def test_what_redis_holds_stays_readable(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Values under the old pepper are read, those under the new one as well, and none is taken
-    for a stranger's."""
+    """Values under the old pepper are read, those under the new one as well, and none is counted
+    as forged."""
     here, there = engines
     tokens = [await create(here)]
     assert isinstance(await here.authenticate(bearer(tokens[0])), Allow)
@@ -256,12 +256,12 @@ class Processes:
     async def check(self, pepper_file: str, token: Token) -> tuple[bool, int]:
         """Whether a new process lets a token in, and how many values it took for forged."""
         engine = self.new(pepper_file)
-        verdict = await engine.authenticate(bearer(token))
+        decision = await engine.authenticate(bearer(token))
         assert engine._opened is not None
         assert engine._opened.shared_cache is not None
         forged = engine._opened.shared_cache.forged.value
         await engine.stop()
-        return isinstance(verdict, Allow), forged
+        return isinstance(decision, Allow), forged
 
 
 @pytest.fixture
@@ -365,24 +365,24 @@ async def test_a_herd_reads_the_secrets_once(
 
 
 @pytest.mark.anyio
-async def test_a_retired_check_key_takes_its_tokens_along(engine: Engine, clock: Clock) -> None:
+async def test_a_retired_mac_key_ends_its_tokens(engine: Engine, clock: Clock) -> None:
     """It is deleted when it was replaced long enough ago; then its tokens are forged ones."""
     old = await create(engine)
-    vault = await engine.store_secrets()
-    first = next(each.id for each in await vault.list() if each.kind == "mac")
+    store_secrets = await engine.store_secrets()
+    first = next(each.id for each in await store_secrets.list() if each.kind == "mac")
     with pytest.raises(SecretInUse, match="everything new"):
-        await vault.retire(first)
+        await store_secrets.retire(first)
     clock.tick(1)
-    await vault.rotate()
+    await store_secrets.rotate()
     clock.tick(SHARED_CACHE_SECONDS - 1)
     with pytest.raises(SecretInUse, match="less than 300 seconds"):
-        await vault.retire(first)
+        await store_secrets.retire(first)
     clock.tick(1)
     new = await create(engine)
-    assert await vault.count_dependent_keys(first) == 1
-    await vault.retire(first)
+    assert await store_secrets.count_dependent_keys(first) == 1
+    await store_secrets.retire(first)
     with pytest.raises(SecretInUse, match="no such secret"):
-        await vault.retire(first)
+        await store_secrets.retire(first)
     assert await engine.authenticate(bearer(old)) == Deny(Reason.FORGED)
     assert isinstance(await engine.authenticate(bearer(new)), Allow)
 
@@ -487,9 +487,9 @@ def rotations(count: int) -> Rotate:
 
     async def rotate(url: str, redis: str) -> None:
         engine = Engine(Settings.load(store=url, redis=redis, hasher="sha256", lease=2))
-        vault = await engine.store_secrets()
+        store_secrets = await engine.store_secrets()
         for _ in range(count):
-            await vault.rotate()
+            await store_secrets.rotate()
             await asyncio.sleep(0.3)
         await engine.stop()
 

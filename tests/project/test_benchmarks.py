@@ -7,7 +7,7 @@ import pytest
 from counted import counted
 from l1_hit import RECORDED, SQLITE, grown
 from targets import Row, Spread, shown, table_of
-from ticker import PAUSE_SECONDS, note
+from ticker import PAUSE_SECONDS, record_tick
 from wrk import NotMeasured, parse
 
 SAID = """\
@@ -53,7 +53,7 @@ class TestWrk:
         ids=["not 200", "socket errors", "no answer", "nothing said"],
     )
     def test_only_answers_that_are_200_are_a_measurement(self, wrong: str) -> None:
-        """A server that refuses is fast, and that says nothing."""
+        """A server that refuses is fast: its rate means nothing."""
         with pytest.raises(NotMeasured):
             parse(wrong)
 
@@ -101,19 +101,19 @@ def test_a_hit_that_costs_a_fifth_more_is_found() -> None:
 def test_a_stall_of_a_loop_is_charged_to_every_tick_of_it() -> None:
     """A loop that stands still for 20 ms is late twenty times, and then on time again."""
     lateness: list[float] = []
-    due = note(lateness, 0.0, 0.0)
-    due = note(lateness, due, 20.5 * PAUSE_SECONDS)
-    note(lateness, due, due)
+    due = record_tick(lateness, 0.0, 0.0)
+    due = record_tick(lateness, due, 20.5 * PAUSE_SECONDS)
+    record_tick(lateness, due, due)
     expected = [0.0, *((late + 0.5) * PAUSE_SECONDS for late in range(19, -1, -1)), 0.0]
     assert lateness == pytest.approx(expected)
 
 
 class Oracle:
-    """Somebody who is asked."""
+    """A target with an asynchronous and a synchronous method."""
 
     name = "Delphi"
 
-    async def ask(self, question: str) -> str:
+    async def reverse(self, question: str) -> str:
         return question[::-1]
 
     def know(self) -> int:
@@ -122,8 +122,8 @@ class Oracle:
 
 @pytest.mark.anyio
 async def test_calls_are_counted_and_handed_on() -> None:
-    """What waits for somebody counts; what is known already does not."""
+    """Awaited calls are counted; synchronous ones are not."""
     calls = Counter[str]()
     oracle = counted(Oracle(), calls)
-    assert (await oracle.ask("ab"), oracle.know(), oracle.name) == ("ba", 42, "Delphi")
-    assert calls == {"ask": 1}
+    assert (await oracle.reverse("ab"), oracle.know(), oracle.name) == ("ba", 42, "Delphi")
+    assert calls == {"reverse": 1}

@@ -200,7 +200,7 @@ def probes() -> list[list[str]]:
 @pytest.mark.parametrize(
     "command", probes(), ids=lambda command: " ".join(re.findall(r"8\d+|/[a-z]+z", command[2]))
 )
-def test_a_probe_tells_well_from_ill(command: list[str]) -> None:
+def test_a_probe_distinguishes_healthy_and_unhealthy(command: list[str]) -> None:
     """It succeeds on 200 only: not on 503, not without a response."""
 
     async def ill(scope: Any, receive: Any, send: Any) -> None:
@@ -324,7 +324,7 @@ def test_nginx_runs_on_our_files(tmp_path: Path, command: list[str]) -> None:
     assert subprocess.run(judged).returncode == 0
 
 
-def test_the_example_behind_a_proxy_believes_only_the_proxy() -> None:
+def test_the_example_behind_a_proxy_trusts_only_the_proxy() -> None:
     """It takes the identity from the proxy's headers, and checks the permission again."""
     fields = [
         *(b"x-keylatch-key-id: key_1", b"x-keylatch-key-name: me"),
@@ -572,7 +572,7 @@ def test_the_sidecar_on_its_own_answers_proxies_alone() -> None:
     (service,) = of_kind(ALONE, "Service")
     assert service["metadata"]["name"] == "keylatch"
     assert service["spec"]["ports"][0]["port"] == 8700
-    assert manifests.strangers_who_may_ask(ALONE) == []
+    assert manifests.unexpected_clients(ALONE) == []
     changes: list[Change] = [
         lambda each: of_kind(each, "Service")[0]["spec"].update(type="LoadBalancer"),
         lambda each: of_kind(each, "NetworkPolicy")[0]["spec"]["ingress"][0].pop("from"),
@@ -582,7 +582,7 @@ def test_the_sidecar_on_its_own_answers_proxies_alone() -> None:
         ),
     ]
     for change in changes:
-        assert manifests.strangers_who_may_ask(twin(ALONE, change))
+        assert manifests.unexpected_clients(twin(ALONE, change))
 
 
 def test_each_proxy_sends_the_facts_that_its_sidecar_expects() -> None:
@@ -692,9 +692,9 @@ def test_the_metrics_are_there(tmp_path: Path, name: str) -> None:
 
     try:
         eventually(is_there)
-        asked = Path(main) if main else f"http://127.0.0.1:{ports['8700']}"
-        assert send(asked, b"GET /metrics").status == 404
-        assert send(asked, b"GET /readyz").body == b'{"status":"ok"}'
+        target = Path(main) if main else f"http://127.0.0.1:{ports['8700']}"
+        assert send(target, b"GET /metrics").status == 404
+        assert send(target, b"GET /readyz").body == b'{"status":"ok"}'
     finally:
         process.kill()
         process.wait()
@@ -714,7 +714,7 @@ def test_the_ports_are_distinguished() -> None:
     assert len(ports) == len(set(ports)) == len(used)
 
 
-# What is asked
+# What proxies require
 
 BROWSER = frozenset(("origin", "access-control-request-method"))
 QUESTIONS = {
@@ -752,8 +752,8 @@ each_question = pytest.mark.parametrize(
 def test_istio_checks_requests(request_: Request, permission: str | None) -> None:
     """One check per request, for the right permission."""
     policies = of_kind(ISTIO, "AuthorizationPolicy")
-    asked = manifests.asked_by_istio(policies, MESH, request_)
-    assert asked == ({permission} if permission else set())
+    required = manifests.asked_by_istio(policies, MESH, request_)
+    assert required == ({permission} if permission else set())
 
 
 @each_question
@@ -879,18 +879,18 @@ def test_a_gateway_removes_what_only_looks_like_the_answer() -> None:
         assert len(names) <= 16, "more than the API takes"
     assert set(IDENTITY) <= removed[0]
     assert not set(IDENTITY) & removed[1]
-    ask = rest["filters"][0]["externalAuth"]
-    assert (ask["protocol"], ask["http"]["path"]) == ("HTTP", "/ext_authz")
-    assert ask["http"]["allowedHeaders"] == [], "x-keylatch-require would be the client's"
-    assert ask["http"]["allowedResponseHeaders"] == IDENTITY
-    assert ask["backendRef"] == {"name": "keylatch", "port": 8700}
+    ext_authz = rest["filters"][0]["externalAuth"]
+    assert (ext_authz["protocol"], ext_authz["http"]["path"]) == ("HTTP", "/ext_authz")
+    assert ext_authz["http"]["allowedHeaders"] == [], "x-keylatch-require would be the client's"
+    assert ext_authz["http"]["allowedResponseHeaders"] == IDENTITY
+    assert ext_authz["backendRef"] == {"name": "keylatch", "port": 8700}
 
 
 LUA = Path("/usr/lib/nginx/modules/ngx_http_lua_module.so")
 
 
 def test_apisix_s_function_runs(tmp_path: Path) -> None:
-    """In the very Lua that APISIX is made of, past a hundred headers, whatever nginx lets in."""
+    """In the very Lua that APISIX is made of, past a hundred headers, whatever nginx accepts."""
     nginx = require_program(
         shutil.which("nginx", path=SEARCHED) if LUA.exists() else None, "libnginx-mod-http-lua"
     )
@@ -958,13 +958,15 @@ def test_apisix_removes_what_only_looks_like_the_answer() -> None:
     assert (DEPLOY / "apisix/apisix.yaml").read_text().endswith("\n#END\n"), "or it loads nothing"
     for service in APISIX["services"]:
         assert service["plugins"]["proxy-rewrite"] == {"headers": {"remove": ["Authorization"]}}
-        ask = service["plugins"].get("forward-auth")
-        assert (ask is None) == (service["id"] == "public")
-        if ask is not None:
-            assert ask["upstream_headers"] == IDENTITY
-            assert ask["request_headers"] == ["Authorization"]
-            assert ask["timeout"] == 1000
-            assert {"WWW-Authenticate", "Retry-After", "Content-Type"} <= set(ask["client_headers"])
+        forward_auth = service["plugins"].get("forward-auth")
+        assert (forward_auth is None) == (service["id"] == "public")
+        if forward_auth is not None:
+            assert forward_auth["upstream_headers"] == IDENTITY
+            assert forward_auth["request_headers"] == ["Authorization"]
+            assert forward_auth["timeout"] == 1000
+            assert {"WWW-Authenticate", "Retry-After", "Content-Type"} <= set(
+                forward_auth["client_headers"]
+            )
     upgraded = [route["id"] for route in APISIX["routes"] if route.get("enable_websocket")]
     assert upgraded == ["websockets"], "every other Upgrade would lead past the check"
     assert list(APISIX["upstreams"][0]["nodes"]) == ["127.0.0.1:8000"]

@@ -1,6 +1,6 @@
 """The examples in deploy/example, each started as its docstring says and called over a socket.
 
-Below them: what a framework hears besides requests, through the middleware around it.
+Below them: what a framework receives besides requests, through the middleware around it.
 """
 
 import ast
@@ -88,7 +88,9 @@ class Example:
         except OSError:
             return False
 
-    def ask(self, line: bytes, key: Created | None = None, *fields: bytes) -> raw_http.RawResponse:
+    def request(
+        self, line: bytes, key: Created | None = None, *fields: bytes
+    ) -> raw_http.RawResponse:
         """An answer, without what servers add of their own."""
         if key is not None:
             fields += (b"Authorization: Bearer " + key.token.reveal().encode(),)
@@ -144,23 +146,25 @@ def test_an_example_does_what_it_shows(keys: Keys, examples: dict[str, Example],
     example = examples[name]
     admin_key, sender, gone = keys.create(), keys.create("SENDING"), keys.create()
 
-    answer = example.ask(b"GET /v1/me", admin_key)
+    answer = example.request(b"GET /v1/me", admin_key)
     assert (answer.status, json.loads(answer.body)) == (
         200,
         {"key": admin_key.record.id, "name": "FULL"},
     )
     for key in (admin_key, sender):
-        answer = example.ask(b"POST /v1/emails", key)
+        answer = example.request(b"POST /v1/emails", key)
         assert (answer.status, json.loads(answer.body)) == (200, {"sent by": key.record.name})
 
-    nobody = example.ask(b"GET /v1/me")
-    assert nobody == refusal(
+    without_key = example.request(b"GET /v1/me")
+    assert without_key == refusal(
         401,
         "unauthorized",
         "Send an API key: Authorization: Bearer <key>",
         'Bearer realm="keylatch"',
     )
-    assert example.ask(b"POST /v1/emails") == example.ask(b"GET /v1/elsewhere") == nobody
+    assert (
+        example.request(b"POST /v1/emails") == example.request(b"GET /v1/elsewhere") == without_key
+    )
     too_small = refusal(
         403,
         "insufficient_scope",
@@ -168,16 +172,16 @@ def test_an_example_does_what_it_shows(keys: Keys, examples: dict[str, Example],
         'Bearer realm="keylatch", error="insufficient_scope", scope="FULL"',
     )
     for line in (b"GET /v1/me", b"POST /v1/emails/", b"GET /v1/elsewhere"):
-        assert example.ask(line, sender) == too_small
+        assert example.request(line, sender) == too_small
     if name.startswith("django"):  # its views are declared for all methods at once
-        assert example.ask(b"GET /v1/emails", sender).status == 405
+        assert example.request(b"GET /v1/emails", sender).status == 405
     else:
-        assert example.ask(b"GET /v1/emails", sender) == too_small
-    assert example.ask(b"GET /v1/elsewhere", admin_key).status == 404
+        assert example.request(b"GET /v1/emails", sender) == too_small
+    assert example.request(b"GET /v1/elsewhere", admin_key).status == 404
 
-    assert example.ask(b"GET /v1/me", gone).status == 200
+    assert example.request(b"GET /v1/me", gone).status == 200
     keys.revoke(gone)
-    assert example.ask(b"GET /v1/me", gone) == refusal(
+    assert example.request(b"GET /v1/me", gone) == refusal(
         401,
         "invalid_token",
         "The API key is not valid",
@@ -203,7 +207,7 @@ def refusal(status: int, error: str, description: str, challenge: str) -> raw_ht
 def test_an_example_takes_identity_from_no_header(
     keys: Keys, examples: dict[str, Example], name: str
 ) -> None:
-    """Headers that look like keylatch's own change nothing, however they are spelled."""
+    """Headers that look like keylatch's own change nothing, in any spelling."""
     admin_key, sender = keys.create(), keys.create("SENDING")
     posing = (
         b"X-Keylatch-Key-Id: key_boss",
@@ -211,7 +215,7 @@ def test_an_example_takes_identity_from_no_header(
         b"x-keylatch-Organization-Id: default",
     )
     for line, key in ((b"GET /v1/me", admin_key), (b"GET /v1/me", sender), (b"GET /v1/me", None)):
-        assert examples[name].ask(line, key, *posing) == examples[name].ask(line, key)
+        assert examples[name].request(line, key, *posing) == examples[name].request(line, key)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,16 +223,16 @@ def test_an_example_answers_head(keys: Keys, examples: dict[str, Example], name:
     """As it answers GET, without the body; a framework that knows no HEAD of its own says 405."""
     example = examples[name]
     for key in (None, keys.create("SENDING")):
-        got, head = (example.ask(method + b" /v1/me", key) for method in (b"GET", b"HEAD"))
+        got, head = (example.request(method + b" /v1/me", key) for method in (b"GET", b"HEAD"))
         assert head == raw_http.RawResponse(got.status, got.headers, b"")
-    allowed = example.ask(b"HEAD /v1/me", keys.create())
+    allowed = example.request(b"HEAD /v1/me", keys.create())
     assert (allowed.status in (200, 405), allowed.body) == (True, b"")
 
 
 def test_the_fastapi_example_shows_its_documentation(examples: dict[str, Example]) -> None:
     """Public, with what each route needs."""
-    assert examples["app"].ask(b"GET /docs").status == 200
-    paths = json.loads(examples["app"].ask(b"GET /openapi.json").body)["paths"]
+    assert examples["app"].request(b"GET /docs").status == 200
+    paths = json.loads(examples["app"].request(b"GET /openapi.json").body)["paths"]
     assert paths["/v1/me"]["get"]["security"] == [{"APIKey": []}]
     assert paths["/v1/emails"]["post"]["security"] == [{"APIKey": ["SENDING"]}]
 
@@ -242,20 +246,20 @@ def test_the_key_that_the_examples_tell_to_create(keys: Keys, examples: dict[str
     )
     for example in examples.values():
         field = b"Authorization: Bearer " + done.stdout.strip()
-        assert json.loads(example.ask(b"GET /v1/me", None, field).body)["name"] == "me"
+        assert json.loads(example.request(b"GET /v1/me", None, field).body)["name"] == "me"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_stops_in_order(keys: Keys, examples: dict[str, Example], name: str) -> None:
-    """Told to stop, it stores when its keys were used: lifespan events reach the middleware."""
+    """On SIGTERM it stores when its keys were used: lifespan events reach the middleware."""
     key = keys.create()
-    assert examples[name].ask(b"GET /v1/me", key).status == 200
+    assert examples[name].request(b"GET /v1/me", key).status == 200
     examples[name].process.terminate()
     examples[name].process.wait(20)
     assert keys.last_used(key) is not None
 
 
-# What a framework hears besides requests
+# What a framework receives besides requests
 
 Events = list[str]
 
@@ -298,7 +302,7 @@ def quart_app(events: Events) -> ASGIApp:
 def test_websockets_and_lifespan_pass(
     make_engine: MakeEngine, build: Callable[[Events], ASGIApp]
 ) -> None:
-    """The app hears its start and its stop, and a WebSocket knows whose it is."""
+    """The app receives startup and shutdown, and a WebSocket knows whose it is."""
     operator = make_engine()
 
     async def operated(work: Callable[[], Awaitable[Any]]) -> Any:

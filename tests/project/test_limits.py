@@ -15,7 +15,7 @@ ROWS = [row.strip("|").split(" | ") for row in SECTION.splitlines() if row.start
 
 
 @pytest.mark.parametrize(
-    ("resource", "says"),
+    ("resource", "expected"),
     [
         ("header fields", f"{limits.HEAD_BYTES // 1024} KiB, then 431"),
         ("request's head", f"{limits.HEAD_SECONDS:g} s from its first byte, then 408"),
@@ -33,10 +33,10 @@ ROWS = [row.strip("|").split(" | ") for row in SECTION.splitlines() if row.start
         ("connections over gRPC", f"after {limits.GRPC_IDLE_SECONDS} s without a call"),
     ],
 )
-def test_the_table_says_what_the_code_does(resource: str, says: str) -> None:
+def test_the_table_says_what_the_code_does(resource: str, expected: str) -> None:
     """Each number once, in the row of its resource."""
     [row] = [row for row in ROWS if resource in row[0]]
-    assert says in row[1]
+    assert expected in row[1]
 
 
 def test_what_is_served_has_these_limits() -> None:

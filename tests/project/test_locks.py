@@ -18,8 +18,8 @@ PIN = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+)(?: ; (?P<marker>.*?))?
 HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}(?: \\)?$")
 
 
-def asked(project: dict[str, Any], lock: str) -> Iterator[Requirement]:
-    """What pyproject.toml asks for, of what the Makefile puts into this lock."""
+def requirements_of(project: dict[str, Any], lock: str) -> Iterator[Requirement]:
+    """What pyproject.toml requires, of what the Makefile puts into this lock."""
     [command] = re.findall(rf"\$\(LOCK\) (.*) -o requirements/{lock}.lock", MAKEFILE)
     extras = re.findall(r"--extra (\w+)", command)
     if "$(EXTRAS)" in command:
@@ -45,11 +45,11 @@ def pinned(text: str) -> dict[str, set[str]]:
 
 
 def missing(project: dict[str, Any], lock: str) -> list[str]:
-    """What is asked for and not in the lock, or in another version."""
+    """What is required and not in the lock, or in another version."""
     pins = pinned((ROOT / f"requirements/{lock}.lock").read_text())
     return [
         str(each)
-        for each in asked(project, lock)
+        for each in requirements_of(project, lock)
         if not any(map(each.specifier.contains, pins.get(canonicalize_name(each.name), ())))
     ]
 

@@ -102,8 +102,8 @@ def test_the_alerts_name_what_exists() -> None:
     + ["hashes_rejected_total", "usage_dropped_total", "store_restored_total"]
     + ['component_healthy{component="store"}'],
 )
-def test_somebody_is_woken_for_it(metric: str) -> None:
-    """There is an alert for everything that nobody may sleep through."""
+def test_every_urgent_condition_has_an_alert(metric: str) -> None:
+    """There is an alert for every urgent condition."""
     assert any(f"keylatch_{metric}" in rule["expr"] for rule in rules())
 
 
@@ -144,8 +144,8 @@ def test_the_documented_metrics_are_the_metrics() -> None:
         )
         for family in FAMILIES
     ]
-    told = set(re.findall(r"`(keylatch_\w+)[`{]", README))
-    assert told <= {family.name for family in FAMILIES}
+    metric_names = set(re.findall(r"`(keylatch_\w+)[`{]", README))
+    assert metric_names <= {family.name for family in FAMILIES}
     for source in values()["source"]:
         assert f"`{source}`" in README
 

@@ -16,7 +16,7 @@ from catalogue import PEERS, NotMeasured, Peer
 from findings import as_tables, finding, read, write
 from keylatch import Engine, Settings
 from rounds import per_second
-from serving import APPS, ask, serving
+from serving import APPS, fetch, serving
 
 pytestmark = pytest.mark.long
 
@@ -32,7 +32,7 @@ Transfer/sec:      3.20MB
 
 @pytest.fixture
 def header(store_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A key in the store that the apps are told of."""
+    """A key in the store that the apps are configured with."""
     monkeypatch.setenv("KEYLATCH_STORE", store_url)
     monkeypatch.setenv("KEYLATCH_HASHER", "sha256")
 
@@ -60,8 +60,10 @@ def test_the_asgi_apps_check_keys(name: str, header: str) -> None:
     """`/open` is for all, `/protected` for the key; both say the same."""
     with TestClient(loaded(name).app) as client:
         assert client.get("/protected").status_code == 401
-        told = [client.get("/open"), client.get("/protected", headers={"Authorization": header})]
-        assert {(answer.status_code, answer.text.strip('"')) for answer in told} == {(200, "hello")}
+        answers = [client.get("/open"), client.get("/protected", headers={"Authorization": header})]
+        assert {(answer.status_code, answer.text.strip('"')) for answer in answers} == {
+            (200, "hello")
+        }
 
 
 @pytest.fixture
@@ -75,23 +77,23 @@ def test_the_wsgi_app_checks_keys(header: str, flask_app: ModuleType) -> None:
     """`/open` is for all, `/protected` for the key; both say the same."""
     client = Client(flask_app.app)
     assert client.get("/protected").status_code == 401
-    told = [client.get("/open"), client.get("/protected", headers={"Authorization": header})]
-    assert {(answer.status_code, answer.text) for answer in told} == {(200, "hello")}
+    answers = [client.get("/open"), client.get("/protected", headers={"Authorization": header})]
+    assert {(answer.status_code, answer.text) for answer in answers} == {(200, "hello")}
 
 
 def test_a_server_serves_until_it_is_let_go(tmp_path: Path, store_url: str) -> None:
-    """A peer is started with a key and looked at; afterwards nobody listens there."""
+    """A peer is started with a key and looked at; afterwards the port is closed."""
     with serving(BY_NAME["keylatch_drf"], Path(sys.executable), tmp_path, store_url) as server:
-        assert ask(server, "/protected", server.header) == "200 hello"
+        assert fetch(server, "/protected", server.header) == "200 hello"
     with pytest.raises(OSError, match="refused"):
-        ask(server, "/open")
+        fetch(server, "/open")
 
 
 def test_a_peer_that_cannot_be_served_says_why(tmp_path: Path, store_url: str) -> None:
     """The others go on: this is an answer, not the end."""
-    peer = Peer("nobody", "nobody", "Flask", "gunicorn", ("nobody==1.0",))
+    peer = Peer("missing", "missing", "Flask", "gunicorn", ("missing==1.0",))
     with (
-        pytest.raises(NotMeasured, match=r"makes no key.*nobody\.py"),
+        pytest.raises(NotMeasured, match=r"makes no key.*missing\.py"),
         serving(peer, Path(sys.executable), tmp_path, store_url),
     ):
         pass
@@ -134,8 +136,8 @@ def test_ratios_are_taken_round_by_round(tmp_path: Path) -> None:
         finding(BY_NAME["keylatch_drf"], {}, [(100.0, 95.0)]),
     )
     assert (slow.ratio, slow.open, slow.protected) == (0.5, 10.0, 9.0)
-    write(tmp_path / "peers.json", [slow, fast], {"nobody": "no wheel"}, seconds=1)
+    write(tmp_path / "peers.json", [slow, fast], {"missing": "no wheel"}, seconds=1)
     found, failed = read(tmp_path / "peers.json")
     assert [each.name for each in found] == ["keylatch_drf", "drf_knox"]
-    assert (found[1].ratios, failed) == (slow.ratios, {"nobody": "no wheel"})
+    assert (found[1].ratios, failed) == (slow.ratios, {"missing": "no wheel"})
     assert len(as_tables(found).renderables) == 2

@@ -68,7 +68,7 @@ class Watched:
         assert self.sidecar.decision(self._known).status == 200
 
     def use_another(self) -> None:
-        """Ask with a new key, which no worker knows: it asks Redis and the store."""
+        """Send a request with a new key, uncached in all workers: it needs Redis and the store."""
         assert self.sidecar.decision(auth_header(self.sidecar.create())).status == 200
 
     def series(self, expression: str) -> list[dict[str, str]]:
@@ -79,7 +79,7 @@ class Watched:
             expression = expression.replace(variable, value)
         return self.prometheus.series(expression)
 
-    def tells(self, expression: str, labels: set[str]) -> bool:
+    def has_labels(self, expression: str, labels: set[str]) -> bool:
         """Whether there are series, and all have these labels."""
         series = self.series(expression)
         return bool(series) and all(labels <= set(each) for each in series)
@@ -115,7 +115,7 @@ def started(
         prometheus = PrometheusServer(folder, configuration(f"127.0.0.1:{port}"))
         stack.callback(prometheus.kill)
         given = {"STORE": postgres.new_database(), "REDIS": redis.url}
-        sidecar = Workers(folder, port, HASHER="argon2id", **given)  # or Redis is never asked
+        sidecar = Workers(folder, port, HASHER="argon2id", **given)  # or Redis is never used
         stack.callback(sidecar.close)
         stack.callback(sidecar.stop)
         yield Watched(sidecar, redis, prometheus)
@@ -165,13 +165,13 @@ WRONG: dict[str, tuple[str, Callable[[Rule], Any]]] = {
 """What can be wrong with an alert: which part of its rule, and how that reads then."""
 
 
-def failed_cases(folder: Path, part: str, spelled: Callable[[Rule], Any]) -> set[str]:
+def failed_cases(folder: Path, part: str, change: Callable[[Rule], Any]) -> set[str]:
     """The alerts whose cases fail when every rule that has this part has another."""
     content = yaml.safe_load((FOLDER / "alerts.yaml").read_text())
     for group in content["groups"]:
         for rule in group["rules"]:
             if part in rule:
-                rule[part] = spelled(rule)
+                rule[part] = change(rule)
     (folder / "alerts.yaml").write_text(yaml.safe_dump(content))
     shutil.copy(FOLDER / "alerts_test.yaml", folder)
     _, said = promtool("test", "rules", folder / "alerts_test.yaml")
@@ -198,10 +198,10 @@ def test_alerts_come_and_go_as_their_cases_say() -> None:
 @pytest.mark.parametrize("wrong", WRONG)
 def test_no_alert_is_without_its_cases(wrong: str, tmp_path: Path) -> None:
     """The twin: break all alerts, and a case fails for each of them; a new one needs its own."""
-    part, spelled = WRONG[wrong]
+    part, change = WRONG[wrong]
     broken = {rule["alert"] for rule in rules() if part in rule}
     assert len(broken) > 4
-    assert failed_cases(tmp_path, part, spelled) == broken
+    assert failed_cases(tmp_path, part, change) == broken
 
 
 # Prometheus
@@ -212,7 +212,7 @@ def spoken_of(text: str) -> set[str]:
     return set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", text))
 
 
-def questions() -> dict[str, set[str]]:
+def queries() -> dict[str, set[str]]:
     """What panels show and alerts measure, and the labels that they speak of."""
     targets = [target for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
     shown = {target["expr"]: spoken_of(target["legendFormat"]) for target in targets}
@@ -225,12 +225,12 @@ def questions() -> dict[str, set[str]]:
 
 def test_whatever_is_asked_has_an_answer(watched: Watched) -> None:
     """Each panel and each alert reads series of a sidecar, with the labels that it speaks of."""
-    left = questions()
+    left = queries()
 
     def are_answered() -> bool:
         watched.use()  # a rate above 0 takes uses between two scrapes
         for expression, labels in list(left.items()):
-            if watched.tells(expression, labels):
+            if watched.has_labels(expression, labels):
                 del left[expression]
         return not left
 
@@ -239,17 +239,17 @@ def test_whatever_is_asked_has_an_answer(watched: Watched) -> None:
     assert left == {}
 
 
-def test_a_wrong_question_would_have_none(watched: Watched) -> None:
+def test_a_wrong_query_would_have_no_series(watched: Watched) -> None:
     """The twin: a label, a value or a name that does not exist; a legend that has no label."""
     right = 'sum by (source) (rate(keylatch_decisions_total{job=~"$job",source="l1"}[5m]))'
-    eventually(lambda: watched.tells(right, {"source"}))
+    eventually(lambda: watched.has_labels(right, {"source"}))
     for old, new in {
         "job=": "jobb=",
         '"l1"': '"l11"',
         "ons_t": "on_t",
         "(source)": "(tear)",
     }.items():
-        assert not watched.tells(right.replace(old, new), {"source"}), new
+        assert not watched.has_labels(right.replace(old, new), {"source"}), new
     with pytest.raises(pytest.fail.Exception, match="parse error"):
         watched.series(right.replace("[5m]", "[5 m"))
 
@@ -259,17 +259,17 @@ def test_the_dashboard_offers_what_can_be_chosen(watched: Watched) -> None:
     offered = {}
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
-            asked = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
-            assert asked
-            matched = {"match[]": asked[1].replace("$job", "keylatch")}
+            query = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+            assert query
+            matched = {"match[]": query[1].replace("$job", "keylatch")}
             offered[variable["name"]] = watched.prometheus.query(
-                f"label/{asked[2]}/values", **matched
+                f"label/{query[2]}/values", **matched
             )
     assert offered == {"job": ["keylatch"], "instance": [watched.sidecar.metrics]}
 
 
 def test_prometheus_evaluates_the_alerts(watched: Watched) -> None:
-    """All of them, without an error; a healthy sidecar wakes nobody."""
+    """All of them, without an error; a healthy sidecar fires no alert."""
     names = {rule["alert"] for rule in rules()}
     eventually(lambda: set(watched.alerts("health").values()) == {"ok"})
     assert watched.alerts("health").keys() == names

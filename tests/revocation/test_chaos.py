@@ -25,7 +25,7 @@ from tests.support.servers import require_program
 pytestmark = pytest.mark.long
 
 X = 500
-Line = tuple[Proxy, asyncio.StreamReader, asyncio.StreamWriter]
+ProxiedConnection = tuple[Proxy, asyncio.StreamReader, asyncio.StreamWriter]
 
 
 def ledger_of(revoke: Revoke) -> Ledger:
@@ -51,7 +51,7 @@ def test_what_starts_after_the_answer_must_be_refused(
 def test_nothing_is_accepted_later_than_a_lease_after_the_commit(
     start: int, late: dict[tuple[str, str], int]
 ) -> None:
-    """Whoever did not wait has the bound of the receipt, and the commit counts anyway."""
+    """A caller that did not wait has the bound of the receipt; the commit counts anyway."""
     ledger = ledger_of(Revoke(requested=100, committed=200, answered=210, bound_ns=X))
     ledger.observe("w", [["key", 1, 0, 0, start, 0]])
     ledger.close()
@@ -60,8 +60,8 @@ def test_nothing_is_accepted_later_than_a_lease_after_the_commit(
 
 
 @pytest.mark.parametrize(("end", "wrong"), [(99, True), (101, False)])
-def test_what_is_refused_before_anybody_asked_is_refused_wrongly(end: int, wrong: bool) -> None:
-    """A refusal counts by its END; a key that nobody revokes is never refused."""
+def test_a_refusal_before_the_revoke_was_requested_is_wrong(end: int, wrong: bool) -> None:
+    """A refusal counts by its END; a key that is never revoked is never refused."""
     ledger = ledger_of(Revoke(requested=100, committed=200, answered=300))
     ledger.observe("w", [["key", 1, 1, 0, 50, end], ["live", 0, 1, 0, 0, end]])
     ledger.close()
@@ -70,19 +70,19 @@ def test_what_is_refused_before_anybody_asked_is_refused_wrongly(end: int, wrong
 
 
 def test_facts_of_several_reports_are_one_story() -> None:
-    """The latest acceptance and the earliest refusal count, in whatever order they are told."""
+    """The latest acceptance and the earliest refusal count, in whatever order they arrive."""
     ledger = ledger_of(Revoke(requested=100, committed=200, answered=300))
     ledger.observe("w", [["key", 2, 1, 0, 90, 250]])
     ledger.observe("w", [["key", 3, 4, 0, 80, 240]])
     ledger.close({"key"})
     assert (ledger.accepted, ledger.refused, ledger.observed_pairs) == (5, 5, 1)
-    ledger.observe("w", [["key", 1, 0, 0, 305, 0]])  # told late
+    ledger.observe("w", [["key", 1, 0, 0, 305, 0]])  # reported late
     ledger.close()
     assert ledger.after_answer == {("key", "w"): 5}
 
 
 def test_a_503_needs_a_fault_of_that_process() -> None:
-    """A fault of one worker excuses no other one, and no fault of Redis excuses anybody."""
+    """A fault of one worker excuses no other one, and no fault of Redis excuses any."""
     ledger = Ledger(X)
     faults = [
         Interval("store connections reset", 100 * BUCKET_NS, 110 * BUCKET_NS, "worker-0"),
@@ -122,7 +122,7 @@ def test_one_kind_can_be_chosen() -> None:
 
 
 @pytest.fixture
-async def line() -> AsyncIterator[Line]:
+async def proxied() -> AsyncIterator[ProxiedConnection]:
     """A proxy in front of an echo, and a connection through it."""
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -143,9 +143,9 @@ async def line() -> AsyncIterator[Line]:
 
 
 @pytest.mark.anyio
-async def test_what_is_held_arrives_later(line: Line) -> None:
+async def test_what_is_held_arrives_later(proxied: ProxiedConnection) -> None:
     """A partition that heals loses nothing."""
-    proxy, reader, writer = line
+    proxy, reader, writer = proxied
     with proxy.held():
         writer.write(b"late")
         with pytest.raises(TimeoutError):
@@ -154,9 +154,9 @@ async def test_what_is_held_arrives_later(line: Line) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_swallowed_never_arrives(line: Line) -> None:
+async def test_what_is_swallowed_never_arrives(proxied: ProxiedConnection) -> None:
     """A connection that lost bytes stays dead; a new one lives."""
-    proxy, reader, writer = line
+    proxy, reader, writer = proxied
     with proxy.blackholing():
         writer.write(b"lost")
         with pytest.raises(TimeoutError):
@@ -171,9 +171,9 @@ async def test_what_is_swallowed_never_arrives(line: Line) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_refused_is_reset(line: Line) -> None:
-    """The line breaks at once, and no new one holds."""
-    proxy, reader, _ = line
+async def test_what_is_refused_is_reset(proxied: ProxiedConnection) -> None:
+    """The connection breaks at once, and each new one too."""
+    proxy, reader, _ = proxied
     with proxy.resetting():
         assert await is_broken(reader)
         fresh, again = await asyncio.open_connection("127.0.0.1", proxy.port)
@@ -190,9 +190,9 @@ async def is_broken(reader: asyncio.StreamReader) -> bool:
 
 
 @pytest.mark.anyio
-async def test_answers_can_be_slow(line: Line) -> None:
-    """The question is not."""
-    proxy, reader, writer = line
+async def test_answers_can_be_slow(proxied: ProxiedConnection) -> None:
+    """The request is not delayed."""
+    proxy, reader, writer = proxied
     with proxy.slow(0.1):
         began = time.monotonic()
         writer.write(b"slow")
@@ -232,8 +232,8 @@ def test_no_promise_breaks_under_any_kind_of_fault(tmp_path: Path) -> None:
     assert code == 0
 
 
-def test_a_lost_bell_is_enough_to_catch_the_twin(tmp_path: Path) -> None:
-    """Workers that do not hear Redis: the twin goes on accepting, keylatch only takes longer."""
+def test_a_lost_notice_is_enough_to_catch_the_twin(tmp_path: Path) -> None:
+    """Workers without notices: the twin goes on accepting, keylatch only takes longer."""
     code, found = chaos(tmp_path, "--faults=12", "--seconds=6", "--only=worker cut from redis")
     assert found["sides"]["naive"]["accepted after the answer"] > 0
     assert found["sides"]["keylatch"]["accepted after the answer"] == 0

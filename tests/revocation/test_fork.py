@@ -23,7 +23,7 @@ Order = Callable[..., Any]
 
 @contextlib.contextmanager
 def forking(store: str, redis: str = "") -> Iterator[tuple[Order, Order]]:
-    """A process and the child that it forks when told to: both do what they are told."""
+    """A process and the child that it forks on command: both execute commands."""
     with contextlib.ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(2)]
         for ours, _ in pairs:
@@ -59,7 +59,7 @@ def integrity(store_url: str) -> str:
 
 
 def test_parent_and_child_both_check_and_a_revoke_is_seen_by_both(store_url: str) -> None:
-    """Whoever of the two revokes a key that both have cached, the other refuses it at once."""
+    """When either revokes a key that both have cached, the other refuses it at once."""
     with forking(store_url) as (parent, child):
         (one_id, one), (other_id, other), (_, third) = (parent("create", "key") for _ in range(3))
         assert {parent("check", token) for token in (one, other, third)} == {"accepted"}
@@ -93,7 +93,7 @@ def test_the_child_does_not_store_the_uses_that_the_parent_noted(store_url: str)
 @pytest.mark.parametrize("first", ["parent", "child"])
 def test_who_stops_first_takes_nothing_from_the_other(store_url: str, first: str) -> None:
     """After one has stopped, the other's changes still reach the store, and it sees all others'."""
-    with forking(store_url) as (parent, child), forking(store_url) as (stranger, _):
+    with forking(store_url) as (parent, child), forking(store_url) as (unrelated, _):
         (one_id, one), (other_id, other) = (parent("create", "key") for _ in range(2))
         parent("fork")
         assert (child("check", one), parent("check", one)) == ("accepted", "accepted")
@@ -102,9 +102,9 @@ def test_who_stops_first_takes_nothing_from_the_other(store_url: str, first: str
 
         left("revoke", one_id)
         _, new = left("create", "new")
-        assert (stranger("check", one), stranger("check", new)) == ("REVOKED", "accepted")
+        assert (unrelated("check", one), unrelated("check", new)) == ("REVOKED", "accepted")
         assert left("check", other) == "accepted"
-        stranger("revoke", other_id)
+        unrelated("revoke", other_id)
         assert left("check", other) == "REVOKED"
     assert integrity(store_url) == "ok"
 
@@ -127,14 +127,14 @@ def test_the_parent_keeps_its_connection_to_redis(
     """The child drops the connection that it inherited without a word to the parent or Redis."""
     with (
         forking(store_url, redis_server.url) as (parent, child),
-        forking(store_url, redis_server.url) as (stranger, _),
+        forking(store_url, redis_server.url) as (unrelated, _),
         redis_server.client() as redis,
     ):
-        tokens = [stranger("create", "key")[1] for _ in range(5)]
+        tokens = [unrelated("create", "key")[1] for _ in range(5)]
         assert parent("check", tokens[0]) == "accepted"  # so the parent has a connection
         parent("fork")
         assert child("check", tokens[0]) == "accepted"
-        assert {stranger("check", token) for token in tokens} == {"accepted"}
+        assert {unrelated("check", token) for token in tokens} == {"accepted"}
         eventually(lambda: redis.dbsize() == len(tokens))
 
         for process in (parent, child):

@@ -1,4 +1,4 @@
-"""Leases: who may believe its cache, for how long, and whom a revoke waits for."""
+"""Leases: which process may use its cache, how long, and which ones a revoke waits for."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -94,13 +94,13 @@ class Members:
 
 
 class Process:
-    """One process: a feed, a lease, and the task that keeps it."""
+    """One process: invalidations, a lease, and the task that renews it."""
 
     def __init__(self, store: Members, clock: Clock) -> None:
-        self.feed = Invalidations(lambda touched: None)
-        self.lease = Lease(store, self.feed, X, clock, clock)  # type: ignore[arg-type]
+        self.invalidations = Invalidations(lambda touched: None)
+        self.lease = Lease(store, self.invalidations, X, clock, clock)  # type: ignore[arg-type]
         self.propagation = Propagation(
-            *(store, self.feed, Histogram(())),  # type: ignore[arg-type]
+            *(store, self.invalidations, Histogram(())),  # type: ignore[arg-type]
             lease=self.lease,
             notifier=self,
             timer=clock,
@@ -119,8 +119,8 @@ class Process:
     async def close(self) -> None:
         return None
 
-    def believes(self, key_id: str, as_of: int) -> bool:
-        return self.lease.is_fresh() and self.feed.accepts(key_id, "acme", as_of)
+    def accepts(self, key_id: str, as_of: int) -> bool:
+        return self.lease.is_fresh() and self.invalidations.accepts(key_id, "acme", as_of)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def store(clock: Clock) -> Members:
 
 @pytest.fixture
 async def processes(store: Members, clock: Clock) -> AsyncIterator[list[Process]]:
-    """Three processes that hold leases and hear each other's bell."""
+    """Three processes that hold leases and receive each other's notices."""
     processes = [Process(store, clock) for _ in range(3)]
     tasks = []
     for process in processes:
@@ -143,7 +143,7 @@ async def processes(store: Members, clock: Clock) -> AsyncIterator[list[Process]
     await asyncio.wait(tasks)
 
 
-async def test_a_lease_counts_from_the_question(store: Members, clock: Clock) -> None:
+async def test_a_lease_counts_from_its_request(store: Members, clock: Clock) -> None:
     """An answer that takes half of X leaves half of X; one that takes all of it leaves nothing."""
     process = Process(store, clock)
     store.on_poll = lambda member: clock.tick(X / 2)
@@ -167,7 +167,7 @@ async def test_a_holder_gives_up_early(store: Members, clock: Clock) -> None:
 
 
 async def test_tombstone_and_lease_come_in_one_step(store: Members, clock: Clock) -> None:
-    """Whoever has the new lease has the tombstone: nothing is believed in between."""
+    """A process with the new lease has the tombstone: no cached entry is used in between."""
     process = Process(store, clock)
     await process.lease.begin()
     read_at = store.seq
@@ -175,25 +175,25 @@ async def test_tombstone_and_lease_come_in_one_step(store: Members, clock: Clock
     store.commit("key_a")
     await process.lease.revalidate()
     assert process.lease.is_fresh()
-    assert not process.believes("key_a", read_at)
+    assert not process.accepts("key_a", read_at)
 
 
-async def test_a_revoke_waits_until_everybody_knows(
+async def test_a_revoke_waits_until_every_member_acknowledged(
     store: Members, processes: list[Process]
 ) -> None:
     """It returns when all have acknowledged, and says so."""
     read_at = store.seq
-    assert all(process.believes("key_a", read_at) for process in processes)
+    assert all(process.accepts("key_a", read_at) for process in processes)
     seq = store.commit("key_a")
     receipt = await processes[0].propagation.publish(seq)
     assert receipt == Receipt(seq, acknowledged=3, members=3, bound_seconds=0.0)
-    assert not any(process.believes("key_a", read_at) for process in processes)
+    assert not any(process.accepts("key_a", read_at) for process in processes)
 
 
 async def test_a_revoke_that_does_not_wait_says_how_long_it_may_take(
     store: Members, processes: list[Process]
 ) -> None:
-    """The receipt bounds it by X, and the bell has rung."""
+    """The receipt bounds it by X, and the notice was published."""
     seq = store.commit("key_a")
     receipt = await processes[0].propagation.publish(seq, wait=False)
     assert receipt.bound_seconds == X
@@ -204,7 +204,7 @@ async def test_a_revoke_that_does_not_wait_says_how_long_it_may_take(
 async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
-    """The revoke takes X; then the process believes nothing, and its row is gone."""
+    """The revoke takes X; then the process uses no cached entry, and its row is gone."""
     lost = processes[2]
     read_at = store.seq
     store.cut_off.add(lost.lease._member)
@@ -212,7 +212,7 @@ async def test_a_process_that_is_cut_off_is_waited_for_until_its_lease_is_over(
     receipt = await processes[0].propagation.publish(store.commit("key_a"))
     assert (receipt.acknowledged, receipt.members) == (2, 3)
     assert X <= clock() - began <= X * 1.2
-    assert not lost.believes("key_a", read_at)
+    assert not lost.accepts("key_a", read_at)
     assert lost.lease._member not in store.members
 
 
@@ -232,7 +232,7 @@ async def test_a_dead_process_costs_one_revoke(
 async def test_a_hundred_that_left_cost_nothing(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
-    """A rolling restart: every old worker says goodbye, so no revoke waits for it."""
+    """A rolling restart: every old worker removes its membership, so no revoke waits for it."""
     for _ in range(100):
         old = Process(store, clock)
         await old.lease.begin()
@@ -252,7 +252,7 @@ async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
     await store.leases.join("slow", 0, seconds=X)
 
     def granted(member: str) -> None:
-        store.members["slow"][0] += 1  # it asks, but what it learns never arrives
+        store.members["slow"][0] += 1  # it polls, but the answer never arrives
 
     store.on_poll = granted
     await processes[0].propagation.publish(store.commit("key_a"))
@@ -261,7 +261,7 @@ async def test_a_process_that_was_granted_something_meanwhile_is_not_removed(
     assert "slow" in store.members
 
 
-async def test_whoever_was_removed_joins_again(
+async def test_a_removed_member_rejoins(
     store: Members, processes: list[Process], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A process that comes back holds no lease until it has a new name and the tombstones."""
@@ -273,14 +273,14 @@ async def test_whoever_was_removed_joins_again(
     await back.lease.renew()
     assert back.lease._member != name
     assert back.lease._member in store.members
-    assert not back.believes("key_a", read_at)
+    assert not back.accepts("key_a", read_at)
     assert "rejoining" in caplog.text
 
 
-async def test_a_silent_bell_only_costs_time(
+async def test_lost_notices_only_cost_time(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
-    """Without the bell every process looks by itself, well before X."""
+    """Without notices every process polls by itself, well before X."""
     for process in processes:
         process.deaf = True
     seq = store.commit("key_a")
@@ -289,11 +289,11 @@ async def test_a_silent_bell_only_costs_time(
     assert receipt.acknowledged == 3
 
 
-async def test_a_bell_costs_the_store_one_question_of_each(
+async def test_a_notice_costs_the_store_one_poll_of_each_member(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
-    """The revoker reads, for all; everybody acknowledges, and where there are no news, nobody
-    writes. A key that was made just before is among the news."""
+    """The revoker reads, for all; every member acknowledges, and without invalidations none
+    writes. A key that was created just before is among the invalidations."""
     polls: list[str] = []
     store.on_poll = polls.append
     store.reads = 0
@@ -307,10 +307,10 @@ async def test_a_bell_costs_the_store_one_question_of_each(
     assert len(polls) == 3
 
 
-async def test_bells_without_end_keep_no_lease_from_being_renewed(
+async def test_endless_notices_do_not_keep_a_lease_from_being_renewed(
     store: Members, clock: Clock
 ) -> None:
-    """Whoever can publish in Redis can ring for ever; a lease that grows old is renewed anyway."""
+    """A client that can publish in Redis can do so for ever; leases are renewed anyway."""
     process = Process(store, clock)
     await process.lease.begin()
     for _ in range(40):
@@ -319,10 +319,10 @@ async def test_bells_without_end_keep_no_lease_from_being_renewed(
         assert process.lease.is_fresh()
 
 
-async def test_a_question_that_left_before_me_does_not_answer_me(
+async def test_a_poll_that_was_sent_before_a_call_does_not_answer_it(
     store: Members, clock: Clock
 ) -> None:
-    """Whoever comes while a question is under way waits for the next one, and shares it."""
+    """A caller that arrives while a poll is under way waits for the next one, and shares it."""
     process = Process(store, clock)
     await process.lease.begin()
     polls: list[str] = []
@@ -337,8 +337,8 @@ async def test_a_question_that_left_before_me_does_not_answer_me(
 async def test_silence_counts_from_after_the_first_look(
     store: Members, processes: list[Process], clock: Clock
 ) -> None:
-    """A look that takes long has counted grants that were made while it was under way: whoever was
-    granted one of them keeps its row, or a later revoke would not wait for it."""
+    """A look that takes long has counted grants that were made while it was under way: each member
+    with such a grant keeps its row, or a later revoke would not wait for it."""
     await store.leases.join("slow", 0, seconds=X)
     look = store.leases.laggards
 

@@ -1,7 +1,7 @@
 """Every change that the keyring can make is true in another process when its call returns.
 
 The other process is a real one and has the key in its cache. A change that is added to the keyring
-needs a story here: what that process said before, and what it says right after.
+needs a scenario here: what that process said before, and what it says right after.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from tests.support.servers import PostgresServer
 pytestmark = pytest.mark.anyio
 READS = {"list", "page", "get", "events", "find_imported", "analyze", "usage"}
 GOOD = "ALLOW FULL ci"
-UNHEARD_OF = "FORGED"  # while the store has no key that was made elsewhere
+UNHEARD_OF = "FORGED"  # while the store has no imported key
 
 
 class OtherProcess:
-    """One that checks keys, and remembers them."""
+    """A process that checks keys, and caches them."""
 
     def __init__(self, store: str) -> None:
         self._process = subprocess.Popen(
@@ -74,7 +74,7 @@ def other(url: str) -> Iterator[OtherProcess]:
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a story is told: a key that the other process knows."""
+    """The scene of a test: a key that the other process has cached."""
 
     engine: Engine
     keyring: Keyring
@@ -100,7 +100,7 @@ async def scene(url: str, other: OtherProcess) -> AsyncIterator[Scene]:
     await engine.stop()
 
 
-Story = Callable[[Scene], Awaitable[None]]
+Scenario = Callable[[Scene], Awaitable[None]]
 
 
 async def create(scene: Scene) -> None:
@@ -220,7 +220,7 @@ async def disable_organization(scene: Scene) -> None:
     assert scene.decision() == GOOD
 
 
-STORIES: dict[str, list[Story]] = {
+SCENARIOS: dict[str, list[Scenario]] = {
     "create": [create],
     "create_many": [create_many],
     "import_many": [import_many],
@@ -237,26 +237,28 @@ STORIES: dict[str, list[Story]] = {
 
 
 def test_every_change_has_a_story() -> None:
-    """What the keyring can be asked for reads, or is told of here."""
+    """Each method of the keyring reads, or has a case here."""
     public = {
         name
         for name, _ in inspect.getmembers(Keyring, inspect.iscoroutinefunction)
         if not name.startswith("_")
     }
-    assert public - READS == STORIES.keys()
+    assert public - READS == SCENARIOS.keys()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "story", [story for stories in STORIES.values() for story in stories], ids=lambda s: s.__name__
+    "scenario",
+    [scenario for scenarios in SCENARIOS.values() for scenario in scenarios],
+    ids=lambda s: s.__name__,
 )
-async def test_it_is_true_elsewhere_when_the_call_returns(scene: Scene, story: Story) -> None:
+async def test_it_is_true_elsewhere_when_the_call_returns(scene: Scene, scenario: Scenario) -> None:
     """The process that had the key in its cache decides by the change."""
-    await story(scene)
+    await scenario(scene)
 
 
 async def without_invalidation(scene: Scene) -> None:
-    """The broken twin of a change: it forgets to say so."""
+    """The broken twin of a change: it writes no invalidation."""
 
     def write(connection: Connection) -> None:
         connection.execute(update(keys).where(keys.c.id == scene.place[1]).values(active=False))
@@ -265,8 +267,8 @@ async def without_invalidation(scene: Scene) -> None:
     assert scene.decision() == "DISABLED"
 
 
-async def test_a_change_that_forgets_to_invalidate_is_caught(scene: Scene) -> None:
-    """So the stories above hold something."""
+async def test_a_change_without_an_invalidation_is_caught(scene: Scene) -> None:
+    """So the tests above can fail."""
     with pytest.raises(AssertionError, match="DISABLED"):
         await without_invalidation(scene)
     assert scene.decision() == GOOD

@@ -1,4 +1,4 @@
-"""News that the bell carries: believed early, acknowledged by the store's own log, never forged."""
+"""Notices: applied before the next poll, acknowledged against the store's own log, never forged."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -21,19 +21,19 @@ pytestmark = pytest.mark.anyio
 EPOCH = "epoch"
 
 
-def news(since: int, *lines: Invalidation, epoch: str = EPOCH) -> Notice:
+def notice_of(since: int, *lines: Invalidation, epoch: str = EPOCH) -> Notice:
     """What was committed after `since`."""
     return Notice(since, InvalidationBatch(lines[-1][0], epoch, True, lines))
 
 
-def feed_at(
+def invalidations_at(
     seq: int, kind: type[Invalidations] = Invalidations
 ) -> tuple[Invalidations, list[list[str]]]:
-    """A feed that knows everything up to there, and the restores that it noticed."""
+    """`Invalidations` that are complete up to `seq`, and the restores that they noticed."""
     restores: list[list[str]] = []
-    feed = kind(restores.append)
-    feed.apply(InvalidationBatch(seq, EPOCH, True))
-    return feed, restores
+    invalidations = kind(restores.append)
+    invalidations.apply(InvalidationBatch(seq, EPOCH, True))
+    return invalidations, restores
 
 
 class TestSeal:
@@ -41,73 +41,79 @@ class TestSeal:
 
     def test_what_was_closed_is_opened(self) -> None:
         """By the newest pepper and by the one before it: peppers rotate."""
-        told = news(5, (6, "key_a", None), (7, None, ""), (9, None, "acme"))
-        assert Signer([b"new", b"old"]).verify(Signer([b"new"]).sign(told)) == told
-        assert Signer([b"new", b"old"]).verify(Signer([b"old"]).sign(told)) == told
+        notice = notice_of(5, (6, "key_a", None), (7, None, ""), (9, None, "acme"))
+        assert Signer([b"new", b"old"]).verify(Signer([b"new"]).sign(notice)) == notice
+        assert Signer([b"new", b"old"]).verify(Signer([b"old"]).sign(notice)) == notice
 
-    def test_whoever_lacks_the_pepper_writes_nothing_that_is_opened(self) -> None:
+    def test_a_notice_without_the_pepper_is_rejected(self) -> None:
         """Another pepper, any byte changed, bytes missing, nothing, noise, or far too much."""
-        seal = Signer([b"pepper"])
-        sealed = seal.sign(news(5, (6, "key_a", None)))
-        assert seal.verify(sealed)
-        forged = [Signer([b"guess"]).sign(news(5, (6, "key_a", None))), b"", b"{}", b"\xff" * 100]
-        for at, byte in enumerate(sealed):
-            forged.append(sealed[:at] + bytes([byte ^ 1]) + sealed[at + 1 :])
-        forged += [sealed[:-1], sealed + b" ", sealed[64:], b"0" * 10_000_000]
-        assert {seal.verify(each) for each in forged} == {None}
+        signer = Signer([b"pepper"])
+        signed = signer.sign(notice_of(5, (6, "key_a", None)))
+        assert signer.verify(signed)
+        forged = [
+            Signer([b"guess"]).sign(notice_of(5, (6, "key_a", None))),
+            b"",
+            b"{}",
+            b"\xff" * 100,
+        ]
+        for at, byte in enumerate(signed):
+            forged.append(signed[:at] + bytes([byte ^ 1]) + signed[at + 1 :])
+        forged += [signed[:-1], signed + b" ", signed[64:], b"0" * 10_000_000]
+        assert {signer.verify(each) for each in forged} == {None}
 
-    def test_too_much_for_a_bell_is_no_news(self) -> None:
+    def test_too_much_for_a_notice_is_not_published(self) -> None:
         """PostgreSQL's NOTIFY takes less than 8,000 bytes; the others look then."""
         lines = [(number, f"key_{number:064}", None) for number in range(200)]
-        assert Signer([b"pepper"]).sign(news(-1, *lines)) == b""
+        assert Signer([b"pepper"]).sign(notice_of(-1, *lines)) == b""
         assert Signer([b"pepper"]).sign(None) == b""
 
 
 class TestFeed:
-    """What a process believes of it."""
+    """What a process applies of it."""
 
-    def test_news_that_follow_are_believed_at_once(self) -> None:
+    def test_a_notice_without_a_gap_is_applied_at_once(self) -> None:
         """Their tombstones are there; what is known for sure waits for the store."""
-        feed, _ = feed_at(5)
-        state = feed.version
-        assert feed.add_pending(news(3, (4, "key_z", None), (6, "key_a", None)))
-        assert not feed.accepts("key_a", "acme", 5)
-        assert (feed.seq, feed.pending) == (5, ((6, "key_a", None),))
-        assert feed.version is not state
+        invalidations, _ = invalidations_at(5)
+        state = invalidations.version
+        assert invalidations.add_pending(notice_of(3, (4, "key_z", None), (6, "key_a", None)))
+        assert not invalidations.accepts("key_a", "acme", 5)
+        assert (invalidations.seq, invalidations.pending) == (5, ((6, "key_a", None),))
+        assert invalidations.version is not state
 
     @pytest.mark.parametrize(
-        "told",
+        "notice",
         [
-            news(6, (7, "key_a", None)),  # a gap: what was 6?
-            news(5, (6, "key_a", None), epoch="another"),
-            news(3, (4, "key_a", None)),  # played again
-            news(4, (5, "key_a", None)),
-            news(5, (6, None, None)),  # about everything at once
-            news(5, (6, None, "")),  # many new keys: are any of them the first from elsewhere?
+            notice_of(6, (7, "key_a", None)),  # a gap: what was 6?
+            notice_of(5, (6, "key_a", None), epoch="another"),
+            notice_of(3, (4, "key_a", None)),  # played again
+            notice_of(4, (5, "key_a", None)),
+            notice_of(5, (6, None, None)),  # about everything at once
+            notice_of(5, (6, None, "")),  # many new keys: is one of them the first imported one?
             Notice(5, InvalidationBatch(7, EPOCH, True, ((6, "key_a", None),))),  # not all of it
             Notice(5, InvalidationBatch(7, EPOCH, True)),
         ],
     )
-    def test_anything_else_is_a_call_to_look(self, told: Notice) -> None:
-        """A gap, another epoch, what is known, what does not add up: nothing is believed."""
-        feed, _ = feed_at(5)
-        state = feed.version
-        assert not feed.add_pending(told)
-        assert feed.accepts("key_a", "acme", 5)
-        assert (feed.seq, feed.pending, feed.version) == (5, (), state)
+    def test_anything_else_is_a_call_to_look(self, notice: Notice) -> None:
+        """A gap, another epoch, what is known, what does not add up: nothing is applied."""
+        invalidations, _ = invalidations_at(5)
+        state = invalidations.version
+        assert not invalidations.add_pending(notice)
+        assert invalidations.accepts("key_a", "acme", 5)
+        assert (invalidations.seq, invalidations.pending, invalidations.version) == (5, (), state)
 
-    def test_bells_may_overtake_each_other(self) -> None:
-        """The later one tells what the earlier one does."""
-        feed, _ = feed_at(5)
-        assert feed.add_pending(news(5, (6, "key_a", None), (7, "key_b", None)))
-        assert feed.add_pending(news(5, (6, "key_a", None)))
-        assert feed.pending_seq == 7
-        feed.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))  # asked before it rang
-        assert (feed.seq, feed.pending) == (6, ((7, "key_b", None),))
+    def test_notices_may_overtake_each_other(self) -> None:
+        """The later one contains what the earlier one does."""
+        invalidations, _ = invalidations_at(5)
+        assert invalidations.add_pending(notice_of(5, (6, "key_a", None), (7, "key_b", None)))
+        assert invalidations.add_pending(notice_of(5, (6, "key_a", None)))
+        assert invalidations.pending_seq == 7
+        poll = InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),))  # sent before the notice
+        invalidations.apply(poll)
+        assert (invalidations.seq, invalidations.pending) == (6, ((7, "key_b", None),))
 
-    def test_an_answer_from_before_takes_no_tombstone_back(self) -> None:
-        """What was heard of seq 7 stays, though an answer about seq 6 comes later; a twin that
-        writes down the number it was told last believes an entry from between."""
+    def test_an_older_answer_removes_no_tombstone(self) -> None:
+        """A notice of seq 7 stays applied, though a poll up to seq 6 ends later; a twin that
+        takes over the last number that it got accepts an entry from between."""
 
         class Forgetful(Invalidations):
             def _add_tombstones(self, lines: Iterable[Invalidation]) -> None:
@@ -115,22 +121,24 @@ class TestFeed:
                     {key: seq for seq, key, _ in lines if key is not None}
                 )
 
-        def believes(kind: type[Invalidations]) -> bool:
-            feed, _ = feed_at(5, kind)
-            feed.add_pending(news(5, (6, "key_a", None), (7, "key_a", None)))
-            feed.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
-            return feed.accepts("key_a", "acme", 6)
+        def accepts_old_entry(kind: type[Invalidations]) -> bool:
+            invalidations, _ = invalidations_at(5, kind)
+            invalidations.add_pending(notice_of(5, (6, "key_a", None), (7, "key_a", None)))
+            invalidations.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
+            return invalidations.accepts("key_a", "acme", 6)
 
-        assert not believes(Invalidations)
-        assert believes(Forgetful)
+        assert not accepts_old_entry(Invalidations)
+        assert accepts_old_entry(Forgetful)
 
-    def test_what_was_heard_goes_with_the_tombstones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_applied_notices_are_dropped_with_the_tombstones(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Where the floor takes their place, nothing is acknowledged by hearsay any more."""
         monkeypatch.setattr("keylatch.revocation.invalidations._MAX_TOMBSTONES", 1)
-        feed, _ = feed_at(5)
-        feed.add_pending(news(5, (6, "key_a", None), (7, "key_b", None)))
-        feed.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
-        assert feed.pending == ()
+        invalidations, _ = invalidations_at(5)
+        invalidations.add_pending(notice_of(5, (6, "key_a", None), (7, "key_b", None)))
+        invalidations.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
+        assert invalidations.pending == ()
 
     @pytest.mark.parametrize(
         "answer",
@@ -141,38 +149,38 @@ class TestFeed:
             InvalidationBatch(5, EPOCH, True),  # it was not yet
         ],
     )
-    def test_a_store_that_contradicts_the_bell_went_back(
+    def test_a_store_that_contradicts_a_notice_was_restored(
         self, answer: InvalidationBatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """It rings after the commit, so such a store was restored, even if all processes were
-        started since: nothing older is believed, and the key that came back is named."""
-        feed, restores = feed_at(5)
-        feed.add_pending(news(5, (6, "key_a", None)))
-        feed.apply(answer, min_seq=feed.pending_seq)
+        """A notice follows the commit, so such a store was restored, even if all processes were
+        started since: no older entry is used, and the key that came back is named."""
+        invalidations, restores = invalidations_at(5)
+        invalidations.add_pending(notice_of(5, (6, "key_a", None)))
+        invalidations.apply(answer, min_seq=invalidations.pending_seq)
         assert restores == [["key_a"]]
-        assert (feed.seq, feed.pending) == (answer.seq, ())
-        assert feed.accepts("key_a", "acme", answer.seq)
+        assert (invalidations.seq, invalidations.pending) == (answer.seq, ())
+        assert invalidations.accepts("key_a", "acme", answer.seq)
         assert "restored from a backup" in caplog.text
 
-    def test_an_answer_to_an_earlier_question_contradicts_nothing(self) -> None:
-        """What was heard after the store was asked may be missing in its answer."""
-        feed, restores = feed_at(5)
-        reached = feed.pending_seq
-        feed.add_pending(news(5, (6, "key_a", None)))
-        feed.apply(InvalidationBatch(5, EPOCH, True), reached)
+    def test_an_answer_to_an_earlier_poll_contradicts_nothing(self) -> None:
+        """A notice that arrived after the poll was sent may be missing in its answer."""
+        invalidations, restores = invalidations_at(5)
+        reached = invalidations.pending_seq
+        invalidations.add_pending(notice_of(5, (6, "key_a", None)))
+        invalidations.apply(InvalidationBatch(5, EPOCH, True), reached)
         assert restores == []
-        assert feed.pending_seq == 6
+        assert invalidations.pending_seq == 6
 
 
 class Trusting(Members):
-    """A broken twin of the store: acknowledges whatever a process says it has heard."""
+    """A broken twin of the store: acknowledges whatever a process claims to have applied."""
 
     def acknowledged(self, seq: int, pending: tuple[Invalidation, ...]) -> int:
         return pending[-1][0] if pending else seq
 
 
 class Gullible(Invalidations):
-    """A broken twin of a feed: believes news with a gap before them."""
+    """A broken twin of `Invalidations`: applies notices with a gap before them."""
 
     def add_pending(self, notice: Notice) -> bool:
         return super().add_pending(Notice(self.seq, notice.batch))
@@ -188,23 +196,23 @@ async def tasks() -> AsyncIterator[list[asyncio.Task[None]]]:
 
 
 class TestAcknowledging:
-    """Nobody is taken for one who knows by a bell that is old, or that follows on a lost one.
+    """No member counts as having acknowledged by an old notice, or by one after a lost one.
 
-    In these stories the victim's question arrives, and its answer is lost: until its lease is over
-    it believes what it had heard before, and the revoke must wait.
+    In these tests the victim's poll arrives, and its answer is lost: until its lease is over
+    it uses what it had applied before, and the revoke must wait.
     """
 
-    async def story(
+    async def accepts_after_revoke(
         self,
         store: Members,
         kind: type[Invalidations],
-        told: Notice,
+        notice: Notice,
         tasks: list[asyncio.Task[None]],
     ) -> bool:
-        """A revoker, and a victim who hears another bell than the revoker's; True if the victim
-        believes the key after the revoke was answered."""
+        """A revoker, and a victim that receives another notice than the revoker's; True if the
+        victim accepts the key after the revoke was answered."""
         revoker, victim = processes = [Process(store, store.clock) for _ in range(2)]
-        victim.feed = victim.lease._invalidations = kind(lambda touched: None)
+        victim.invalidations = victim.lease._invalidations = kind(lambda touched: None)
         revoker.others = [revoker]
         for process in processes:
             await process.lease.begin()
@@ -213,37 +221,37 @@ class TestAcknowledging:
         store.lost_answers.add(victim.lease._member)
         store.commit("key_a")
         seq = store.commit("key_b")
-        victim.lease.on_notice(told)
+        victim.lease.on_notice(notice)
         await revoker.propagation.publish(seq)
-        return victim.believes("key_a", read_at)
+        return victim.accepts("key_a", read_at)
 
     @pytest.mark.long
-    async def test_an_old_bell_is_compared_with_the_log(
+    async def test_an_old_notice_is_compared_with_the_log(
         self, clock: Clock, tasks: list[asyncio.Task[None]]
     ) -> None:
         """From before the store went back: genuine, of this epoch, and the next number."""
-        old = news(1, (2, "key_z", None), (3, "key_b", None))
-        assert not await self.story(Members(clock), Invalidations, old, tasks)
-        assert await self.story(Trusting(clock), Invalidations, old, tasks)
+        old = notice_of(1, (2, "key_z", None), (3, "key_b", None))
+        assert not await self.accepts_after_revoke(Members(clock), Invalidations, old, tasks)
+        assert await self.accepts_after_revoke(Trusting(clock), Invalidations, old, tasks)
 
     @pytest.mark.long
-    async def test_a_bell_with_a_gap_is_no_news(
+    async def test_a_notice_with_a_gap_is_not_applied(
         self, clock: Clock, tasks: list[asyncio.Task[None]]
     ) -> None:
-        """The bell before it was lost. The process sees the gap, and the store would as well."""
-        later = news(2, (3, "key_b", None))
-        assert not await self.story(Members(clock), Invalidations, later, tasks)
-        assert not await self.story(Trusting(clock), Invalidations, later, tasks)
-        assert not await self.story(Members(clock), Gullible, later, tasks)
-        assert await self.story(Trusting(clock), Gullible, later, tasks)
+        """The notice before it was lost. The process sees the gap, and the store would as well."""
+        later = notice_of(2, (3, "key_b", None))
+        assert not await self.accepts_after_revoke(Members(clock), Invalidations, later, tasks)
+        assert not await self.accepts_after_revoke(Trusting(clock), Invalidations, later, tasks)
+        assert not await self.accepts_after_revoke(Members(clock), Gullible, later, tasks)
+        assert await self.accepts_after_revoke(Trusting(clock), Gullible, later, tasks)
 
-    async def test_true_news_are_acknowledged_in_one_question(
+    async def test_a_true_notice_is_acknowledged_in_one_poll(
         self, clock: Clock, tasks: list[asyncio.Task[None]]
     ) -> None:
         """Although the answer is lost, the victim knows, and the revoke waits for nothing."""
         began = clock()
-        told = news(1, (2, "key_a", None), (3, "key_b", None))
-        assert not await self.story(Members(clock), Invalidations, told, tasks)
+        notice = notice_of(1, (2, "key_a", None), (3, "key_b", None))
+        assert not await self.accepts_after_revoke(Members(clock), Invalidations, notice, tasks)
         assert clock() < began + X / 2
 
 
@@ -259,7 +267,7 @@ class TestPostgreSQL:
         await store.close()
 
     async def test_only_what_the_log_says_is_acknowledged(self, store: Store) -> None:
-        """Line by line, up to the last one heard; and the log after what was known comes back."""
+        """Row by row, up to the last one applied; the answer is the log after the known number."""
         since = (await store.invalidations.since(2**62)).seq
         record = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
         _, first = await store.keys.add(record, "hashed")
@@ -267,7 +275,7 @@ class TestPostgreSQL:
         assert second == first + 1 == since + 2
         one: Invalidation = (first, "key_a", None)
         two: Invalidation = (second, None, "acme")
-        for heard, known in {
+        for applied, known in {
             (): since,
             (one,): first,
             (one, two): second,
@@ -279,34 +287,34 @@ class TestPostgreSQL:
             (one, (second, None, "rival")): since,
             (one, two, (second + 1, "key_a", None)): since,  # not yet
         }.items():
-            poll = await store.leases.poll("member", since, 5, heard)
-            assert (poll.is_member, poll.acknowledged_seq) == (True, known), heard
+            poll = await store.leases.poll("member", since, 5, applied)
+            assert (poll.is_member, poll.acknowledged_seq) == (True, known), applied
             assert poll.batch.invalidations == (one, two)
             late, _ = await store.leases.laggards(known + 1, 5)
             assert list(late) == ["member"]
             assert (await store.leases.laggards(known, 5))[0] == {}
-        assert not (await store.leases.poll("stranger", since, 5, (one,))).is_member
+        assert not (await store.leases.poll("unknown", since, 5, (one,))).is_member
 
-    async def test_the_stores_bell_carries_what_is_said(self, store: Store) -> None:
-        """NOTIFY with its payload; the first call says that the line is up."""
-        heard: asyncio.Queue[str] = asyncio.Queue()
-        listening = asyncio.create_task(store.invalidations.listen(heard.put_nowait))
-        assert await asyncio.wait_for(heard.get(), 10) == ""
+    async def test_notify_carries_its_payload(self, store: Store) -> None:
+        """NOTIFY with its payload; the first call says that the connection is up."""
+        received: asyncio.Queue[str] = asyncio.Queue()
+        listening = asyncio.create_task(store.invalidations.listen(received.put_nowait))
+        assert await asyncio.wait_for(received.get(), 10) == ""
         await store.invalidations.notify("x" * 7_999)
-        assert await asyncio.wait_for(heard.get(), 10) == "x" * 7_999
+        assert await asyncio.wait_for(received.get(), 10) == "x" * 7_999
         listening.cancel()
         await asyncio.wait([listening])
 
 
 class TestRedis:
-    """Two processes, a real bell, and somebody who can read and write Redis."""
+    """Two processes, real notices, and an attacker who can read and write Redis."""
 
     @pytest.fixture
     async def engines(
         self, postgres: PostgresServer, redis_server: RedisServer
     ) -> AsyncIterator[list[Engine]]:
         url = postgres.new_database()
-        # With a lease that outlasts the test, what is known early was heard.
+        # With a lease that outlasts the test, what is known early came by a notice.
         settings = Settings.load(store=url, redis=redis_server.url, lease=60.0, hasher="sha256")
         engines = [Engine(settings) for _ in range(2)]
         for engine in engines:
@@ -321,8 +329,8 @@ class TestRedis:
     async def test_who_writes_redis_can_only_make_them_look(
         self, engines: list[Engine], redis_server: RedisServer
     ) -> None:
-        """Bells are heard and tell no token; forged ones, noise and old ones, a hundred of each,
-        touch no other key and move nothing."""
+        """Notices arrive and contain no token; forged ones, noise and old ones, a hundred of each,
+        invalidate no other key and change nothing."""
         revoker, other = engines
         keyring = await revoker.keyring()
         revoked, kept = [await keyring.create("acme", name) for name in ("revoked", "kept")]
@@ -336,42 +344,42 @@ class TestRedis:
             assert changed.receipt.acknowledged == 2
             rung = tap.get_message(timeout=60)
             assert rung is not None
-            bell: bytes = rung["data"]
-            assert revoked.record.id.encode() in bell
-            assert revoked.token.reveal().encode() not in bell
-            forged = bell.replace(revoked.record.id.encode(), kept.record.id.encode())
+            published: bytes = rung["data"]
+            assert revoked.record.id.encode() in published
+            assert revoked.token.reveal().encode() not in published
+            forged = published.replace(revoked.record.id.encode(), kept.record.id.encode())
             known = other._invalidations._floor_and_tombstones[1].copy()
             seq = other._invalidations.seq
             for _ in range(100):
-                for told in (forged, bell, b"", b"\0" * 9_000):
-                    client.publish(channel(other), told)
+                for message in (forged, published, b"", b"\0" * 9_000):
+                    client.publish(channel(other), message)
         assert isinstance(await other.authenticate(bearer(kept)), Allow)
         assert await other.authenticate(bearer(revoked)) == Deny(Reason.REVOKED)
-        await keyring.delete("acme", kept.record.id)  # heard after all that
+        await keyring.delete("acme", kept.record.id)  # received after all that
         assert await other.authenticate(bearer(kept)) == Deny(Reason.REVOKED)
         assert other._invalidations.seq == seq + 1
         assert other._invalidations._floor_and_tombstones[1] == {**known, kept.record.id: seq + 1}
 
-    async def test_a_bell_from_before_a_backup_tells_of_the_restore(
+    async def test_a_notice_from_before_a_backup_shows_the_restore(
         self, engines: list[Engine], redis_server: RedisServer, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """All processes were started after it, so none knows; a bell of then, played again, makes
-        a new epoch in which it is worth nothing, and refuses nobody's key."""
+        """All processes were started after it, so none knows; replaying an old notice causes
+        a new epoch in which the notice is invalid, and no key is refused."""
         revoker, other = engines
         kept = await (await revoker.keyring()).create("acme", "kept")
         assert isinstance(await other.authenticate(bearer(kept)), Allow)
         log = await other.store.invalidations.since(0)
         then: Invalidation = (log.seq + 1, kept.record.id, None)
-        seal = Signer((await other.store.open(0)).peppers)
-        bell = seal.sign(news(0, *log.invalidations, then, epoch=log.epoch))
+        signer = Signer((await other.store.open(0)).peppers)
+        published = signer.sign(notice_of(0, *log.invalidations, then, epoch=log.epoch))
         alarm = (
             f"{kept.record.id} has the state of the restored backup: a later change to it was lost"
         )
         with redis_server.client() as client:
-            client.publish(channel(other), bell)
+            client.publish(channel(other), published)
             await asyncio.to_thread(eventually, lambda: alarm in caplog.text)
             now = await other.store.invalidations.since(0)
-            client.publish(channel(other), bell)
+            client.publish(channel(other), published)
         assert now.epoch != log.epoch
         assert now.seq > then[0]
         assert isinstance(await other.authenticate(bearer(kept)), Allow)

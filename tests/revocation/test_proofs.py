@@ -19,8 +19,8 @@ SMALL = [
 ]
 GRANTED = "a grant counted"
 
-# What must be told of each mutant, in this order.
-STORIES = {
+# What the trace of each mutant must contain, in this order.
+STEPS = {
     "pub/sub only": ["fills L1", "DELETE 1 commits", "accepts", "G3"],
     "lease without as_of": ["as_of = 0", "commits", "tombstone = 1, lease", "accepts", "G3"],
     "as_of without lease": ["fills L1", "DELETE 1 commits", "accepts", "no lease", "G3"],
@@ -37,7 +37,7 @@ STORIES = {
     "notice accepted over a gap": [
         "revokes the key",
         "another key",
-        "news of 2 to 2",
+        "notices 2 to 2",
         "accepts",
         "G3",
     ],
@@ -59,17 +59,17 @@ def test_no_state_of_the_protocol_breaks_a_promise(configuration: Configuration)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_each_mutant_is_caught_and_its_trace_tells_how(name: str) -> None:
+def test_each_mutant_is_caught_and_its_trace_shows_how(name: str) -> None:
     """Leaving out any one rule breaks a promise; the run that shows it names what happened."""
-    told = "\n".join(traced(name))
+    steps = "\n".join(traced(name))
     at = -1
-    for words in STORIES[name]:
-        assert words in told[at + 1 :], told
-        at = told.index(words, at + 1)
+    for words in STEPS[name]:
+        assert words in steps[at + 1 :], steps
+        at = steps.index(words, at + 1)
 
 
 def test_the_explorer_leaves_nothing_out() -> None:
-    """It finds as many states as a search that numbers and remembers nothing."""
+    """It finds as many states as a search without numbering and without a cache."""
     c = Configuration(lease=1)
     first = (first_world(c), Member())
     visited, frontier = {first}, [first]
@@ -132,8 +132,8 @@ def test_who_is_called_process_1_makes_no_difference() -> None:
         "polls: t0 = @+0, acknowledges 1",
         "a grant counted, acknowledged = 1",
         "seq = 1, no row",
-        "hears news of 1 to 1: known = 1, tombstone = 1",
-        "hears that it is no member: drops its lease and its id",
+        "receives notices 1 to 1: known = 1, tombstone = 1",
+        "learns that it is no member: drops its lease and its id",
         "drops its tombstones: floor = 1",
         "the flight of {p} fails",
         "joins the flight under way",
@@ -143,7 +143,7 @@ def test_who_is_called_process_1_makes_no_difference() -> None:
         "stops or crashes",
         "deletes its row",
         "removes who lags and was granted nothing since",
-        "hears nothing of its removal",
+        "does not learn of its removal",
         "is carried out late",
         "could never look",
         "looks again: no row",

@@ -39,7 +39,7 @@ class Findings:
     seen_refused: set[int] = field(default_factory=set)
 
 
-def judge(checks: "array[int]", asked: Moments, answered: Moments) -> Findings:
+def judge(checks: "array[int]", requested: Moments, answered: Moments) -> Findings:
     """An acceptance counts by the request's start, a refusal by its end: no doubt is left."""
     found = Findings()
     numbers = iter(checks)
@@ -48,10 +48,10 @@ def judge(checks: "array[int]", asked: Moments, answered: Moments) -> Findings:
         if outcome == ACCEPTED:
             if start > answered[key]:
                 found.accepted_after.append(key)
-            elif end < asked[key]:
+            elif end < requested[key]:
                 found.seen_accepted.add(key)
         elif outcome == REFUSED:
-            if end < asked[key]:
+            if end < requested[key]:
                 found.refused_before.append(key)
             elif start > answered[key]:
                 found.seen_refused.add(key)
@@ -63,11 +63,11 @@ def judge(checks: "array[int]", asked: Moments, answered: Moments) -> Findings:
 class Checkers:
     """Processes that check the same keys again and again."""
 
-    def __init__(self, store: str, feed: str, folder: Path, tokens: list[str]) -> None:
+    def __init__(self, store: str, variant: str, folder: Path, tokens: list[str]) -> None:
         self._logs = [folder / f"{number}.log" for number in range(PROCESSES)]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, worker_checks.__file__, store, log, feed],
+                [sys.executable, worker_checks.__file__, store, log, variant],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -114,7 +114,7 @@ async def delete(keyring: Keyring, key_id: str) -> None:
 
 async def revoke_under_load(
     store: str,
-    feed: str,
+    variant: str,
     folder: Path,
     keys: int,
     meanwhile: Callable[[int, Checkers], None] = lambda number, checkers: None,
@@ -124,19 +124,19 @@ async def revoke_under_load(
     await engine.start()
     keyring = await engine.keyring()
     created = await asyncio.gather(*(keyring.create("org", f"key {n}") for n in range(keys)))
-    asked, answered = {}, {}
+    requested, answered = {}, {}
     with ExitStack() as stack:
-        checkers = Checkers(store, feed, folder, [key.token.reveal() for key in created])
+        checkers = Checkers(store, variant, folder, [key.token.reveal() for key in created])
         stack.callback(checkers.kill)
         await asyncio.to_thread(checkers.wait_until_ready)
         for number, key in enumerate(created):
             meanwhile(number, checkers)
-            asked[number] = time.monotonic_ns()
+            requested[number] = time.monotonic_ns()
             await delete(keyring, key.record.id)
             answered[number] = time.monotonic_ns()
         logs = await asyncio.to_thread(checkers.finish)
     await engine.stop()
-    return [judge(log, asked, answered) for log in logs]
+    return [judge(log, requested, answered) for log in logs]
 
 
 @pytest.mark.anyio
@@ -168,9 +168,11 @@ async def test_no_process_accepts_a_key_after_its_delete_was_answered(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("feed", ["always-fresh", "never-invalidated"])
-async def test_the_judge_catches_a_broken_twin(store_url: str, tmp_path: Path, feed: str) -> None:
-    """Without the look at the counter, or without the tombstones, every process is caught."""
-    for found in await revoke_under_load(store_url, feed, tmp_path, 20):
+@pytest.mark.parametrize("variant", ["always-fresh", "never-invalidated"])
+async def test_the_judge_catches_a_broken_twin(
+    store_url: str, tmp_path: Path, variant: str
+) -> None:
+    """Without reading the sequence number, or without the tombstones, every process is caught."""
+    for found in await revoke_under_load(store_url, variant, tmp_path, 20):
         assert found.accepted_after != []
         assert found.refused_before == []

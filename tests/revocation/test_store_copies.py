@@ -26,7 +26,7 @@ from tests.support.servers import PostgresServer, RedisServer, eventually
 pytestmark = pytest.mark.anyio
 
 Copy = Callable[[], str]
-"""Copies the store that nobody uses at the moment, and returns the copy's URL."""
+"""Copies the store that no process uses, and returns the copy's URL."""
 
 
 class Anonymous(Store):
@@ -90,9 +90,9 @@ async def create(engine: Engine, name: str) -> Created:
     return await (await engine.keyring()).create("acme", name)
 
 
-async def test_a_copy_revives_nothing(make_engine: MakeEngine, copy: Copy) -> None:
-    """The copy lets a key in that was revoked in the original meanwhile, and tells Redis. The
-    original's processes, new ones as well, refuse it, and take nothing for forged."""
+async def test_a_copy_reactivates_no_key(make_engine: MakeEngine, copy: Copy) -> None:
+    """The copy accepts a key that was revoked in the original meanwhile, and writes it to Redis.
+    The original's processes, new ones as well, refuse it, and count nothing as forged."""
     server = FakeServer()
     original = make_engine(redis=FakeAsyncRedis(server=server))
     kept, revoked = await create(original, "kept"), await create(original, "revoked")
@@ -176,7 +176,7 @@ async def test_two_schemas_of_a_database_are_two_stores(postgres: PostgresServer
 
 
 async def test_a_role_that_may_not_ask_for_the_cluster_is_served(postgres: PostgresServer) -> None:
-    """Its databases are told apart by their numbers."""
+    """Its databases differ by their numbers."""
     url = postgres.new_database()
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
@@ -186,7 +186,7 @@ async def test_a_role_that_may_not_ask_for_the_cluster_is_served(postgres: Postg
     assert await epoch_of(Store(as_app)) == await epoch_of(Store(as_app))
 
 
-# The bell
+# Notices
 
 
 @pytest.fixture
@@ -213,17 +213,17 @@ async def two_stores(
 
 
 def engine_on(store: Store, url: str, redis: RedisServer) -> Engine:
-    # With a lease that outlasts the test, what is known early was heard.
+    # With a lease that outlasts the test, what is known early came by a notice.
     settings = Settings.load(store=url, redis=redis.url, lease=60.0)
     return Engine(settings, store=store, hasher=Hasher("argon2id", CHEAPEST))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("two_stores", [Store], indirect=True)
-async def test_a_copys_bell_is_not_the_originals(
+async def test_notices_of_a_copy_do_not_reach_the_original(
     two_stores: tuple[Engine, Engine, Created], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A revoke in the copy is heard by its own processes alone."""
+    """Only the copy's own processes receive notices of its revokes."""
     original, copy, key = two_stores
     known = original._invalidations._floor_and_tombstones
     await (await copy.keyring()).delete("acme", key.record.id)
@@ -240,7 +240,7 @@ async def test_a_copys_bell_is_not_the_originals(
 async def test_the_twin_that_does_not_say_which_store_it_is_raises_a_false_alarm(
     two_stores: tuple[Engine, Engine, Created], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It believes that its store went back to a backup, because the copy's bell says more."""
+    """It detects a restored backup in error: the copy's notice has a higher number."""
     _, copy, key = two_stores
     with caplog.at_level(logging.CRITICAL):
         await (await copy.keyring()).delete("acme", key.record.id, wait=False)

@@ -38,14 +38,14 @@ def down(
 
 @pytest.fixture
 def watching(down: Sidecar) -> Iterator[httpx.Client]:
-    """HTTP at the listener for metrics, where the components are told without a key."""
+    """HTTP at the listener for metrics, where the components are public."""
     with down.probe() as probe:
         yield probe
 
 
 @pytest.fixture
 def waiting(down: Sidecar, admin_key: Created) -> Iterator[httpx.Client]:
-    """HTTP with a key that is good, if only somebody could look it up."""
+    """HTTP with a key that is valid, while the store cannot be reached."""
     with down.client(admin_key) as client:
         yield client
 
@@ -109,7 +109,7 @@ def test_it_recovers_once_the_store_appears(tmp_path: Path, clock: Clock) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("path", [UNSENT, SENDOOK])
 def test_requests_alone_make_it_recover(tmp_path: Path, clock: Clock, path: str) -> None:
-    """Nobody has to ask for readiness; a second later a request tries the store again."""
+    """Without a request for readiness: a second later a check tries the store again."""
     folder = tmp_path / "late"
     with (
         sidecar_on(f"sqlite:///{tmp_path}/keys.db", clock) as elsewhere,
@@ -157,7 +157,7 @@ def components(probe: httpx.Client) -> dict[str, str]:
 HEALTHY = {"store": "ok", "lease": "off", "redis": "off", "hashing": "ok", "usage": "ok"}
 
 
-def test_parts_are_told_to_operators_only(sidecar: Sidecar, admin_key: Created) -> None:
+def test_components_are_reported_to_operators_only(sidecar: Sidecar, admin_key: Created) -> None:
     """On the main listener no key, a revoked one and one without FULL get the status alone."""
     small = sidecar.create(admin_key.record.organization_id, "small", permission="SENDING")
     dead = sidecar.create()
@@ -181,24 +181,24 @@ def test_a_probe_is_no_failed_check(sidecar: Sidecar) -> None:
         return line
 
     before = missing()
-    with sidecar.client() as stranger:
-        assert stranger.get("/readyz").status_code == 200
+    with sidecar.client() as anonymous:
+        assert anonymous.get("/readyz").status_code == 200
     assert missing() == before
 
 
-def test_all_parts_are_told(sidecar: Sidecar) -> None:
+def test_all_components_are_reported(sidecar: Sidecar) -> None:
     """Each with a state; what there is not is `off`."""
     with sidecar.probe() as probe:
         assert components(probe) == HEALTHY
-        told = probe.get("/readyz").json()["components"]
-    assert told["redis"] == {"state": "off", "since": None, "reason": ""}
-    assert datetime.fromisoformat(told["store"]["since"]).tzinfo is not None
+        reported = probe.get("/readyz").json()["components"]
+    assert reported["redis"] == {"state": "off", "since": None, "reason": ""}
+    assert datetime.fromisoformat(reported["store"]["since"]).tzinfo is not None
 
 
-def test_a_store_that_was_never_there_is_told(watching: httpx.Client) -> None:
+def test_a_store_that_was_never_there_is_reported(watching: httpx.Client) -> None:
     """The words are ours: a driver's may hold hosts, users and paths."""
-    told = watching.get("/readyz").json()["components"]["store"]
-    assert (told["state"], told["reason"]) == ("unavailable", "the store does not answer")
+    component = watching.get("/readyz").json()["components"]["store"]
+    assert (component["state"], component["reason"]) == ("unavailable", "the store does not answer")
 
 
 def said(caplog: pytest.LogCaptureFixture, words: str) -> int:
@@ -206,14 +206,14 @@ def said(caplog: pytest.LogCaptureFixture, words: str) -> int:
     return sum(record.message.startswith(words) for record in caplog.records)
 
 
-def test_a_redis_that_dies_is_told_and_needed_by_nobody(
+def test_a_redis_that_dies_is_reported_and_not_needed(
     generous_redis_timeouts: None,
     store_url: str,
     redis_server: RedisServer,
     clock: Clock,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Ready all the same; one line when it goes and one when it is back, whatever is asked."""
+    """Ready all the same; one line when it goes and one when it is back, whatever the requests."""
     with (
         sidecar_on(store_url, clock, redis=redis_server.url) as sidecar,
         sidecar.probe() as probe,
@@ -232,10 +232,10 @@ def test_a_redis_that_dies_is_told_and_needed_by_nobody(
             assert use(key) == 200
             clock.tick(1)
         answer = probe.get("/readyz")
-        told = answer.json()["components"]["redis"]
-        assert (answer.status_code, told["state"]) == (200, "degraded")
-        assert told["reason"] == "Redis does not answer"
-        assert abs(datetime.fromisoformat(told["since"]).timestamp() - clock() + 8) < 1
+        component = answer.json()["components"]["redis"]
+        assert (answer.status_code, component["state"]) == (200, "degraded")
+        assert component["reason"] == "Redis does not answer"
+        assert abs(datetime.fromisoformat(component["since"]).timestamp() - clock() + 8) < 1
         assert "keylatch_redis_breaker_open 1.0" in probe.get("/metrics").text
         redis_server.start()
         for key in keys[9:]:
@@ -246,7 +246,7 @@ def test_a_redis_that_dies_is_told_and_needed_by_nobody(
     assert said(caplog, "Redis answers again") == 1
 
 
-def test_a_postgresql_that_stops_is_told(
+def test_a_postgresql_that_stops_is_reported(
     postgres: PostgresServer, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Store and lease with their hour; a flood of refused requests adds no line to the log."""
@@ -262,22 +262,22 @@ def test_a_postgresql_that_stops_is_told(
             try:
                 seen = {each.get("/verify").status_code for each in (client, other) * 10}
                 answer = probe.get("/readyz")
-                # The lease is asked for four times a second by the wall clock.
+                # The lease is renewed four times a second by the wall clock.
                 eventually(lambda: said(caplog, "lease not renewed") == 1)
             finally:
                 postgres.start()
             assert seen == {503}
             assert answer.status_code == 503
-            told = answer.json()["components"]
-            assert told["store"]["state"] == told["lease"]["state"] == "unavailable"
-            begun = datetime.fromisoformat(told["lease"]["since"]).timestamp()
+            reported = answer.json()["components"]
+            assert reported["store"]["state"] == reported["lease"]["state"] == "unavailable"
+            begun = datetime.fromisoformat(reported["lease"]["since"]).timestamp()
             assert clock() - 31 < begun < clock() - 28, "when its lease was over"
             clock.tick(6)
             eventually(lambda: client.get("/verify").status_code == 200)
             clock.tick(6)
             assert other.get("/verify").status_code == 200
-            # Uses are stored again with the next flush, in five seconds of nobody's clock, and a
-            # lease is asked for four times a second.
+            # Uses are stored again with the next flush, in five seconds of real time, and a
+            # lease is renewed four times a second.
             eventually(lambda: components(probe) | {"usage": "ok"} == HEALTHY | {"lease": "ok"})
     for words in ("the store does not answer", "checks are refused with 503", "lease not renewed"):
         assert said(caplog, words) == 1, words
@@ -294,7 +294,7 @@ def test_a_condition_says_each_change_once(clock: Clock, caplog: pytest.LogCaptu
         clock.tick(1)
     assert (shaky.is_healthy, clock() - shaky.since) == (False, 20)
     clock.tick(5)
-    assert not shaky.is_healthy, "nobody has tried"
+    assert not shaky.is_healthy, "no attempt was made"
     shaky.record_success()
     assert (shaky.is_healthy, clock() - shaky.since) == (True, 0)
     assert [record.message for record in caplog.records] == [

@@ -36,8 +36,8 @@ def words_for(operator: Operator) -> list[str]:
 
 def found(operator: Operator) -> list[tuple[str, str]]:
     """What the doctor says of listeners."""
-    told = json.loads(operator.run("doctor", "--json").stdout)["findings"]
-    return [(each["status"], each["message"]) for each in told if each["check"] == "listeners"]
+    findings = json.loads(operator.run("doctor", "--json").stdout)["findings"]
+    return [(each["status"], each["message"]) for each in findings if each["check"] == "listeners"]
 
 
 @pytest.mark.long
@@ -51,7 +51,7 @@ def test_all_addresses_are_said_once(operator: Operator, workers: str, log: str)
     words += ["--metrics-host", "0.0.0.0", "--metrics-port", str(metrics)]
     with served(operator, *words, "--workers", workers) as process:
         eventually(lambda: answers(f"http://127.0.0.1:{main}"))
-        [(status, says)] = found(operator)
+        [(status, message)] = found(operator)
         process.send_signal(signal.SIGTERM)
         said = wait_for_exit(process).stderr
     [line] = [line for line in said.splitlines() if WARNING in line]
@@ -59,9 +59,9 @@ def test_all_addresses_are_said_once(operator: Operator, workers: str, log: str)
         assert f"0.0.0.0:{port}" in line
     assert f":{metrics}" not in line, "no token goes there"
     assert status == "warning"
-    assert WARNING in says
-    assert f"{process.pid} on 0.0.0.0:{main}" in says
-    assert f":{metrics}" not in says
+    assert WARNING in message
+    assert f"{process.pid} on 0.0.0.0:{main}" in message
+    assert f":{metrics}" not in message
 
 
 @pytest.mark.long

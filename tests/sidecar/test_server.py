@@ -1,4 +1,4 @@
-"""`keylatch serve`: its listeners, who may come through which, and how it ends."""
+"""`keylatch serve`: its listeners, which requests each accepts, and how it stops."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def answers(place: str | Path) -> bool:
 
 
 @pytest.mark.parametrize("way", ["port", "uds"])
-def test_serve_answers_until_it_is_told_to_stop(operator: Operator, way: str) -> None:
+def test_serve_answers_until_the_signal_to_stop(operator: Operator, way: str) -> None:
     """It answers without server and date headers; SIGTERM ends it with nothing lost."""
     key = operator.create()
     port = free_port()
@@ -88,7 +88,7 @@ def is_none_of_your_business(place: str | Path, path: str, credential: bytes) ->
 def test_management_may_have_a_listener_of_its_own(
     operator: Operator, way: str, workers: str
 ) -> None:
-    """Then proxies, and whoever gets through them, find no key there to list, make or delete."""
+    """Then a proxy, and a client that gets past it, can list, create or delete no key there."""
     key = operator.create()
     credential = f"Authorization: Bearer {key['token']}".encode()
     ports = [free_port(), free_port()]
@@ -142,8 +142,8 @@ def test_proxies_may_ask_over_grpc(operator: Operator, way: str, workers: str) -
     with served(operator, "--port", str(port), "--workers", workers, *words) as process:
         eventually(lambda: answers(f"http://127.0.0.1:{port}") or process.poll() is not None)
         with grpc.insecure_channel(target) as channel:
-            ask: Any = channel.unary_unary("/envoy.service.auth.v3.Authorization/Check")
-            assert b"misconfigured" in ask(b"", timeout=20, wait_for_ready=True)
+            check: Any = channel.unary_unary("/envoy.service.auth.v3.Authorization/Check")
+            assert b"misconfigured" in check(b"", timeout=20, wait_for_ready=True)
         if way == "port":
             second = wait_for_exit(operator.start("serve", "--port", str(free_port()), *words))
             assert second.exit_code == 2
@@ -163,7 +163,7 @@ def test_any_method_may_be_asked_about(operator: Operator) -> None:
         eventually(lambda: answers(f"http://127.0.0.1:{port}") or process.poll() is not None)
         with socket.create_connection(("127.0.0.1", port)) as connection:
 
-            def asked(start: bytes, body: bytes = b"") -> bytes:
+            def first_line(start: bytes, body: bytes = b"") -> bytes:
                 length = b"Content-Length: %d\r\n" % len(body)
                 connection.sendall(start + b" HTTP/1.1" + credential + length + b"\r\n")
                 answered = connection.recv(65536)
@@ -172,10 +172,10 @@ def test_any_method_may_be_asked_about(operator: Operator) -> None:
 
             smuggled = b"FOO /healthz HTTP/1.1\r\nHost: test\r\n\r\n"
             for method in (b"GET", b"PATCH", b"FOO", b"GET", b"VERSION-CONTROL", b"M-SEARCH"):
-                assert asked(method + b" /ext_authz/v1/me") == b"HTTP/1.1 200 OK"
+                assert first_line(method + b" /ext_authz/v1/me") == b"HTTP/1.1 200 OK"
         with socket.create_connection(("127.0.0.1", port)) as connection:
             for body in (smuggled, b"", smuggled):
-                assert asked(b"POST /ext_authz/v1/me", body) == b"HTTP/1.1 200 OK"
+                assert first_line(b"POST /ext_authz/v1/me", body) == b"HTTP/1.1 200 OK"
             connection.settimeout(0.3)
             with pytest.raises(TimeoutError):
                 connection.recv(65536)

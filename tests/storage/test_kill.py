@@ -72,8 +72,8 @@ async def lost(make_engine: MakeEngine, answers: Answers) -> list[str]:
     await engine.start()
     wrong = []
     for token, word in answers.items():
-        verdict = await engine.authenticate([b"Bearer " + token.encode()])
-        answer = "created" if isinstance(verdict, Allow) else verdict.reason.name.lower()
+        decision = await engine.authenticate([b"Bearer " + token.encode()])
+        answer = "created" if isinstance(decision, Allow) else decision.reason.name.lower()
         if answer not in ((word,) if word != "revoking" else ("created", "revoked")):
             wrong.append(f"{word}, then {answer}")
     await engine.stop()
@@ -124,6 +124,6 @@ async def kill_again_and_again(
 async def test_a_twin_that_answers_before_it_commits_is_caught(
     store_url: str, make_engine: MakeEngine
 ) -> None:
-    """The same kill and the same questions find what a hasty process lost."""
+    """The same kill and the same checks find what a hasty process lost."""
     with Writers(store_url, "hasty") as writers:
         assert await lost(make_engine, writers.killed_after(50)) != []

@@ -1,4 +1,4 @@
-"""Questions to PostgreSQL: each gets its own answer, or none, whatever becomes of the line."""
+"""Queries to PostgreSQL: each gets its own answer, or an error, whatever the connection does."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -51,7 +51,7 @@ async def pool(network: Proxy) -> AsyncIterator[CountingPool]:
     pool.lines.close()
 
 
-async def test_one_line_answers_whoever_asks_in_turn(pool: CountingPool) -> None:
+async def test_one_connection_answers_callers_in_turn(pool: CountingPool) -> None:
     """It stays open, and its statements prepared; values come as the database types them."""
     assert [await pool.fetch(ECHO, b"%d" % n) for n in range(5)] == [str(n) for n in range(5)]
     assert await pool.fetch("SELECT $1::bigint + 1", b"41") == 42
@@ -66,9 +66,9 @@ async def test_many_who_ask_at_once_each_get_their_own(pool: CountingPool) -> No
     assert pool.opened == 2
 
 
-async def test_an_answer_that_nobody_waits_for_reaches_nobody_else(pool: CountingPool) -> None:
-    """Whoever hangs up takes the line along: the next one does not hear what he had asked. (It has
-    no broken twin: libpq itself refuses a question before the last answer has been read.)"""
+async def test_the_answer_of_a_cancelled_query_reaches_no_other_caller(pool: CountingPool) -> None:
+    """A cancelled caller closes its connection: the next one does not get its answer. (It has
+    no broken twin: libpq itself refuses a query before the last answer has been read.)"""
     await cancel_during(pool.fetch(SLOW_ECHO, b"mine"))
     assert await pool.fetch(SLOW_ECHO, b"yours") == "yours"
 
@@ -81,23 +81,23 @@ async def cancel_during(question: Coroutine[Any, Any, object]) -> None:
     await asyncio.wait([asking])
 
 
-async def test_what_the_server_has_against_a_question_is_told(pool: CountingPool) -> None:
-    """And the next question is answered."""
+async def test_an_error_of_the_server_is_raised(pool: CountingPool) -> None:
+    """And the next query is answered."""
     with pytest.raises(psycopg.Error, match="division by zero"):
         await pool.fetch("SELECT 1 / $1::int", b"0")
     assert await pool.fetch(ECHO, b"on") == "on"
 
 
-async def test_a_question_larger_than_a_socket_takes_at_once(pool: CountingPool) -> None:
+async def test_a_query_larger_than_a_socket_takes_at_once(pool: CountingPool) -> None:
     """What is left of it is sent when there is room."""
     large = b"x" * 20_000_000
     assert await pool.fetch("SELECT length($1)", large) == len(large)
 
 
-async def test_a_line_that_dies_while_nobody_asks_costs_nothing(
+async def test_a_connection_that_is_lost_while_idle_costs_nothing(
     pool: CountingPool, network: Proxy
 ) -> None:
-    """The event loop hears of it; the next question goes over a new one."""
+    """The event loop is notified; the next query uses a new connection."""
     await pool.fetch(ECHO, b"once")
     [idle] = pool.lines._idle
     network.reset_connections()
@@ -105,10 +105,10 @@ async def test_a_line_that_dies_while_nobody_asks_costs_nothing(
     assert await pool.fetch(ECHO, b"again") == "again"
 
 
-async def test_a_line_that_is_lost_amid_a_question_is_replaced(
+async def test_a_connection_that_is_lost_during_a_query_is_replaced(
     pool: CountingPool, network: Proxy
 ) -> None:
-    """Once: the question is asked again on a new one."""
+    """Once: the query is sent again on a new one."""
     await pool.fetch(ECHO, b"it is prepared")
     with network.held():
         asking = asyncio.create_task(pool.fetch(ECHO, b"again"))
@@ -129,11 +129,11 @@ async def test_a_session_that_is_ended_by_the_server_is_replaced(pool: CountingP
     assert await asyncio.gather(*asking) == ["here", "here"]
 
 
-async def test_a_line_that_fell_silent_is_not_trusted_for_long(
+async def test_a_silent_connection_is_not_trusted_for_long(
     network: Proxy,
 ) -> None:
-    """It was idle when the network swallowed it; the question is asked again on a new line, long
-    before its time is over, and the idle siblings are not asked at all."""
+    """It was idle when the network dropped it; the query is sent again on a new connection, long
+    before its timeout, and the other idle connections are not used at all."""
     pool = CountingPool(network.port, stale_seconds=0.1)
     await asyncio.gather(*(pool.fetch(SLOW_ECHO, b"warm") for _ in range(2)))
     with network.blackholing():
@@ -154,8 +154,8 @@ async def test_a_silent_server_is_given_up_in_time(pool: CountingPool, network: 
     assert await pool.fetch(ECHO, b"hello") == "hello"
 
 
-async def test_closed_lines_tell_whoever_waits(pool: CountingPool) -> None:
-    """At the end of a process nobody is left hanging."""
+async def test_closing_the_pool_ends_waiting_callers(pool: CountingPool) -> None:
+    """Closing the pool ends all waiting callers with an error."""
     asking = asyncio.create_task(pool.fetch("SELECT pg_sleep(60)"))
     await asyncio.to_thread(eventually, lambda: bool(pool.lines._busy))
     pool.lines.close()

@@ -1,4 +1,4 @@
-"""The databases find what they are asked for by an index: nothing reads all keys, or sorts them.
+"""The databases find rows by an index: nothing reads all keys, or sorts them.
 
 What is asked is not written down here again: the statements are run as the store runs them, and the
 database is asked how it does that. PostgreSQL may sort where it has no statistics yet, so an import
@@ -45,11 +45,11 @@ SEEN = Client("192.0.2.0/24", "curl", NOW)
 TALLY = UsageBatch("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
 ASKED: dict[str, Callable[[Connection], object]] = {
     "a cold look-up": lambda c: c.execute(records.FIND.statement, {"key_id": ONE}).all(),
-    "a cold look-up of a token from elsewhere": lambda c: c.execute(
+    "an uncached look-up of an imported token": lambda c: c.execute(
         records.FIND_BY_LOCATOR.statement, dict.fromkeys(records.LOCATOR_PARAMETERS, "seam:a_b")
     ).all(),
-    "keys from elsewhere": lambda c: on(c, KeyRepository).import_many(
-        [(replace(record(f"key_brought{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
+    "imported keys": lambda c: on(c, KeyRepository).import_many(
+        [(replace(record(f"key_imported{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]
     ),
     "one of an organisation": lambda c: on(c, KeyRepository).get("org1", ONE),
     "the first page": lambda c: on(c, KeyRepository).page("big", 100),
@@ -66,7 +66,7 @@ ASKED: dict[str, Callable[[Connection], object]] = {
     "uses": lambda c: record_last_used(c, {ONE: NOW}),
     "counts of uses": lambda c: add_batch(c, {ONE: NOW}, TALLY),
     "uses of a key": lambda c: on(c, UsageRepository).of_key("org1", ONE, TODAY - 29),
-    "keys that nobody uses": lambda c: on(c, KeyRepository).page(
+    "keys that are not used": lambda c: on(c, KeyRepository).page(
         "big", 9, after=2_000, unused_since=NOW - 1
     ),
     "old counts": lambda c: on(c, UsageRepository).prune(TODAY),
@@ -100,16 +100,16 @@ SCANS_OF_KEYS = re.compile(r"(SCAN|Seq Scan on) keylatch_keys")
 SORTS = re.compile(r"USE TEMP B-TREE|^ *(->  )?Sort")
 
 
-def plan_of(connection: Connection, ask: Callable[[Connection], object]) -> list[str]:
+def plan_of(connection: Connection, operation: Callable[[Connection], object]) -> list[str]:
     """How the database does it, line by line."""
     explain = "EXPLAIN " if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
-    with statements_of(connection) as asked:
-        outcome = ask(connection)
+    with statements_of(connection) as statements:
+        outcome = operation(connection)
         if isinstance(outcome, Coroutine):
             run(outcome)
     return [
         str(row[-1])
-        for statement, parameters in asked
+        for statement, parameters in statements
         if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH"))
         for row in connection.exec_driver_sql(explain + statement, parameters)
     ]
@@ -117,21 +117,21 @@ def plan_of(connection: Connection, ask: Callable[[Connection], object]) -> list
 
 @contextmanager
 def statements_of(connection: Connection) -> Iterator[list[tuple[str, Any]]]:
-    asked: list[tuple[str, Any]] = []
+    statements: list[tuple[str, Any]] = []
 
-    def note(*args: Any) -> None:
+    def keep(*args: Any) -> None:
         _, _, statement, parameters, _, is_many = args
-        asked.append((statement, parameters[0] if is_many else parameters))
+        statements.append((statement, parameters[0] if is_many else parameters))
 
-    event.listen(connection, "before_cursor_execute", note)
-    yield asked
-    event.remove(connection, "before_cursor_execute", note)
+    event.listen(connection, "before_cursor_execute", keep)
+    yield statements
+    event.remove(connection, "before_cursor_execute", keep)
 
 
 def slow_steps(
-    connection: Connection, ask: Callable[[Connection], object], *slow: re.Pattern[str]
+    connection: Connection, operation: Callable[[Connection], object], *slow: re.Pattern[str]
 ) -> list[str]:
-    plan = plan_of(connection, ask)
+    plan = plan_of(connection, operation)
     return [line for line in plan if any(pattern.search(line) for pattern in slow)]
 
 
@@ -244,9 +244,7 @@ class PlanContract:
         assert not SORTS.search(steps)
 
     @pytest.mark.long
-    async def test_old_lines_of_the_audit_log_are_found_by_their_number(
-        self, database: Database
-    ) -> None:
+    async def test_old_audit_events_are_found_by_their_number(self, database: Database) -> None:
         """However many there are: no more of them is read than may be deleted at once."""
 
         def plan(connection: Connection) -> list[str]:

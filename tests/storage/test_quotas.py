@@ -44,8 +44,12 @@ async def delete(store: Store, name: str, at: int) -> None:
 
 async def state_of(store: Store) -> tuple[object, ...]:
     """All that a change would leave a trace in."""
-    told = await store.invalidations.since(0)
-    return await store.audit.events(None, 100), told, await store.keys.list("acme", deleted=True)
+    invalidations = await store.invalidations.since(0)
+    return (
+        await store.audit.events(None, 100),
+        invalidations,
+        await store.keys.list("acme", deleted=True),
+    )
 
 
 class QuotaContract(StoreTests):
@@ -85,7 +89,7 @@ class QuotaContract(StoreTests):
     async def test_an_organisation_over_its_number_of_keys_still_changes_them(
         self, store: Store
     ) -> None:
-        """The limit is one for creating: it was lowered, or an import brought many."""
+        """The limit is one for creating: it was lowered, or an import created many."""
         for name in ("key_a", "key_b"):
             await add(store, name, None)
         assert await rename(store, "new", NOW, Quotas(max_keys=1, max_changes=9))
@@ -232,10 +236,10 @@ class QuotaContract(StoreTests):
 
     # How long the log is kept
 
-    async def test_old_lines_go_some_at_a_time_and_young_ones_stay(
+    async def test_old_audit_events_are_deleted_in_batches_and_young_ones_stay(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Those from before the time that the setting names, and of these not the newest line."""
+        """Those from before the time that the setting names, and of these not the newest event."""
         monkeypatch.setattr("keylatch.storage.audit._PRUNE_BATCH", 4)
         store.audit_days = 30
         for number in range(10):
@@ -246,10 +250,12 @@ class QuotaContract(StoreTests):
             await store.run_maintenance(NOW + 30 * DAY_MS + 1)
             left.append(len(await store.audit.events(None, 100)))
         assert left == [7, 4, 3, 3]
-        young = [deed.key_id for deed in await store.audit.events(None, 100)]
+        young = [event.key_id for event in await store.audit.events(None, 100)]
         assert young == ["key_9", "key_8", "key_7"]
 
-    async def test_the_newest_line_stays_so_that_no_number_comes_again(self, store: Store) -> None:
+    async def test_the_newest_audit_event_stays_so_that_no_number_is_reused(
+        self, store: Store
+    ) -> None:
         """Cursors and exports go by it."""
         store.audit_days = 1
         for number in range(3):
@@ -262,14 +268,14 @@ class QuotaContract(StoreTests):
         [new, *_] = await store.audit.events(None, 100)
         assert new.id > newest.id
 
-    async def test_one_line_with_a_wrong_time_holds_nothing_up(self, store: Store) -> None:
-        """Somebody's clock was a century ahead."""
+    async def test_one_audit_event_with_a_wrong_time_delays_nothing(self, store: Store) -> None:
+        """The clock of another process was a century ahead."""
         await add(store, "key_0", None, NOW + 36_500 * DAY_MS)
         for number in range(1, 4):
             await add(store, f"key_{number}", None)
         store.audit_days = 1
         await store.run_maintenance(NOW + 9 * DAY_MS)
-        assert [deed.key_id for deed in await store.audit.events(None, 100)] == ["key_3", "key_0"]
+        assert [event.key_id for event in await store.audit.events(None, 100)] == ["key_3", "key_0"]
 
     async def test_nothing_goes_where_it_is_kept_for_ever(self, store: Store) -> None:
         """0, which is also what a middleware does: only the sidecar deletes."""

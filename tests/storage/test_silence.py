@@ -47,9 +47,9 @@ async def store(url: str) -> AsyncIterator[Store]:
     await store.close()
 
 
-async def test_whoever_asks_a_silent_server_is_told_in_time(store: Store, network: Proxy) -> None:
-    """Every question ends as unavailable, and none of them keeps a place in the pool: when the
-    network is sound again, so is the store."""
+async def test_a_query_to_a_silent_server_fails_in_time(store: Store, network: Proxy) -> None:
+    """Every query ends as unavailable, and none of them keeps a place in the pool: when the
+    network works again, so does the store."""
     assert (await store.leases.poll("member", 0, seconds=5)).is_member
     with network.blackholing():
         for _ in range(MORE_THAN_THE_POOL // AT_ONCE):
@@ -93,7 +93,7 @@ async def test_a_lease_does_not_queue_behind_look_ups(store: Store, network: Pro
 async def test_connections_that_died_meanwhile_do_not_show(
     store: Store, network: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server that was restarted costs a second attempt, and nobody a refusal, however many idle
+    """A server that was restarted costs a second attempt and no refusal, however many idle
     connections died with it; and no library fills the log with tracebacks."""
     for _ in range(3):
         known = await asyncio.gather(*(store.keys.find("key_unknown") for _ in range(AT_ONCE)))
@@ -106,11 +106,11 @@ async def test_connections_that_died_meanwhile_do_not_show(
     assert caplog.records == []
 
 
-async def test_a_lock_is_not_kept_by_whoever_fell_silent(
+async def test_a_silent_client_does_not_keep_a_lock(
     store: Store, sound: Store, network: Proxy
 ) -> None:
-    """The counter row is everybody's: a process that is cut off in the middle of a change lets
-    go of it in two seconds, not when the server gives the connection up."""
+    """All writers lock the row of the sequence number: a process that is cut off in the middle of
+    a change releases it in two seconds, not when the server gives the connection up."""
     with ExitStack() as silence:
 
         def change_and_fall_silent(connection: Connection) -> None:
@@ -185,8 +185,8 @@ async def keys(store: Store, sound: Store) -> None:
 async def test_wherever_a_process_falls_silent_a_key_can_be_revoked(
     say: Say, store: Store, sound: Store, network: Proxy
 ) -> None:
-    """It may have said anything from nothing to nearly all, and hold the locks that it has by then.
-    Whoever waits for one of them ends its connection."""
+    """It may have sent anything from nothing to nearly all, and hold the locks that it has by then.
+    A writer that waits for one of them terminates its session."""
     for eighths in range(1, 8, 2):
         assert await revoke_while(say, eighths, store, sound, network) is not None
 

@@ -55,7 +55,7 @@ class StoreContract(StoreTests):
         _, seq = await store.keys.add(record(), "hashed")
         assert await store.keys.find("key_b") == NotFound(seq)
 
-    async def test_every_change_advances_the_sequence_number_and_is_told(
+    async def test_every_change_advances_the_sequence_number_and_writes_an_invalidation(
         self, store: Store
     ) -> None:
         """Create, change and delete each leave one invalidation, in order."""
@@ -73,7 +73,7 @@ class StoreContract(StoreTests):
         )
 
     async def test_deleting_is_final_and_repeatable(self, store: Store) -> None:
-        """A deleted key comes back as it is; nothing changes it and nothing is told again."""
+        """A deleted key comes back as it is; nothing changes it and no invalidation is repeated."""
         await store.keys.add(record(), "hashed")
         first = await store.keys.change("acme", "key_a", NOW, {"deleted_at": NOW, "active": False})
         again = await store.keys.change(
@@ -83,7 +83,7 @@ class StoreContract(StoreTests):
         assert first == again
         assert first[0].updated_at > NOW
 
-    async def test_a_foreign_key_is_an_unknown_key(self, store: Store) -> None:
+    async def test_another_organisations_key_is_an_unknown_key(self, store: Store) -> None:
         """Another organisation can neither see nor change it, and leaves no trace by trying."""
         _, seq = await store.keys.add(record(), "hashed")
         await store.keys.add(record("key_b", "rival"), "hashed")
@@ -94,7 +94,7 @@ class StoreContract(StoreTests):
         assert await store.keys.get("acme", "key_a") == record()
 
     async def test_an_addition_may_be_repeated(self, store: Store) -> None:
-        """Whoever lost the answer of the commit tries again, and makes no second change."""
+        """A client that lost the answer of the commit retries, and makes no second change."""
         _, seq = await store.keys.add(record(), "hashed")
         assert (await store.keys.add(record(), "hashed"))[1] == seq
         assert await store.keys.find("key_a") == Found(record(), "hashed", seq)
@@ -117,7 +117,7 @@ class StoreContract(StoreTests):
         await store.usage.record({"key_a": NOW + 3})
         assert await store.keys.find("key_a") == Found(record(last_used=NOW + 5), "hashed", seq)
 
-    async def test_a_use_does_not_revive_a_deleted_key(self, store: Store) -> None:
+    async def test_a_use_does_not_reactivate_a_deleted_key(self, store: Store) -> None:
         """A flush after the delete records only uses from before it, and changes no state."""
         await store.keys.add(record(), "hashed")
         await store.keys.change("acme", "key_a", NOW + 5, {"active": False, "deleted_at": NOW + 5})
@@ -147,7 +147,7 @@ class StoreContract(StoreTests):
     async def test_the_log_is_pruned_and_says_so(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Who asks for more than the log still holds is told that it is not complete."""
+        """A batch from before the start of the log is marked incomplete."""
         monkeypatch.setattr("keylatch.storage.invalidation_log._MAX_ROWS", 2)
         for number in range(5):
             _, last = await store.keys.add(record(f"key_{number}"), "hashed")
@@ -169,7 +169,7 @@ class LastingStoreContract(StoreContract):
     """What every store promises that other processes open as well."""
 
     async def test_two_at_once_set_up_one_store(self, url: str) -> None:
-        """Whoever comes first does it; everybody ends with the same secrets."""
+        """The first process creates them; all end with the same secrets."""
         stores = [Store(url) for _ in range(4)]
         secrets = await asyncio.gather(*(store.open(NOW) for store in stores))
         assert len({each.mac_keys for each in secrets}) == 1
@@ -213,7 +213,7 @@ class TestSQLite(LastingStoreContract):
         return store_url
 
     async def test_changes_are_seen_without_waiting(self, store: Store) -> None:
-        """The counter and the log can be read in place, by another connection, at once."""
+        """The sequence number and the log can be read in place, by another connection, at once."""
         before = store.invalidations.sequence_nowait()
         assert before is not None
         _, seq = await store.keys.add(record(), "hashed")
@@ -244,7 +244,7 @@ class TestSQLite(LastingStoreContract):
         assert None not in marks
         assert len(set(marks)) == len(marks)
 
-    async def test_without_a_mark_the_counter_is_asked(
+    async def test_without_a_data_version_the_sequence_number_is_read(
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """A system that does not tell where the index is costs microseconds, and no key."""
@@ -259,7 +259,7 @@ class TestSQLite(LastingStoreContract):
     async def test_reading_in_place_holds_no_snapshot(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """After checks, the log can still be truncated: nobody holds on to an old snapshot."""
+        """After checks, the log can still be truncated: no connection keeps an old snapshot."""
         monkeypatch.setattr("keylatch.storage.sqlite._CHECKPOINT_BYTES", 1)
         await store.keys.add(record(), "hashed")
         store.invalidations.sequence_nowait()
@@ -268,7 +268,7 @@ class TestSQLite(LastingStoreContract):
         assert (tmp_path / "keys.db-wal").stat().st_size == 0
 
     async def test_the_file_is_for_its_owner_only(self, store: Store, tmp_path: Path) -> None:
-        """It holds the pepper and the check key."""
+        """It holds the pepper and the MAC key."""
         await store.keys.add(record(), "hashed")
         for name in ("keys.db", "keys.db-wal", "keys.db-shm"):
             assert (tmp_path / name).stat().st_mode & 0o077 == 0, name
@@ -286,7 +286,7 @@ class TestSQLite(LastingStoreContract):
     async def test_a_locked_store_is_unavailable(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Who cannot write within the busy time is told so; reads and checks go on."""
+        """A writer that gets no lock within the busy time fails; reads and checks go on."""
         await store.close()  # connections with another busy time
         monkeypatch.setattr("keylatch.storage.sqlite._BUSY_SECONDS", 0.05)
         await store.open(NOW)
@@ -302,7 +302,7 @@ class TestSQLite(LastingStoreContract):
     async def test_a_full_disk_is_unavailable_and_commits_nothing(
         self, store: Store, tmp_path: Path
     ) -> None:
-        """A write that finds no room is told so, and the store is as before."""
+        """A write on a full disk fails, and the store is as before."""
         before = await store.invalidations.since(0)
         database = store._database
         await database.write(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1").all())

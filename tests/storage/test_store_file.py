@@ -61,7 +61,7 @@ def beside(path: Path, end: str) -> Path:
 
 
 class OtherAccount:
-    """A process of another account; see `worker_stranger`."""
+    """A process of another account; see `worker_other_account`."""
 
     def __init__(self, what: str, path: Path) -> None:
         self._process = subprocess.Popen(
@@ -146,7 +146,7 @@ def test_no_other_account_can_open_a_store_that_is_being_created(public: Path) -
 @needs_root
 @pytest.mark.long
 def test_a_twin_that_closes_the_file_afterwards_is_caught(public: Path) -> None:
-    """Created with the umask's mode and changed then: between the two there is a moment."""
+    """Created with the umask's mode and changed then: between the two it is readable."""
     os.umask(0o022)
     reader = OtherAccount("read", public)
 
@@ -406,9 +406,9 @@ def test_a_lock_file_that_cannot_be_replaced_is_refused(public: Path) -> None:
     """In /tmp, say, where files may be removed by their owners only. It is said, not waited for."""
     public.parent.chmod(0o1777)
     beside(public, "-lock").touch(mode=0o600)
-    stranger = OtherAccount("start", public)
-    assert "belongs to another account and cannot be removed" in stranger.read_word()
-    stranger.end()
+    other_account = OtherAccount("start", public)
+    assert "belongs to another account and cannot be removed" in other_account.read_word()
+    other_account.end()
     assert [each.name for each in public.parent.iterdir()] == ["keys.db-lock"]
 
 
@@ -419,12 +419,12 @@ def test_another_account_can_hold_nothing(public: Path) -> None:
     that a usual umask leaves, is held, and replaced by the next process that needs it."""
     store = StoreFile(public)
     with opened(public):
-        stranger = OtherAccount("hold", public)
-        assert stranger.read_word() == "refused"
-        stranger.end()
+        other_account = OtherAccount("hold", public)
+        assert other_account.read_word() == "refused"
+        other_account.end()
         beside(public, "-lock").chmod(0o644)
-        stranger = OtherAccount("hold", public)
-        assert stranger.read_word() == "held"
+        other_account = OtherAccount("hold", public)
+        assert other_account.read_word() == "held"
         with store.exclusive_lock(wait=False):
             assert mode_of(beside(public, "-lock")) == 0o600
-        stranger.end()
+        other_account.end()

@@ -1,4 +1,4 @@
-"""The threads of a SQLite file: questions of checks wait for nothing that management does."""
+"""The threads of a SQLite file: queries of checks wait for nothing that management does."""
 
 import asyncio
 import sqlite3
@@ -51,7 +51,7 @@ def held(gate: threading.Event) -> Callable[[Connection], bool]:
     return lambda connection: gate.wait(30)
 
 
-async def ask(database: SQLite) -> int:
+async def query(database: SQLite) -> int:
     return len(await database.fetch(FIND, key_id="key_a"))
 
 
@@ -61,12 +61,12 @@ async def test_a_cold_check_waits_for_no_work_of_management(
     path: Path, gate: threading.Event, kind: type[SQLite], work: str
 ) -> None:
     """While lists, pages of the audit log or transactions keep every thread that they may have, a
-    question is answered. The twin answers when they are done."""
+    query is answered. The twin answers when they are done."""
     database = kind(path)
     run = database.read if work == "reads" else database.write
     holding = [asyncio.create_task(run(held(gate))) for _ in range(MANY)]
     await asyncio.sleep(0)
-    asking = asyncio.create_task(ask(database))
+    asking = asyncio.create_task(query(database))
     await asyncio.wait({asking}, timeout=0.5 if kind is OnePool else 30)
     assert asking.done() is (kind is SQLite)
     gate.set()
@@ -77,7 +77,7 @@ async def test_a_cold_check_waits_for_no_work_of_management(
     await database.close()
 
 
-async def test_reads_and_transactions_wait_for_no_question_nor_for_each_other(
+async def test_reads_and_transactions_wait_for_no_query_nor_for_each_other(
     path: Path, gate: threading.Event
 ) -> None:
     """Each kind has threads of its own, and says how much it has to do."""
@@ -96,7 +96,7 @@ async def test_reads_and_transactions_wait_for_no_question_nor_for_each_other(
 async def test_a_fork_waits_for_every_pool(path: Path, gate: threading.Event, work: str) -> None:
     """No thread is at work while the process forks, none begins, and no file is open then."""
     database = SQLite(path)
-    assert await ask(database) == 1
+    assert await query(database) == 1
     begun = threading.Event()
 
     def work_until(connection: Connection) -> bool:
@@ -112,7 +112,7 @@ async def test_a_fork_waits_for_every_pool(path: Path, gate: threading.Event, wo
     gate.set()
     await holding
     assert await working
-    late = asyncio.create_task(ask(database))
+    late = asyncio.create_task(query(database))
     await asyncio.wait({late}, timeout=0.1)
     assert not late.done()
     assert _descriptors_of(path) == []

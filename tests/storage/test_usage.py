@@ -1,4 +1,4 @@
-"""Counts of uses: exact, added once, off the request's path, bounded; and they revive nobody."""
+"""Counts of uses: exact, added once, off the request's path, bounded; they re-activate no key."""
 
 import asyncio
 import itertools
@@ -62,7 +62,7 @@ REVOKED = Reason.REVOKED.name
 __all__ = ["protected"]  # a fixture
 
 
-def tally(number: int, counts: Mapping[CountKey, int], by: str = "one", **more: Any) -> UsageBatch:
+def batch(number: int, counts: Mapping[CountKey, int], by: str = "one", **more: Any) -> UsageBatch:
     return UsageBatch(by, number, TODAY, counts, **more)
 
 
@@ -81,7 +81,7 @@ async def use_after_a_revoke(store: Store, write: Write) -> tuple[KeyRecord, int
     gone = {"active": False, "deleted_at": NOW + 5}
     changed = await store.keys.change("acme", "key_a", NOW + 5, gone)
     assert changed is not None
-    await write({"key_a": NOW + 1}, tally(1, {("key_a", TODAY, ALLOWED): 1}))
+    await write({"key_a": NOW + 1}, batch(1, {("key_a", TODAY, ALLOWED): 1}))
     found = await store.keys.get("acme", "key_a")
     assert found is not None
     return found, (await store.invalidations.since(0)).seq - changed[1]
@@ -90,15 +90,15 @@ async def use_after_a_revoke(store: Store, write: Write) -> tuple[KeyRecord, int
 class TallyContract(StoreTests):
     """What both databases promise."""
 
-    async def test_tallies_add_up(self, store: Store) -> None:
+    async def test_usage_batches_add_up(self, store: Store) -> None:
         """Those of several processes, by day and outcome; the newest day comes first."""
         await store.keys.add(record(), "hashed")
         await store.usage.record(
-            {}, tally(1, {("key_a", TODAY, ALLOWED): 7, ("key_a", TODAY, REVOKED): 2})
+            {}, batch(1, {("key_a", TODAY, ALLOWED): 7, ("key_a", TODAY, REVOKED): 2})
         )
-        await store.usage.record({}, tally(2, {("key_a", TODAY, ALLOWED): 3}))
-        await store.usage.record({}, tally(1, {("key_a", TODAY - 1, ALLOWED): 5}, by="another"))
-        await store.usage.record({}, tally(2, {("key_a", TODAY, ALLOWED): 4}, by="another"))
+        await store.usage.record({}, batch(2, {("key_a", TODAY, ALLOWED): 3}))
+        await store.usage.record({}, batch(1, {("key_a", TODAY - 1, ALLOWED): 5}, by="another"))
+        await store.usage.record({}, batch(2, {("key_a", TODAY, ALLOWED): 4}, by="another"))
         assert await days(store) == [
             DayUsage(TODAY, 14, {REVOKED: 2}),
             DayUsage(TODAY - 1, 5, {}),
@@ -107,18 +107,18 @@ class TallyContract(StoreTests):
             record(), [DayUsage(TODAY, 14, {REVOKED: 2})], None
         )
 
-    async def test_a_foreign_key_is_an_unknown_key(self, store: Store) -> None:
-        """Its uses are none of anybody else's business."""
+    async def test_another_organisations_key_is_an_unknown_key(self, store: Store) -> None:
+        """Its usage is not shown to another organisation."""
         await store.keys.add(record(), "hashed")
         assert await store.usage.of_key("rival", "key_a", 0) is None
         assert await store.usage.of_key("acme", "key_b", 0) is None
 
-    async def test_a_tally_that_is_told_again_is_added_once(self, store: Store) -> None:
-        """Also by two who tell it at the same time, because the first is thought to be dead."""
+    async def test_a_usage_batch_that_is_sent_again_is_added_once(self, store: Store) -> None:
+        """Also if two processes send it at the same time, because the first seems dead."""
         await store.keys.add(record(), "hashed")
-        one = tally(1, {("key_a", TODAY, ALLOWED): 7})
+        one = batch(1, {("key_a", TODAY, ALLOWED): 7})
         await asyncio.gather(*(store.usage.record({"key_a": NOW}, one) for _ in range(8)))
-        await store.usage.record({}, tally(2, {("key_a", TODAY, ALLOWED): 1}))
+        await store.usage.record({}, batch(2, {("key_a", TODAY, ALLOWED): 1}))
         await store.usage.record({"key_a": NOW + 1}, one)
         assert await days(store) == [DayUsage(TODAY, 8, {})]
         assert (await store.keys.list("acme"))[0].last_used == NOW
@@ -127,18 +127,18 @@ class TallyContract(StoreTests):
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The test above would notice."""
-        monkeypatch.setattr(tallies, "_advance_sequence", lambda connection, tally: True)
+        monkeypatch.setattr(tallies, "_advance_sequence", lambda connection, batch: True)
         with pytest.raises(AssertionError):
-            await self.test_a_tally_that_is_told_again_is_added_once(store)
+            await self.test_a_usage_batch_that_is_sent_again_is_added_once(store)
 
     async def test_an_answer_that_got_lost_is_no_use_twice(self, store: Store) -> None:
-        """The commit was made and nobody heard of it: told again in the same words, while others
+        """The commit succeeded and its answer was lost: the same batch is sent again, while others
         wait."""
         await store.keys.add(record(), "hashed")
         answers = iter([False, False, True])
 
-        async def deaf(uses: Mapping[str, int], tally: UsageBatch) -> None:
-            await store.usage.record(uses, tally)
+        async def deaf(uses: Mapping[str, int], batch: UsageBatch) -> None:
+            await store.usage.record(uses, batch)
             if not next(answers, True):
                 raise StoreUnavailable("the answer was lost")
 
@@ -149,9 +149,9 @@ class TallyContract(StoreTests):
             await usage.flush()
         assert await days(store) == [DayUsage(TODAY, 15, {})]
 
-    async def test_a_use_revives_nobody(self, store: Store) -> None:
+    async def test_a_use_reactivates_no_key(self, store: Store) -> None:
         """A use that is written after the revoke changes when the key was last used, its counts,
-        and nothing else; and is no change that caches would have to hear of."""
+        and nothing else; it writes no invalidation."""
         found, changes = await use_after_a_revoke(store, store.usage.record)
         assert (found.active, found.deleted_at, changes) == (False, NOW + 5, 0)
         assert (found.last_used, await days(store)) == (NOW + 1, [DayUsage(TODAY, 1, {})])
@@ -166,7 +166,7 @@ class TallyContract(StoreTests):
             values = {name: value for name, value in cached.items() if name in keys.c}
             connection.execute(update(keys).where(keys.c.id == "key_a").values(values))
 
-        async def save_back(uses: Mapping[str, int], tally: UsageBatch) -> None:
+        async def save_back(uses: Mapping[str, int], batch: UsageBatch) -> None:
             await store._database.write(save)
 
         found, _ = await use_after_a_revoke(store, save_back)
@@ -182,7 +182,7 @@ class TallyContract(StoreTests):
             counts = {(name, TODAY, ALLOWED): number for name in mixed}
             seen = {name: Client(None, str(number), NOW + number) for name in mixed}
             uses = dict.fromkeys(mixed, NOW + number)
-            await store.usage.record(uses, tally(1, counts, f"process {number}", clients=seen))
+            await store.usage.record(uses, batch(1, counts, f"process {number}", clients=seen))
 
         await asyncio.gather(*(one(number) for number in range(1, 13)))
         for name in names:
@@ -193,7 +193,7 @@ class TallyContract(StoreTests):
             assert found.record.last_used == NOW + 12
 
     async def test_what_is_old_goes(self, store: Store, url: str) -> None:
-        """Counts after 400 days, clients after 90; the rest stays, whoever tidies up."""
+        """Counts after 400 days, clients after 90; the rest stays, in every process."""
         await store.keys.add_many([(record(name), "hashed") for name in ("key_a", "key_b")])
         on = {("key_a", TODAY - age, ALLOWED): 1 for age in (0, 1, 399, 400, 401, 500)}
         seen = {
@@ -204,7 +204,7 @@ class TallyContract(StoreTests):
             await store.usage.record(
                 {}, UsageBatch(f"gone {number}", 1, TODAY - 8, on if not number else {})
             )
-        await store.usage.record({}, tally(1, {}, clients=seen))
+        await store.usage.record({}, batch(1, {}, clients=seen))
         await asyncio.gather(store.run_maintenance(NOW), store.run_maintenance(NOW))
         found = await store.usage.of_key("acme", "key_a", 0)
         other = await store.usage.of_key("acme", "key_b", 0)
@@ -219,7 +219,7 @@ class TallyContract(StoreTests):
         )
         assert [row[0] for row in left] == ["one"]
 
-    async def test_keys_that_nobody_uses_are_found(self, store: Store) -> None:
+    async def test_unused_keys_are_found(self, store: Store) -> None:
         """By when they were last used, and those that never were by when they were made; a page
         at a time."""
         ages = {"key_new": (0, None), "key_never": (40, None), "key_old": (90, 31)}
@@ -258,7 +258,7 @@ class TestPostgreSQL(TallyContract):
 
 
 class RecordingStore:
-    """A store that adds up what it is told."""
+    """A store that adds up what it gets."""
 
     def __init__(self) -> None:
         self.counts = Counter[CountKey]()
@@ -276,11 +276,11 @@ class RecordingStore:
 
 async def test_no_use_is_lost_between_eight_threads_and_a_flush() -> None:
     """Threads share keys and are interrupted all the time; the loop flushes as fast as it can."""
-    told, shared = (
+    recording, shared = (
         RecordingStore(),
         [UsageCounter("key_a"), UsageCounter("key_b"), UsageCounter("key_a")],
     )
-    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
+    usage = UsageRecorder(recording.record_last_used, now_ms=lambda: NOW)
 
     def hit() -> None:
         for turn in range(20_000):
@@ -298,14 +298,14 @@ async def test_no_use_is_lost_between_eight_threads_and_a_flush() -> None:
     finally:
         sys.setswitchinterval(interval)
     await usage.flush()
-    assert sum(told.counts.values()) == 160_000
-    assert told.counts["key_b", TODAY, ALLOWED] == 8 * 6_667
+    assert sum(recording.counts.values()) == 160_000
+    assert recording.counts["key_b", TODAY, ALLOWED] == 8 * 6_667
 
 
 async def test_a_thread_that_was_stopped_while_a_flush_went_by_still_counts() -> None:
     """It had taken the key's counter and not yet ticked it: the next flush finds that."""
-    told, key = RecordingStore(), UsageCounter("key_a")
-    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
+    recording, key = RecordingStore(), UsageCounter("key_a")
+    usage = UsageRecorder(recording.record_last_used, now_ms=lambda: NOW)
     usage.record(key, NOW)
     counter = key.ticks
     assert counter is not None
@@ -314,65 +314,65 @@ async def test_a_thread_that_was_stopped_while_a_flush_went_by_still_counts() ->
     usage.record(key, NOW)
     await usage.flush()
     await usage.flush()
-    assert told.counts == {("key_a", TODAY, ALLOWED): 3}
+    assert recording.counts == {("key_a", TODAY, ALLOWED): 3}
 
 
 async def test_a_key_that_left_the_cache_keeps_its_uses() -> None:
     """Entries come and go; what they counted waits on its own."""
-    told = RecordingStore()
-    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
+    recording = RecordingStore()
+    usage = UsageRecorder(recording.record_last_used, now_ms=lambda: NOW)
     for _ in range(50):
         usage.record(UsageCounter("key_a"), NOW)
     await usage.flush()
-    assert told.counts == {("key_a", TODAY, ALLOWED): 50}
+    assert recording.counts == {("key_a", TODAY, ALLOWED): 50}
 
 
 async def test_a_use_belongs_to_the_day_of_its_flush_and_an_outage_moves_none() -> None:
     """What was taken before midnight and could not be stored stays on its day."""
-    told, clock, key = RecordingStore(), Clock(), UsageCounter("key_a")
+    recording, clock, key = RecordingStore(), Clock(), UsageCounter("key_a")
     clock.seconds = (TODAY + 1) * 86_400 - 1
-    usage = UsageRecorder(told.record_last_used, now_ms=lambda: int(clock() * 1000))
-    told.is_down = True
+    usage = UsageRecorder(recording.record_last_used, now_ms=lambda: int(clock() * 1000))
+    recording.is_down = True
     usage.record(key, NOW)
     await usage.flush()
     clock.tick(1)
     usage.record(key, NOW)
-    told.is_down = False
+    recording.is_down = False
     await usage.flush()
-    assert told.counts == {("key_a", TODAY, ALLOWED): 1, ("key_a", TODAY + 1, ALLOWED): 1}
+    assert recording.counts == {("key_a", TODAY, ALLOWED): 1, ("key_a", TODAY + 1, ALLOWED): 1}
 
 
 async def test_a_flood_of_refusals_is_one_write() -> None:
     """However many: one row for a key and a reason."""
-    told = RecordingStore()
-    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
+    recording = RecordingStore()
+    usage = UsageRecorder(recording.record_last_used, now_ms=lambda: NOW)
     for _ in range(100_000):
         usage.record_refusal("key_a", Reason.REVOKED)
-    assert told.writes == 0
+    assert recording.writes == 0
     await usage.flush()
-    assert (told.counts, told.writes) == ({("key_a", TODAY, REVOKED): 100_000}, 1)
+    assert (recording.counts, recording.writes) == ({("key_a", TODAY, REVOKED): 100_000}, 1)
 
 
 @pytest.mark.long
 async def test_a_flood_is_bounded_and_says_what_it_lost(caplog: pytest.LogCaptureFixture) -> None:
     """So many keys that there is no place for all: those that have one are counted on, the rest
-    are told of, and no transaction is long."""
-    told = RecordingStore()
-    usage = UsageRecorder(told.record_last_used, now_ms=lambda: NOW)
+    are counted as dropped, and no transaction is long."""
+    recording = RecordingStore()
+    usage = UsageRecorder(recording.record_last_used, now_ms=lambda: NOW)
     for number in range(CAPACITY + 10):
         usage.record_refusal(f"key_{number}", Reason.EXPIRED)
     usage.record_refusal("key_0", Reason.EXPIRED)
-    told.is_down = True
+    recording.is_down = True
     await usage.flush()
     for number in range(CAPACITY + 10):
         usage.record_refusal(f"key_{number}", Reason.REVOKED)
     await usage.flush()
-    told.is_down = False
+    recording.is_down = False
     await usage.flush()
-    assert sum(told.counts.values()) + usage.dropped == 2 * (CAPACITY + 10) + 1
-    assert CAPACITY <= len(told.counts) <= 2 * CAPACITY
-    assert told.counts["key_0", TODAY, "EXPIRED"] == 2
-    assert told.largest <= 2_000
+    assert sum(recording.counts.values()) + usage.dropped == 2 * (CAPACITY + 10) + 1
+    assert CAPACITY <= len(recording.counts) <= 2 * CAPACITY
+    assert recording.counts["key_0", TODAY, "EXPIRED"] == 2
+    assert recording.largest <= 2_000
     assert f"dropped {10} uses from the usage counts" in caplog.text
 
 
@@ -398,7 +398,7 @@ async def uses_of(engine: Engine, key: Created) -> tuple[int, Mapping[str, int]]
 async def test_every_refusal_of_a_known_key_counts_by_its_reason(
     engine: Engine, other: Engine, make_engine: MakeEngine, clock: Clock
 ) -> None:
-    """From the cache and from the store alike; and lets in count once each, the first one too."""
+    """From cache and store alike; accepted requests count once each, also the first."""
     keyring = await other.keyring()
     small = await create(other, permission="SENDING")
     for _ in range(3):
@@ -439,15 +439,15 @@ async def test_every_refusal_of_a_known_key_counts_by_its_reason(
 
 
 async def test_what_is_unsettled_does_not_count_until_it_is(engine: Engine, other: Engine) -> None:
-    """Where more may suffice than was wanted so far, a good key is neither let in nor refused."""
+    """Where a later rule may suffice, a valid key is neither allowed nor denied."""
     small = await create(other, permission="SENDING")
     so_far = Requirement(frozenset({"FULL"}), is_final=False)
     for sufficient, is_cold in (("SENDING", True), ("SENDING", False), ("READING", False)):
         before = decided(engine)
-        verdict = await engine.authenticate(bearer(small.token), so_far)
-        assert isinstance(verdict, DeferredDeny)
+        decision = await engine.authenticate(bearer(small.token), so_far)
+        assert isinstance(decision, DeferredDeny)
         assert decided(engine) == before
-        settled = verdict.decide(Requirement(frozenset({"FULL", sufficient}), sufficient))
+        settled = decision.decide(Requirement(frozenset({"FULL", sufficient}), sufficient))
         tier = "store" if is_cold else "l1"
         if sufficient == "SENDING":
             assert settled == Allow(principal_of(small.record))
@@ -464,8 +464,8 @@ async def test_what_is_unsettled_does_not_count_until_it_is(engine: Engine, othe
 async def test_each_of_many_who_wait_for_one_look_up_counts(engine: Engine, other: Engine) -> None:
     """A key that became cold is looked up once for all, and each of them has used it."""
     key = await create(other)
-    verdicts = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for _ in range(50)))
-    assert all(isinstance(verdict, Allow) for verdict in verdicts)
+    decisions = await asyncio.gather(*(engine.authenticate(bearer(key.token)) for _ in range(50)))
+    assert all(isinstance(decision, Allow) for decision in decisions)
     await engine.stop()
     assert await uses_of(other, key) == (50, {})
 
@@ -487,16 +487,16 @@ async def test_both_secrets_of_a_key_count_for_it(engine: Engine, other: Engine)
     assert await uses_of(other, key) == (8, {"WRONG_SECRET": 1})
 
 
-async def test_strangers_write_nothing(engine: Engine, other: Engine) -> None:
-    """A token that this store did not mint counts for nobody, also one with the id of a key, in
+async def test_forged_tokens_write_nothing(engine: Engine, other: Engine) -> None:
+    """A token that this store did not mint is counted for no key, also one with the id of a key, in
     cache or not; nor does a minted one of no key."""
     key = await create(other)
     assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
-    stranger = MacKeys([b"s" * 32]).mint("kl", "live")
+    forged = MacKeys([b"s" * 32]).mint("kl", "live")
     secrets = await other.store.open(0)
     unknown = MacKeys(secrets.mac_keys).mint("kl", "live")
     claims = key.token.reveal()[:-9] + "AAAAAAAAA"
-    for token in (bearer(stranger), bearer(unknown), [f"Bearer {claims}".encode()]):
+    for token in (bearer(forged), bearer(unknown), [f"Bearer {claims}".encode()]):
         for _ in range(3):
             assert isinstance(await engine.authenticate(token), Deny)
     await engine.stop()
@@ -510,7 +510,7 @@ async def test_strangers_write_nothing(engine: Engine, other: Engine) -> None:
 
 
 async def test_what_is_kept_open_is_no_use(engine: Engine, other: Engine) -> None:
-    """A connection's key is looked at again when it changes; nobody has called."""
+    """A connection's key is looked at again when it changes; no request was sent."""
     key = await create(other)
     assert isinstance(await engine.authenticate(bearer(key.token)), Allow)
     with engine.revocation_event(bearer(key.token)) as ended:
@@ -553,14 +553,14 @@ def test_counts_are_exact_after_sigterm(
     protected.revoke(gone)
     answers = Counter[tuple[str, int]]()
     turns = itertools.cycle([good, gone, good, small])
-    asked = [next(turns) for _ in range(320)]
+    chosen = [next(turns) for _ in range(320)]
     with served(store_url, *options) as (port, process), ThreadPoolExecutor(8) as threads:
 
-        def ask(key: Created) -> tuple[str, int]:
+        def request(key: Created) -> tuple[str, int]:
             bearing = f"Bearer {key.token.reveal()}"
-            return key.record.id, worker_wsgi.ask(int(port), "/", bearing)
+            return key.record.id, worker_wsgi.status_of(int(port), "/", bearing)
 
-        answers.update(threads.map(ask, asked))
+        answers.update(threads.map(request, chosen))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     ids = [key.record.id for key in (good, gone, small)]

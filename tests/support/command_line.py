@@ -1,4 +1,4 @@
-"""Somebody at a shell who runs `keylatch`, in this process or in one of its own."""
+"""Runs `keylatch` commands, in this process or in one of their own."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ class Result:
 
 
 class Operator:
-    """Somebody at a shell, with a store."""
+    """Runs `keylatch` commands with a store."""
 
     def __init__(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]

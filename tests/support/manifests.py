@@ -1,7 +1,7 @@
 """Models of the files in `deploy/` that no test runs: parsed, validated, evaluated on requests.
 
 A judge returns what is wrong, in words, so that a test can show that it sees the broken twin of
-what we ship. An `asked_by_…` tells what a proxy would ask of a key, by the proxy's own rules.
+what we ship. An `asked_by_…` returns what a proxy would require of a key, by the proxy's own rules.
 """
 
 import posixpath
@@ -157,7 +157,7 @@ def flaws_of_service(service: Any) -> list[str]:
     return [what for what, is_so in wrong.items() if is_so]
 
 
-def strangers_who_may_ask(found: Iterable[Any]) -> list[str]:
+def unexpected_clients(found: Iterable[Any]) -> list[str]:
     """Ways in which every client could reach port 8700."""
     wrong = []
     for service in of_kind(found, "Service"):
@@ -170,7 +170,7 @@ def strangers_who_may_ask(found: Iterable[Any]) -> list[str]:
             peers = rule.get("from", [])
             selectors = [selector for peer in peers for selector in peer.values()]
             if (8700 in ports or not ports) and (not peers or not all(selectors)):
-                wrong.append("a policy for everybody")
+                wrong.append("a policy without a selector")
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""Keys as other systems make them: a token, and the fields of the line that brings it along.
+"""Keys as other systems make them: a token, and the fields of the line that imports it.
 
 Written from what those systems store, with `hashlib` and `argon2` alone: keylatch's own reading of
 their formats has no part in it.
@@ -24,7 +24,7 @@ class ExternalKey:
     token: str
     import_fields: dict[str, Any] = field(repr=False)
     secret: str
-    """What nobody may see of the token."""
+    """The secret part of the token."""
 
     @property
     def with_wrong_secret(self) -> str:

@@ -14,7 +14,7 @@ from keylatch.engine import Engine
 from keylatch.settings import Settings
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 
-ANONYMOUS: Final = "nobody"
+ANONYMOUS: Final = "anonymous"
 SENDING: Final = "SENDING"
 FULL: Final = "FULL"
 VIEW: Final = "x-view"
@@ -55,7 +55,7 @@ ALLOWED: Final[Mapping[str, Mapping[str, frozenset[str]]]] = {
     "mounted": {"GET": _SENDERS},
     "mounted export": {"GET": _FULL},
 }
-"""For each view and method those who may call it; HEAD follows GET."""
+"""For each view and method the keys that may call it; HEAD follows GET."""
 
 ROUTES: Final = (
     ("/healthz", "healthz", "GET"),
@@ -148,8 +148,8 @@ def fastapi_declared(gate: BuildMiddleware) -> Any:
         callers = ALLOWED[name][method]
         scope = SENDING if SENDING in callers and ANONYMOUS not in callers else FULL
         is_bare = name == "secret" or ANONYMOUS in ALLOWED[name].get("GET", ())
-        asked = [] if is_bare else [Security(api_key, scopes=[scope])]
-        app.add_api_route(_braced(path), say(name), methods=[method], dependencies=asked)
+        dependencies = [] if is_bare else [Security(api_key, scopes=[scope])]
+        app.add_api_route(_braced(path), say(name), methods=[method], dependencies=dependencies)
     return gate(app, public=RULES["public"], permissions=permissions_of(app))
 
 

@@ -44,7 +44,7 @@ JSON = dict[str, Any]
 
 
 class Echo:
-    """An app that says what it was asked, and counts: for each test, did a request get here?"""
+    """An app that echoes its requests, and counts them: for each test, did a request get here?"""
 
     def __init__(self) -> None:
         self.request_count = 0
@@ -145,7 +145,7 @@ class SidecarProcess:
         assert self._process.wait(timeout=20) == 0
 
     def kill(self) -> None:
-        """Stop without a word to those who are connected."""
+        """Stop without closing connections."""
         self._process.kill()
         self._process.wait()
 
@@ -244,7 +244,7 @@ class FaultInjector:
             self.response, self.closes_after_next_request = None, False
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for the next one
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the reader of the next one
         self._listener.close()
 
 
@@ -279,7 +279,7 @@ class Kind:
         inner: further addresses that it listens on, for itself.
         home: the folder it is started in; `{folder}` is where the files are.
         first: a request that is 404 until it has read its files, and is then refused without a
-            question; empty: it has read them when it listens.
+            check; empty: it has read them when it listens.
         environment: variables that say where it writes; `{folder}` is where the files are.
     """
 
@@ -494,7 +494,7 @@ def header_dict(answer: RawResponse) -> dict[bytes, bytes]:
 
 
 def echoed(answer: RawResponse) -> JSON:
-    """What the app says that it was asked."""
+    """The request as the app received it."""
     assert answer.status == 200, answer
     seen: JSON = json.loads(answer.body)
     return seen
@@ -559,7 +559,7 @@ def assert_same_refusal(answer: RawResponse, expected_answer: RawResponse) -> No
 
 
 def with_trailer(key: Created) -> bytes:
-    """A request whose body is followed by a lie about who calls."""
+    """A request whose body is followed by a forged identity."""
     lines = [b"POST /v1/emails HTTP/1.1", b"Host: test", auth_header(key)]
     lines += [b"Transfer-Encoding: chunked", b"TE: trailers", b"Trailer: X-Keylatch-Key-Id"]
     lines += [b"Connection: close", b"", b"5", b"hello", b"0", b"X-Keylatch-Key-Id: evil"]

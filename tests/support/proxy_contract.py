@@ -115,7 +115,7 @@ class ProxyContract:
         assert seen["query"] == 7_000 * "x"
 
     def test_head_is_answered_without_a_body(self, proxy: ProxyStack) -> None:
-        """The app is asked HEAD; a refused HEAD has no body either."""
+        """The app gets HEAD; a refused HEAD has no body either."""
         count_before = proxy.app.request_count
         allowed = proxy.request(b"HEAD /v1/me", auth_header(proxy.full))
         assert (allowed.status, allowed.body, proxy.app.request_count) == (
@@ -154,7 +154,7 @@ class ProxyContract:
         assert header_dict(refused)[b"www-authenticate"].startswith(b'Bearer realm="keylatch"')
 
     def test_a_revoked_key_is_refused_on_the_very_next_request(self, proxy: ProxyStack) -> None:
-        """On the same kept connection too; nothing on the way remembers it."""
+        """On the same persistent connection too; nothing on the way caches it."""
         for _ in range(5):
             key = proxy.sidecar.create()
             assert proxy.request(b"GET /v1/me", auth_header(key)).status == 200
@@ -268,7 +268,7 @@ class ProxyContract:
 
     @pytest.mark.parametrize("order", ["good bad", "bad good", "good good", "good empty"])
     def test_two_credentials_are_never_allowed(self, proxy: ProxyStack, order: str) -> None:
-        """Whichever comes first: who reads the other one would be deceived."""
+        """Whichever comes first: an app that reads the other one would accept a forged value."""
         fields = {
             "good": auth_header(proxy.full),
             "bad": b"Authorization: Bearer wrong",
@@ -396,7 +396,7 @@ class ProxyContract:
         assert proxy.app.request_count == count_before
 
     def test_trailers_never_become_headers(self, proxy: ProxyStack) -> None:
-        """Some app servers add them to the headers: they could say who calls."""
+        """Some app servers add them to the headers: they could forge an identity."""
         answered = parse_response(exchange(proxy.url, with_trailer(proxy.full)))
         if not self.chunked_bodies:
             assert answered.status == 411
@@ -413,7 +413,7 @@ class ProxyContract:
         assert b"/v1/smuggled" not in received
 
     def test_requests_on_one_connection_are_judged_one_by_one(self, proxy: ProxyStack) -> None:
-        """Who came before on the same connection lends nothing to who comes after."""
+        """A request has nothing of an earlier one on the same connection."""
         good = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full), b"", b""]
         keyless = [b"GET /v1/me HTTP/1.1", b"Host: test", b"Connection: close", b"", b""]
         count_before = proxy.app.request_count
@@ -424,14 +424,14 @@ class ProxyContract:
     def test_concurrent_requests_keep_their_identities(self, proxy: ProxyStack) -> None:
         """Forty callers at once, on routes that both may call: no identity is mixed up."""
 
-        def ask(key: Created) -> dict[str, list[str]]:
+        def echoed_identity(key: Created) -> dict[str, list[str]]:
             return identity(
                 echoed(proxy.request(b"POST /v1/emails", auth_header(key), b"Content-Length: 0"))
             )
 
         keys = [proxy.full, proxy.sender] * 20
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(ask, keys)) == [identity_of(key) for key in keys]
+            assert list(pool.map(echoed_identity, keys)) == [identity_of(key) for key in keys]
 
     @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 502, 503])
     def test_what_the_app_answers_is_not_touched(self, proxy: ProxyStack, status: int) -> None:
@@ -459,12 +459,12 @@ class ProxyContract:
                 chat.send(text)
                 assert chat.recv(timeout=10) == text
 
-    @pytest.mark.parametrize(("who", "status"), [("nobody", 401), ("bad", 401), ("sender", 403)])
+    @pytest.mark.parametrize(("who", "status"), [("anonymous", 401), ("bad", 401), ("sender", 403)])
     def test_a_websocket_does_not_open_otherwise(
         self, proxy: ProxyStack, who: str, status: int
     ) -> None:
         """The handshake is refused like any other request."""
-        token = {"nobody": "", "bad": "wrong", "sender": proxy.sender.token.reveal()}[who]
+        token = {"anonymous": "", "bad": "wrong", "sender": proxy.sender.token.reveal()}[who]
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         count_before = proxy.app.request_count
         url = f"ws://127.0.0.1:{proxy.running.port}/v1/live"
@@ -520,7 +520,7 @@ class ProxyContract:
         """Long before a proxy's usual minute, for seventy callers at once; and all is well when it
         goes on."""
 
-        def ask(_: int) -> float:
+        def timed_request(_: int) -> float:
             began = time.monotonic()
             assert_unavailable(proxy.request_refused(b"GET /v1/me", auth_header(proxy.full)))
             return time.monotonic() - began
@@ -528,7 +528,7 @@ class ProxyContract:
         proxy.sidecar.pause()
         try:
             with ThreadPoolExecutor(70) as pool:
-                assert max(pool.map(ask, range(70))) < PATIENCE_SECONDS
+                assert max(pool.map(timed_request, range(70))) < PATIENCE_SECONDS
             assert proxy.request(b"GET /healthz").status == 200
         finally:
             proxy.sidecar.resume()
@@ -554,7 +554,7 @@ class ProxyContract:
     def test_nothing_but_an_allow_is_an_allow(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy], answer: bytes
     ) -> None:
-        """Whatever else comes from the sidecar's address is 503, and the app is not asked."""
+        """Whatever else comes from the sidecar's address is 503, and the app is not called."""
         injector, other = proxy_with_fault
         count_before = proxy.app.request_count
         with injector.responding(answer):
@@ -567,7 +567,7 @@ class ProxyContract:
     def test_a_sidecar_that_limits_a_key_is_understood(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """429 with its `Retry-After` where the proxy passes it on; the app is not asked."""
+        """429 with its `Retry-After` where the proxy passes it on; the app is not called."""
         injector, other = proxy_with_fault
         count_before = proxy.app.request_count
         with injector.responding(TOO_MANY):
@@ -579,15 +579,15 @@ class ProxyContract:
         else:
             assert_unavailable(answered)
 
-    def is_told_to_wait(self, answer: RawResponse) -> None:
+    def is_rate_limited(self, answer: RawResponse) -> None:
         """The proxy's own 429; some cannot say it as JSON."""
         assert_rate_limited(answer)
 
     def test_a_key_beyond_its_rate_limit_gets_429(self, proxy: ProxyStack) -> None:
-        """It alone: not another key, nor what is public. The app is not asked, no key is logged.
-        Whoever knows the public part of a key uses up nothing of it."""
+        """It alone: not another key, nor what is public. The app is not called, no key is logged.
+        The public part of a key is not enough to use up its limit."""
         if not proxy.kind.limited:
-            pytest.skip(f"the files of {proxy.kind.name} limit nobody")
+            pytest.skip(f"the files of {proxy.kind.name} set no limit")
         count_before = proxy.app.request_count
         with running_proxy(
             proxy.kind, proxy.app_url, proxy.sidecar.port, proxy.kind.limited
@@ -598,8 +598,8 @@ class ProxyContract:
             for scheme in (b"Bearer ", b"bEARER  "):
                 presented = auth_header(proxy.full).replace(b"Bearer ", scheme)
                 assert send(other.url, b"GET /v1/me", presented).status == 200
-            self.is_told_to_wait(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
-            self.is_told_to_wait(send(other.url, b"POST /v1/emails", auth_header(proxy.full)))
+            self.is_rate_limited(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
+            self.is_rate_limited(send(other.url, b"POST /v1/emails", auth_header(proxy.full)))
             assert proxy.app.request_count == count_before + 2
             assert send(other.url, b"POST /v1/emails", auth_header(proxy.sender)).status == 200
             for _ in range(4):
@@ -656,7 +656,7 @@ class ProxyContract:
         assert [answered.status for answered in answers] == 6 * [200]
         assert len(injector.requests) == 6
 
-    @pytest.mark.parametrize("who", ["full", "nobody"])
+    @pytest.mark.parametrize("who", ["full", "anonymous"])
     def test_many_requests_share_few_connections_to_the_sidecar(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy], who: str
     ) -> None:

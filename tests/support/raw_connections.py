@@ -42,7 +42,7 @@ def hasty(**limits: Any) -> type[AnyMethod]:
 
 @dataclass
 class App:
-    """Answers every request with its method, and reads bodies where it is told to."""
+    """Answers every request with its method, and reads bodies where configured."""
 
     is_reading: bool = True
     received: list[str] = field(default_factory=list)

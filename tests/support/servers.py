@@ -105,7 +105,7 @@ class PostgresServer:
     def __init__(self) -> None:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
         postgres = require_program(str(programs[-1]) if programs else None, "postgresql")
-        # Not below pytest's folder: PostgreSQL does not run as root, and nobody else may read it.
+        # Not below pytest's folder: PostgreSQL does not run as root, and others may not read it.
         self._folder = Path(tempfile.mkdtemp(prefix="keylatch-pg-"))
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user:

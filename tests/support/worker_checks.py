@@ -26,21 +26,21 @@ _AT_A_TIME = 50
 
 
 class AlwaysFresh(SequenceFreshness):
-    """A broken twin: never asks whether anything was committed."""
+    """A broken twin: never reads whether anything was committed."""
 
     def now_if_fresh(self) -> float | None:
         return self._clock() * 1000
 
 
 class NeverInvalidated(Invalidations):
-    """A broken twin: asks, and then trusts an entry that was read before the change."""
+    """A broken twin: reads it, and then uses an entry that was read before the change."""
 
     def accepts(self, key_id: str, organization_id: str, as_of: int) -> bool:
         return True
 
 
 class AlwaysFreshEngine(Engine):
-    """An engine with a blind witness."""
+    """An engine whose freshness never detects a change."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -48,7 +48,7 @@ class AlwaysFreshEngine(Engine):
 
 
 class NeverInvalidatedEngine(Engine):
-    """An engine with a forgetful feed."""
+    """An engine whose invalidations keep no tombstones."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -63,7 +63,7 @@ ENGINES = {
 
 
 async def check_again_and_again(engine: Engine, tokens: list[str]) -> bytes:
-    """Sweep over the keys until told to stop; return the log."""
+    """Sweep over the keys until the stop command; return the log."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     headers = [[b"Bearer " + token.encode()] for token in tokens]
@@ -73,9 +73,9 @@ async def check_again_and_again(engine: Engine, tokens: list[str]) -> bytes:
         accepted = 0
         for key, values in enumerate(headers):
             start = time.monotonic_ns()
-            verdict = await engine.authenticate(values)
+            decision = await engine.authenticate(values)
             end = time.monotonic_ns()
-            match verdict:
+            match decision:
                 case Allow():
                     outcome = ACCEPTED
                 case Deny(Reason.UNAVAILABLE | Reason.BUSY):
@@ -85,7 +85,7 @@ async def check_again_and_again(engine: Engine, tokens: list[str]) -> bytes:
             accepted += outcome == ACCEPTED
             checks.extend((key, start, end, outcome))
             if key % _AT_A_TIME == 0:
-                await asyncio.sleep(0)  # the loop is everybody's
+                await asyncio.sleep(0)  # all tasks share the loop
         return accepted
 
     await engine.start()

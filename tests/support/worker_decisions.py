@@ -16,11 +16,11 @@ async def print_decisions(store: str) -> None:
     engine = Engine(Settings.load(store=store, redis="", hasher="sha256"))
     await engine.start()
     while token := (await asyncio.to_thread(sys.stdin.readline)).strip():
-        verdict = await engine.authenticate([b"Bearer " + token.encode()])
-        if isinstance(verdict, Allow):
-            print("ALLOW", verdict.principal.permission, verdict.principal.key_name, flush=True)
+        decision = await engine.authenticate([b"Bearer " + token.encode()])
+        if isinstance(decision, Allow):
+            print("ALLOW", decision.principal.permission, decision.principal.key_name, flush=True)
         else:
-            print(verdict.reason.name, flush=True)
+            print(decision.reason.name, flush=True)
     await engine.stop()
 
 

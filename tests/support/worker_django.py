@@ -18,12 +18,12 @@ from keylatch.django_ninja import APIKeyAuth
 
 
 def who(request: HttpRequest, **_: Any) -> HttpResponse:
-    """Says who calls."""
-    return HttpResponse(request.api_key.display_name or "nobody")
+    """Returns the principal."""
+    return HttpResponse(request.api_key.display_name or "anonymous")
 
 
 async def who_async(request: HttpRequest) -> HttpResponse:
-    """Says who calls, on the loop."""
+    """Returns the principal, on the loop."""
     return who(request)
 
 

@@ -2,8 +2,8 @@
 
     python worker_forks.py STORE REDIS PARENT_FD CHILD_FD
 
-Parent and child do what they are told over sockets of their own: a line of JSON with the name
-of a deed and its argument, answered by a line of JSON.
+Parent and child execute commands from sockets of their own: a line of JSON with the name
+of a command and its argument, answered by a line of JSON.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ class Process:
         self._loop = asyncio.new_event_loop()
 
     def run_commands(self, fd: int) -> None:
-        """Do one deed after the other, until nobody is there to order any."""
+        """Execute commands until the socket is closed."""
         with socket.socket(fileno=fd) as orders, orders.makefile("rw") as lines:
             for line in lines:
                 command, argument = json.loads(line)
@@ -44,8 +44,8 @@ class Process:
         await (await self._engine.keyring()).delete("org", key_id)
 
     async def check(self, token: str) -> str:
-        verdict = await self._engine.authenticate([b"Bearer " + token.encode()])
-        return "accepted" if isinstance(verdict, Allow) else verdict.reason.name
+        decision = await self._engine.authenticate([b"Bearer " + token.encode()])
+        return "accepted" if isinstance(decision, Allow) else decision.reason.name
 
     async def was_used(self, key_id: str) -> bool:
         """Whether the store knows of a use."""
@@ -53,7 +53,7 @@ class Process:
         return record is not None and record.last_used is not None
 
     async def allowed(self, key_id: str) -> int:
-        """How often the key was let in, as far as the store knows."""
+        """How many accepted requests of the key the store has."""
         found = await self._engine.store.usage.of_key("org", key_id, 0)
         return sum(day.allowed for day in found.days) if found else 0
 
@@ -78,6 +78,6 @@ class Process:
 
 if __name__ == "__main__":
     store, redis, parent_fd, child_fd = sys.argv[1:]
-    # argon2id, or Redis would never be asked.
+    # argon2id, or Redis would never be used.
     engine = Engine(Settings.load(store=store, redis=redis), hasher=Hasher("argon2id", CHEAPEST))
     Process(engine, int(child_fd)).run_commands(int(parent_fd))

@@ -1,8 +1,8 @@
 """One protected app in both protocols, for every server of `grammar`, and a naive twin of it.
 
 The app says what it was handed: whose key it is, how many bytes of body it read, and which header
-names beginning with x it saw. It notes every call in a file before it answers, so nobody who was
-refused can have been there unseen.
+names beginning with x it saw. It records every call in a file before it answers, so the file shows
+whether a refused request reached it.
 """
 
 import json

@@ -13,7 +13,7 @@ from keylatch.wsgi import ProxyIdentityMiddleware as WSGIProxyIdentityMiddleware
 TRUSTED = os.environ["TRUSTED"].split(",")
 
 
-def note(key_id: str) -> None:
+def record(key_id: str) -> None:
     """One write, so that lines of several threads stay whole."""
     with Path(os.environ["ACTS"]).open("a") as acts:
         acts.write(f"{key_id}\n")
@@ -27,14 +27,14 @@ async def over_asgi(scope: Any, receive: Any, send: Any) -> None:
             await send({"type": f"{event['type']}.complete"})
             if event["type"] == "lifespan.shutdown":
                 return
-    note(scope["user"].key_id)
+    record(scope["user"].key_id)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]})
     await send({"type": "http.response.body", "body": b"done"})
 
 
 def over_wsgi(environ: Any, start_response: Any) -> list[bytes]:
     """Notes the caller."""
-    note(environ["keylatch.principal"].key_id)
+    record(environ["keylatch.principal"].key_id)
     start_response("200 OK", [("Content-Length", "4")])
     return [b"done"]
 

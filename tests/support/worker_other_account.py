@@ -1,6 +1,6 @@
 """Another account of this host, which has no business with a store. Started by root.
 
-    python worker_stranger.py read|hold|start PATH
+    python worker_other_account.py read|hold|start PATH
 
 `read` tries to open the store's files until it is killed, `hold` to hold its lock file, and `start`
 to use the store. It says `ready` when it begins, and then what it came to.
@@ -33,7 +33,7 @@ def read(path: Path) -> None:
 
 
 def hold(path: Path) -> None:
-    """Says `held`, and lets go when it is told to."""
+    """Says `held`, and releases the lock on command."""
     try:
         with Path(f"{path}-lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,7 @@
 
 It writes the token of every key that it creates, reads the other's, and checks each at once, and
 some older ones over again. Both say so on standard error when they are under way. At SIGTERM it
-writes its log: how many checks had which outcome, and with which of the store's check keys it
+writes its log: how many checks had which outcome, and with which of the store's MAC keys it
 made its first and its last token.
 """
 
@@ -51,7 +51,7 @@ class NeverReloadsSecrets(Engine):
 
 
 class WithoutNotifier(Engine):
-    """A process that the bell does not reach: it looks by itself, every X/4."""
+    """A process that receives no notices: it polls by itself, every X/4."""
 
     def _open_redis(self, *given: Any) -> tuple[SharedCache | None, Notifier | None]:
         shared_cache, _ = super()._open_redis(*given)
@@ -59,7 +59,7 @@ class WithoutNotifier(Engine):
 
 
 class NullNotifier:
-    """No bell."""
+    """No notices."""
 
     async def publish(self, notice: Notice | None) -> None:
         return None
@@ -83,7 +83,7 @@ def write_token(token: str) -> None:
 
 
 async def work(engine: Engine) -> dict[str, object]:
-    """Create and check until told to stop."""
+    """Create and check until the stop command."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -94,8 +94,8 @@ async def work(engine: Engine) -> dict[str, object]:
     made: list[str] = []
 
     async def check(values: list[bytes]) -> None:
-        verdict = await engine.authenticate(values)
-        outcomes["ALLOWED" if isinstance(verdict, Allow) else verdict.reason.name] += 1
+        decision = await engine.authenticate(values)
+        outcomes["ALLOWED" if isinstance(decision, Allow) else decision.reason.name] += 1
 
     async def create() -> None:
         while not stop.is_set():
@@ -115,7 +115,7 @@ async def work(engine: Engine) -> dict[str, object]:
         while not stop.is_set():
             for values in checked[:: max(1, len(checked) // _OLDER)]:
                 await check(values)
-            engine._l1.clear()  # so that Redis, the store and the check keys are asked as well
+            engine._l1.clear()  # so that Redis, the store and the MAC keys are used as well
             await asyncio.sleep(_PAUSE_SECONDS)
 
     await engine.start()
@@ -134,15 +134,15 @@ async def work(engine: Engine) -> dict[str, object]:
     }
 
 
-def mac_key_index(check_keys: tuple[bytes, ...], token: str) -> int:
+def mac_key_index(mac_keys: tuple[bytes, ...], token: str) -> int:
     """Which of the keys made it; the newest is 0."""
-    return [MacKeys([key]).verify_mac(Token(token)) for key in check_keys].index(True)
+    return [MacKeys([key]).verify_mac(Token(token)) for key in mac_keys].index(True)
 
 
 if __name__ == "__main__":
     logging.disable()  # standard error says one thing alone
     log, kind, store, *redis = sys.argv[1:]
     settings = Settings.load(store=store, redis=redis[0] if redis else "", lease=2)
-    # argon2id, or Redis would never be asked.
+    # argon2id, or Redis would never be used.
     engine = ENGINES[kind](settings, hasher=Hasher("argon2id", CHEAPEST))
     Path(log).write_text(json.dumps(asyncio.run(work(engine))))

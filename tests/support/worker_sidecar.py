@@ -19,7 +19,7 @@ from keylatch_sidecar.app import create_app
 
 
 def always_authorize(*_: Any, **__: Any) -> Authority:
-    """The twin's judgement: who was good when the call began is good."""
+    """The twin's rule: a key that was valid when the call began is valid."""
     return Authority()
 
 

@@ -4,7 +4,7 @@
 
 For every line of its input it forks one, which saves the second that imports take. That prints
 `pid PID`, then `created TOKEN` and `revoked TOKEN` after the answer, and `revoking TOKEN` before
-the call, from when on nobody can know; two of three keys are revoked. When it has ended, the
+the call, from when on the outcome is unknown; two of three keys are revoked. When it has ended, the
 parent prints `ended`.
 """
 

@@ -12,8 +12,8 @@ def hello(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     return [b"hello"]
 
 
-def ask(port: int, path: str, authorization: str = "") -> int:
-    """The status of one request, 0 where nobody answers."""
+def status_of(port: int, path: str, authorization: str = "") -> int:
+    """The status of one request, 0 if there is no answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path, headers={"Authorization": authorization})

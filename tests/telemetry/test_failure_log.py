@@ -1,4 +1,4 @@
-"""`KEYLATCH_LOG_FAILURES=on`: who was refused and why, in a line each; and no more than that."""
+"""`KEYLATCH_LOG_FAILURES=on`: each refusal with its reason, in one line, and nothing else."""
 
 import asyncio
 import threading
@@ -22,7 +22,7 @@ from keylatch.testing import Keys
 from keylatch.wsgi import APIKeyMiddleware as WSGIMiddleware
 from keylatch_sidecar.app import create_app
 from keylatch_sidecar.settings import ProxySettings
-from tests.sidecar.forward_auth.test_ext_authz_grpc import ask, question, served
+from tests.sidecar.forward_auth.test_ext_authz_grpc import check, check_request, served
 from tests.support.clock import Clock
 from tests.support.engines import MakeEngine
 from tests.support.raw_http import asgi_request
@@ -93,7 +93,7 @@ EXPECTED = [
 async def test_each_refused_request_is_a_line(
     logging_engine: Engine, caplog: pytest.LogCaptureFixture, path: str, name: str
 ) -> None:
-    """Of the middleware and of management: the address, the reason that callers are not told, and
+    """Of the middleware and of management: the address, the reason, which answers do not have, and
     neither a token nor an id."""
     app = protected(logging_engine) if name == "app" else create_app(logging_engine)
     secrets = await refused_in_all_ways(app, logging_engine, path)
@@ -111,8 +111,8 @@ async def test_what_a_proxy_asks_about_is_too(
     path, _, query = path.partition("?")
     forged = [(b"x-forwarded-for", b"192.0.2.99"), (b"x-keylatch-require", b"FULL")]
     for headers in (auth_header(UNKNOWN_TOKEN.reveal()), []):
-        asked = {"query_string": query.encode(), **ASK}
-        assert (await asgi_request(app, path, [*headers, *forged], **asked)).status == 401
+        options = {"query_string": query.encode(), **ASK}
+        assert (await asgi_request(app, path, [*headers, *forged], **options)).status == 401
     assert lines(caplog) == [EXPECTED[0], EXPECTED[3]]
 
 
@@ -120,11 +120,11 @@ async def test_over_grpc_the_address_is_in_the_message(
     logging_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The proxy writes all of it, so this one is the client's."""
-    asked = question(auth_header(UNKNOWN_TOKEN.reveal()))
-    asked.attributes.source.address.socket_address.address = b"2001:db8::1"
+    request = check_request(auth_header(UNKNOWN_TOKEN.reveal()))
+    request.attributes.source.address.socket_address.address = b"2001:db8::1"
     async with served(logging_engine) as channel:
-        await ask(channel, asked)
-        await ask(channel, question(auth_header(UNKNOWN_TOKEN.reveal())))
+        await check(channel, request)
+        await check(channel, check_request(auth_header(UNKNOWN_TOKEN.reveal())))
     assert lines(caplog) == [
         "refused a request from 2001:db8::1: forged",
         "refused a request from no address: forged",
@@ -139,7 +139,7 @@ def call(app: Any, **environ: Any) -> None:
 def test_over_wsgi_it_is_the_same(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where a view asks for more than the rules do."""
+    """Also where a view requires more than the rules do."""
 
     def strict(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         refusal = refusal_of(environ, any_of(["FULL"]))
@@ -184,7 +184,7 @@ async def test_by_default_nothing_is_logged(
     assert lines(caplog) == []
 
 
-async def test_what_is_let_in_is_not_asked_whence_it_came(
+async def test_the_peer_of_an_accepted_request_is_not_read(
     logging_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A scope without a client is enough for it, and no line is written."""
@@ -280,7 +280,7 @@ async def test_a_stop_says_what_was_left_out(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "written"),
     [
         ("203.0.113.7", "203.0.113.7"),
         ("2001:DB8:0::1", "2001:db8::1"),
@@ -292,9 +292,9 @@ async def test_a_stop_says_what_was_left_out(
         ("unix:", "an invalid address"),
     ],
 )
-def test_only_addresses_are_written(given: str | None, told: str) -> None:
-    """A server that believes `X-Forwarded-For` hands on whatever a client sends."""
-    assert address_of(given) == told
+def test_only_addresses_are_written(given: str | None, written: str) -> None:
+    """A server that trusts `X-Forwarded-For` passes on whatever a client sends."""
+    assert address_of(given) == written
 
 
 def test_a_child_begins_anew(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

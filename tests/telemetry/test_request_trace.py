@@ -1,4 +1,4 @@
-"""What is told of a check where that is switched on: headers with times, an id in the log."""
+"""Request traces, where enabled: headers with times, an id in the log."""
 
 import contextlib
 import json
@@ -73,7 +73,7 @@ urlpatterns = [
 
 
 class Caller:
-    """Somebody with a key, over one of `KINDS`."""
+    """A client with a key, over one of `KINDS`."""
 
     def __init__(self, kind: str, engine: Engine) -> None:
         self._kind = kind
@@ -138,7 +138,9 @@ def durations(answer: httpx.Response) -> list[str]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_answer_tells_who_knew(kind: str, make_engine: MakeEngine) -> None:
+async def test_an_answer_names_the_source_of_the_decision(
+    kind: str, make_engine: MakeEngine
+) -> None:
     """The store at first, then this process; the app's own word stands before ours."""
     caller = Caller(kind, make_engine(timing=True))
     created = await caller.create()
@@ -162,7 +164,7 @@ async def test_an_answer_tells_who_knew(kind: str, make_engine: MakeEngine) -> N
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_refusal_does_not_tell_who_knew(kind: str, make_engine: MakeEngine) -> None:
-    """Whoever tries tokens would learn which of them name a key: all refusals look the same."""
+    """An attacker would learn which of them name a key: all refusals look the same."""
     caller = Caller(kind, make_engine(timing=True))
     created = await caller.create()
     token = created.token.reveal()
@@ -178,7 +180,7 @@ async def test_a_refusal_does_not_tell_who_knew(kind: str, make_engine: MakeEngi
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", KINDS)
-async def test_nothing_is_told_unless_it_is_asked_for(kind: str, make_engine: MakeEngine) -> None:
+async def test_nothing_is_traced_unless_enabled(kind: str, make_engine: MakeEngine) -> None:
     """By default no header is added, and no trail is made."""
     caller = Caller(kind, make_engine())
     created = await caller.create()
@@ -193,7 +195,7 @@ async def test_nothing_is_told_unless_it_is_asked_for(kind: str, make_engine: Ma
 async def test_what_a_view_declares_belongs_to_the_check(
     kind: str, make_engine: MakeEngine
 ) -> None:
-    """Who knew the key is told where the view lets it in, and not where it refuses."""
+    """The source of the decision is in the answer if the view accepts, and not if it refuses."""
     caller = Caller(kind, make_engine(timing=True))
     token = (await caller.create("SENDING")).token.reveal()
     first, second, refused = [await caller.get(to, token) for to in ("/sent", "/sent", "/")]
@@ -205,7 +207,7 @@ async def test_what_a_view_declares_belongs_to_the_check(
 
 
 @pytest.mark.parametrize("timing", [True, False])
-def test_django_is_told_by_its_own_setting(timing: bool, store_url: str) -> None:
+def test_django_uses_its_own_setting(timing: bool, store_url: str) -> None:
     """In the dict KEYLATCH, beside the store."""
     project = {"store": store_url, "timing": timing}
     with override_settings(MIDDLEWARE=["tests.test_django.Remembered"], KEYLATCH=project):
@@ -215,15 +217,15 @@ def test_django_is_told_by_its_own_setting(timing: bool, store_url: str) -> None
     assert ("Server-Timing" in answer.headers) is timing
 
 
-def test_verify_tells_it_too(store_url: str, clock: Clock) -> None:
+def test_verify_has_the_header_too(store_url: str, clock: Clock) -> None:
     """In the answer to the proxy; management has no check to tell of there."""
     with (
         sidecar_on(store_url, clock, timing=True) as sidecar,
         sidecar.client(sidecar.create()) as client,
         sidecar.client() as anybody,
     ):
-        told = [client.get("/verify").headers["Cache-Status"] for _ in range(2)]
-        assert told == ["keylatch; fwd=miss; detail=store", "keylatch; hit"]
+        values = [client.get("/verify").headers["Cache-Status"] for _ in range(2)]
+        assert values == ["keylatch; fwd=miss; detail=store", "keylatch; hit"]
         assert durations(client.get("/ext_authz/x")) == ["keylatch"]
         assert durations(anybody.get("/verify")) == ["keylatch"]
         assert "Server-Timing" not in anybody.get("/healthz").headers
@@ -236,7 +238,7 @@ def test_verify_tells_it_too(store_url: str, clock: Clock) -> None:
     "given", ["abc", "A-Z_0.9:=+/", "0f" * 32, "550e8400-e29b-41d4-a716-446655440000"]
 )
 def test_a_plain_request_id_is_kept(given: str) -> None:
-    """So that the lines of all who had the request can be put together."""
+    """So that the log lines of all parts that had the request can be joined."""
     assert request_id(given) == given
 
 
@@ -354,8 +356,8 @@ def test_serve_logs_json(operator: Operator, workers: str) -> None:
     with served(operator, *words) as process:
         eventually(lambda: answers(place) or process.poll() is not None)
         credential = f"Authorization: Bearer {key['token']}".encode()
-        told = dict(send(place, b"GET /verify", credential).headers)
-        assert b"server-timing" in told
+        fields = dict(send(place, b"GET /verify", credential).headers)
+        assert b"server-timing" in fields
         process.terminate()
         stopped = wait_for_exit(process)
     lines = [json.loads(line) for line in stopped.stderr.splitlines()]
@@ -363,8 +365,8 @@ def test_serve_logs_json(operator: Operator, workers: str) -> None:
     assert {"keylatch", "uvicorn.error"} <= {line["logger"] for line in lines}
 
 
-def test_wrong_settings_are_told_together() -> None:
+def test_wrong_settings_are_reported_together() -> None:
     """Each with what it may be."""
-    with pytest.raises(ConfigurationError) as told:
+    with pytest.raises(ConfigurationError) as caught:
         Settings.load(log="xml", timing="maybe")
-    assert {hint for _, hint in told.value.mistakes} == {"text or json", "off or on"}
+    assert {hint for _, hint in caught.value.mistakes} == {"text or json", "off or on"}

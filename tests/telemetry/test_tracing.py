@@ -1,4 +1,4 @@
-"""Spans of OpenTelemetry: for checks that ask somebody, without secrets, and only if asked for."""
+"""Spans of OpenTelemetry: for checks that need I/O, without secrets, and only if enabled."""
 
 import asyncio
 import subprocess
@@ -28,7 +28,7 @@ class Broken(Store):
         self.keys.find = self.find  # type: ignore[method-assign]
 
     async def find(self, key_id: str) -> Found | NotFound:
-        raise StoreUnavailable("broken by the test, at a host that nobody should know")
+        raise StoreUnavailable("broken by the test, at a host that must stay secret")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def spans(exporter: InMemorySpanExporter) -> InMemorySpanExporter:
     return exporter
 
 
-def told(spans: InMemorySpanExporter) -> list[tuple[str, str | None, dict[str, object]]]:
+def exported(spans: InMemorySpanExporter) -> list[tuple[str, str | None, dict[str, object]]]:
     """Names, parents and attributes, in the order in which they ended."""
     finished = spans.get_finished_spans()
     names = {span.context.span_id: span.name for span in finished}
@@ -71,13 +71,13 @@ def header(created: Created) -> list[bytes]:
 async def test_a_miss_has_spans_and_a_hit_has_none(
     make_engine: MakeEngine, spans: InMemorySpanExporter
 ) -> None:
-    """One for the check, and one for each who was asked; who joins a flight has his own."""
+    """One for the check, and one for each query; a caller that shares a flight has its own."""
     engine = make_engine(tracing=True)
     created = await make(engine)
-    verdicts = await asyncio.gather(*(engine.authenticate(header(created)) for _ in range(2)))
-    assert all(isinstance(verdict, Allow) for verdict in verdicts)
+    decisions = await asyncio.gather(*(engine.authenticate(header(created)) for _ in range(2)))
+    assert all(isinstance(decision, Allow) for decision in decisions)
     let_in = {"keylatch.decision": "allow", "keylatch.key_id": created.record.id}
-    assert told(spans) == [
+    assert exported(spans) == [
         ("keylatch.store", "keylatch.check", {}),
         ("keylatch.hash", "keylatch.check", {}),
         ("keylatch.check", None, let_in),
@@ -87,14 +87,14 @@ async def test_a_miss_has_spans_and_a_hit_has_none(
     for _ in range(40):
         assert isinstance(await engine.authenticate(header(created)), Allow)
         assert isinstance(await engine.authenticate([b"Bearer kl_live_made_up"]), Deny)
-    assert told(spans) == []
+    assert exported(spans) == []
     await engine.stop()
 
 
 async def test_a_refusal_names_no_key_and_an_error_no_host(
     make_engine: MakeEngine, spans: InMemorySpanExporter, store_url: str
 ) -> None:
-    """Reasons are told, because operators see spans; what nobody proved is not."""
+    """Reasons are included, because operators see spans; unverified ids are not."""
     engine, broken = make_engine(tracing=True), make_engine(tracing=True, store=Broken(store_url))
     created = await make(engine)
     await (await engine.keyring()).delete("org", created.record.id)
@@ -103,14 +103,14 @@ async def test_a_refusal_names_no_key_and_an_error_no_host(
         Deny(Reason.REVOKED),
         Deny(Reason.UNAVAILABLE),
     )
-    assert told(spans) == [
+    assert exported(spans) == [
         ("keylatch.store", "keylatch.check", {}),
         ("keylatch.check", None, {"keylatch.decision": "revoked"}),
         ("keylatch.store", "keylatch.check", {"error.type": "StoreUnavailable"}),
         ("keylatch.check", None, {"keylatch.decision": "unavailable"}),
     ]
     everything = "".join(span.to_json() for span in spans.get_finished_spans())
-    for word in (created.token.reveal()[-41:-14], created.record.id, "host that nobody"):
+    for word in (created.token.reveal()[-41:-14], created.record.id, "host that must"):
         assert word not in everything
     await engine.stop()
     await broken.stop()
@@ -119,13 +119,13 @@ async def test_a_refusal_names_no_key_and_an_error_no_host(
 async def test_a_check_that_a_view_will_settle_says_so(
     make_engine: MakeEngine, spans: InMemorySpanExporter
 ) -> None:
-    """The span ends before it is known what the view asks: it is no refusal yet."""
+    """The span ends before the view's requirement is known: it is no refusal yet."""
     engine = make_engine(tracing=True)
     keyring = await engine.keyring()
     created = await keyring.create("org", "a key", permission="SENDING")
-    verdict = await engine.authenticate(header(created), replace(ONLY_FULL, is_final=False))
-    assert isinstance(verdict, DeferredDeny)
-    assert told(spans)[-1] == ("keylatch.check", None, {"keylatch.decision": "deferred"})
+    decision = await engine.authenticate(header(created), replace(ONLY_FULL, is_final=False))
+    assert isinstance(decision, DeferredDeny)
+    assert exported(spans)[-1] == ("keylatch.check", None, {"keylatch.decision": "deferred"})
     await engine.stop()
 
 
@@ -135,7 +135,7 @@ async def test_without_the_switch_there_are_none(
     """By default."""
     engine = make_engine()
     assert isinstance(await engine.authenticate(header(await make(engine))), Allow)
-    assert told(spans) == []
+    assert exported(spans) == []
     await engine.stop()
 
 

@@ -14,21 +14,21 @@ pytestmark = pytest.mark.anyio
 
 
 class Store:
-    """Remembers what it was told; fails as often as it is asked to."""
+    """Records what it gets; fails as often as requested."""
 
     def __init__(self, failures: int = 0) -> None:
-        self.told: list[dict[str, int]] = []
+        self.writes: list[dict[str, int]] = []
         self.failures = failures
 
-    async def record_last_used(self, uses: Mapping[str, int], tally: UsageBatch) -> None:
+    async def record_last_used(self, uses: Mapping[str, int], batch: UsageBatch) -> None:
         if self.failures:
             self.failures -= 1
             raise StoreUnavailable("down")
-        self.told.append(dict(uses))
+        self.writes.append(dict(uses))
 
 
 class Sleep:
-    """A clock for tasks: whoever sleeps is woken by `pass_time`."""
+    """A clock for tasks: `pass_time` wakes sleeping tasks."""
 
     def __init__(self) -> None:
         self._sleepers: list[tuple[float, asyncio.Event]] = []
@@ -68,9 +68,9 @@ async def test_uses_coalesce_to_the_newest_and_show_within_a_second(
     for at in range(1000):
         usage.record(key, at)
     await sleep.pass_time(0)
-    assert store.told == []
+    assert store.writes == []
     await sleep.pass_time(0.5)
-    assert store.told == [{"key_a": 999}]
+    assert store.writes == [{"key_a": 999}]
 
 
 async def test_a_busy_process_writes_every_five_seconds(
@@ -84,10 +84,10 @@ async def test_a_busy_process_writes_every_five_seconds(
     await sleep.pass_time(0.5)
     usage.record(key, 2)
     await sleep.pass_time(4.9)
-    assert len(store.told) == 1
+    assert len(store.writes) == 1
     await sleep.pass_time(0.2)
     await sleep.pass_time(0.5)
-    assert store.told[1:] == [{"key_a": 2}]
+    assert store.writes[1:] == [{"key_a": 2}]
 
 
 async def test_many_keys_are_written_sooner(running: tuple[UsageRecorder, Store, Sleep]) -> None:
@@ -100,7 +100,7 @@ async def test_many_keys_are_written_sooner(running: tuple[UsageRecorder, Store,
         usage.record(UsageCounter(f"key_{number}"), 2)
     await sleep.pass_time(0)
     await sleep.pass_time(0.5)
-    assert len(store.told[1]) == 1_002
+    assert len(store.writes[1]) == 1_002
 
 
 async def test_what_could_not_be_stored_waits_and_newer_uses_win() -> None:
@@ -113,34 +113,34 @@ async def test_what_could_not_be_stored_waits_and_newer_uses_win() -> None:
     await usage.flush()
     usage.record(key, 5)
     await usage.flush()
-    assert store.told == [{"key_a": 1, "key_b": 1}, {"key_a": 5}]
+    assert store.writes == [{"key_a": 1, "key_b": 1}, {"key_a": 5}]
 
 
 async def test_a_use_during_the_flush_is_kept() -> None:
     """A key noted while the write is under way is written by the next one."""
-    told: list[dict[str, int]] = []
+    written: list[dict[str, int]] = []
 
-    async def slow(uses: Mapping[str, int], tally: UsageBatch) -> None:
-        if not told:
+    async def slow(uses: Mapping[str, int], batch: UsageBatch) -> None:
+        if not written:
             usage.record(key, 2)
-        told.append(dict(uses))
+        written.append(dict(uses))
 
     usage = UsageRecorder(slow)
     key = UsageCounter("key_a")
     usage.record(key, 1)
     await usage.flush()
     await usage.flush()
-    assert told == [{"key_a": 1}, {"key_a": 2}]
+    assert written == [{"key_a": 1}, {"key_a": 2}]
 
 
 async def test_a_cancelled_flush_loses_nothing() -> None:
     """A stop in the middle of a write leaves the uses for the last flush."""
     gate = asyncio.Event()
-    told: list[dict[str, int]] = []
+    written: list[dict[str, int]] = []
 
-    async def slow(uses: Mapping[str, int], tally: UsageBatch) -> None:
+    async def slow(uses: Mapping[str, int], batch: UsageBatch) -> None:
         await gate.wait()
-        told.append(dict(uses))
+        written.append(dict(uses))
 
     usage = UsageRecorder(slow)
     usage.record(UsageCounter("key_a"), 1)
@@ -150,7 +150,7 @@ async def test_a_cancelled_flush_loses_nothing() -> None:
     await asyncio.wait([flush])
     gate.set()
     await usage.flush()
-    assert told == [{"key_a": 1}]
+    assert written == [{"key_a": 1}]
 
 
 @pytest.mark.long
@@ -163,17 +163,17 @@ async def test_the_buffer_is_bounded() -> None:
         usage.record(key, 1)
     usage.record(keys[0], 2)
     await usage.flush()
-    told = {key_id: at for uses in store.told for key_id, at in uses.items()}
-    assert len(told) == 50_000
-    assert told["key_0"] == 2
+    last_used = {key_id: at for uses in store.writes for key_id, at in uses.items()}
+    assert len(last_used) == 50_000
+    assert last_used["key_0"] == 2
 
 
 async def test_a_key_that_was_read_anew_still_has_its_newest_use() -> None:
-    """A change makes this process read a key again: old and new are one key, whoever waits."""
+    """A change makes this process read a key again: old and new are one key in the counts."""
     store = Store()
     usage = UsageRecorder(store.record_last_used)
     old, new = UsageCounter("key_a"), UsageCounter("key_a")
     usage.record(new, 7)
     usage.record(old, 3)
     await usage.flush()
-    assert store.told == [{"key_a": 7}]
+    assert store.writes == [{"key_a": 7}]

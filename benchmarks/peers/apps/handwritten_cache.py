@@ -23,7 +23,7 @@ hasher = PasswordHasher()
 
 
 def owner_of(token: str) -> str | None:
-    """Whose key it is, by the database and argon2; it takes a tenth of a second."""
+    """The organisation of a key, by the database and argon2; it takes a tenth of a second."""
     key_id, _, secret = token.partition(".")
     with sqlite3.connect(DATABASE) as database:
         found = database.execute("SELECT owner, hash FROM keys WHERE id = ?", (key_id,)).fetchone()

@@ -45,10 +45,12 @@ def check_quota(
     """Raises `QuotaExceeded` unless a change that adds so many keys is within the limits."""
     check_changes(connection, organization_id, now_ms, quotas.max_changes, more=1)
     if new_keys:
-        check_keys(connection, organization_id, quotas.max_keys, more=new_keys)
+        check_key_count(connection, organization_id, quotas.max_keys, more=new_keys)
 
 
-def check_keys(connection: Connection, organization_id: str, limit: int, more: int = 0) -> None:
+def check_key_count(
+    connection: Connection, organization_id: str, limit: int, more: int = 0
+) -> None:
     """Raises `QuotaExceeded`, without a time to wait, if an organisation that gets `more` keys has
     more live keys than the limit (0: no limit)."""
     if limit and _live_keys(connection, organization_id, limit + 1) + more > limit:

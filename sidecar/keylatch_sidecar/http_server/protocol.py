@@ -192,7 +192,7 @@ class LimitedProtocol(UpgradeIgnoring):
         if self.phase is BETWEEN:
             self._overhead_bytes = 0
         try:
-            for _ in range(self.feed(piece)):
+            for _ in range(self.feed_data(piece)):
                 self._connections.upgrades.add()
         except httptools.HttpParserError as error:
             is_large = isinstance(error.__context__, HeadTooLarge)

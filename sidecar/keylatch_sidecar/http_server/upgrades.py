@@ -35,7 +35,7 @@ class UpgradeIgnoring(HttpToolsProtocol):
             self.scope["method"], self.method = self.method, ""
         self.headers = []  # so that trailers are not added to the request (RFC 9110 section 6.5.1)
 
-    def feed(self, piece: bytes) -> int:
+    def feed_data(self, piece: bytes) -> int:
         """Parse, and return how many requests asked for an upgrade.
 
         Raises:

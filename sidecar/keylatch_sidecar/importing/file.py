@@ -82,7 +82,7 @@ def read(
     """The keys of a file, in its order.
 
     Args:
-        stream: the text of the file; its lines end with a line feed.
+        stream: the text of the file; its lines end with `\n`.
         file_format: one of `FORMATS`.
         defaults: for fields that a line does not have.
         validate: the errors of a key; see `Keyring.validate`.

@@ -214,7 +214,7 @@ def call(world: World, caller: Created | None, operation: str, target: str) -> h
 
 
 def test_every_operation_has_a_row_and_every_row_an_operation() -> None:
-    """Whoever adds an endpoint says who may call it."""
+    """A new endpoint needs a row that says who may call it."""
     assert sorted(rows()) == sorted(operations())
     takers = {
         f"{method.upper()} {path}"
@@ -228,7 +228,7 @@ def test_every_operation_has_a_row_and_every_row_an_operation() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("operation", operations())
 def test_the_table_is_true(world: World, operation: str) -> None:
-    """Every cell; what is refused changes nothing, and tells nothing of whether a key is there."""
+    """Every cell; a refused call changes nothing, and does not show whether a key exists."""
     organizations = world.organizations
     if operation.endswith(SELF_REVOKING):
         names = f"{uuid4().hex}-ours", f"{uuid4().hex}-theirs"

@@ -147,7 +147,7 @@ def test_a_disabled_and_an_expired_key_are_revoked_as_well(sidecar: Sidecar) -> 
 
 
 def test_a_report_is_no_use_of_the_key(sidecar: Sidecar, admin_key: Created) -> None:
-    """`lastUsed` goes on to tell who asks when it was stolen from when it was reported."""
+    """`lastUsed` stays, so that the time of a theft can be compared with the time of the report."""
     leaky = a_key_of(sidecar, admin_key)
     report(sidecar, {"token": leaky.token.reveal()})
     eventually(lambda: shown(sidecar, admin_key, leaky)["active"] is False)
@@ -211,7 +211,7 @@ def rotated(
 
 
 def test_a_secret_that_was_rotated_away_ends_alone(sidecar: Sidecar, admin_key: Created) -> None:
-    """Whoever rotates because of a leak does not lose the new secret to the report of the old."""
+    """After a rotation because of a leak, the report of the old secret keeps the new one."""
     leaky = a_key_of(sidecar, admin_key)
     new = rotated(sidecar, admin_key, leaky, 3_600)
     assert works(sidecar, leaky)
@@ -236,7 +236,7 @@ def test_the_new_secret_ends_the_key(sidecar: Sidecar, admin_key: Created) -> No
 
 
 class CountingAuthenticator(Authenticator):
-    """Counts what a report costs, and has the store fail where it is told to."""
+    """Counts what a report costs, and has the store fail on demand."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -290,11 +290,11 @@ async def done(reports: ReportQueue) -> None:
 
 async def with_another_secret(engine: Engine, key: Created) -> Token:
     """A token made with the store's MAC key and the key id, but without the secret."""
-    check_keys = (await engine.store.open(0)).mac_keys
-    forger = MacKeys(check_keys)
+    mac_keys = (await engine.store.open(0)).mac_keys
+    forger = MacKeys(mac_keys)
     text = key.token.reveal()
     body = text[:-41] + forger.mint("kl", "live").reveal()[-41:-14]
-    body += tokens._mac(check_keys[0], body)
+    body += tokens._mac(mac_keys[0], body)
     forged = Token(body + tokens._crc(body))
     assert engine.authenticator.may_exist(forged)
     assert forged.key_id == key.record.id
@@ -304,7 +304,7 @@ async def with_another_secret(engine: Engine, key: Created) -> Token:
 @pytest.mark.anyio
 async def test_an_id_is_not_enough(counting: Counting) -> None:
     """Ids are in lists, logs and headers: a token with the right id and another secret does
-    nothing, even one that passes the keyed check."""
+    nothing, even one with a valid MAC."""
     key, reports = await created(counting), ReportQueue(counting)
     await reports.enqueue([await with_another_secret(counting, key)])
     await done(reports)
@@ -313,7 +313,7 @@ async def test_an_id_is_not_enough(counting: Counting) -> None:
 
 
 class AcceptsAnyScheme(Counting):
-    """The broken twin: it takes the keyed check for a proof."""
+    """The broken twin: it accepts the MAC as a proof."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -325,9 +325,7 @@ class AcceptsAnyScheme(Counting):
 
 
 @pytest.mark.anyio
-async def test_a_twin_that_believes_the_keyed_check_kills_keys(
-    store_url: str, clock: Clock
-) -> None:
+async def test_a_twin_that_trusts_the_mac_alone_kills_keys(store_url: str, clock: Clock) -> None:
     """So the test above holds something."""
     engine = AcceptsAnyScheme(Settings.load(store=store_url, redis=""), clock=clock, timer=clock)
     await engine.start()
@@ -340,7 +338,7 @@ async def test_a_twin_that_believes_the_keyed_check_kills_keys(
 
 @pytest.mark.anyio
 async def test_a_flood_of_unknown_tokens_costs_no_store_and_no_hash(counting: Counting) -> None:
-    """Made-up tokens end at the keyed check; one that is real is looked into once."""
+    """Forged tokens are refused by their MAC; a real one is looked up once."""
     key, reports = await created(counting), ReportQueue(counting)
     flood = [UNKNOWN_TOKENS.mint("kl", "live") for _ in range(1_000)]
     await reports.enqueue(flood + [key.token] * 1_000)
@@ -523,7 +521,7 @@ async def looks_before_the_answer(app: ASGIApp, engine: Counting, token: Token) 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
             looks.append(engine.authenticator.vouched + len(engine.authenticator.looked_up))
-        await asyncio.sleep(0)  # whoever waits for the loop gets it
+        await asyncio.sleep(0)  # waiting tasks get the loop
 
     scope = http_scope(PATH, [(b"content-type", b"application/json")], method="POST")
     await app(scope, receive, send)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 UNSENT, SENDOOK = "/v1/api-keys", "/v1/api_keys"
 
 
-def followed(client: httpx.Client, url: str) -> list[list[dict[str, Any]]]:
+def pages_of(client: httpx.Client, url: str) -> list[list[dict[str, Any]]]:
     """The pages of a list, by their links."""
     pages = []
     while url:
@@ -58,7 +58,7 @@ def test_the_pages_are_the_list(client: httpx.Client, path: str, limit: int) -> 
     """Cut where the limit says, in the dialect's own order, and each a bare array."""
     created(client, 7)
     whole = names(client.get(path).json())
-    pages = followed(client, f"{path}?limit={limit}")
+    pages = pages_of(client, f"{path}?limit={limit}")
     assert [name for page in pages for name in names(page)] == whole
     assert {len(page) for page in pages[:-1]} <= {limit}
     assert 0 < len(pages[-1]) <= limit
@@ -83,7 +83,7 @@ def test_a_list_without_a_limit_is_as_it_was(
 
 
 def without_uses(answer: httpx.Response) -> str:
-    """Its text but for `lastUsed`, which a moment later follows the very asking."""
+    """Its text but for `lastUsed`, which the request itself changes soon."""
     return re.sub('"lastUsed":("[^"]*"|null)', "", answer.text)
 
 
@@ -96,7 +96,7 @@ def test_a_link_keeps_the_query(client: httpx.Client) -> None:
     assert re.fullmatch(
         r'<\?limit=2&cursor=[\w-]{12}&include=deleted>; rel="next"', answer.headers["link"]
     )
-    assert len([key for page in followed(client, str(answer.url)) for key in page]) == 4
+    assert len([key for page in pages_of(client, str(answer.url)) for key in page]) == 4
 
 
 def test_a_cursor_alone_is_the_rest_of_the_list(client: httpx.Client) -> None:
@@ -154,13 +154,13 @@ def test_both_mistakes_are_reported_at_once(client: httpx.Client) -> None:
     assert token not in answer.text
 
 
-def test_a_cursor_of_another_organisation_opens_nothing(
+def test_a_cursor_of_another_organisation_shows_nothing(
     client: httpx.Client, sidecar: Sidecar
 ) -> None:
     """It is a position and no permission: the keys shown are those of the caller's organisation."""
     created(client, 3)
-    foreign = sidecar.create()
-    with sidecar.client(foreign) as other:
+    other_key = sidecar.create()
+    with sidecar.client(other_key) as other:
         created(other, 3)
         theirs = other.get(f"{UNSENT}?limit=1").links["next"]["url"]
     ours = client.get(f"{UNSENT}{theirs}").json()
@@ -196,7 +196,7 @@ class ListingContract(StoreTests):
         assert [name for name in seen if name in stayed] == expected
 
     async def test_a_list_of_several_pages_is_read_whole(self, store: Store) -> None:
-        """Whoever asks for all of it gets all of it, from as many reads as it takes."""
+        """A client that requests all keys gets all of them, in as many reads as needed."""
         await store.keys.add_many([(record(f"key_{n}"), "hashed") for n in range(1_201)])
         found = [each.id for each in await store.keys.list("acme", newest_first=False)]
         assert found == [f"key_{n}" for n in range(1_201)]
@@ -315,10 +315,10 @@ async def test_a_list_ends_when_its_client_disconnects(engine: Engine) -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    async def hang_up() -> dict[str, Any]:
+    async def disconnect() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    await create_app(engine)(list_scope(admin_key), hang_up, send)  # type: ignore[arg-type]
+    await create_app(engine)(list_scope(admin_key), disconnect, send)  # type: ignore[arg-type]
     assert sum(message.get("body", b"").count(b'"id"') for message in sent) <= 100
 
 

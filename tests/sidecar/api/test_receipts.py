@@ -19,7 +19,7 @@ def many(postgres: PostgresServer, clock: Clock) -> Iterator[Sidecar]:
 
 
 def test_unsents_answer_carries_the_receipt_after_success(sidecar: Sidecar) -> None:
-    """On SQLite there is nobody to wait for: the bound is zero at once."""
+    """On SQLite there is no process to wait for: the bound is zero at once."""
     admin_key = sidecar.create()
     key = sidecar.create(admin_key.record.organization_id)
     with sidecar.client(admin_key) as client:
@@ -37,7 +37,7 @@ def test_unsents_answer_carries_the_receipt_after_success(sidecar: Sidecar) -> N
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_both_dialects_carry_it_in_a_header(sidecar: Sidecar, dialect: str) -> None:
-    """A dictionary of RFC 9651, for those whose body is somebody else's contract."""
+    """A dictionary of RFC 9651, for dialects whose body another API defines."""
     admin_key = sidecar.create()
     key = sidecar.create(admin_key.record.organization_id)
     with sidecar.client(admin_key) as client:

@@ -49,7 +49,7 @@ class RawConnection:
         return Answer(response.status, response.headers, json.loads(response.read()))
 
     def all_keys(self) -> Any:
-        """Every key of the organisation, deleted ones too; asking may only change `lastUsed`."""
+        """Every key of the organisation, deleted ones too; a request changes `lastUsed` only."""
         keys = self.send("GET", f"{UNSENT}?include=deleted").body
         return [key | {"lastUsed": ...} for key in keys]
 
@@ -86,7 +86,7 @@ def unsent_error(code: str, message: str) -> dict[str, Any]:
 
 
 def error(path: str, code: str, message: str) -> dict[str, Any]:
-    """The error as the path's dialect spells it."""
+    """The error in the path's dialect."""
     if path == SENDOOK:
         return {"error": message, "message": message, "code": code}
     return unsent_error(code, message)
@@ -444,7 +444,7 @@ def test_a_key_is_active_or_not(
 
 
 def test_every_fault_of_a_body_is_named_at_once(raw_connection: RawConnection) -> None:
-    """Nobody has to find their mistakes one by one."""
+    """The answer lists all mistakes at once."""
     body = json.dumps({"name": 1, "permission": None, "spy": 1})
     unsent, sendook = (raw_connection.send("POST", path, body, JSON) for path in (UNSENT, SENDOOK))
     assert [part.partition(":")[0] for part in unsent.body["message"].split("; ")] == [
@@ -469,7 +469,7 @@ def test_a_body_that_ends_early_changes_nothing(
     admin_key: Created,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A caller who hangs up in the middle creates no key and leaves no stack trace."""
+    """A client that disconnects in the middle creates no key and leaves no stack trace."""
     before = raw_connection.all_keys()
     host, port = urlsplit(sidecar.url).netloc.split(":")
     head = (

@@ -26,7 +26,7 @@ def is_good(client: httpx.Client, token: str, **environment: str) -> bool:
 class TestRotation:
     """`/v1/api-keys/{id}/rotate`"""
 
-    def test_it_answers_like_create_and_tells_of_both_secrets(
+    def test_it_answers_like_create_and_describes_both_secrets(
         self, client: httpx.Client, sidecar: Sidecar
     ) -> None:
         """The same key, a token this once; the old secret until its end."""
@@ -98,9 +98,9 @@ class TestRotation:
         self, client: httpx.Client, sidecar: Sidecar, word: str
     ) -> None:
         """Foreign, unknown and malformed ids are the same 404; a deleted key stays deleted."""
-        foreign = sidecar.create().record.id
+        other_id = sidecar.create().record.id
         bodies = set()
-        for key_id in (foreign, "key_unknown", "x" * 65, "%21"):
+        for key_id in (other_id, "key_unknown", "x" * 65, "%21"):
             answer = client.post(f"{KEYS}/{key_id}/{word}")
             assert answer.status_code == 404
             bodies.add(answer.content)

@@ -39,7 +39,7 @@ def fuzzed(store_url: str, clock: Clock) -> Iterator[Sidecar]:
 def ran(
     sidecar: Sidecar, url: str, store_url: str, folder: Path, *options: str
 ) -> "subprocess.CompletedProcess[str]":
-    """A run against all that is documented there. The document is for those who may manage, and
+    """A run against all that is documented there. The document is for keys that may manage, and
     schemathesis would send one key with everything, so it gets a copy."""
     with sidecar.client(sidecar.create()) as manager:
         document = folder / "openapi.json"
@@ -88,7 +88,7 @@ class Faulty:
 def test_an_answer_that_is_not_as_documented_is_found(
     fuzzed: Sidecar, store_url: str, tmp_path: Path
 ) -> None:
-    """So the run above tells something."""
+    """The broken twin of the run above."""
     app = Faulty(create_app(Engine(Settings.load(store=store_url, redis=""))))
     with serving(app) as url:
         options = ("--max-examples", "1", "--include-path-regex", "^/(healthz|readyz)$")

@@ -129,8 +129,8 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
     client: httpx.Client, sidecar: Sidecar, method: str
 ) -> None:
     """404, byte for byte the same; the real server answers `200 null` or 500."""
-    foreign = sidecar.create(name="Foreign").record.id
-    ids = [foreign, "key_000000000000", "65a1b2c3d4e5f60718293a4b", "null", "undefined", "%00"]
+    other_id = sidecar.create(name="Foreign").record.id
+    ids = [other_id, "key_000000000000", "65a1b2c3d4e5f60718293a4b", "null", "undefined", "%00"]
     ids += ["%0A", "a%0Ab", "a%2Fb", "..%2F", "%F0%9F%94%91", '{"$ne":1}', "x" * 4000, "a/b", ""]
     answers = [client.request(method, f"{KEYS}/{key_id}") for key_id in ids]
     assert {(answer.status_code, answer.content) for answer in answers} == {
@@ -148,7 +148,7 @@ def test_organizations_see_their_own_keys_only(
     client: httpx.Client, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """The organisation comes from the caller's key, never from query or body."""
-    other = sidecar.create(name="Stranger")
+    other = sidecar.create(name="Other")
     mine, theirs = admin_key.record.organization_id, other.record.organization_id
     query = {"organizationId": theirs, "organization_id": theirs}
     assert {key["organizationId"] for key in client.get(KEYS, params=query).json()} == {mine}
@@ -156,7 +156,7 @@ def test_organizations_see_their_own_keys_only(
     assert key["organizationId"] == mine
     assert client.post(KEYS, json={"name": "Spy", "organizationId": theirs}).status_code == 400
     with sidecar.client(other) as others:
-        assert [key["name"] for key in others.get(KEYS).json()] == ["Stranger"]
+        assert [key["name"] for key in others.get(KEYS).json()] == ["Other"]
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)

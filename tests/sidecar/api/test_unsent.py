@@ -47,7 +47,7 @@ def created(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 
 def listed(client: httpx.Client, include: str | None = None) -> list[dict[str, Any]]:
-    """The list but for `lastUsed`, which a moment later follows the very asking."""
+    """The list but for `lastUsed`, which the request itself changes soon."""
     keys = client.get(KEYS, params={"include": include} if include is not None else {}).json()
     return [key | {"lastUsed": ...} for key in keys]
 
@@ -176,10 +176,10 @@ def test_only_the_word_deleted_includes_deleted_keys(client: httpx.Client, inclu
 def test_foreign_unknown_and_malformed_ids_look_the_same(
     client: httpx.Client, sidecar: Sidecar, method: str
 ) -> None:
-    """Nobody learns whether another organisation has a key: 404, byte for byte the same."""
-    foreign = sidecar.create(name="Foreign").record.id
+    """No answer shows whether another organisation has a key: 404, byte for byte the same."""
+    other_id = sidecar.create(name="Foreign").record.id
     ids = [
-        foreign,
+        other_id,
         "key_000000000000",
         "1",
         "%00",
@@ -205,7 +205,7 @@ def test_organizations_see_their_own_keys_only(
     client: httpx.Client, sidecar: Sidecar, admin_key: Created
 ) -> None:
     """No list, and no parameter, shows or creates another organisation's keys."""
-    other = sidecar.create(name="Stranger")
+    other = sidecar.create(name="Other")
     mine, theirs = admin_key.record.organization_id, other.record.organization_id
     for name in ("organizationId", "organization", "teamId"):
         keys = client.get(KEYS, params={name: theirs, "include": "deleted"}).json()
@@ -214,7 +214,7 @@ def test_organizations_see_their_own_keys_only(
         assert key["organizationId"] == mine
         assert client.post(KEYS, json={"name": "Spy", name: theirs}).status_code == 400
     with sidecar.client(other) as others:
-        assert [key["name"] for key in others.get(KEYS).json()] == ["Stranger"]
+        assert [key["name"] for key in others.get(KEYS).json()] == ["Other"]
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
@@ -238,7 +238,7 @@ def test_a_key_that_is_no_good_is_unauthorized(
     client.delete(f"{KEYS}/{deleted['id']}")
     client.patch(f"{KEYS}/{disabled['id']}", json={"active": False})
     assert client.get(KEYS, headers=bearer(expired)).status_code == 200
-    sidecar.clock.tick(60)  # that very moment
+    sidecar.clock.tick(60)  # at the same time
     made_up = {"token": "unsent_live_1234567890abcdef1234567890abcdef"}
     answers = [
         client.request(method, path, headers=bearer(key))
@@ -253,7 +253,7 @@ def test_a_key_that_is_no_good_is_unauthorized(
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
 def test_a_sending_key_may_not_manage_keys(client: httpx.Client, method: str, path: str) -> None:
-    """403 FORBIDDEN on every call, whatever it asks for, before its body is looked at."""
+    """403 FORBIDDEN on every call, before its body is read."""
     sending = created(client, permission="SENDING")
     answer = client.request(method, path, headers=bearer(sending))
     assert answer.status_code == 403
@@ -363,7 +363,7 @@ def test_a_disabled_key_is_listed_and_can_be_enabled_again(client: httpx.Client)
 
 @pytest.mark.parametrize("change", [{"active": True}, {"name": "Back"}, {"expiresAt": None}])
 def test_a_deleted_key_stays_deleted(client: httpx.Client, change: dict[str, Any]) -> None:
-    """No change brings it back."""
+    """No change re-activates it."""
     key = created(client)
     path = f"{KEYS}/{key['id']}"
     client.delete(path)
@@ -440,7 +440,7 @@ def test_no_answer_is_kept_on_the_way(client: httpx.Client) -> None:
 
 @pytest.mark.long
 def test_last_used_is_null_until_the_key_is_used(store_url: str, clock: Clock) -> None:
-    """`lastUsed` is there from the start, and a graceful stop forgets no use."""
+    """`lastUsed` is there from the start, and a graceful stop loses no use."""
     with sidecar_on(store_url, clock) as sidecar:
         admin_key = sidecar.create()
         with sidecar.client(admin_key) as client:

@@ -68,8 +68,8 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
     sidecar: Sidecar, client: httpx.Client
 ) -> None:
     """404, byte for byte as for the key itself; and the caller needs FULL."""
-    foreign = sidecar.create()
-    ids = [foreign.record.id, "key_unknown", "", "%00", "a/b", "..%2F..", "usage"]
+    other_key = sidecar.create()
+    ids = [other_key.record.id, "key_unknown", "", "%00", "a/b", "..%2F..", "usage"]
     answers = [client.get(f"{KEYS}/{each}/usage") for each in ids]
     answers.append(client.get(f"{KEYS}/key_unknown"))
     assert {(answer.status_code, answer.content) for answer in answers} == {
@@ -77,7 +77,7 @@ def test_foreign_unknown_and_malformed_ids_look_the_same(
     }
     organization = client.get(KEYS).json()[0]["organizationId"]
     with sidecar.client(sidecar.create(organization, permission="SENDING")) as sending:
-        assert sending.get(f"{KEYS}/{foreign.record.id}/usage").status_code == 403
+        assert sending.get(f"{KEYS}/{other_key.record.id}/usage").status_code == 403
 
 
 @pytest.mark.long
@@ -223,7 +223,7 @@ async def test_clients_are_kept_only_if_one_says_so(
 
 @pytest.mark.parametrize("clients", [True, False])
 def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: bool) -> None:
-    """The same words, and only of keys that were let in."""
+    """The same words, and only of accepted requests."""
     engine = make_engine(clients=clients)
     protected = WSGIMiddleware(echo, engine=engine)
     keyring = protected._portal.run(engine.keyring())
@@ -237,8 +237,8 @@ def test_clients_over_wsgi(make_engine: MakeEngine, store_url: str, clients: boo
 
 
 @pytest.mark.long
-def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
-    """Of the sidecar's own callers; a proxy that asks says nothing of whom it asks for."""
+def test_the_clients_of_a_key_are_reported(clock: Clock, store_url: str) -> None:
+    """Of the sidecar's own clients; a request of a proxy does not name the proxy's client."""
     with sidecar_on(store_url, clock, clients=True) as sidecar:
         admin_key, used = sidecar.create("acme", "admin_key"), sidecar.create("acme", "used")
         with sidecar.client(admin_key) as client, sidecar.client(used) as proxy:
@@ -256,7 +256,7 @@ def test_where_a_key_was_seen_is_told(clock: Clock, store_url: str) -> None:
 
 
 def test_the_word_on_privacy_is_in_the_documents() -> None:
-    """Whoever switches it on finds what is kept, and for how long."""
+    """The description says what is stored, and for how long."""
     security = (Path(__file__).parents[3] / "SECURITY.md").read_text()
     for word in ("/24", "/48", "90 days", "KEYLATCH_CLIENTS"):
         assert word in security

@@ -42,10 +42,10 @@ def test_a_key_is_created_listed_shown_and_revoked(operator: Operator) -> None:
     assert json.loads(operator.run("keys", "list", "--json").stdout) == [key]
     assert json.loads(operator.run("keys", "list", "--organization", "acme", "--json").stdout) == []
     for words in (["list"], ["show", key_id]):
-        told = operator.run("keys", *words)
-        assert told.exit_code == 0
-        assert key_id in told.stdout
-        assert token not in told.stdout
+        outcome = operator.run("keys", *words)
+        assert outcome.exit_code == 0
+        assert key_id in outcome.stdout
+        assert token not in outcome.stdout
     revoked = operator.run("keys", "revoke", key_id, "--json")
     assert revoked.exit_code == 0
     assert json.loads(revoked.stdout)["active"] is False
@@ -79,8 +79,8 @@ def test_verify_asks_for_permissions(operator: Operator, permissions: list[str],
     assert token not in verified.stderr
 
 
-def test_verify_that_cannot_decide_refuses_nobody(operator: Operator) -> None:
-    """Exit 2 and not 1: a row that was damaged says nothing about the key."""
+def test_verify_that_cannot_decide_is_no_refusal(operator: Operator) -> None:
+    """Exit 2 and not 1: a damaged row is no decision on the key."""
     token = operator.create()["token"]
     with closing(sqlite3.connect(operator.database, isolation_level=None)) as raw:
         raw.execute("UPDATE keylatch_keys SET hash = '$argon2id$damaged'")
@@ -179,21 +179,21 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_with_a_hint(operator: Operator, mistake: str) -> None:
-    """What is wrong and what to do about it; the exit code tells scripts the same."""
-    words, typed, settings, code, told = MISTAKES[mistake]
+def test_a_mistake_is_reported_with_a_hint(operator: Operator, mistake: str) -> None:
+    """What is wrong and what to do about it; the exit code has the same for scripts."""
+    words, typed, settings, code, message = MISTAKES[mistake]
     operator.set(**settings)
     outcome = operator.run(*words, stdin=typed)
     assert (outcome.exit_code, outcome.stdout) == (code, "")
-    assert told in outcome.stderr
+    assert message in outcome.stderr
     assert UNKNOWN_TOKEN[:-1] not in outcome.stderr
     assert "hunter2secret" not in outcome.stderr
-    if not told.startswith("Refused"):
+    if not message.startswith("Refused"):
         assert outcome.stderr.count("error: ") == outcome.stderr.count("hint: ") == 1
 
 
 @pytest.mark.long
-def test_all_wrong_settings_are_told_at_once(operator: Operator) -> None:
+def test_all_wrong_settings_are_reported_at_once(operator: Operator) -> None:
     """One run names every mistake, from variables and from options, and shows no traceback."""
     wrong = {"PREFIX": "k_l", "HASHER": "md5", "LEASE": "soon", "REDIS": "http://cache"}
     operator.set(**wrong)
@@ -210,7 +210,7 @@ def test_all_wrong_settings_are_told_at_once(operator: Operator) -> None:
 
 
 def test_a_file_that_is_no_database_is_left_as_it_is(operator: Operator) -> None:
-    """A mistyped path must not cost anybody a file."""
+    """A mistyped path must not overwrite a file."""
     operator.database.write_text("my only copy of something else\n" * 100)
     operator.database.chmod(0o644)
     outcome = operator.run("keys", "create", "--name", "x")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from tests.support.command_line import Operator
 
 
-def verdict(operator: "Operator", token: str) -> int:
+def verify(operator: "Operator", token: str) -> int:
     return operator.run("verify", stdin=token).exit_code
 
 
@@ -26,7 +26,7 @@ def test_a_rotation_prints_the_new_token_alone(operator: "Operator") -> None:
     assert (done.exit_code, len(done.stdout.splitlines())) == (0, 1)
     assert "is valid until" in done.stderr
     assert token not in done.stderr
-    assert verdict(operator, key["token"]) == verdict(operator, token) == 0
+    assert verify(operator, key["token"]) == verify(operator, token) == 0
     assert shown(operator, key)["previous"]["partialToken"] == key["partialToken"]
 
 
@@ -36,7 +36,7 @@ def test_a_rotation_ends_either_way(operator: "Operator", command: str, old: int
     key = operator.create()
     token = operator.run("keys", "rotate", key["id"]).stdout.strip()
     assert operator.run("keys", f"{command}-rotation", key["id"]).exit_code == 0
-    assert (verdict(operator, key["token"]), verdict(operator, token)) == (old, new)
+    assert (verify(operator, key["token"]), verify(operator, token)) == (old, new)
     again = operator.run("keys", f"{command}-rotation", key["id"])
     assert again.exit_code == 1
     assert "No rotation" in again.stderr
@@ -47,20 +47,20 @@ def test_without_a_grace_the_old_secret_has_ended(operator: "Operator") -> None:
     key = operator.create()
     new = json.loads(operator.run("keys", "rotate", key["id"], "--grace", "0", "--json").stdout)
     assert new["previous"] is None
-    assert (verdict(operator, key["token"]), verdict(operator, new["token"])) == (1, 0)
+    assert (verify(operator, key["token"]), verify(operator, new["token"])) == (1, 0)
 
 
 def test_a_key_is_disabled_and_enabled(operator: "Operator") -> None:
     """Reversible, unlike a revoke; what was deleted stays so."""
     key = operator.create()
     assert operator.run("keys", "disable", key["id"]).exit_code == 0
-    assert verdict(operator, key["token"]) == 1
+    assert verify(operator, key["token"]) == 1
     assert operator.run("keys", "enable", key["id"]).exit_code == 0
-    assert verdict(operator, key["token"]) == 0
+    assert verify(operator, key["token"]) == 0
     assert operator.run("keys", "revoke", key["id"], "--reason", "laptop stolen").exit_code == 0
     assert shown(operator, key)["revokedReason"] == "laptop stolen"
     assert operator.run("keys", "enable", key["id"]).exit_code == 1
-    assert verdict(operator, key["token"]) == 1
+    assert verify(operator, key["token"]) == 1
 
 
 @pytest.mark.long
@@ -107,14 +107,14 @@ def test_what_no_key_may_have_is_refused(operator: "Operator", words: tuple[str,
 
 @pytest.mark.long
 def test_an_organisation_ends_only_for_who_says_yes(operator: "Operator") -> None:
-    """All of its keys, and nobody else's."""
+    """All of its keys, and no key of another organisation."""
     keys = [operator.create() for _ in range(3)]
     other = operator.create("--organization", "other")
     assert operator.run("organizations", "revoke", "default").exit_code == 2
-    assert verdict(operator, keys[0]["token"]) == 0
+    assert verify(operator, keys[0]["token"]) == 0
     done = operator.run("organizations", "revoke", "default", "--yes", "--reason", "over")
     assert "Revoked 3 keys" in done.stderr
-    assert [verdict(operator, key["token"]) for key in (*keys, other)] == [1, 1, 1, 0]
+    assert [verify(operator, key["token"]) for key in (*keys, other)] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_an_organisation_ends_only_for_who_says_yes(operator: "Operator") -> Non
         ("keys", "revoke"),
     ],
 )
-def test_an_unknown_key_is_told_so(operator: "Operator", words: tuple[str, ...]) -> None:
+def test_an_unknown_key_is_reported(operator: "Operator", words: tuple[str, ...]) -> None:
     """Also one that is not the organisation's that was named."""
     key = operator.create()
     for named in (["key_unknown"], [key["id"], "--organization", "other"]):

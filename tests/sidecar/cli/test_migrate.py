@@ -49,14 +49,16 @@ def url(request: pytest.FixtureRequest, operator: Operator) -> str:
 
 @pytest.mark.parametrize("version", ["0002", "0003"])
 def test_an_old_store_is_brought_up_to_date(operator: Operator, url: str, version: str) -> None:
-    """First it is told, step by step, then done; the keys are as they were."""
+    """The steps are listed first, then run; the keys are as they were."""
     old_store(url, version)
     checked = operator.run("migrate", "--check")
     assert (checked.exit_code, checked.stdout) == (1, "")
-    told = checked.stderr.splitlines()
-    assert told[0] == f"The store is at version {version}, this keylatch needs {VERSION}:"
-    assert [line.split()[0] for line in told[1:]] == [step.version for step in steps_after(version)]
-    assert all("Blocked meanwhile: " in line for line in told[1:])
+    lines = checked.stderr.splitlines()
+    assert lines[0] == f"The store is at version {version}, this keylatch needs {VERSION}:"
+    assert [line.split()[0] for line in lines[1:]] == [
+        step.version for step in steps_after(version)
+    ]
+    assert all("Blocked meanwhile: " in line for line in lines[1:])
     done = operator.run("migrate")
     assert (done.exit_code, f"is at version {VERSION} now" in done.stderr) == (0, True)
     for words in (["migrate"], ["migrate", "--check"]):
@@ -77,8 +79,8 @@ def test_a_migration_gives_way_to_a_long_transaction(
     old_store(url, "0003")
     with psycopg.connect(url) as backup:
         backup.execute("SELECT * FROM keylatch_keys").fetchall()
-        told = operator.run("migrate")
-        assert (told.exit_code, "lock timeout" in told.stderr) == (2, True)
+        outcome = operator.run("migrate")
+        assert (outcome.exit_code, "lock timeout" in outcome.stderr) == (2, True)
         assert operator.run("migrate", "--check").exit_code == 1
     assert operator.run("migrate").exit_code == 0
 
@@ -105,22 +107,22 @@ def test_a_newer_store_is_refused(operator: Operator, url: str) -> None:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(change)
     for words in (["migrate"], ["migrate", "--check"], ["secrets", "list"]):
-        told = operator.run(*words)
-        assert (told.exit_code, told.stdout) == (2, "")
-        assert told.stderr == (
+        outcome = operator.run(*words)
+        assert (outcome.exit_code, outcome.stdout) == (2, "")
+        assert outcome.stderr == (
             f"error: the store is at version 9999, this keylatch knows up to {VERSION}\n"
             "hint: upgrade keylatch on this host\n"
         )
 
 
-def test_a_store_that_is_gone_is_told(operator: Operator) -> None:
-    """In a moment, and without its password."""
+def test_a_store_that_is_gone_is_reported(operator: Operator) -> None:
+    """At once, and without its password."""
     operator.set(STORE="postgresql://u:hunter2secret@127.0.0.1:1/keys")
-    told = operator.run("migrate")
-    assert (told.exit_code, "hunter2secret" in told.stderr) == (2, False)
+    outcome = operator.run("migrate")
+    assert (outcome.exit_code, "hunter2secret" in outcome.stderr) == (2, False)
 
 
 def test_every_migration_says_who_waits() -> None:
-    """Whoever writes one looks at what it locks."""
+    """Each step states what it locks."""
     assert [step.version for step in steps_after(None)][-1] == VERSION
     assert all(step.blocks and step.purpose for step in steps_after(None))

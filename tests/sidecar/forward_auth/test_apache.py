@@ -169,9 +169,7 @@ def test_two_credentials_come_as_one_that_is_refused(proxy: ProxyStack) -> None:
         [b"Connection: close, X-Keylatch-Key-Id", b"Proxy-Connection: X-Keylatch-Key-Id"],
     ],
 )
-def test_no_connection_header_takes_an_identity_away(
-    proxy: ProxyStack, fields: list[bytes]
-) -> None:
+def test_no_connection_header_removes_an_identity(proxy: ProxyStack, fields: list[bytes]) -> None:
     """However often it comes."""
     lines = [b"GET /v1/me HTTP/1.1", b"Host: test", auth_header(proxy.full), *fields, b"", b""]
     seen = echoed(parse_response(exchange(proxy.url, b"\r\n".join(lines))))
@@ -275,7 +273,7 @@ def test_without_the_second_hook_it_would_get_to_the_app(
 def test_an_unexpected_response_is_given_to_no_client(
     proxy: ProxyStack, mistake: dict[str, str], status: int
 ) -> None:
-    """On a kept connection it would be taken for the next one's. Why it is looked at before use."""
+    """On a persistent connection it would be the next answer: why connections are checked."""
     injector = FaultInjector(proxy.sidecar.port)
     twin = ONE_PROCESS | mistake
     try:
@@ -335,7 +333,7 @@ def fields(*pairs: tuple[bytes, bytes]) -> bytes:
 
 
 def spoken(port: int, *more: tuple[bytes, bytes]) -> bytes:
-    """The body of the answer to a request over HTTP/2, with a trailer that says who calls."""
+    """The body of the answer to a request over HTTP/2, with a trailer that forges an identity."""
     start = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/v1/emails")]
     start += [(b":authority", b"test"), *more]
     request = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)

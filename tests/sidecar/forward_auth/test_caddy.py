@@ -74,8 +74,8 @@ def fresh(proxy: ProxyStack) -> Iterator[tuple[FaultInjector, Proxy]]:
         yield made
 
 
-def question(injector: FaultInjector, place: str, start: bytes, *lines: bytes) -> bytes:
-    """What the sidecar is asked about a request."""
+def check_request(injector: FaultInjector, place: str, start: bytes, *lines: bytes) -> bytes:
+    """The check that the sidecar gets for a request."""
     with injector.responding(BROKEN):
         request = [start + b" HTTP/1.1", b"Host: test", b"Connection: close", *lines]
         exchange(place, b"\r\n".join(request))
@@ -116,7 +116,7 @@ def test_placeholders_of_a_client_are_never_filled_in(
     assert proxy.request_refused(f"GET {path}".encode()).status in (400, 401)
     injector, other = fresh
     lines = (b"Authorization: Bearer {http.request.host}", b"", b"")
-    check = question(injector, other.url, b"GET /v1/{http.request.host}", *lines)
+    check = check_request(injector, other.url, b"GET /v1/{http.request.host}", *lines)
     assert b"\r\nX-Forwarded-Uri: /v1/{http.request.host}\r\n" in check
     assert b"\r\nAuthorization: Bearer {http.request.host}\r\n" in check
 
@@ -204,7 +204,7 @@ def test_an_error_page_of_the_app_would_bypass_the_check(proxy: ProxyStack) -> N
     ("rule", "name"),
     [("-*keylatch*", "X-Keylatch-Key-Id"), ("-*-Method-Override", "X-Method-Override")],
 )
-def test_without_the_rules_on_names_the_app_would_believe_the_client(
+def test_without_the_rules_on_names_the_app_would_trust_the_client(
     proxy: ProxyStack, rule: str, name: str
 ) -> None:
     """On public routes nothing else overwrites what a client says."""
@@ -263,7 +263,7 @@ def test_the_check_has_no_body_and_no_upgrade(
 ) -> None:
     """Or the sidecar would wait for the one, and talk WebSocket for the other."""
     injector, other = fresh
-    check = question(injector, other.url, b"POST /v1/emails", *lines)
+    check = check_request(injector, other.url, b"POST /v1/emails", *lines)
     head, _, body = check.lower().partition(b"\r\n\r\n")
     assert body == b""
     for name in (b"content-length", b"transfer-encoding", b"trailer", b"upgrade"):
@@ -272,7 +272,7 @@ def test_the_check_has_no_body_and_no_upgrade(
 
 
 def test_a_check_is_never_too_long_for_the_sidecar(proxy: ProxyStack) -> None:
-    """What Caddy takes at all, 32 kB of it, the sidecar can be asked about; the rest is 431."""
+    """The sidecar accepts every head that Caddy accepts, 32 kB of it; larger ones are 431."""
     fields = [auth_header(proxy.full), *(b"X-Filler-%d: " % n + 7_000 * b"x" for n in range(2))]
     assert proxy.request(b"GET /v1/me?" + 15_000 * b"x", *fields).status == 200
     assert proxy.request_refused(b"GET /v1/me?" + 45_000 * b"x", *fields).status == 431
@@ -306,7 +306,7 @@ def test_log_credentials_would_write_keys_into_the_log(proxy: ProxyStack) -> Non
 
 
 def test_a_host_that_no_site_names_gets_an_empty_answer(proxy: ProxyStack) -> None:
-    """200 by Caddy itself: the app is not asked, and a health check would believe it."""
+    """200 by Caddy itself, without the app: a health check would accept it."""
     count_before = proxy.app.request_count
     with running_proxy(
         KIND, proxy.app_url, proxy.sidecar.port, {"http://:": "http://api.test:"}

@@ -78,7 +78,7 @@ class TestEnvoy(ProxyContract):
 def test_the_check_has_the_clients_method_and_the_routes_permission(
     proxy: ProxyStack, answering: tuple[FaultInjector, Proxy], method: bytes
 ) -> None:
-    """Whatever the client says that should be asked, in its headers, query or path."""
+    """Whatever permission the client names, in its headers, query or path."""
     injector, other = answering
     lies = [b"X-Keylatch-Require: SENDING", b"x_keylatch_require: SENDING"]
     lies += [b"X-Envoy-Original-Path: /v1/emails", b"Connection: X-Keylatch-Require"]
@@ -453,8 +453,8 @@ def test_a_restart_during_many_checks_loses_none(
             ) as other,
             ThreadPoolExecutor(16) as pool,
         ):
-            ask = functools.partial(send, other.url, b"GET /v1/me", auth_header(proxy.full))
-            waves = [[pool.submit(ask) for _ in range(16)] for _ in range(2)]
+            request_ = functools.partial(send, other.url, b"GET /v1/me", auth_header(proxy.full))
+            waves = [[pool.submit(request_) for _ in range(16)] for _ in range(2)]
             statuses = [{request.result().status for request in wave} for wave in waves]
     finally:
         injector.close()

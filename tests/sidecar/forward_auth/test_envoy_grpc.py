@@ -151,7 +151,7 @@ class TestEnvoyOverGRPC(ProxyContract):
     def test_a_sidecar_that_limits_a_key_is_understood(
         self, proxy: ProxyStack, proxy_with_fault: tuple[FaultInjector, Proxy]
     ) -> None:
-        """429 and its `Retry-After` reach the client as they are; the app is not asked."""
+        """429 and its `Retry-After` reach the client as they are; the app is not called."""
         count_before = proxy.app.request_count
         headers = {"content_type": b"application/json", "cache_control": b"no-store"}
         headers |= {"x_keylatch_error": b"rate_limited", "retry_after": b"7"}
@@ -275,7 +275,7 @@ def test_failing_open_would_allow_every_request(proxy: ProxyStack) -> None:
     ids=str,
 )
 def test_no_other_answer_is_an_allow(proxy: ProxyStack, answer: bytes | grpc.StatusCode) -> None:
-    """503, whatever it is, and the app is not asked: above all what looks like its success."""
+    """503, whatever it is, and the app is not called: above all what looks like its success."""
     count_before = proxy.app.request_count
     with answering(proxy, answer) as (_, other):
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
@@ -300,7 +300,7 @@ BELIEVING = {
 
 
 @pytest.mark.parametrize("raw", ["false", "true"])
-def test_an_envoy_that_tells_the_sidecar_of_all_headers_believes_no_lie(
+def test_an_envoy_that_sends_all_headers_accepts_no_forged_identity(
     proxy: ProxyStack, raw: str
 ) -> None:
     """For other configurations: if the sidecar gets names that an app could mistake for

@@ -147,7 +147,7 @@ ORIGINAL = ((b"x-original-method", b"POST"), (b"x-original-url", b"http://h/v1")
 async def test_facts_come_from_the_agreed_place_or_nothing_passes(
     operated: Engine, key: Created, profile: str, fields: tuple[Header, ...], status: int
 ) -> None:
-    """Never from another one: the client would be believed behind half of the proxies."""
+    """Never from another one: the client's header would be trusted behind half of the proxies."""
     app = create_app(operated, ProxySettings(verify_request=profile, ext_authz_request=profile))
     for path in ("/verify", "/ext_authz/v1"):
         answer = await asgi_request(app, path, headers_of(key, *fields))
@@ -218,7 +218,7 @@ class Stuck(Hasher):
 async def test_nothing_waits_beyond_the_deadline(
     make_engine: MakeEngine, key: Created, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 in time, whatever hangs: a proxy's own patience may be half a minute."""
+    """503 in time, whatever blocks: a proxy's own timeout may be half a minute."""
     assert proxies.DEADLINE_SECONDS < 1
     monkeypatch.setattr(proxies, "DEADLINE_SECONDS", 0.01)
     engine = make_engine(hasher=Stuck("argon2id", CHEAPEST))

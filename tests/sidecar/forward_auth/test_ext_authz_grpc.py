@@ -87,7 +87,7 @@ def auth_header(key: Created) -> Header:
     return b"authorization", b"Bearer " + key.token.reveal().encode()
 
 
-def question(headers: Sequence[Header] = (), *permissions: str, raw: bool = False) -> Any:
+def check_request(headers: Sequence[Header] = (), *permissions: str, raw: bool = False) -> Any:
     """As Envoy sends it: values of one name joined, or separate with `encode_raw_headers`."""
     request = CheckRequest()
     http = request.attributes.request.http
@@ -105,7 +105,7 @@ def question(headers: Sequence[Header] = (), *permissions: str, raw: bool = Fals
     return request
 
 
-async def ask(channel: grpc.aio.Channel, request: Any) -> Any:
+async def check(channel: grpc.aio.Channel, request: Any) -> Any:
     return CheckResponse.FromString(await call(channel, request.SerializeToString()))
 
 
@@ -118,7 +118,7 @@ async def call(
     return answered
 
 
-def spelled(response: Any) -> RawResponse:
+def http_response(response: Any) -> RawResponse:
     """What a message says, as it would be said over HTTP, but for what HTTP itself needs."""
     is_allowed = response.status.code == 0
     assert response.HasField("ok_response") == is_allowed
@@ -135,9 +135,9 @@ def spelled(response: Any) -> RawResponse:
 
 async def over_http(engine: Engine, headers: Sequence[Header], *permissions: str) -> RawResponse:
     """What `/ext_authz` answers; of an allow, what is for the app."""
-    asked = [*headers, *((b"x-keylatch-require", word.encode()) for word in permissions)]
+    fields = [*headers, *((b"x-keylatch-require", word.encode()) for word in permissions)]
     app = create_app(engine, ProxySettings(ext_authz_request="none"))
-    said = await asgi_request(app, "/ext_authz/v1/emails", asked, method="POST")
+    said = await asgi_request(app, "/ext_authz/v1/emails", fields, method="POST")
     of_http = {b"content-length"} | ({b"cache-control"} if said.status == 200 else set())
     kept = [header for header in said.headers if header[0] not in of_http]
     return RawResponse(said.status, tuple(kept), said.body)
@@ -192,7 +192,7 @@ async def test_every_credential_is_answered_as_over_http(
     if value is not None:
         bearer = auth_header(full)[1].decode()
         headers.append((b"authorization", value.replace("{key}", bearer).encode()))
-    answered = spelled(await ask(channel, question(headers, raw=raw)))
+    answered = http_response(await check(channel, check_request(headers, raw=raw)))
     assert answered == await over_http(engine, headers)
     assert (answered.status == 200) == (value in CREDENTIALS[:1])
 
@@ -217,7 +217,7 @@ async def test_whatever_is_sent_is_answered_as_over_http(
 ) -> None:
     """Any text in any number of fields, joined by Envoy or not."""
     headers = [(b"authorization", value.encode()) for value in values]
-    answered = spelled(await ask(channel, question(headers, *permissions, raw=raw)))
+    answered = http_response(await check(channel, check_request(headers, *permissions, raw=raw)))
     assert answered == await over_http(engine, headers, *permissions)
 
 
@@ -233,15 +233,17 @@ async def test_bytes_that_are_no_text_are_answered_too(
     raw: bool,
 ) -> None:
     """Beside a good key they change nothing, as a key they are none; never an error."""
-    beside = question([auth_header(full), (b"x-" + name, value)], raw=raw)
-    assert spelled(await ask(channel, beside)).status == 200
+    beside = check_request([auth_header(full), (b"x-" + name, value)], raw=raw)
+    assert http_response(await check(channel, beside)).status == 200
     alone = [(b"authorization", value)]
-    assert spelled(await ask(channel, question(alone, raw=raw))) == await over_http(engine, alone)
+    assert http_response(await check(channel, check_request(alone, raw=raw))) == await over_http(
+        engine, alone
+    )
 
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("permission", ["FULL", "SENDING"])
-async def test_an_allow_names_the_caller_and_takes_the_key_away(
+async def test_an_allow_names_the_caller_and_removes_the_key(
     engine: Engine,
     channel: grpc.aio.Channel,
     full: Created,
@@ -251,9 +253,9 @@ async def test_an_allow_names_the_caller_and_takes_the_key_away(
 ) -> None:
     """All five headers, each of them written over whatever the client said."""
     created = full if permission == "FULL" else sender
-    response = await ask(channel, question([auth_header(created)], raw=raw))
+    response = await check(channel, check_request([auth_header(created)], raw=raw))
     assert response.status.code == 0
-    answered = spelled(response)
+    answered = http_response(response)
     assert answered == await over_http(engine, [auth_header(created)])
     assert len(answered.headers) == 5
     removed = [b"authorization", b"x-keylatch-require", b"x-keylatch-error"]
@@ -282,11 +284,11 @@ async def test_what_could_be_taken_for_the_callers_name_is_removed(
 ) -> None:
     """Envoy removes after it has set: the identity must not be among the removed names."""
     lies = [(name.encode(), b"evil"), (b"cookie", b"a=b")]
-    response = await ask(channel, question([auth_header(full), *lies]))
-    told = {option.header.key for option in response.ok_response.headers}
+    response = await check(channel, check_request([auth_header(full), *lies]))
+    names = {option.header.key for option in response.ok_response.headers}
     removed = set(response.ok_response.headers_to_remove)
     assert (name.lower().encode() in removed) == is_removed
-    assert told.isdisjoint(removed)
+    assert names.isdisjoint(removed)
     assert "evil" not in str(response)
 
 
@@ -302,7 +304,9 @@ async def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
     """As over HTTP; the refusal says what would have sufficed. A map on the wire is a list: readers
     that take the last of two would forget the first."""
     for key, status in ((full, 200), (sender, sender_may)):
-        answered = spelled(await ask(channel, question([auth_header(key)], *permissions)))
+        answered = http_response(
+            await check(channel, check_request([auth_header(key)], *permissions))
+        )
         assert answered.status == status
         assert answered == await over_http(engine, [auth_header(key)], *permissions)
 
@@ -316,18 +320,18 @@ async def test_headers_set_no_requirement(
     """They are the client's; the proxy sets the route's permission."""
     for value in (b"FULL", b"SENDING", b""):
         headers = [auth_header(sender), (field, value)]
-        assert spelled(await ask(channel, question(headers))).status == 200
-        assert spelled(await ask(channel, question(headers, "FULL"))).status == 403
+        assert http_response(await check(channel, check_request(headers))).status == 200
+        assert http_response(await check(channel, check_request(headers, "FULL"))).status == 403
 
 
 async def test_two_credentials_are_never_allowed(channel: grpc.aio.Channel, full: Created) -> None:
     """Joined by a comma, one by one, or in both places at once."""
     twice = [auth_header(full), auth_header(full)]
-    for request in (question(twice), question(twice, raw=True)):
-        assert spelled(await ask(channel, request)).status == 401
-    both = question([auth_header(full)])
-    both.MergeFrom(question([auth_header(full)], raw=True))
-    assert spelled(await ask(channel, both)).status == 401
+    for request in (check_request(twice), check_request(twice, raw=True)):
+        assert http_response(await check(channel, request)).status == 401
+    both = check_request([auth_header(full)])
+    both.MergeFrom(check_request([auth_header(full)], raw=True))
+    assert http_response(await check(channel, both)).status == 401
 
 
 @pytest.mark.parametrize(
@@ -346,13 +350,13 @@ async def test_two_credentials_are_never_allowed(channel: grpc.aio.Channel, full
 async def test_a_check_without_a_request_is_refused(
     engine: Engine, channel: grpc.aio.Channel, full: Created, message: Any
 ) -> None:
-    """403 in the words of HTTP, as when a proxy there does not say what it was asked."""
+    """403 in the words of HTTP, as when a proxy there sends no method or path."""
     if not isinstance(message, bytes):
         message.attributes.request.http.headers.add(
             key=b"authorization", value=auth_header(full)[1]
         )
         message = message.SerializeToString()
-    answered = spelled(CheckResponse.FromString(await call(channel, message)))
+    answered = http_response(CheckResponse.FromString(await call(channel, message)))
     app = create_app(engine, ProxySettings(ext_authz_request="forwarded"))
     said = await asgi_request(app, "/ext_authz/", [auth_header(full)])
     assert (answered.status, answered.body) == (said.status, said.body)
@@ -365,8 +369,8 @@ async def test_the_request_is_logged_without_its_query(
 ) -> None:
     """For operators, at DEBUG; without the query, which may contain secrets."""
     caplog.set_level("DEBUG", "keylatch.proxies")
-    await ask(channel, question([auth_header(full)]))
-    await ask(channel, question())
+    await check(channel, check_request([auth_header(full)]))
+    await check(channel, check_request())
     said = [record.getMessage() for record in caplog.records if "/v1" in record.getMessage()]
     assert said == ["POST /v1/emails: allowed", "POST /v1/emails: no credential was sent"]
 
@@ -376,21 +380,23 @@ async def test_concurrent_requests_keep_their_identities(
 ) -> None:
     """Two hundred concurrent checks on one connection."""
     keys = [full, sender] * 100
-    answers = await asyncio.gather(*(ask(channel, question([auth_header(key)])) for key in keys))
-    told = [dict(spelled(answer).headers)[b"x-keylatch-key-id"] for answer in answers]
-    assert told == [key.record.id.encode() for key in keys]
+    answers = await asyncio.gather(
+        *(check(channel, check_request([auth_header(key)])) for key in keys)
+    )
+    key_ids = [dict(http_response(answer).headers)[b"x-keylatch-key-id"] for answer in answers]
+    assert key_ids == [key.record.id.encode() for key in keys]
 
 
 async def test_a_revoked_key_is_refused_by_the_next_check(
     engine: Engine, channel: grpc.aio.Channel
 ) -> None:
-    """Nothing on the way remembers it."""
+    """Nothing on the way caches it."""
     keyring = await engine.keyring()
     for _ in range(5):
         key = await keyring.create("acme", "short")
-        assert spelled(await ask(channel, question([auth_header(key)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(key)]))).status == 200
         await keyring.delete("acme", key.record.id)
-        assert spelled(await ask(channel, question([auth_header(key)]))).status == 401
+        assert http_response(await check(channel, check_request([auth_header(key)]))).status == 401
 
 
 class Gated(Hasher):
@@ -412,12 +418,14 @@ class Gated(Hasher):
 async def test_nothing_waits_beyond_the_deadline(
     make_engine: MakeEngine, full: Created, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 in time and in the words of HTTP, whatever hangs."""
+    """503 in time and in the words of HTTP, whatever blocks."""
     monkeypatch.setattr(proxies, "DEADLINE_SECONDS", 0.01)
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     async with served(engine) as channel:
-        answered = spelled(await asyncio.wait_for(ask(channel, question([auth_header(full)])), 10))
+        answered = http_response(
+            await asyncio.wait_for(check(channel, check_request([auth_header(full)])), 10)
+        )
         assert answered.status == 503
         assert answered == await over_http(engine, [auth_header(full)])
         assert dict(answered.headers)[b"retry-after"] == b"1"
@@ -427,7 +435,7 @@ async def test_nothing_waits_beyond_the_deadline(
 
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for a gate here waits as long as it takes."""
+    """A check waits here until the test releases it."""
     monkeypatch.setattr(proxies, "DEADLINE_SECONDS", 60)
 
 
@@ -437,13 +445,13 @@ async def test_a_cancelled_check_affects_no_other(make_engine: MakeEngine, full:
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     async with served(engine) as channel:
-        impatient = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
+        impatient = asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
         await hasher.called.wait()
         impatient.cancel()
         await asyncio.wait([impatient])
-        patient = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
+        patient = asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
         hasher.gate.set()
-        assert spelled(await patient).status == 200
+        assert http_response(await patient).status == 200
     assert hasher.times == 1
     await engine.stop()
 
@@ -461,9 +469,9 @@ async def test_hashes_are_checked_on_their_own_threads(
 
     engine = make_engine()
     async with served(engine) as channel:
-        request = question([auth_header(full)])
+        request = check_request([auth_header(full)])
         monkeypatch.setattr(Token, "reveal", noted)
-        assert spelled(await ask(channel, request)).status == 200
+        assert http_response(await check(channel, request)).status == 200
     await engine.stop()
     assert names
     assert all(name.startswith("keylatch-hash") for name in names)
@@ -476,7 +484,7 @@ async def test_it_listens_on_a_unix_socket_as_well(
     place = tmp_path / "grpc.sock"
     async with served(engine, f"unix:{place}") as channel:
         assert place.stat().st_mode & 0o777 == 0o666
-        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
     assert not place.exists()
 
 
@@ -505,15 +513,15 @@ async def test_a_server_that_stops_answers_first(make_engine: MakeEngine, full: 
     address = f"127.0.0.1:{free_port()}"
     server = await ext_authz_grpc.serve(ForwardAuth(engine), engine, address)
     async with grpc.aio.insecure_channel(address, WITHOUT_PROXY) as channel:
-        asking = asyncio.ensure_future(ask(channel, question([auth_header(full)])))
+        asking = asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
         await hasher.called.wait()
         stopping = asyncio.ensure_future(server.stop(10))
         await asyncio.sleep(0)
         hasher.gate.set()
-        assert spelled(await asking).status == 200
+        assert http_response(await asking).status == 200
         await stopping
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await ask(channel, question([auth_header(full)]))
+            await check(channel, check_request([auth_header(full)]))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     await engine.stop()
 
@@ -524,8 +532,8 @@ async def test_it_runs_on_the_event_loop_that_serve_uses(
 ) -> None:
     """uvloop, as in production."""
     assert type(asyncio.get_running_loop()).__module__ == "uvloop"
-    answers = [ask(channel, question([auth_header(full)])) for _ in range(50)]
-    assert {spelled(answer).status for answer in await asyncio.gather(*answers)} == {200}
+    answers = [check(channel, check_request([auth_header(full)])) for _ in range(50)]
+    assert {http_response(answer).status for answer in await asyncio.gather(*answers)} == {200}
 
 
 async def test_health_checks_are_answered(
@@ -550,33 +558,33 @@ async def test_health_checks_are_answered(
 # Limits
 
 
-async def code_of(question: "asyncio.Future[Any]") -> grpc.StatusCode:
+async def code_of(check_request: "asyncio.Future[Any]") -> grpc.StatusCode:
     """The gRPC error that comes instead of an answer."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await question
+        await check_request
     code: grpc.StatusCode = caught.value.code()
     return code
 
 
-def question_of(key: Created, size: int) -> Any:
+def check_request_of_size(key: Created, size: int) -> Any:
     """A check of so many bytes; unknown fields of a message are ignored."""
-    asked = question([auth_header(key)])
-    room = size - len(asked.SerializeToString()) - 32
-    asked.attributes.request.http.headers.add(key=b"x", value=b"x" * room)
-    asked.attributes.request.http.path += b"x" * (size - len(asked.SerializeToString()))
-    assert len(asked.SerializeToString()) == size
-    return asked
+    request = check_request([auth_header(key)])
+    room = size - len(request.SerializeToString()) - 32
+    request.attributes.request.http.headers.add(key=b"x", value=b"x" * room)
+    request.attributes.request.http.path += b"x" * (size - len(request.SerializeToString()))
+    assert len(request.SerializeToString()) == size
+    return request
 
 
 async def test_a_check_may_have_256_kib(channel: grpc.aio.Channel, full: Created) -> None:
     """One byte more is an error of gRPC, which a proxy that fails closed answers with a refusal;
     the connection goes on."""
-    largest = question_of(full, GRPC_MESSAGE_BYTES)
-    assert spelled(await ask(channel, largest)).status == 200
+    largest = check_request_of_size(full, GRPC_MESSAGE_BYTES)
+    assert http_response(await check(channel, largest)).status == 200
     largest.attributes.request.http.path += b"x"
-    too_large = asyncio.ensure_future(ask(channel, largest))
+    too_large = asyncio.ensure_future(check(channel, largest))
     assert await code_of(too_large) is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
+    assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
 
 
 async def test_a_checked_request_may_have_a_thousand_headers(
@@ -585,8 +593,10 @@ async def test_a_checked_request_may_have_a_thousand_headers(
     """More headers are not read: 403, as without an original request."""
     headers = [auth_header(full), *((b"x%d" % number, b"") for number in range(GRPC_HEADERS - 1))]
     for raw in (False, True):
-        assert spelled(await ask(channel, question(headers, raw=raw))).status == 200
-        refused = spelled(await ask(channel, question([*headers, (b"x", b"")], raw=raw)))
+        assert http_response(await check(channel, check_request(headers, raw=raw))).status == 200
+        refused = http_response(
+            await check(channel, check_request([*headers, (b"x", b"")], raw=raw))
+        )
         assert (refused.status, dict(refused.headers)[b"x-keylatch-error"]) == (
             403,
             b"misconfigured",
@@ -599,14 +609,15 @@ async def test_concurrent_checks_are_limited(make_engine: MakeEngine, full: Crea
     hasher = Gated()
     engine = make_engine(hasher=hasher)
     async with served(engine, max_calls=2) as channel:
-        asked = [
-            asyncio.ensure_future(ask(channel, question([auth_header(full)]))) for _ in range(3)
+        calls = [
+            asyncio.ensure_future(check(channel, check_request([auth_header(full)])))
+            for _ in range(3)
         ]
-        refused, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        refused, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         assert [await code_of(each) for each in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
         hasher.gate.set()
-        assert [spelled(await each).status for each in waiting] == [200, 200]
-        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
+        assert [http_response(await each).status for each in waiting] == [200, 200]
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
     await engine.stop()
 
 
@@ -615,18 +626,18 @@ async def test_only_so_many_connections_are_open_at_once(engine: Engine, full: C
     are open go on; without such a limit none is closed."""
     address = f"127.0.0.1:{free_port()}"
     async with served(engine, address, max_connections=3) as channel:
-        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
         host, port = address.split(":")
         lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
         reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
         for ended in itertools.islice(asyncio.as_completed(reading, timeout=8), 9):
             await ended
-        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
         await ended_all(lines, reading)
     async with served(engine, address) as channel:
         lines = [await asyncio.open_connection(host, int(port)) for _ in range(12)]
         reading = [asyncio.ensure_future(drained(reader)) for reader, _ in lines]
-        assert spelled(await ask(channel, question([auth_header(full)]))).status == 200
+        assert http_response(await check(channel, check_request([auth_header(full)]))).status == 200
         assert [each for each in reading if each.done()] == []
         await ended_all(lines, reading)
 
@@ -687,8 +698,8 @@ def test_the_official_bytes_are_read() -> None:
 
 def test_the_official_bytes_are_written() -> None:
     """An allow and a refusal, byte by byte."""
-    told = [(b"x-keylatch-key-id", b"key_1"), (b"x-keylatch-environment", b"")]
-    assert allow(told, [b"authorization"]) == (
+    identity = [(b"x-keylatch-key-id", b"key_1"), (b"x-keylatch-environment", b"")]
+    assert allow(identity, [b"authorization"]) == (
         b"\n\x00\x1aM\x12\x1e\n\x1a\n\x11x-keylatch-key-id\x12\x05key_1\x18\x02\x12\x1c\n\x18\n\x16"
         b"x-keylatch-environment\x18\x02*\rauthorization"
     )

@@ -138,11 +138,11 @@ def test_a_key_that_was_limited_is_served_again_without_a_pause(
     short = {**KIND.limited, "http_req_rate(10s)": "http_req_rate(1s)"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, short) as other:
 
-        def ask() -> int:
+        def request_status() -> int:
             return send(other.url, b"GET /v1/me", auth_header(proxy.full)).status
 
-        eventually(lambda: ask() == 429)
-        eventually(lambda: ask() == 200)
+        eventually(lambda: request_status() == 429)
+        eventually(lambda: request_status() == 200)
 
 
 def test_http_2_without_tls_is_no_way_around(proxy: ProxyStack) -> None:

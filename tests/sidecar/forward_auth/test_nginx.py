@@ -77,7 +77,7 @@ def test_429_is_429_after_a_second_try(
         assert_rate_limited(answered)
 
 
-def test_a_limit_by_the_public_part_would_be_used_up_by_anybody(proxy: ProxyStack) -> None:
+def test_a_limit_by_the_public_part_could_be_used_up_without_the_key(proxy: ProxyStack) -> None:
     """Why it is the whole credential that counts: requests are counted ahead of the check."""
     public = len("kl_live_000000000000")
     mistake = {**KIND.limited, r"\S{1,96}": rf"\S{{1,{public}}}"}
@@ -88,7 +88,7 @@ def test_a_limit_by_the_public_part_would_be_used_up_by_anybody(proxy: ProxyStac
         assert_rate_limited(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
 
 
-def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: ProxyStack) -> None:
+def test_a_location_with_headers_of_its_own_would_trust_the_client(proxy: ProxyStack) -> None:
     """Why the files warn of `proxy_set_header` in a location: it undoes those of the server."""
     mistake = {"proxy_pass http://app;": "proxy_pass http://app; proxy_set_header X-Mine 1;"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:

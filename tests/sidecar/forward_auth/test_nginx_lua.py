@@ -84,7 +84,7 @@ def test_a_location_with_lua_of_its_own_is_open(proxy: ProxyStack) -> None:
         assert identity(echoed(send(other.url, b"GET /v1/me"))) == {}
 
 
-def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: ProxyStack) -> None:
+def test_a_location_with_headers_of_its_own_would_trust_the_client(proxy: ProxyStack) -> None:
     """Why the files warn of `proxy_set_header` in a location: it undoes those of the server."""
     mistake = {"proxy_pass http://app;": "proxy_pass http://app; proxy_set_header X-Mine 1;"}
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
@@ -104,7 +104,7 @@ def test_a_location_with_headers_of_its_own_would_believe_the_client(proxy: Prox
     ],
 )
 def test_a_mistake_allows_no_request(proxy: ProxyStack, mistake: dict[str, str]) -> None:
-    """A mistake in Lua is 500 to nginx and 503 to the client; the app is not asked."""
+    """A mistake in Lua is 500 to nginx and 503 to the client; the app is not called."""
     count_before = proxy.app.request_count
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert_unavailable(send(other.url, b"GET /v1/me", auth_header(proxy.full)))
@@ -136,8 +136,8 @@ def test_the_sidecars_words_arrive_as_they_are(
         "retry-after": "17",
         "content-length": str(len(body)),
     }
-    spelled = [f"{getattr(str, names)(name)}: {value}" for name, value in fields.items()]
-    head = "\r\n".join([f"HTTP/1.1 {status} Whatever", *spelled, "X-Internal: 1", "", ""])
+    lines = [f"{getattr(str, names)(name)}: {value}" for name, value in fields.items()]
+    head = "\r\n".join([f"HTTP/1.1 {status} Whatever", *lines, "X-Internal: 1", "", ""])
     count_before = proxy.app.request_count
     with injector.responding(head.encode() + body):
         answered = send(other.url, b"GET /v1/me", auth_header(proxy.full))

@@ -69,7 +69,7 @@ class TestTraefik(ProxyContract):
             assert send(other.url, b"GET /v1/me").status == 401
             assert complaints(other) == []
 
-    def is_told_to_wait(self, answer: RawResponse) -> None:
+    def is_rate_limited(self, answer: RawResponse) -> None:
         """Traefik's own 429 is plain text: it cannot be distinguished from the app's."""
         headers = header_dict(answer)
         assert (answer.status, answer.body) == (429, b"Too Many Requests")
@@ -131,7 +131,7 @@ def test_paths_that_could_be_read_in_two_ways_are_refused(proxy: ProxyStack, cod
 
 
 def test_where_they_are_allowed_they_still_need_full(proxy: ProxyStack) -> None:
-    """For apps that need such paths: no way to spell one reaches another permission."""
+    """For apps that need such paths: no spelling of one reaches another permission."""
     options = ["Slash", "BackSlash", "Semicolon", "Percent", "QuestionMark", "Hash"]
     allowed = {f"allowEncoded{name}: false": f"allowEncoded{name}: true" for name in options}
     paths = [b"/v1/emails%2F..%2Fme", b"/v1%2Femails", b"/v1/emails%3Fx", b"/v1/emails%3Bx"]
@@ -163,11 +163,11 @@ def test_without_the_strategy_an_alias_would_set_the_identity(
     assert "evil" in identity(seen)["x-keylatch-key-id"]
 
 
-def test_without_the_entry_points_middleware_anybody_could_call_a_public_route_as_anybody(
+def test_without_the_entry_points_middleware_a_public_route_accepts_forged_identities(
     proxy: ProxyStack,
 ) -> None:
     """Why it is on the entry point: ForwardAuth removes what a client claims, and is not there."""
-    mistake = {"middlewares: [nobody@file]": "middlewares: []"}
+    mistake = {"middlewares: [no-identity@file]": "middlewares: []"}
     lie = b"X-Keylatch-Key-Id: evil"
     with running_proxy(KIND, proxy.app_url, proxy.sidecar.port, mistake) as other:
         assert identity(echoed(send(other.url, b"GET /healthz", lie))) == {
@@ -232,7 +232,7 @@ def test_a_misspelled_name_allows_no_request(proxy: ProxyStack, name: str) -> No
     assert proxy.app.request_count == count_before
 
 
-@pytest.mark.parametrize("name", ["nobody@file", "no-upgrade"])
+@pytest.mark.parametrize("name", ["no-identity@file", "no-upgrade"])
 def test_where_all_routers_need_the_name_no_client_is_served(proxy: ProxyStack, name: str) -> None:
     """404 for all, which is what Traefik says of every path that it has no router for."""
     count_before = proxy.app.request_count

@@ -35,7 +35,7 @@ def auth_header(key: Created) -> bytes:
     return b"Authorization: Bearer " + key.token.reveal().encode()
 
 
-def ask(sidecar: Sidecar, key: Created, query: str = "") -> int:
+def verify(sidecar: Sidecar, key: Created, query: str = "") -> int:
     return send(sidecar.url, b"GET /verify" + query.encode(), auth_header(key)).status
 
 
@@ -117,8 +117,8 @@ def test_permissions_add_up_and_a_malformed_one_leaves_only_full(
     sidecar: Sidecar, full: Created, sender: Created, query: str, full_may: int, sender_may: int
 ) -> None:
     """A proxy whose variable was never set must not get an allow."""
-    assert ask(sidecar, full, query) == full_may
-    assert ask(sidecar, sender, query) == sender_may
+    assert verify(sidecar, full, query) == full_may
+    assert verify(sidecar, sender, query) == sender_may
 
 
 @given(st.binary(max_size=60) | st.just(b"permission=SENDING"))
@@ -142,7 +142,7 @@ def test_what_a_client_appends_only_makes_it_harder(appended: bytes) -> None:
     ],
 )
 def test_a_query_cannot_write_headers(sidecar: Sidecar, sender: Created, attack: bytes) -> None:
-    """What is named in the challenge is a short word or two, whatever was asked for."""
+    """What is named in the challenge is a short word or two, whatever was required."""
     refused = send(sidecar.url, b"GET /verify?" + attack, auth_header(sender))
     expected = b'Bearer realm="keylatch", error="insufficient_scope", scope="FULL"'
     assert refused.status == 403
@@ -172,7 +172,7 @@ def test_the_challenge_names_the_permission(sidecar: Sidecar, sender: Created) -
 def test_every_bad_credential_is_401(
     sidecar: Sidecar, fields: tuple[bytes, ...], error: bytes, method: bytes
 ) -> None:
-    """Never 400, which nginx's auth_request turns into 500; the header still tells which."""
+    """Never 400, which nginx's auth_request turns into 500; the header has the exact status."""
     refused = send(sidecar.url, method + b" /verify", *fields)
     assert refused.status == 401
     headers = dict(refused.headers)

@@ -223,9 +223,9 @@ def test_creates_at_the_same_time_have_a_limit_and_stop_no_check(store_url: str)
         operator = Engine(Settings.load(store=store_url, redis=""), hasher=cheap)
         keyring = await operator.keyring()
         admin = await keyring.create("acme", "admin")
-        drafts = [await keyring.create("rival", f"key {n}") for n in range(40)]
+        others = [await keyring.create("rival", f"key {n}") for n in range(40)]
         await operator.stop()
-        return admin.token.reveal(), [each.token.reveal() for each in drafts]
+        return admin.token.reveal(), [each.token.reveal() for each in others]
 
     admin, cold = asyncio.run(filled())
     with (

@@ -74,7 +74,7 @@ BODIES = {
     "nothing": b"",
 }
 UPGRADE = b"Upgrade: websocket\r\n"
-ASKS = {
+UPGRADES = {
     "websocket": b"Connection: Upgrade\r\n" + UPGRADE,
     "h2c, as of curl": b"Upgrade: h2c\r\nHTTP2-Settings: A\r\n"
     b"Connection: Upgrade, HTTP2-Settings\r\n",
@@ -121,28 +121,28 @@ def cuts(head: bytes, rest: bytes) -> list[tuple[bytes, ...]]:
 @pytest.mark.long
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunked"])
 @pytest.mark.parametrize(
-    ("method", "ask", "body"),
+    ("method", "upgrade", "body"),
     [
-        *((b"POST", ask, "a request") for ask in ASKS),
+        *((b"POST", upgrade, "a request") for upgrade in UPGRADES),
         *((b"POST", "websocket", body) for body in BODIES if body != "a request"),
         *((method, "websocket", "a request") for method in (b"GET", b"CONNECT", b"FOO")),
     ],
 )
 def test_an_upgrade_is_ignored_and_the_body_is_read(
-    method: bytes, ask: str, body: str, is_chunked: bool
+    method: bytes, upgrade: str, body: str, is_chunked: bool
 ) -> None:
     """RFC 9110 section 7.8: two requests are two answers, however their bytes arrive."""
     frame, sent = framed(BODIES[body], is_chunked=is_chunked)
-    head = method + b" /first" + HOST + ASKS[ask] + frame
+    head = method + b" /first" + HOST + UPGRADES[upgrade] + frame
     first = (method.decode(), "/first", BODIES[body])
     for packets in cuts(head, sent + LAST):
         assert seen_of(Patient, *packets) == ([first, ("GET", "/last", b"")], [200, 200])
 
 
-def test_uvicorns_own_protocol_takes_the_body_for_a_request() -> None:
+def test_uvicorns_own_protocol_reads_the_body_as_a_request() -> None:
     """The broken twin: of a request with `Upgrade`, and of one with CONNECT."""
     length, body = framed(SMUGGLED, is_chunked=False)
-    for start in (b"POST /first" + HOST + ASKS["websocket"], b"CONNECT /first" + HOST):
+    for start in (b"POST /first" + HOST + UPGRADES["websocket"], b"CONNECT /first" + HOST):
         seen, _ = seen_of(HttpToolsProtocol, start + length, body + LAST)
         assert ("GET", "/smuggled", b"") in seen
 
@@ -151,7 +151,7 @@ def test_uvicorns_own_protocol_takes_the_body_for_a_request() -> None:
 def test_an_upgrade_behind_another_request_is_ignored_as_well(method: bytes) -> None:
     """Which is parsed while that one is being answered; many of them in one packet."""
     length, body = framed(SMUGGLED, is_chunked=False)
-    many = (method + b" /first" + HOST + ASKS["websocket"] + length + body) * 20
+    many = (method + b" /first" + HOST + UPGRADES["websocket"] + length + body) * 20
     first = (method.decode(), "/first", SMUGGLED)
     expected = [("GET", "/", b""), *[first] * 20, ("GET", "/last", b"")]
     assert seen_of(Patient, GET + many + LAST) == (expected, [200] * 22)
@@ -188,7 +188,7 @@ def test_a_connection_that_ends_after_a_request_ends_after_its_body(
 )
 def test_an_upgrade_of_unclear_length_is_400(frame: bytes) -> None:
     """And nothing behind it is parsed."""
-    head = b"POST /first" + HOST + ASKS["websocket"] + frame + b"\r\n"
+    head = b"POST /first" + HOST + UPGRADES["websocket"] + frame + b"\r\n"
     assert seen_of(Patient, head, SMUGGLED) == ([], [400])
 
 
@@ -196,7 +196,7 @@ def test_a_large_head_with_an_upgrade_counts_once() -> None:
     """Nearly 64 KiB are within the limit, with a body of any size and a large head behind it."""
     large = b"a: " + b"x" * (HEAD_BYTES - 500) + b"\r\n"
     length, body = framed(b"x" * 200_000, is_chunked=False)
-    head = b"POST /first" + HOST + ASKS["websocket"] + large + length
+    head = b"POST /first" + HOST + UPGRADES["websocket"] + large + length
     seen, answers = seen_of(Patient, head + body + b"GET /last" + HOST + large + LAST[-21:])
     assert ([path for _, path, _ in seen], answers) == (["/first", "/last"], [200, 200])
 
@@ -251,7 +251,7 @@ def seen_behind_nginx(http: Any, folder: Path) -> list[Seen]:
         for _ in range(3):
             with socket.create_connection(address) as line:
                 line.settimeout(30)
-                line.sendall(b"POST /first" + HOST + ASKS["among others"] + length)
+                line.sendall(b"POST /first" + HOST + UPGRADES["among others"] + length)
                 is_silent(line, 0.1)
                 with contextlib.suppress(ConnectionError):
                     line.sendall(body)
@@ -315,7 +315,7 @@ def test_what_chunks_need_counts_for_nothing() -> None:
 @pytest.mark.parametrize("is_behind", [False, True], ids=["alone", "behind another"])
 @pytest.mark.parametrize("name", [b"authorization", b"x-api-key", b"x-keylatch-key-id"])
 def test_trailers_are_no_fields_of_the_request(name: bytes, is_behind: bool) -> None:
-    """RFC 9110 section 6.5.1: what a trailer says proves nothing. The twin believes it."""
+    """RFC 9110 section 6.5.1: a credential in a trailer is ignored. The twin accepts it."""
     trailer = b"1\r\nx\r\n0\r\n" + name.title() + b": Bearer of news\r\nanother: x\r\n\r\n"
     expected = {b"host", b"transfer-encoding"}
     assert names_of(Patient, GET * is_behind + CHUNKED + trailer + LAST)[is_behind] == expected

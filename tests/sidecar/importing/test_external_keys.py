@@ -1,4 +1,4 @@
-"""Lines of keys that were made elsewhere: what they may say, what is refused, and what is told."""
+"""Lines of external keys: what they may contain, what is refused, and what is reported."""
 
 import csv
 import io
@@ -121,7 +121,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_all_mistakes_are_told_at_once_and_no_value_is_repeated(operator: Operator) -> None:
+def test_all_mistakes_are_reported_at_once_and_no_value_is_repeated(operator: Operator) -> None:
     """Each with its line; nothing of the good line among them is taken in."""
     lines = [json.dumps({"name": "x"} | line) for line, _ in WRONG]
     good = json.dumps({"name": "good"} | other_systems.usesend().import_fields)
@@ -129,8 +129,8 @@ def test_all_mistakes_are_told_at_once_and_no_value_is_repeated(operator: Operat
     assert (outcome.exit_code, outcome.stdout) == (2, "")
     *mistakes, nothing, _ = outcome.stderr.splitlines()
     assert nothing == "error: nothing was created"
-    for number, (mistake, (_, told)) in enumerate(zip(mistakes, WRONG, strict=True), start=1):
-        assert mistake.startswith(f"error: line {number}: {told}")
+    for number, (mistake, (_, message)) in enumerate(zip(mistakes, WRONG, strict=True), start=1):
+        assert mistake.startswith(f"error: line {number}: {message}")
     values = {
         str(line[name])
         for line, _ in WRONG
@@ -187,7 +187,7 @@ def lines_of(*keys: ExternalKey) -> str:
     )
 
 
-def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
+def test_a_file_may_import_keys_and_request_new_ones(operator: Operator) -> None:
     """In its order: tokens for the new ones, and for the others the results of them."""
     keys = [maker() for maker in MAKERS.values()]
     typed = lines_of(*keys[:7]) + '{"name": "new"}\n' + lines_of(*keys[7:])
@@ -196,12 +196,12 @@ def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
         0,
         "Created 1 keys. The tokens are not shown again. Imported 15 keys.\n",
     )
-    told = [json.loads(line) for line in outcome.stdout.splitlines()]
-    assert [each["line"] for each in told] == list(range(1, 17))
-    assert [each["line"] for each in told if "token" in each] == [8]
-    assert told[0] == {
+    results = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [each["line"] for each in results] == list(range(1, 17))
+    assert [each["line"] for each in results if "token" in each] == [8]
+    assert results[0] == {
         "line": 1,
-        "id": told[0]["id"],
+        "id": results[0]["id"],
         "name": "old 0",
         "organizationId": "default",
         "permission": "FULL",
@@ -211,16 +211,16 @@ def test_a_file_may_bring_keys_and_ask_for_new_ones(operator: Operator) -> None:
         "partialToken": keys[0].token[:13] + "...",
         "outcome": "imported",
     }
-    partials = {each["id"]: each.get("partialToken") for each in told if "scheme" in each}
+    partials = {each["id"]: each.get("partialToken") for each in results if "scheme" in each}
     listed = json.loads(operator.run("keys", "list", "--json").stdout)
     assert {
         each["id"]: each["partialToken"] for each in listed if each["id"] in partials
     } == partials
     verified = operator.run("verify", stdin=keys[5].token)
-    assert verified.stderr == f"Allowed: {told[5]['id']} (FULL)\n"
+    assert verified.stderr == f"Allowed: {results[5]['id']} (FULL)\n"
 
 
-def test_csv_brings_keys_too(operator: Operator) -> None:
+def test_csv_imports_keys_too(operator: Operator) -> None:
     """With a column for each field; empty cells say nothing."""
     keys = [other_systems.usesend(), other_systems.sanctum(), other_systems.raw()]
     columns = ["name", "scheme", "clientId", "tokenId", "hash", "key"]
@@ -246,9 +246,9 @@ def test_an_import_may_be_repeated(operator: Operator) -> None:
         0,
         "Imported 1 keys. 2 existed already and are unchanged.\n",
     )
-    told = [json.loads(line) for line in again.stdout.splitlines()]
-    assert [each["id"] for each in told[:2]] == ids
-    outcomes = [each["outcome"] for each in told]
+    results = [json.loads(line) for line in again.stdout.splitlines()]
+    assert [each["id"] for each in results[:2]] == ids
+    outcomes = [each["outcome"] for each in results]
     assert outcomes == ["exists", "exists, revoked", "imported"]
     assert operator.run("verify", stdin=second.token).exit_code == 1
 
@@ -263,8 +263,8 @@ def test_a_dry_run_says_what_would_become_of_each_line(operator: Operator) -> No
         0,
         "The file has 3 keys; nothing was created.\n",
     )
-    told = [json.loads(line) for line in outcome.stdout.splitlines()]
-    assert [(each["line"], each["outcome"]) for each in told] == [(1, "exists"), (3, "new")]
+    results = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [(each["line"], each["outcome"]) for each in results] == [(1, "exists"), (3, "new")]
     assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 1
 
 
@@ -280,7 +280,7 @@ def test_a_key_that_is_in_the_file_twice_is_a_mistake(operator: Operator) -> Non
     )
 
 
-def test_the_lines_in_the_readme_bring_their_keys(operator: Operator) -> None:
+def test_the_lines_in_the_readme_import_their_keys(operator: Operator) -> None:
     """As they stand there; and each opens with the token that its system gave out."""
     lines, commands = re.findall(r"```\n(.*?)```", SECTION, re.DOTALL)
     (operator.folder / "old.jsonl").write_text(lines)
@@ -301,13 +301,13 @@ def test_the_lines_in_the_readme_bring_their_keys(operator: Operator) -> None:
 def test_the_schemes_in_the_readme_are_the_schemes() -> None:
     """With their fields, and no others."""
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", SECTION, re.MULTILINE)
-    told = {scheme: tuple(re.findall(r'"(\w+)"', fields)) for scheme, fields in rows}
-    assert told == {scheme: fields for scheme, (fields, _) in external_keys._SCHEMES.items()}
+    documented = {scheme: tuple(re.findall(r'"(\w+)"', fields)) for scheme, fields in rows}
+    assert documented == {scheme: fields for scheme, (fields, _) in external_keys._SCHEMES.items()}
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_report_that_cannot_be_written_is_told_of(operator: Operator) -> None:
+def test_a_report_that_cannot_be_written_is_an_error(operator: Operator) -> None:
     """The keys of that batch are in, and the import says where to go on."""
     file = operator.folder / "keys.jsonl"
     file.write_text(lines_of(*(other_systems.sha256() for _ in range(6))))
@@ -323,10 +323,10 @@ def test_a_report_that_cannot_be_written_is_told_of(operator: Operator) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("hasher", ["sha256", "argon2id"])
 def test_raw_keys_leave_no_trace(operator: Operator, hasher: str) -> None:
-    """Imported, used, refused and told of as mistakes: in no log, no output and no file."""
+    """Imported, used, refused and reported as mistakes: in no log, no output and no file."""
     operator.set(HASHER=hasher)
     keys = [other_systems.raw() for _ in range(5)]
-    heard = []
+    outputs = []
     with every_log_line() as log:
         for typed in (
             lines_of(*keys),
@@ -338,16 +338,16 @@ def test_raw_keys_leave_no_trace(operator: Operator, hasher: str) -> None:
             json.dumps({"name": "x", "key": keys[3].token}),
         ):
             outcome = operator.run("keys", "import", "-", stdin=typed)
-            heard += [outcome.stdout, outcome.stderr]
+            outputs += [outcome.stdout, outcome.stderr]
         for key in keys:
             outcome = operator.run("verify", stdin=key.token)
             assert outcome.exit_code == 0
-            heard += [outcome.stdout, outcome.stderr]
-        heard.append(operator.run("keys", "list", "--json").stdout)
-    heard.append(log.getvalue())
+            outputs += [outcome.stdout, outcome.stderr]
+        outputs.append(operator.run("keys", "list", "--json").stdout)
+    outputs.append(log.getvalue())
     files = [path.read_bytes() for path in operator.folder.rglob("*") if path.is_file()]
     assert any(b"keylatch_keys" in content for content in files)
-    everything = "\n".join(heard).encode() + b"\n".join(files)
+    everything = "\n".join(outputs).encode() + b"\n".join(files)
     for key in keys:
         for at in range(len(key.secret) - 15):
             assert key.secret[at : at + 16].encode() not in everything

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Foreseen(MacKeys):
-    """Mints the token that somebody has already seen."""
+    """Mints a token that was already presented."""
 
     def __init__(self, token: Token) -> None:
         super().__init__([b"k" * 32])
@@ -85,14 +85,14 @@ class ImportContract(StoreTests):
         assert (await store.invalidations.since(seq)).invalidations == ((later, "key_later", None),)
 
     async def test_a_batch_may_be_repeated(self, store: Store) -> None:
-        """Whoever lost the answer of the commit tries again, and makes no second change."""
+        """A client that lost the answer of the commit retries, and makes no second change."""
         made = [(record(f"key_{n}"), f"hash {n}") for n in range(3)]
         _, seq = await store.keys.add_many(made)
         assert (await store.keys.add_many(made))[1] == seq
         assert (await store.invalidations.since(0)).seq == seq
 
     async def test_all_or_none(self, store: Store) -> None:
-        """One key that cannot be made takes its batch along, and nothing is told of it."""
+        """One key that cannot be created fails its batch, and no invalidation is written."""
         await store.keys.add(record("key_taken"), "hashed")
         before = await store.invalidations.since(0)
         made = [(record("key_1", "new"), "hashed"), (record("key_taken"), "other")]
@@ -101,30 +101,30 @@ class ImportContract(StoreTests):
         assert await store.invalidations.since(0) == before
         assert await store.keys.list("new") == []
 
-    async def test_an_import_is_believed_by_whoever_remembers_that_there_is_no_such_key(
+    async def test_an_import_replaces_cached_negative_entries(
         self, engines: list[Engine], clock: Clock
     ) -> None:
         """A process that has just refused the token as unknown accepts it after the import, and
         what it knows of keys that exist is as good as before: no look-up, no argon2."""
-        assert await self._remembered(engines, clock) == (True, True)
+        assert await self._cached(engines, clock) == (True, True)
 
-    async def test_a_batch_that_told_nobody_would_be_refused(
+    async def test_a_batch_without_an_invalidation_would_be_refused(
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The broken twin: it advances the counter, and its line of the log concerns others."""
-        monkeypatch.setattr("keylatch.storage.keys.NO_ID", "somebody-else")
-        assert await self._remembered(engines, clock) == (False, True)
+        """The broken twin: it advances the sequence number; its row names another key."""
+        monkeypatch.setattr("keylatch.storage.keys.NO_ID", "another-key")
+        assert await self._cached(engines, clock) == (False, True)
 
-    async def test_a_batch_that_told_everybody_would_empty_the_caches(
+    async def test_a_batch_that_invalidated_every_key_would_empty_the_caches(
         self, engines: list[Engine], clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The other twin: every process would ask the store, and argon2, for every key anew."""
         monkeypatch.setattr("keylatch.storage.keys.NO_ID", None)
-        assert await self._remembered(engines, clock) == (True, False)
+        assert await self._cached(engines, clock) == (True, False)
 
-    async def _remembered(self, engines: list[Engine], clock: Clock) -> tuple[bool, bool]:
-        """Whether an import is believed by who remembered an absence, and whether what that
-        process knew of another key is still of use."""
+    async def _cached(self, engines: list[Engine], clock: Clock) -> tuple[bool, bool]:
+        """Whether a process with a negative entry accepts the imported key, and whether its
+        cached entry of another key is still used."""
         importer, process = engines
         keyring = await importer.keyring()
         known = (await keyring.create("acme", "known")).token
@@ -227,7 +227,7 @@ def test_a_file_says_what_keys_to_make(
     assert all(has_valid_checksum(line.pop("token")) for line in lines)
     assert all(line.pop("id") in made.stdout for line in lines)
     plain = {"permission": "FULL", "environment": "live", "expiresAt": None}
-    asked = [
+    expected = [
         {"name": "ci, main", "organizationId": "acme", "permission": "SENDING"}
         | {"environment": "test", "expiresAt": None},
         plain
@@ -236,7 +236,7 @@ def test_a_file_says_what_keys_to_make(
     ]
     assert lines == [
         {"line": line} | fields
-        for line, fields in zip((first, first + 2, first + 3), asked, strict=True)
+        for line, fields in zip((first, first + 2, first + 3), expected, strict=True)
     ]
 
 
@@ -263,7 +263,7 @@ WRONG = {
 }
 
 
-def test_all_mistakes_are_told_at_once_and_nothing_is_made(operator: Operator) -> None:
+def test_all_mistakes_are_reported_at_once_and_nothing_is_made(operator: Operator) -> None:
     """Each with its line; good lines among them are not made either, and no value is repeated."""
     text = "\n".join(['{"name": "good"}', *WRONG, '{"name": "good"}'])
     outcome = operator.run("keys", "import", "-", stdin=text)
@@ -271,22 +271,22 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_made(operator: Operator) -
     *mistakes, nothing, hint = outcome.stderr.splitlines()
     assert nothing == "error: nothing was created"
     assert hint.startswith("hint: ")
-    for line, (mistake, told) in enumerate(zip(mistakes, WRONG.values(), strict=True), start=2):
-        assert mistake.startswith(f"error: line {line}: {told}")
+    for line, (mistake, message) in enumerate(zip(mistakes, WRONG.values(), strict=True), start=2):
+        assert mistake.startswith(f"error: line {line}: {message}")
     assert "us_0123456789" not in outcome.stderr
     assert json.loads(operator.run("keys", "list", "--json").stdout) == []
 
 
 def test_a_line_may_have_several_mistakes(operator: Operator) -> None:
-    """One run tells all of them."""
+    """One run reports all of them."""
     text = '{"name": " ", "permission": "ROOT", "environment": "L", "organization": "/"}'
     outcome = operator.run("keys", "import", "-", stdin=text)
-    told = [line.split(": ")[2] for line in outcome.stderr.splitlines()[:-2]]
-    assert sorted(told) == ["environment", "name", "organization", "permission"]
+    kinds = [line.split(": ")[2] for line in outcome.stderr.splitlines()[:-2]]
+    assert sorted(kinds) == ["environment", "name", "organization", "permission"]
 
 
 def test_a_screenful_of_mistakes_is_enough(operator: Operator) -> None:
-    """Whoever gives the wrong file is not told of each of its million lines."""
+    """With a wrong file, not each of its million lines is reported."""
     outcome = operator.run("keys", "import", "-", stdin="x\n" * 1_234)
     assert len(outcome.stderr.splitlines()) == 53
     assert "error: and 1,184 more mistakes\n" in outcome.stderr
@@ -346,7 +346,7 @@ def test_bytes_that_are_no_text_are_no_name(operator: Operator) -> None:
 
 
 def test_a_dry_run_makes_nothing(operator: Operator) -> None:
-    """It checks the file, and says how many keys it asks for."""
+    """It checks the file, and says how many keys it has."""
     outcome = operator.run("keys", "import", "-", "--dry-run", stdin='{"name": "x"}\n' * 3)
     assert outcome == Result(0, "", "The file has 3 keys; nothing was created.\n")
     assert json.loads(operator.run("keys", "list", "--json").stdout) == []
@@ -362,8 +362,8 @@ def test_an_import_goes_on_from_a_line(operator: Operator) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_tokens_that_cannot_be_written_are_told_of(operator: Operator) -> None:
-    """The import stops after that batch, and names the lines whose keys nobody holds."""
+def test_tokens_that_cannot_be_written_are_reported(operator: Operator) -> None:
+    """The import stops after that batch, and names the lines whose tokens were not delivered."""
     file = operator.folder / "keys.jsonl"
     file.write_text('{"name": "x"}\n' * 30)
     with Path("/dev/full").open("w") as full:
@@ -376,7 +376,7 @@ def test_tokens_that_cannot_be_written_are_told_of(operator: Operator) -> None:
     assert len(json.loads(operator.run("keys", "list", "--json").stdout)) == 10
 
 
-def test_a_store_that_fails_halfway_is_told_with_the_line_to_go_on_from(
+def test_a_store_that_fails_halfway_is_reported_with_the_line_to_go_on_from(
     operator: Operator,
 ) -> None:
     """What was printed is there; the rest is not."""
@@ -406,7 +406,7 @@ async def test_a_batch_with_an_invalid_value_names_it(engine: Engine) -> None:
     assert (failed.value.message, failed.value.hint) == (str(failed.value), "correct the file")
 
 
-def test_the_cost_of_argon2id_is_told_before_it_is_paid(
+def test_the_cost_of_argon2id_is_reported_before_the_import(
     operator: Operator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A million keys take seven hours; a few are not worth a word."""
@@ -428,7 +428,7 @@ async def test_keys_share_the_words_that_they_have_in_common(engine: Engine) -> 
 async def test_argon2id_hashes_a_batch_without_filling_the_queue(
     make_engine: MakeEngine,
 ) -> None:
-    """More keys than the queue has places; whoever is checked meanwhile finds one."""
+    """More keys than the queue has places; a check in the meantime finds one."""
     engine = make_engine(hasher=Hasher("argon2id", CHEAPEST, workers=2, queue=1))
     keyring = await engine.keyring()
     made = await keyring.create_many([NewKey("acme", f"key {n}") for n in range(12)])

@@ -1,4 +1,4 @@
-"""Backup and restore: what comes back, what must not, and what everybody is told of it."""
+"""Backup and restore: what comes back, what must not, and what is reported."""
 
 import asyncio
 import json
@@ -32,8 +32,10 @@ class Running:
     def check(self, key: dict[str, Any]) -> str:
         """`ALLOWED`, or why not."""
         token = Token(key["token"])
-        verdict = self._runner.run(self.engine.authenticate([b"Bearer " + token.reveal().encode()]))
-        return "ALLOWED" if isinstance(verdict, Allow) else verdict.reason.name
+        decision = self._runner.run(
+            self.engine.authenticate([b"Bearer " + token.reveal().encode()])
+        )
+        return "ALLOWED" if isinstance(decision, Allow) else decision.reason.name
 
     def change(self, key: dict[str, Any], **values: Any) -> None:
         async def change() -> None:
@@ -42,11 +44,11 @@ class Running:
         self._runner.run(change())
 
     def meanwhile(self, work: Callable[[], object]) -> None:
-        """Go on in the background while somebody works."""
+        """Call in the background, again and again, until the end of the block."""
         self._runner.run(asyncio.to_thread(work))
 
     def has_said(self, words: str, log: pytest.LogCaptureFixture) -> bool:
-        """Whether its background tasks, which go on for a moment, have logged that."""
+        """Whether its background tasks, which run on for a short time, have logged that."""
         self._runner.run(asyncio.sleep(0.02))
         return words in log.text
 
@@ -70,8 +72,8 @@ def running(operator: Operator) -> Iterator[Callable[[], Running]]:
 
 
 def test_a_backup_is_whole_and_a_copied_file_is_not(operator: Operator) -> None:
-    """It holds what was committed a moment ago, which lies in the log beside the file: whoever
-    copies the file brings a revoked key back."""
+    """It contains the last commits, which are in the write-ahead log beside the file: copying
+    the file alone re-activates a revoked key."""
     backup, copy = operator.folder / "backup.db", operator.folder / "copy.db"
     key = operator.create()
     with closing(sqlite3.connect(operator.database)) as reader:  # another process, say
@@ -130,7 +132,7 @@ def test_what_was_revoked_since_stays_revoked(
     running: Callable[[], Running],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """While a process goes on checking: it accepts neither what it remembers nor what the backup
+    """While a process goes on checking: it accepts neither what it has cached nor what the backup
     says of a key that was revoked, raises the alarm, and lets the others in."""
     process = running()
     kept, revoked, disabled, changed = (operator.create() for _ in range(4))
@@ -144,14 +146,14 @@ def test_what_was_revoked_since_stays_revoked(
     operator.run("organizations", "disable", "acme")
     newer = operator.create()
     with caplog.at_level(logging.CRITICAL, "keylatch"):
-        told = operator.run("restore", str(backup))
-        assert told.exit_code == 0
+        outcome = operator.run("restore", str(backup))
+        assert outcome.exit_code == 0
         assert process.check(kept) == "ALLOWED"
     assert "was it restored from a backup?" in caplog.text
     assert process.check(revoked) == "REVOKED"
     assert process.check(disabled) == "DISABLED"
     assert process.check(newer) == "UNKNOWN"
-    [ended, organizations, older, lost] = told.stderr.splitlines()[1:]
+    [ended, organizations, older, lost] = outcome.stderr.splitlines()[1:]
     assert set(ended.partition(": ")[2].split()) == {revoked["id"], disabled["id"]}
     assert organizations.endswith(": acme")
     assert older.endswith(f": {changed['id']}")
@@ -162,7 +164,7 @@ def test_what_was_revoked_since_stays_revoked(
 
 @pytest.mark.long
 def test_a_store_that_is_lost_is_restored(operator: Operator) -> None:
-    """Nothing to compare with: it says so, and what was listed elsewhere is ended again."""
+    """Nothing to compare with: it says so, and a given list of revocations is applied."""
     backup, listed = operator.folder / "backup.db", operator.folder / "revocations.jsonl"
     kept, revoked = operator.create(), operator.create()
     operator.run("backup", str(backup))
@@ -173,8 +175,8 @@ def test_a_store_that_is_lost_is_restored(operator: Operator) -> None:
         operator.database.with_name(f"keys.db{suffix}").unlink(missing_ok=True)
     assert operator.run("restore", str(backup)).exit_code == 1, "not over what is no store"
     operator.database.unlink()
-    told = operator.run("restore", str(backup))
-    assert (told.exit_code, "could not be read" in told.stderr) == (0, True)
+    outcome = operator.run("restore", str(backup))
+    assert (outcome.exit_code, "could not be read" in outcome.stderr) == (0, True)
     assert operator.run("verify", stdin=revoked["token"]).exit_code == 0, "it lives again"
     assert (
         operator.run("revocations", "apply", str(listed), "--dry-run").stdout
@@ -190,15 +192,15 @@ def test_a_store_that_is_lost_is_restored(operator: Operator) -> None:
 def test_a_store_that_is_held_is_left_as_it_is(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody is in the middle of a change that does not end: nobody waits for ever."""
+    """Another writer's transaction does not end: the restore fails after the busy time."""
     monkeypatch.setattr("keylatch_sidecar.operations.backup._BUSY_SECONDS", 0.05)
     key = operator.create()
     backup = operator.folder / "backup.db"
     operator.run("backup", str(backup))
     with closing(sqlite3.connect(operator.database, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
-        told = operator.run("restore", str(backup))
-        assert (told.exit_code, "database is locked" in told.stderr) == (1, True)
+        outcome = operator.run("restore", str(backup))
+        assert (outcome.exit_code, "database is locked" in outcome.stderr) == (1, True)
     assert operator.run("verify", stdin=key["token"]).exit_code == 0
 
 
@@ -209,8 +211,8 @@ def test_a_list_that_is_none_changes_nothing(operator: Operator) -> None:
     for line in ("rubbish", '{"id": 1}', "[]", '{"id": "x"}', '{"id": "a b", "revokedAt": null}'):
         mine = json.dumps({"id": key["id"], "revokedAt": "2026-01-01T00:00:00.000Z"})
         listed.write_text(f"{mine}\n{line}\n")
-        told = operator.run("revocations", "apply", str(listed))
-        assert (told.exit_code, "line 2" in told.stderr) == (2, True)
+        outcome = operator.run("revocations", "apply", str(listed))
+        assert (outcome.exit_code, "line 2" in outcome.stderr) == (2, True)
     assert operator.run("revocations", "apply", str(operator.folder / "missing")).exit_code == 2
     assert operator.run("verify", stdin=key["token"]).exit_code == 0
 
@@ -231,8 +233,12 @@ def test_what_is_no_backup_is_not_put_back(operator: Operator, damage: str) -> N
         with closing(sqlite3.connect(backup, isolation_level=None)) as raw:
             change = "UPDATE keylatch_version SET version_num = '9999'"
             raw.execute(change if damage == "newer" else "DROP TABLE keylatch_version")
-    told = operator.run("restore", str(backup))
-    assert (told.exit_code, told.stderr.count("error: "), told.stderr.count("hint: ")) == (1, 1, 1)
+    outcome = operator.run("restore", str(backup))
+    assert (outcome.exit_code, outcome.stderr.count("error: "), outcome.stderr.count("hint: ")) == (
+        1,
+        1,
+        1,
+    )
     assert operator.run("verify", stdin=key["token"]).exit_code == 0
     assert operator.run("restore", str(operator.folder / "missing")).exit_code == 2
 

@@ -25,9 +25,9 @@ class DoctorRun:
     def __init__(self, operator: Operator, *words: str) -> None:
         outcome = operator.run("doctor", "--json", *words)
         self.code, self.text = outcome.exit_code, outcome.stdout
-        told = json.loads(outcome.stdout)
-        self.status = told["status"]
-        self.findings = told["findings"]
+        report = json.loads(outcome.stdout)
+        self.status = report["status"]
+        self.findings = report["findings"]
 
     def status_of(self, check: str) -> str:
         """The status of a check that was made once."""
@@ -65,7 +65,7 @@ def test_looking_makes_nothing(operator: Operator) -> None:
     assert list(operator.folder.iterdir()) == []
 
 
-def test_whoever_may_read_the_file_reads_the_secrets(operator: Operator) -> None:
+def test_a_readable_store_file_is_reported(operator: Operator) -> None:
     """Permissions that are too wide are named with the command that mends them."""
     operator.create()
     operator.database.chmod(0o644)
@@ -195,7 +195,7 @@ def test_a_network_file_system_fails(operator: Operator, monkeypatch: pytest.Mon
     assert (doctor_run.code, doctor_run.status_of("store")) == (2, "failure")
 
 
-def test_a_pepper_file_is_told(operator: Operator) -> None:
+def test_a_pepper_file_is_reported(operator: Operator) -> None:
     """Whether there is one where there is Redis, and whether all may read it."""
     assert "pepper file" not in {each["check"] for each in DoctorRun(operator).findings}
     operator.set(REDIS="redis://127.0.0.1:1")
@@ -214,7 +214,7 @@ def test_a_pepper_file_is_told(operator: Operator) -> None:
     assert "short" not in str(doctor_run.findings)
 
 
-def test_wrong_settings_are_all_told(operator: Operator) -> None:
+def test_all_wrong_settings_are_reported(operator: Operator) -> None:
     """As findings, like everything else; what is misspelled as well."""
     operator.set(LEASE="soon", PREFIX="k_l", PROXY_CACHE_TTL="-1")
     doctor_run = DoctorRun(operator)
@@ -231,9 +231,9 @@ def test_wrong_settings_are_all_told(operator: Operator) -> None:
 
 def test_people_get_a_table(operator: Operator) -> None:
     """Each finding with its status, and hints where something has to be done."""
-    told = operator.run("doctor", "--hasher", "argon2id").stdout
-    assert "uncached keys per second" in told
-    assert "hint: the first start creates it" in told
+    output = operator.run("doctor", "--hasher", "argon2id").stdout
+    assert "uncached keys per second" in output
+    assert "hint: the first start creates it" in output
 
 
 # Redis
@@ -262,7 +262,7 @@ def test_redis_is_asked_what_it_does_when_it_is_full(
 
 
 def test_a_redis_that_takes_nothing_fails(operator: Operator, redis_server: RedisServer) -> None:
-    """A replica, a wrong password, a paused one and none at all; the password is never told."""
+    """A replica, a wrong password, a paused one and none at all; the password is never printed."""
     with redis_server.client() as client:
         client.replicaof("127.0.0.1", "1")
         assert DoctorRun(operator, "--redis", redis_server.url).status_of("Redis role") == "failure"
@@ -302,7 +302,7 @@ def test_a_server_is_examined(operator: Operator, postgres: PostgresServer) -> N
     } == {"ok"}
 
 
-def test_a_process_that_renews_no_lease_is_told(
+def test_a_process_that_renews_no_lease_is_reported(
     operator: Operator, postgres: PostgresServer
 ) -> None:
     """It was killed, say; the next revoke will remove it."""
@@ -332,7 +332,7 @@ def test_a_store_that_cannot_be_written_fails(operator: Operator, postgres: Post
 
 
 def test_a_server_that_is_gone_fails(operator: Operator) -> None:
-    """In a moment, without its password."""
+    """At once, without its password."""
     operator.set(STORE="postgresql://u:hunter2secret@127.0.0.1:1/keys")
     doctor_run = DoctorRun(operator)
     assert (doctor_run.code, doctor_run.status_of("store")) == (2, "failure")
@@ -374,7 +374,7 @@ def replica(postgres: PostgresServer, tmp_path: Path) -> Iterator[str]:
 def test_a_replica_fails(
     operator: Operator, postgres: PostgresServer, request: pytest.FixtureRequest
 ) -> None:
-    """A real hot standby: it answers every question and grants no lease."""
+    """A real hot standby: it answers every query and grants no lease."""
     url = postgres.new_database()
     operator.set(STORE=url)
     operator.create()
@@ -404,8 +404,10 @@ def test_answers_that_no_test_server_gives() -> None:
     assert statuses(cache._check_latency([0.006] * 3))["Redis latency"] is Status.WARNING
     many = [("mac", True)] * 7 + [("pepper", True)] * 7
     assert statuses(tables.check_secrets(many)) == {"secrets": Status.WARNING}
-    told = server._check_server("17.1", False, "off", "on", "on", "on", 100, 90, False, "10.0.0.7")
-    assert statuses(told) == {
+    findings = server._check_server(
+        "17.1", False, "off", "on", "on", "on", 100, 90, False, "10.0.0.7"
+    )
+    assert statuses(findings) == {
         "store": Status.OK,
         "primary": Status.OK,
         "durability": Status.OK,
@@ -415,12 +417,12 @@ def test_answers_that_no_test_server_gives() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_clock_that_is_ahead_is_told() -> None:
-    """By more than the question can have taken."""
+async def test_a_clock_that_is_ahead_is_reported() -> None:
+    """By more than the query can have taken."""
 
-    async def ask(question: str) -> list[tuple[float]]:
+    async def fetch(question: str) -> list[tuple[float]]:
         return [(time.time() + 90,)]
 
-    found = await server._check_clock(ask)
+    found = await server._check_clock(fetch)
     assert statuses(found)["clocks"] is Status.WARNING
     assert "90.0 s apart" in found[-1].message

@@ -116,7 +116,7 @@ def test_encodings_that_shells_write_are_read(tmp_path: Path, encoding: str) -> 
 
 
 def test_binary_and_huge_files_are_counted_and_read_on_demand(tmp_path: Path) -> None:
-    """What is left out is said, so nobody takes silence for an all-clear."""
+    """Skipped files are reported, so that silence is no all-clear."""
     token = KEYS.mint("kl", "live").reveal().encode()
     (tmp_path / "program").write_bytes(b"\x7fELF\0" + token)
     with (tmp_path / "sparse").open("wb") as file:
@@ -155,7 +155,7 @@ def folder(operator: Operator) -> Path:
     return folder
 
 
-def test_a_live_key_is_told_from_a_dead_one(operator: Operator, folder: Path) -> None:
+def test_live_and_dead_keys_are_distinguished(operator: Operator, folder: Path) -> None:
     """File and line, the key's id, what it is good for, and whose it is; never the token."""
     kinds = ("live", "disabled", "expired", "revoked")
     keys = {kind: operator.create() for kind in kinds}
@@ -163,8 +163,8 @@ def test_a_live_key_is_told_from_a_dead_one(operator: Operator, folder: Path) ->
     with closing(sqlite3.connect(operator.database)) as raw, raw:
         for kind, change in (("disabled", "active = 0"), ("expired", "expires_at = 1")):
             raw.execute(f"UPDATE keylatch_keys SET {change} WHERE id = ?", (keys[kind]["id"],))
-    stranger = KEYS.mint("acme", "prod").reveal()
-    tokens = [keys[kind]["token"] for kind in kinds] + [stranger]
+    other_token = KEYS.mint("acme", "prod").reveal()
+    tokens = [keys[kind]["token"] for kind in kinds] + [other_token]
     (folder / "notes.md").write_text("\n".join(f"- `{token}`" for token in tokens))
     found = operator.run("scan", str(folder))
     expected = [
@@ -173,7 +173,7 @@ def test_a_live_key_is_told_from_a_dead_one(operator: Operator, folder: Path) ->
             f"{kind} (a key, of default)"
             for line, kind in enumerate(kinds, start=1)
         ),
-        f"{folder}/notes.md:5: {Token(stranger).key_id} acme_...{stranger[-4:]} unknown",
+        f"{folder}/notes.md:5: {Token(other_token).key_id} acme_...{other_token[-4:]} unknown",
     ]
     assert (found.exit_code, found.stdout.splitlines()) == (1, expected)
     summary = "Scanned 1 files: 1 disabled, 1 expired, 1 live, 1 revoked, 1 unknown.\n"
@@ -181,7 +181,7 @@ def test_a_live_key_is_told_from_a_dead_one(operator: Operator, folder: Path) ->
     assert not any(token in found.stdout + found.stderr for token in tokens)
 
 
-def test_a_secret_that_was_rotated_away_is_told(operator: Operator, folder: Path) -> None:
+def test_a_secret_that_was_rotated_away_is_reported(operator: Operator, folder: Path) -> None:
     """Live while the grace runs, and then of no use; it is ended without its key."""
     lapsed, leaked = operator.create(), operator.create()
     new = [
@@ -246,7 +246,7 @@ def test_what_is_found_can_be_revoked_at_once(operator: Operator, folder: Path) 
 
 
 def test_a_scan_is_no_use_of_a_key(operator: Operator, folder: Path) -> None:
-    """`lastUsed` goes on to tell when somebody called."""
+    """`lastUsed` remains the time of the last request."""
     key = operator.create()
     (folder / "a").write_text(key["token"])
     operator.run("scan", str(folder))
@@ -255,7 +255,7 @@ def test_a_scan_is_no_use_of_a_key(operator: Operator, folder: Path) -> None:
 
 
 def test_without_a_store_nothing_is_called_dead(operator: Operator, folder: Path) -> None:
-    """2 whenever it could not be told, be it that the store is away, missing, or not to be asked;
+    """2 whenever a token could not be checked: the store is down, missing, or not configured;
     a store is not made by looking for one."""
     key = operator.create()
     (folder / "a").write_text(key["token"])
@@ -277,16 +277,16 @@ def test_without_a_store_nothing_is_called_dead(operator: Operator, folder: Path
 def test_what_cannot_be_read_is_named(operator: Operator, folder: Path) -> None:
     """And the scan goes on; it just cannot say that all is well."""
     (folder / "a").write_text("nothing")
-    told = operator.run("scan", f"{folder}/missing", str(folder))
-    assert told.exit_code == 2
-    assert f"error: {folder}/missing cannot be read: No such file or directory\n" in told.stderr
-    assert "Scanned 1 files: no token." in told.stderr
+    outcome = operator.run("scan", f"{folder}/missing", str(folder))
+    assert outcome.exit_code == 2
+    assert f"error: {folder}/missing cannot be read: No such file or directory\n" in outcome.stderr
+    assert "Scanned 1 files: no token." in outcome.stderr
 
 
 def test_a_files_name_cannot_steer_the_terminal_or_be_a_token(
     operator: Operator, folder: Path
 ) -> None:
-    """Escape sequences are spelled out, and a token in a name is cut."""
+    """Escape sequences are escaped, and a token in a name is cut."""
     token = operator.create()["token"]
     (folder / f"\x1b[2J{token}").write_text(token)
     for words in ([], ["--json"]):
