@@ -61,7 +61,7 @@ def beside(path: Path, end: str) -> Path:
 
 
 class OtherAccount:
-    """A process of another account; see `worker_stranger`."""
+    """A process of another account; see `worker_other_account`."""
 
     def __init__(self, what: str, path: Path) -> None:
         self._process = subprocess.Popen(

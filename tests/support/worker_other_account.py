@@ -1,6 +1,6 @@
 """Another account of this host, which has no business with a store. Started by root.
 
-    python worker_stranger.py read|hold|start PATH
+    python worker_other_account.py read|hold|start PATH
 
 `read` tries to open the store's files until it is killed, `hold` to hold its lock file, and `start`
 to use the store. It says `ready` when it begins, and then what it came to.

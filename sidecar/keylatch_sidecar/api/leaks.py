@@ -31,7 +31,7 @@ from keylatch.errors import HashingFailed, InvalidKeyState, KeylatchError, Store
 from keylatch.management.keyring import Keyring
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch_sidecar.api import request_body, unsent
-from keylatch_sidecar.api.dialects import errors_in
+from keylatch_sidecar.api.error_responses import errors_in
 from keylatch_sidecar.api.errors import Problem
 from keylatch_sidecar.api.schemas import JSON, Body, ResponseBody
 
