@@ -307,7 +307,7 @@ class Engine:
             )
         is_abandoned = previous is not None and previous is not loop
         if is_abandoned:
-            log.warning("the event loop was closed before engine.stop(): starting again")
+            log.warning("the event loop was closed before engine.stop(): the engine starts again")
             self.store.after_fork_in_child()
             self.authenticator.after_fork_in_child()
             self._open_connections.after_fork_in_child()
@@ -453,8 +453,7 @@ class Engine:
             lease=self._lease_stats(),
             redis=self._redis_stats(),
             hashes_waiting=self.hasher.waiting,
-            hashes_in_progress=self.hasher.in_flight,
-            hash_pools=self.hasher.in_flight_by_pool(),
+            hashes_in_progress=self.hasher.in_progress(),
             hashes_rejected=self.hasher.health.failures.value,
             usage_pending=self._usage.pending,
             usage_dropped=self._usage.dropped,
@@ -499,7 +498,8 @@ class Engine:
             found = await self.store.keys.find(key_id)
             if isinstance(found, Found) and found.record.deleted_at is None:
                 log.critical(
-                    "%s has the state of the restored backup: a later change to it was lost", key_id
+                    "%s has the state of the restored backup: a later change to it was lost",
+                    key_id,
                 )
 
     async def _run_maintenance(self) -> None:
@@ -511,7 +511,10 @@ class Engine:
                 await self._keyset.refresh()
                 await self.store.run_maintenance(self._now_ms())
             except KeylatchError as error:
-                log.warning("maintenance failed: %s", error.message)
+                log.warning(
+                    "maintenance of the store failed; the next one runs in %g s: %s",
+                    *(_MAINTENANCE_SECONDS, error.message),
+                )
 
     def _flush_failures(self) -> None:
         if self._failures is not None:

@@ -313,7 +313,7 @@ def test_a_router_that_fails_when_asked_opens_nothing(
     finally:
         Counted.error = None
     assert [each for each in caplog.messages if "router" in each] == [
-        f"the app's router failed ({type(error).__name__}): the request requires FULL"
+        f"the app's router failed ({type(error).__name__}): the request requires a FULL key"
     ]
 
 

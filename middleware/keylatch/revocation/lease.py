@@ -180,7 +180,7 @@ class Lease:
                 await self._store.leases.leave(member)
             except StoreUnavailable:
                 log.warning(
-                    "could not remove this member on shutdown; "
+                    "this process could not end its lease membership on shutdown; "
                     "the next revocation will wait up to %g s for it",
                     self.seconds,
                 )
@@ -248,7 +248,7 @@ class Lease:
                 return poll.acknowledged_seq != poll.batch.seq
             self._expires_at, self._member = 0.0, ""
             self.memberships_lost.add()
-            log.warning("lease membership was removed by another process; rejoining")
+            log.warning("another process removed this process's lease membership; rejoining")
         raise StoreUnavailable(
             "lease membership was removed twice in a row", "is the machine overloaded?"
         )

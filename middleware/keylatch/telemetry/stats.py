@@ -32,7 +32,7 @@ class RedisStats:
     Args:
         breaker_is_open: whether calls are skipped because of earlier failures.
         errors: calls that failed or timed out.
-        forged: values without a valid MAC of this store.
+        forged: values read that had no valid MAC of this store.
     """
 
     breaker_is_open: bool
@@ -55,11 +55,10 @@ class Stats:
         components: health of the parts.
         lease: None: not started, or SQLite.
         redis: None: not configured, or not started.
-        hashes_waiting: hashes in the queues.
-        hashes_in_progress: hashes computed or queued.
-        hash_pools: the same by pool.
+        hashes_waiting: hashes that wait for a thread.
+        hashes_in_progress: hashes computed or queued, by pool.
         hashes_rejected: checks that found the hash queue full.
-        usage_pending: keys whose usage is not stored yet.
+        usage_pending: keys whose usage counts are not stored yet.
         usage_dropped: uses that were not counted.
         store_errors: by operation.
         store_pools: operations in progress, by pool.
@@ -77,8 +76,7 @@ class Stats:
     lease: LeaseStats | None
     redis: RedisStats | None
     hashes_waiting: int
-    hashes_in_progress: int
-    hash_pools: Mapping[str, int]
+    hashes_in_progress: Mapping[str, int]
     hashes_rejected: int
     usage_pending: int
     usage_dropped: int
