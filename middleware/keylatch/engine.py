@@ -128,7 +128,7 @@ class Engine:
         tracing = _tracing() if settings.tracing else None
         self._events = Events(
             self.counters.on_event,
-            request_trace.on_event,
+            *([request_trace.on_event] if settings.traces_requests else []),
             span=nullcontext if tracing is None else tracing.stage,
         )
         self.authenticator = self.authenticator_class(
