@@ -18,8 +18,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector as _Collector
 
+from keylatch._stats import HistogramReading, LeaseStats, RedisStats, Stats
 from keylatch.engine import Engine
-from keylatch.telemetry.stats import HistogramReading, LeaseStats, RedisStats, Stats
 
 Samples = Iterable[tuple[tuple[str, ...], float | HistogramReading]]
 
