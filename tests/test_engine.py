@@ -648,9 +648,14 @@ class TestSharedWithManagement:
         caller = principal_of((await create(engine, "acme")).record)
         hasher.gate.clear()
         creating = [asyncio.create_task(create(engine, "acme", by=caller)) for _ in range(80)]
-        await until(lambda: hasher.in_flight == 4 and sum(map(asyncio.Task.done, creating)) == 60)
+        await until(
+            lambda: (
+                hasher.in_progress()["management"] == 4
+                and sum(map(asyncio.Task.done, creating)) == 60
+            )
+        )
         other = asyncio.create_task(create(engine, "rival"))
-        await until(lambda: hasher.in_flight == 5)
+        await until(lambda: hasher.in_progress()["management"] == 5)
         hasher.gate.set()
         made = await asyncio.gather(*creating, return_exceptions=True)
         refused = [each for each in made if isinstance(each, QuotaExceeded)]

@@ -153,7 +153,9 @@ def test_a_loop_that_was_closed_with_its_tasks_is_left_behind(
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     assert isinstance(asyncio.run(stop_and_check(engine, key)), Allow)
-    assert "the event loop was closed before engine.stop(): starting again" in caplog.messages
+    assert "the event loop was closed before engine.stop(): the engine starts again" in (
+        caplog.messages
+    )
     assert asyncio.run(last_used(make_engine, key)) is not None
     del engine, loop, tasks, task
     gc.collect()  # nothing can close psycopg's connections to a loop that is gone

@@ -312,7 +312,7 @@ async def test_a_full_queue_is_counted(make_engine: MakeEngine) -> None:
     assert refused > 0
     assert found["keylatch_hashes_rejected_total"] == refused
     assert found["keylatch_decisions_total{decision=busy,source=none}"] == refused
-    assert "keylatch_hashes_in_progress" not in found
+    assert "keylatch_hashes_in_progress{pool=checks}" not in found
     assert "keylatch_component_healthy{component=hashing}" not in found
     await engine.stop()
 

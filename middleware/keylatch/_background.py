@@ -78,4 +78,4 @@ class EngineTasks:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._finite_tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("a background task failed", exc_info=task.exception())
+            log.error("a background task failed: %r", task.get_coro(), exc_info=task.exception())

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from keylatch._background import EngineTasks
+from keylatch._stats import EngineStats, Stats
 from keylatch.authentication.authenticator import Authenticator
 from keylatch.authentication.hashing import Hasher
 from keylatch.authentication.keyset import Keyset
@@ -49,7 +50,6 @@ from keylatch.telemetry.counters import Counters
 from keylatch.telemetry.events import Events
 from keylatch.telemetry.failure_log import FailureLog
 from keylatch.telemetry.health import ComponentHealth, Health
-from keylatch.telemetry.stats import LeaseStats, RedisStats, Stats
 from keylatch.usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
@@ -124,11 +124,21 @@ class Engine:
             settings.lease * 1000 if self.store.is_shared else 0.0,
             self.counters,
         )
+        self._stats = EngineStats(
+            self.store,
+            self.hasher,
+            self._l1,
+            self._invalidations,
+            self._freshness,
+            self._usage,
+            self._open_connections,
+            self.counters,
+        )
         self._failures = FailureLog(timer) if settings.log_failures else None
         tracing = _tracing() if settings.tracing else None
         self._events = Events(
             self.counters.on_event,
-            request_trace.on_event,
+            *([request_trace.on_event] if settings.traces_requests else []),
             span=nullcontext if tracing is None else tracing.stage,
         )
         self.authenticator = self.authenticator_class(
@@ -307,7 +317,7 @@ class Engine:
             )
         is_abandoned = previous is not None and previous is not loop
         if is_abandoned:
-            log.warning("the event loop was closed before engine.stop(): starting again")
+            log.warning("the event loop was closed before engine.stop(): the engine starts again")
             self.store.after_fork_in_child()
             self.authenticator.after_fork_in_child()
             self._open_connections.after_fork_in_child()
@@ -414,70 +424,15 @@ class Engine:
 
     def components(self) -> list[ComponentHealth]:
         """The health of the components, as last observed. Checks need only `store` and `lease`."""
-        opened, lease = self._opened, self._freshness.component_health()
-        if opened is None and self.store.health.is_healthy:
-            lease = ComponentHealth("lease", "off")  # not started, and no start has failed
-        redis = ComponentHealth("redis", "off")
-        if opened is not None and opened.shared_cache is not None:
-            redis = opened.shared_cache.breaker.health.component_health(
-                "redis", "degraded", "Redis does not answer"
-            )
-        return [
-            self.store.health.component_health("store", "unavailable", "the store does not answer"),
-            lease,
-            redis,
-            self.hasher.health.component_health(
-                "hashing", "degraded", "too many hashes are waiting"
-            ),
-            self._usage.health.component_health(
-                "usage", "degraded", "usage counts wait for the store"
-            ),
-        ]
+        return self._stats.components(self._opened is not None, self._shared_cache)
 
     def stats(self) -> Stats:
         """The numbers that `keylatch.metrics` exports, without waiting."""
-        counters, (keys, negative_entries) = self.counters, self._l1.sizes()
-        return Stats(
-            decisions={(what, source): count for what, source, count in counters.decisions()},
-            limited={limit: count.value for limit, count in counters.limited.items()},
-            stages={name: each.read() for name, each in counters.stages.items()},
-            propagation=counters.propagation.read(),
-            accepted_after_revocation=counters.accepted_after_revocation.value,
-            restores=counters.restores.value,
-            cached={
-                "keys": keys,
-                "negative_entries": negative_entries,
-                "tombstones": self._invalidations.tombstone_count,
-            },
-            components=tuple(self.components()),
-            lease=self._lease_stats(),
-            redis=self._redis_stats(),
-            hashes_waiting=self.hasher.waiting,
-            hashes_in_progress=self.hasher.in_flight,
-            hash_pools=self.hasher.in_flight_by_pool(),
-            hashes_rejected=self.hasher.health.failures.value,
-            usage_pending=self._usage.pending,
-            usage_dropped=self._usage.dropped,
-            store_errors={
-                "read": self.store.health.failures.value,
-                "write": self.store.failed_writes.value,
-            },
-            store_pools=self.store.pools(),
-            open_websockets=self._open_connections.count,
-        )
+        return self._stats.read(self._opened is not None, self._shared_cache)
 
-    def _lease_stats(self) -> LeaseStats | None:
-        lease = self._freshness
-        if self._opened is None or not isinstance(lease, Lease):
-            return None
-        return LeaseStats(lease.age_seconds, lease.seconds_left, lease.memberships_lost.value)
-
-    def _redis_stats(self) -> RedisStats | None:
-        shared_cache = None if self._opened is None else self._opened.shared_cache
-        if shared_cache is None:
-            return None
-        breaker = shared_cache.breaker
-        return RedisStats(breaker.is_open, breaker.health.failures.value, shared_cache.forged.value)
+    @property
+    def _shared_cache(self) -> SharedCache | None:
+        return None if self._opened is None else self._opened.shared_cache
 
     # In the background
 
@@ -499,7 +454,8 @@ class Engine:
             found = await self.store.keys.find(key_id)
             if isinstance(found, Found) and found.record.deleted_at is None:
                 log.critical(
-                    "%s has the state of the restored backup: a later change to it was lost", key_id
+                    "%s has the state of the restored backup: a later change to it was lost",
+                    key_id,
                 )
 
     async def _run_maintenance(self) -> None:
@@ -511,7 +467,10 @@ class Engine:
                 await self._keyset.refresh()
                 await self.store.run_maintenance(self._now_ms())
             except KeylatchError as error:
-                log.warning("maintenance failed: %s", error.message)
+                log.warning(
+                    "maintenance of the store failed; the next one runs in %g s: %s",
+                    *(_MAINTENANCE_SECONDS, error.message),
+                )
 
     def _flush_failures(self) -> None:
         if self._failures is not None:

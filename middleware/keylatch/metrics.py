@@ -18,8 +18,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector as _Collector
 
+from keylatch._stats import HistogramReading, LeaseStats, RedisStats, Stats
 from keylatch.engine import Engine
-from keylatch.telemetry.stats import HistogramReading, LeaseStats, RedisStats, Stats
 
 Samples = Iterable[tuple[tuple[str, ...], float | HistogramReading]]
 
@@ -106,7 +106,7 @@ FAMILIES: Final = (
     Family(
         GAUGE,
         "keylatch_lease_left_seconds",
-        "Time until the lease expires and its caches may not be used; 0: expired (PostgreSQL).",
+        "Time until the lease and with it the use of caches ends; 0: expired (PostgreSQL).",
         (),
         _lease(lambda lease: lease.seconds_left),
     ),
@@ -134,23 +134,16 @@ FAMILIES: Final = (
     Family(
         GAUGE,
         "keylatch_hashes_waiting",
-        "Hashes in the queue.",
+        "Hashes that wait for a thread.",
         (),
         _one(lambda stats: stats.hashes_waiting),
     ),
     Family(
         GAUGE,
         "keylatch_hashes_in_progress",
-        "Hashes being computed or queued.",
-        (),
-        _one(lambda stats: stats.hashes_in_progress),
-    ),
-    Family(
-        GAUGE,
-        "keylatch_hash_pool_in_progress",
         "Hashes computed or queued, by pool: checks, imported (tokens), management, upgrades.",
         ("pool",),
-        _by_label(lambda stats: stats.hash_pools),
+        _by_label(lambda stats: stats.hashes_in_progress),
     ),
     Family(
         COUNTER,
@@ -176,14 +169,14 @@ FAMILIES: Final = (
     Family(
         COUNTER,
         "keylatch_redis_forged_total",
-        "Values in Redis without a valid MAC of this store.",
+        "Values read from Redis that had no valid MAC of this store, and were ignored.",
         (),
         _redis(lambda redis: redis.forged),
     ),
     Family(
         GAUGE,
         "keylatch_usage_pending",
-        "Keys whose usage is not stored yet.",
+        "Keys whose usage counts are not stored yet.",
         (),
         _one(lambda stats: stats.usage_pending),
     ),

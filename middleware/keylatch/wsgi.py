@@ -180,7 +180,6 @@ def _with_headers(trace: RequestTrace, start_response: StartResponse) -> StartRe
 def refuse(
     refusal: Refusal, environ: WSGIEnvironment, start_response: StartResponse
 ) -> Iterable[bytes]:
-    """Respond with a refusal."""
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in refusal.headers]
     start_response(_STATUS[refusal.status], headers)
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [refusal.body]

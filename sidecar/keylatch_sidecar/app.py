@@ -157,7 +157,9 @@ def trace_requests(app: ASGIApp, *, timing_headers: bool) -> ASGIApp:
 
 def _is_served_here(scope: Scope, admin_address: ListenerAddress) -> bool:
     """Whether the request's listener serves paths that are not for reverse proxies."""
-    return admin_address in (None, listener_of(scope)) or scope["path"] in _PROBE_PATHS
+    if admin_address is None or scope["path"] in _PROBE_PATHS:
+        return True
+    return listener_of(scope) == admin_address
 
 
 def from_environment(

@@ -315,7 +315,7 @@ def test_a_router_that_fails_allows_no_request(
     finally:
         Counted.error = None
     assert [each for each in caplog.messages if "router" in each] == [
-        f"the app's router failed ({type(error).__name__}): the request requires FULL"
+        f"the app's router failed ({type(error).__name__}): the request requires a FULL key"
     ]
 
 

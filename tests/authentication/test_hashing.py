@@ -195,7 +195,7 @@ async def test_the_queue_of_new_tokens_is_bounded_and_checks_stay_well() -> None
     held = [asyncio.create_task(hasher.hash(token)) for _ in range(9)]
     await asyncio.sleep(0)
     refused = [each for each in held if each.done()]
-    assert (len(refused), hasher.in_flight_by_pool()["management"]) == (4, 5)
+    assert (len(refused), hasher.in_progress()["management"]) == (4, 5)
     assert {type(each.exception()) for each in refused} == {HashingBusy}
     assert hasher.health.failures.value == 0
     token.gate.set()

@@ -33,7 +33,7 @@ from tests.support.raw_http import send
 from tests.support.servers import eventually, free_port, require_program, serving
 
 ROOT = DEPLOY.parent
-WORKER = ROOT / "tests/support/worker_locked.py"
+WORKER = ROOT / "tests/support/worker_seccomp.py"
 YAML = sorted(
     str(path.relative_to(DEPLOY))
     for pattern in ("*.yaml", "kubernetes/*.yaml", "apisix/*.yaml")

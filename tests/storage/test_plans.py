@@ -33,7 +33,7 @@ from keylatch.storage.usage import (
     record_last_used,
 )
 from tests.storage.test_store import NOW, record
-from tests.support.on_connection import on, run
+from tests.support.repositories import on, run
 from tests.support.servers import PostgresServer
 
 pytestmark = pytest.mark.anyio

@@ -307,7 +307,7 @@ async def test_a_thread_that_was_stopped_while_a_flush_went_by_still_counts() ->
     recording, key = RecordingStore(), UsageCounter("key_a")
     usage = UsageRecorder(recording.record_last_used, now_ms=lambda: NOW)
     usage.record(key, NOW)
-    counter = key.ticks
+    counter = key.steps
     assert counter is not None
     await usage.flush()
     next(counter)  # what `record` does when the thread goes on

@@ -1,6 +1,6 @@
 """A process that says what it makes of tokens: one a line on standard input, one verdict a line.
 
-python worker_verdicts.py STORE
+python worker_decisions.py STORE
 """
 
 import asyncio

@@ -6,12 +6,12 @@ The law of this file: it imports Django only in functions; `keylatch.django` rep
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from keylatch.adapters.django_language import language_of, override_language
 from keylatch.adapters.frameworks import (
     django_path_templates,
     find_django_route,
     route_from_django_match,
 )
-from keylatch.adapters.languages import language_of, override_language
 from keylatch.adapters.routing import has_encoded_slash, is_unambiguous_environ
 from keylatch.core.routes import Route
 from keylatch.core.rules import required_by

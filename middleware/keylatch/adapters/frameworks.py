@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Match, Mount, Router
 from starlette.types import Scope
 
-from keylatch.adapters.languages import override_language
+from keylatch.adapters.django_language import override_language
 from keylatch.core.decisions import Requirement
 from keylatch.core.paths import shape
 from keylatch.core.routes import Route

@@ -115,7 +115,10 @@ class Portal:
         try:
             asyncio.run_coroutine_threadsafe(self._engine.stop(), loop).result(_SHUTDOWN_SECONDS)
         except TimeoutError:
-            log.warning("the last usage counts were not stored before the shutdown timeout")
+            log.warning(
+                "the engine did not stop within %g s: its last usage counts may be lost",
+                _SHUTDOWN_SECONDS,
+            )
         except WrongEventLoop:
             pass  # it runs on the loop of an ASGI app, which stops it
         loop.call_soon_threadsafe(loop.stop)

@@ -183,7 +183,7 @@ class Authenticator:
 
     def _cached_allow(self, value: bytes, requirement: Requirement) -> Allow | None:
         """The hit: a value that was allowed before, while no change concerns its key. None in every
-        other case, for which `evaluate` finds the reason: its two questions are repeated here
+        other case, for which `evaluate` finds the reason: its conditions are repeated here
         without function calls."""
         entry = self._l1.by_fingerprint(fingerprint(value))
         if entry is None:
@@ -207,7 +207,7 @@ class Authenticator:
         ):
             return None
         self._usage.record(entry, now_ms)
-        next(self._counters.steps)
+        next(self._counters.hit_steps)
         return allow
 
     def read_credential(self, values: Sequence[bytes]) -> Token | Reason:

@@ -100,17 +100,12 @@ class Hasher:
 
     @property
     def waiting(self) -> int:
-        """Hashes in the queues."""
+        """Hashes that wait for a thread."""
         return sum(pool.waiting for pool in self._pools)
 
-    @property
-    def in_flight(self) -> int:
-        """Hashes that are computed or queued."""
-        return sum(pool.in_flight for pool in self._pools)
-
-    def in_flight_by_pool(self) -> Mapping[str, int]:
-        """`in_flight` by pool: see `POOLS`."""
-        return {name: pool.in_flight for name, pool in zip(POOLS, self._pools, strict=True)}
+    def in_progress(self) -> Mapping[str, int]:
+        """Hashes that are computed or queued, by pool: see `POOLS`."""
+        return {name: pool.in_progress for name, pool in zip(POOLS, self._pools, strict=True)}
 
     async def hash(self, token: Token) -> str:
         """A self-describing hash of a new token.
@@ -210,10 +205,10 @@ class _HashPool:
 
     @property
     def waiting(self) -> int:
-        return max(0, self.in_flight - self.workers)
+        return max(0, self.in_progress - self.workers)
 
     @property
-    def in_flight(self) -> int:
+    def in_progress(self) -> int:
         completed = self._completed.value  # read first, so the difference is never negative
         return self._submitted.value - completed
 

@@ -30,12 +30,12 @@ class UsageCounter:
     The counter exists only while uses are pending: one for each entry would make L1 a sixth larger.
     """
 
-    __slots__ = ("key_id", "ticks", "used_at")
+    __slots__ = ("key_id", "steps", "used_at")
 
     def __init__(self, key_id: str) -> None:
         self.key_id = key_id
         self.used_at = 0.0
-        self.ticks: itertools.count[int] | None = None
+        self.steps: itertools.count[int] | None = None
 
     @property
     def secret_id(self) -> str:

@@ -221,7 +221,8 @@ class Policy:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "the app's router failed (%s): the request requires FULL", type(error).__name__
+                "the app's router failed (%s): the request requires a FULL key",
+                type(error).__name__,
             )
 
     def is_public(self, path: str, method: str = "GET") -> bool:

@@ -20,6 +20,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from keylatch.errors import StoreUnavailable
@@ -29,7 +30,7 @@ from keylatch.storage.store import Poll, Store
 from keylatch.telemetry.counters import Counter
 from keylatch.telemetry.health import ComponentHealth, Health
 
-_BOOTTIME: Final[int | None] = getattr(
+_CLOCK: Final[int | None] = getattr(
     time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC_RAW", None)
 )
 _EXPIRY_MARGIN: Final = 0.98
@@ -39,16 +40,15 @@ _COALESCE_SECONDS: Final = 0.005
 log = logging.getLogger("keylatch")
 
 
-def boottime() -> float:
-    """Seconds since the machine booted, suspended time included.
+boottime: Final[Callable[[], float]] = (
+    time.monotonic if _CLOCK is None else partial(time.clock_gettime, _CLOCK)
+)
+"""Seconds since the machine booted, suspended time included.
 
-    macOS: CLOCK_MONOTONIC_RAW goes on while the machine sleeps (clock_gettime(3)); Python's
-    `time.monotonic` does not. Windows: `time.monotonic` does (GetTickCount64, from Python 3.13 on
-    QueryPerformanceCounter). On every other system, no machine that holds leases may be suspended.
-    """
-    if _BOOTTIME is None:
-        return time.monotonic()
-    return time.clock_gettime(_BOOTTIME)
+macOS: CLOCK_MONOTONIC_RAW goes on while the machine sleeps (clock_gettime(3)); Python's
+`time.monotonic` does not. Windows: `time.monotonic` does (GetTickCount64, from Python 3.13 on
+QueryPerformanceCounter). On every other system, no machine that holds leases may be suspended.
+"""
 
 
 class Lease:
@@ -180,7 +180,7 @@ class Lease:
                 await self._store.leases.leave(member)
             except StoreUnavailable:
                 log.warning(
-                    "could not remove this member on shutdown; "
+                    "this process could not end its lease membership on shutdown; "
                     "the next revocation will wait up to %g s for it",
                     self.seconds,
                 )
@@ -248,7 +248,7 @@ class Lease:
                 return poll.acknowledged_seq != poll.batch.seq
             self._expires_at, self._member = 0.0, ""
             self.memberships_lost.add()
-            log.warning("lease membership was removed by another process; rejoining")
+            log.warning("another process removed this process's lease membership; rejoining")
         raise StoreUnavailable(
             "lease membership was removed twice in a row", "is the machine overloaded?"
         )

@@ -68,7 +68,8 @@ class RevocationMonitor:
             if entry is not None and self._is_violation(entry, used_at):
                 self._counters.accepted_after_revocation.add()
                 log.critical(
-                    "accepted key %s after it was revoked or changed: please report this",
+                    "this process accepted key %s after it was revoked or changed: "
+                    "please report this bug",
                     key_id,
                 )
         try:

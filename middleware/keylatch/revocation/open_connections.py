@@ -48,7 +48,6 @@ class OpenConnections:
 
     @property
     def count(self) -> int:
-        """How many are tracked."""
         return len(self._connections)
 
     def on_change(self) -> None:

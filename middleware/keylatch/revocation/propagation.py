@@ -161,7 +161,8 @@ class Propagation:
             return  # the next revocation tries again
         if removed:
             log.warning(
-                "removed %d lease members that did not acknowledge for %g s", removed, lease_seconds
+                "removed %d lease members: they did not acknowledge a change within %g s",
+                *(removed, lease_seconds),
             )
 
 

@@ -80,8 +80,6 @@ class PageOptions(TypedDict, total=False):
 
 
 class KeyRepository(Repository):
-    """The keys of a store."""
-
     async def find(self, key_id: str) -> Found | NotFound:
         """The key with this id, deleted or not."""
         return read_found(await self._database.fetch(FIND, key_id=key_id))

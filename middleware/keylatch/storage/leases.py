@@ -99,8 +99,6 @@ LAGGARDS: Final = Query(_laggards())
 
 
 class LeaseRepository(Repository):
-    """The members of a store."""
-
     def __init__(self, database: MonitoredDatabase, log: InvalidationLog) -> None:
         super().__init__(database)
         self._log = log

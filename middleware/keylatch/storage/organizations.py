@@ -19,8 +19,6 @@ from keylatch.storage.schema import keys, organizations
 
 
 class OrganizationRepository(Repository):
-    """The organisations of a store."""
-
     @changes("organization_id")
     def set_active(
         self,

@@ -171,7 +171,10 @@ class PostgreSQL(Database):
                 async with await self._connect() as connection:
                     terminated = await connection.execute(_TERMINATE_BLOCKERS, (pid,))
                     if terminated.rowcount:
-                        log.warning("terminated a stalled keylatch session that blocked a change")
+                        log.warning(
+                            "terminated %d stalled keylatch sessions that blocked a change",
+                            terminated.rowcount,
+                        )
 
     async def _run_with_retries(
         self, engine: AsyncEngine, seconds: float, operation: Operation[T]

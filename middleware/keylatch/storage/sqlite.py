@@ -25,7 +25,7 @@ from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.storage.database import Database, Query, Rows, Work, translate_errors
 from keylatch.storage.mounts import mounts, mounts_over
 from keylatch.storage.store_file import StoreFile
-from keylatch.storage.threads import ThreadPool
+from keylatch.storage.thread_pool import ThreadPool
 from keylatch.storage.wal_index import WalIndex
 
 T = TypeVar("T")

@@ -174,7 +174,6 @@ class Store:
         return self._database.pools()
 
     async def close(self) -> None:
-        """Close connections and end threads."""
         await self._database.close()
 
     def before_fork(self) -> None:

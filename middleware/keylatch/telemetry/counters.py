@@ -111,8 +111,8 @@ class Counters:
     def after_fork_in_child(self) -> None:
         """Count from 0."""
         self.hits = Counter()
-        """Requests that L1 allowed; a hit steps it directly, by `steps`."""
-        self.steps = self.hits.steps
+        """Requests that L1 allowed; a hit counts itself with `next(hit_steps)`."""
+        self.hit_steps = self.hits.steps
         self._decisions = {
             (decision, source): Counter()
             for decision, sources in _possible_decisions()

@@ -4,10 +4,10 @@ The law of this file: an event says what has happened and changes nothing; a lis
 A hit in the local cache observes no event: one step of `Counters.hits` takes 60 ns, an event more
 than 1 us.
 
-Listeners are `Counters.on_event` and `request_trace.on_event`. Numbers that only `metrics` reads,
-such as restores, are plain counters. A span of OpenTelemetry is opened around its stage instead of
-being made from an event: spans of libraries, such as redis-py's, become its children only while it
-is current.
+Listeners are `Counters.on_event` and, with traces, `request_trace.on_event`. Numbers that only
+`metrics` reads, such as restores, are plain counters. A span of OpenTelemetry is opened around its
+stage instead of being made from an event: spans of libraries, such as redis-py's, become its
+children only while it is current.
 """
 
 import time

@@ -29,7 +29,8 @@ _FIRST_FLUSH_SECONDS: Final = 0.5
 _INTERVAL_SECONDS: Final = 5.0
 _FLUSH_AT_KEYS: Final = 1_000
 
-Ticks: TypeAlias = "itertools.count[int]"
+Steps: TypeAlias = "itertools.count[int]"
+"""`next` counts one, without a lock: see `Counter`."""
 Write = Callable[[Mapping[str, int], UsageBatch], Awaitable[None]]
 
 
@@ -59,11 +60,11 @@ class UsageRecorder:
         """Drop pending usage: the parent stores it."""
         self._lock = threading.Lock()  # other threads record while the event loop drains
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pending: list[tuple[UsageCounter, Ticks]] = []
+        self._pending: list[tuple[UsageCounter, Steps]] = []
         self._refusals: dict[tuple[str, Reason], int] = {}
         self._clients: dict[str, Client] = {}
         self._dropped = itertools.count()  # uses beyond `CAPACITY`
-        self._drained: list[tuple[str, Ticks, int]] = []  # with what was read of each
+        self._drained: list[tuple[str, Steps, int]] = []  # with what was read of each
         self._buffer = UsageBuffer()
         self._has_pending = asyncio.Event()
         self._is_full = asyncio.Event()
@@ -78,12 +79,12 @@ class UsageRecorder:
         """Record an allowed use, without waiting. Beyond 50,000 pending keys, uses of others are
         only counted as dropped."""
         counter.used_at = now_ms
-        next(counter.ticks or self._add_pending(counter))
+        next(counter.steps or self._add_pending(counter))
 
     def record_last_used(self, counter: UsageCounter, now_ms: float) -> None:
         """Record a use of a valid key that lacks the permission: its time, and no count."""
         counter.used_at = now_ms
-        if counter.ticks is None:
+        if counter.steps is None:
             self._add_pending(counter)
 
     def record_refusal(self, key_id: str, reason: Reason) -> None:
@@ -112,19 +113,19 @@ class UsageRecorder:
         """Uses that were not counted because too many keys were pending."""
         return self._buffer.dropped
 
-    def _add_pending(self, counter: UsageCounter) -> Ticks:
+    def _add_pending(self, counter: UsageCounter) -> Steps:
         """The counter of the key's uses until the next flush."""
         with self._lock:
-            if counter.ticks is None:
+            if counter.steps is None:
                 if len(self._pending) >= CAPACITY:
                     return self._dropped
-                counter.ticks = itertools.count()
-                self._pending.append((counter, counter.ticks))
+                counter.steps = itertools.count()
+                self._pending.append((counter, counter.steps))
                 if len(self._pending) == 1:
                     self._set_event(self._has_pending)
                 elif len(self._pending) == _FLUSH_AT_KEYS + 1:
                     self._set_event(self._is_full)
-            return counter.ticks
+            return counter.steps
 
     def _set_event(self, event: asyncio.Event) -> None:
         if self._loop is None or self._loop.is_closed():
@@ -171,22 +172,22 @@ class UsageRecorder:
             dropped, self._dropped = self._dropped, itertools.count()
         buffer = self._buffer
         buffer.day = day = self._now_ms() // DAY_MS
-        self._drain_ticks(pending, day)
+        self._drain_steps(pending, day)
         for (key_id, reason), count in refusals.items():
             buffer.add_count((key_id, day, reason.name), count)
         buffer.add_clients(clients)
         buffer.drop(next(dropped))
 
-    def _drain_ticks(self, pending: list[tuple[UsageCounter, Ticks]], day: int) -> None:
+    def _drain_steps(self, pending: list[tuple[UsageCounter, Steps]], day: int) -> None:
         drained, self._drained = self._drained, []
-        for key_id, ticks, counted in drained:
-            self._buffer.add_count((key_id, day, ALLOWED), next(ticks) - counted)
-        for counter, ticks in pending:
-            counter.ticks = None  # before it is read: a use from now on adds it again
+        for key_id, steps, counted in drained:
+            self._buffer.add_count((key_id, day, ALLOWED), next(steps) - counted)
+        for counter, steps in pending:
+            counter.steps = None  # before it is read: a use from now on adds it again
             self._buffer.add_last_used(counter.secret_id, int(counter.used_at))
-            count = next(ticks)
+            count = next(steps)
             self._buffer.add_count((counter.key_id, day, ALLOWED), count)
-            self._drained.append((counter.key_id, ticks, count + 1))
+            self._drained.append((counter.key_id, steps, count + 1))
 
     async def _wait_for_flush(self) -> None:
         """Wait for the interval, or until many keys are pending."""

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from keylatch.core.decisions import AuditEvent
 from keylatch_sidecar.api import parameters
 from keylatch_sidecar.api.access import authenticate_manager
-from keylatch_sidecar.api.dialects import errors_in
+from keylatch_sidecar.api.error_responses import errors_in
 from keylatch_sidecar.api.pagination import next_link
 from keylatch_sidecar.api.schemas import JSON, ResponseBody, iso
 from keylatch_sidecar.api.unsent import render_error

@@ -31,7 +31,7 @@ from keylatch.errors import HashingFailed, InvalidKeyState, OperationalError, St
 from keylatch.management.keyring import Keyring
 from keylatch.telemetry.repeated_warning import RepeatedWarning
 from keylatch_sidecar.api import request_body, unsent
-from keylatch_sidecar.api.dialects import errors_in
+from keylatch_sidecar.api.error_responses import errors_in
 from keylatch_sidecar.api.errors import Problem
 from keylatch_sidecar.api.schemas import JSON, Body, ResponseBody
 
@@ -118,11 +118,11 @@ class ReportQueue:
         self._pending_imported: dict[bytes, Token] = {}
         self._worker: asyncio.Task[None] | None = None
         self._dropped = RepeatedWarning(
-            log, "the queue of possibly imported keys is full: a leak report was dropped"
+            log, "dropped a leak report: the queue for tokens of imported keys is full"
         )
         self._not_revoked = RepeatedWarning(
             log,
-            "a possibly imported key was reported as leaked and may not be revoked: %s",
+            "a key, perhaps imported, was reported as leaked and may still be active: %s",
             logging.ERROR,
         )
 
@@ -173,19 +173,19 @@ class ReportQueue:
             except HashingFailed as error:  # a retry would not help
                 self._log_not_revoked(token, error.message)
             except OperationalError as error:
-                log.warning("leak reports are pending: %s", error.message)
+                log.warning("leak reports wait for the store or the hasher: %s", error.message)
                 await asyncio.sleep(self._retry_seconds)
                 continue
             except Exception as error:  # a bug that one report triggers must not block the others
-                log.exception("a leak report failed")
+                log.exception("processing a leak report failed")
                 self._log_not_revoked(token, type(error).__name__)
             del pending[fingerprint]
 
     def _log_not_revoked(self, token: Token, reason: str) -> None:
-        """Log the id of a key that may not be revoked; an imported token has no id to log."""
+        """Log the id of a key that may still be active; an imported token has no id to log."""
         if is_native(token):
-            log.error("%s was reported as leaked and may not be revoked: %s", token.key_id, reason)
-            log.error("hint: keylatch keys revoke ID")
+            log.error("%s was reported as leaked and may still be active: %s", token.key_id, reason)
+            log.error("hint: keylatch keys revoke %s", token.key_id)
         else:
             self._not_revoked.add(reason)
 
@@ -200,7 +200,7 @@ async def _revoke_reported(engine: Engine, token: Token) -> None:
     owner = await engine.authenticator.identify(token)
     if owner is not None and owner.is_usable:
         await revoke((await engine.keyring()).as_operator(_ACTOR), owner)
-        log.warning("%s was reported as leaked and is revoked", owner.record.id)
+        log.warning("revoked %s, which was reported as leaked", owner.record.id)
 
 
 async def revoke(keyring: Keyring, owner: Owner) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from keylatch.core.validation import MAX_GRACE_SECONDS, grace_of
 from keylatch_sidecar.api import receipts, request_body
 from keylatch_sidecar.api.access import authenticate_any, authenticate_manager
-from keylatch_sidecar.api.dialects import errors_in
+from keylatch_sidecar.api.error_responses import errors_in
 from keylatch_sidecar.api.errors import found
 from keylatch_sidecar.api.parameters import key_id, waits_for_propagation
 from keylatch_sidecar.api.schemas import JSON, Body, Integer, Reason

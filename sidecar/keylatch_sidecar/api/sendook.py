@@ -11,7 +11,7 @@ from keylatch.core.decisions import KeyRecord
 from keylatch.errors import InvalidValue
 from keylatch_sidecar.api import pagination, parameters, receipts, request_body
 from keylatch_sidecar.api.access import authenticate_manager
-from keylatch_sidecar.api.dialects import errors_in
+from keylatch_sidecar.api.error_responses import errors_in
 from keylatch_sidecar.api.errors import NOT_GIVEN, InvalidInput, Problem, found, invalid_input
 from keylatch_sidecar.api.parameters import key_id
 from keylatch_sidecar.api.schemas import (

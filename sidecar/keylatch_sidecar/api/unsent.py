@@ -16,7 +16,7 @@ from keylatch.errors import InvalidValue
 from keylatch.management.keyring import Changed
 from keylatch_sidecar.api import pagination, parameters, receipts, request_body
 from keylatch_sidecar.api.access import authenticate_manager, engine_of
-from keylatch_sidecar.api.dialects import errors_in
+from keylatch_sidecar.api.error_responses import errors_in
 from keylatch_sidecar.api.errors import Problem, found
 from keylatch_sidecar.api.parameters import key_id
 from keylatch_sidecar.api.schemas import (

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from keylatch.storage.usage import Client, DayUsage, KeyUsage
 from keylatch_sidecar.api import parameters
 from keylatch_sidecar.api.access import authenticate_manager
-from keylatch_sidecar.api.dialects import errors_in
+from keylatch_sidecar.api.error_responses import errors_in
 from keylatch_sidecar.api.errors import found
 from keylatch_sidecar.api.schemas import JSON, ResponseBody, iso
 from keylatch_sidecar.api.unsent import render_error

@@ -82,7 +82,9 @@ class ForwardAuth:
         self._cache_seconds = cache_seconds
         self._refusals = Refusals(engine.settings.realm, 401, engine.log_failure)
         self._misconfigured = RepeatedWarning(
-            log, "a proxy does not send the original request where it is expected: refused with 403"
+            log,
+            "refused a proxy's request with 403: KEYLATCH_VERIFY_REQUEST or "
+            "KEYLATCH_EXT_AUTHZ_REQUEST names fields that the proxy does not send",
         )
 
     async def respond(

@@ -90,7 +90,7 @@ class HealthService:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._not_ready = RepeatedWarning(log, "not ready: %s")
+        self._not_ready = RepeatedWarning(log, "reported not ready to a health check: %s")
 
     async def check(self, message: bytes, context: Any) -> bytes:
         """Answer a `HealthCheckRequest`."""

@@ -48,11 +48,11 @@ class Connections:
         self._limits = limits
         self._connections = connections
         self._loop = asyncio.get_running_loop()
-        self.rejected = RepeatedWarning(log, "an incomplete request was rejected with %d")
-        self.upgrades = RepeatedWarning(log, "a request to upgrade the protocol was ignored")
+        self.rejected = RepeatedWarning(log, "rejected an incomplete request with %d")
+        self.upgrades = RepeatedWarning(log, "ignored a request to upgrade the protocol")
         self._limit_reached = RepeatedWarning(
             log,
-            "the limit of %d connections (by file descriptors) is reached: an idle one was closed",
+            "closed an idle connection: %d are open, the limit by file descriptors",
         )
         self._is_sweeping = False
         self._to_sweep: list[Connection] = []

@@ -164,7 +164,10 @@ async def test_checks_without_an_original_request_fill_no_log(
     app = create_app(operated, ProxySettings(verify_request="forwarded"))
     for _ in range(1_000):
         await asgi_request(app, "/verify", headers_of(key))
-    first = "a proxy does not send the original request where it is expected: refused with 403"
+    first = (
+        "refused a proxy's request with 403: KEYLATCH_VERIFY_REQUEST or "
+        "KEYLATCH_EXT_AUTHZ_REQUEST names fields that the proxy does not send"
+    )
     counts = [2**power for power in range(1, 10)]
     assert caplog.messages == [first, *(f"{first}; {count} times so far" for count in counts)]
 

@@ -668,7 +668,7 @@ async def test_what_is_not_ready_fills_no_log(
         for _ in range(100):
             await call(channel, of_service, "/grpc.health.v1.Health/Check")
     await broken.stop()
-    said = [message for message in caplog.messages if message.startswith("not ready: ")]
+    said = [message for message in caplog.messages if message.startswith("reported not ready")]
     assert len(said) == 7
     assert said[-1].endswith("; 64 times so far")
 

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from keylatch_sidecar.operations.doctor import cache, server, tables
+from keylatch_sidecar.operations.doctor import postgresql, redis, tables
 from keylatch_sidecar.operations.doctor.finding import Status
 from tests.support.command_line import Operator
 from tests.support.servers import PostgresServer, RedisServer, eventually, free_port
@@ -47,7 +47,7 @@ class DoctorRun:
 def test_a_healthy_store_is_well(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is looked at, nothing has to be done, and the exit code says so."""
     monkeypatch.setattr("keylatch.storage.sqlite._FIRST_FIXED_SQLITE", (3, 0, 0))
-    monkeypatch.setattr("keylatch_sidecar.operations.doctor.file._SCARCE_BYTES", 1 << 20)
+    monkeypatch.setattr("keylatch_sidecar.operations.doctor.sqlite._SCARCE_BYTES", 1 << 20)
     operator.create()
     doctor_run = DoctorRun(operator)
     assert (doctor_run.code, doctor_run.status) == (0, "ok")
@@ -97,7 +97,7 @@ def test_what_lies_beside_the_file_is_looked_at(operator: Operator) -> None:
 
 def test_a_link_is_followed(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies beside the file is looked for where SQLite keeps it."""
-    monkeypatch.setattr("keylatch_sidecar.operations.doctor.file._LONG_LOG_BYTES", 1)
+    monkeypatch.setattr("keylatch_sidecar.operations.doctor.sqlite._LONG_LOG_BYTES", 1)
     operator.create()
     Path(f"{operator.database}-wal").write_bytes(b"long")
     link = operator.folder / "link.db"
@@ -147,7 +147,7 @@ def test_places_where_sqlite_loses_changes(
 def test_a_disk_that_is_full_fails(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """No key can be revoked any more."""
     operator.create()
-    monkeypatch.setattr("keylatch_sidecar.operations.doctor.file._NO_ROOM_BYTES", 1 << 60)
+    monkeypatch.setattr("keylatch_sidecar.operations.doctor.sqlite._NO_ROOM_BYTES", 1 << 60)
     doctor_run = DoctorRun(operator)
     assert (doctor_run.code, doctor_run.status_of("disk")) == (2, "failure")
 
@@ -394,17 +394,17 @@ def statuses(findings: Any) -> dict[str, Status]:
 def test_answers_that_no_test_server_gives() -> None:
     """A cluster, a full cache, few places, a far server without encryption."""
     full = {"maxmemory": 100, "used_memory": 95, "maxmemory_policy": "volatile-ttl"}
-    assert statuses(cache._check_server({**full, "cluster_enabled": 1})) == {
+    assert statuses(redis._check_server({**full, "cluster_enabled": 1})) == {
         "Redis": Status.OK,
         "Redis role": Status.WARNING,
         "Redis memory": Status.WARNING,
     }
-    assert statuses(cache._check_server({}))["Redis"] is Status.WARNING
-    assert statuses(cache._check_latency([0.001, 0.06]))["Redis latency"] is Status.WARNING
-    assert statuses(cache._check_latency([0.006] * 3))["Redis latency"] is Status.WARNING
+    assert statuses(redis._check_server({}))["Redis"] is Status.WARNING
+    assert statuses(redis._check_latency([0.001, 0.06]))["Redis latency"] is Status.WARNING
+    assert statuses(redis._check_latency([0.006] * 3))["Redis latency"] is Status.WARNING
     many = [("mac", True)] * 7 + [("pepper", True)] * 7
     assert statuses(tables.check_secrets(many)) == {"secrets": Status.WARNING}
-    findings = server._check_server(
+    findings = postgresql._check_server(
         "17.1", False, "off", "on", "on", "on", 100, 90, False, "10.0.0.7"
     )
     assert statuses(findings) == {
@@ -423,6 +423,6 @@ async def test_a_clock_that_is_ahead_is_reported() -> None:
     async def fetch(question: str) -> list[tuple[float]]:
         return [(time.time() + 90,)]
 
-    found = await server._check_clock(fetch)
+    found = await postgresql._check_clock(fetch)
     assert statuses(found)["clocks"] is Status.WARNING
     assert "90.0 s apart" in found[-1].message

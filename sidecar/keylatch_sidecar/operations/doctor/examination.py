@@ -8,7 +8,7 @@ from keylatch.errors import ConfigurationError
 from keylatch.settings import Settings
 from keylatch.storage.sqlite import SQLite
 from keylatch.storage.store import database_of, file_of
-from keylatch_sidecar.operations.doctor import cache, file, host, listeners, server
+from keylatch_sidecar.operations.doctor import host, listeners, postgresql, redis, sqlite
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok
 
 _SECONDS: Final = 10.0
@@ -21,7 +21,7 @@ async def examine(settings: Settings) -> list[Finding]:
         _with_timeout("store", _check_store(settings), _SECONDS + 2 * settings.lease),
     ]
     if settings.redis:
-        checks.append(_with_timeout("Redis", cache.examine(settings.redis), _SECONDS))
+        checks.append(_with_timeout("Redis", redis.examine(settings.redis), _SECONDS))
     found = await asyncio.gather(*checks)
     return [
         ok("settings", "all are valid"),
@@ -39,8 +39,8 @@ async def _check_store(settings: Settings) -> list[Finding]:
     try:
         path = file_of(settings.store)
         if path is not None and isinstance(database, SQLite):
-            return await asyncio.to_thread(file.examine, database, path)
-        return await server.examine(database, settings.lease)
+            return await asyncio.to_thread(sqlite.examine, database, path)
+        return await postgresql.examine(database, settings.lease)
     finally:
         await database.close()
 

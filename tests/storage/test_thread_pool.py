@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from keylatch.storage.records import FIND
 from keylatch.storage.sqlite import SQLite
 from keylatch.storage.store import Store
-from keylatch.storage.threads import ThreadPool
+from keylatch.storage.thread_pool import ThreadPool
 from tests.storage.test_store import NOW, record
 
 pytestmark = pytest.mark.anyio

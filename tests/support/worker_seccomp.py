@@ -1,6 +1,6 @@
 """Runs keylatch's command line behind the locks of `deploy/systemd/keylatch.service`.
 
-    python worker_locked.py SYSCALL,SYSCALL,… serve --uds …
+    python worker_seccomp.py SYSCALL,SYSCALL,… serve --uds …
 
 They are made as systemd makes them, of seccomp filters: SystemCallFilter allows the calls that are
 named, MemoryDenyWriteExecute forbids memory that can be written and run.
