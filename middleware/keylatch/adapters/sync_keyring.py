@@ -9,6 +9,7 @@ The law of this file: every method runs the method of `Keyring` with the same na
 portal (see `portal`) and waits for it. Nothing is implemented twice.
 """
 
+import builtins
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
@@ -101,7 +102,7 @@ class SyncKeyring:
         keyring._operator = operator
         return keyring
 
-    def validate(self, new_key: NewKey) -> list[InvalidValue]:
+    def validate(self, new_key: NewKey) -> builtins.list[InvalidValue]:
         """As `Keyring.validate`."""
         return self._portal.run(self._keyring()).validate(new_key)
 

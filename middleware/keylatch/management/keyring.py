@@ -12,6 +12,7 @@ operator, who has all rights.
 """
 
 import asyncio
+import builtins
 import copy
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -179,7 +180,7 @@ class Keyring:
         records, _ = await self._store.keys.add_many(rows, by=actor)
         return [Created(record, each.token) for record, each in zip(records, minted, strict=True)]
 
-    def validate(self, new_key: NewKey) -> list[InvalidValue]:
+    def validate(self, new_key: NewKey) -> builtins.list[InvalidValue]:
         """Every mistake in a new key; empty if it may be created."""
         return self._validator.validate(new_key, self.now_ms())
 
@@ -192,7 +193,7 @@ class Keyring:
         newest_first: bool = True,
         deleted: bool = False,
         by: Principal | None = None,
-    ) -> list[Key]:
+    ) -> builtins.list[Key]:
         """The organisation's keys in the order of their creation; with `deleted`, these as well."""
         records = await self._store.keys.list(
             organization_id,
