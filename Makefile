@@ -31,9 +31,13 @@ test: .venv/dev             ## the quick tests; tests marked `long` run in test-
 	@$(BIN)/python -m pytest -n auto --dist loadfile -m 'not long'
 endif
 
-test-all: .venv/dev         ## all tests; a test whose server is missing is skipped, and the summary names the server
-	@$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE:%=--ignore=%)
+test-all: .venv/dev         ## all tests (COVERAGE=1: branch coverage, too); a test whose server is missing is skipped, and the summary names the server
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE:%=--ignore=%) $(if $(COVERAGE),--cov --cov-report=)
 	@$(BIN)/python -m pytest $(ALONE)
+ifdef COVERAGE
+	@$(BIN)/coverage report --sort=cover | tail -25
+	@echo "branch coverage in per cent:" && $(BIN)/coverage report --format=total
+endif
 
 check: .venv/dev            ## lint, types and import rules
 	@$(BIN)/ruff check .

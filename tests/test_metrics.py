@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from keylatch.authentication.authenticator import Authenticator
-from keylatch.authentication.hashing import CHEAPEST, Hasher
+from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.core.decisions import Allow, Deny, Reason, Requirement
+from keylatch.core.tokens import Token
 from keylatch.engine import Engine
 from keylatch.errors import StoreUnavailable
 from keylatch.management.keyring import Created
@@ -304,12 +305,26 @@ async def test_a_change_is_no_false_alarm(engine: Engine, clock: Clock) -> None:
 @pytest.mark.anyio
 async def test_a_full_queue_is_counted(make_engine: MakeEngine) -> None:
     """Rejections, and what is under way."""
-    engine = make_engine(hasher=Hasher("argon2id", CHEAPEST, workers=1, queue=0))
+    gate = threading.Event()
+
+    class GatedHasher(Hasher):
+        """Its one thread is occupied until the gate opens."""
+
+        async def verify(self, stored: str, token: Token) -> VerifyResult:
+            return await self._check_pool.run(lambda: gate.wait() and stored == "")
+
+    engine = make_engine(hasher=GatedHasher("argon2id", CHEAPEST, workers=1, queue=0))
     keys = [await make(engine) for _ in range(4)]
-    verdicts = await asyncio.gather(*(engine.authenticate(header(key)) for key in keys))
-    refused = verdicts.count(Deny(Reason.BUSY))
+    checks = [asyncio.create_task(engine.authenticate(header(key))) for key in keys]
+
+    async def others_are_refused() -> bool:
+        return sum(map(asyncio.Task.done, checks)) == 3
+
+    await wait_until(others_are_refused)
+    gate.set()
+    refused = (await asyncio.gather(*checks)).count(Deny(Reason.BUSY))
     found = seen(engine)
-    assert refused > 0
+    assert refused == 3
     assert found["keylatch_hashes_rejected_total"] == refused
     assert found["keylatch_decisions_total{decision=busy,source=none}"] == refused
     assert "keylatch_hashes_in_progress{pool=checks}" not in found
