@@ -1,5 +1,6 @@
 """Importing a middleware imports what a check needs: no database toolkit, no command line."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -22,7 +23,9 @@ MODULES = ["", ".asgi", ".wsgi", ".flask", ".django", ".fastapi", ".logs"]
 def loaded_by(program: str) -> set[str]:
     """The modules of a fresh process after a program."""
     program = f"{program}\nimport sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # A KEYLATCH_* variable that the engine does not know is looked up among those of the sidecar.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("KEYLATCH_")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -135,5 +135,5 @@ def test_the_files_of_each_journey_are_few() -> None:
     found = dict(re.findall(r"^files of a (.+?) +(\d+)$", done.stdout, re.MULTILINE))
     assert found.keys() == {"hit", "cold check", "DELETE"}
     assert int(found["hit"]) <= 12
-    assert int(found["cold check"]) <= 31
-    assert int(found["DELETE"]) <= 38
+    assert int(found["cold check"]) <= 29
+    assert int(found["DELETE"]) <= 36
