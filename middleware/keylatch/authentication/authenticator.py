@@ -61,9 +61,9 @@ class CacheMiss:
 
     Args:
         token: the credential.
-        mac_verified_as_of: `as_of` of the secrets that have made its MAC; None: none have, or it
-            was not verified because of `cached`.
-        cached: its entry, which was stale, or could not be validated.
+        mac_verified_as_of: `as_of` of the secrets that verified its MAC; None: none of them did, or
+            the MAC was not checked because of `cached`.
+        cached: the cache entry of the token, which was stale or could not be validated.
     """
 
     token: Token = field(repr=False)
