@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar, cast
 
 T = TypeVar("T")
 
-_IN_PLACE: Final = ("sequence_nowait", "invalidations_since_nowait")
+_IN_PLACE: Final = ("position_nowait", "invalidations_since_nowait")
 """Calls of a store that wait for nothing and still are calls."""
 
 

@@ -37,7 +37,7 @@ from keylatch.revocation.lease import Lease
 from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
 from keylatch.storage import invalidation_log, leases
-from keylatch.storage.store import Invalidation
+from keylatch.storage.store import Invalidation, Position
 
 _DIALECT: Any = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 _QUERIES = {b"poll": leases.POLL, b"changes": invalidation_log.INVALIDATIONS_SINCE}
@@ -55,8 +55,7 @@ class Member:
         self._named: dict[str, Any] = {
             "member": name,
             "since": 0,
-            "pending_seq": 0,
-            "pending": "[]",
+            "since_row_id": 0,
         }
         self._pause = seconds / 4
         self._loop = asyncio.get_running_loop()
@@ -80,8 +79,8 @@ class Member:
             self._pending = tuple(
                 line for line in notice.batch.invalidations if line[0] > self._named["since"]
             )
-            for seq, key_id, organization_id in self._pending:
-                self._tombstones[key_id] = self._tombstones[organization_id] = seq
+            for row in self._pending:
+                self._tombstones[row.key_id] = self._tombstones[row.organization_id] = row.seq
         if self._query_under_way:
             self._has_notice = True
         else:
@@ -93,8 +92,10 @@ class Member:
     def _query(self, question: bytes) -> None:
         self._timer.cancel()
         self._query_under_way, self._has_notice = question, False
-        self._named["pending_seq"] = self._pending[-1][0] if self._pending else self._named["since"]
-        self._named["pending"] = json.dumps(self._pending)
+        since = Position(self._named["since"], self._named["since_row_id"])
+        last = self._pending[-1].position if self._pending else since
+        self._named |= {"pending": last.seq, "pending_row_id": last.row_id}
+        self._named["pending_count"] = len(self._pending)
         _, fixed, order = _QUERIES[question].compile_for(_DIALECT)
         named = {**fixed, **self._named}
         self._connection.send_query_prepared(
@@ -110,8 +111,9 @@ class Member:
                 self._on_result()
                 break
             self._seq = int(answer.get_value(0, 0) or b"")
+            self._named["since_row_id"] = int(answer.get_value(0, 1) or b"")
             if self._query_under_way == b"poll":
-                self._acknowledged = int(answer.get_value(0, answer.nfields - 2) or b"")
+                self._acknowledged = int(answer.get_value(0, answer.nfields - 3) or b"")
 
     def _on_result(self) -> None:
         self._query_under_way = b""

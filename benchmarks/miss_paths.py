@@ -54,7 +54,7 @@ L2_KEYS: Final = 60
 WARM_KEYS: Final = 40
 POOLS: Final = ((1, 0), (2, 0), (4, 0), (1, 19), (2, 19))
 """Threads, and how nice each of them is to all others (Linux)."""
-BACKGROUND: Final = ("record_last_used", "run_maintenance", "poll", "sequence_nowait")
+BACKGROUND: Final = ("record_last_used", "run_maintenance", "poll", "position_nowait")
 """What an engine asks its store with and without forged tokens: lastUsed of the hits, housekeeping,
 and, in place, the sequence number after each of these commits."""
 

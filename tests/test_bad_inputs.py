@@ -396,7 +396,7 @@ async def test_a_forged_token_costs_no_call_to_redis_the_store_or_argon2(
     # What lacks keylatch's shape could have been imported a moment ago, and what has it made with
     # a new MAC key: 48 bytes of mapped memory tell whether anything was committed at all.
     assert (await asgi_request(app, headers=[bearer("letmein")])) == A2
-    assert set(costs.calls) <= {"data_version", "sequence_nowait", "since_nowait"}
+    assert set(costs.calls) <= {"data_version", "position_nowait", "since_nowait"}
     costs.calls.clear()
     for token in made_up(good.reveal()).values():
         assert await asgi_request(app, headers=[bearer(token)]) == A2

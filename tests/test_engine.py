@@ -47,11 +47,11 @@ class WatchedStore(Store):
         self.keys.find = self.find  # type: ignore[method-assign]
         self.usage.record = self.record_last_used  # type: ignore[method-assign]
 
-    async def find(self, key_id: str) -> Found | NotFound:
+    async def find(self, key_id: str, anchor: int = 0) -> Found | NotFound:
         self.finds += 1
         if self.broken:
             raise StoreUnavailable("broken by the test")
-        answer = await self._find(key_id)
+        answer = await self._find(key_id, anchor)
         self.has_read.set()
         if self.holding is not None:
             await self.holding.wait()

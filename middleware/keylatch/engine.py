@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -34,8 +35,9 @@ from keylatch.errors import KeylatchError, StoreUnavailable, WrongEventLoop
 from keylatch.management.keyring import Keyring
 from keylatch.management.store_secrets import StoreSecrets
 from keylatch.revocation.freshness import Freshness
-from keylatch.revocation.invalidations import Invalidations
+from keylatch.revocation.invalidations import Break, Invalidations
 from keylatch.revocation.lease import Lease, boottime
+from keylatch.revocation.lost_revocations import LostRevocations
 from keylatch.revocation.monitor import RevocationMonitor
 from keylatch.revocation.notices import Signer
 from keylatch.revocation.notifier import Notifier, RedisNotifier, StoreNotifier
@@ -43,7 +45,7 @@ from keylatch.revocation.open_connections import OpenConnections
 from keylatch.revocation.propagation import Propagation
 from keylatch.revocation.sequence import SequenceFreshness
 from keylatch.settings import Settings
-from keylatch.storage.store import Found, Secrets, Store
+from keylatch.storage.store import Secrets, Store
 from keylatch.storage.usage import UsageBatch
 from keylatch.telemetry import request_trace
 from keylatch.telemetry.counters import Counters
@@ -69,6 +71,7 @@ class _Opened:
     lookup: Lookup
     keyring: Keyring
     propagation: Propagation
+    lost_revocations: LostRevocations
     shared_cache: SharedCache | None
     notifier: Notifier | None
 
@@ -111,7 +114,7 @@ class Engine:
         self._redis = redis
         self._l1 = LocalCache(timer=timer)
         self._open_connections = OpenConnections(settings.lease / 4)
-        self._invalidations = Invalidations(self._on_restore, self._open_connections)
+        self._invalidations = Invalidations(self._on_break, self._open_connections)
         self._freshness: Freshness = SequenceFreshness(self.store, self._invalidations, clock)
         if self.store.is_shared:
             self._freshness = Lease(self.store, self._invalidations, settings.lease, clock, timer)
@@ -215,12 +218,13 @@ class Engine:
             self._start_task = None
         for warning in (*self.store.warnings, *self.settings.warnings):
             log.warning(warning)
-        self._revocation_monitor.begin(self._invalidations.seq, self._invalidations.epoch)
+        self._revocation_monitor.begin(self._invalidations.position)
         self._opened = opened = self._open(secrets)
         for coroutine in (
             self._usage.run(),
             self._run_maintenance(),
             self._freshness.run(),
+            opened.lost_revocations.run(),
             self._open_connections.run(self._freshness, self.authenticator),
         ):
             self._tasks.start_loop(coroutine)
@@ -258,7 +262,14 @@ class Engine:
         keyring = Keyring(self.store, self.hasher, mac_keys, self.settings, now_ms, propagation)
         pepper_users = [user for user in (shared_cache, signer) if user is not None]
         self._keyset.begin(secrets, mac_keys, pepper_users)
-        return _Opened(lookup, keyring, propagation, shared_cache, notifier)
+        lost_revocations = LostRevocations(
+            self.store,
+            self._invalidations,
+            self._freshness,
+            now_ms,
+            partial(propagation.publish, wait=False),
+        )
+        return _Opened(lookup, keyring, propagation, lost_revocations, shared_cache, notifier)
 
     def _open_redis(
         self, secrets: Secrets, signer: Signer | None
@@ -271,7 +282,8 @@ class Engine:
         if signer is None:
             return shared_cache, None
         subscriber = self._redis or connect(self.settings.redis, socket_timeout=None)
-        channel = f"keylatch:{self._invalidations.epoch}:invalidations"
+        # Not the epoch: processes that start after a new one reach those from before it.
+        channel = f"keylatch:{self.store.invalidations.database_hash}:invalidations"
         return shared_cache, RedisNotifier(client, subscriber, breaker, channel, signer)
 
     async def stop(self) -> None:
@@ -441,22 +453,11 @@ class Engine:
         await self._revocation_monitor.check(last_used)
         self.authenticator.sample_timings()
 
-    def _on_restore(self, key_ids: list[str]) -> None:
+    def _on_break(self, found: Break) -> None:
         self.counters.restores.add()
         self._l1.clear()
-        self._tasks.start_soon(
-            self._handle_restore(key_ids, self._invalidations.epoch, self._invalidations.seq)
-        )
-
-    async def _handle_restore(self, key_ids: list[str], epoch: str, seq: int) -> None:
-        await self.store.invalidations.start_new_epoch(epoch, seq, self._now_ms())
-        for key_id in key_ids:
-            found = await self.store.keys.find(key_id)
-            if isinstance(found, Found) and found.record.deleted_at is None:
-                log.critical(
-                    "%s has the state of the restored backup: a later change to it was lost",
-                    key_id,
-                )
+        if self._opened is not None:
+            self._opened.lost_revocations.add(found)
 
     async def _run_maintenance(self) -> None:
         while True:

@@ -206,13 +206,13 @@ class CountingStore(Store):
         self.keys.find = self.find  # type: ignore[method-assign]
         self.keys.find_by_locator = self.find_by_locator  # type: ignore[method-assign]
 
-    async def find(self, key_id: str) -> Found | NotFound:
+    async def find(self, key_id: str, anchor: int = 0) -> Found | NotFound:
         self.queries += 1
-        return await self._find(key_id)
+        return await self._find(key_id, anchor)
 
-    async def find_by_locator(self, locators: Any) -> Found | NotFound:
+    async def find_by_locator(self, locators: Any, anchor: int = 0) -> Found | NotFound:
         self.queries += 1
-        return await self._find_by_locator(locators)
+        return await self._find_by_locator(locators, anchor)
 
 
 class CountingHasher(Hasher):
@@ -499,7 +499,7 @@ class ForeignContract(StoreTests):
         key = other_systems.usesend()
         await import_keys(other, key)
 
-        async def broken(locators: Any) -> Found:
+        async def broken(locators: Any, anchor: int = 0) -> Found:
             raise StoreUnavailable("broken by the test")
 
         store.keys.find_by_locator = broken  # type: ignore[method-assign]

@@ -359,7 +359,7 @@ class TestWhatAKeyLeavesBehind:
         assert (changed.count, changed.record.revoked_reason) == (3, "leaked")
         assert [key.id for key in await keyring.list(ORG)] == [unrelated.id]
         touched = (await engine.store.invalidations.since(before)).invalidations
-        assert sorted(key_id or "" for _, key_id, _ in touched) == sorted(
+        assert sorted(row.key_id or "" for row in touched) == sorted(
             (root.id, sibling.id, grandchild.id)
         )
         again = await keyring.delete(ORG, root.id, descendants=True)

@@ -1,7 +1,7 @@
 """Leases: which process may use its cache, how long, and which ones a revoke waits for."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 
@@ -10,7 +10,9 @@ from keylatch.revocation.invalidations import Invalidations
 from keylatch.revocation.lease import Lease
 from keylatch.revocation.notices import Notice
 from keylatch.revocation.propagation import Propagation, Receipt
-from keylatch.storage.store import Invalidation, InvalidationBatch, Poll
+from keylatch.storage.database import Durability
+from keylatch.storage.invalidation_log import ChangeSeq
+from keylatch.storage.store import Invalidation, InvalidationBatch, Laggards, Poll, Position
 from keylatch.telemetry.counters import Histogram
 from tests.support.clock import Clock
 
@@ -28,13 +30,15 @@ class Members:
         self.members: dict[str, list[int]] = {}
         self.on_poll: Callable[[str], None] = lambda member: None
         self.reads = 0
+        self.server_age_seconds, self.server_started, self.row_id = 60.0, 1, 0
+        self.on_look: Callable[[], None] = lambda: None
         self.cut_off: set[str] = set()
         self.lost_answers: set[str] = set()
         self.invalidations = self.leases = self
 
     def commit(self, key_id: str) -> int:
         self.seq += 1
-        self.rows.append((self.seq, key_id, None))
+        self.rows.append(Invalidation(self.seq, key_id, None))
         return self.seq
 
     async def since(self, since: int, seconds: float | None = None) -> InvalidationBatch:
@@ -53,32 +57,42 @@ class Members:
         self.members.pop(member, None)
 
     async def poll(
-        self, member: str, seq: int, seconds: float, pending: tuple[Invalidation, ...] = ()
+        self, member: str, known: Position, seconds: float, pending: Sequence[Invalidation] = ()
     ) -> Poll:
         if member in self.cut_off:
             raise StoreUnavailable("cut off by the test")
         row = self.members.get(member)
-        acknowledged_seq = self.acknowledged(seq, pending)
+        acknowledged_seq = self.acknowledged(known.seq, pending)
         if row is not None:
             row[0], row[1] = row[0] + 1, acknowledged_seq
-        answer = Poll(row is not None, acknowledged_seq, self.since_nowait(seq), self.clock())
+        answer = Poll(
+            row is not None,
+            acknowledged_seq,
+            self.since_nowait(known.seq),
+            self.clock(),
+            self.server_started,
+        )
         self.on_poll(member)
         if member in self.lost_answers:
             raise StoreUnavailable("its answer was lost by the test")
         return answer
 
-    def acknowledged(self, seq: int, pending: tuple[Invalidation, ...]) -> int:
-        if pending and pending == tuple(
+    def acknowledged(self, seq: int, pending: Sequence[Invalidation]) -> int:
+        if pending and tuple(pending) == tuple(
             line for line in self.rows if seq < line[0] <= pending[-1][0]
         ):
             return pending[-1][0]
         return seq
 
-    async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
+    def durability(self) -> Durability:
+        return "local"
+
+    async def laggards(self, seq: int, seconds: float) -> Laggards:
         laggards = {name: row[0] for name, row in self.members.items() if row[1] < seq}
         if laggards:
             self.clock.tick(X / 20)  # each look takes its time
-        return laggards, len(self.members)
+        self.on_look()
+        return Laggards(laggards, len(self.members), self.server_age_seconds, self.row_id)
 
     async def remove_members(self, laggards: dict[str, int], seq: int, seconds: float) -> int:
         gone = [
@@ -97,7 +111,7 @@ class Process:
     """One process: invalidations, a lease, and the task that renews it."""
 
     def __init__(self, store: Members, clock: Clock) -> None:
-        self.invalidations = Invalidations(lambda touched: None)
+        self.invalidations = Invalidations(lambda found: None)
         self.lease = Lease(store, self.invalidations, X, clock, clock)  # type: ignore[arg-type]
         self.propagation = Propagation(
             *(store, self.invalidations, Histogram(())),  # type: ignore[arg-type]
@@ -342,7 +356,7 @@ async def test_silence_counts_from_after_the_first_look(
     await store.leases.join("slow", 0, seconds=X)
     look = store.leases.laggards
 
-    async def slow_look(seq: int, seconds: float) -> tuple[dict[str, int], int]:
+    async def slow_look(seq: int, seconds: float) -> Laggards:
         if clock() < committed_at + X / 2:
             clock.tick(X / 2)
             store.members["slow"][0] += 1  # granted just before the look reads its row
@@ -361,7 +375,7 @@ async def test_a_revoke_whose_looks_all_fail_waits_for_time_alone(
 ) -> None:
     """The change is committed: X later no lease from before it is left."""
 
-    async def fail(seq: int, seconds: float) -> tuple[dict[str, int], int]:
+    async def fail(seq: int, seconds: float) -> Laggards:
         clock.tick(X / 20)
         raise StoreUnavailable("cut off by the test")
 
@@ -370,3 +384,59 @@ async def test_a_revoke_whose_looks_all_fail_waits_for_time_alone(
     receipt = await processes[0].propagation.publish(store.commit("key_a"))
     assert clock() >= committed_at + X
     assert receipt.bound_seconds == 0.0
+
+
+async def test_a_young_server_is_waited_for(
+    store: Members, processes: list[Process], clock: Clock
+) -> None:
+    """A standby that took over may not know a member whose lease still runs: until this server has
+    committed for X, a revoke waits X, whatever the members acknowledge."""
+    store.server_age_seconds = 0.0
+    committed_at = clock()
+    store.on_look = lambda: clock.tick(X / 20)
+    receipt = await processes[0].propagation.publish(store.commit("key_a"))
+    assert committed_at + X <= clock() <= committed_at + 1.2 * X
+    assert receipt.acknowledged == 3
+    store.server_age_seconds = X
+    committed_at = clock()
+    await processes[0].propagation.publish(store.commit("key_b"))
+    assert clock() < committed_at + X / 2
+
+
+async def test_a_revoke_that_a_failover_loses_is_not_answered(
+    store: Members, processes: list[Process]
+) -> None:
+    """Its sequence number is given out again, and acknowledged by all: they know another change."""
+    store.row_id = 8
+    seq = ChangeSeq.of(Position(store.commit("key_a"), 7))
+    with pytest.raises(StoreUnavailable, match="lost"):
+        await processes[0].propagation.publish(seq)
+    store.row_id = 7
+    receipt = await processes[0].propagation.publish(seq)
+    assert receipt.acknowledged == 3
+
+
+class Unmoved(Invalidations):
+    """The broken twin: what one server answered counts on the next one."""
+
+    def forget_reads(self) -> None:
+        return
+
+
+@pytest.mark.parametrize("kind", [Invalidations, Unmoved])
+async def test_another_server_ends_what_was_read_before(
+    store: Members, clock: Clock, kind: type[Invalidations]
+) -> None:
+    """The log of a standby that takes over may agree with what this process knows, and still lack
+    a later change that gave access back to a key."""
+    process = Process(store, clock)
+    process.invalidations = process.lease._invalidations = kind(lambda found: None)
+    await process.lease.begin()
+    history, version = process.invalidations.history, process.invalidations.version
+    await process.lease.poll()
+    assert process.invalidations.history is history
+    store.server_started = 2
+    await process.lease.poll()
+    is_forgotten = process.invalidations.history is not history
+    assert is_forgotten == (process.invalidations.version is not version)
+    assert is_forgotten == (kind is Invalidations)

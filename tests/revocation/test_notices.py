@@ -1,7 +1,7 @@
 """Notices: applied before the next poll, acknowledged against the store's own log, never forged."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 
 import pytest
@@ -9,7 +9,7 @@ import pytest
 from keylatch.core.decisions import Allow, Deny, KeyRecord, Reason
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created
-from keylatch.revocation.invalidations import Invalidations
+from keylatch.revocation.invalidations import Break, Invalidations
 from keylatch.revocation.notices import Notice, Signer
 from keylatch.settings import Settings
 from keylatch.storage.store import Invalidation, InvalidationBatch, Store
@@ -28,12 +28,12 @@ def notice_of(since: int, *lines: Invalidation, epoch: str = EPOCH) -> Notice:
 
 def invalidations_at(
     seq: int, kind: type[Invalidations] = Invalidations
-) -> tuple[Invalidations, list[list[str]]]:
-    """`Invalidations` that are complete up to `seq`, and the restores that they noticed."""
-    restores: list[list[str]] = []
-    invalidations = kind(restores.append)
+) -> tuple[Invalidations, list[Break]]:
+    """`Invalidations` that are complete up to `seq`, and the breaks that they found."""
+    breaks: list[Break] = []
+    invalidations = kind(breaks.append)
     invalidations.apply(InvalidationBatch(seq, EPOCH, True))
-    return invalidations, restores
+    return invalidations, breaks
 
 
 class TestSeal:
@@ -41,17 +41,22 @@ class TestSeal:
 
     def test_what_was_closed_is_opened(self) -> None:
         """By the newest pepper and by the one before it: peppers rotate."""
-        notice = notice_of(5, (6, "key_a", None), (7, None, ""), (9, None, "acme"))
+        notice = notice_of(
+            5,
+            Invalidation(6, "key_a", None),
+            Invalidation(7, None, ""),
+            Invalidation(9, None, "acme"),
+        )
         assert Signer([b"new", b"old"]).verify(Signer([b"new"]).sign(notice)) == notice
         assert Signer([b"new", b"old"]).verify(Signer([b"old"]).sign(notice)) == notice
 
     def test_a_notice_without_the_pepper_is_rejected(self) -> None:
         """Another pepper, any byte changed, bytes missing, nothing, noise, or far too much."""
         signer = Signer([b"pepper"])
-        signed = signer.sign(notice_of(5, (6, "key_a", None)))
+        signed = signer.sign(notice_of(5, Invalidation(6, "key_a", None)))
         assert signer.verify(signed)
         forged = [
-            Signer([b"guess"]).sign(notice_of(5, (6, "key_a", None))),
+            Signer([b"guess"]).sign(notice_of(5, Invalidation(6, "key_a", None))),
             b"",
             b"{}",
             b"\xff" * 100,
@@ -63,7 +68,7 @@ class TestSeal:
 
     def test_too_much_for_a_notice_is_not_published(self) -> None:
         """PostgreSQL's NOTIFY takes less than 8,000 bytes; the others look then."""
-        lines = [(number, f"key_{number:064}", None) for number in range(200)]
+        lines = [Invalidation(number, f"key_{number:064}", None) for number in range(200)]
         assert Signer([b"pepper"]).sign(notice_of(-1, *lines)) == b""
         assert Signer([b"pepper"]).sign(None) == b""
 
@@ -75,21 +80,27 @@ class TestFeed:
         """Their tombstones are there; what is known for sure waits for the store."""
         invalidations, _ = invalidations_at(5)
         state = invalidations.version
-        assert invalidations.add_pending(notice_of(3, (4, "key_z", None), (6, "key_a", None)))
+        assert invalidations.add_pending(
+            notice_of(3, Invalidation(4, "key_z", None), Invalidation(6, "key_a", None))
+        )
         assert not invalidations.accepts("key_a", "acme", 5)
-        assert (invalidations.seq, invalidations.pending) == (5, ((6, "key_a", None),))
+        assert (invalidations.seq, invalidations.pending) == (5, (Invalidation(6, "key_a", None),))
         assert invalidations.version is not state
 
     @pytest.mark.parametrize(
         "notice",
         [
-            notice_of(6, (7, "key_a", None)),  # a gap: what was 6?
-            notice_of(5, (6, "key_a", None), epoch="another"),
-            notice_of(3, (4, "key_a", None)),  # played again
-            notice_of(4, (5, "key_a", None)),
-            notice_of(5, (6, None, None)),  # about everything at once
-            notice_of(5, (6, None, "")),  # many new keys: is one of them the first imported one?
-            Notice(5, InvalidationBatch(7, EPOCH, True, ((6, "key_a", None),))),  # not all of it
+            notice_of(6, Invalidation(7, "key_a", None)),  # a gap: what was 6?
+            notice_of(5, Invalidation(6, "key_a", None), epoch="another"),
+            notice_of(3, Invalidation(4, "key_a", None)),  # played again
+            notice_of(4, Invalidation(5, "key_a", None)),
+            notice_of(5, Invalidation(6, None, None)),  # about everything at once
+            notice_of(
+                5, Invalidation(6, None, "")
+            ),  # many new keys: is one of them the first imported one?
+            Notice(
+                5, InvalidationBatch(7, EPOCH, True, (Invalidation(6, "key_a", None),))
+            ),  # not all of it
             Notice(5, InvalidationBatch(7, EPOCH, True)),
         ],
     )
@@ -104,12 +115,16 @@ class TestFeed:
     def test_notices_may_overtake_each_other(self) -> None:
         """The later one contains what the earlier one does."""
         invalidations, _ = invalidations_at(5)
-        assert invalidations.add_pending(notice_of(5, (6, "key_a", None), (7, "key_b", None)))
-        assert invalidations.add_pending(notice_of(5, (6, "key_a", None)))
-        assert invalidations.pending_seq == 7
-        poll = InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),))  # sent before the notice
+        assert invalidations.add_pending(
+            notice_of(5, Invalidation(6, "key_a", None), Invalidation(7, "key_b", None))
+        )
+        assert invalidations.add_pending(notice_of(5, Invalidation(6, "key_a", None)))
+        assert invalidations.known.seq == 7
+        poll = InvalidationBatch(
+            6, EPOCH, True, (Invalidation(6, "key_a", None),)
+        )  # sent before the notice
         invalidations.apply(poll)
-        assert (invalidations.seq, invalidations.pending) == (6, ((7, "key_b", None),))
+        assert (invalidations.seq, invalidations.pending) == (6, (Invalidation(7, "key_b", None),))
 
     def test_an_older_answer_removes_no_tombstone(self) -> None:
         """A notice of seq 7 stays applied, though a poll up to seq 6 ends later; a twin that
@@ -118,13 +133,17 @@ class TestFeed:
         class Forgetful(Invalidations):
             def _add_tombstones(self, lines: Iterable[Invalidation]) -> None:
                 self._floor_and_tombstones[1].update(
-                    {key: seq for seq, key, _ in lines if key is not None}
+                    {row.key_id: row.seq for row in lines if row.key_id is not None}
                 )
 
         def accepts_old_entry(kind: type[Invalidations]) -> bool:
             invalidations, _ = invalidations_at(5, kind)
-            invalidations.add_pending(notice_of(5, (6, "key_a", None), (7, "key_a", None)))
-            invalidations.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
+            invalidations.add_pending(
+                notice_of(5, Invalidation(6, "key_a", None), Invalidation(7, "key_a", None))
+            )
+            invalidations.apply(
+                InvalidationBatch(6, EPOCH, True, (Invalidation(6, "key_a", None),))
+            )
             return invalidations.accepts("key_a", "acme", 6)
 
         assert not accepts_old_entry(Invalidations)
@@ -136,15 +155,17 @@ class TestFeed:
         """Where the floor takes their place, nothing is acknowledged by hearsay any more."""
         monkeypatch.setattr("keylatch.revocation.invalidations._MAX_TOMBSTONES", 1)
         invalidations, _ = invalidations_at(5)
-        invalidations.add_pending(notice_of(5, (6, "key_a", None), (7, "key_b", None)))
-        invalidations.apply(InvalidationBatch(6, EPOCH, True, ((6, "key_a", None),)))
+        invalidations.add_pending(
+            notice_of(5, Invalidation(6, "key_a", None), Invalidation(7, "key_b", None))
+        )
+        invalidations.apply(InvalidationBatch(6, EPOCH, True, (Invalidation(6, "key_a", None),)))
         assert invalidations.pending == ()
 
     @pytest.mark.parametrize(
         "answer",
         [
             InvalidationBatch(
-                6, EPOCH, True, ((6, "key_b", None),)
+                6, EPOCH, True, (Invalidation(6, "key_b", None),)
             ),  # the number was given out again
             InvalidationBatch(5, EPOCH, True),  # it was not yet
         ],
@@ -153,29 +174,34 @@ class TestFeed:
         self, answer: InvalidationBatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A notice follows the commit, so such a store was restored, even if all processes were
-        started since: no older entry is used, and the key that came back is named."""
-        invalidations, restores = invalidations_at(5)
-        invalidations.add_pending(notice_of(5, (6, "key_a", None)))
-        invalidations.apply(answer, min_seq=invalidations.pending_seq)
-        assert restores == [["key_a"]]
+        started since: no older entry is used, and the key is refused until the store is asked
+        what it has lost."""
+        invalidations, breaks = invalidations_at(5)
+        revocation = Invalidation(6, "key_a", None, revokes="delete")
+        invalidations.add_pending(notice_of(5, revocation))
+        invalidations.apply(answer, min_seq=invalidations.known.seq)
+        assert breaks == [Break((revocation,), EPOCH, 6)]
         assert (invalidations.seq, invalidations.pending) == (answer.seq, ())
+        assert not invalidations.accepts("key_a", "acme", answer.seq)
+        assert invalidations.accepts("key_c", "acme", answer.seq)
+        invalidations.settle(breaks[0].revocations)
         assert invalidations.accepts("key_a", "acme", answer.seq)
         assert "restored from a backup" in caplog.text
 
     def test_an_answer_to_an_earlier_poll_contradicts_nothing(self) -> None:
         """A notice that arrived after the poll was sent may be missing in its answer."""
-        invalidations, restores = invalidations_at(5)
-        reached = invalidations.pending_seq
-        invalidations.add_pending(notice_of(5, (6, "key_a", None)))
+        invalidations, breaks = invalidations_at(5)
+        reached = invalidations.known.seq
+        invalidations.add_pending(notice_of(5, Invalidation(6, "key_a", None)))
         invalidations.apply(InvalidationBatch(5, EPOCH, True), reached)
-        assert restores == []
-        assert invalidations.pending_seq == 6
+        assert breaks == []
+        assert invalidations.known.seq == 6
 
 
 class Trusting(Members):
     """A broken twin of the store: acknowledges whatever a process claims to have applied."""
 
-    def acknowledged(self, seq: int, pending: tuple[Invalidation, ...]) -> int:
+    def acknowledged(self, seq: int, pending: Sequence[Invalidation]) -> int:
         return pending[-1][0] if pending else seq
 
 
@@ -212,7 +238,7 @@ class TestAcknowledging:
         """A revoker, and a victim that receives another notice than the revoker's; True if the
         victim accepts the key after the revoke was answered."""
         revoker, victim = processes = [Process(store, store.clock) for _ in range(2)]
-        victim.invalidations = victim.lease._invalidations = kind(lambda touched: None)
+        victim.invalidations = victim.lease._invalidations = kind(lambda found: None)
         revoker.others = [revoker]
         for process in processes:
             await process.lease.begin()
@@ -230,7 +256,7 @@ class TestAcknowledging:
         self, clock: Clock, tasks: list[asyncio.Task[None]]
     ) -> None:
         """From before the store went back: genuine, of this epoch, and the next number."""
-        old = notice_of(1, (2, "key_z", None), (3, "key_b", None))
+        old = notice_of(1, Invalidation(2, "key_z", None), Invalidation(3, "key_b", None))
         assert not await self.accepts_after_revoke(Members(clock), Invalidations, old, tasks)
         assert await self.accepts_after_revoke(Trusting(clock), Invalidations, old, tasks)
 
@@ -239,7 +265,7 @@ class TestAcknowledging:
         self, clock: Clock, tasks: list[asyncio.Task[None]]
     ) -> None:
         """The notice before it was lost. The process sees the gap, and the store would as well."""
-        later = notice_of(2, (3, "key_b", None))
+        later = notice_of(2, Invalidation(3, "key_b", None))
         assert not await self.accepts_after_revoke(Members(clock), Invalidations, later, tasks)
         assert not await self.accepts_after_revoke(Trusting(clock), Invalidations, later, tasks)
         assert not await self.accepts_after_revoke(Members(clock), Gullible, later, tasks)
@@ -250,7 +276,7 @@ class TestAcknowledging:
     ) -> None:
         """Although the answer is lost, the victim knows, and the revoke waits for nothing."""
         began = clock()
-        notice = notice_of(1, (2, "key_a", None), (3, "key_b", None))
+        notice = notice_of(1, Invalidation(2, "key_a", None), Invalidation(3, "key_b", None))
         assert not await self.accepts_after_revoke(Members(clock), Invalidations, notice, tasks)
         assert clock() < began + X / 2
 
@@ -268,32 +294,45 @@ class TestPostgreSQL:
 
     async def test_only_what_the_log_says_is_acknowledged(self, store: Store) -> None:
         """Row by row, up to the last one applied; the answer is the log after the known number."""
-        since = (await store.invalidations.since(2**62)).seq
+        since = (await store.invalidations.since(2**62)).position
         record = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
         _, first = await store.keys.add(record, "hashed")
         second = await store.organizations.set_active("acme", 0, False)
-        assert second == first + 1 == since + 2
-        one: Invalidation = (first, "key_a", None)
-        two: Invalidation = (second, None, "acme")
+        assert second == first + 1 == since.seq + 2
+        one, two = (await store.invalidations.since(since.seq)).invalidations
+        assert (one[:3], two[:3]) == ((first, "key_a", None), (second, None, "acme"))
         for applied, known in {
-            (): since,
+            (): since.seq,
             (one,): first,
             (one, two): second,
-            (two,): since,  # a gap
-            (two, one): since,
-            ((first, "key_b", None),): since,
-            ((first, None, "key_a"),): since,
-            ((first, "key_a", ""),): since,
-            (one, (second, None, "rival")): since,
-            (one, two, (second + 1, "key_a", None)): since,  # not yet
+            (two,): since.seq,  # a gap
+            (two, one): since.seq,
+            (one._replace(row_id=one.row_id + 1),): since.seq,  # of another history
+            (one, two._replace(row_id=one.row_id)): since.seq,
+            (one, two, two._replace(seq=second + 1)): since.seq,  # not yet
         }.items():
             poll = await store.leases.poll("member", since, 5, applied)
             assert (poll.is_member, poll.acknowledged_seq) == (True, known), applied
             assert poll.batch.invalidations == (one, two)
-            late, _ = await store.leases.laggards(known + 1, 5)
-            assert list(late) == ["member"]
-            assert (await store.leases.laggards(known, 5))[0] == {}
+            assert list((await store.leases.laggards(known + 1, 5)).grants) == ["member"]
+            assert (await store.leases.laggards(known, 5)).grants == {}
         assert not (await store.leases.poll("unknown", since, 5, (one,))).is_member
+
+    async def test_a_process_that_knows_another_history_acknowledges_nothing(
+        self, store: Store
+    ) -> None:
+        """Its sequence number exists in the log, as another row."""
+        record = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
+        _, first = await store.keys.add(record, "hashed")
+        second = await store.organizations.set_active("acme", 0, False)
+        [*_, one, two] = (await store.invalidations.since(0)).invalidations
+        assert (await store.leases.poll("member", one.position, 5)).acknowledged_seq == first
+        lost = two._replace(row_id=two.row_id + 1)
+        for known, pending in ((lost.position, ()), (one._replace(row_id=1).position, (two,))):
+            poll = await store.leases.poll("member", known, 5, pending)
+            assert (poll.is_member, poll.acknowledged_seq) == (True, first)
+        assert poll.batch.since_row_id == one.row_id
+        assert (await store.leases.poll("member", two.position, 5)).acknowledged_seq == second
 
     async def test_notify_carries_its_payload(self, store: Store) -> None:
         """NOTIFY with its payload; the first call says that the connection is up."""
@@ -369,15 +408,16 @@ class TestRedis:
         kept = await (await revoker.keyring()).create("acme", "kept")
         assert isinstance(await other.authenticate(bearer(kept)), Allow)
         log = await other.store.invalidations.since(0)
-        then: Invalidation = (log.seq + 1, kept.record.id, None)
+        then = Invalidation(log.seq + 1, kept.record.id, None)
         signer = Signer((await other.store.open(0)).peppers)
         published = signer.sign(notice_of(0, *log.invalidations, then, epoch=log.epoch))
-        alarm = (
-            f"{kept.record.id} has the state of the restored backup: a later change to it was lost"
-        )
+        alarm = "and lost changes: did a standby take over, or was it restored from a backup?"
         with redis_server.client() as client:
             client.publish(channel(other), published)
             await asyncio.to_thread(eventually, lambda: alarm in caplog.text)
+            assert other._opened is not None
+            lost = other._opened.lost_revocations
+            await asyncio.to_thread(eventually, lambda: lost.is_settled)
             now = await other.store.invalidations.since(0)
             client.publish(channel(other), published)
         assert now.epoch != log.epoch
@@ -387,7 +427,7 @@ class TestRedis:
 
 
 def channel(engine: Engine) -> str:
-    return f"keylatch:{engine._invalidations.epoch}:invalidations"
+    return f"keylatch:{engine.store.invalidations.database_hash}:invalidations"
 
 
 def bearer(created: Created) -> list[bytes]:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, literal, select, update
 
 from keylatch.authentication.authenticator import Authenticator, CacheMiss
 from keylatch.authentication.keyset import Keyset, ReadAt
@@ -14,7 +14,7 @@ from keylatch.core.decisions import Allow, Decision, Deny, Reason
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created
-from keylatch.storage.invalidation_log import advance
+from keylatch.storage.invalidation_log import advance, row_id_at
 from keylatch.storage.schema import STORE_SECRETS_ID, invalidations, keys, meta, secrets
 from keylatch.storage.secrets import Secrets
 from tests.support.engines import MakeEngine
@@ -48,7 +48,8 @@ class Restored:
 
         def work(connection: Connection) -> None:
             connection.execute(invalidations.delete().where(invalidations.c.seq > seq))
-            connection.execute(update(meta).values(seq=seq))
+            row_id = connection.execute(select(row_id_at(literal(seq)))).scalar_one()
+            connection.execute(update(meta).values(seq=seq, row_id=row_id))
             connection.execute(update(keys).values(active=active))
             if changed:
                 advance(connection, 0, self._key_id)
@@ -108,6 +109,7 @@ async def test_a_miss_from_before_a_restore_refuses_no_valid_key(
     seq = await make_changes(engine, key, active=False)
     assert await engine.authenticator.check_token(key.token) == Deny(Reason.DISABLED)
     miss = entry_of_miss(engine, key)
+    engine._invalidations._revocations.clear()  # else it would disable the key again
     await Restored(engine, key).restore(seq, active=True, changed=False)
     decision = await engine.authenticator.check(miss)
     assert (decision == Deny(Reason.DISABLED)) == (kind is IgnoresHistory)

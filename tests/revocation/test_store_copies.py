@@ -204,7 +204,8 @@ async def two_stores(
     for engine in engines:
         assert isinstance(await engine.authenticate(bearer(key)), Allow)
     with redis_server.client() as client:
-        channels = {f"keylatch:{engine._invalidations.epoch}:invalidations" for engine in engines}
+        hashes = {engine.store.invalidations.database_hash for engine in engines}
+        channels = {f"keylatch:{database_hash}:invalidations" for database_hash in hashes}
         listening = partial(client.pubsub_numsub, *channels)
         await asyncio.to_thread(eventually, lambda: sum(n for _, n in listening()) == 2)
     yield engines[0], engines[1], key

@@ -12,12 +12,13 @@ from keylatch.core.decisions import KeyRecord
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.authorization import Actor
 from keylatch.storage.postgresql import PostgreSQL
-from keylatch.storage.store import NotFound, Store
+from keylatch.storage.store import NotFound, Position, Store
 from keylatch.storage.usage import ALLOWED, DAY_MS, Client, UsageBatch
 from proxy import Proxy
 from tests.storage.test_store import NOW, record
 from tests.support.servers import PostgresServer
 
+START = Position(0, 0)
 pytestmark = [pytest.mark.anyio, pytest.mark.long]
 MORE_THAN_THE_POOL = 20
 AT_ONCE = 5
@@ -50,15 +51,15 @@ async def store(url: str) -> AsyncIterator[Store]:
 async def test_a_query_to_a_silent_server_fails_in_time(store: Store, network: Proxy) -> None:
     """Every query ends as unavailable, and none of them keeps a place in the pool: when the
     network works again, so does the store."""
-    assert (await store.leases.poll("member", 0, seconds=5)).is_member
+    assert (await store.leases.poll("member", START, seconds=5)).is_member
     with network.blackholing():
         for _ in range(MORE_THAN_THE_POOL // AT_ONCE):
             answers = await asyncio.gather(
-                *(store.leases.poll("member", 0, seconds=0.1) for _ in range(AT_ONCE)),
+                *(store.leases.poll("member", START, seconds=0.1) for _ in range(AT_ONCE)),
                 return_exceptions=True,
             )
             assert [type(answer) for answer in answers] == [StoreUnavailable] * AT_ONCE
-    assert (await store.leases.poll("member", 0, seconds=5)).is_member
+    assert (await store.leases.poll("member", START, seconds=5)).is_member
     assert isinstance(await store.keys.find("key_unknown"), NotFound)
 
 
@@ -69,8 +70,8 @@ async def test_connecting_to_a_silent_server_keeps_no_place(store: Store, networ
     with network.blackholing():
         for _ in range(MORE_THAN_THE_POOL):
             with pytest.raises(StoreUnavailable):
-                await store.leases.poll("member", 0, seconds=0.05)
-    assert (await store.leases.poll("member", 0, seconds=0.5)).is_member
+                await store.leases.poll("member", START, seconds=0.05)
+    assert (await store.leases.poll("member", START, seconds=0.5)).is_member
 
 
 async def test_a_lease_does_not_queue_behind_look_ups(store: Store, network: Proxy) -> None:
@@ -82,10 +83,10 @@ async def test_a_lease_does_not_queue_behind_look_ups(store: Store, network: Pro
             asyncio.create_task(store.keys.find("key_unknown")) for _ in range(MORE_THAN_THE_POOL)
         ]
         with pytest.raises(StoreUnavailable):
-            await store.leases.poll("member", 0, seconds=0.3)
+            await store.leases.poll("member", START, seconds=0.3)
         with pytest.raises(StoreUnavailable):
             await store.leases.join("another", 0, seconds=0.3)
-    assert (await store.leases.poll("member", 0, seconds=0.5)).is_member
+    assert (await store.leases.poll("member", START, seconds=0.5)).is_member
     assert not all(task.done() for task in stuck)
     await asyncio.gather(*stuck, return_exceptions=True)
 
@@ -101,7 +102,7 @@ async def test_connections_that_died_meanwhile_do_not_show(
         network.reset_connections()
         assert isinstance(await store.keys.find("key_unknown"), NotFound)
         network.reset_connections()
-        assert (await store.leases.poll("member", 0, seconds=5)).is_member
+        assert (await store.leases.poll("member", START, seconds=5)).is_member
         network.reset_connections()
     assert caplog.records == []
 

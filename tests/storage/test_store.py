@@ -40,6 +40,13 @@ def record(key_id: str = "key_a", organization_id: str = "acme", **values: objec
     return replace(plain, **values)  # type: ignore[arg-type]
 
 
+def position_seq(store: Store) -> int:
+    """The sequence number, without waiting."""
+    position = store.invalidations.position_nowait()
+    assert position is not None
+    return position.seq
+
+
 class StoreContract(StoreTests):
     """What both databases promise."""
 
@@ -68,9 +75,14 @@ class StoreContract(StoreTests):
         changes = await store.invalidations.since(created - 1)
         assert changes.seq == created + 2
         assert changes.is_complete
-        assert changes.invalidations == tuple(
+        assert [row[:3] for row in changes.invalidations] == [
             (seq, "key_a", None) for seq in range(created, created + 3)
-        )
+        ]
+        assert [row.revokes for row in changes.invalidations] == [None, None, "delete"]
+        row_ids = [row.row_id for row in changes.invalidations]
+        assert len({*row_ids, 0}) == 4
+        assert changes.position == changes.invalidations[-1].position
+        assert (await store.invalidations.since(created)).since_row_id == row_ids[0]
 
     async def test_deleting_is_final_and_repeatable(self, store: Store) -> None:
         """A deleted key comes back as it is; nothing changes it and no invalidation is repeated."""
@@ -214,10 +226,10 @@ class TestSQLite(LastingStoreContract):
 
     async def test_changes_are_seen_without_waiting(self, store: Store) -> None:
         """The sequence number and the log can be read in place, by another connection, at once."""
-        before = store.invalidations.sequence_nowait()
+        before = position_seq(store)
         assert before is not None
         _, seq = await store.keys.add(record(), "hashed")
-        assert store.invalidations.sequence_nowait() == seq == before + 1
+        assert position_seq(store) == seq == before + 1
         assert store.invalidations.since_nowait(before) == await store.invalidations.since(before)
 
     @pytest.mark.long
@@ -233,7 +245,7 @@ class TestSQLite(LastingStoreContract):
         for number in range(200):
             _, seq = await store.keys.add(record(f"key_{number}"), "hashed")
             marks.append(store.data_version())
-            assert store.invalidations.sequence_nowait() == seq
+            assert position_seq(store) == seq
             assert store.data_version() == marks[-1]
             if number % 50 == 0:
                 await store.run_maintenance(NOW)
@@ -252,7 +264,7 @@ class TestSQLite(LastingStoreContract):
         unaided = Store(url)
         await unaided.open(NOW)
         assert unaided.data_version() is None
-        assert unaided.invalidations.sequence_nowait() == store.invalidations.sequence_nowait()
+        assert unaided.invalidations.position_nowait() == store.invalidations.position_nowait()
         await unaided.close()
         assert unaided.data_version() is None
 
@@ -262,7 +274,7 @@ class TestSQLite(LastingStoreContract):
         """After checks, the log can still be truncated: no connection keeps an old snapshot."""
         monkeypatch.setattr("keylatch.storage.sqlite._CHECKPOINT_BYTES", 1)
         await store.keys.add(record(), "hashed")
-        store.invalidations.sequence_nowait()
+        store.invalidations.position_nowait()
         store.invalidations.since_nowait(0)
         await store.run_maintenance(NOW)
         assert (tmp_path / "keys.db-wal").stat().st_size == 0
@@ -294,7 +306,7 @@ class TestSQLite(LastingStoreContract):
         holder.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreUnavailable, match="locked"):
             await store.keys.add(record(), "hashed")
-        assert store.invalidations.sequence_nowait() is not None
+        assert store.invalidations.position_nowait() is not None
         assert isinstance(await store.keys.find("key_a"), NotFound)
         holder.close()
         await store.keys.add(record(), "hashed")
@@ -348,7 +360,7 @@ class TestPostgreSQL(LastingStoreContract):
 
     async def test_nothing_is_known_without_asking(self, store: Store) -> None:
         """There is no way to read a server without waiting for a socket."""
-        assert store.invalidations.sequence_nowait() is None
+        assert store.invalidations.position_nowait() is None
         assert store.invalidations.since_nowait(0) is None
 
     async def test_a_server_that_comes_back_is_used_again(

@@ -272,11 +272,11 @@ class Broken(Store):
         self._find = self.keys.find
         self.keys.find = self.find  # type: ignore[method-assign]
 
-    async def find(self, key_id: str) -> Found | NotFound:
+    async def find(self, key_id: str, anchor: int = 0) -> Found | NotFound:
         if self.broken:
             log.warning("the flight failed")
             raise StoreUnavailable("broken by the test")
-        return await self._find(key_id)
+        return await self._find(key_id, anchor)
 
 
 @contextlib.contextmanager

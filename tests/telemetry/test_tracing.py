@@ -27,7 +27,7 @@ class Broken(Store):
         super().__init__(url)
         self.keys.find = self.find  # type: ignore[method-assign]
 
-    async def find(self, key_id: str) -> Found | NotFound:
+    async def find(self, key_id: str, anchor: int = 0) -> Found | NotFound:
         raise StoreUnavailable("broken by the test, at a host that must stay secret")
 
 

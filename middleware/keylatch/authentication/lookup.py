@@ -10,7 +10,7 @@ the store can tell a forged one from a real one, so a bounded number is looked u
 """
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from keylatch._background import EngineTasks
@@ -27,7 +27,7 @@ from keylatch.core.decisions import (
     unusable_reason,
 )
 from keylatch.core.tokens import Token, is_native
-from keylatch.errors import HashingBusy, KeylatchError
+from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
 from keylatch.revocation.freshness import Freshness
 from keylatch.revocation.invalidations import Invalidations
 from keylatch.storage.schema import NO_ID
@@ -36,6 +36,7 @@ from keylatch.telemetry.counters import HASH, L2, STORE
 from keylatch.telemetry.events import Events
 
 _MAX_IMPORTED_LOOKUPS: Final = 32
+_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +116,20 @@ class Lookup:
         Raises:
             StoreUnavailable, HashingBusy, HashingFailed: it cannot be found out now.
         """
+        if self._store.has_standby and is_native(token):
+            with self._events.stage(STORE):
+                on_standby = await self._find_on_standby(token)
+            if on_standby is not None:
+                entry, source = await self._judge(token, on_standby)
+                if isinstance(entry, Entry):  # only the primary can tell that a token is not valid
+                    return entry, source
         with self._events.stage(STORE):
             found = await self._find(token)
+        return await self._judge(token, found)
+
+    async def _judge(
+        self, token: Token, found: Found | NotFound
+    ) -> tuple[Entry | NegativeEntry, str]:
         if isinstance(found, NotFound):
             # A token of another format names no key, whatever stands in place of an id.
             key_id = token.key_id if is_native(token) else NO_ID
@@ -195,8 +208,29 @@ class Lookup:
         return True
 
     async def _find(self, token: Token) -> Found | NotFound:
+        """What the store has, with an `as_of` in the history that this process knows."""
+        for _ in range(_ATTEMPTS):
+            found = await self._find_in_any_history(token, self._invalidations.known.seq)
+            as_of = self._invalidations.as_of(found.log)
+            if as_of is not None:
+                return replace(found, as_of=as_of)
+            await self._freshness.poll()
+        raise StoreUnavailable("the store and its log of changes are not the same server's")
+
+    async def _find_on_standby(self, token: Token) -> Found | None:
+        """The key as a standby has it, if that is its present state as far as is known here."""
+        anchor = self._invalidations.known.seq
+        found = await self._store.keys.find_on_standby(token.key_id, anchor)
+        as_of = None if found is None else self._invalidations.as_of(found.log)
+        if found is None or as_of is None:
+            return None
+        record = found.record
+        is_current = self._invalidations.accepts(record.id, record.organization_id, as_of)
+        return replace(found, as_of=as_of) if is_current else None
+
+    async def _find_in_any_history(self, token: Token, anchor: int) -> Found | NotFound:
         if is_native(token):
-            return await self._store.keys.find(token.key_id)
+            return await self._store.keys.find(token.key_id, anchor)
         if self._imported_lookups == _MAX_IMPORTED_LOOKUPS:
             raise HashingBusy(
                 f"{_MAX_IMPORTED_LOOKUPS} lookups of imported tokens are under way: limit reached",
@@ -204,7 +238,7 @@ class Lookup:
             )
         self._imported_lookups += 1
         try:
-            return await self._store.keys.find_by_locator(imported_tokens.locators(token))
+            return await self._store.keys.find_by_locator(imported_tokens.locators(token), anchor)
         finally:
             self._imported_lookups -= 1
 

@@ -26,6 +26,14 @@ class Freshness(Protocol):
             StoreUnavailable: the process is not fresh.
         """
 
+    async def poll(self) -> None:
+        """Fetch the changes with a query that is sent after this call, also while the process is
+        fresh.
+
+        Raises:
+            StoreUnavailable: the store did not answer.
+        """
+
     async def run(self) -> None:
         """Keep the process fresh, until cancelled."""
 

@@ -87,6 +87,7 @@ class Lease:
         self._renewal: asyncio.Task[bool] | None = None
         self._next_renewal: asyncio.Task[bool] | None = None
         self._requested_at = 0.0
+        self._server_started = 0
         self.health.clear()
         self.memberships_lost = Counter()
         """How often another process removed this process's membership."""
@@ -141,6 +142,9 @@ class Lease:
             raise StoreUnavailable(
                 "the store answers slower than one lease period", "is KEYLATCH_LEASE too short?"
             )
+
+    async def poll(self) -> None:
+        await self.renew()
 
     async def run(self) -> None:
         while True:
@@ -226,25 +230,25 @@ class Lease:
     async def _renew(self, previous: asyncio.Task[bool] | None, changes_only: bool) -> bool:
         if previous is not None:
             await asyncio.wait([previous])
-        seq, pending, min_seq = (
-            self._invalidations.seq,
+        position, pending, known = (
+            self._invalidations.position,
             self._invalidations.pending,
-            self._invalidations.pending_seq,
+            self._invalidations.known,
         )
         # Only while the lease is recent: endless notices must not keep it from being renewed.
         if changes_only and self._expires_at - self._timer() > self.seconds * _RECENT_FRACTION:
-            batch = await self._store.invalidations.since(seq, self.seconds)
-            self._invalidations.apply(batch, min_seq)
-            return batch.seq != seq
+            batch = await self._store.invalidations.since(position.seq, self.seconds)
+            self._invalidations.apply(batch, known.seq)
+            return batch.position != position
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)
                 await self._store.leases.join(member, self.now_ms(), self.seconds)
                 self._member = member
             requested_at = self._timer()  # before the query is sent
-            poll = await self._store.leases.poll(self._member, seq, self.seconds, pending)
+            poll = await self._store.leases.poll(self._member, position, self.seconds, pending)
             if poll.is_member:
-                self._apply_grant(poll, requested_at, min_seq)
+                self._apply_grant(poll, requested_at, known.seq)
                 return poll.acknowledged_seq != poll.batch.seq
             self._expires_at, self._member = 0.0, ""
             self.memberships_lost.add()
@@ -255,6 +259,10 @@ class Lease:
 
     def _apply_grant(self, poll: Poll, requested_at: float, min_seq: int) -> None:
         """Apply tombstones and lease in one step of the event loop."""
+        if poll.server_started != self._server_started:
+            if self._server_started:
+                self._invalidations.forget_reads()
+            self._server_started = poll.server_started
         self._invalidations.apply(poll.batch, min_seq)
         self._requested_at = requested_at
         self._expires_at = requested_at + self.seconds * _EXPIRY_MARGIN

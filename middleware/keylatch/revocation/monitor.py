@@ -17,6 +17,7 @@ from typing import Final
 
 from keylatch.caches.local_cache import Entry, LocalCache
 from keylatch.errors import StoreUnavailable
+from keylatch.storage.invalidation_log import Position
 from keylatch.storage.store import InvalidationBatch, Store
 from keylatch.telemetry.counters import Counters
 
@@ -51,12 +52,11 @@ class RevocationMonitor:
         self._now_ms = now_ms
         self._grace_ms = bound_ms + GRACE_MS
         self._counters = counters
-        self.begin(0, "")
+        self.begin(Position(0, 0))
 
-    def begin(self, seq: int, epoch: str) -> None:
-        """Monitor the changes after this sequence number."""
-        self._seq = seq
-        self._epoch = epoch
+    def begin(self, position: Position) -> None:
+        """Monitor the changes after this row of the log."""
+        self._position = position
         self._floor = (0, 0.0)
         self._changed: dict[str, tuple[int, float]] = {}
 
@@ -73,7 +73,7 @@ class RevocationMonitor:
                     key_id,
                 )
         try:
-            batch = await self._store.invalidations.since(self._seq)
+            batch = await self._store.invalidations.since(self._position.seq)
         except StoreUnavailable:
             return
         self._record_changes(batch, self._now_ms())
@@ -90,17 +90,16 @@ class RevocationMonitor:
         )
 
     def _record_changes(self, batch: InvalidationBatch, now_ms: float) -> None:
-        if (
-            batch.epoch != self._epoch or batch.seq < self._seq
-        ):  # another store: `Invalidations` logs it
-            self.begin(batch.seq, batch.epoch)
+        is_broken = batch.since_row_id != self._position.row_id and batch.is_complete
+        if is_broken or batch.seq < self._position.seq:  # another history: `Invalidations` logs it
+            self.begin(batch.position)
             return
         if not batch.is_complete or len(self._changed) > _MAX_CHANGES:
             self._floor, self._changed = (batch.seq, now_ms), {}
-        for seq, key_id, organization_id in batch.invalidations:
-            if key_id is None and organization_id is None:
-                self._floor = (seq, now_ms)
-            for object_id in (key_id, organization_id):
+        for row in batch.invalidations:
+            if row.key_id is None and row.organization_id is None:
+                self._floor = (row.seq, now_ms)
+            for object_id in (row.key_id, row.organization_id):
                 if object_id is not None:
-                    self._changed[object_id] = (seq, now_ms)
-        self._seq = batch.seq
+                    self._changed[object_id] = (row.seq, now_ms)
+        self._position = batch.position

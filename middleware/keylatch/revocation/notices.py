@@ -1,6 +1,8 @@
 """Notices: rows of the log that one process has read, so that the others need not read them.
 
-    64 hexadecimal digits of MAC, then JSON [epoch, since, seq, [[seq, key id, organisation id]…]]
+    64 hexadecimal digits of MAC, then JSON [epoch, since, seq, [row, …]]
+
+A row has the fields of `Invalidation`.
 
 The notifier carries a notice through Redis, where other clients may write, or through the store. It
 holds ids only. The MAC (key derived from the pepper, RFC 2104) proves that a process with this
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from keylatch.storage.store import InvalidationBatch
+from keylatch.storage.store import Invalidation, InvalidationBatch
 
 _MAC_DIGITS: Final = 64
 _MAX_BYTES: Final = 7_999
@@ -66,9 +68,8 @@ class Signer:
         if not any(hmac.compare_digest(mac, _mac(key, body)) for key in self._keys):
             return None
         epoch, since, seq, rows = json.loads(body)
-        return Notice(
-            since, InvalidationBatch(seq, epoch, True, tuple((s, k, o) for s, k, o in rows))
-        )
+        invalidations = tuple(Invalidation(*row) for row in rows)
+        return Notice(since, InvalidationBatch(seq, epoch, True, invalidations))
 
 
 def _mac(key: bytes, body: bytes) -> bytes:

@@ -12,7 +12,7 @@ The entry in Redis is overwritten first: a member that acknowledges finds no old
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +24,9 @@ from keylatch.revocation.invalidations import Invalidations
 from keylatch.revocation.lease import Lease, boottime
 from keylatch.revocation.notices import Notice
 from keylatch.revocation.notifier import Notifier
+from keylatch.storage.database import Durability
+from keylatch.storage.invalidation_log import ChangeSeq
+from keylatch.storage.leases import Laggards
 from keylatch.storage.store import Store
 from keylatch.telemetry.counters import Histogram
 
@@ -47,12 +50,14 @@ class Receipt:
         members: processes that hold leases; 0 where every check reads the store itself.
         bound_seconds: no check decides by the state before the change later than this many seconds
             from now.
+        durability: where the change is stored.
     """
 
     seq: int
     acknowledged: int
     members: int
     bound_seconds: float
+    durability: Durability = "local"
 
 
 class Propagation:
@@ -97,22 +102,28 @@ class Propagation:
             record: the changed key; None: the change concerns more than one key, or none.
             wait: return when no process decides by the state before the change; False: publish,
                 do not wait, and say how long it may take.
+
+        Raises:
+            StoreUnavailable: the store lost it meanwhile, in a failover.
         """
         began = self._timer()
         if self._shared_cache is not None and record is not None:
             await self._shared_cache.invalidate(record.id, self._invalidations.epoch)
-        receipt = Receipt(seq, acknowledged=0, members=0, bound_seconds=0.0)
+        receipt = self._receipt(seq, acknowledged=0, members=0, bound_seconds=0.0)
         if self._lease is not None:
             receipt = await self._publish_to_members(self._lease, seq, wait)
         if wait:
             self._seconds.observe(self._timer() - began)
         return receipt
 
+    def _receipt(self, seq: int, acknowledged: int, members: int, bound_seconds: float) -> Receipt:
+        return Receipt(seq, acknowledged, members, bound_seconds, self._store.durability())
+
     async def _publish_to_members(self, lease: Lease, seq: int, wait: bool) -> Receipt:
         committed_at = self._timer()
         await self._publish_notice(lease, seq)
         if not wait:
-            return Receipt(seq, acknowledged=0, members=0, bound_seconds=lease.seconds)
+            return self._receipt(seq, acknowledged=0, members=0, bound_seconds=lease.seconds)
         return await self._wait_until_acknowledged(lease.seconds, seq, committed_at)
 
     async def _publish_notice(self, lease: Lease, seq: int) -> None:
@@ -128,31 +139,40 @@ class Propagation:
     async def _wait_until_acknowledged(
         self, lease_seconds: float, seq: int, committed_at: float
     ) -> Receipt:
-        laggards: dict[str, int] | None = None
-        grants: dict[str, int] = {}  # of the laggards of the first successful poll
+        row_id = seq.row_id if isinstance(seq, ChangeSeq) else 0
+        found = Laggards({}, members=0, server_age_seconds=0.0, row_id=row_id)
+        grants: Mapping[str, int] = {}  # of the laggards of the first poll that found any
         counted_at = committed_at
-        members = 0
         while True:
-            try:
-                laggards, members = await self._store.leases.laggards(seq, lease_seconds)
-                if not laggards:
+            polled = await self._poll_laggards(seq, lease_seconds)
+            if polled is not None:
+                _require_row(found.row_id, polled)
+                found = polled
+                # A standby that took over may lack the rows of members whose leases still run.
+                if not found.grants and found.server_age_seconds >= lease_seconds:
                     break
-                if not grants:
+                if not grants and found.grants:
                     # Read after the poll: a grant that the poll counted was made before this time.
-                    grants, counted_at = laggards, self._timer()
-            except StoreUnavailable:
-                pass  # the change is committed; time alone suffices
+                    grants, counted_at = found.grants, self._timer()
             now = self._timer()
             if now >= counted_at + lease_seconds:
                 await self._remove_laggards(grants, seq, lease_seconds)
                 break
             if now >= committed_at + lease_seconds * _MAX_WAIT_FACTOR:
                 break  # the first poll was late: enough to answer, not enough to remove a member
-            await asyncio.sleep(_poll_interval(now - committed_at, len(laggards or ()), members))
-        return Receipt(seq, members - len(laggards or ()), members, bound_seconds=0.0)
+            lagging = len(found.grants)
+            await asyncio.sleep(_poll_interval(now - committed_at, lagging, found.members))
+        acknowledged = found.members - len(found.grants)
+        return self._receipt(seq, acknowledged, found.members, bound_seconds=0.0)
+
+    async def _poll_laggards(self, seq: int, lease_seconds: float) -> Laggards | None:
+        try:
+            return await self._store.leases.laggards(seq, lease_seconds)
+        except StoreUnavailable:
+            return None  # the change is committed; time alone suffices
 
     async def _remove_laggards(
-        self, laggards: dict[str, int], seq: int, lease_seconds: float
+        self, laggards: Mapping[str, int], seq: int, lease_seconds: float
     ) -> None:
         """Remove members that acknowledged nothing and were granted nothing for a lease period."""
         try:
@@ -164,6 +184,12 @@ class Propagation:
                 "removed %d lease members: they did not acknowledge a change within %g s",
                 *(removed, lease_seconds),
             )
+
+
+def _require_row(row_id: int, found: Laggards) -> None:
+    """Raises `StoreUnavailable` if the store has lost the row of a change; 0: it is not known."""
+    if row_id not in (0, found.row_id):
+        raise StoreUnavailable("the store lost the change in a failover", "repeat the request")
 
 
 def _poll_interval(elapsed: float, lagging: int, members: int) -> float:

@@ -52,10 +52,10 @@ class SequenceFreshness:
         # what another one has applied.
         with self._lock:
             data_version = self._read_data_version()
-            seq = self._store.invalidations.sequence_nowait()
-            if seq is None:
+            position = self._store.invalidations.position_nowait()
+            if position is None:
                 return False
-            if seq != self._invalidations.seq:
+            if position != self._invalidations.position:
                 batch = self._store.invalidations.since_nowait(self._invalidations.seq)
                 if batch is None:
                     return False
@@ -76,6 +76,9 @@ class SequenceFreshness:
             raise StoreUnavailable(
                 "the store's sequence number cannot be read", "see the lines above"
             )
+
+    async def poll(self) -> None:
+        await self.revalidate()
 
     async def run(self) -> None:
         return None

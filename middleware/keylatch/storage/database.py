@@ -9,7 +9,7 @@ holds no parameters.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection, Dialect, Select
 from sqlalchemy.exc import DBAPIError
@@ -20,6 +20,8 @@ from keylatch.errors import StoreUnavailable
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 Rows = list[tuple[Any, ...]]
+Durability = Literal["local", "replicated"]
+"""Of an answered change: stored by this server, or by a synchronous standby as well."""
 
 
 class Contended(Exception):
@@ -53,6 +55,8 @@ class Database(Protocol):
 
     is_shared: bool = False
     """Whether several hosts use it, so that processes need leases."""
+    has_standby: bool = False
+    """Whether `fetch_from_standby` has a standby to ask."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -88,6 +92,15 @@ class Database(Protocol):
             seconds: the time limit; None: the default limit.
             is_urgent: use the connections that are reserved for leases.
         """
+
+    async def fetch_from_standby(self, query: Query, **parameters: Any) -> Rows | None:
+        """The rows of a query as a standby has them, which may be old; None: there is no standby,
+        or it did not answer."""
+        return None
+
+    def durability(self) -> Durability:
+        """Where the last durable transaction was stored when it was answered."""
+        return "local"
 
     def pools(self) -> Mapping[str, int]:
         """Work in progress by kind, including work that waits for a thread; empty: not counted."""

@@ -10,10 +10,16 @@ from sqlalchemy import Connection, literal, select, update
 from keylatch.core.decisions import KeyRecord
 from keylatch.storage.audit import record_events
 from keylatch.storage.authorization import OPERATOR, Actor, authorize, lock_keys, stored_key
-from keylatch.storage.invalidation_log import advance_for_each, lock_sequence, sequence
+from keylatch.storage.invalidation_log import advance_for_each, sequence
 from keylatch.storage.key_changes import deletion_details, deletion_values, next_updated_at
 from keylatch.storage.records import SELECT_RECORDS, record_of
-from keylatch.storage.repository import MANY_ROWS_SECONDS, Repository, batches, changes
+from keylatch.storage.repository import (
+    MANY_ROWS_SECONDS,
+    Repository,
+    batches,
+    changes,
+    lock_sequence,
+)
 from keylatch.storage.schema import keys
 
 
@@ -63,7 +69,7 @@ class DescendantRepository(Repository):
             for each in live
         ]
         record_events(connection, now_ms, by.name, "key.delete", targets)
-        seq = advance_for_each(connection, now_ms, [each.id for each in live])
+        seq = advance_for_each(connection, now_ms, [each.id for each in live], revokes="delete")
         row = connection.execute(SELECT_RECORDS.where(keys.c.id == key_id)).one()
         return record_of(row), len(live), seq
 

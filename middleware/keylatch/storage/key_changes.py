@@ -14,10 +14,10 @@ from sqlalchemy import Connection, case, insert, select, update
 from keylatch.core.decisions import FULL, KeyRecord
 from keylatch.storage.audit import digest_of, record_event, record_events
 from keylatch.storage.authorization import Actor, Authority, authorize
-from keylatch.storage.invalidation_log import advance
+from keylatch.storage.invalidation_log import Revokes, advance
 from keylatch.storage.quotas import check_quota
 from keylatch.storage.records import SELECT_RECORDS, record_of
-from keylatch.storage.repository import batches
+from keylatch.storage.repository import batches, lock_sequence
 from keylatch.storage.schema import keys, organizations
 
 GRANT_COLUMNS: Final = ("permission", "expires_at")
@@ -42,6 +42,7 @@ def insert_keys(
     last, hashed = new_keys[-1]
     committed = _find_inserted(connection, last, hashed)
     if committed is not None:  # by an earlier attempt whose answer was lost
+        lock_sequence(connection)
         return [*(record for record, _ in new_keys[:-1]), committed[0]], committed[1]
     now_ms, count = last.created_at, len(new_keys)
     seq = advance(connection, now_ms, key_id, organization_id, steps=count)
@@ -132,6 +133,17 @@ def is_restriction(record: KeyRecord, values: Mapping[str, Any]) -> bool:
         and values.get("active") is not True
         and (is_narrower or is_disabled)
     )
+
+
+def what_is_revoked(record: KeyRecord, values: Mapping[str, Any]) -> Revokes | None:
+    """What a change of columns takes away, for the invalidation log."""
+    if values.get("deleted_at") is not None:
+        return "delete"
+    expires_at = values.get("expires_at")
+    ends_earlier = expires_at is not None and expires_at < (record.expires_at or expires_at + 1)
+    # Any other permission than FULL may lack something that the key could do.
+    may_do_less = values.get("permission", FULL) not in (FULL, record.permission)
+    return "disable" if values.get("active") is False or may_do_less or ends_earlier else None
 
 
 def apply_change(

@@ -22,6 +22,7 @@ from keylatch.storage.key_changes import (
     check_limits,
     insert_keys,
     is_restriction,
+    what_is_revoked,
 )
 from keylatch.storage.quotas import Quotas, check_quota
 from keylatch.storage.records import (
@@ -40,6 +41,7 @@ from keylatch.storage.repository import (
     Repository,
     batches,
     changes,
+    lock_sequence,
     reads,
     writes,
 )
@@ -80,20 +82,36 @@ class PageOptions(TypedDict, total=False):
 
 
 class KeyRepository(Repository):
-    async def find(self, key_id: str) -> Found | NotFound:
-        """The key with this id, deleted or not."""
-        return read_found(await self._database.fetch(FIND, key_id=key_id))
+    async def find(self, key_id: str, anchor: int = 0) -> Found | NotFound:
+        """The key with this id, deleted or not.
 
-    async def find_by_locator(self, locators: Sequence[str]) -> Found | NotFound:
-        """The key with the first of these locators that the store has, deleted or not."""
+        Args:
+            key_id: of the key.
+            anchor: the sequence number of a row of the log that the caller knows.
+        """
+        return read_found(await self._database.fetch(FIND, key_id=key_id, anchor=anchor), anchor)
+
+    async def find_on_standby(self, key_id: str, anchor: int) -> Found | None:
+        """The key as a standby has it, which may be an old state, or the state of another history;
+        None: there is no standby, or it has no such key."""
+        rows = await self._database.unmonitored.fetch_from_standby(
+            FIND, key_id=key_id, anchor=anchor
+        )
+        found = read_found(rows, anchor) if rows else None
+        return found if isinstance(found, Found) else None
+
+    async def find_by_locator(self, locators: Sequence[str], anchor: int = 0) -> Found | NotFound:
+        """The key with the first of these locators that the store has, deleted or not; `anchor` as
+        in `find`."""
         parameters: dict[str, Any] = dict.fromkeys(LOCATOR_PARAMETERS, locators[0])
         parameters |= zip(LOCATOR_PARAMETERS, locators, strict=False)
-        rows = await self._database.fetch(FIND_BY_LOCATOR, **parameters)
-        found = [read_found([row]) for row in rows]
+        rows = await self._database.fetch(FIND_BY_LOCATOR, anchor=anchor, **parameters)
+        found = [read_found([row], anchor) for row in rows]
         by_locator = {each.record.locator: each for each in found if isinstance(each, Found)}
         # Usually there is one; where a token fits several, the most specific locator counts.
         return next(
-            (by_locator[name] for name in locators if name in by_locator), NotFound(rows[0][0])
+            (by_locator[name] for name in locators if name in by_locator),
+            NotFound(found[0].as_of, found[0].log),
         )
 
     @reads
@@ -263,9 +281,12 @@ class KeyRepository(Repository):
             record = found.record
             is_unchanged = all(getattr(record, name) == value for name, value in values.items())
             if record.deleted_at is not None or is_unchanged:
+                if values.get("active") is False:
+                    # The first attempt may have been cut off while it waited for a standby.
+                    lock_sequence(connection)
                 authorize(connection, by)
                 return record, sequence(connection)
-        seq = advance(connection, now_ms, key_id=key_id)
+        seq = advance(connection, now_ms, key_id=key_id, revokes=what_is_revoked(record, values))
         authority = authorize(connection, by)
         authority.check(organization_id, record.permission, record.environment)
         details = change_details(values)

@@ -4,18 +4,17 @@ Nothing here changes what a key may do. Lease polls and removals have a connecti
 (`is_urgent`, `seconds`): they wait for no other transaction.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
     Case,
+    ColumnElement,
     Connection,
     Double,
     Select,
-    Text,
     and_,
     bindparam,
     case,
@@ -25,14 +24,18 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB
 
 from keylatch.storage.database import Query
 from keylatch.storage.invalidation_log import (
     Invalidation,
     InvalidationBatch,
     InvalidationLog,
+    Position,
+    row_id_at,
     select_invalidations,
+    server_age_ms,
+    server_now_ms,
+    server_started,
 )
 from keylatch.storage.repository import MonitoredDatabase, Repository, writes
 from keylatch.storage.schema import invalidations, members
@@ -47,6 +50,26 @@ class Poll:
     batch: InvalidationBatch
     store_seconds: float
     """The store's own time, in seconds since the epoch."""
+    server_started: int = 0
+    """When the server started that answered: another server has another time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Laggards:
+    """The members that have not acknowledged a change.
+
+    Args:
+        grants: name of a laggard → grants so far.
+        members: the number of all members.
+        server_age_seconds: for how long this server has committed changes; members that joined on
+            the server before it may be missing here.
+        row_id: of the change in the log; 0: the log does not have it.
+    """
+
+    grants: Mapping[str, int]
+    members: int
+    server_age_seconds: float
+    row_id: int
 
 
 def _poll() -> Select[Any]:
@@ -56,40 +79,49 @@ def _poll() -> Select[Any]:
     granted = (
         update(members)
         .where(members.c.id == bindparam("member"))
-        .values(grants=members.c.grants + 1, acked_seq=_acknowledged_seq())
+        .values(grants=_next_grant(), acked_seq=_acknowledged_seq())
         .returning(members.c.acked_seq)
         .cte("granted")
     )
     acknowledged_seq = select(granted.c.acked_seq).scalar_subquery()
     store_seconds = func.extract("epoch", func.clock_timestamp())
-    return select_invalidations().add_columns(acknowledged_seq, cast(store_seconds, Double))
+    return select_invalidations().add_columns(
+        acknowledged_seq, cast(store_seconds, Double), server_started()
+    )
+
+
+def _next_grant() -> ColumnElement[int]:
+    # Not one more: a crash loses the last grants, and a number that comes again would hide a grant
+    # from a change that waits.
+    return func.greatest(members.c.grants + 1, server_now_ms(), type_=BigInteger)
 
 
 def _acknowledged_seq() -> Case[int]:
-    # Pending invalidations are acknowledged only if they equal the log row by row: a notice may be
-    # an old one, from before this store was restored from a backup, with sequence numbers that have
-    # been given out again since. Neither key nor epoch shows that; the log does.
-    since = bindparam("since", type_=BigInteger)
-    pending_seq = bindparam("pending_seq", type_=BigInteger)
-    entry = func.jsonb_build_array(
-        invalidations.c.seq, invalidations.c.key_id, invalidations.c.organization_id
-    ).label("entry")
-    entries = (
-        select(entry)
-        .where(invalidations.c.seq > since, invalidations.c.seq <= pending_seq)
-        .order_by(invalidations.c.seq)
-        .subquery()
+    # A sequence number says nothing by itself: after a failover or a restore that lost rows, it is
+    # given out again, and a notice may be from before that. Only a process that knows the very row
+    # of this log knows all rows before it; the count finds a notice that was missed in between.
+    since, since_row_id, pending, pending_row_id, pending_count = (
+        bindparam(name, type_=BigInteger)
+        for name in ("since", "since_row_id", "pending", "pending_row_id", "pending_count")
     )
-    logged = select(func.jsonb_agg(entries.c.entry, type_=JSONB)).scalar_subquery()
-    pending = cast(bindparam("pending", type_=Text), JSONB)
-    return case((logged == pending, pending_seq), else_=since)
+    between = and_(invalidations.c.seq > since, invalidations.c.seq <= pending)
+    count = select(func.count()).select_from(invalidations).where(between).scalar_subquery()
+    is_since_known = row_id_at(since) == since_row_id
+    is_pending_known = and_(row_id_at(pending) == pending_row_id, count == pending_count)
+    return case(
+        (and_(is_since_known, is_pending_known), pending),
+        (is_since_known, since),
+        else_=members.c.acked_seq,
+    )
 
 
 def _laggards() -> Select[Any]:
     # One row at least, also without laggards; and few rows, because the query is frequent.
     totals = select(func.count().label("members")).select_from(members).subquery()
     lagging = members.c.acked_seq < bindparam("seq", type_=BigInteger)
-    return select(totals.c.members, members.c.id, members.c.grants).join_from(
+    server_age = select(server_age_ms()).scalar_subquery()
+    row_id = row_id_at(bindparam("seq", type_=BigInteger))
+    return select(totals.c.members, server_age, row_id, members.c.id, members.c.grants).join_from(
         totals, members, lagging, isouter=True
     )
 
@@ -115,42 +147,46 @@ class LeaseRepository(Repository):
         await self._database.unmonitored.write(work, seconds=seconds, is_urgent=True)
 
     async def poll(
-        self, member: str, seq: int, seconds: float, pending: tuple[Invalidation, ...] = ()
+        self, member: str, known: Position, seconds: float, pending: Sequence[Invalidation] = ()
     ) -> Poll:
-        """Acknowledge `seq`, count a grant, and read the log after `seq`, in one statement
-        (PostgreSQL).
+        """Acknowledge what the process knows, count a grant, and read the log after it, in one
+        statement (PostgreSQL). A process that knows the rows of another history acknowledges
+        nothing.
 
         Args:
             member: the member that polls.
-            seq: up to where it has applied the log.
+            known: up to where it has applied the log.
             seconds: see `Database.fetch`.
-            pending: rows of the log after `seq` that it has received and applied; they are
-                acknowledged as well if the log has the same rows up to the last of them.
+            pending: rows of the log after `known` that it has received and applied; they are
+                acknowledged as well if the log has them, and no others between them.
         """
+        last = pending[-1].position if pending else known
         rows = await self._database.unmonitored.fetch(
             POLL,
             seconds=seconds,
             member=member,
-            since=seq,
-            pending_seq=pending[-1][0] if pending else seq,
-            pending=json.dumps(pending),
+            since=known.seq,
+            since_row_id=known.row_id,
+            pending=last.seq,
+            pending_row_id=last.row_id,
+            pending_count=len(pending),
         )
-        *_, acknowledged_seq, store_seconds = rows[0]
+        *_, acknowledged_seq, store_seconds, started = rows[0]
         is_member = acknowledged_seq is not None
-        batch = self._log.read_batch(rows, seq)
-        return Poll(is_member, acknowledged_seq or 0, batch, store_seconds)
+        batch = self._log.read_batch(rows, known.seq)
+        return Poll(is_member, acknowledged_seq or 0, batch, store_seconds, started)
 
     @writes
     def leave(self, connection: Connection, member: str) -> None:
         """Remove a member that holds no lease any more."""
         connection.execute(members.delete().where(members.c.id == member))
 
-    async def laggards(self, seq: int, seconds: float) -> tuple[dict[str, int], int]:
-        """Members that have not acknowledged `seq` (name → grants so far), and the number of all
-        members."""
+    async def laggards(self, seq: int, seconds: float) -> Laggards:
+        """The members that have not acknowledged `seq`."""
         rows = await self._database.unmonitored.fetch(LAGGARDS, seconds=seconds, seq=seq)
-        laggards = {member: grants for _, member, grants in rows if member is not None}
-        return laggards, rows[0][0]
+        grants = {member: grants for *_, member, grants in rows if member is not None}
+        members, server_age_ms, row_id, *_ = rows[0]
+        return Laggards(grants, members, server_age_ms / 1_000, row_id)
 
     async def remove_members(self, laggards: Mapping[str, int], seq: int, seconds: float) -> int:
         """Remove the laggards that still have not acknowledged `seq` and were granted nothing

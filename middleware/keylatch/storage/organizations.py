@@ -12,13 +12,19 @@ from keylatch.core.validation import LIVE
 from keylatch.storage.audit import record_event
 from keylatch.storage.authorization import OPERATOR, Actor, authorize, in_byte_order
 from keylatch.storage.database import Contended
-from keylatch.storage.invalidation_log import advance
+from keylatch.storage.invalidation_log import Revokes, advance
 from keylatch.storage.key_changes import deletion_details, deletion_values, next_updated_at
-from keylatch.storage.repository import MANY_ROWS_SECONDS, Repository, changes
+from keylatch.storage.repository import MANY_ROWS_SECONDS, Repository, changes, reads
 from keylatch.storage.schema import keys, organizations
 
 
 class OrganizationRepository(Repository):
+    @reads
+    def is_active(self, connection: Connection, organization_id: str) -> bool:
+        """Whether there is such an organisation, and it is not disabled."""
+        matches_id = organizations.c.id == organization_id
+        return bool(connection.execute(select(organizations.c.active).where(matches_id)).scalar())
+
     @changes("organization_id")
     def set_active(
         self,
@@ -33,7 +39,8 @@ class OrganizationRepository(Repository):
         matches_id = organizations.c.id == organization_id
         if connection.execute(select(organizations.c.id).where(matches_id)).first() is None:
             return None
-        seq = advance(connection, now_ms, organization_id=organization_id)
+        revokes: Revokes | None = None if active else "disable"
+        seq = advance(connection, now_ms, organization_id=organization_id, revokes=revokes)
         authorize(connection, by).check(organization_id, FULL, LIVE)
         connection.execute(update(organizations).where(matches_id).values(active=active))
         action = "organization.enable" if active else "organization.disable"
@@ -54,7 +61,7 @@ class OrganizationRepository(Repository):
         live = keys.c.organization_id == organization_id, keys.c.deleted_at.is_(None)
         in_order = select(keys.c.id).where(*live).order_by(in_byte_order(connection, keys.c.id))
         _count(connection, in_order.with_for_update())
-        seq = advance(connection, now_ms, organization_id=organization_id)
+        seq = advance(connection, now_ms, organization_id=organization_id, revokes="delete")
         # Keys that were created meanwhile. The sequence is locked: no key creates another one.
         every = select(keys.c.id).where(*live)
         locked = _count(connection, every.with_for_update(skip_locked=True))

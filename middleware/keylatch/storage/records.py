@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, Select, bindparam, select
+from sqlalchemy import BigInteger, Connection, Select, bindparam, select
 
 from keylatch.core.decisions import KeyRecord
 from keylatch.core.imported_tokens import MAX_LOCATORS
 from keylatch.storage.database import Query, Rows
+from keylatch.storage.invalidation_log import LogState, Position, row_id_at
 from keylatch.storage.schema import keys, meta, organizations
+
+EMPTY_LOG: Final = LogState(Position(0, 0), Position(0, 0))
+"""What is known of a log that nothing was asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Found:
     hash: str = field(repr=False)
     as_of: int
     previous_hash: str | None = field(default=None, repr=False)
+    log: LogState = field(default=EMPTY_LOG, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,7 @@ class NotFound:
     """The store had no such key at that sequence number."""
 
     as_of: int
+    log: LogState = field(default=EMPTY_LOG, compare=False)
 
 
 _RECORD_COLUMNS: Final = [
@@ -41,8 +47,16 @@ SELECT_RECORDS: Final[Select[Any]] = select(*_RECORD_COLUMNS).join(
 
 def _find(condition: Any) -> Query:
     # One row at least, so that `meta.seq` is from the snapshot of the key.
+    anchor = bindparam("anchor", type_=BigInteger)
     return Query(
-        select(meta.c.seq, keys.c.hash, keys.c.previous_hash, *_RECORD_COLUMNS)
+        select(
+            meta.c.seq,
+            meta.c.row_id,
+            row_id_at(anchor),
+            keys.c.hash,
+            keys.c.previous_hash,
+            *_RECORD_COLUMNS,
+        )
         .join_from(meta, keys, condition, isouter=True)
         .join(organizations, organizations.c.id == keys.c.organization_id, isouter=True)
     )
@@ -68,6 +82,9 @@ def find_record(
     return None if row is None else record_of(row)
 
 
-def read_found(rows: Rows) -> Found | NotFound:
-    seq, hashed, previous, *record = rows[0]
-    return NotFound(seq) if hashed is None else Found(record_of(record), hashed, seq, previous)
+def read_found(rows: Rows, anchor: int) -> Found | NotFound:
+    seq, row_id, anchor_row_id, hashed, previous, *record = rows[0]
+    log = LogState(Position(seq, row_id), Position(anchor, anchor_row_id))
+    if hashed is None:
+        return NotFound(seq, log)
+    return Found(record_of(record), hashed, seq, previous, log)

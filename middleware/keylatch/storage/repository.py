@@ -12,11 +12,11 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, update
 
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.database import Database, Query, Rows, Work
-from keylatch.storage.schema import invalidations
+from keylatch.storage.schema import invalidations, meta
 from keylatch.telemetry.counters import Counter
 from keylatch.telemetry.health import Health
 
@@ -32,7 +32,7 @@ Operation = Callable[Concatenate[R, Connection, P], T]
 Method = Callable[Concatenate[R, P], Coroutine[Any, Any, T]]
 
 
-def batches(values: Sequence[str]) -> Iterator[Sequence[str]]:
+def batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """Parts of a list, as the bind parameters of one statement each."""
     for start in range(0, len(values), _MAX_PARAMETERS):
         yield values[start : start + _MAX_PARAMETERS]
@@ -98,6 +98,7 @@ class MonitoredDatabase:
             if result and _is_committed(
                 connection, _sequence_of(result[0]), now_ms, invalidated_id
             ):
+                lock_sequence(connection)
                 return result[0]
             result[:] = [change(connection)]
             return result[0]
@@ -166,6 +167,12 @@ def changes(
         return run
 
     return decorate
+
+
+def lock_sequence(connection: Connection) -> None:
+    """Keep all other changes from committing until this transaction ends. It is a write: its COMMIT
+    waits, like that of a change, until it and every change before it are durable."""
+    connection.execute(update(meta).values(seq=meta.c.seq))
 
 
 def _is_committed(

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from keylatch.core.decisions import KeyRecord, secret_version_of
 from keylatch.errors import InvalidKeyState
 from keylatch.storage.authorization import OPERATOR, Actor, StoredKey, authorize, stored_key
-from keylatch.storage.invalidation_log import advance, sequence
+from keylatch.storage.invalidation_log import Revokes, advance, sequence
 from keylatch.storage.key_changes import (
     apply_change,
     check_limits,
@@ -19,7 +19,7 @@ from keylatch.storage.key_changes import (
     updated_after,
 )
 from keylatch.storage.records import SELECT_RECORDS, record_of
-from keylatch.storage.repository import Repository, changes
+from keylatch.storage.repository import Repository, changes, lock_sequence
 from keylatch.storage.schema import keys
 
 _CLEAR_PREVIOUS: Final = {
@@ -58,11 +58,14 @@ class RotationRepository(Repository):
         """
         committed = _find_rotated(connection, key_id, hashed)
         if committed is not None:  # by an earlier attempt whose answer was lost
+            lock_sequence(connection)
             return committed, sequence(connection)
         found = _lock_visible_key(connection, by, organization_id, key_id)
         if found is None:
             return None
-        seq = advance(connection, now_ms, key_id=key_id)
+        ends_a_secret = ends_at is None or found.record.grace_ends_at(now_ms) is not None
+        revokes: Revokes | None = "disable" if ends_a_secret else None
+        seq = advance(connection, now_ms, key_id=key_id, revokes=revokes)
         authority, record = authorize(connection, by), _require_not_deleted(found)
         authority.check_grant(record)
         check_limits(connection, by, organization_id, now_ms)
@@ -102,7 +105,7 @@ class RotationRepository(Repository):
         found = _lock_visible_key(connection, by, organization_id, key_id)
         if found is None:
             return None
-        seq = advance(connection, now_ms, key_id=key_id)
+        seq = advance(connection, now_ms, key_id=key_id, revokes="disable")
         authority, record = authorize(connection, by), _require_not_deleted(found)
         authority.check(organization_id, record.permission, record.environment)
         if found.previous_hash is None or record.grace_ends_at(now_ms) is None:
@@ -139,10 +142,12 @@ class RotationRepository(Repository):
         found = _lock_visible_key(connection, by, organization_id, key_id)
         if found is None:
             return None
-        seq = advance(connection, now_ms, key_id=key_id)
+        is_current = secret == secret_version_of(found.record)
+        revokes: Revokes = "delete" if is_current else "disable"
+        seq = advance(connection, now_ms, key_id=key_id, revokes=revokes)
         authorize(connection, by, is_self_revocation=by.key_id == key_id)
         record = _require_not_deleted(found)
-        if secret == secret_version_of(record):
+        if is_current:
             values, details = deletion_values(now_ms, reason), deletion_details(reason)
             return apply_change(connection, record, now_ms, values, by, "key.delete", details), seq
         if found.previous_hash is None or secret != secret_version_of(record, is_previous=True):

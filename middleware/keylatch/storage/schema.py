@@ -22,7 +22,7 @@ from sqlalchemy import (
     true,
 )
 
-VERSION: Final = "0006"
+VERSION: Final = "0007"
 """The newest migration: this code uses a store of this version only."""
 
 metadata: Final = MetaData()
@@ -38,8 +38,14 @@ meta: Final = Table(
     # A row and not a SEQUENCE: its values commit out of order, and a process that polls for
     # "newer than the last one" would silently skip a row that was committed late.
     Column("seq", BigInteger, nullable=False),
+    # Of the newest row of the log; 0 while the log has none.
+    Column("row_id", BigInteger, nullable=False, server_default="0"),
     Column("pruned_seq", BigInteger, nullable=False),
     Column("epoch", String(32), nullable=False),
+    # PostgreSQL: when the server started that committed the last change, in microseconds, and since
+    # when this server commits, in milliseconds. A server that takes over has another start time.
+    Column("server_started", BigInteger, nullable=False, server_default="0"),
+    Column("server_since", BigInteger, nullable=False, server_default="0"),
 )
 
 organizations: Final = Table(
@@ -132,6 +138,11 @@ invalidations: Final = Table(
     Column("key_id", String(64)),
     Column("organization_id", String(64)),
     Column("at", BigInteger, nullable=False),
+    # Random. Sequence numbers are given out again after a failover or a restore that lost the last
+    # rows; equal row ids at a sequence number show that the histories are the same up to there.
+    Column("row_id", BigInteger, nullable=False, server_default="0"),
+    # What the change took away: `delete` (the key), `disable` (anything less); NULL: nothing.
+    Column("revokes", String(8)),
 )
 
 members: Final = Table(

@@ -15,16 +15,17 @@ from sqlalchemy.engine import make_url
 
 from keylatch.errors import ConfigurationError
 from keylatch.storage.audit import AuditRepository
-from keylatch.storage.database import Database
+from keylatch.storage.database import Database, Durability
 from keylatch.storage.descendants import DescendantRepository
 from keylatch.storage.invalidation_log import (
-    SEQUENCE,
+    POSITION,
     Invalidation,
     InvalidationBatch,
     InvalidationLog,
+    Position,
 )
 from keylatch.storage.keys import PAGE_SIZE, InactiveKey, KeyRepository, Page
-from keylatch.storage.leases import LeaseRepository, Poll
+from keylatch.storage.leases import Laggards, LeaseRepository, Poll
 from keylatch.storage.memory import Memory
 from keylatch.storage.migrations import is_up_to_date, upgrade, version_of
 from keylatch.storage.organizations import OrganizationRepository
@@ -46,9 +47,11 @@ __all__ = [
     "InactiveKey",
     "Invalidation",
     "InvalidationBatch",
+    "Laggards",
     "NotFound",
     "Page",
     "Poll",
+    "Position",
     "Secrets",
     "Store",
     "database_of",
@@ -126,6 +129,11 @@ class Store:
         return self._database.is_shared
 
     @property
+    def has_standby(self) -> bool:
+        """Whether a standby may be asked before the primary."""
+        return self._database.has_standby
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know at start."""
         return self._database.warnings
@@ -158,7 +166,7 @@ class Store:
 
     async def ping(self) -> None:
         """Return if the store answers."""
-        await self._monitored.fetch(SEQUENCE)
+        await self._monitored.fetch(POSITION)
 
     async def run_maintenance(self, now_ms: int) -> None:
         """Prune the invalidation log beyond 100,000 rows, usage after 400 days and the audit log
@@ -168,6 +176,10 @@ class Store:
         if self.audit_days:
             await self.audit.prune(now_ms - self.audit_days * DAY_MS)
         await self._database.run_maintenance()
+
+    def durability(self) -> Durability:
+        """Where the last durable change was stored when it was answered."""
+        return self._database.durability()
 
     def pools(self) -> Mapping[str, int]:
         """Work in progress by kind: see `Database.pools`."""

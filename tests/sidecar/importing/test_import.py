@@ -44,7 +44,7 @@ class Foreseen(MacKeys):
 def forbidden_store(engine: Engine) -> None:
     """From here on a look-up in the store fails the test."""
 
-    async def find(key_id: str) -> Found:
+    async def find(key_id: str, anchor: int = 0) -> Found:
         raise AssertionError("the store was asked")
 
     engine.store.keys.find = find  # type: ignore[method-assign]
@@ -80,9 +80,10 @@ class ImportContract(StoreTests):
         assert seq == before + 2_500
         changes = await store.invalidations.since(before)
         assert changes.is_complete
-        assert changes.invalidations == ((seq, None, ""),)
+        assert [row[:3] for row in changes.invalidations] == [(seq, None, "")]
         _, later = await store.keys.add(record("key_later"), "hashed")
-        assert (await store.invalidations.since(seq)).invalidations == ((later, "key_later", None),)
+        [row] = (await store.invalidations.since(seq)).invalidations
+        assert row[:3] == (later, "key_later", None)
 
     async def test_a_batch_may_be_repeated(self, store: Store) -> None:
         """A client that lost the answer of the commit retries, and makes no second change."""
