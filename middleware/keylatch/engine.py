@@ -427,7 +427,7 @@ class Engine:
             StoreUnavailable: the store could not be opened yet.
         """
         await self.keyring()
-        return StoreSecrets(self.store, self._require_opened().propagation, self._clock)
+        return StoreSecrets(self.store, self._require_opened().propagation, self.now_ms)
 
     # Health and numbers
 
@@ -492,7 +492,7 @@ class Engine:
             try:
                 await self._freshness.revalidate()
                 await self._keyset.refresh()
-                await self.store.run_maintenance(self._now_ms())
+                await self.store.run_maintenance(self.now_ms())
             except KeylatchError as error:
                 log.warning(
                     "maintenance of the store failed; the next one runs in %g s: %s",
