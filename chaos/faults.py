@@ -234,7 +234,7 @@ FAULTS: Final[dict[str, tuple[Apply, str, str]]] = {
     "store connections reset": (store_cut, "", "worker"),
     "store sessions terminated": (store_sessions_terminated, "store", "all"),
     "store restarted": (store_restarted, "store", "all"),
-    "store failed over": (store_failed_over, "store", "all"),
+    "store failed over, nothing lost": (store_failed_over, "store", "all"),
     "store failed over, old primary lives on": (store_split, "store", "all"),
     "store failed over, commits lost": (store_lost_commits, "store", "all"),
     "revoker cut from the store": (revoker_cut_from_store, "", ""),

@@ -104,7 +104,7 @@ class Ledger:
             self._evaluate(pair, *self._open.pop(pair))
 
     def _evaluate(self, pair: tuple[str, str], latest_accepted: int, earliest_refused: int) -> None:
-        if self._was_lost(self.created.get(pair[0], 0), _REPORTED_WITHIN_NS):
+        if self._was_creation_lost(self.created.get(pair[0])):
             self.lost_keys.add(pair[0])
             return
         revoke = self.revokes.get(pair[0], Revoke())
@@ -125,8 +125,10 @@ class Ledger:
         if revoke.requested and latest_accepted and earliest_refused > revoke.requested:
             self.observed_pairs += 1
 
-    def _was_lost(self, commit: int, tolerance: int) -> bool:
-        return any(loss.start - tolerance <= commit <= loss.end + tolerance for loss in self.losses)
+    def _was_creation_lost(self, created: int | None) -> bool:
+        return created is not None and any(
+            loss.start <= created <= loss.end + _REPORTED_WITHIN_NS for loss in self.losses
+        )
 
     def unexplained(
         self, faults: Sequence[Interval], grace_ns: int

@@ -36,7 +36,7 @@ WEIGHTS: Final = {
 """Kind → how often, in relation to the others."""
 
 FAILOVERS: Final = {
-    "store failed over": 3,
+    "store failed over, nothing lost": 3,
     "store failed over, old primary lives on": 3,
     "store failed over, commits lost": 3,
 }
