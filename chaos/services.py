@@ -134,7 +134,8 @@ class PostgresService:
         """Start it, and wait until it answers."""
         # Processes are killed here, not machines, so what the kernel has is durable: no fsync.
         options = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=400"]
-        options += ["wal_retrieve_retry_interval=100ms"]  # standbys come back at once
+        # Standbys come back at once, and copies are made at the same time.
+        options += ["wal_retrieve_retry_interval=100ms", "wal_keep_size=256MB"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [self._program, "-D", str(self._data), "-p", str(self.port)]

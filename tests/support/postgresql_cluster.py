@@ -34,7 +34,7 @@ class Node(PostgresServer):
 
     def __init__(self, standby_of: "Node | None" = None, **options: str) -> None:
         self._source = standby_of
-        super().__init__(**options)
+        super().__init__(wal_keep_size="256MB", **options)
         if standby_of is None:
             self.query(f"CREATE DATABASE {DATABASE}", "postgres")
         else:
