@@ -6,7 +6,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy.engine import make_url
 
 from keylatch.storage.libpq_pool import ConnectionPool
 from keylatch.storage.postgresql import PostgreSQL
@@ -166,7 +165,7 @@ async def test_closing_the_pool_ends_waiting_callers(pool: CountingPool) -> None
 async def test_only_leases_wait_for_no_disk(postgres: PostgresServer) -> None:
     """What a crash may take back of them makes revokes wait longer; of a change it would take the
     revoke."""
-    database = PostgreSQL(make_url(postgres.new_database()))
+    database = PostgreSQL(postgres.new_database())
     shown = "SHOW synchronous_commit"
     assert await database._lease_pool.fetch(shown, (), PATIENT) == [("off",)]
     assert await database._lookup_pool.fetch(shown, (), PATIENT) == [("on",)]

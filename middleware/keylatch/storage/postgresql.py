@@ -17,11 +17,11 @@ from typing import Any, Final, TypeVar, cast
 import psycopg
 from sqlalchemy import Connection, event
 from sqlalchemy.dialects.postgresql import dialect as postgresql_dialect
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.errors import StoreUnavailable
+from keylatch.storage.conninfo import connection_parameters
 from keylatch.storage.database import Contended, Database, Query, Rows, Work, translate_errors
 from keylatch.storage.libpq_pool import ConnectionPool
 
@@ -30,11 +30,7 @@ PsycopgConnection = psycopg.AsyncConnection[Any]
 Operation = Callable[[AsyncConnection, PsycopgConnection], Awaitable[T]]
 
 _DIALECT: Final = postgresql_dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_SESSION: Final[dict[str, Any]] = {
-    "connect_timeout": 2,
-    "tcp_user_timeout": 5_000,
-    "application_name": "keylatch",
-}
+_ENGINE_URL: Final = "postgresql+psycopg://"  # without parameters: they are `connect_args`
 _READ_SECONDS: Final = 2.0
 _STALE_SECONDS: Final = 0.5
 _WRITE_SECONDS: Final = 5.0
@@ -45,7 +41,8 @@ _MAX_CONFLICTS: Final = 8
 # It sees no sessions of other roles, and so terminates none.
 _TERMINATE_BLOCKERS: Final = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE pid = ANY (pg_blocking_pids(%s)) AND application_name = 'keylatch'
+WHERE pid = ANY (pg_blocking_pids(%s))
+AND application_name IN ('keylatch', current_setting('application_name'))
 AND wait_event = 'ClientRead' AND state_change < now() - interval '2 seconds'
 """
 _OIDS: Final = """
@@ -65,14 +62,15 @@ class PostgreSQL(Database):
     """A server; see `keylatch.storage.database.Database`.
 
     Args:
-        url: `postgresql://…`
+        url: `postgresql://…`, in any form that `keylatch.storage.conninfo` reads.
     """
 
     is_shared = True
 
-    def __init__(self, url: URL) -> None:
-        self._url = url.set(drivername="postgresql+psycopg")
-        self._hint = f"is PostgreSQL up at {url.host or 'its socket'}, and does the user exist?"
+    def __init__(self, url: str) -> None:
+        self._parameters = connection_parameters(url)
+        place = self._parameters.get("host") or "its default address"
+        self._hint = f"is PostgreSQL up at {place}, and does the user exist?"
         self._inherited_from_parent: list[object] = []
         self._open()
 
@@ -88,8 +86,8 @@ class PostgreSQL(Database):
 
     def _create_engine(self, pool_size: int, max_overflow: int) -> AsyncEngine:
         engine = create_async_engine(
-            self._url,
-            connect_args=_SESSION,
+            _ENGINE_URL,
+            connect_args=self._parameters,
             hide_parameters=True,
             pool_size=pool_size,
             max_overflow=max_overflow,
@@ -110,8 +108,7 @@ class PostgreSQL(Database):
         _configure(raw)
 
     async def _connect(self) -> PsycopgConnection:
-        url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
-        return await psycopg.AsyncConnection.connect(url, autocommit=True, **_SESSION)
+        return await psycopg.AsyncConnection.connect(autocommit=True, **self._parameters)
 
     async def _connect_for_leases(self) -> PsycopgConnection:
         connection = await self._connect()
