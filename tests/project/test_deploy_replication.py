@@ -5,8 +5,10 @@ checked against what can be known without a cluster.
 """
 
 import contextlib
+import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +20,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from compose_spec import PyCompose
 
+from tests.support import manifests
+from tests.support.manifests import documents, of_kind
 from tests.support.proxies import DEPLOY, SEARCHED
 from tests.support.servers import eventually, free_port, require_program
 
@@ -216,10 +221,10 @@ class Composition:
             autocommit=True, connect_timeout=2, prepare_threshold=None,
         )  # fmt: skip
 
-    def ask(self, port: int, question: str) -> str:
-        """The answer, or nothing while there is no server to ask."""
+    def query(self, port: int, statement: str) -> str:
+        """The first value of the first row, or nothing while no server answers."""
         with contextlib.suppress(psycopg.Error), self.connect(port) as connection:
-            row = connection.execute(question.encode()).fetchone()
+            row = connection.execute(statement.encode()).fetchone()
             return str(row[0]) if row else ""
         return ""
 
@@ -261,10 +266,10 @@ def test_the_files_run(programs: Programs) -> None:
     composition.start_haproxy(unfenced, **{"on-marked-down shutdown-sessions": ""})
     composition.start_pgbouncer()
     names = "SELECT current_setting('synchronous_standby_names')"
-    eventually(lambda: composition.ask(composition.primary, names) != "")
-    assert composition.ask(composition.pooled, "SELECT current_user") == "keylatch"
-    assert composition.ask(composition.primary, "SHOW max_connections") == "200"
-    port = int(composition.ask(composition.primary, "SELECT inet_server_port()"))
+    eventually(lambda: composition.query(composition.primary, names) != "")
+    assert composition.query(composition.pooled, "SELECT current_user") == "keylatch"
+    assert composition.query(composition.primary, "SHOW max_connections") == "200"
+    port = int(composition.query(composition.primary, "SELECT inet_server_port()"))
     (old,) = (name for name, (its, _) in composition.ports.items() if its == port)
     with composition.connect(composition.primary) as held, composition.connect(unfenced) as kept:
         composition.daemons[old].kill()
@@ -281,10 +286,133 @@ def test_the_files_run(programs: Programs) -> None:
         kept.execute(
             "SELECT 1"
         )  # the twin without shutdown-sessions leaves it with the old primary
-    assert composition.ask(port, "SELECT pg_is_in_recovery()") == "False", "it lives on"
+    assert composition.query(port, "SELECT pg_is_in_recovery()") == "False", "it lives on"
     eventually(
         lambda: (
-            composition.ask(composition.primary, "SELECT inet_server_port()") not in ("", str(port))
+            composition.query(composition.primary, "SELECT inet_server_port()")
+            not in ("", str(port))
         )
     )
-    assert composition.ask(composition.pooled, "SELECT pg_is_in_recovery()") == "False"
+    assert composition.query(composition.pooled, "SELECT pg_is_in_recovery()") == "False"
+
+
+# compose.yaml
+
+(COMPOSE,) = documents("patroni/compose.yaml")
+SERVICES = COMPOSE["services"]
+
+
+def environment_of(service: str) -> dict[str, str]:
+    """Its variables, with a password in them."""
+    return {
+        name: re.sub(r"\$\{.*?\}", "secret", value)
+        for name, value in SERVICES[service]["environment"].items()
+    }
+
+
+def test_the_composition_is_one() -> None:
+    """By the specification; what it names is there, and each service is hardened."""
+    PyCompose.from_json(json.dumps(COMPOSE)).validate()
+    for name, service in SERVICES.items():
+        assert manifests.flaws_of_service(service) == [], name
+        assert set(service.get("depends_on", {})) <= set(SERVICES)
+        assert set(service["networks"]) <= set(COMPOSE["networks"])
+        assert re.fullmatch(r"keylatch|.+:v?[\d.]+", service["image"]), "a tag, and not the latest"
+        for volume in service.get("volumes", []):
+            source, _, target = volume.partition(":")
+            assert source in COMPOSE["volumes"] or (PATRONI / source).exists()
+            assert source in COMPOSE["volumes"] or target.endswith(":ro")
+        if "build" in service:
+            context = PATRONI / service["build"]["context"]
+            assert (context / service["build"].get("dockerfile", "Dockerfile")).exists()
+    assert [name for name, each in SERVICES.items() if "ports" in each] == ["keylatch"]
+    assert COMPOSE["networks"]["back"] == {"internal": True}
+    secrets = {"DB_PASSWORD", "SUPERUSER_PASSWORD", "REPLICATION_PASSWORD"}
+    text = (PATRONI / "compose.yaml").read_text()
+    assert set(re.findall(r"\$\{(\w+):\?", text)) == secrets
+    assert set(re.findall(r"\$\{(\w+)", text)) - {"name"} == secrets, "`name` is the shell's"
+    names = re.findall(r"for name in ([A-Z ]+);", text)[0].split()
+    assert {f"{name}_PASSWORD" for name in names} == secrets, "the line at its head"
+
+
+def test_the_nodes_differ_in_their_names_alone() -> None:
+    """As Patroni, HAProxy and the volumes know them."""
+    known = re.findall(r"^    server (\w+) (\w+):5432", (PATRONI / "haproxy.cfg").read_text(), re.M)
+    assert known == [(name, name) for name in NODES]
+    shapes = {json.dumps(SERVICES[name], sort_keys=True).replace(name, "NODE") for name in NODES}
+    assert len(shapes) == 1
+
+
+def test_the_sidecar_has_both_ways_to_the_primary() -> None:
+    """Look-ups through the pooler, leases around it, and no lease from a lone primary."""
+    environment = environment_of("keylatch")
+    assert manifests.settings_mistakes(environment) == []
+    assert environment["KEYLATCH_STORE"].endswith("@pgbouncer:6432/keylatch")
+    assert environment["KEYLATCH_STORE_DIRECT"].endswith("@haproxy:5000/keylatch")
+    assert environment["KEYLATCH_DURABLE"] == "replicated"
+    options = manifests.options_of(SERVICES["keylatch"]["command"])
+    assert (options["host"], options["port"]) == ("0.0.0.0", 8700)
+    assert any(str(options["admin_uds"].parent) in each for each in SERVICES["keylatch"]["tmpfs"])
+    (node,) = documents("patroni/patroni.yml")
+    assert node["bootstrap"]["dcs"]["synchronous_mode"] is True
+    pool = int(
+        re.findall(r"^default_pool_size = (\d+)", (PATRONI / "pgbouncer.ini").read_text(), re.M)[0]
+    )
+    allowed = node["bootstrap"]["dcs"]["postgresql"]["parameters"]["max_connections"]
+    assert pool + 3 * 30 + 10 <= allowed, "the sum in patroni.yml"
+
+
+# Kubernetes
+
+CLUSTER = {
+    *("instances", "imageName", "postgresql", "bootstrap", "storage", "affinity"),
+    *("smartShutdownTimeout", "resources"),
+}
+SYNCHRONOUS = {"method", "number", "dataDurability", "failoverQuorum"}
+POOLER = {"cluster", "instances", "type", "pgbouncer"}
+"""Fields of CloudNativePG 1.28 (`kubectl explain cluster.spec`); its schema is not here."""
+
+
+def test_the_cluster_waits_for_a_standby() -> None:
+    """With documented fields only: an unknown one would be dropped without a word."""
+    (cluster,) = documents("cloudnativepg/cluster.yaml")
+    (pooler,) = documents("cloudnativepg/pooler.yaml")
+    assert {cluster["apiVersion"], pooler["apiVersion"]} == {"postgresql.cnpg.io/v1"}
+    assert set(cluster["spec"]) <= CLUSTER
+    assert set(pooler["spec"]) == POOLER
+    assert set(pooler["spec"]["pgbouncer"]) == {"poolMode", "parameters"}
+    synchronous = cluster["spec"]["postgresql"]["synchronous"]
+    assert set(synchronous) == SYNCHRONOUS
+    assert synchronous["dataDurability"] == "required"
+    assert 0 < synchronous["number"] < cluster["spec"]["instances"]
+    parameters = {
+        **cluster["spec"]["postgresql"]["parameters"],
+        **pooler["spec"]["pgbouncer"]["parameters"],
+    }
+    assert all(isinstance(value, str) for value in parameters.values()), "the operator's type"
+    pool = pooler["spec"]["instances"] * int(parameters["default_pool_size"])
+    assert pool + 3 * 30 + 10 <= int(parameters["max_connections"]), "the sum in cluster.yaml"
+    assert pooler["spec"]["cluster"]["name"] == cluster["metadata"]["name"]
+
+
+def test_the_sidecar_uses_the_cluster() -> None:
+    """Its secret, its Services, and otherwise the Deployment of deploy/kubernetes."""
+    (ours,) = documents("cloudnativepg/keylatch.yaml")
+    (other,) = of_kind(documents("kubernetes/keylatch.yaml"), "Deployment")
+    pod = ours["spec"]["template"]["spec"]
+    assert manifests.flaws_of_pod(pod) == []
+    (container,) = pod["containers"]
+    (cluster,) = documents("cloudnativepg/cluster.yaml")
+    (pooler,) = documents("cloudnativepg/pooler.yaml")
+    password, *settings = container["env"]
+    assert password["valueFrom"]["secretKeyRef"] == {
+        "name": f"{cluster['metadata']['name']}-app",
+        "key": "password",
+    }
+    values = {each["name"]: each["value"].replace("$(DB_PASSWORD)", "x") for each in settings}
+    assert manifests.settings_mistakes(values) == []
+    assert f"@{pooler['metadata']['name']}/" in values["KEYLATCH_STORE"]
+    assert f"@{cluster['metadata']['name']}-rw/" in values["KEYLATCH_STORE_DIRECT"]
+    assert values["KEYLATCH_DURABLE"] == "replicated"
+    container["env"] = other["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert ours == other
