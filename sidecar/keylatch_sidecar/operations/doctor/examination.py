@@ -41,7 +41,7 @@ async def _check_store(settings: Settings) -> list[Finding]:
         if path is not None and isinstance(database, SQLite):
             return await asyncio.to_thread(sqlite.examine, database, path)
         return await postgresql.examine(
-            database,
+            settings.store,
             settings.lease,
             must_replicate=settings.durable == "replicated",
             has_direct_url=bool(settings.store_direct),

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from keylatch.errors import StoreUnavailable
-from keylatch.storage.database import Database
+from keylatch.storage.conninfo import connection_parameters
+from keylatch.storage.database import translate_errors
 from keylatch_sidecar.operations.doctor import connections, replication, rights, tables
 from keylatch_sidecar.operations.doctor.finding import Finding, Status, failure, ok, warning
 
@@ -25,7 +26,10 @@ _SERVER: Final = """
            host(inet_server_addr())
 """
 _CLOCK: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
+_HINT: Final = "is PostgreSQL up at the host of the store's URL, and does the user exist?"
 _HAS_TABLES: Final = "SELECT to_regclass('keylatch_version') IS NOT NULL"
+
+Fetch = Callable[[str], Awaitable[tables.Rows]]
 
 
 class _Server(NamedTuple):
@@ -44,52 +48,68 @@ class _Server(NamedTuple):
 
 
 async def examine(
-    database: Database, lease: float, *, must_replicate: bool = False, has_direct_url: bool = False
+    url: str, lease: float, *, must_replicate: bool = False, has_direct_url: bool = False
 ) -> list[Finding]:
     """The findings for the server and the tables.
 
+    The connection is the doctor's own: a store refuses servers that cannot keep its promises, and
+    what is wrong with those is to be found here.
+
     Args:
-        database: on PostgreSQL.
+        url: of a store on PostgreSQL.
         lease: the lease duration in seconds, within which every running process renews its lease.
         must_replicate: `KEYLATCH_DURABLE=replicated`.
         has_direct_url: `KEYLATCH_STORE_DIRECT` is set.
     """
+    import psycopg  # it is an extra, and the rest of the doctor works without it
 
     async def fetch(statement: str) -> list[tuple[Any, ...]]:
-        rows = await database.read(
-            lambda connection: connection.exec_driver_sql(statement).all(), seconds=_SECONDS
-        )
-        return [tuple(row) for row in rows]
+        async with asyncio.timeout(_SECONDS):
+            return await (await connection.execute(statement.encode())).fetchall()
 
+    parameters = connection_parameters(url)
+    findings: list[Finding] = []
     try:
-        [row] = await fetch(_SERVER)
-        server = _Server(*row)
-        findings = [*_check_server(server), *await _check_clock(fetch)]
-        if not server.is_replica:
-            [(names, standbys)] = await fetch(replication.REPLICATION)
-            findings += replication.check_replication(
-                names, standbys, must_replicate=must_replicate
-            )
-        if not (await fetch(_HAS_TABLES))[0][0]:
-            return [*findings, tables.check_version(None)]
-        findings += rights.check_rights(
-            rights.Relation(*relation) for relation in await fetch(rights.RELATIONS)
-        )
-        if findings[-1].status is Status.FAILURE:  # the statements below would fail as well
-            return findings
-        findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
-        findings += tables.check_secrets(await fetch(tables.SECRETS))
-        before = await fetch(tables.MEMBERS)
-        [(allowed, in_use, of_keylatch)] = await fetch(connections.CONNECTIONS)
-        findings.append(
-            connections.check_connections(allowed, in_use, of_keylatch, processes=len(before))
-        )
-        if before:
-            await asyncio.sleep(lease * _LEASE_FACTOR)
-        findings.append(tables.check_members(dict(before), dict(await fetch(tables.MEMBERS))))
+        with translate_errors(psycopg.Error, _HINT):
+            async with await psycopg.AsyncConnection.connect(
+                autocommit=True, prepare_threshold=None, **parameters
+            ) as connection:
+                await _examine_server(fetch, findings, must_replicate=must_replicate)
+                await _examine_tables(fetch, findings, lease)
     except StoreUnavailable as error:
-        return [failure("store", error.message, error.hint)]
+        findings.append(failure("store", error.message, error.hint))
     return findings
+
+
+async def _examine_server(fetch: Fetch, findings: list[Finding], *, must_replicate: bool) -> None:
+    [row] = await fetch(_SERVER)
+    server = _Server(*row)
+    findings += _check_server(server)
+    findings += await _check_clock(fetch)
+    if not server.is_replica:
+        [(names, standbys)] = await fetch(replication.REPLICATION)
+        findings += replication.check_replication(names, standbys, must_replicate=must_replicate)
+
+
+async def _examine_tables(fetch: Fetch, findings: list[Finding], lease: float) -> None:
+    if not (await fetch(_HAS_TABLES))[0][0]:
+        findings.append(tables.check_version(None))
+        return
+    findings += rights.check_rights(
+        rights.Relation(*relation) for relation in await fetch(rights.RELATIONS)
+    )
+    if findings[-1].status is Status.FAILURE:  # the statements below would fail as well
+        return
+    findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
+    findings += tables.check_secrets(await fetch(tables.SECRETS))
+    before = await fetch(tables.MEMBERS)
+    [(allowed, in_use, of_keylatch)] = await fetch(connections.CONNECTIONS)
+    findings.append(
+        connections.check_connections(allowed, in_use, of_keylatch, processes=len(before))
+    )
+    if before:
+        await asyncio.sleep(lease * _LEASE_FACTOR)
+    findings.append(tables.check_members(dict(before), dict(await fetch(tables.MEMBERS))))
 
 
 def _check_server(server: _Server) -> Iterator[Finding]:
@@ -129,7 +149,7 @@ def _check_server(server: _Server) -> Iterator[Finding]:
         )
 
 
-async def _check_clock(fetch: Callable[[str], Awaitable[tables.Rows]]) -> list[Finding]:
+async def _check_clock(fetch: Fetch) -> list[Finding]:
     asked_at = time.time()
     [(store_seconds,)] = await fetch(_CLOCK)
     seconds = time.time() - asked_at
