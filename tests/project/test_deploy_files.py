@@ -36,11 +36,21 @@ ROOT = DEPLOY.parent
 WORKER = ROOT / "tests/support/worker_seccomp.py"
 YAML = sorted(
     str(path.relative_to(DEPLOY))
-    for pattern in ("*.yaml", "kubernetes/*.yaml", "apisix/*.yaml")
+    for pattern in (
+        *("*.yaml", "kubernetes/*.yaml", "apisix/*.yaml"),
+        *("patroni/*.yaml", "cloudnativepg/*.yaml"),
+    )
     for path in DEPLOY.glob(pattern)
 )
-KUBERNETES = [name for name in YAML if name.startswith("kubernetes/") and "mesh" not in name]
-WITHOUT_SCHEMA = {"AuthorizationPolicy", "DestinationRule", "EnvoyFilter", "HTTPRoute"}
+KUBERNETES = [
+    name
+    for name in YAML
+    if name.startswith(("kubernetes/", "cloudnativepg/")) and "mesh" not in name
+]
+WITHOUT_SCHEMA = {
+    *("AuthorizationPolicy", "DestinationRule", "EnvoyFilter", "HTTPRoute"),
+    *("Cluster", "Pooler"),
+}
 
 COMPOSE = documents("compose.yaml")[0]
 SIDECAR = documents("kubernetes/sidecar.yaml")

@@ -13,7 +13,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from keylatch_sidecar.operations.doctor import postgresql, redis, tables
+from keylatch_sidecar.operations.doctor import (
+    connections,
+    postgresql,
+    redis,
+    replication,
+    tables,
+)
 from keylatch_sidecar.operations.doctor.finding import Status
 from tests.support.command_line import Operator
 from tests.support.servers import PostgresServer, RedisServer, eventually, free_port
@@ -331,6 +337,98 @@ def test_a_store_that_cannot_be_written_fails(operator: Operator, postgres: Post
     assert doctor_run.status_of("rights") == "failure"
 
 
+def as_role(url: str, role: str, *grants: str) -> str:
+    """The URL of a new role with these rights."""
+    with psycopg.connect(url, autocommit=True) as raw:
+        raw.execute(f"CREATE ROLE {role} LOGIN")
+        for grant in grants:
+            raw.execute(f"GRANT {grant} TO {role}".encode())
+    return url.replace("postgres@", f"{role}@")
+
+
+CHECKS = [
+    "SELECT ON keylatch_meta, keylatch_organizations, keylatch_keys, keylatch_secrets,"
+    " keylatch_invalidations, keylatch_version",
+    "SELECT, INSERT, UPDATE, DELETE ON keylatch_members, keylatch_usage, keylatch_clients",
+    "UPDATE (last_used, previous_last_used) ON keylatch_keys",
+]
+DML = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
+
+
+@pytest.mark.parametrize(
+    ("role", "grants", "status", "message"),
+    [
+        ("checker", CHECKS, "ok", "can neither create nor change one"),
+        ("uncounting", CHECKS[:1], "failure", "INSERT on keylatch_members"),
+        ("manager", [DML, "USAGE ON ALL SEQUENCES IN SCHEMA public"], "ok", "check and change"),
+        ("unnumbered", [DML], "warning", "USAGE on keylatch_audit_id_seq"),
+    ],
+)
+def test_what_the_role_may_do_is_reported(
+    operator: Operator,
+    postgres: PostgresServer,
+    *,
+    role: str,
+    grants: list[str],
+    status: str,
+    message: str,
+) -> None:
+    """A role that only checks is no fault; one that lacks a right is told which."""
+    url = postgres.new_database()
+    operator.set(STORE=url)
+    operator.create()
+    operator.set(STORE=as_role(url, role, *grants))
+    doctor_run = DoctorRun(operator, "--lease", "0.1")
+    assert doctor_run.status_of("rights") == status
+    assert message in doctor_run.findings_of("rights")
+
+
+def test_rows_that_are_hidden_fail(operator: Operator, postgres: PostgresServer) -> None:
+    """Row-level security makes valid keys unknown; it does not concern the tables' owner."""
+    url = postgres.new_database()
+    operator.set(STORE=url)
+    operator.create()
+    other = as_role(url, "tenant", DML, "USAGE ON ALL SEQUENCES IN SCHEMA public")
+    with psycopg.connect(url, autocommit=True) as raw:
+        raw.execute("ALTER TABLE keylatch_keys ENABLE ROW LEVEL SECURITY")
+    assert DoctorRun(operator, "--lease", "0.1").findings_of("row-level security") == ""
+    operator.set(STORE=other)
+    doctor_run = DoctorRun(operator, "--lease", "0.1")
+    assert (doctor_run.code, doctor_run.status_of("row-level security")) == (2, "failure")
+    assert "ALTER TABLE keylatch_keys DISABLE" in doctor_run.findings_of("row-level security")
+
+
+def test_another_isolation_is_no_fault(operator: Operator, postgres: PostgresServer) -> None:
+    """It is named, because keylatch's transactions do not have it."""
+    url = postgres.new_database()
+    operator.set(STORE=url)
+    operator.create()
+    with psycopg.connect(url, autocommit=True) as raw:
+        database = url.rpartition("/")[2]
+        raw.execute(
+            f"ALTER DATABASE {database} SET default_transaction_isolation = 'serializable'".encode()
+        )
+    doctor_run = DoctorRun(operator, "--lease", "0.1")
+    assert doctor_run.status_of("isolation") == "ok"
+    assert doctor_run.findings_of("isolation").startswith("serializable")
+
+
+def test_more_processes_than_the_server_takes(operator: Operator, postgres: PostgresServer) -> None:
+    """The tests' server allows 397 connections; 70 processes may use 420."""
+    url = postgres.new_database()
+    operator.set(STORE=url)
+    operator.create()
+    assert DoctorRun(operator, "--lease", "0.1").status_of("connections") == "ok"
+    with psycopg.connect(url, autocommit=True) as raw:
+        raw.execute(
+            "INSERT INTO keylatch_members (id, grants, acked_seq, joined_at)"
+            " SELECT number, 1, 1, 0 FROM generate_series(1, 70) AS number"
+        )
+    doctor_run = DoctorRun(operator, "--lease", "0.1")
+    assert doctor_run.status_of("connections") == "warning"
+    assert "70 processes x 6 = 420" in doctor_run.findings_of("connections")
+
+
 def test_a_server_that_is_gone_fails(operator: Operator) -> None:
     """At once, without its password."""
     operator.set(STORE="postgresql://u:hunter2secret@127.0.0.1:1/keys")
@@ -384,6 +482,33 @@ def test_a_replica_fails(
     assert "this is a replica" in doctor_run.findings_of("primary")
 
 
+def test_standbys_that_are_not_synchronous_are_a_warning(
+    operator: Operator, postgres: PostgresServer, request: pytest.FixtureRequest
+) -> None:
+    """A real standby, before and after its primary waits for it."""
+    url = postgres.new_database()
+    operator.set(STORE=url)
+    operator.create()
+    request.getfixturevalue("replica")
+    doctor_run = DoctorRun(operator, "--lease", "0.1")
+    assert doctor_run.status_of("replication") == "warning"
+    assert "synchronous_mode=true" in doctor_run.findings_of("replication")
+
+    def waits() -> bool:
+        return DoctorRun(operator, "--lease", "0.1").status_of("replication") == "ok"
+
+    with psycopg.connect(url, autocommit=True) as raw:
+        raw.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        raw.execute("SELECT pg_reload_conf()")
+        try:
+            eventually(
+                lambda: DoctorRun(operator, "--lease", "0.1").status_of("replication") == "ok"
+            )
+        finally:
+            raw.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            raw.execute("SELECT pg_reload_conf()")
+
+
 # What cannot be had from a server in a test
 
 
@@ -404,16 +529,77 @@ def test_answers_that_no_test_server_gives() -> None:
     assert statuses(redis._check_latency([0.006] * 3))["Redis latency"] is Status.WARNING
     many = [("mac", True)] * 7 + [("pepper", True)] * 7
     assert statuses(tables.check_secrets(many)) == {"secrets": Status.WARNING}
-    findings = postgresql._check_server(
-        "17.1", False, "off", "on", "on", "on", 100, 90, False, "10.0.0.7"
+    server = postgresql._Server(
+        "17.1",
+        "PostgreSQL 17.1 on x86_64",
+        False,
+        "off",
+        "read committed",
+        "on",
+        "on",
+        "0",
+        False,
+        "10.0.0.7",
     )
-    assert statuses(findings) == {
-        "store": Status.OK,
-        "primary": Status.OK,
-        "durability": Status.OK,
-        "connections": Status.WARNING,
-        "encryption": Status.WARNING,
-    }
+    found = {"store": Status.OK, "primary": Status.OK, "durability": Status.OK}
+    far = {**found, "encryption": Status.WARNING}
+    assert statuses(postgresql._check_server(server)) == far
+    for other in (server._replace(client_check=None), server._replace(build="msvc-19.44, 64-bit")):
+        found = statuses(postgresql._check_server(other._replace(is_encrypted=True)))
+        assert found["lost clients"] is Status.WARNING
+
+
+@pytest.mark.parametrize(
+    ("names", "standbys", "must_replicate", "status", "message"),
+    [
+        ("", 0, False, Status.OK, "no standby"),
+        ("", 2, False, Status.WARNING, "2 standbys, none of them synchronous"),
+        ("", 2, True, Status.FAILURE, "no process starts"),
+        ("", 0, True, Status.FAILURE, "no process starts"),
+        ("ANY 1 (*)", 0, False, Status.FAILURE, "no lease is granted"),
+        ("ANY 1 (*)", 1, True, Status.OK, "wait for a synchronous standby"),
+    ],
+)
+def test_what_a_failover_can_lose(
+    names: str, standbys: int, *, must_replicate: bool, status: Status, message: str
+) -> None:
+    """Nothing, answered revocations, or the service itself; the hint has the lines to type."""
+    [found] = replication.check_replication(names, standbys, must_replicate=must_replicate)
+    assert found.status is status
+    assert message in found.message
+    if standbys > 1:
+        assert "synchronous_mode=true" in found.hint
+        assert "ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (*)'" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("allowed", "in_use", "of_keylatch", "processes", "status"),
+    [
+        (97, 40, 20, 12, Status.OK),
+        (97, 40, 20, 13, Status.WARNING),  # 78 + 20
+        (97, 3, 3, 16, Status.OK),
+        (97, 80, 3, 1, Status.WARNING),  # 17 are free
+    ],
+)
+def test_the_budget_of_connections_is_multiplied(
+    allowed: int, in_use: int, of_keylatch: int, processes: int, status: Status
+) -> None:
+    """Six for each process, beside what other programs have; and some are free."""
+    found = connections.check_connections(allowed, in_use, of_keylatch, processes)
+    assert found.status is status
+
+
+def test_a_pooler_is_judged_by_its_mode() -> None:
+    """Session mode needs a pool for all processes; transaction mode, another URL for leases."""
+    assert list(connections.check_pooler("none", 3, has_direct_url=False)) == []
+    [session] = connections.check_pooler("session", 3, has_direct_url=False)
+    assert session.status is Status.OK
+    assert "a pool of 18 or more" in session.message
+    [transaction] = connections.check_pooler("transaction", 3, has_direct_url=False)
+    assert transaction.status is Status.FAILURE
+    assert "KEYLATCH_STORE_DIRECT" in transaction.hint
+    [direct] = connections.check_pooler("transaction", 3, has_direct_url=True)
+    assert direct.status is Status.OK
 
 
 @pytest.mark.anyio

@@ -40,7 +40,12 @@ async def _check_store(settings: Settings) -> list[Finding]:
         path = file_of(settings.store)
         if path is not None and isinstance(database, SQLite):
             return await asyncio.to_thread(sqlite.examine, database, path)
-        return await postgresql.examine(database, settings.lease)
+        return await postgresql.examine(
+            settings.store,
+            settings.lease,
+            must_replicate=settings.durable == "replicated",
+            has_direct_url=bool(settings.store_direct),
+        )
     finally:
         await database.close()
 

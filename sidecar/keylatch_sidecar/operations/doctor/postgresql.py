@@ -3,114 +3,153 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from keylatch.errors import StoreUnavailable
-from keylatch.storage.database import Database
-from keylatch_sidecar.operations.doctor import tables
-from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
+from keylatch.storage.conninfo import connection_parameters
+from keylatch.storage.database import translate_errors
+from keylatch_sidecar.operations.doctor import connections, replication, rights, tables
+from keylatch_sidecar.operations.doctor.finding import Finding, Status, failure, ok, warning
 
 _SECONDS: Final = 2.0
 _SLOW_SECONDS: Final = 0.02
 _MAX_CLOCK_SKEW_SECONDS: Final = 1.0
 _LEASE_FACTOR: Final = 1.2
-_MIN_FREE_CONNECTIONS: Final = 20
 
 _SERVER: Final = """
-    SELECT current_setting('server_version'), pg_is_in_recovery(),
-           current_setting('default_transaction_read_only'), current_setting('fsync'),
-           current_setting('synchronous_commit'), current_setting('full_page_writes'),
-           current_setting('max_connections')::int,
-           (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+    SELECT current_setting('server_version'), version(), pg_is_in_recovery(),
+           current_setting('default_transaction_read_only'),
+           current_setting('default_transaction_isolation'),
+           current_setting('fsync'), current_setting('full_page_writes'),
+           current_setting('client_connection_check_interval', true),
            (SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()),
            host(inet_server_addr())
 """
-_MAY_WRITE: Final = "SELECT has_table_privilege('keylatch_meta', 'UPDATE')"
 _CLOCK: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
+_HINT: Final = "is PostgreSQL up at the host of the store's URL, and does the user exist?"
 _HAS_TABLES: Final = "SELECT to_regclass('keylatch_version') IS NOT NULL"
 
+Fetch = Callable[[str], Awaitable[tables.Rows]]
 
-async def examine(database: Database, lease: float) -> list[Finding]:
+
+class _Server(NamedTuple):
+    """The row of `_SERVER`."""
+
+    version: str
+    build: str
+    is_replica: bool
+    read_only: str
+    isolation: str
+    fsync: str
+    full_page_writes: str
+    client_check: str | None
+    is_encrypted: bool | None
+    address: str | None
+
+
+async def examine(
+    url: str, lease: float, *, must_replicate: bool = False, has_direct_url: bool = False
+) -> list[Finding]:
     """The findings for the server and the tables.
 
+    The connection is the doctor's own: a store refuses servers that cannot keep its promises, and
+    what is wrong with those is to be found here.
+
     Args:
-        database: on PostgreSQL.
+        url: of a store on PostgreSQL.
         lease: the lease duration in seconds, within which every running process renews its lease.
+        must_replicate: `KEYLATCH_DURABLE=replicated`.
+        has_direct_url: `KEYLATCH_STORE_DIRECT` is set.
     """
+    import psycopg  # it is an extra, and the rest of the doctor works without it
 
     async def fetch(statement: str) -> list[tuple[Any, ...]]:
-        rows = await database.read(
-            lambda connection: connection.exec_driver_sql(statement).all(), seconds=_SECONDS
-        )
-        return [tuple(row) for row in rows]
+        async with asyncio.timeout(_SECONDS):
+            return await (await connection.execute(statement.encode())).fetchall()
 
+    parameters = connection_parameters(url)
+    findings: list[Finding] = []
     try:
-        [row] = await fetch(_SERVER)
-        findings = [*_check_server(*row), *await _check_clock(fetch)]
-        if not (await fetch(_HAS_TABLES))[0][0]:
-            return [*findings, tables.check_version(None)]
-        findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
-        if not (await fetch(_MAY_WRITE))[0][0]:
-            hint = "GRANT this user the privileges of the tables' owner"
-            findings.append(failure("rights", "the tables are not writable", hint))
-        findings += tables.check_secrets(await fetch(tables.SECRETS))
-        before = await fetch(tables.MEMBERS)
-        if before:
-            await asyncio.sleep(lease * _LEASE_FACTOR)
-        findings.append(tables.check_members(dict(before), dict(await fetch(tables.MEMBERS))))
+        with translate_errors(psycopg.Error, _HINT):
+            async with await psycopg.AsyncConnection.connect(
+                autocommit=True, prepare_threshold=None, **parameters
+            ) as connection:
+                await _examine_server(fetch, findings, must_replicate=must_replicate)
+                await _examine_tables(fetch, findings, lease)
     except StoreUnavailable as error:
-        return [failure("store", error.message, error.hint)]
+        findings.append(failure("store", error.message, error.hint))
     return findings
 
 
-def _check_server(
-    version: str,
-    is_replica: bool,
-    read_only: str,
-    fsync: str,
-    synchronous_commit: str,
-    full_page_writes: str,
-    max_connections: int,
-    open_connections: int,
-    is_encrypted: bool | None,
-    address: str | None,
-) -> Iterator[Finding]:
-    yield ok("store", f"PostgreSQL {version.split()[0]}")
-    if is_replica:
+async def _examine_server(fetch: Fetch, findings: list[Finding], *, must_replicate: bool) -> None:
+    [row] = await fetch(_SERVER)
+    server = _Server(*row)
+    findings += _check_server(server)
+    findings += await _check_clock(fetch)
+    if not server.is_replica:
+        [(names, standbys)] = await fetch(replication.REPLICATION)
+        findings += replication.check_replication(names, standbys, must_replicate=must_replicate)
+
+
+async def _examine_tables(fetch: Fetch, findings: list[Finding], lease: float) -> None:
+    if not (await fetch(_HAS_TABLES))[0][0]:
+        findings.append(tables.check_version(None))
+        return
+    findings += rights.check_rights(
+        rights.Relation(*relation) for relation in await fetch(rights.RELATIONS)
+    )
+    if findings[-1].status is Status.FAILURE:  # the statements below would fail as well
+        return
+    findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
+    findings += tables.check_secrets(await fetch(tables.SECRETS))
+    before = await fetch(tables.MEMBERS)
+    [(allowed, in_use, of_keylatch)] = await fetch(connections.CONNECTIONS)
+    findings.append(
+        connections.check_connections(allowed, in_use, of_keylatch, processes=len(before))
+    )
+    if before:
+        await asyncio.sleep(lease * _LEASE_FACTOR)
+    findings.append(tables.check_members(dict(before), dict(await fetch(tables.MEMBERS))))
+
+
+def _check_server(server: _Server) -> Iterator[Finding]:
+    yield ok("store", f"PostgreSQL {server.version.split()[0]}")
+    if server.is_replica:
         message = "this is a replica: it grants no leases, and every check is answered with 503"
         yield failure("primary", message, "set KEYLATCH_STORE to the primary")
-    elif read_only == "on":
+    elif server.read_only == "on":
         message = "transactions are read-only by default"
         yield failure("primary", message, "ALTER ROLE … SET default_transaction_read_only = off")
     else:
         yield ok("primary", "this is the primary, and it is writable")
     unsafe = [
         f"{name} is off"
-        for name, value in [
-            ("fsync", fsync),
-            ("synchronous_commit", synchronous_commit),
-            ("full_page_writes", full_page_writes),
-        ]
+        for name, value in [("fsync", server.fsync), ("full_page_writes", server.full_page_writes)]
         if value == "off"
     ]
     if unsafe:
         message = f"{', '.join(unsafe)}: a crash can undo a revocation that was confirmed"
-        yield failure("durability", message, "turn it on for this server or this user")
+        yield failure("durability", message, "turn it on for this server")
     else:
-        yield ok("durability", "commits are on disk before they are confirmed")
-    if max_connections - open_connections < _MIN_FREE_CONNECTIONS:
+        yield ok("durability", "changes are on disk before they are confirmed")
+    if server.isolation != "read committed":
+        message = f"{server.isolation} by default; keylatch asks for read committed itself"
+        yield ok("isolation", message)
+    is_windows = any(word in server.build for word in ("Visual C++", "msvc", "mingw"))
+    if server.client_check is None or is_windows:
         yield warning(
-            "connections",
-            f"{open_connections} of {max_connections} are in use",
-            "raise max_connections, or use smaller pools",
+            "lost clients",
+            "this server does not notice that a client has given up: while a synchronous standby"
+            " is missing, each change that is tried keeps a server process and its connection",
+            "PostgreSQL 14 or newer, not on Windows",
         )
-    if address not in (None, "127.0.0.1", "::1") and not is_encrypted:
+    if server.address not in (None, "127.0.0.1", "::1") and not server.is_encrypted:
         yield warning(
             "encryption", "the connection to the server is not encrypted", "sslmode=verify-full"
         )
 
 
-async def _check_clock(fetch: Callable[[str], Awaitable[tables.Rows]]) -> list[Finding]:
+async def _check_clock(fetch: Fetch) -> list[Finding]:
     asked_at = time.time()
     [(store_seconds,)] = await fetch(_CLOCK)
     seconds = time.time() - asked_at

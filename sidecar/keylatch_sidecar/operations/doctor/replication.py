@@ -1,0 +1,63 @@
+"""Checks of replication: can a failover lose a revocation that was answered?
+
+The statement, and what its row means; this file executes nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
+
+_MAKE_SYNCHRONOUS: Final = (
+    "with Patroni: patronictl edit-config -s synchronous_mode=true; without:"
+    " ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (*)'; SELECT pg_reload_conf();"
+)
+
+REPLICATION: Final = """
+    SELECT current_setting('synchronous_standby_names'), count(*)
+    FROM pg_stat_replication
+    WHERE coalesce(state, 'streaming') <> 'backup' AND pid NOT IN (
+        SELECT active_pid FROM pg_replication_slots
+        WHERE slot_type = 'logical' AND active_pid IS NOT NULL
+    )
+"""
+"""The setting, and the number of connected standbys. Any role sees the rows of
+`pg_stat_replication`; without `pg_read_all_stats` their state is NULL."""
+
+
+def check_replication(
+    synchronous_names: str, standbys: int, *, must_replicate: bool
+) -> Iterator[Finding]:
+    """Whether a change is on another server before it is confirmed.
+
+    Args:
+        synchronous_names: `synchronous_standby_names` of the primary.
+        standbys: how many are connected to it.
+        must_replicate: `KEYLATCH_DURABLE=replicated`.
+    """
+    if synchronous_names and standbys:
+        yield ok("replication", "changes and leases wait for a synchronous standby")
+    elif synchronous_names:
+        yield failure(
+            "replication",
+            "no standby is connected, and synchronous_standby_names requires one: no change is"
+            " confirmed and no lease is granted",
+            "start the standby; with Patroni: patronictl list; or, to give it up:"
+            " ALTER SYSTEM RESET synchronous_standby_names; SELECT pg_reload_conf();",
+        )
+    elif must_replicate:
+        yield failure(
+            "replication",
+            "KEYLATCH_DURABLE is replicated, and there is no synchronous standby: no process"
+            " starts",
+            _MAKE_SYNCHRONOUS,
+        )
+    elif standbys:
+        yield warning(
+            "replication",
+            f"{standbys} standbys, none of them synchronous: a failover can lose revocations that"
+            " were answered, and processes that still reach the old primary accept revoked keys",
+            _MAKE_SYNCHRONOUS,
+        )
+    else:
+        yield ok("replication", "no standby is connected")
