@@ -21,8 +21,8 @@ _POLL_SECONDS: Final = 1.0
 _TERMINATE: Final = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid IN (SELECT unnest(pg_blocking_pids(blocked)) FROM unnest($1::int[]) AS blocked)
-AND application_name = 'keylatch' AND wait_event = 'ClientRead'
-AND state_change < now() - interval '2 seconds'
+AND application_name IN ('keylatch', current_setting('application_name'))
+AND wait_event = 'ClientRead' AND state_change < now() - interval '2 seconds'
 """
 
 log = logging.getLogger("keylatch")

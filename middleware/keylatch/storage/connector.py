@@ -8,7 +8,7 @@ transaction mode it gives a client another session for every transaction, so LIS
 named statements are not found. Two clients whose transactions overlap find that out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,11 +20,6 @@ from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 
 PsycopgConnection = psycopg.AsyncConnection[Any]
 
-PARAMETERS: Final[dict[str, Any]] = {
-    "connect_timeout": 4,
-    "tcp_user_timeout": 5_000,
-    "application_name": "keylatch",
-}
 _CHECKED_TABLES: Final = [
     *("keylatch_keys", "keylatch_organizations", "keylatch_meta", "keylatch_invalidations"),
     *("keylatch_members", "keylatch_secrets", "keylatch_version"),
@@ -71,7 +66,7 @@ class Connector:
     """Connects to one URL.
 
     Args:
-        conninfo: libpq's connection string.
+        parameters: of libpq.
         variable: the setting that it comes from.
         needs_session: it is for leases and LISTEN, which need a session of their own.
         needs_replication: refuse a server without a synchronous standby.
@@ -80,14 +75,14 @@ class Connector:
 
     def __init__(
         self,
-        conninfo: str,
+        parameters: Mapping[str, Any],
         variable: str,
         *,
         needs_session: bool = False,
         needs_replication: bool = False,
         may_be_standby: bool = False,
     ) -> None:
-        self._conninfo = conninfo
+        self._parameters = parameters
         self._variable = variable
         self._needs_session = needs_session
         self._needs_replication = needs_replication
@@ -121,7 +116,7 @@ class Connector:
         return connection
 
     async def _connect(self) -> PsycopgConnection:
-        return await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True, **PARAMETERS)
+        return await psycopg.AsyncConnection.connect(autocommit=True, **self._parameters)
 
     async def _find_out(self, connection: PsycopgConnection) -> Server:
         async with connection.cursor(row_factory=class_row(_Facts)) as cursor:

@@ -22,7 +22,6 @@ from typing import Any, Final, TypeVar
 import psycopg
 from sqlalchemy import ColumnElement, Connection, Text, case, cast, func, select
 from sqlalchemy.dialects.postgresql import dialect as postgresql_dialect
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -35,6 +34,7 @@ from keylatch.storage.connector import (
     Connector,
     PsycopgConnection,
 )
+from keylatch.storage.conninfo import connection_parameters
 from keylatch.storage.database import (
     Database,
     Durability,
@@ -88,10 +88,11 @@ class PostgreSQL(Database):
     """A server; see `keylatch.storage.database.Database`.
 
     Args:
-        url: `postgresql://…`; may lead to a pooler.
+        url: `postgresql://…`, in any form that `keylatch.storage.conninfo` reads; may lead to a
+            pooler.
         direct_url: leads to the same server without a pooler in transaction mode, for leases and
-            notifications; None: `url` does.
-        read_url: leads to a standby that may answer look-ups; None: there is none.
+            notifications; empty: `url` does.
+        read_url: leads to a standby that may answer look-ups; empty: there is none.
         durable: `replicated`: refuse changes while the server has no synchronous standby.
     """
 
@@ -99,31 +100,32 @@ class PostgreSQL(Database):
 
     def __init__(
         self,
-        url: URL,
-        direct_url: URL | None = None,
-        read_url: URL | None = None,
+        url: str,
+        direct_url: str = "",
+        read_url: str = "",
         durable: Durability = "local",
     ) -> None:
-        self._url = url
-        self._direct_url = direct_url
-        self._read_url = read_url
+        self._parameters = connection_parameters(url)
+        self._direct_parameters = connection_parameters(direct_url) if direct_url else None
+        self._read_parameters = connection_parameters(read_url) if read_url else None
         self._needs_replication = durable == "replicated"
-        self._hint = f"is PostgreSQL up at {url.host or 'its socket'}, and does the user exist?"
+        place = self._parameters.get("host") or "its default address"
+        self._hint = f"is PostgreSQL up at {place}, and does the user exist?"
         self._inherited_from_parent: list[object] = []
         self._durability: Durability = "local"
         self._open()
 
     def _open(self) -> None:
         self._connector = Connector(
-            _conninfo(self._url),
+            self._parameters,
             "KEYLATCH_STORE",
-            needs_session=self._direct_url is None,
+            needs_session=self._direct_parameters is None,
             needs_replication=self._needs_replication,
         )
         self._direct = self._connector
-        if self._direct_url is not None:
+        if self._direct_parameters is not None:
             self._direct = Connector(
-                _conninfo(self._direct_url), "KEYLATCH_STORE_DIRECT", needs_session=True
+                self._direct_parameters, "KEYLATCH_STORE_DIRECT", needs_session=True
             )
         self._lookup_pool = ConnectionPool(
             self._connector.connect, max_size=2, stale_seconds=_STALE_SECONDS
@@ -132,10 +134,8 @@ class PostgreSQL(Database):
         self._work_pool = WorkPool(self._connector.connect, self._hint, _READ_SECONDS)
         self._lease_work_pool = WorkPool(self._direct.connect, self._hint, _READ_SECONDS)
         self._standby_pool: ConnectionPool | None = None
-        if self._read_url is not None:
-            standby = Connector(
-                _conninfo(self._read_url), "KEYLATCH_STORE_READ", may_be_standby=True
-            )
+        if self._read_parameters is not None:
+            standby = Connector(self._read_parameters, "KEYLATCH_STORE_READ", may_be_standby=True)
             self._standby_pool = ConnectionPool(standby.connect, max_size=2)
         self._standby_retry_at = 0.0
         self._blockers = Blockers(self._lease_pool.fetch)
@@ -281,7 +281,3 @@ def _identity(connection: Connection) -> str:
     with contextlib.suppress(DBAPIError):  # it may lack the right to read the cluster's identifier
         return "/".join(connection.exec_driver_sql(_IDENTITY.format(cluster=_CLUSTER)).one())
     return "/".join(connection.exec_driver_sql(_IDENTITY.format(cluster="''")).one())
-
-
-def _conninfo(url: URL) -> str:
-    return url.set(drivername="postgresql").render_as_string(hide_password=False)

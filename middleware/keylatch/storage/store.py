@@ -15,6 +15,7 @@ from sqlalchemy.engine import make_url
 
 from keylatch.errors import ConfigurationError
 from keylatch.storage.audit import AuditRepository
+from keylatch.storage.conninfo import is_postgresql
 from keylatch.storage.database import Database, Durability
 from keylatch.storage.descendants import DescendantRepository
 from keylatch.storage.invalidation_log import (
@@ -64,28 +65,22 @@ def database_of(
     Raises:
         ConfigurationError: PostgreSQL's driver is missing, or SQLite would lose changes there.
     """
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        return SQLite(Path(parsed.database)) if parsed.database else Memory()
+    if not is_postgresql(url):
+        file = make_url(url).database
+        return SQLite(Path(file)) if file else Memory()
     for package in ("psycopg", "greenlet"):
         if find_spec(package) is None:
             wrong = f"KEYLATCH_STORE: postgresql needs the package {package}"
             raise ConfigurationError([(wrong, "pip install 'keylatch[postgres]'")])
     from keylatch.storage.postgresql import PostgreSQL  # asyncio support costs 0.1 s at import
 
-    return PostgreSQL(
-        parsed,
-        make_url(direct_url) if direct_url else None,
-        make_url(read_url) if read_url else None,
-        durable,
-    )
+    return PostgreSQL(url, direct_url, read_url, durable)
 
 
 def file_of(url: str) -> Path | None:
     """The SQLite file of a store URL, with symbolic links resolved; None: it is not a file."""
-    parsed = make_url(url)
-    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
-    return StoreFile(Path(parsed.database or "")).path if is_file else None
+    file = None if is_postgresql(url) else make_url(url).database
+    return StoreFile(Path(file)).path if file else None
 
 
 class Store:
