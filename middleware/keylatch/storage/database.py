@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, Protocol, TypeVar
 
-from sqlalchemy import Connection, Dialect, Select
+from sqlalchemy import ColumnElement, Connection, Dialect, Select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -43,16 +43,26 @@ class Query:
 
     def __init__(self, statement: Select[Any]) -> None:
         self.statement = statement
-        self._compiled: dict[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {}
+        self._compiled: dict[
+            tuple[object, ...], tuple[str, Mapping[str, Any], tuple[str, ...]]
+        ] = {}
 
-    def compile_for(self, dialect: Dialect) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
+    def compile_for(
+        self, dialect: Dialect, *columns: ColumnElement[Any]
+    ) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
         """The text for a driver, the constant parameters, and the order of all parameters where
-        the driver needs one."""
-        cached = self._compiled.get(dialect.name)
+        the driver needs one.
+
+        Args:
+            dialect: of the driver.
+            columns: constants of a module, which are added to those of the statement.
+        """
+        key = (dialect.name, *map(id, columns))
+        cached = self._compiled.get(key)
         if cached is None:
-            compiled = self.statement.compile(dialect=dialect)
+            compiled = self.statement.add_columns(*columns).compile(dialect=dialect)
             order = tuple(getattr(compiled, "positiontup", None) or ())
-            cached = self._compiled[dialect.name] = (str(compiled), compiled.params, order)
+            cached = self._compiled[key] = (str(compiled), compiled.params, order)
         return cached
 
 
