@@ -111,6 +111,7 @@ class PostgreSQL(Database):
         self._needs_replication = durable == "replicated"
         place = self._parameters.get("host") or "its default address"
         self._hint = f"is PostgreSQL up at {place}, and does the user exist?"
+        self.has_standby = self._read_parameters is not None
         self._inherited_from_parent: list[object] = []
         self._durability: Durability = "local"
         self._open()
