@@ -30,7 +30,7 @@ class Members:
         self.members: dict[str, list[int]] = {}
         self.on_poll: Callable[[str], None] = lambda member: None
         self.reads = 0
-        self.server_age_seconds, self.server_started, self.row_id = 60.0, 1, 0
+        self.server_age_seconds, self.server, self.row_id = 60.0, "first", 0
         self.on_look: Callable[[], None] = lambda: None
         self.cut_off: set[str] = set()
         self.lost_answers: set[str] = set()
@@ -70,7 +70,7 @@ class Members:
             acknowledged_seq,
             self.since_nowait(known.seq),
             self.clock(),
-            self.server_started,
+            self.server,
         )
         self.on_poll(member)
         if member in self.lost_answers:
@@ -435,7 +435,7 @@ async def test_another_server_ends_what_was_read_before(
     history, version = process.invalidations.history, process.invalidations.version
     await process.lease.poll()
     assert process.invalidations.history is history
-    store.server_started = 2
+    store.server = "second"
     await process.lease.poll()
     is_forgotten = process.invalidations.history is not history
     assert is_forgotten == (process.invalidations.version is not version)

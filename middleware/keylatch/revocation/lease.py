@@ -87,7 +87,7 @@ class Lease:
         self._renewal: asyncio.Task[bool] | None = None
         self._next_renewal: asyncio.Task[bool] | None = None
         self._requested_at = 0.0
-        self._server_started = 0
+        self._server = ""
         self.health.clear()
         self.memberships_lost = Counter()
         """How often another process removed this process's membership."""
@@ -259,10 +259,10 @@ class Lease:
 
     def _apply_grant(self, poll: Poll, requested_at: float, min_seq: int) -> None:
         """Apply tombstones and lease in one step of the event loop."""
-        if poll.server_started != self._server_started:
-            if self._server_started:
+        if poll.server != self._server:
+            if self._server:
                 self._invalidations.forget_reads()
-            self._server_started = poll.server_started
+            self._server = poll.server
         self._invalidations.apply(poll.batch, min_seq)
         self._requested_at = requested_at
         self._expires_at = requested_at + self.seconds * _EXPIRY_MARGIN

@@ -87,13 +87,18 @@ class LostRevocations:
                     await asyncio.sleep(_RETRY_SECONDS)
 
     async def _repair(self, found: Break) -> None:
-        anchor = self._invalidations.known.seq
+        history, anchor = self._invalidations.history, self._invalidations.known.seq
         lost, log_state = await self._store.invalidations.missing(found.revocations, anchor)
         self._require_history(log_state)
         for row in lost:
             await self._repeat(row)
         # An epoch of its own ends what was signed in the lost part of the history.
         await self._store.invalidations.start_new_epoch(found.epoch, found.seq, self._now_ms())
+        # Another process may have revoked a key again: what was read here before is invalid once
+        # its row is applied, and not earlier.
+        await self._freshness.poll()
+        if self._invalidations.history is not history:
+            raise StoreUnavailable("the store lost changes once more, or another server answers")
         self._invalidations.settle(found.revocations)
 
     async def _repeat(self, row: Invalidation) -> None:

@@ -71,6 +71,8 @@ class Database(Protocol):
 
     is_shared: bool = False
     """Whether several hosts use it, so that processes need leases."""
+    lease_server: str = ""
+    """The server that granted the last lease: another text for each start of each server."""
     has_standby: bool = False
     """Whether `fetch_from_standby` has a standby to ask."""
 
@@ -79,11 +81,20 @@ class Database(Protocol):
         """What an operator should know at start."""
         return ()
 
-    async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
+    async def fetch(
+        self,
+        query: Query,
+        *,
+        seconds: float | None = None,
+        is_grant: bool = False,
+        **parameters: Any,
+    ) -> Rows:
         """The rows of a query.
 
         Args:
             query: the statement.
+            is_grant: whether it grants a lease: only answers of the server that granted the last
+                one are believed.
             seconds: the time limit of an urgent query, which does not wait for a connection that
                 other queries use; None: the default limit.
             parameters: of the query.

@@ -35,7 +35,6 @@ from keylatch.storage.invalidation_log import (
     select_invalidations,
     server_age_ms,
     server_now_ms,
-    server_started,
 )
 from keylatch.storage.repository import MonitoredDatabase, Repository, writes
 from keylatch.storage.schema import invalidations, members
@@ -50,8 +49,8 @@ class Poll:
     batch: InvalidationBatch
     store_seconds: float
     """The store's own time, in seconds since the epoch."""
-    server_started: int = 0
-    """When the server started that answered: another server has another time."""
+    server: str = ""
+    """See `Database.lease_server`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,7 @@ def _poll() -> Select[Any]:
     )
     acknowledged_seq = select(granted.c.acked_seq).scalar_subquery()
     store_seconds = func.extract("epoch", func.clock_timestamp())
-    return select_invalidations().add_columns(
-        acknowledged_seq, cast(store_seconds, Double), server_started()
-    )
+    return select_invalidations().add_columns(acknowledged_seq, cast(store_seconds, Double))
 
 
 def _next_grant() -> ColumnElement[int]:
@@ -164,6 +161,7 @@ class LeaseRepository(Repository):
         rows = await self._database.unmonitored.fetch(
             POLL,
             seconds=seconds,
+            is_grant=True,
             member=member,
             since=known.seq,
             since_row_id=known.row_id,
@@ -171,10 +169,11 @@ class LeaseRepository(Repository):
             pending_row_id=last.row_id,
             pending_count=len(pending),
         )
-        *_, acknowledged_seq, store_seconds, started = rows[0]
+        *_, acknowledged_seq, store_seconds = rows[0]
         is_member = acknowledged_seq is not None
         batch = self._log.read_batch(rows, known.seq)
-        return Poll(is_member, acknowledged_seq or 0, batch, store_seconds, started)
+        server = self._database.unmonitored.lease_server
+        return Poll(is_member, acknowledged_seq or 0, batch, store_seconds, server)
 
     @writes
     def leave(self, connection: Connection, member: str) -> None:

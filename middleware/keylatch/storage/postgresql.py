@@ -64,7 +64,10 @@ FROM pg_database WHERE datname = current_database()
 """
 _CLUSTER: Final = "(SELECT system_identifier::text FROM pg_control_system())"
 
-_CHECKED: Final[tuple[ColumnElement[Any], ...]] = (func.pg_is_in_recovery(),)
+_CHECKED: Final[tuple[ColumnElement[Any], ...]] = (
+    func.pg_is_in_recovery(),
+    cast(func.pg_postmaster_start_time(), Text),
+)
 # A grant waits for a synchronous standby, if there is one: an old primary whose standby was
 # promoted then grants no leases (measured: 0 checks accepted there, and thousands if it does not
 # wait). It waits for no disk: a crash of the server can lose grants and acknowledgements, and then
@@ -73,7 +76,6 @@ _CHECKED: Final[tuple[ColumnElement[Any], ...]] = (func.pg_is_in_recovery(),)
 _STANDBY_NAMES: Final = func.current_setting("synchronous_standby_names")
 _LEASED: Final[tuple[ColumnElement[Any], ...]] = (
     *_CHECKED,
-    cast(func.pg_postmaster_start_time(), Text),
     select(
         func.set_config(
             "synchronous_commit",
@@ -140,15 +142,25 @@ class PostgreSQL(Database):
             self._standby_pool = ConnectionPool(standby.connect, max_size=2)
         self._standby_retry_at = 0.0
         self._blockers = Blockers(self._lease_pool.fetch)
-        self._lease_server = ""
+        self.lease_server = ""
         self._listening: set[PsycopgConnection] = set()
 
-    async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
-        if seconds is None:
-            pool, columns, read = self._lookup_pool, _CHECKED, _read_checked
-        else:
-            pool, columns, read = self._lease_pool, _LEASED, self._read_leased
+    async def fetch(
+        self,
+        query: Query,
+        *,
+        seconds: float | None = None,
+        is_grant: bool = False,
+        **parameters: Any,
+    ) -> Rows:
+        pool, columns = self._lookup_pool, _CHECKED
+        if seconds is not None:
+            pool, columns = self._lease_pool, _LEASED
         text, values = _bind(query, columns, parameters)
+
+        def read(rows: Rows) -> Rows:
+            return self._read_checked(rows, len(columns), is_grant)
+
         with translate_errors(psycopg.Error, self._hint):
             return await pool.fetch(PRIMARY_HINT + text, values, seconds or _READ_SECONDS, read)
 
@@ -162,14 +174,26 @@ class PostgreSQL(Database):
             self._standby_retry_at = time.monotonic() + _STANDBY_PAUSE_SECONDS
             return None
 
-    def _read_leased(self, rows: Rows) -> Rows:
-        started = rows[0][-2] if rows else ""
-        checked = _read_checked([row[:-2] for row in rows])
-        if started != self._lease_server:
-            if self._lease_server:
+    def _read_checked(self, rows: Rows, columns: int, is_grant: bool) -> Rows:
+        """The rows without the last columns, which say who answered.
+
+        Raises:
+            ConnectionLost: not the primary, or another server than the one that grants the leases:
+                answers of two servers contradict each other while one of them is the old primary.
+        """
+        # Every query returns a row at least; without one, nothing tells which server has answered.
+        if not rows:
+            raise ConnectionLost("the tables of the store are empty")
+        is_standby, server, *_ = rows[0][-columns:]
+        if is_standby is not False:
+            raise ConnectionLost(STANDBY)
+        if is_grant and server != self.lease_server:
+            if self.lease_server:
                 self._drop_connections()
-            self._lease_server = started
-        return checked
+            self.lease_server = server
+        if self.lease_server and server != self.lease_server:
+            raise ConnectionLost("another server answered than the one that grants leases")
+        return [row[:-columns] for row in rows]
 
     def _drop_connections(self) -> None:
         """The lease is granted by another server than before: no connection stays that leads to
@@ -268,13 +292,6 @@ def _bind(
     text, fixed, order = query.compile_for(_DIALECT, *columns)
     named = {**fixed, **parameters}
     return text, [str(named[name]).encode() for name in order]
-
-
-def _read_checked(rows: Rows) -> Rows:
-    # Every query returns a row at least; without one, nothing tells that the server is the primary.
-    if not rows or rows[0][-1] is not False:
-        raise ConnectionLost(STANDBY if rows else "the tables of the store are empty")
-    return [row[:-1] for row in rows]
 
 
 def _identity(connection: Connection) -> str:
