@@ -9,7 +9,7 @@ The law of this file: until the store has a revocation again, this process refus
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -58,6 +58,7 @@ class LostRevocations:
             "all lost revocations are repeated",
         )
         self._breaks: list[Break] = []
+        self._named: set[int] = set()  # row ids
         self._has_breaks = asyncio.Event()
         self._event_loop = asyncio.get_running_loop()
 
@@ -90,6 +91,7 @@ class LostRevocations:
         history, anchor = self._invalidations.history, self._invalidations.known.seq
         lost, log_state = await self._store.invalidations.missing(found.revocations, anchor)
         self._require_history(log_state)
+        self._name(lost)
         for row in lost:
             await self._repeat(row)
         # An epoch of its own ends what was signed in the lost part of the history.
@@ -100,6 +102,15 @@ class LostRevocations:
         if self._invalidations.history is not history:
             raise StoreUnavailable("the store lost changes once more, or another server answers")
         self._invalidations.settle(found.revocations)
+
+    def _name(self, lost: Sequence[Invalidation]) -> None:
+        """Log each of them once, also those that another process repeats."""
+        for row in lost:
+            if row.row_id not in self._named:
+                self._named.add(row.row_id)
+                what = f"key {row.key_id}" if row.key_id else f"organisation {row.organization_id}"
+                again = "revoked" if row.revokes == "delete" else "disabled"
+                log.critical("the store had lost a revocation of %s: it is %s again", what, again)
 
     async def _repeat(self, row: Invalidation) -> None:
         """Revoke what a row of the lost log revoked."""
@@ -129,10 +140,6 @@ class LostRevocations:
         )
         if changed is not None and isinstance(changed[1], ChangeSeq):  # else it was done meanwhile
             await self._propagate(changed[1])
-            log.critical(
-                "the store had lost a revocation of key %s: the key is %s again",
-                *(key_id, "revoked" if row.revokes == "delete" else "disabled"),
-            )
 
     async def _disable_organization(self, organization_id: str) -> None:
         if not await self._store.organizations.is_active(organization_id):
@@ -142,10 +149,6 @@ class LostRevocations:
         )
         if isinstance(seq, ChangeSeq):
             await self._propagate(seq)
-            log.critical(
-                "the store had lost that organisation %s was disabled: it is disabled again",
-                organization_id,
-            )
 
     async def _propagate(self, seq: ChangeSeq) -> None:
         await self._publish(seq)

@@ -273,7 +273,7 @@ def test_postgresql_is_backed_up_by_its_own_means(
         process.meanwhile(
             lambda: subprocess.run(psql, input=dump, stdout=subprocess.DEVNULL, check=True)
         )
-        alarm = f"the store had lost a revocation of key {revoked['id']}: the key is revoked again"
+        alarm = f"the store had lost a revocation of key {revoked['id']}: it is revoked again"
         eventually(lambda: process.has_said(alarm, caplog))
     assert "was it restored from a backup?" in caplog.text
     eventually(lambda: process.check(revoked) == "REVOKED")
