@@ -3,18 +3,21 @@
 from typing import Any
 
 from keylatch.revocation.propagation import Receipt
+from keylatch.storage.database import Durability
 from keylatch_sidecar.api.schemas import JSON, ResponseBody
 
 
 class Revocation(ResponseBody):
     """How many of the members have acknowledged a revocation. No process accepts the key for a
     request that starts `boundSeconds` or more after this response. `members` is 0 where every
-    check reads the store."""
+    check reads the store. `durability`: `replicated` if a synchronous standby has stored it, else
+    `local`."""
 
     seq: int
     acknowledged: int
     members: int
     bound_seconds: float
+    durability: Durability
 
 
 def revocation(receipt: Receipt) -> Revocation:
@@ -24,6 +27,7 @@ def revocation(receipt: Receipt) -> Revocation:
         acknowledged=receipt.acknowledged,
         members=receipt.members,
         bound_seconds=receipt.bound_seconds,
+        durability=receipt.durability,
     )
 
 
@@ -31,7 +35,8 @@ def headers(receipt: Receipt) -> dict[str, str]:
     """A receipt as a header field: a dictionary of RFC 9651."""
     return {
         "X-Keylatch-Revocation": f"seq={receipt.seq}, acknowledged={receipt.acknowledged}, "
-        f"members={receipt.members}, bound={receipt.bound_seconds:.3f}"
+        f"members={receipt.members}, bound={receipt.bound_seconds:.3f}, "
+        f"durability={receipt.durability}"
     }
 
 

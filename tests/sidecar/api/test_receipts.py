@@ -32,6 +32,7 @@ def test_unsents_answer_carries_the_receipt_after_success(sidecar: Sidecar) -> N
         "acknowledged": 0,
         "members": 0,
         "boundSeconds": 0.0,
+        "durability": "local",
     }
 
 
@@ -44,7 +45,7 @@ def test_both_dialects_carry_it_in_a_header(sidecar: Sidecar, dialect: str) -> N
         answer = client.delete(f"{dialect}/{key.record.id}")
     fields = dict(part.split("=") for part in answer.headers["X-Keylatch-Revocation"].split(", "))
     assert int(fields.pop("seq")) > 0
-    assert fields == {"acknowledged": "0", "members": "0", "bound": "0.000"}
+    assert fields == {"acknowledged": "0", "members": "0", "bound": "0.000", "durability": "local"}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
