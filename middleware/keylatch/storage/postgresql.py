@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.conninfo import connection_parameters
 from keylatch.storage.database import Contended, Database, Query, Rows, Work, translate_errors
+from keylatch.storage.hosts import Hosts
 from keylatch.storage.libpq_pool import ConnectionPool
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ PsycopgConnection = psycopg.AsyncConnection[Any]
 Operation = Callable[[AsyncConnection, PsycopgConnection], Awaitable[T]]
 
 _DIALECT: Final = postgresql_dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_ENGINE_URL: Final = "postgresql+psycopg://"  # without parameters: they are `connect_args`
+_ENGINE_URL: Final = "postgresql+psycopg://"  # the dialect only: `Hosts` connects
 _READ_SECONDS: Final = 2.0
 _STALE_SECONDS: Final = 0.5
 _WRITE_SECONDS: Final = 5.0
@@ -68,8 +69,9 @@ class PostgreSQL(Database):
     is_shared = True
 
     def __init__(self, url: str) -> None:
-        self._parameters = connection_parameters(url)
-        place = self._parameters.get("host") or "its default address"
+        parameters = connection_parameters(url)
+        self._connect = Hosts(parameters).connect
+        place = parameters.get("host") or "its default address"
         self._hint = f"is PostgreSQL up at {place}, and does the user exist?"
         self._inherited_from_parent: list[object] = []
         self._open()
@@ -87,7 +89,7 @@ class PostgreSQL(Database):
     def _create_engine(self, pool_size: int, max_overflow: int) -> AsyncEngine:
         engine = create_async_engine(
             _ENGINE_URL,
-            connect_args=self._parameters,
+            async_creator=self._connect,
             hide_parameters=True,
             pool_size=pool_size,
             max_overflow=max_overflow,
@@ -106,9 +108,6 @@ class PostgreSQL(Database):
         if task is not None and task in self._tasks:
             self._tasks[task].append(raw.driver_connection)
         _configure(raw)
-
-    async def _connect(self) -> PsycopgConnection:
-        return await psycopg.AsyncConnection.connect(autocommit=True, **self._parameters)
 
     async def _connect_for_leases(self) -> PsycopgConnection:
         connection = await self._connect()
