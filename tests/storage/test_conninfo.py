@@ -252,7 +252,7 @@ def test_psycopg_is_imported_for_a_postgresql_url_only() -> None:
 # With a real server
 
 
-class Heard(Exception):
+class Subscribed(Exception):
     """LISTEN works."""
 
 
@@ -261,12 +261,12 @@ async def reached(url: str, what: Any = None) -> set[Any]:
     query = Query(select(func.current_database() if what is None else what))
     database = database_of(url)
 
-    def hear(_: str) -> None:
-        raise Heard
+    def on_notification(_: str) -> None:
+        raise Subscribed
 
     try:
-        with pytest.raises(Heard):
-            await database.listen("keylatch_test", hear)
+        with pytest.raises(Subscribed):
+            await database.listen("keylatch_test", on_notification)
         found = [
             *await database.fetch(query),
             *await database.fetch(query, seconds=5.0),
