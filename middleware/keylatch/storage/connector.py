@@ -16,6 +16,7 @@ import psycopg
 from psycopg.rows import class_row, scalar_row
 
 from keylatch.errors import ConfigurationError, StoreUnavailable
+from keylatch.storage.hosts import Hosts
 from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 
 PsycopgConnection = psycopg.AsyncConnection[Any]
@@ -82,7 +83,7 @@ class Connector:
         needs_replication: bool = False,
         may_be_standby: bool = False,
     ) -> None:
-        self._parameters = parameters
+        self._hosts = Hosts(parameters)
         self._variable = variable
         self._needs_session = needs_session
         self._needs_replication = needs_replication
@@ -102,7 +103,7 @@ class Connector:
             psycopg.Error: there is no server, or it refuses the connection.
             ConfigurationError, StoreUnavailable: the server cannot keep the store's promises.
         """
-        connection = await self._connect()
+        connection = await self._hosts.connect()
         try:
             if on_open is not None:
                 on_open(connection)
@@ -114,9 +115,6 @@ class Connector:
             connection.pgconn.finish()
             raise
         return connection
-
-    async def _connect(self) -> PsycopgConnection:
-        return await psycopg.AsyncConnection.connect(autocommit=True, **self._parameters)
 
     async def _find_out(self, connection: PsycopgConnection) -> Server:
         async with connection.cursor(row_factory=class_row(_Facts)) as cursor:
@@ -151,7 +149,7 @@ class Connector:
         two clients gets another one after their transactions have overlapped. Other clients may
         hide that once.
         """
-        async with await self._connect() as second:
+        async with await self._hosts.connect() as second:
             clients = (first, second)
             seen = [await _pid(client) for client in clients]
             for _ in range(_ROUNDS):
