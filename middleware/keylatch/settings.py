@@ -4,6 +4,7 @@ A wrong setting stops the start, and so does an unknown variable; all mistakes a
 once, each with a hint. A store or Redis URL may hold a password, so no message repeats a value.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from keylatch._variables import (
@@ -24,16 +25,21 @@ from keylatch._variables import (
 from keylatch.core.decisions import PERMISSION_PATTERN
 from keylatch.core.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
 from keylatch.errors import ConfigurationError
-from keylatch.storage import pepper_file
+from keylatch.storage import conninfo, pepper_file
 
 S = TypeVar("S", bound=EnvironmentSettings)
 
 
 _HINTS: Final = {
     "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
+    "store_direct": "postgresql:// of the primary itself; empty: the same as KEYLATCH_STORE",
+    "store_read": "postgresql:// of a standby of the same store, or empty for none",
+    "durable": "local, or replicated with a PostgreSQL store",
     "pepper_file": "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
     "redis": "redis://host:6379/0, rediss:// for TLS, unix:///path.sock, or empty for none",
     "store_file": "the path of a file that contains the store's URL and nothing else",
+    "store_direct_file": "the path of a file that contains that URL and nothing else",
+    "store_read_file": "the path of a file that contains that URL and nothing else",
     "redis_file": "the path of a file that contains the Redis URL and nothing else",
     "prefix": f"the first word of new tokens, matching {PREFIX_PATTERN}",
     "hasher": "argon2id or sha256",
@@ -68,10 +74,22 @@ class Settings(EnvironmentSettings):
 
     store: str = Field(default="sqlite:///keylatch.db", repr=False)
     """Where keys are stored: `sqlite:///path.db` or `postgresql://…`."""
+    store_direct: str = Field(default="", repr=False)
+    """A URL that reaches the primary without a transaction pooler, for leases and notifications;
+    empty: `store`."""
+    store_read: str = Field(default="", repr=False)
+    """A URL of a standby that may answer look-ups; it is believed only if its history is that of
+    this process. Empty: none."""
+    durable: Literal["local", "replicated"] = "local"
+    """`replicated`: a store without synchronous standbys is refused."""
     redis: str = Field(default="", repr=False)
     """Redis or Valkey URL of the shared cache; empty: no shared cache."""
     store_file: str = ""
     """A file that contains `store`, for a URL with a password; empty: none."""
+    store_direct_file: str = ""
+    """A file that contains `store_direct`; empty: none."""
+    store_read_file: str = ""
+    """A file that contains `store_read`; empty: none."""
     redis_file: str = ""
     """A file that contains `redis`; empty: none."""
     pepper_file: str = ""
@@ -117,24 +135,41 @@ class Settings(EnvironmentSettings):
     @field_validator("store")
     @classmethod
     def _store_is_supported(cls, url: str) -> str:
+        url = url.strip()  # a trailing blank would name another file
+        if conninfo.is_postgresql(url):
+            return _require_postgresql(url)
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
 
-        url = url.strip()  # a trailing blank would name another file
         try:
             parsed = make_url(url)
         except (ArgumentError, ValueError):  # a bad port; the message quotes a possible password
             raise ValueError("not a database URL") from None
-        backend = parsed.get_backend_name()
-        if backend not in ("sqlite", "postgresql"):
+        if parsed.get_backend_name() != "sqlite":
             raise ValueError("neither sqlite nor postgresql")
-        if "@" in (parsed.host or ""):  # part of a password, which error messages would repeat
-            raise ValueError("an @ in a password is written %40")
-        if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        if parsed.database in (None, "", ":memory:"):
             raise ValueError("an in-memory store loses every key when the process ends")
-        if backend == "sqlite" and "?" in url:
+        if "?" in url:
             raise ValueError("a SQLite URL has no options; a ? in a path is written %3F")
         return url
+
+    @field_validator("store_direct", "store_read")
+    @classmethod
+    def _other_url_is_of_the_same_kind(cls, url: str, info: ValidationInfo) -> str:
+        url = url.strip()
+        if not url:
+            return url
+        if not conninfo.is_postgresql(url):
+            raise ValueError(conninfo.NOT_POSTGRESQL)
+        _refuse_without_postgresql(info)
+        return _require_postgresql(url)
+
+    @field_validator("durable")
+    @classmethod
+    def _store_has_standbys(cls, durable: str, info: ValidationInfo) -> str:
+        if durable == "replicated":
+            _refuse_without_postgresql(info)
+        return durable
 
     @field_validator("redis")
     @classmethod
@@ -218,7 +253,21 @@ class Settings(EnvironmentSettings):
         Raises:
             ConfigurationError: names every wrong setting, with a hint for each.
         """
-        return load_settings(cls, arguments, _HINTS, find_unknown(os.environ))
+        return load_settings(cls, of_one_store(arguments), _HINTS, find_unknown(os.environ))
+
+
+def of_one_store(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments (None: not given), and where the store is one of them, its other URLs as well.
+
+    Without that, leases of a store from the command line would be asked for in the store of the
+    environment, and its look-ups too.
+    """
+    given = {name for name, value in arguments.items() if value is not None}
+    if given.isdisjoint(("store", "store_file")):
+        return dict(arguments)
+    others = ("store_direct", "store_read")
+    absent = [name for name in others if given.isdisjoint((name, f"{name}_file"))]
+    return {**arguments, **dict.fromkeys(absent, "")}
 
 
 def load_settings(
@@ -261,6 +310,18 @@ def load_settings(
 def _field_at_fault(name: str, in_files: Mapping[str, str]) -> str:
     """The setting to correct: the file's where the value came from a file."""
     return f"{name}_file" if in_files.get(name) else name
+
+
+def _refuse_without_postgresql(info: ValidationInfo) -> None:
+    store = info.data.get("store")  # missing: it is wrong itself
+    if store is not None and not conninfo.is_postgresql(store):
+        raise ValueError("the store is not PostgreSQL")
+
+
+def _require_postgresql(url: str) -> str:
+    with contextlib.suppress(ImportError):  # the store says which package is missing
+        conninfo.parse(url)
+    return url
 
 
 def _require_match(pattern: str, text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import keylatch
 from keylatch.errors import KeylatchError
 from keylatch.settings import Settings
+from keylatch.storage.conninfo import is_postgresql
 from keylatch_bench import plan as plans
 from keylatch_bench.connection import Address
 from keylatch_bench.errors import BenchError
@@ -50,7 +51,7 @@ class Target:
         where = "an engine in this process" if self.address is None else str(self.address)
         if self.settings is None:
             return where
-        store = self.settings.store.partition(":")[0].partition("+")[0]
+        store = "postgresql" if is_postgresql(self.settings.store) else "sqlite"
         return f"{where}, {store}{' and Redis' if self.settings.redis else ''}"
 
 

@@ -24,8 +24,14 @@ class BaseMiddleware(Generic[App]):
     Args:
         app: the application to protect.
         store: `sqlite:///path.db` or `postgresql://…`; None: `KEYLATCH_STORE`.
+        store_direct: a URL that reaches the primary without a transaction pooler, for leases and
+            notifications; None: `KEYLATCH_STORE_DIRECT`, or `store` where that is an argument.
+        store_read: URL of a standby that may answer look-ups; None: `KEYLATCH_STORE_READ`, or no
+            standby where `store` is an argument.
         redis: URL of the shared cache; None: `KEYLATCH_REDIS`, empty: no shared cache.
         store_file: a file that contains `store`; None: `KEYLATCH_STORE_FILE`.
+        store_direct_file: a file that contains `store_direct`; None: `KEYLATCH_STORE_DIRECT_FILE`.
+        store_read_file: a file that contains `store_read`; None: `KEYLATCH_STORE_READ_FILE`.
         redis_file: a file that contains `redis`; None: `KEYLATCH_REDIS_FILE`.
         pepper_file: contains a secret that the store does not; None: `KEYLATCH_PEPPER_FILE`.
         public: paths that need no key: `/healthz` and `/docs/{page}` for GET and HEAD, or with a
@@ -56,8 +62,12 @@ class BaseMiddleware(Generic[App]):
         app: App,
         *,
         store: str | None = None,
+        store_direct: str | None = None,
+        store_read: str | None = None,
         redis: str | None = None,
         store_file: str | None = None,
+        store_direct_file: str | None = None,
+        store_read_file: str | None = None,
         redis_file: str | None = None,
         pepper_file: str | None = None,
         public: Iterable[str] = (),
@@ -78,8 +88,12 @@ class BaseMiddleware(Generic[App]):
         try:
             engine = engine or _load_engine(
                 store=store,
+                store_direct=store_direct,
+                store_read=store_read,
                 redis=redis,
                 store_file=store_file,
+                store_direct_file=store_direct_file,
+                store_read_file=store_read_file,
                 redis_file=redis_file,
                 pepper_file=pepper_file,
                 realm=realm,

@@ -39,6 +39,15 @@ ENGINE_SETTINGS: Final = {
         "Store URL without a password: sqlite:///path.db or postgresql://…",
         "sqlite:///keylatch.db",
     ),
+    "store_direct": (
+        "URL of the primary without a transaction pooler, for leases and notifications.",
+        "--store",
+    ),
+    "store_read": ("URL of a standby that may answer look-ups.", "none"),
+    "durable": (
+        "What a change waits for: local or replicated (a synchronous standby as well).",
+        "local",
+    ),
     "redis": ("URL of the shared cache, without a password.", "none"),
     "pepper_file": ("File with a secret that the store does not contain.", "none"),
     "prefix": ("First part of new tokens.", "kl"),

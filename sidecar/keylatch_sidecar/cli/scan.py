@@ -16,13 +16,13 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from sqlalchemy.engine import make_url
 
 from keylatch.core.decisions import KeyRecord, Reason, unusable_reason
 from keylatch.core.tokens import Token, redact_tokens
 from keylatch.engine import Engine
 from keylatch.errors import HashingBusy, HashingFailed, InvalidKeyState, OperationalError
 from keylatch.settings import Settings
+from keylatch.storage.store import file_of
 from keylatch_sidecar.api import leaks
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import Given, JSONOption, setting_options
@@ -158,8 +158,8 @@ def _look_up_all(
 
 
 def _is_missing(store: str) -> bool:
-    url = make_url(store)
-    return url.get_backend_name() == "sqlite" and not Path(url.database or "").exists()
+    file = file_of(store)
+    return file is not None and not file.exists()
 
 
 async def _look_up(engine: Engine, token: Token, revoke: bool) -> TokenResult:

@@ -13,7 +13,7 @@ import typer
 from keylatch._variables import export_variables
 from keylatch.engine import Engine
 from keylatch.errors import ConfigurationError, KeylatchError, StoreUnavailable
-from keylatch.settings import Settings
+from keylatch.settings import Settings, of_one_store
 from keylatch_sidecar.cli import output
 from keylatch_sidecar.cli.options import ENGINE_SETTINGS, PROXY_SETTINGS, Given, setting_options
 from keylatch_sidecar.settings import ProxySettings
@@ -61,7 +61,7 @@ def serve(
     logging.getLogger("keylatch").setLevel(logging.WARNING)
     settings, proxy_settings = _load_settings(given)
     _prepare_store(settings)
-    export_variables(given)  # for the workers
+    export_variables(of_one_store(given))  # for the workers
     listener = Listener(host, port, uds)
     admin = Listener.optional(admin_host, admin_port, admin_uds)
     grpc = Listener.optional(host, grpc_port, grpc_uds)

@@ -21,10 +21,10 @@ TAKEN = {
     "scan": "PATH… --offline --revoke --all --json --store --redis",
     "serve": (
         "--host --port --uds --admin-host --admin-port --admin-uds --grpc-port --grpc-uds "
-        "--metrics-host --metrics-port --workers --store --redis --pepper-file --prefix "
-        "--hasher --lease --max-keys --max-changes --audit-days --clients --log "
-        "--log-failures --timing --tracing --verify-request --ext-authz-request "
-        "--proxy-cache-ttl --drain"
+        "--metrics-host --metrics-port --workers --store --store-direct --store-read --durable "
+        "--redis --pepper-file --prefix --hasher --lease --max-keys --max-changes --audit-days "
+        "--clients --log --log-failures --timing --tracing --verify-request "
+        "--ext-authz-request --proxy-cache-ttl --drain"
     ),
     "verify": "--permission --store --redis",
     "keys rotate": "ID --grace --organization --json --store --redis --prefix --hasher",
