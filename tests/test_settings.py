@@ -1,5 +1,6 @@
 """Settings: where they come from, what is wrong with them, and what they keep to themselves."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keylatch.errors import ConfigurationError
-from keylatch.settings import Settings
+from keylatch.settings import Settings, load_settings
 
 PASSWORD = "hunter2secret"
 
@@ -80,6 +81,9 @@ def test_words_are_a_sequence_in_python_and_separated_by_commas_in_a_variable(
 
 WRONG = {
     "store": f"mysql://app:{PASSWORD}@db/keys",
+    "store_direct": f"postgresql+psycopg2://app:{PASSWORD}@db/keys",
+    "store_read": f"sqlite:///{PASSWORD}.db",
+    "durable": "always",
     "redis": f"http://:{PASSWORD}@cache",
     "pepper_file": "/nowhere/that is",
     "prefix": "k_l",
@@ -115,6 +119,9 @@ STORES = (
         "postgresql://user:a@{}:x@host/db",
         "postgresql://u:a@{}@h/d",
         "postgresql://u@host:{}/db",
+        "postgresql+psycopg2://u:{}@host/db",
+        "postgresql://u@host/db?{}=1",
+        "postgresql://u@host1:1,host2:{}/db",
         "{}://host",
         "mysql://{}@h/d",
     ),
@@ -127,6 +134,75 @@ def test_a_store_that_cannot_be_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="KEYLATCH_STORE") as caught:
         Settings.load(store=url.format(PASSWORD))
     assert PASSWORD not in str(caught.value)
+
+
+POSTGRESQL = f"postgresql://app:{PASSWORD}@db/keys"
+
+
+@pytest.mark.parametrize("package", ["psycopg", "psycopg.conninfo"])
+def test_a_url_is_taken_where_its_driver_is_missing(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """The store says which package to install. Else the settings would blame the URL."""
+    monkeypatch.setitem(sys.modules, package, None)
+    assert Settings.load(store=POSTGRESQL).store == POSTGRESQL
+
+
+def test_the_other_urls_of_a_store_are_of_postgresql() -> None:
+    """A pooler or a standby of a file does not exist; neither does a replica."""
+    others = {
+        "store_direct": f" {POSTGRESQL} ",
+        "store_read": "postgres://a:1,b:2/keys",
+        "durable": "replicated",
+    }
+    settings = Settings.load(store=POSTGRESQL, **others)
+    assert settings.store_direct == POSTGRESQL
+    assert (settings.store_read, settings.durable) == (others["store_read"], "replicated")
+    assert PASSWORD not in repr(settings)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load(store="sqlite:///keys.db", **others)
+    assert [wrong for wrong, _ in caught.value.mistakes] == [
+        f"KEYLATCH_{name.upper()}: the store is not PostgreSQL" for name in others
+    ]
+
+
+def test_a_wrong_store_does_not_make_its_other_urls_wrong() -> None:
+    """One mistake is reported as one."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load(store="postgresql://h:port", store_direct=POSTGRESQL, durable="replicated")
+    assert len(caught.value.mistakes) == 1
+
+
+@pytest.fixture
+def production(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of a store with all of its URLs."""
+    for name in ("STORE", "STORE_DIRECT", "STORE_READ"):
+        monkeypatch.setenv(f"KEYLATCH_{name}", f"postgresql://{name.lower()}/keys")
+
+
+@pytest.mark.usefixtures("production")
+def test_the_urls_of_two_stores_are_not_mixed(tmp_path: Path) -> None:
+    """Where the store is an argument, the variables' other URLs belong to another store."""
+    file = tmp_path / "url"
+    file.write_text(POSTGRESQL)
+    for arguments in ({"store": POSTGRESQL}, {"store_file": str(file)}):
+        settings = Settings.load(**arguments)
+        assert (settings.store_direct, settings.store_read) == ("", "")
+        settings = Settings.load(**arguments, store_read_file=str(file))
+        assert (settings.store_direct, settings.store_read) == ("", POSTGRESQL)
+    settings = Settings.load(store_direct=POSTGRESQL)
+    assert (settings.store_direct, settings.store_read) == (
+        POSTGRESQL,
+        "postgresql://store_read/keys",
+    )
+    assert Settings.load(store="sqlite:///keys.db").store == "sqlite:///keys.db"
+
+
+@pytest.mark.usefixtures("production")
+def test_without_that_leases_would_be_of_another_store() -> None:
+    """The broken twin: every setting by itself, from its argument or its variable."""
+    settings = load_settings(Settings, {"store": POSTGRESQL}, {})
+    assert settings.store_direct == "postgresql://store_direct/keys"
 
 
 @pytest.mark.parametrize(

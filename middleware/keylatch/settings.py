@@ -34,7 +34,7 @@ _HINTS: Final = {
     "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
     "store_direct": "postgresql:// of the primary itself; empty: the same as KEYLATCH_STORE",
     "store_read": "postgresql:// of a standby of the same store, or empty for none",
-    "durable": "local or replicated",
+    "durable": "local, or replicated with a PostgreSQL store",
     "pepper_file": "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
     "redis": "redis://host:6379/0, rediss:// for TLS, unix:///path.sock, or empty for none",
     "store_file": "the path of a file that contains the store's URL and nothing else",
