@@ -22,6 +22,8 @@ from keylatch_sidecar.operations.doctor import (
 )
 from keylatch_sidecar.operations.doctor.finding import Status
 from tests.support.command_line import Operator
+from tests.support.poolers import PgBouncer
+from tests.support.postgresql_cluster import Machines
 from tests.support.servers import PostgresServer, RedisServer, eventually, free_port
 
 
@@ -509,6 +511,35 @@ def test_standbys_that_are_not_synchronous_are_a_warning(
             raw.execute("SELECT pg_reload_conf()")
 
 
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    made = Machines()
+    yield made
+    made.remove()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("mode", "status"), [("session", "ok"), ("transaction", "failure")])
+def test_a_pooler_is_found(
+    operator: Operator, machines: Machines, *, mode: str, status: str
+) -> None:
+    """A real PgBouncer, and which mode it is in; with a direct URL both modes will do."""
+    node = machines.primary()
+    operator.set(STORE=node.url)
+    operator.create()
+    assert DoctorRun(operator, "--lease", "0.1").findings_of("pooler") == ""
+    pooler = machines.add(PgBouncer(node, mode))
+    operator.set(STORE=pooler.url)
+    doctor_run = DoctorRun(operator, "--lease", "0.1")
+    assert doctor_run.status_of("pooler") == status
+    assert doctor_run.findings_of("pooler").startswith(f"{mode} mode")
+    assert doctor_run.status_of("rights") == "ok"
+    operator.set(STORE_DIRECT=node.url)
+    assert DoctorRun(operator, "--lease", "0.1").status_of("pooler") == "ok"
+    operator.set(STORE_DIRECT="postgresql://postgres@127.0.0.1:1/keys")
+    assert DoctorRun(operator, "--lease", "0.1").status_of("direct URL") == "failure"
+
+
 # What cannot be had from a server in a test
 
 
@@ -591,14 +622,14 @@ def test_the_budget_of_connections_is_multiplied(
 
 def test_a_pooler_is_judged_by_its_mode() -> None:
     """Session mode needs a pool for all processes; transaction mode, another URL for leases."""
-    assert list(connections.check_pooler("none", 3, has_direct_url=False)) == []
-    [session] = connections.check_pooler("session", 3, has_direct_url=False)
+    assert list(connections.check_pooler(None, None, 3)) == []
+    [session] = connections.check_pooler("session", "session", 3)
     assert session.status is Status.OK
     assert "a pool of 18 or more" in session.message
-    [transaction] = connections.check_pooler("transaction", 3, has_direct_url=False)
+    [transaction] = connections.check_pooler("transaction", "transaction", 3)
     assert transaction.status is Status.FAILURE
     assert "KEYLATCH_STORE_DIRECT" in transaction.hint
-    [direct] = connections.check_pooler("transaction", 3, has_direct_url=True)
+    [direct] = connections.check_pooler("transaction", None, 3)
     assert direct.status is Status.OK
 
 
