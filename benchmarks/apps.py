@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keylatch_sidecar import server
 from keylatch_sidecar.app import GRPCListener
+from keylatch_sidecar.drain import Drain
 
 FOLDER: Final = Path(__file__).parent
 
@@ -96,6 +97,7 @@ def allowing(
     admin_address: int | str | None = None,
     metrics_address: int | str | None = None,
     grpc: GRPCListener | None = None,
+    drain: Drain | None = None,
     worker_directory: Path | None = None,
 ) -> ASGIApp:
     """`allow` in the place of the sidecar's app; see `keylatch_sidecar.app.from_environment`."""

@@ -102,7 +102,8 @@ class Stats:
 class EngineStats:
     """Reads the health and the numbers of an engine's components.
 
-    `shared_cache` is None while Redis is not configured or the engine is not started.
+    `failed_start` is the component that the last start lacked; None: none has failed, or the engine
+    is started. `shared_cache` is None while Redis is not configured or the engine is not started.
     """
 
     def __init__(
@@ -126,21 +127,30 @@ class EngineStats:
         self._counters = counters
 
     def components(
-        self, is_started: bool, shared_cache: SharedCache | None
+        self,
+        is_started: bool,
+        failed_start: ComponentHealth | None,
+        shared_cache: SharedCache | None,
     ) -> list[ComponentHealth]:
         """See `Engine.components`."""
+        store = self._store.health.component_health(
+            "store", "unavailable", "the store does not answer"
+        )
         lease = self._freshness.component_health()
-        if not is_started and self._store.health.is_healthy:
-            lease = ComponentHealth("lease", "off")  # not started, and no start has failed
+        if not is_started and failed_start is None and store.state == "ok":
+            lease = ComponentHealth("lease", "off")
+        if failed_start is not None:  # a store that answers may refuse what a start needs
+            store, lease = (
+                failed_start if each.name == failed_start.name and each.state == "ok" else each
+                for each in (store, lease)
+            )
         redis = ComponentHealth("redis", "off")
         if shared_cache is not None:
             redis = shared_cache.breaker.health.component_health(
                 "redis", "degraded", "Redis does not answer"
             )
         return [
-            self._store.health.component_health(
-                "store", "unavailable", "the store does not answer"
-            ),
+            store,
             lease,
             redis,
             self._hasher.health.component_health(
@@ -151,7 +161,12 @@ class EngineStats:
             ),
         ]
 
-    def read(self, is_started: bool, shared_cache: SharedCache | None) -> Stats:
+    def read(
+        self,
+        is_started: bool,
+        failed_start: ComponentHealth | None,
+        shared_cache: SharedCache | None,
+    ) -> Stats:
         """The numbers now."""
         counters, (keys, negative_entries) = self._counters, self._l1.sizes()
         return Stats(
@@ -166,7 +181,7 @@ class EngineStats:
                 "negative_entries": negative_entries,
                 "tombstones": self._invalidations.tombstone_count,
             },
-            components=tuple(self.components(is_started, shared_cache)),
+            components=tuple(self.components(is_started, failed_start, shared_cache)),
             lease=self._lease_stats() if is_started else None,
             redis=None if shared_cache is None else _redis_stats(shared_cache),
             hashes_waiting=self._hasher.waiting,

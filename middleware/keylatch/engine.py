@@ -13,8 +13,8 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -58,6 +58,15 @@ if TYPE_CHECKING:
 _RETRY_START_SECONDS: Final = 0.1
 _MAINTENANCE_SECONDS: Final = 30.0
 _RECOVERY_SECONDS: Final = 5.0
+_READY_SECONDS: Final = 3.0
+
+# What a start needs, as readiness shows it while that is missing.
+_UNOPENED_STORE: Final = ComponentHealth(
+    "store", "unavailable", reason="the store cannot be opened: the log has the reason"
+)
+_NO_LEASE: Final = ComponentHealth(
+    "lease", "unavailable", reason="the store grants no lease: the log has the reason"
+)
 
 log = logging.getLogger("keylatch")
 
@@ -168,7 +177,7 @@ class Engine:
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._start_task: asyncio.Task[None] | None = None
         self._retry_start_at = 0.0
-        self._has_logged_failure = False
+        self._failed_start: ComponentHealth | None = None
         self._tasks = EngineTasks()
 
     # Lifecycle
@@ -190,7 +199,7 @@ class Engine:
 
         A call during a start waits for that start. A store that cannot be reached is logged once,
         and later requests try again, at most every tenth of a second: an app whose database is late
-        starts, and answers 503 until then.
+        starts, and answers 503 until then. It is logged again when another component fails.
 
         Raises:
             StoreIncompatible: the store was made by a newer keylatch.
@@ -202,23 +211,26 @@ class Engine:
         if self._start_task is None:
             self._start_task = asyncio.create_task(self._start(), name="keylatch-start")
             self._start_task.add_done_callback(_retrieve_exception)
-        try:
+        with suppress(StoreUnavailable):
             await asyncio.shield(self._start_task)
-        except StoreUnavailable as error:
-            if not self._has_logged_failure:
-                log.error("error: %s", error.message)
-                log.error("hint: %s", error.hint)
-            self._has_logged_failure = True
 
     async def _start(self) -> None:
+        failed = _UNOPENED_STORE
         try:
             secrets = await self.store.open(self._now_ms())
+            if self.store.is_shared:
+                failed = _NO_LEASE
             await self._freshness.begin()
-        except KeylatchError:
+        except KeylatchError as error:
             self._retry_start_at = self._timer() + _RETRY_START_SECONDS
+            if isinstance(error, StoreUnavailable):
+                self._record_failed_start(failed, error)
             raise
         finally:
             self._start_task = None
+        if self._failed_start is not None:
+            log.warning("keylatch has started")
+            self._failed_start = None
         for warning in (*self.store.warnings, *self.settings.warnings):
             log.warning(warning)
         self._revocation_monitor.begin(self._invalidations.seq, self._invalidations.epoch)
@@ -233,6 +245,12 @@ class Engine:
         if isinstance(self._freshness, Lease) and opened.notifier is not None:
             self._tasks.start_loop(opened.notifier.subscribe(self._freshness.on_notice))
         self._tasks.stop_with_loop(self.stop)
+
+    def _record_failed_start(self, failed: ComponentHealth, error: StoreUnavailable) -> None:
+        if self._failed_start is None or self._failed_start.name != failed.name:
+            log.error("error: %s", error.message)
+            log.error("hint: %s", error.hint)
+            self._failed_start = replace(failed, since=self._clock())
 
     def _open(self, secrets: Secrets) -> _Opened:
         mac_keys = MacKeys(secrets.mac_keys)
@@ -415,26 +433,35 @@ class Engine:
             StoreUnavailable: the store could not be opened yet.
         """
         await self.keyring()
-        return StoreSecrets(self.store, self._require_opened().propagation, self._clock)
+        return StoreSecrets(self.store, self._require_opened().propagation, self.now_ms)
 
     # Health and numbers
 
     async def ready(self) -> None:
-        """Return if a key could be checked now.
+        """Return if a key could be checked now: the store answers, and this process is fresh.
 
         Raises:
-            KeylatchError: the reason why not.
+            KeylatchError: the reason why not; after three seconds at most.
         """
-        await self.keyring()
-        await self.store.ping()
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await self.keyring()
+                await self.store.ping()
+                await self._freshness.revalidate()
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the store did not answer within {_READY_SECONDS:g} s", "see the log"
+            ) from None
 
     def components(self) -> list[ComponentHealth]:
         """The health of the components, as last observed. Checks need only `store` and `lease`."""
-        return self._stats.components(self._opened is not None, self._shared_cache)
+        return self._stats.components(
+            self._opened is not None, self._failed_start, self._shared_cache
+        )
 
     def stats(self) -> Stats:
         """The numbers that `keylatch.metrics` exports, without waiting."""
-        return self._stats.read(self._opened is not None, self._shared_cache)
+        return self._stats.read(self._opened is not None, self._failed_start, self._shared_cache)
 
     @property
     def _shared_cache(self) -> SharedCache | None:
@@ -471,7 +498,7 @@ class Engine:
             try:
                 await self._freshness.revalidate()
                 await self._keyset.refresh()
-                await self.store.run_maintenance(self._now_ms())
+                await self.store.run_maintenance(self.now_ms())
             except KeylatchError as error:
                 log.warning(
                     "maintenance of the store failed; the next one runs in %g s: %s",

@@ -1,5 +1,6 @@
 """The sidecar as an ASGI app: all routes on one screen, and which listener serves which of them."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keylatch.asgi import with_headers
 from keylatch.engine import Engine
@@ -21,6 +22,7 @@ from keylatch_sidecar import health, metrics
 from keylatch_sidecar.api import audit, leaks, rotation, sendook, unsent, usage
 from keylatch_sidecar.api.errors import Problem, no_such_key
 from keylatch_sidecar.api.monitoring_access import METRICS_PATHS, ListenerAddress, listener_of
+from keylatch_sidecar.drain import Drain
 from keylatch_sidecar.forward_auth import ext_authz, verify
 from keylatch_sidecar.forward_auth.decision import ForwardAuth
 from keylatch_sidecar.forward_auth.original_request import SOURCES
@@ -49,6 +51,7 @@ _KEY_PATHS: Final = ("/v1/api-keys/", "/v1/api_keys/")
 _PROBE_PATHS: Final = ("/healthz", "/readyz")
 _NOT_FOUND: Final = unsent.render_error(Problem(404, "Not Found"))
 _GRPC_GRACE_SECONDS: Final = 2.0
+_CLOSE: Final = (b"connection", b"close")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ def create_app(
     admin_address: ListenerAddress = None,
     metrics_address: ListenerAddress = None,
     grpc: GRPCListener | None = None,
+    drain: Drain | None = None,
     worker_directory: Path | None = None,
 ) -> ASGIApp:
     """The sidecar's app. Its lifespan starts and stops the engine.
@@ -82,9 +86,12 @@ def create_app(
         metrics_address: the listener that serves metrics and readiness without a key, and nothing
             else; None: no such listener.
         grpc: the listener for gRPC; None: no such listener.
+        drain: while it drains, the app is not ready, and asks clients for new connections; None: it
+            never drains.
         worker_directory: of the workers that share the listeners; None: there is one worker.
     """
     settings = settings or ProxySettings.load()
+    draining = drain or Drain()
     engine.store.audit_days = engine.settings.audit_days
     forward_auth = ForwardAuth(engine, settings.proxy_cache_ttl)
     leak_reports = leaks.ReportQueue(engine)
@@ -96,12 +103,14 @@ def create_app(
             stack.push_async_callback(engine.stop)
             await engine.start()
             stack.push_async_callback(leak_reports.close)
+            watching = asyncio.create_task(draining.watch(), name="keylatch-drain")
+            stack.callback(watching.cancel)
             await stack.enter_async_context(metrics_page.shared_with_workers())
             if grpc is not None:
                 from keylatch_sidecar.forward_auth import ext_authz_grpc
 
                 server = await ext_authz_grpc.serve(
-                    forward_auth, engine, grpc.address, is_shared=grpc.is_shared
+                    forward_auth, engine, grpc.address, drain=draining, is_shared=grpc.is_shared
                 )
                 stack.push_async_callback(server.stop, _GRPC_GRACE_SECONDS)
             yield
@@ -115,11 +124,14 @@ def create_app(
     management.state.private_addresses = {admin_address, metrics_address} - {None}
     management.state.reports = leak_reports
     management.state.metrics = metrics_page
+    management.state.drain = draining
     management.router.redirect_slashes = False  # nginx's auth_request turns a redirect into 500
     verify_endpoint = verify.Verify(forward_auth, SOURCES[settings.verify_request])
     ext_authz_endpoint = ext_authz.ExtAuthz(forward_auth, SOURCES[settings.ext_authz_request])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if draining.has_begun:
+            send = _closing_connection(send)
         if metrics_address is not None and listener_of(scope) == metrics_address:
             is_served = scope["type"] == "http" and scope["path"] in METRICS_PATHS
             await (management if is_served else _NOT_FOUND)(scope, receive, send)
@@ -135,6 +147,18 @@ def create_app(
     if not engine.settings.traces_requests:
         return app
     return trace_requests(app, timing_headers=engine.settings.timing)
+
+
+def _closing_connection(send: Send) -> Send:
+    """Adds `Connection: close` to a response, so that the client's next request is on a new
+    connection: where a balancer distributes connections and not requests, to another server."""
+
+    async def send_and_close(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), _CLOSE]}
+        await send(message)
+
+    return send_and_close
 
 
 def trace_requests(app: ASGIApp, *, timing_headers: bool) -> ASGIApp:
@@ -166,6 +190,7 @@ def from_environment(
     admin_address: ListenerAddress = None,
     metrics_address: ListenerAddress = None,
     grpc: GRPCListener | None = None,
+    drain: Drain | None = None,
     worker_directory: Path | None = None,
 ) -> ASGIApp:
     """The app that `keylatch serve` runs: `create_app` with settings from the environment."""
@@ -174,6 +199,7 @@ def from_environment(
         admin_address=admin_address,
         metrics_address=metrics_address,
         grpc=grpc,
+        drain=drain,
         worker_directory=worker_directory,
     )
 

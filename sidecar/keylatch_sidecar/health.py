@@ -38,7 +38,8 @@ class Components(ResponseBody):
 
 
 class Readiness(ResponseBody):
-    """`ok`, or `unavailable` while keys cannot be checked; with the components for operators."""
+    """`ok`, `unavailable` while keys cannot be checked, or `draining` while the sidecar is about to
+    stop; with the components for operators."""
 
     status: str
     components: Components | None = None
@@ -50,8 +51,11 @@ async def healthz(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Readiness: the store answers. Nothing else counts, because checks need nothing else."""
+    """Readiness: the store answers and grants a lease, and the sidecar is not about to stop.
+    Nothing else counts, because checks need nothing else."""
     engine: Engine = request.app.state.engine
+    if request.app.state.drain.has_begun:
+        return JSON(await _body(request, "draining"), 503, {"Retry-After": "1"})
     try:
         await engine.ready()
     except KeylatchError:  # the failure is in the log

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
@@ -22,6 +23,7 @@ from uvicorn.supervisors import Multiprocess
 
 from keylatch import logs
 from keylatch_sidecar.app import GRPCListener, from_environment
+from keylatch_sidecar.drain import Drain
 from keylatch_sidecar.http_server import loopback
 from keylatch_sidecar.http_server.file_descriptors import descriptor_limit, raise_descriptor_limit
 from keylatch_sidecar.http_server.http_methods import AnyMethod
@@ -150,9 +152,10 @@ def run(
     workers: int,
     *,
     metrics_listener: Listener | None = None,
+    drain_seconds: float = 0.0,
     logs_json: bool = False,
 ) -> bool:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM and for `drain_seconds` more, or until a second SIGTERM, or until SIGINT.
 
     Args:
         main_listener: for reverse proxies, and for management if `admin_listener` is None.
@@ -160,6 +163,7 @@ def run(
         grpc_listener: for reverse proxies that use gRPC.
         workers: the number of processes that share the listeners.
         metrics_listener: for Prometheus, without a key.
+        drain_seconds: how long it goes on after SIGTERM, while `/readyz` answers 503.
         logs_json: whether each log record is one line of JSON.
 
     Returns:
@@ -178,13 +182,19 @@ def run(
         directory = None
         if workers > 1:
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="keylatch-")))
-        config = _configuration(listeners, workers, directory, logs_json=logs_json)
+        drain = Drain(drain_seconds, directory)
+        config = _configuration(listeners, workers, drain, directory, logs_json=logs_json)
         listeners.log()
-        return _serve(config, sockets)
+        return _serve(config, sockets, drain)
 
 
 def _configuration(
-    listeners: _Listeners, workers: int, worker_directory: Path | None, *, logs_json: bool
+    listeners: _Listeners,
+    workers: int,
+    drain: Drain,
+    worker_directory: Path | None,
+    *,
+    logs_json: bool,
 ) -> uvicorn.Config:
     admin, grpc, metrics = listeners.admin, listeners.grpc, listeners.metrics
     is_shared = workers > 1
@@ -193,6 +203,7 @@ def _configuration(
         admin_address=None if admin is None else admin.scope_address,
         metrics_address=None if metrics is None else metrics.scope_address,
         grpc=None if grpc is None else GRPCListener(grpc.grpc_address, is_shared),
+        drain=drain,
         worker_directory=worker_directory,
     )
     return uvicorn.Config(
@@ -211,15 +222,68 @@ def _configuration(
     )
 
 
-def _serve(config: uvicorn.Config, sockets: list[socket.socket]) -> bool:
+class _Server(uvicorn.Server):
+    """uvicorn's server, which drains before it stops.
+
+    Args:
+        config: of the server.
+        drain: begun by the first SIGTERM.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._must_drain = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        is_first = sig == signal.SIGTERM and self.started and not self._must_drain
+        if is_first and self._drain.is_configured:
+            self._must_drain = True  # the next tick begins it: a signal handler must not log
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._must_drain:
+            self._drain.begin()
+        return await super().on_tick(counter) or self._drain.is_over
+
+
+class _Workers(Multiprocess):
+    """uvicorn's parent of the workers, which lets them drain before it stops them.
+
+    A worker that gets SIGTERM itself stops at once: the parent has replaced it, or does without it.
+
+    Args:
+        config: of the workers.
+        sockets: that they share.
+        drain: begun by the first SIGTERM to the parent.
+    """
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], drain: Drain) -> None:
+        super().__init__(config, sockets)
+        self._drain = drain
+
+    def handle_term(self) -> None:
+        if self._drain.is_configured and not self._drain.has_begun:
+            self._drain.begin()
+        else:
+            super().handle_term()
+
+    def handle_signals(self) -> None:
+        super().handle_signals()
+        if self._drain.is_over:
+            self.should_exit.set()
+
+
+def _serve(config: uvicorn.Config, sockets: list[socket.socket], drain: Drain) -> bool:
     # uvicorn raises SIGTERM again after the shutdown; by default that would kill the process before
     # it removes the sockets.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         if config.workers > 1:
-            Multiprocess(config, sockets=sockets).run()
+            _Workers(config, sockets, drain).run()
             return True
-        server = uvicorn.Server(config)
+        server = _Server(config, drain)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=sockets)
         return server.started

@@ -15,6 +15,7 @@ _HINTS: Final = {
     "verify_request": "none, forwarded (X-Forwarded-Method, -Uri), original (X-Original-…)",
     "ext_authz_request": "envoy (the request line), none, forwarded or original",
     "proxy_cache_ttl": "whole seconds, 0 to 3600",
+    "drain": "seconds, 0 to 3600",
 }
 
 
@@ -27,6 +28,9 @@ class ProxySettings(EnvironmentSettings):
     """Where `/ext_authz` reads them."""
     proxy_cache_ttl: int = Field(default=0, ge=0, le=3600)
     """Seconds for which a proxy may cache an allow; a revocation does not reach that cache."""
+    drain: float = Field(default=0, ge=0, le=3600)
+    """Seconds from SIGTERM to the stop, while `/readyz` answers 503. None by default: only a load
+    balancer that probes `/readyz`, or Kubernetes, makes use of them; else they delay each stop."""
 
     @classmethod
     def load(cls, **given: Any) -> "ProxySettings":

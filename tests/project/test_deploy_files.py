@@ -595,6 +595,26 @@ def test_the_sidecar_on_its_own_answers_proxies_alone() -> None:
         assert manifests.unexpected_clients(twin(ALONE, change))
 
 
+@pytest.mark.parametrize(("found", "drains"), [(ALONE, True), (SIDECAR, False)])
+def test_a_pod_that_is_stopped_goes_on_for_a_while(found: Any, *, drains: bool) -> None:
+    """Until proxies send it nothing more; and it is not killed before it has finished."""
+    pod = pod_of(found)
+    assert manifests.flaws_of_stop(pod, drains=drains) == []
+    changes: list[tuple[Change, str]] = [
+        (lambda each: each.pop("terminationGracePeriodSeconds"), "killed before it has finished"),
+        (lambda each: each.update(terminationGracePeriodSeconds=15), "killed before"),
+    ]
+    if drains:
+        changes.append(
+            (lambda each: each["containers"][0].update(args=["serve"]), "before proxies")
+        )
+    else:
+        changes.append((lambda each: containers(each)["nginx"].pop("lifecycle"), "before proxies"))
+        changes.append((lambda each: containers(each)["app"].pop("lifecycle"), "before nginx"))
+    for change, flaw in changes:
+        assert flaw in str(manifests.flaws_of_stop(twin(pod, change), drains=drains))
+
+
 def test_each_proxy_sends_the_facts_that_its_sidecar_expects() -> None:
     """X-Original-…, the request line, X-Forwarded-…; with another source, a sidecar refuses all."""
     values = {each["name"]: each.get("value", "") for each in pod_of(ALONE)["containers"][0]["env"]}

@@ -19,6 +19,10 @@ from keylatch_sidecar.cli.program import cli
 from keylatch_sidecar.settings import ProxySettings
 from tests.support.proxies import DEPLOY, IDENTITY
 
+LOAD_BALANCER_SECONDS = 5
+"""What kube-proxy and Ingress controllers may take until they send nothing to a stopped pod."""
+STOP_SECONDS = 15
+"""What keylatch may take to finish: a DELETE, and one lease period to store what it has counted."""
 SETTINGS = Settings.model_fields | ProxySettings.model_fields
 
 
@@ -139,6 +143,31 @@ def flaws_of_pod(spec: Any) -> list[str]:
             "has no tag": not re.search(r":[\w.]+$|@sha256:", container["image"]),
         }
         found += [f"{container['name']} {what}" for what, is_so in wrong.items() if is_so]
+    return found
+
+
+def flaws_of_stop(spec: Any, *, drains: bool) -> list[str]:
+    """Where a pod that is stopped refuses requests that proxies still send, or is killed amid its
+    work.
+
+    Args:
+        spec: of the pod.
+        drains: whether the proxies call keylatch, and not another container.
+    """
+    found: list[str] = []
+    stops: dict[str, float] = {}
+    for container in spec.get("initContainers", []) + spec["containers"]:
+        hook = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {})
+        stops[container["name"]] = hook.get("seconds", 0)
+        if container["name"] == "keylatch":
+            stops["keylatch"] += float(options_of(container["args"])["drain"] or 0)
+    called = "keylatch" if drains else "nginx"
+    if stops[called] < LOAD_BALANCER_SECONDS:
+        found.append(f"{called} stops before proxies know")
+    if not drains and stops["app"] <= stops["nginx"]:
+        found.append("the app stops before nginx")
+    if spec.get("terminationGracePeriodSeconds", 0) < max(stops.values()) + STOP_SECONDS:
+        found.append("is killed before it has finished")
     return found
 
 

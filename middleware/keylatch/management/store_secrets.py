@@ -30,18 +30,18 @@ class StoreSecrets:
     Args:
         store: whose secrets.
         propagation: waits until every process knows a change.
-        clock: seconds since the Unix epoch.
+        now_ms: the store's time, in milliseconds since the Unix epoch.
     """
 
     def __init__(
         self,
         store: Store,
         propagation: Propagation,
-        clock: Callable[[], float],
+        now_ms: Callable[[], int],
     ) -> None:
         self._store = store
         self._propagation = propagation
-        self._clock = clock
+        self._now_ms = now_ms
 
     async def list(self) -> Sequence[SecretInfo]:
         """The id, kind and status of each secret, newest first."""
@@ -123,6 +123,3 @@ class StoreSecrets:
 
     def _replaced_before_ms(self) -> int:
         return self._now_ms() - SHARED_CACHE_SECONDS * 1000
-
-    def _now_ms(self) -> int:
-        return int(self._clock() * 1000)

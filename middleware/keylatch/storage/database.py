@@ -9,7 +9,7 @@ holds no parameters.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Dialect, Select
 from sqlalchemy.exc import DBAPIError
@@ -22,6 +22,12 @@ Work = Callable[[Connection], T]
 Rows = list[tuple[Any, ...]]
 Durability = Literal["local", "replicated"]
 """Where a committed change is safe: on the store's disk, or on a second server as well."""
+
+
+_INSUFFICIENT_PRIVILEGE: Final = "42501"
+_MIGRATE_AS_OWNER: Final = (
+    "run `keylatch migrate` as the owner of the tables, and GRANT as in docs/postgresql-roles.md"
+)
 
 
 class Contended(Exception):
@@ -165,6 +171,8 @@ def translate_errors(driver: type[Exception], hint: str) -> Iterator[None]:
         cause = error.orig if isinstance(error, DBAPIError) else error
         # The first line only: PostgreSQL's DETAIL below it may quote the row.
         first, *_ = str(cause).strip().splitlines() or [type(cause).__name__]
+        if getattr(cause, "sqlstate", None) == _INSUFFICIENT_PRIVILEGE:
+            hint = _MIGRATE_AS_OWNER
         raise StoreUnavailable(f"the store failed: {first}", hint) from None
     except Contended:
         raise StoreUnavailable("too many conflicts with other transactions", hint) from None

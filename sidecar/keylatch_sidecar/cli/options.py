@@ -75,6 +75,7 @@ PROXY_SETTINGS: Final = {
         "Seconds for which a proxy may cache an allow; revocations do not clear that cache.",
         "0",
     ),
+    "drain": ("Seconds from SIGTERM to the stop, while /readyz answers 503.", "0"),
 }
 _SETTINGS: Final = ENGINE_SETTINGS | PROXY_SETTINGS
 

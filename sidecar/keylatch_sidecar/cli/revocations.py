@@ -9,7 +9,6 @@ Exit codes: 0 done, 2 wrong usage or no store.
 import json
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final
@@ -64,10 +63,11 @@ def apply(
     async def run(engine: Engine) -> list[str]:
         owners = await _find_active(engine, exported)
         if not dry_run:
-            await _deactivate(await keyring_of(engine), owners, exported)
+            keyring = await keyring_of(engine)
+            await _deactivate(keyring, owners, exported)
             current = await engine.store.invalidations.since(MAX_SEQ)
             await engine.store.invalidations.start_new_epoch(
-                current.epoch, current.seq, int(time.time() * 1000)
+                current.epoch, current.seq, keyring.now_ms()
             )
         return list(owners)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from keylatch_sidecar.server import Listener
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @setting_options(*ENGINE_SETTINGS, *PROXY_SETTINGS)
@@ -58,7 +59,7 @@ def serve(
     from keylatch_sidecar.server import Listener
 
     logging.getLogger("keylatch").setLevel(logging.WARNING)
-    settings = _load_settings(given)
+    settings, proxy_settings = _load_settings(given)
     _prepare_store(settings)
     export_variables(of_one_store(given))  # for the workers
     listener = Listener(host, port, uds)
@@ -75,6 +76,7 @@ def serve(
             grpc,
             workers,
             metrics_listener=metrics,
+            drain_seconds=proxy_settings.drain,
             logs_json=settings.log == "json",
         )
     except server.TooFewDescriptors as error:
@@ -86,28 +88,28 @@ def serve(
         output.fail(f"the server did not start on {listener}", "see the log above", output.ERROR)
 
 
-def _load_settings(given: Given) -> Settings:
+def _load_settings(given: Given) -> tuple[Settings, ProxySettings]:
     proxy = {name: given[name] for name in PROXY_SETTINGS}
     engine = {name: given[name] for name in ENGINE_SETTINGS}
-    return _load_all(lambda: Settings.load(**engine), lambda: ProxySettings.load(**proxy))
+    return _load_both(lambda: Settings.load(**engine), lambda: ProxySettings.load(**proxy))
 
 
-def _load_all(first: Callable[[], T], *others: Callable[[], object]) -> T:
-    """The result of the first loader.
+def _load_both(first: Callable[[], T], second: Callable[[], U]) -> tuple[T, U]:
+    """The results of two loaders.
 
     Raises:
-        ConfigurationError: with the mistakes that all loaders found.
+        ConfigurationError: with the mistakes that both loaders found.
     """
-    results: list[T] = []
-    mistakes: list[tuple[str, str]] = []
-    for load in (lambda: results.append(first()), *others):
+    try:
+        loaded = first()
+    except ConfigurationError as error:
+        mistakes = [*error.mistakes]
         try:
-            load()
-        except ConfigurationError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return results[0]
+            second()
+        except ConfigurationError as other:
+            mistakes += other.mistakes
+        raise ConfigurationError(mistakes) from None
+    return loaded, second()
 
 
 def _prepare_store(settings: Settings) -> None:

@@ -18,6 +18,7 @@ from keylatch.core.refusals import Header, Refusal
 from keylatch.engine import Engine
 from keylatch.errors import KeylatchError
 from keylatch.telemetry.repeated_warning import RepeatedWarning
+from keylatch_sidecar.drain import Drain
 from keylatch_sidecar.forward_auth.decision import ForwardAuth, identity_headers
 from keylatch_sidecar.forward_auth.ext_authz import requirement_from_lists
 from keylatch_sidecar.http_server.file_descriptors import descriptor_limit
@@ -86,10 +87,12 @@ class HealthService:
 
     Args:
         engine: its readiness is that of the service.
+        drain: while it drains, the service is not ready.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, drain: Drain) -> None:
         self._engine = engine
+        self._drain = drain
         self._not_ready = RepeatedWarning(log, "reported not ready to a health check: %s")
 
     async def check(self, message: bytes, context: Any) -> bytes:
@@ -98,6 +101,8 @@ class HealthService:
             return _SERVING
         if message != _SERVICE_REQUEST:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        if self._drain.has_begun:
+            return _NOT_SERVING
         try:
             await self._engine.ready()
         except KeylatchError as error:
@@ -123,6 +128,7 @@ async def serve(
     engine: Engine,
     address: str,
     *,
+    drain: Drain | None = None,
     is_shared: bool = False,
     max_calls: int = GRPC_CALLS,
     max_connections: int | None = None,
@@ -133,6 +139,7 @@ async def serve(
         forward_auth: decides.
         engine: for the health service.
         address: `127.0.0.1:8703`, or `unix:/run/keylatch/grpc.sock`.
+        drain: for the health service; None: it never drains.
         is_shared: whether other workers listen on the same port.
         max_calls: the limit of concurrent calls.
         max_connections: the limit of connections; None: a share of the file descriptors.
@@ -152,7 +159,7 @@ async def serve(
     )
     checks: dict[str, Any] = {
         SERVICE: AuthorizationService(forward_auth).check,
-        "grpc.health.v1.Health": HealthService(engine).check,
+        "grpc.health.v1.Health": HealthService(engine, drain or Drain()).check,
     }
     for service, check in checks.items():
         # Without a serializer and a deserializer: messages are bytes here.

@@ -24,7 +24,7 @@ TAKEN = {
         "--metrics-host --metrics-port --workers --store --store-direct --store-read --durable "
         "--redis --pepper-file --prefix --hasher --lease --max-keys --max-changes --audit-days "
         "--clients --log --log-failures --timing --tracing --verify-request "
-        "--ext-authz-request --proxy-cache-ttl"
+        "--ext-authz-request --proxy-cache-ttl --drain"
     ),
     "verify": "--permission --store --redis",
     "keys rotate": "ID --grace --organization --json --store --redis --prefix --hasher",

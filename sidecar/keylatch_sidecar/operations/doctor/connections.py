@@ -8,8 +8,8 @@ from typing import Final, Literal
 
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
 
-_CONNECTIONS_IN_USE: Final = 6
-"""The most that one process opens; at rest it has three."""
+_CONNECTIONS_IN_USE: Final = 7
+"""The most that one process opens: two each for leases, look-ups and changes, and one for notices."""
 _MIN_FREE_CONNECTIONS: Final = 20
 
 PoolMode = Literal["session", "transaction"]
