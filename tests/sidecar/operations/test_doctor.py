@@ -22,6 +22,8 @@ from keylatch_sidecar.operations.doctor import (
 )
 from keylatch_sidecar.operations.doctor.finding import Status
 from tests.support.command_line import Operator
+from tests.support.poolers import PgBouncer
+from tests.support.postgresql_cluster import Machines
 from tests.support.servers import PostgresServer, RedisServer, eventually, free_port
 
 
@@ -414,7 +416,7 @@ def test_another_isolation_is_no_fault(operator: Operator, postgres: PostgresSer
 
 
 def test_more_processes_than_the_server_takes(operator: Operator, postgres: PostgresServer) -> None:
-    """The tests' server allows 397 connections; 70 processes may use 420."""
+    """The tests' server allows 397 connections; 70 processes may use 490."""
     url = postgres.new_database()
     operator.set(STORE=url)
     operator.create()
@@ -426,7 +428,7 @@ def test_more_processes_than_the_server_takes(operator: Operator, postgres: Post
         )
     doctor_run = DoctorRun(operator, "--lease", "0.1")
     assert doctor_run.status_of("connections") == "warning"
-    assert "70 processes x 6 = 420" in doctor_run.findings_of("connections")
+    assert "70 processes x 7 = 490" in doctor_run.findings_of("connections")
 
 
 def test_a_server_that_is_gone_fails(operator: Operator) -> None:
@@ -509,6 +511,35 @@ def test_standbys_that_are_not_synchronous_are_a_warning(
             raw.execute("SELECT pg_reload_conf()")
 
 
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    made = Machines()
+    yield made
+    made.remove()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("mode", "status"), [("session", "ok"), ("transaction", "failure")])
+def test_a_pooler_is_found(
+    operator: Operator, machines: Machines, *, mode: str, status: str
+) -> None:
+    """A real PgBouncer, and which mode it is in; with a direct URL both modes will do."""
+    node = machines.primary()
+    operator.set(STORE=node.url)
+    operator.create()
+    assert DoctorRun(operator, "--lease", "0.1").findings_of("pooler") == ""
+    pooler = machines.add(PgBouncer(node, mode))
+    operator.set(STORE=pooler.url)
+    doctor_run = DoctorRun(operator, "--lease", "0.1")
+    assert doctor_run.status_of("pooler") == status
+    assert doctor_run.findings_of("pooler").startswith(f"{mode} mode")
+    assert doctor_run.status_of("rights") == "ok"
+    operator.set(STORE_DIRECT=node.url)
+    assert DoctorRun(operator, "--lease", "0.1").status_of("pooler") == "ok"
+    operator.set(STORE_DIRECT="postgresql://postgres@127.0.0.1:1/keys")
+    assert DoctorRun(operator, "--lease", "0.1").status_of("direct URL") == "failure"
+
+
 # What cannot be had from a server in a test
 
 
@@ -575,30 +606,30 @@ def test_what_a_failover_can_lose(
 @pytest.mark.parametrize(
     ("allowed", "in_use", "of_keylatch", "processes", "status"),
     [
-        (97, 40, 20, 12, Status.OK),
-        (97, 40, 20, 13, Status.WARNING),  # 78 + 20
-        (97, 3, 3, 16, Status.OK),
+        (97, 40, 20, 11, Status.OK),
+        (97, 40, 20, 12, Status.WARNING),  # 84 + 20
+        (97, 3, 3, 13, Status.OK),
         (97, 80, 3, 1, Status.WARNING),  # 17 are free
     ],
 )
 def test_the_budget_of_connections_is_multiplied(
     allowed: int, in_use: int, of_keylatch: int, processes: int, status: Status
 ) -> None:
-    """Six for each process, beside what other programs have; and some are free."""
+    """Seven for each process, beside what other programs have; and some are free."""
     found = connections.check_connections(allowed, in_use, of_keylatch, processes)
     assert found.status is status
 
 
 def test_a_pooler_is_judged_by_its_mode() -> None:
     """Session mode needs a pool for all processes; transaction mode, another URL for leases."""
-    assert list(connections.check_pooler("none", 3, has_direct_url=False)) == []
-    [session] = connections.check_pooler("session", 3, has_direct_url=False)
+    assert list(connections.check_pooler(None, None, 3)) == []
+    [session] = connections.check_pooler("session", "session", 3)
     assert session.status is Status.OK
-    assert "a pool of 18 or more" in session.message
-    [transaction] = connections.check_pooler("transaction", 3, has_direct_url=False)
+    assert "a pool of 21 or more" in session.message
+    [transaction] = connections.check_pooler("transaction", "transaction", 3)
     assert transaction.status is Status.FAILURE
     assert "KEYLATCH_STORE_DIRECT" in transaction.hint
-    [direct] = connections.check_pooler("transaction", 3, has_direct_url=True)
+    [direct] = connections.check_pooler("transaction", None, 3)
     assert direct.status is Status.OK
 
 

@@ -8,12 +8,12 @@ from typing import Final, Literal
 
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
 
-_CONNECTIONS_IN_USE: Final = 6
-"""The most that one process opens; at rest it has three."""
+_CONNECTIONS_IN_USE: Final = 7
+"""The most that one process opens: two each for leases, look-ups and changes, and one for notices."""
 _MIN_FREE_CONNECTIONS: Final = 20
 
-PoolMode = Literal["none", "session", "transaction"]
-"""How a pooler assigns server connections; `none`: the connection ends at PostgreSQL itself."""
+PoolMode = Literal["session", "transaction"]
+"""For how long a pooler gives a client a connection of the server."""
 
 CONNECTIONS: Final = """
     SELECT current_setting('max_connections')::int
@@ -49,26 +49,28 @@ def check_connections(allowed: int, in_use: int, of_keylatch: int, processes: in
     return warning("connections", message, "raise max_connections, or use smaller pools")
 
 
-def check_pooler(mode: PoolMode, processes: int, *, has_direct_url: bool) -> Iterator[Finding]:
-    """Whether the pooler that was found, if any, can carry what is sent through it.
+def check_pooler(
+    mode: PoolMode | None, direct_mode: PoolMode | None, processes: int
+) -> Iterator[Finding]:
+    """Whether the poolers that were found, if any, can carry what is sent through them.
 
     Args:
-        mode: of the pooler behind `KEYLATCH_STORE`.
+        mode: of the pooler behind `KEYLATCH_STORE`; None: there is none.
+        direct_mode: the same for the URL of leases and notices.
         processes: that hold or held leases.
-        has_direct_url: `KEYLATCH_STORE_DIRECT` is set.
     """
-    if mode == "session":
+    if direct_mode == "transaction":
+        yield failure(
+            "pooler",
+            "transaction mode, which cannot carry leases and notices: no process starts",
+            "KEYLATCH_STORE_DIRECT: a URL of the primary that does not lead through the pooler",
+        )
+    elif mode == "transaction":
+        yield ok("pooler", "transaction mode; leases and notices use KEYLATCH_STORE_DIRECT")
+    elif mode == "session":
         size = max(processes, 1) * _CONNECTIONS_IN_USE
         message = (
             f"session mode: it needs {_CONNECTIONS_IN_USE} server connections for each process,"
             f" so a pool of {size} or more; with fewer all checks are answered with 503"
         )
         yield ok("pooler", message)
-    elif mode == "transaction" and has_direct_url:
-        yield ok("pooler", "transaction mode; leases and notices use KEYLATCH_STORE_DIRECT")
-    elif mode == "transaction":
-        yield failure(
-            "pooler",
-            "transaction mode, which cannot carry leases and notices: no process starts",
-            "KEYLATCH_STORE_DIRECT: a URL of the primary that does not lead through the pooler",
-        )

@@ -43,8 +43,8 @@ async def _check_store(settings: Settings) -> list[Finding]:
         return await postgresql.examine(
             settings.store,
             settings.lease,
+            direct_url=settings.store_direct,
             must_replicate=settings.durable == "replicated",
-            has_direct_url=bool(settings.store_direct),
         )
     finally:
         await database.close()

@@ -5,13 +5,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, NamedTuple
 
-from keylatch.errors import StoreUnavailable
+from keylatch.errors import ConfigurationError, StoreUnavailable
 from keylatch.storage.conninfo import connection_parameters
 from keylatch.storage.database import translate_errors
 from keylatch_sidecar.operations.doctor import connections, replication, rights, tables
 from keylatch_sidecar.operations.doctor.finding import Finding, Status, failure, ok, warning
 
 _SECONDS: Final = 2.0
+_POOLER_SECONDS: Final = 5.0
 _SLOW_SECONDS: Final = 0.02
 _MAX_CLOCK_SKEW_SECONDS: Final = 1.0
 _LEASE_FACTOR: Final = 1.2
@@ -48,7 +49,7 @@ class _Server(NamedTuple):
 
 
 async def examine(
-    url: str, lease: float, *, must_replicate: bool = False, has_direct_url: bool = False
+    url: str, lease: float, *, direct_url: str = "", must_replicate: bool = False
 ) -> list[Finding]:
     """The findings for the server and the tables.
 
@@ -58,8 +59,8 @@ async def examine(
     Args:
         url: of a store on PostgreSQL.
         lease: the lease duration in seconds, within which every running process renews its lease.
+        direct_url: `KEYLATCH_STORE_DIRECT`; empty: none.
         must_replicate: `KEYLATCH_DURABLE=replicated`.
-        has_direct_url: `KEYLATCH_STORE_DIRECT` is set.
     """
     import psycopg  # it is an extra, and the rest of the doctor works without it
 
@@ -75,10 +76,45 @@ async def examine(
                 autocommit=True, prepare_threshold=None, **parameters
             ) as connection:
                 await _examine_server(fetch, findings, must_replicate=must_replicate)
-                await _examine_tables(fetch, findings, lease)
+                processes = await _examine_tables(fetch, findings, lease)
+        findings += await _check_poolers(url, direct_url, processes)
     except StoreUnavailable as error:
         findings.append(failure("store", error.message, error.hint))
     return findings
+
+
+async def _check_poolers(url: str, direct_url: str, processes: int) -> list[Finding]:
+    try:
+        mode = await _pool_mode(url, "KEYLATCH_STORE")
+    except StoreUnavailable:  # another finding says why
+        return []
+    direct_mode = mode
+    try:
+        if direct_url:
+            direct_mode = await _pool_mode(direct_url, "KEYLATCH_STORE_DIRECT")
+    except StoreUnavailable as error:
+        return [failure("direct URL", error.message, error.hint)]
+    return list(connections.check_pooler(mode, direct_mode, processes))
+
+
+async def _pool_mode(url: str, variable: str) -> connections.PoolMode | None:
+    """How the pooler behind a URL assigns its connections; None: there is none.
+
+    Raises:
+        StoreUnavailable: the URL leads to no server that a store may use.
+    """
+    import psycopg  # as above; and the connector imports it
+
+    from keylatch.storage.connector import Connector
+
+    connector = Connector(connection_parameters(url), variable, needs_session=True)
+    try:
+        with translate_errors(psycopg.Error, f"does {variable} lead to the primary?"):
+            async with asyncio.timeout(_POOLER_SECONDS), await connector.connect():
+                is_pooled = connector.server is not None and connector.server.is_pooled
+    except ConfigurationError:
+        return "transaction"
+    return "session" if is_pooled else None
 
 
 async def _examine_server(fetch: Fetch, findings: list[Finding], *, must_replicate: bool) -> None:
@@ -91,15 +127,16 @@ async def _examine_server(fetch: Fetch, findings: list[Finding], *, must_replica
         findings += replication.check_replication(names, standbys, must_replicate=must_replicate)
 
 
-async def _examine_tables(fetch: Fetch, findings: list[Finding], lease: float) -> None:
+async def _examine_tables(fetch: Fetch, findings: list[Finding], lease: float) -> int:
+    """Add the findings, and return the number of processes."""
     if not (await fetch(_HAS_TABLES))[0][0]:
         findings.append(tables.check_version(None))
-        return
+        return 0
     findings += rights.check_rights(
         rights.Relation(*relation) for relation in await fetch(rights.RELATIONS)
     )
     if findings[-1].status is Status.FAILURE:  # the statements below would fail as well
-        return
+        return 0
     findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
     findings += tables.check_secrets(await fetch(tables.SECRETS))
     before = await fetch(tables.MEMBERS)
@@ -110,6 +147,7 @@ async def _examine_tables(fetch: Fetch, findings: list[Finding], lease: float) -
     if before:
         await asyncio.sleep(lease * _LEASE_FACTOR)
     findings.append(tables.check_members(dict(before), dict(await fetch(tables.MEMBERS))))
+    return len(before)
 
 
 def _check_server(server: _Server) -> Iterator[Finding]:
