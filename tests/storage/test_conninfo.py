@@ -229,7 +229,7 @@ def test_libpq_takes_a_part_of_a_password_for_a_host() -> None:
 def test_the_url_has_the_last_word() -> None:
     """keylatch's time limits and its name are defaults."""
     own = connection_parameters("postgresql://h")
-    assert (own["application_name"], own["connect_timeout"]) == ("keylatch", 2)
+    assert (own["application_name"], own["connect_timeout"]) == ("keylatch", 4)
     given = connection_parameters(
         "postgresql://h?application_name=shop&connect_timeout=7&tcp_user_timeout=1"
     )

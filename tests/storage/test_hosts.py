@@ -10,7 +10,7 @@ import pytest
 
 from keylatch.storage.conninfo import connection_parameters, parameters_by_host
 from keylatch.storage.hosts import Hosts
-from keylatch.storage.store import NotFound, Store
+from keylatch.storage.store import NotFound, Position, Store
 from tests.support.servers import PostgresServer, free_port
 
 pytestmark = pytest.mark.anyio
@@ -98,7 +98,7 @@ async def test_a_silent_host_delays_a_start_and_no_check(url: str, silent: socke
     await store.open(0)
     assert connections(silent) == 1
     await store.leases.join("member", 0, seconds=1)
-    assert (await store.leases.poll("member", 0, seconds=1)).is_member
+    assert (await store.leases.poll("member", Position(0, 0), seconds=1)).is_member
     assert isinstance(await store.keys.find("key_unknown"), NotFound)
     await store.close()
     assert connections(silent) == 0

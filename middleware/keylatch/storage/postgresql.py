@@ -109,7 +109,9 @@ class PostgreSQL(Database):
     ) -> None:
         self._parameters = connection_parameters(url)
         self._direct_parameters = connection_parameters(direct_url) if direct_url else None
-        self._read_parameters = connection_parameters(read_url, needs_primary=False) if read_url else None
+        self._read_parameters = None
+        if read_url:
+            self._read_parameters = connection_parameters(read_url, needs_primary=False)
         self._needs_replication = durable == "replicated"
         place = self._parameters.get("host") or "its default address"
         self._hint = f"is PostgreSQL up at {place}, and does the user exist?"
@@ -134,8 +136,8 @@ class PostgreSQL(Database):
             self._connector.connect, max_size=2, stale_seconds=_STALE_SECONDS
         )
         self._lease_pool = ConnectionPool(self._direct.connect, max_size=2)
-        self._work_pool = WorkPool(self._connector.connect, self._hint, _READ_SECONDS)
-        self._lease_work_pool = WorkPool(self._direct.connect, self._hint, _READ_SECONDS)
+        self._work_pool = WorkPool(self._connector.connect, self._hint)
+        self._lease_work_pool = WorkPool(self._direct.connect, self._hint)
         self._standby_pool: ConnectionPool | None = None
         if self._read_parameters is not None:
             standby = Connector(self._read_parameters, "KEYLATCH_STORE_READ", may_be_standby=True)
