@@ -24,6 +24,7 @@ Apply = Callable[[Deployment, Fault], Awaitable[None]]
 
 _SLOWEST_SECONDS: Final = 0.2
 _SLOW_BLOCK_SECONDS: Final = 0.05
+_SPLIT_IN_FAULTS: Final = 3
 
 
 async def redis_paused(deployment: Deployment, fault: Fault) -> None:
@@ -125,6 +126,43 @@ async def store_restarted(deployment: Deployment, fault: Fault) -> None:
     """SIGQUIT, as in a crash; then recovery."""
     await deployment.postgres.crash()
     await deployment.postgres.start()
+    await deployment.cluster.wait_for_standby()
+
+
+async def store_failed_over(deployment: Deployment, fault: Fault) -> None:
+    """The primary is killed, and its synchronous standby, which has every commit, takes over."""
+    cluster = deployment.cluster
+    await cluster.primary.crash()
+    await asyncio.sleep(fault.seconds)
+    await cluster.promote()
+    deployment.lead_to_primary()
+    await cluster.rebuild_standbys()
+
+
+async def store_split(deployment: Deployment, fault: Fault) -> None:
+    """The synchronous standby takes over while the old primary lives on, with one worker: Patroni
+    was killed, and the worker's connections were not."""
+    cluster = deployment.cluster
+    left_behind = deployment.slots_of("worker", fault.target)
+    await cluster.promote()
+    deployment.lead_to_primary(*(slot for slot in deployment.slots if slot not in left_behind))
+    await asyncio.sleep(_SPLIT_IN_FAULTS * fault.seconds)
+    deployment.lead_to_primary(*left_behind)
+    await cluster.rebuild_standbys()
+
+
+async def store_lost_commits(deployment: Deployment, fault: Fault) -> None:
+    """Replication is asynchronous, and late: the standby that takes over lacks the last commits."""
+    cluster = deployment.cluster
+    await cluster.stop_waiting()
+    await cluster.cut_standby()
+    began = time.monotonic_ns()
+    await asyncio.sleep(fault.seconds)
+    await cluster.primary.crash()
+    await cluster.promote()
+    deployment.hub.note_loss(began, time.monotonic_ns())
+    deployment.lead_to_primary()
+    await cluster.rebuild_standbys()
 
 
 async def revoker_cut_from_store(deployment: Deployment, fault: Fault) -> None:
@@ -196,6 +234,9 @@ FAULTS: Final[dict[str, tuple[Apply, str, str]]] = {
     "store connections reset": (store_cut, "", "worker"),
     "store sessions terminated": (store_sessions_terminated, "store", "all"),
     "store restarted": (store_restarted, "store", "all"),
+    "store failed over": (store_failed_over, "store", "all"),
+    "store failed over, old primary lives on": (store_split, "store", "all"),
+    "store failed over, commits lost": (store_lost_commits, "store", "all"),
     "revoker cut from the store": (revoker_cut_from_store, "", ""),
     "worker stopped": (worker_stopped, "worker", "worker"),
     "worker killed": (worker_killed, "worker", "worker"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from channel import LONGEST_LINE, Channel
-from judge import Ledger, Revoke
+from judge import Ledger, Loss, Revoke
 
 LINGER_SECONDS: Final = 4.0
 """So long a revoked key is still checked."""
@@ -45,6 +45,11 @@ class Hub:
         channel = self._channels.get(process)
         if channel is not None:
             channel.send(do=do, **what)
+
+    def note_loss(self, start: int, end: int) -> None:
+        """Commits since `start` were lost by a failover that was over at `end`."""
+        for ledger in self.ledgers.values():
+            ledger.losses.append(Loss(start, end))
 
     def sweep(self) -> None:
         """Drop keys that were revoked a while ago, and judge those dropped a while ago."""
@@ -91,10 +96,15 @@ class Hub:
                 ledger.observe(name, facts)
                 ledger.count_undecided(name, undecided)
             case {"created": key, "token": token}:
+                ledger.created[key] = time.monotonic_ns()
                 self._checked[side][key] = token
                 self._broadcast(side, do="add", keys={key: token})
             case {"requested": key, "at": at}:
                 ledger.revokes[key] = Revoke(requested=at)
+            case {"gone": key}:
+                del ledger.revokes[key]
+                del self._checked[side][key]
+                self._broadcast(side, do="drop", key=key)
             case {"answered": key}:
                 revoke = ledger.revokes[key]
                 revoke.answered, revoke.committed = message["at"], message["committed"]

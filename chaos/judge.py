@@ -13,6 +13,7 @@ from typing import Any, Final
 
 BUCKET_NS: Final = 100_000_000
 SECOND_NS: Final = 1_000_000_000
+_REPORTED_WITHIN_NS: Final = SECOND_NS  # after its commit, a key is reported to the run
 
 
 @dataclass(slots=True)
@@ -37,6 +38,14 @@ class Interval:
     affects: str
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Commits since `start` were lost by the store that has taken over at `end`."""
+
+    start: int
+    end: int
+
+
 @dataclass
 class Ledger:
     """What is known of one side.
@@ -55,6 +64,14 @@ class Ledger:
     """(key, process) → by how many nanoseconds the latest such check was too late"""
     after_bound: dict[tuple[str, str], int] = field(default_factory=dict)
     refused_before: dict[tuple[str, str], int] = field(default_factory=dict)
+    created: dict[str, int] = field(default_factory=dict)
+    """Key → when its creation was reported."""
+    losses: list[Loss] = field(default_factory=list)
+    accepted_after_loss: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(key, process) → the same where the commit of the revoke was lost, and the check began within
+    a lease period and a second of the failover: then the processes have revoked it again"""
+    lost_keys: set[str] = field(default_factory=set)
+    """Keys that are not judged, because their creation was lost."""
     observed_pairs: int = 0
     """Pairs in which the process accepted the key before, and refused it after, the revoke."""
     _open: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -87,18 +104,29 @@ class Ledger:
             self._evaluate(pair, *self._open.pop(pair))
 
     def _evaluate(self, pair: tuple[str, str], latest_accepted: int, earliest_refused: int) -> None:
+        if self._was_lost(self.created.get(pair[0], 0), _REPORTED_WITHIN_NS):
+            self.lost_keys.add(pair[0])
+            return
         revoke = self.revokes.get(pair[0], Revoke())
+        is_excused = any(
+            loss.end <= latest_accepted <= loss.end + self.lease_ns + SECOND_NS
+            for loss in self.losses
+            if loss.start <= revoke.committed <= loss.end
+        )
         if revoke.answered:
             # Without waiting, the receipt says how much longer it may take; with it, nothing.
             late = latest_accepted - revoke.answered - revoke.bound_ns
-            _keep_maximum(self.after_answer, pair, late)
-        if revoke.committed:
+            _keep_maximum(self.accepted_after_loss if is_excused else self.after_answer, pair, late)
+        if revoke.committed and not is_excused:
             late = latest_accepted - revoke.committed - self.lease_ns
             _keep_maximum(self.after_bound, pair, late)
         if earliest_refused and (not revoke.requested or earliest_refused < revoke.requested):
             self.refused_before[pair] = earliest_refused
         if revoke.requested and latest_accepted and earliest_refused > revoke.requested:
             self.observed_pairs += 1
+
+    def _was_lost(self, commit: int, tolerance: int) -> bool:
+        return any(loss.start - tolerance <= commit <= loss.end + tolerance for loss in self.losses)
 
     def unexplained(
         self, faults: Sequence[Interval], grace_ns: int

@@ -116,6 +116,10 @@ class Proxy:
         finally:
             self._delays.remove(seconds)
 
+    def lead_to(self, port: int) -> None:
+        """New connections go to another server; those that exist stay where they are."""
+        self._server_port = port
+
     def reset_connections(self) -> None:
         """Reset every connection, on both sides."""
         for line in list(self._connections):

@@ -71,6 +71,8 @@ def _side(ledger: Ledger, faults: list[Interval], grace_ns: int) -> dict[str, An
         "pairs of revoke and process seen before and after": ledger.observed_pairs,
         "accepted after the answer": len(ledger.after_answer),
         "accepted after commit + X": len(ledger.after_bound),
+        "accepted until they were revoked again": len(ledger.accepted_after_loss),
+        "keys whose creation was lost": len(ledger.lost_keys),
         "latest by, s": max(ledger.after_answer.values(), default=0) / SECOND_NS,
         "false 401": len(ledger.refused_before),
         "503": sum(ledger.undecided.values()),

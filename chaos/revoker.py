@@ -26,6 +26,10 @@ class Refused(Exception):
     """Nothing is known to have been done: to be repeated."""
 
 
+class Gone(Exception):
+    """The store has no such key: a failover lost its creation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Revoked:
     """The answer to a revoke: when the commit was known, when it came, and what it promises."""
@@ -42,7 +46,7 @@ class RevokerSubject(Protocol):
         """A new key and its token. May raise `Refused`."""
 
     async def revoke(self, key: str, wait: bool) -> Revoked:
-        """Revoke a key. May raise `Refused`."""
+        """Revoke a key. May raise `Refused` and `Gone`."""
 
 
 async def revoke_until_ended(
@@ -84,7 +88,11 @@ async def _revoke_loop(
 async def _revoke(revoking: RevokerSubject, channel: Channel, key: str, wait: bool) -> None:
     requested = time.monotonic_ns()
     channel.send(requested=key, at=requested)
-    refused, revoked = await _retry(lambda: revoking.revoke(key, wait))
+    try:
+        refused, revoked = await _retry(lambda: revoking.revoke(key, wait))
+    except Gone:
+        channel.send(gone=key)
+        return
     channel.send(
         answered=key,
         at=revoked.answered,

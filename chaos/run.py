@@ -1,7 +1,7 @@
 """Breaks everything around keylatch at random, and counts what it promised.
 
     python chaos/run.py [--quick] [--faults 2300] [--seconds 1260] [--workers 4] [--revokers 3]
-                        [--lease 0.5] [--seed 1] [--json results.json] [--keep folder]
+                        [--lease 0.5] [--seed 1] [--nodes 3] [--json results.json] [--keep folder]
 
 The same seed draws the same schedule. The exit code is 1 if a promise was broken, or if the naive
 twin, which lives through the same faults, was not caught.
@@ -34,13 +34,16 @@ _LONGEST_IN_LEASES: Final = 2.4  # most faults are over within a lease, and many
 async def perform(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """One run, from the first process to the last."""
     folder = Path(tempfile.mkdtemp(prefix="keylatch-chaos-"))
-    deployment = Deployment(folder, options.workers, options.revokers, options.lease, options.seed)
+    deployment = Deployment(
+        folder, options.workers, options.revokers, options.lease, options.seed, options.nodes
+    )
     schedule = draw(
         options.seed,
         options.faults,
         options.seconds,
         _LONGEST_IN_LEASES * options.lease,
         options.only,
+        has_standby=options.nodes > 1,
     )
     faults = Faults(deployment, schedule)
     try:
@@ -73,19 +76,22 @@ async def perform(options: argparse.Namespace, console: Console) -> dict[str, An
 def main() -> int:
     """Read the command line, run, and say what was found."""
     parser = argparse.ArgumentParser(description="Breaks everything around keylatch at random.")
-    parser.add_argument("--quick", action="store_true", help="30 faults in 20 seconds")
+    parser.add_argument("--quick", action="store_true", help="30 faults in 20 seconds, one node")
     parser.add_argument("--faults", type=int, default=2_300)
     parser.add_argument("--seconds", type=float, default=1_260)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--revokers", type=int, default=3)
     parser.add_argument("--lease", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--nodes", type=int, choices=(1, 3), default=3, help="of PostgreSQL; 1: no failovers"
+    )
     parser.add_argument("--only", default="", help="only kinds of faults with this in their name")
     parser.add_argument("--json", type=Path, help="write everything that was found to a file")
     parser.add_argument("--keep", type=Path, help="keep the logs of all processes in this folder")
     options = parser.parse_args()
     if options.quick:
-        options.faults, options.seconds = 30, 20
+        options.faults, options.seconds, options.nodes = 30, 20, 1
     console = Console()
     try:
         found = uvloop.run(_interruptible(options, console))

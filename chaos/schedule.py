@@ -35,13 +35,20 @@ WEIGHTS: Final = {
 }
 """Kind → how often, in relation to the others."""
 
+FAILOVERS: Final = {
+    "store failed over": 3,
+    "store failed over, old primary lives on": 3,
+    "store failed over, commits lost": 3,
+}
+"""The same, of faults that need standbys."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One fault of the schedule.
 
     Args:
-        kind: a key of `WEIGHTS`.
+        kind: a key of `WEIGHTS` or `FAILOVERS`.
         at: seconds after the schedule's start.
         seconds: how long it lasts.
         target: a number; the worker or revoker whose place it falls on is hit.
@@ -54,7 +61,13 @@ class Fault:
 
 
 def draw(
-    seed: int, faults: int, seconds: float, longest_seconds: float, only: str = ""
+    seed: int,
+    faults: int,
+    seconds: float,
+    longest_seconds: float,
+    only: str = "",
+    *,
+    has_standby: bool = False,
 ) -> list[Fault]:
     """So many faults within so many seconds, each kind at least once if there are enough.
 
@@ -64,9 +77,11 @@ def draw(
         seconds: until the last one begins.
         longest_seconds: of one fault.
         only: kinds whose name holds this text.
+        has_standby: whether there are failovers among them.
     """
     chance = random.Random(seed)
-    weights = {kind: weight for kind, weight in WEIGHTS.items() if only in kind}
+    kinds_of_all = WEIGHTS | (FAILOVERS if has_standby else {})
+    weights = {kind: weight for kind, weight in kinds_of_all.items() if only in kind}
     kinds = list(weights)[:faults]
     kinds += chance.choices(list(weights), list(weights.values()), k=faults - len(kinds))
     chance.shuffle(kinds)

@@ -33,7 +33,7 @@ def free_port() -> int:
             return int(probe.getsockname()[1])
 
 
-async def _until(answers: Callable[[], Awaitable[bool]]) -> None:
+async def until(answers: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(30):
         while not await answers():
             await asyncio.sleep(0.02)
@@ -58,7 +58,7 @@ class RedisService:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        await _until(self._answers)
+        await until(self._answers)
 
     async def _answers(self) -> bool:
         with contextlib.suppress(RedisError, OSError):
@@ -83,14 +83,16 @@ class RedisService:
 
 
 class PostgresService:
-    """A PostgreSQL cluster of our own.
+    """A PostgreSQL server of our own.
 
     Args:
         log: the file it writes its log to.
+        name: by which a primary knows it as a standby.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, name: str = "node-0") -> None:
         self._log = log
+        self.name = name
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
         if not programs:
             raise ProgramMissing("apt-get install postgresql")
@@ -104,9 +106,21 @@ class PostgresService:
         self._process: subprocess.Popen[bytes] | None = None
 
     async def make(self) -> None:
-        """Make the cluster and start it."""
-        command = [self._program.replace("bin/postgres", "bin/initdb"), "-D", str(self._data)]
-        command += ["-U", "postgres", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8"]
+        """Make an empty data directory and start it."""
+        await self._run("initdb", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8")
+        await self.start()
+
+    async def copy(self, primary: "PostgresService") -> None:
+        """Replicate a primary from now on; what was here before is removed."""
+        shutil.rmtree(self._data, ignore_errors=True)
+        address = f"host=127.0.0.1 port={primary.port} application_name={self.name}"
+        options = ["-R", "-X", "stream", "-c", "fast", "--no-sync"]
+        await self._run("pg_basebackup", "-d", address, *options)
+        await self.start()
+
+    async def _run(self, program: str, *arguments: str) -> None:
+        command = [self._program.replace("bin/postgres", f"bin/{program}"), "-U", "postgres"]
+        command += ["-D", str(self._data), *arguments]
         await asyncio.to_thread(
             subprocess.run,
             command,
@@ -115,12 +129,12 @@ class PostgresService:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        await self.start()
 
     async def start(self) -> None:
         """Start it, and wait until it answers."""
         # Processes are killed here, not machines, so what the kernel has is durable: no fsync.
         options = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=400"]
+        options += ["wal_retrieve_retry_interval=100ms"]  # standbys come back at once
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [self._program, "-D", str(self._data), "-p", str(self.port)]
@@ -132,7 +146,7 @@ class PostgresService:
                 stderr=log,
                 start_new_session=True,
             )
-        await _until(self._answers)
+        await until(self._answers)
 
     async def _answers(self) -> bool:
         with contextlib.suppress(psycopg.OperationalError):
@@ -151,18 +165,27 @@ class PostgresService:
             connect_timeout=2,
         )
 
+    async def query(self, sql: str) -> list[Any]:
+        """The rows of a statement."""
+        async with await self.connect("postgres") as connection:
+            cursor = await connection.execute(sql.encode())
+            return await cursor.fetchall() if cursor.description else []
+
+    async def configure(self, name: str, value: str) -> None:
+        """Change a setting while it runs."""
+        await self.query(f"ALTER SYSTEM SET {name} = '{value}'")
+        await self.query("SELECT pg_reload_conf()")
+
     async def create(self, database: str) -> None:
         """Make an empty database."""
-        async with await self.connect("postgres") as connection:
-            await connection.execute(f'CREATE DATABASE "{database}"'.encode())
+        await self.query(f'CREATE DATABASE "{database}"')
 
     async def terminate_sessions(self) -> None:
         """End every session but this one."""
-        async with await self.connect("postgres") as connection:
-            await connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
-            )
+        await self.query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
 
     async def crash(self) -> None:
         """Stop at once, as if it had been killed."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import naive
+from cluster import PostgresCluster
 from hub import Hub
 from proxy import Proxy
 from services import PostgresService, RedisService
@@ -57,15 +58,23 @@ class Deployment:
         revokers: processes that revoke, on each side.
         lease_seconds: X.
         seed: of what the revokers do.
+        nodes: of PostgreSQL.
     """
 
     def __init__(
-        self, folder: Path, workers: int, revokers: int, lease_seconds: float, seed: int
+        self,
+        folder: Path,
+        workers: int,
+        revokers: int,
+        lease_seconds: float,
+        seed: int,
+        nodes: int = 1,
     ) -> None:
         self.folder = folder
         self.hub = Hub(folder / "hub", int(lease_seconds * 1e9))
         self._lease = lease_seconds
         self._seed = seed
+        self._nodes = nodes
         self._counts = {"worker": workers, "revoker": revokers}
         self.slots: list[Slot] = []
         self._forgotten: set[int] = set()
@@ -77,9 +86,9 @@ class Deployment:
             ProgramMissing: there is no Redis or no PostgreSQL.
         """
         self.redis = RedisService(self.folder)
-        self.postgres = PostgresService(self.folder / "postgres.log")
+        self.cluster = PostgresCluster(self.folder, self._nodes)
         await self.redis.start()
-        await self.postgres.make()
+        await self.cluster.make()
         for side in SIDES:
             await self.postgres.create(side)
         async with await self.postgres.connect("naive") as connection:
@@ -113,8 +122,8 @@ class Deployment:
         if hasattr(self, "redis"):
             self.redis.resume()
             self.redis.kill()
-        if hasattr(self, "postgres"):
-            await self.postgres.remove()
+        if hasattr(self, "cluster"):
+            await self.cluster.remove()
 
     async def end(self) -> None:
         """Send the end message to all processes, revokers first, and wait until they have."""
@@ -132,6 +141,17 @@ class Deployment:
     async def _wait_until_exited(self, slot: Slot) -> None:
         while slot.process is not None and slot.process.poll() is None:
             await asyncio.sleep(0.02)
+
+    @property
+    def postgres(self) -> PostgresService:
+        """The primary."""
+        return self.cluster.primary
+
+    def lead_to_primary(self, *slots: Slot) -> None:
+        """Connections of these slots (none: of all) are reset; new ones go to the primary."""
+        for slot in slots or self.slots:
+            slot.store.lead_to(self.postgres.port)
+            slot.store.reset_connections()
 
     # Processes
 

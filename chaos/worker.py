@@ -26,7 +26,7 @@ from keylatch.management.keyring import Keyring
 from keylatch.settings import Settings
 from keylatch.storage.authorization import OPERATOR, Actor
 from keylatch.storage.store import Store
-from revoker import Refused, Revoked, revoke_until_ended
+from revoker import Gone, Refused, Revoked, revoke_until_ended
 
 _AT_A_TIME: Final = 5
 
@@ -105,7 +105,8 @@ class Revoker:
             changed = await self._keyring.delete("org", key, wait=wait)
         except StoreUnavailable:
             raise Refused from None
-        assert changed is not None
+        if changed is None:
+            raise Gone
         answered = time.monotonic_ns()
         bound_ns = int(changed.receipt.bound_seconds * 1e9)
         return Revoked(self._committed.pop(key), answered, bound_ns)

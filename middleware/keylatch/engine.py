@@ -102,7 +102,13 @@ class Engine:
         redis: Any = None,
     ) -> None:
         self.settings = settings
-        self.store = store or Store(settings.store, external_peppers=settings.file_peppers)
+        self.store = store or Store(
+            settings.store,
+            external_peppers=settings.file_peppers,
+            direct_url=settings.store_direct,
+            read_url=settings.store_read,
+            durable=settings.durable,
+        )
         self.hasher = hasher or Hasher(settings.hasher)
         self.counters = Counters()
         self.records_clients = settings.clients

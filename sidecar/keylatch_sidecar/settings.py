@@ -52,3 +52,5 @@ class TestSettings(EnvironmentSettings):
 
     require_services: str = ""
     """`1`: a missing server fails the tests instead of skipping them."""
+    pgbouncer: str = ""
+    """The program of a second PgBouncer, newer than the distribution's."""

@@ -8,7 +8,6 @@ import psycopg
 import pytest
 
 from keylatch.storage.libpq_pool import ConnectionPool
-from keylatch.storage.postgresql import PostgreSQL
 from proxy import Proxy
 from tests.support.servers import PostgresServer, eventually
 
@@ -98,7 +97,7 @@ async def test_a_connection_that_is_lost_while_idle_costs_nothing(
 ) -> None:
     """The event loop is notified; the next query uses a new connection."""
     await pool.fetch(ECHO, b"once")
-    [idle] = pool.lines._idle
+    [(idle, _)] = pool.lines._idle
     network.reset_connections()
     await asyncio.to_thread(eventually, lambda: not idle.is_open)
     assert await pool.fetch(ECHO, b"again") == "again"
@@ -160,18 +159,3 @@ async def test_closing_the_pool_ends_waiting_callers(pool: CountingPool) -> None
     pool.lines.close()
     with pytest.raises(psycopg.OperationalError):
         await asking
-
-
-async def test_only_leases_wait_for_no_disk(postgres: PostgresServer) -> None:
-    """What a crash may take back of them makes revokes wait longer; of a change it would take the
-    revoke."""
-    database = PostgreSQL(postgres.new_database())
-    shown = "SHOW synchronous_commit"
-    assert await database._lease_pool.fetch(shown, (), PATIENT) == [("off",)]
-    assert await database._lookup_pool.fetch(shown, (), PATIENT) == [("on",)]
-    for seconds in (None, PATIENT):
-        written = await database.write(
-            lambda connection: connection.exec_driver_sql(shown).scalar(), seconds=seconds
-        )
-        assert written == "on"
-    await database.close()

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from keylatch.core.decisions import KeyRecord
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.authorization import Actor
-from keylatch.storage.postgresql import PostgreSQL
+from keylatch.storage.blockers import Blockers
 from keylatch.storage.store import NotFound, Store
 from keylatch.storage.usage import ALLOWED, DAY_MS, Client, UsageBatch
 from proxy import Proxy
@@ -212,9 +212,9 @@ async def test_a_server_alone_does_not_see_who_fell_silent(
 ) -> None:
     """What it waits for is no idle transaction: without its neighbours' help, no key is revoked."""
 
-    async def look_on(self: PostgreSQL, pid: int) -> None:
+    async def look_on(self: Blockers, pids: list[int]) -> None:
         pass
 
-    monkeypatch.setattr(PostgreSQL, "_terminate_blockers", look_on)
+    monkeypatch.setattr(Blockers, "_terminate", look_on)
     with pytest.raises(StoreUnavailable, match="in time"):
         await revoke_while(import_keys, 4, store, sound, network)

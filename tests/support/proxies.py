@@ -119,14 +119,20 @@ class SidecarProcess:
         self.start()
 
     def start(self) -> None:
+        self._launch(sys.executable, "-m", "keylatch_sidecar", "serve")
+        self.wait_until_ready()
+
+    def _launch(self, *command: str) -> None:
         with (self._folder / "sidecar.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "keylatch_sidecar", "serve", *self._listen_arguments()],
+                [*command, *self._listen_arguments()],
                 env=self._environment,
                 cwd=self._folder,
                 stdout=log,
                 stderr=log,
             )
+
+    def wait_until_ready(self) -> None:
         eventually(self._is_ready)
 
     def _listen_arguments(self) -> list[str]:

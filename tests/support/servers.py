@@ -100,9 +100,13 @@ class RedisServer:
 
 
 class PostgresServer:
-    """A real PostgreSQL cluster; each test takes a database of its own."""
+    """A real PostgreSQL cluster; each test takes a database of its own.
 
-    def __init__(self) -> None:
+    Args:
+        options: settings of the server, instead of the configuration file's.
+    """
+
+    def __init__(self, **options: str) -> None:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
         postgres = require_program(str(programs[-1]) if programs else None, "postgresql")
         # Not below pytest's folder: PostgreSQL does not run as root, and others may not read it.
@@ -114,11 +118,16 @@ class PostgresServer:
         self._postgres = postgres
         self.port = free_port()
         self._databases = 0
+        self._options = {"fsync": "off", "max_connections": "400"} | options
+        self._create()
+        self.start()
+
+    def _create(self) -> None:
+        """Make the data directory."""
         self._run(
-            [postgres.replace("bin/postgres", "bin/initdb"), "-D", str(self._data)]
+            [self._postgres.replace("bin/postgres", "bin/initdb"), "-D", str(self._data)]
             + ["-U", "postgres", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8"]
         )
-        self.start()
 
     def _run(self, command: list[str]) -> None:
         subprocess.run(
@@ -128,8 +137,8 @@ class PostgresServer:
     def start(self) -> None:
         self._process = subprocess.Popen(
             [self._postgres, "-D", str(self._data), "-p", str(self.port), "-k", str(self._folder)]
-            + ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
-            + ["-c", "max_connections=400"],
+            + ["-c", "listen_addresses=127.0.0.1"]
+            + [word for option in self._options.items() for word in ("-c", "=".join(option))],
             user=self._user,
             cwd=self._folder,
             stderr=subprocess.DEVNULL,

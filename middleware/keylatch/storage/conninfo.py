@@ -24,7 +24,7 @@ _LISTS: Final = ("host", "hostaddr", "port")
 _MAX_PORT: Final = 65_535
 
 _DEFAULTS: Final[dict[str, Any]] = {
-    "connect_timeout": 2,
+    "connect_timeout": 4,  # TLS and SCRAM are six round trips: 1.5 s between continents
     "tcp_user_timeout": 5_000,
     "application_name": "keylatch",
 }

@@ -9,9 +9,9 @@ holds no parameters.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from sqlalchemy import Connection, Dialect, Select
+from sqlalchemy import ColumnElement, Connection, Dialect, Select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -20,6 +20,8 @@ from keylatch.errors import StoreUnavailable
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 Rows = list[tuple[Any, ...]]
+Durability = Literal["local", "replicated"]
+"""Where a committed change is safe: on the store's disk, or on a second server as well."""
 
 
 class Contended(Exception):
@@ -35,16 +37,26 @@ class Query:
 
     def __init__(self, statement: Select[Any]) -> None:
         self.statement = statement
-        self._compiled: dict[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {}
+        self._compiled: dict[
+            tuple[object, ...], tuple[str, Mapping[str, Any], tuple[str, ...]]
+        ] = {}
 
-    def compile_for(self, dialect: Dialect) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
+    def compile_for(
+        self, dialect: Dialect, *columns: ColumnElement[Any]
+    ) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
         """The text for a driver, the constant parameters, and the order of all parameters where
-        the driver needs one."""
-        cached = self._compiled.get(dialect.name)
+        the driver needs one.
+
+        Args:
+            dialect: of the driver.
+            columns: constants of a module, which are added to those of the statement.
+        """
+        key = (dialect.name, *map(id, columns))
+        cached = self._compiled.get(key)
         if cached is None:
-            compiled = self.statement.compile(dialect=dialect)
+            compiled = self.statement.add_columns(*columns).compile(dialect=dialect)
             order = tuple(getattr(compiled, "positiontup", None) or ())
-            cached = self._compiled[dialect.name] = (str(compiled), compiled.params, order)
+            cached = self._compiled[key] = (str(compiled), compiled.params, order)
         return cached
 
 
@@ -88,6 +100,14 @@ class Database(Protocol):
             seconds: the time limit; None: the default limit.
             is_urgent: use the connections that are reserved for leases.
         """
+
+    def durability(self) -> Durability:
+        """How the last durable `write` of this process was committed."""
+        return "local"
+
+    async def fetch_from_standby(self, query: Query, **parameters: Any) -> Rows | None:
+        """`fetch` from a server whose answer may be old; None: there is none, or it failed."""
+        return None
 
     def pools(self) -> Mapping[str, int]:
         """Work in progress by kind, including work that waits for a thread; empty: not counted."""

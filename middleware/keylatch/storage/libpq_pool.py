@@ -1,17 +1,19 @@
-"""A pool of PostgreSQL connections for prepared queries, one at a time per connection, over libpq.
+"""A pool of PostgreSQL connections for a few queries, one at a time per connection, over libpq.
 
 Leases and look-ups run a few queries all the time, and what psycopg's Python does around a query
-costs several times what libpq does. So a connection keeps its statements prepared and its socket
-registered with the event loop: a query is one send and one read. psycopg connects and supplies
-libpq.
+costs several times what libpq does. So a connection keeps its statements prepared, unless a pooler
+may give it another session for every query, and its socket registered with the event loop: a query
+is one send and one read. psycopg connects and supplies libpq.
 
 The event loop notices that an idle connection was closed. A connection whose server does not answer
-is closed at the query's time limit and never used again.
+within the query's time limit is never used again, and the server is asked to cancel the query: a
+poll that waits for a standby which is gone would keep a server process for ever.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -19,21 +21,40 @@ from psycopg.adapt import Transformer
 
 from keylatch.storage.database import Rows
 
+T = TypeVar("T")
 PsycopgConnection = psycopg.AsyncConnection[Any]
 
+IDLE_SECONDS: Final = 30.0
+"""How long a connection stays open that nothing uses."""
+_CANCEL_SECONDS: Final = 2.0
+_MAX_CONFLICTS: Final = 8
+_CONFLICTS: Final = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
 _DISCONNECT_STATES: Final = ("57P", "08")
 """SQLSTATEs of a server that shuts down, has crashed, or terminates this session."""
 
 
 class ConnectionLost(Exception):
-    """Either side closed the connection before the server answered."""
+    """Either side closed the connection before the server answered, or its answer cannot be used.
+
+    Args:
+        reason: for the caller whose second connection is lost as well.
+    """
+
+    def __init__(self, reason: str = "the server closed the connection") -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class LibpqConnection:
-    """A connection that runs one query at a time."""
+    """A connection that runs one query at a time.
+
+    Args:
+        connection: keeps statements prepared unless its `prepare_threshold` is None.
+    """
 
     def __init__(self, connection: PsycopgConnection) -> None:
         self._connection = connection  # kept: when it is collected, it closes `_libpq`
+        self._prepares = connection.prepare_threshold is not None
         self._libpq = connection.pgconn
         self._libpq.nonblocking = 1
         self._loop = asyncio.get_running_loop()
@@ -51,19 +72,30 @@ class LibpqConnection:
             ConnectionLost: there was no answer, or the server ended the session.
             psycopg.Error: the server refused the statement.
         """
-        name = self._prepared.get(text)
         try:
-            if name is None:
-                name = f"keylatch{len(self._prepared)}".encode()
-                await self._send(lambda: self._libpq.send_prepare(name, text.encode()))
-                self._prepared[text] = name
-            result = await self._send(lambda: self._libpq.send_query_prepared(name, values))
+            result = await (self._run_prepared if self._prepares else self._run)(text, values)
+        except _CONFLICTS:
+            raise  # the answer was read to its end
+        except asyncio.CancelledError:
+            self._leave()
+            raise
         except BaseException:
             self.close()  # the rest of the answer must not be read as the next one's
             raise
         transformer = Transformer(self._connection)
         transformer.set_pgresult(result, set_loaders=True)
         return transformer.load_rows(0, result.ntuples, tuple)
+
+    async def _run_prepared(self, text: str, values: Sequence[bytes | None]) -> pq.abc.PGresult:
+        name = self._prepared.get(text)
+        if name is None:
+            name = f"keylatch{len(self._prepared)}".encode()
+            await self._send(lambda: self._libpq.send_prepare(name, text.encode()))
+            self._prepared[text] = name
+        return await self._send(lambda: self._libpq.send_query_prepared(name, values))
+
+    async def _run(self, text: str, values: Sequence[bytes | None]) -> pq.abc.PGresult:
+        return await self._send(lambda: self._libpq.send_query_params(text.encode(), values))
 
     async def _send(self, send: Callable[[], None]) -> pq.abc.PGresult:
         if not self.is_open:
@@ -89,7 +121,10 @@ class LibpqConnection:
         if state.startswith(_DISCONNECT_STATES):
             return ConnectionLost()
         message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"an unknown error"
-        return psycopg.DatabaseError(message.decode(errors="replace"))
+        kind: type[psycopg.Error] = psycopg.DatabaseError
+        with contextlib.suppress(KeyError):
+            kind = psycopg.errors.lookup(state)
+        return kind(message.decode(errors="replace"))
 
     def _flush(self) -> None:
         if self.is_open and self._libpq.flush():  # the socket's buffer is full
@@ -121,23 +156,35 @@ class LibpqConnection:
 
     def close(self) -> None:
         """Close the connection; a waiting query gets `ConnectionLost`."""
-        if not self.is_open:
-            return
+        if self.is_open:
+            self._leave()
+            self._libpq.finish()
+            self._set_result(None)
+
+    def _leave(self) -> None:
         self.is_open = False
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
+
+    async def cancel(self) -> None:
+        """Ask the server to cancel the query whose caller has left."""
+        with contextlib.suppress(psycopg.Error, OSError):
+            await self._connection.cancel_safe(timeout=_CANCEL_SECONDS)
+
+    def finish(self) -> None:
+        """Close the connection after `cancel`."""
         self._libpq.finish()
-        self._set_result(None)
 
 
 class ConnectionPool:
-    """Up to `max_size` connections; idle ones are kept.
+    """Up to `max_size` connections; idle ones are kept for a while, the last used one longest.
 
     Args:
         connect: opens a connection in autocommit mode.
         max_size: how many queries may run at once; the others wait.
         stale_seconds: the time limit on a connection that was idle, which may have been lost
             without notice; then the query is repeated on a new one. None: the query's own limit.
+        idle_seconds: how long idle connections are kept.
     """
 
     def __init__(
@@ -145,26 +192,42 @@ class ConnectionPool:
         connect: Callable[[], Awaitable[PsycopgConnection]],
         max_size: int,
         stale_seconds: float | None = None,
+        idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self._connect = connect
         self._max_size = max_size
         self._slots = asyncio.Semaphore(max_size)
         self._stale_seconds = stale_seconds
-        self._idle: list[LibpqConnection] = []
+        self._idle_seconds = idle_seconds
+        self._idle: list[tuple[LibpqConnection, float]] = []
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._busy: set[LibpqConnection] = set()
+        self._ending: set[asyncio.Task[None]] = set()
 
     @property
     def under_way(self) -> int:
         """Queries that the server has not answered yet."""
         return len(self._busy)
 
-    async def fetch(self, text: str, values: Sequence[bytes | None], seconds: float) -> Rows:
+    @property
+    def slots(self) -> asyncio.Semaphore:
+        """What a query holds while it runs, and other work that counts as one."""
+        return self._slots
+
+    async def fetch(
+        self,
+        text: str,
+        values: Sequence[bytes | None],
+        seconds: float,
+        read: Callable[[Rows], Rows] = lambda rows: rows,
+    ) -> Rows:
         """The rows of a statement that may be run twice.
 
         Args:
             text: of the statement, with parameters `$1`, `$2`, …
             values: of the parameters, in PostgreSQL's text format.
             seconds: the time limit, including the wait for a connection.
+            read: what the rows say; raises `ConnectionLost` if this connection must not be used.
 
         Raises:
             TimeoutError, psycopg.Error: no answer, or an error.
@@ -174,42 +237,94 @@ class ConnectionPool:
             if connection is not None:
                 try:
                     async with asyncio.timeout(self._stale_seconds):
-                        return await self._fetch_on(connection, text, values)
+                        return await self._fetch_on(connection, text, values, read)
                 except (ConnectionLost, TimeoutError):
-                    self._close_idle()  # the cause may have closed the others as well
+                    self.close_idle()  # the cause may have closed the others as well
             connection = LibpqConnection(await self._connect())
             try:
-                return await self._fetch_on(connection, text, values)
-            except ConnectionLost:
-                raise psycopg.OperationalError("the server closed the connection") from None
+                return await self._fetch_on(connection, text, values, read)
+            except ConnectionLost as lost:
+                raise psycopg.OperationalError(lost.reason) from None
 
     async def _fetch_on(
-        self, connection: LibpqConnection, text: str, values: Sequence[bytes | None]
+        self,
+        connection: LibpqConnection,
+        text: str,
+        values: Sequence[bytes | None],
+        read: Callable[[Rows], Rows],
     ) -> Rows:
         self._busy.add(connection)
         try:
-            return await connection.fetch(text, values)
+            return read(await _repeat_conflicts(connection, text, values))
+        except ConnectionLost:
+            connection.close()
+            raise
+        except asyncio.CancelledError:
+            self._end(connection)
+            raise
         finally:
             self._busy.discard(connection)
             if connection.is_open:
-                self._idle.append(connection)
+                self._keep(connection)
+
+    def _end(self, connection: LibpqConnection) -> None:
+        task = asyncio.create_task(connection.cancel(), name="keylatch-cancel")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        task.add_done_callback(lambda _: connection.finish())
+
+    def _keep(self, connection: LibpqConnection) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle.append((connection, loop.time()))
+        if self._idle_timer is None:
+            self._idle_timer = loop.call_later(self._idle_seconds, self._close_unused)
+
+    def _close_unused(self) -> None:
+        self._idle_timer = None
+        loop = asyncio.get_running_loop()
+        while self._idle and loop.time() - self._idle[0][1] >= self._idle_seconds:
+            self._idle.pop(0)[0].close()
+        if self._idle:
+            self._idle_timer = loop.call_at(
+                self._idle[0][1] + self._idle_seconds, self._close_unused
+            )
 
     def _take_idle(self) -> LibpqConnection | None:
         while self._idle:
-            connection = self._idle.pop()
+            connection, _ = self._idle.pop()
             if connection.is_open:
                 return connection
         return None
 
-    def _close_idle(self) -> None:
+    def close_idle(self) -> None:
+        """Close the connections that no query uses."""
         idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection, _ in idle:
+            connection.close()
+
+    def drop_connections(self) -> None:
+        """Close all connections; a query that runs is repeated on a new one."""
+        self.close_idle()
+        for connection in tuple(self._busy):
             connection.close()
 
     def close(self) -> None:
         """Close all connections; waiting queries get `ConnectionLost`."""
-        self._close_idle()
-        for connection in tuple(self._busy):
-            connection.close()
+        self.drop_connections()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        for task in self._ending:
+            task.cancel()
         # A semaphore belongs to the event loop on which a task first waited for it.
         self._slots = asyncio.Semaphore(self._max_size)
+
+
+async def _repeat_conflicts(
+    connection: LibpqConnection, text: str, values: Sequence[bytes | None]
+) -> Rows:
+    # A role's or a database's default isolation level may be stricter than READ COMMITTED.
+    for _ in range(_MAX_CONFLICTS - 1):
+        with contextlib.suppress(*_CONFLICTS):
+            return await connection.fetch(text, values)
+    return await connection.fetch(text, values)

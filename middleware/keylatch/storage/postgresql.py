@@ -1,137 +1,195 @@
 """The store as a server for several hosts, over psycopg's asynchronous sockets.
 
-Queries go through `libpq_pool`, reads and transactions through SQLAlchemy. A server may stop
-answering without closing its connections. psycopg, when cancelled, first asks the server to cancel
-and waits for its answer; so work runs in a task of its own, and at the time limit the caller leaves
-that task and the sockets of its connections are shut down.
+Queries go through `libpq_pool`, reads and transactions through SQLAlchemy (`work_pool`). Leases
+have connections of their own. Else, while the server does not answer, they would queue behind
+look-ups that wait for their time limit of two seconds, and every check would get 503 meanwhile.
+
+The law of this file: no answer of a standby is believed, and nothing is set on a session. Every
+query says what it needs itself, so it makes no difference whose session it is and which server a
+pooler or balancer leads it to.
+
+At rest a process has up to three connections: one for leases, one for LISTEN, and for half a minute
+after the last cold check or change one for those. At most it uses two each for leases, look-ups and
+changes, and the one for LISTEN.
 """
 
 import asyncio
 import contextlib
-import logging
-import os
-import socket
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, TypeVar, cast
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, event
+from sqlalchemy import ColumnElement, Connection, Text, case, cast, func, select
 from sqlalchemy.dialects.postgresql import dialect as postgresql_dialect
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from keylatch.errors import StoreUnavailable
+from keylatch.storage.blockers import Blockers
+from keylatch.storage.connector import (
+    NOT_REPLICATED,
+    NOT_REPLICATED_HINT,
+    STANDBY,
+    Connector,
+    PsycopgConnection,
+)
 from keylatch.storage.conninfo import connection_parameters
-from keylatch.storage.database import Contended, Database, Query, Rows, Work, translate_errors
-from keylatch.storage.hosts import Hosts
-from keylatch.storage.libpq_pool import ConnectionPool
+from keylatch.storage.database import (
+    Database,
+    Durability,
+    Query,
+    Rows,
+    Work,
+    translate_errors,
+)
+from keylatch.storage.libpq_pool import ConnectionLost, ConnectionPool
+from keylatch.storage.postgresql_dialect import PRIMARY_HINT
+from keylatch.storage.transactions import transaction
+from keylatch.storage.work_pool import WorkPool, shut_down_socket
 
 T = TypeVar("T")
-PsycopgConnection = psycopg.AsyncConnection[Any]
-Operation = Callable[[AsyncConnection, PsycopgConnection], Awaitable[T]]
 
 _DIALECT: Final = postgresql_dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_ENGINE_URL: Final = "postgresql+psycopg://"  # the dialect only: `Hosts` connects
 _READ_SECONDS: Final = 2.0
 _STALE_SECONDS: Final = 0.5
 _WRITE_SECONDS: Final = 5.0
-_IDLE_MILLISECONDS: Final = 2_000
-_BLOCKER_POLL_SECONDS: Final = 1.0
-_MAX_CONNECTION_LOSSES: Final = 2
-_MAX_CONFLICTS: Final = 8
-# It sees no sessions of other roles, and so terminates none.
-_TERMINATE_BLOCKERS: Final = """
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE pid = ANY (pg_blocking_pids(%s))
-AND application_name IN ('keylatch', current_setting('application_name'))
-AND wait_event = 'ClientRead' AND state_change < now() - interval '2 seconds'
+_CLOSE_SECONDS: Final = 2.0
+_STANDBY_SECONDS: Final = 0.5
+_STANDBY_PAUSE_SECONDS: Final = 5.0
+_IN_RECOVERY: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery()"
+_IDENTITY: Final = """
+SELECT {cluster}, oid::text, 'keylatch_meta'::regclass::oid::text
+FROM pg_database WHERE datname = current_database()
 """
-_OIDS: Final = """
-SELECT oid::text, 'keylatch_meta'::regclass::oid::text FROM pg_database
-WHERE datname = current_database()
-"""
-_CLUSTER: Final = "SELECT system_identifier::text FROM pg_control_system()"
+_CLUSTER: Final = "(SELECT system_identifier::text FROM pg_control_system())"
 
-log = logging.getLogger("keylatch")
-
-
-class _ConnectionLost(Exception):
-    """An open connection turned out to be closed, or was shut down."""
+_CHECKED: Final[tuple[ColumnElement[Any], ...]] = (func.pg_is_in_recovery(),)
+# A grant waits for a synchronous standby, if there is one: an old primary whose standby was
+# promoted then grants no leases (measured: 0 checks accepted there, and thousands if it does not
+# wait). It waits for no disk: a crash of the server can lose grants and acknowledgements, and then
+# revocations wait longer. `remote_write`, because a standby that received the commit no longer
+# follows the old primary once it was promoted.
+_STANDBY_NAMES: Final = func.current_setting("synchronous_standby_names")
+_LEASED: Final[tuple[ColumnElement[Any], ...]] = (
+    *_CHECKED,
+    cast(func.pg_postmaster_start_time(), Text),
+    select(
+        func.set_config(
+            "synchronous_commit",
+            case((_STANDBY_NAMES == "", "off"), else_="remote_write"),
+            True,
+        )
+    ).scalar_subquery(),
+)
 
 
 class PostgreSQL(Database):
     """A server; see `keylatch.storage.database.Database`.
 
     Args:
-        url: `postgresql://…`, in any form that `keylatch.storage.conninfo` reads.
+        url: `postgresql://…`, in any form that `keylatch.storage.conninfo` reads; may lead to a
+            pooler.
+        direct_url: leads to the same server without a pooler in transaction mode, for leases and
+            notifications; empty: `url` does.
+        read_url: leads to a standby that may answer look-ups; empty: there is none.
+        durable: `replicated`: refuse changes while the server has no synchronous standby.
     """
 
     is_shared = True
 
-    def __init__(self, url: str) -> None:
-        parameters = connection_parameters(url)
-        self._connect = Hosts(parameters).connect
-        place = parameters.get("host") or "its default address"
+    def __init__(
+        self,
+        url: str,
+        direct_url: str = "",
+        read_url: str = "",
+        durable: Durability = "local",
+    ) -> None:
+        self._parameters = connection_parameters(url)
+        self._direct_parameters = connection_parameters(direct_url) if direct_url else None
+        self._read_parameters = (
+            connection_parameters(read_url, needs_primary=False) if read_url else None
+        )
+        self._needs_replication = durable == "replicated"
+        place = self._parameters.get("host") or "its default address"
         self._hint = f"is PostgreSQL up at {place}, and does the user exist?"
         self._inherited_from_parent: list[object] = []
+        self._durability: Durability = "local"
         self._open()
 
     def _open(self) -> None:
-        self._engine = self._create_engine(pool_size=5, max_overflow=10)
-        # Leases have connections of their own. Else, while the server does not answer, they would
-        # queue behind look-ups that wait for their time limit of two seconds, and every check would
-        # get 503 meanwhile.
-        self._lease_engine = self._create_engine(pool_size=1, max_overflow=2)
-        self._lookup_pool = ConnectionPool(self._connect, max_size=8, stale_seconds=_STALE_SECONDS)
-        self._lease_pool = ConnectionPool(self._connect_for_leases, max_size=4)
-        self._tasks: dict[asyncio.Task[Any], list[PsycopgConnection]] = {}
-
-    def _create_engine(self, pool_size: int, max_overflow: int) -> AsyncEngine:
-        engine = create_async_engine(
-            _ENGINE_URL,
-            async_creator=self._connect,
-            hide_parameters=True,
-            pool_size=pool_size,
-            max_overflow=max_overflow,
-            pool_timeout=_READ_SECONDS,
-            # Reads need no BEGIN and no ROLLBACK, and `write` begins its own transactions.
-            isolation_level="AUTOCOMMIT",
-            skip_autocommit_rollback=True,
-            pool_reset_on_return=None,
+        self._connector = Connector(
+            self._parameters,
+            "KEYLATCH_STORE",
+            needs_session=self._direct_parameters is None,
+            needs_replication=self._needs_replication,
         )
-        # Before SQLAlchemy's own listener, which queries the version without a time limit.
-        event.listen(engine.sync_engine, "connect", self._on_connect, insert=True)
-        return engine
-
-    def _on_connect(self, raw: Any, record: object) -> None:
-        task = asyncio.current_task()
-        if task is not None and task in self._tasks:
-            self._tasks[task].append(raw.driver_connection)
-        _configure(raw)
-
-    async def _connect_for_leases(self) -> PsycopgConnection:
-        connection = await self._connect()
-        # A grant does not wait for a disk. A crash of the server can lose grants and
-        # acknowledgements; then revocations wait longer, or for a member that has acknowledged.
-        try:
-            await connection.execute("SET synchronous_commit = off")
-        except BaseException:  # a cancellation as well: no caller has the connection yet
-            connection.pgconn.finish()
-            raise
-        return connection
+        self._direct = self._connector
+        if self._direct_parameters is not None:
+            self._direct = Connector(
+                self._direct_parameters, "KEYLATCH_STORE_DIRECT", needs_session=True
+            )
+        self._lookup_pool = ConnectionPool(
+            self._connector.connect, max_size=2, stale_seconds=_STALE_SECONDS
+        )
+        self._lease_pool = ConnectionPool(self._direct.connect, max_size=2)
+        self._work_pool = WorkPool(self._connector.connect, self._hint, _READ_SECONDS)
+        self._lease_work_pool = WorkPool(self._direct.connect, self._hint, _READ_SECONDS)
+        self._standby_pool: ConnectionPool | None = None
+        if self._read_parameters is not None:
+            standby = Connector(self._read_parameters, "KEYLATCH_STORE_READ", may_be_standby=True)
+            self._standby_pool = ConnectionPool(standby.connect, max_size=2)
+        self._standby_retry_at = 0.0
+        self._blockers = Blockers(self._lease_pool.fetch)
+        self._lease_server = ""
+        self._listening: set[PsycopgConnection] = set()
 
     async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
-        text, fixed, order = query.compile_for(_DIALECT)
-        named = {**fixed, **parameters}
-        values = [str(named[name]).encode() for name in order]
-        pool = self._lookup_pool if seconds is None else self._lease_pool
+        if seconds is None:
+            pool, columns, read = self._lookup_pool, _CHECKED, _read_checked
+        else:
+            pool, columns, read = self._lease_pool, _LEASED, self._read_leased
+        text, values = _bind(query, columns, parameters)
         with translate_errors(psycopg.Error, self._hint):
-            return await pool.fetch(text, values, seconds or _READ_SECONDS)
+            return await pool.fetch(PRIMARY_HINT + text, values, seconds or _READ_SECONDS, read)
+
+    async def fetch_from_standby(self, query: Query, **parameters: Any) -> Rows | None:
+        if self._standby_pool is None or time.monotonic() < self._standby_retry_at:
+            return None
+        text, values = _bind(query, (), parameters)
+        try:
+            return await self._standby_pool.fetch(text, values, _STANDBY_SECONDS)
+        except (psycopg.Error, TimeoutError, OSError, StoreUnavailable):
+            self._standby_retry_at = time.monotonic() + _STANDBY_PAUSE_SECONDS
+            return None
+
+    def _read_leased(self, rows: Rows) -> Rows:
+        started = rows[0][-2] if rows else ""
+        checked = _read_checked([row[:-2] for row in rows])
+        if started != self._lease_server:
+            if self._lease_server:
+                self._drop_connections()
+            self._lease_server = started
+        return checked
+
+    def _drop_connections(self) -> None:
+        """The lease is granted by another server than before: no connection stays that leads to
+        the old one, which may be alive and accept changes."""
+        self._lookup_pool.drop_connections()
+        self._lease_pool.close_idle()
+        for pool in (self._work_pool, self._lease_work_pool):
+            pool.drop_connections()
+        for connection in self._listening:
+            shut_down_socket(connection)
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
-        return await self._run_with_retries(
-            self._engine, seconds or _READ_SECONDS, lambda connection, _: connection.run_sync(work)
-        )
+        async def run(connection: AsyncConnection, driver_connection: PsycopgConnection) -> T:
+            cursor = await driver_connection.execute(_IN_RECOVERY)
+            if await cursor.fetchone() != (False,):
+                raise ConnectionLost(STANDBY)
+            return await connection.run_sync(work)
+
+        return await self._work_pool.run(seconds or _READ_SECONDS, run)
 
     async def write(
         self,
@@ -141,168 +199,87 @@ class PostgreSQL(Database):
         seconds: float | None = None,
         is_urgent: bool = False,
     ) -> T:
-        async def transact(connection: AsyncConnection, driver_connection: PsycopgConnection) -> T:
-            watchdog = asyncio.create_task(
-                self._terminate_blockers(driver_connection.info.backend_pid)
-            )
-            try:
-                async with driver_connection.transaction():
-                    return await connection.run_sync(work)
-            finally:
-                watchdog.cancel()
+        limit = seconds or _WRITE_SECONDS
+        connector = self._direct if is_urgent else self._connector
 
-        engine = self._lease_engine if is_urgent else self._engine
-        return await self._run_with_retries(engine, seconds or _WRITE_SECONDS, transact)
+        async def run(connection: AsyncConnection, driver_connection: PsycopgConnection) -> T:
+            server = connector.server
+            assert server is not None, "known since the first connection"  # noqa: S101
+            async with transaction(driver_connection, server, limit, durable=durable) as begun:
+                if durable and self._needs_replication and not begun.is_replicated:
+                    raise StoreUnavailable(NOT_REPLICATED, NOT_REPLICATED_HINT)
+                with self._blockers.terminated_for(begun.pid):
+                    result = await connection.run_sync(work)
+            if durable:
+                self._durability = "replicated" if begun.is_replicated else "local"
+            return result
 
-    async def _terminate_blockers(self, pid: int) -> None:
-        """Every second, terminate the keylatch sessions that block a transaction and have been in
-        `ClientRead` for more than two seconds: their process was stopped or cut off.
-
-        `idle_in_transaction_session_timeout` does not end them in the middle of a pipeline: psycopg
-        sends many rows without waiting for answers, and to the server that is no idle transaction.
-        """
-        while True:
-            await asyncio.sleep(_BLOCKER_POLL_SECONDS)
-            with contextlib.suppress(psycopg.Error):
-                async with await self._connect() as connection:
-                    terminated = await connection.execute(_TERMINATE_BLOCKERS, (pid,))
-                    if terminated.rowcount:
-                        log.warning(
-                            "terminated %d stalled keylatch sessions that blocked a change",
-                            terminated.rowcount,
-                        )
-
-    async def _run_with_retries(
-        self, engine: AsyncEngine, seconds: float, operation: Operation[T]
-    ) -> T:
-        """Run an operation, once more if its connection was lost (the server was restarted), and up
-        to eight times if it conflicts with another transaction.
-
-        All work may be repeated: it sets values and adds nothing to them, or it recognises its
-        earlier attempt, as a usage batch does.
-        """
-        losses = conflicts = 0
+        if not is_urgent:
+            return await self._work_pool.run(limit, run)
         with translate_errors(psycopg.Error, self._hint):
-            while losses < _MAX_CONNECTION_LOSSES:
-                try:
-                    return await self._run_once(engine, seconds, operation)
-                except _ConnectionLost:
-                    losses += 1
-                except (Contended, DBAPIError) as error:
-                    conflicts += 1
-                    if conflicts == _MAX_CONFLICTS or not _is_contended(error):
-                        raise
-        raise StoreUnavailable("the store closed the connection", self._hint)
+            async with asyncio.timeout(limit), self._lease_pool.slots:
+                return await self._lease_work_pool.run(limit, run)
 
-    async def _run_once(self, engine: AsyncEngine, seconds: float, operation: Operation[T]) -> T:
-        connections: list[PsycopgConnection] = []
-        task = asyncio.create_task(
-            self._run(engine, operation, connections), name="keylatch-postgresql"
-        )
-        self._tasks[task] = connections
-        task.add_done_callback(self._on_done)
-        # A timer, and not the caller, shuts the socket down: the caller may be cancelled.
-        timer = asyncio.get_running_loop().call_later(seconds, self._shut_down_sockets, task)
-        task.add_done_callback(lambda _: timer.cancel())
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if not done or task.cancelled():
-            raise TimeoutError
-        return task.result()
-
-    async def _run(
-        self, engine: AsyncEngine, operation: Operation[T], connections: list[PsycopgConnection]
-    ) -> T:
-        pool = engine.pool
-        async with engine.connect() as connection:
-            pooled = await connection.get_raw_connection()
-            driver_connection = cast(PsycopgConnection, pooled.driver_connection)
-            if driver_connection not in connections:  # it was open before
-                connections.append(driver_connection)
-            try:
-                return await operation(connection, driver_connection)
-            except (DBAPIError, psycopg.Error):
-                if not driver_connection.closed:
-                    raise
-            finally:
-                if driver_connection.closed or engine.pool is not pool:
-                    await connection.invalidate()  # else its pool would keep it
-        # The cause may have closed the idle connections as well.
-        if engine.pool is pool:
-            await engine.dispose()
-        raise _ConnectionLost
-
-    def _shut_down_sockets(self, task: asyncio.Task[Any]) -> None:
-        connections = self._tasks.get(task, ())
-        if not connections:  # connecting or queued: each keeps a slot for 2 s otherwise
-            task.cancel()
-        for connection in connections:
-            # The socket and not the connection: libpq is in the middle of using that, and takes
-            # the end of the stream for what it is.
-            with (
-                contextlib.suppress(psycopg.Error, OSError),
-                socket.socket(fileno=os.dup(connection.fileno())) as duplicate,
-            ):
-                duplicate.shutdown(socket.SHUT_RDWR)
-
-    def _on_done(self, task: asyncio.Task[Any]) -> None:
-        del self._tasks[task]
-        if not task.cancelled():
-            task.exception()  # its caller gets it, or has left
+    def durability(self) -> Durability:
+        return self._durability
 
     def pools(self) -> Mapping[str, int]:
-        return {"checks": self._lookup_pool.under_way, "management": len(self._tasks)}
+        management = self._work_pool.under_way + self._lease_work_pool.under_way
+        return {"checks": self._lookup_pool.under_way, "management": management}
 
     async def identity(self) -> str:
         return await self.read(_identity)
 
     async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
         try:
-            connection = await self._connect()
-            async with connection:
-                await connection.execute(f'LISTEN "{channel}"')
-                on_notification("")
-                async for notification in connection.notifies():
-                    on_notification(notification.payload)
+            connection = await self._direct.connect()
+            self._listening.add(connection)
+            try:
+                async with connection:
+                    await connection.execute(f'LISTEN "{channel}"')
+                    on_notification("")
+                    async for notification in connection.notifies():
+                        on_notification(notification.payload)
+            finally:
+                self._listening.discard(connection)
         except psycopg.Error as error:
             raise StoreUnavailable(
                 f"LISTEN on the store failed: {type(error).__name__}", self._hint
             ) from None
 
     async def close(self) -> None:
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_READ_SECONDS)
-        for task in tuple(self._tasks):
-            self._shut_down_sockets(task)
-        for pool in (self._lookup_pool, self._lease_pool):
-            pool.close()
-        for engine in (self._engine, self._lease_engine):
-            await engine.dispose()
+        for work_pool in (self._work_pool, self._lease_work_pool):
+            await work_pool.close()
+        self._blockers.close()
+        for pool in (self._lookup_pool, self._lease_pool, self._standby_pool):
+            if pool is not None:
+                pool.close()
 
     def after_fork_in_child(self) -> None:
         # Kept, never closed: to close them would end the parent's sessions.
-        self._inherited_from_parent += [self._engine, self._lease_engine, self._tasks]
-        self._inherited_from_parent += [self._lookup_pool, self._lease_pool]
+        self._inherited_from_parent += [self._work_pool, self._lease_work_pool, self._blockers]
+        self._inherited_from_parent += [self._lookup_pool, self._lease_pool, self._standby_pool]
+        self._inherited_from_parent += [self._listening]
         self._open()
+
+
+def _bind(
+    query: Query, columns: tuple[ColumnElement[Any], ...], parameters: Mapping[str, Any]
+) -> tuple[str, list[bytes | None]]:
+    text, fixed, order = query.compile_for(_DIALECT, *columns)
+    named = {**fixed, **parameters}
+    return text, [str(named[name]).encode() for name in order]
+
+
+def _read_checked(rows: Rows) -> Rows:
+    # Every query returns a row at least; without one, nothing tells that the server is the primary.
+    if not rows or rows[0][-1] is not False:
+        raise ConnectionLost(STANDBY if rows else "the tables of the store are empty")
+    return [row[:-1] for row in rows]
 
 
 def _identity(connection: Connection) -> str:
     """The cluster, the database, and the table: each schema may have a store."""
-    database, tables = connection.exec_driver_sql(_OIDS).one()
-    cluster = ""
-    # Without the permission to read the cluster's identifier, the oids have to do.
-    with contextlib.suppress(DBAPIError), connection.begin_nested():
-        cluster = connection.exec_driver_sql(_CLUSTER).scalar_one()
-    return f"{cluster}/{database}/{tables}"
-
-
-def _is_contended(error: Exception) -> bool:
-    deadlock = psycopg.errors.DeadlockDetected
-    return isinstance(error, Contended) or isinstance(getattr(error, "orig", None), deadlock)
-
-
-def _configure(raw: Any) -> None:
-    # A process that is stopped or cut off in the middle of a transaction must not keep its locks:
-    # the lock on the sequence row would block every change.
-    with contextlib.closing(raw.cursor()) as cursor:
-        cursor.execute(f"SET idle_in_transaction_session_timeout = {_IDLE_MILLISECONDS}")
-    raw.commit()
+    with contextlib.suppress(DBAPIError):  # it may lack the right to read the cluster's identifier
+        return "/".join(connection.exec_driver_sql(_IDENTITY.format(cluster=_CLUSTER)).one())
+    return "/".join(connection.exec_driver_sql(_IDENTITY.format(cluster="''")).one())

@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 from keylatch.errors import ConfigurationError
 from keylatch.storage.audit import AuditRepository
 from keylatch.storage.conninfo import is_postgresql
-from keylatch.storage.database import Database
+from keylatch.storage.database import Database, Durability
 from keylatch.storage.descendants import DescendantRepository
 from keylatch.storage.invalidation_log import (
     SEQUENCE,
@@ -38,8 +38,8 @@ from keylatch.storage.store_file import StoreFile
 from keylatch.storage.usage import DAY_MS, UsageRepository
 from keylatch.telemetry.counters import Counter
 
-# A server that does not answer is asked again soon; checks are 503 until it has answered.
-_OPEN_SECONDS: Final = 1.0
+_OPEN_SECONDS: Final = 10.0
+"""From another continent, a connection with TLS takes two seconds. Checks are 503 meanwhile."""
 
 __all__ = [
     "PAGE_SIZE",
@@ -57,8 +57,10 @@ __all__ = [
 ]
 
 
-def database_of(url: str) -> Database:
-    """The database of a store URL, not opened.
+def database_of(
+    url: str, *, direct_url: str = "", read_url: str = "", durable: Durability = "local"
+) -> Database:
+    """The database of a store URL, not opened; the arguments are those of `Store`.
 
     Raises:
         ConfigurationError: PostgreSQL's driver is missing, or SQLite would lose changes there.
@@ -72,7 +74,7 @@ def database_of(url: str) -> Database:
             raise ConfigurationError([(wrong, "pip install 'keylatch[postgres]'")])
     from keylatch.storage.postgresql import PostgreSQL  # asyncio support costs 0.1 s at import
 
-    return PostgreSQL(url)
+    return PostgreSQL(url, direct_url, read_url, durable)
 
 
 def file_of(url: str) -> Path | None:
@@ -88,6 +90,9 @@ class Store:
         url: `sqlite:///path.db`, `postgresql://…`, or `sqlite://` for one in memory (tests).
         upgrade_seconds: how long a server may take to bring old tables up to date.
         external_peppers: peppers from outside the store, newest first; see `pepper_file`.
+        direct_url: for leases and notifications, if a pooler in transaction mode is at `url`.
+        read_url: a standby of the server, which may answer look-ups.
+        durable: `replicated`: refuse to work while the server has no synchronous standby.
     """
 
     def __init__(
@@ -96,8 +101,11 @@ class Store:
         *,
         upgrade_seconds: float = MANY_ROWS_SECONDS,
         external_peppers: Sequence[bytes] = (),
+        direct_url: str = "",
+        read_url: str = "",
+        durable: Durability = "local",
     ) -> None:
-        self._database = database_of(url)
+        self._database = database_of(url, direct_url=direct_url, read_url=read_url, durable=durable)
         self._monitored = MonitoredDatabase(self._database)
         self._upgrade_seconds = upgrade_seconds
         self.health = self._monitored.health
@@ -168,6 +176,10 @@ class Store:
         if self.audit_days:
             await self.audit.prune(now_ms - self.audit_days * DAY_MS)
         await self._database.run_maintenance()
+
+    def durability(self) -> Durability:
+        """How the last change of this process was committed: see `Database.durability`."""
+        return self._database.durability()
 
     def pools(self) -> Mapping[str, int]:
         """Work in progress by kind: see `Database.pools`."""
