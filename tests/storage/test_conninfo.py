@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from sqlalchemy import func, select, text
+from sqlalchemy import Boolean, func, literal_column, select
 from sqlalchemy.engine import make_url
 
 from keylatch.errors import StoreUnavailable
@@ -454,7 +454,9 @@ async def test_a_password_may_have_any_character(server: TLSServer, password: st
         server.set_password("word")
 
 
-IS_ENCRYPTED = text("ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+IS_ENCRYPTED = literal_column(
+    "(SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid())", type_=Boolean
+)
 
 
 @pytest.mark.long
