@@ -212,7 +212,7 @@ async def test_an_answer_of_a_standby_is_never_believed(
         store.keys.add(record("key_b"), "hashed"),
         Store(way.url).open(NOW),
     ):
-        with pytest.raises(StoreUnavailable, match="standby|read-only"):
+        with pytest.raises(StoreUnavailable, match=r"standby|read-only"):
             await asked
     way.lead_to(primary.port)
     assert isinstance(await store.keys.find("key_a"), Found)
