@@ -59,7 +59,7 @@ class LibpqConnection:
         self._libpq.nonblocking = 1
         self._loop = asyncio.get_running_loop()
         self._socket = self._libpq.socket
-        self._prepared: dict[str, bytes] = {}
+        self._prepared: dict[str, bytes | None] = {}
         self._rows: pq.abc.PGresult | None = None
         self._waiter: asyncio.Future[pq.abc.PGresult | None] | None = None
         self._loop.add_reader(self._socket, self._on_readable)
@@ -87,9 +87,14 @@ class LibpqConnection:
         return transformer.load_rows(0, result.ntuples, tuple)
 
     async def _run_prepared(self, text: str, values: Sequence[bytes | None]) -> pq.abc.PGresult:
-        name = self._prepared.get(text)
+        if text not in self._prepared:  # to prepare it is a round trip of its own
+            result = await self._run(text, values)
+            self._prepared[text] = None
+            return result
+        name = self._prepared[text]
         if name is None:
-            name = f"keylatch{len(self._prepared)}".encode()
+            names = [*self._prepared]
+            name = f"keylatch{names.index(text)}".encode()
             await self._send(lambda: self._libpq.send_prepare(name, text.encode()))
             self._prepared[text] = name
         return await self._send(lambda: self._libpq.send_query_prepared(name, values))
@@ -203,6 +208,7 @@ class ConnectionPool:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._busy: set[LibpqConnection] = set()
         self._ending: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Future[PsycopgConnection]] = set()
 
     @property
     def under_way(self) -> int:
@@ -240,11 +246,39 @@ class ConnectionPool:
                         return await self._fetch_on(connection, text, values, read)
                 except (ConnectionLost, TimeoutError):
                     self.close_idle()  # the cause may have closed the others as well
-            connection = LibpqConnection(await self._connect())
+            connection = LibpqConnection(await self._open())
             try:
                 return await self._fetch_on(connection, text, values, read)
             except ConnectionLost as lost:
                 raise psycopg.OperationalError(lost.reason) from None
+
+    async def _open(self) -> PsycopgConnection:
+        """A new connection. A caller that does not wait for it leaves it to later ones: to find the
+        primary among hosts that do not answer takes longer than one lease period."""
+        opening = asyncio.ensure_future(self._connect())
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._opening.add(opening)
+            opening.add_done_callback(self._on_opened)
+            if len(self._opening) > self._max_size:
+                opening.cancel()
+            raise
+
+    def _on_opened(self, opening: asyncio.Future[PsycopgConnection]) -> None:
+        is_wanted = opening in self._opening
+        self._opening.discard(opening)
+        if opening.cancelled() or opening.exception() is not None:
+            return  # the next query has the same error
+        if is_wanted:
+            self._keep(LibpqConnection(opening.result()))
+        else:
+            opening.result().pgconn.finish()
+
+    def _stop_opening(self) -> None:
+        openings, self._opening = self._opening, set()
+        for opening in openings:
+            opening.cancel()
 
     async def _fetch_on(
         self,
@@ -304,6 +338,7 @@ class ConnectionPool:
 
     def drop_connections(self) -> None:
         """Close all connections; a query that runs is repeated on a new one."""
+        self._stop_opening()
         self.close_idle()
         for connection in tuple(self._busy):
             connection.close()

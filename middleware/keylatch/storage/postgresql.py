@@ -51,10 +51,9 @@ from keylatch.storage.work_pool import WorkPool, shut_down_socket
 T = TypeVar("T")
 
 _DIALECT: Final = postgresql_dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-_READ_SECONDS: Final = 2.0
+_LOOKUP_SECONDS: Final = 2.0
 _STALE_SECONDS: Final = 0.5
-_WRITE_SECONDS: Final = 5.0
-_CLOSE_SECONDS: Final = 2.0
+_WORK_SECONDS: Final = 5.0
 _STANDBY_SECONDS: Final = 0.5
 _STANDBY_PAUSE_SECONDS: Final = 5.0
 _IN_RECOVERY: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery()"
@@ -136,8 +135,8 @@ class PostgreSQL(Database):
             self._connector.connect, max_size=2, stale_seconds=_STALE_SECONDS
         )
         self._lease_pool = ConnectionPool(self._direct.connect, max_size=2)
-        self._work_pool = WorkPool(self._connector.connect, self._hint)
-        self._lease_work_pool = WorkPool(self._direct.connect, self._hint)
+        self._work_pool = WorkPool(self._connector.connect, self._hint, _WORK_SECONDS)
+        self._lease_work_pool = WorkPool(self._direct.connect, self._hint, _WORK_SECONDS)
         self._standby_pool: ConnectionPool | None = None
         if self._read_parameters is not None:
             standby = Connector(self._read_parameters, "KEYLATCH_STORE_READ", may_be_standby=True)
@@ -164,7 +163,7 @@ class PostgreSQL(Database):
             return self._read_checked(rows, len(columns), is_grant)
 
         with translate_errors(psycopg.Error, self._hint):
-            return await pool.fetch(PRIMARY_HINT + text, values, seconds or _READ_SECONDS, read)
+            return await pool.fetch(PRIMARY_HINT + text, values, seconds or _LOOKUP_SECONDS, read)
 
     async def fetch_from_standby(self, query: Query, **parameters: Any) -> Rows | None:
         if self._standby_pool is None or time.monotonic() < self._standby_retry_at:
@@ -214,7 +213,7 @@ class PostgreSQL(Database):
                 raise ConnectionLost(STANDBY)
             return await connection.run_sync(work)
 
-        return await self._work_pool.run(seconds or _READ_SECONDS, run)
+        return await self._work_pool.run(seconds or _WORK_SECONDS, run)
 
     async def write(
         self,
@@ -224,7 +223,7 @@ class PostgreSQL(Database):
         seconds: float | None = None,
         is_urgent: bool = False,
     ) -> T:
-        limit = seconds or _WRITE_SECONDS
+        limit = seconds or _WORK_SECONDS
         connector = self._direct if is_urgent else self._connector
 
         async def run(connection: AsyncConnection, driver_connection: PsycopgConnection) -> T:
@@ -239,7 +238,9 @@ class PostgreSQL(Database):
                 self._durability = "replicated" if begun.is_replicated else "local"
             return result
 
-        if not is_urgent:
+        # At the start a connection is there, and nothing uses it.
+        is_free = connector is self._connector and not self._work_pool.under_way
+        if not is_urgent or is_free:
             return await self._work_pool.run(limit, run)
         with translate_errors(psycopg.Error, self._hint):
             async with asyncio.timeout(limit), self._lease_pool.slots:
@@ -253,7 +254,9 @@ class PostgreSQL(Database):
         return {"checks": self._lookup_pool.under_way, "management": management}
 
     async def identity(self) -> str:
-        return await self.read(_identity)
+        return await self._work_pool.run(
+            _WORK_SECONDS, lambda connection, _: connection.run_sync(_identity)
+        )
 
     async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
         try:

@@ -31,7 +31,6 @@ Connect = Callable[[Callable[[PsycopgConnection], None]], Awaitable[PsycopgConne
 _MAX_CONNECTION_LOSSES: Final = 2
 _MAX_CONFLICTS: Final = 8
 _CLOSE_SECONDS: Final = 2.0
-_NO_LIMIT_SECONDS: Final = 3_600.0
 
 
 class WorkPool:
@@ -40,6 +39,7 @@ class WorkPool:
     Args:
         connect: opens a connection, which it passes to its argument before the first query.
         hint: what the operator should check when the server does not answer.
+        wait_seconds: how long work waits for a connection.
         idle_seconds: how long a connection is kept that nothing uses.
     """
 
@@ -47,6 +47,7 @@ class WorkPool:
         self,
         connect: Connect,
         hint: str,
+        wait_seconds: float,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self._connect = connect
@@ -62,7 +63,7 @@ class WorkPool:
             use_native_hstore=False,
             pool_size=1,
             max_overflow=1,
-            pool_timeout=_NO_LIMIT_SECONDS,  # the limit of the work counts
+            pool_timeout=wait_seconds,
             # Reads need no BEGIN and no ROLLBACK, and transactions are begun explicitly.
             isolation_level="AUTOCOMMIT",
             skip_autocommit_rollback=True,
