@@ -11,15 +11,12 @@ from tests.support.postgresql_cluster import Machines
 
 @pytest.fixture
 def machines() -> Iterator[Machines]:
-    """Makes PostgreSQL servers."""
-    machines = Machines()
-    yield machines
-    machines.remove()
+    """Makes PostgreSQL servers, and what is put before them."""
+    with Machines() as machines:
+        yield machines
 
 
 @pytest.fixture
-def deployment(machines: Machines, tmp_path: Path) -> Iterator[Deployment]:
-    """Sidecars with a lease of one second, which end before the servers do."""
-    deployment = Deployment(tmp_path)
-    yield deployment
-    deployment.stop()
+def deployment(machines: Machines, tmp_path: Path) -> Deployment:
+    """Sidecars with a lease of one second."""
+    return machines.add(Deployment(tmp_path))

@@ -59,7 +59,7 @@ class Member(SidecarProcess):
         self.name = folder.name
         self._command = command
         self._waits = waits
-        folder.mkdir()
+        folder.mkdir(parents=True)
         super().__init__(folder, None, STORE=store, **settings)
 
     def start(self) -> None:
@@ -326,7 +326,8 @@ class Deployment:
         for member in self.members:
             member.stop()
 
-    def stop(self) -> None:
+    def remove(self) -> None:
+        """Stop everything, in whatever state it is."""
         for checks in self.checks:
             checks.stop()
         for member in self.members:

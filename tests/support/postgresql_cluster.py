@@ -195,7 +195,7 @@ Made = TypeVar("Made", bound=Removable)
 
 
 class Machines:
-    """Makes the servers of one test, and removes them, the last one first."""
+    """Makes the servers of one test, and removes them at its end, the last one first."""
 
     def __init__(self) -> None:
         self._made = contextlib.ExitStack()
@@ -222,5 +222,8 @@ class Machines:
     def way(self, node: Node, seconds: float = 0) -> Way:
         return self.add(Way(node.port, seconds))
 
-    def remove(self) -> None:
+    def __enter__(self) -> "Machines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._made.close()
