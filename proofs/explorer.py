@@ -8,11 +8,10 @@ out once per process state and remembered, and the exploration only puts numbers
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from deletes import apply_effect, world_steps
-from protocol import member_steps
-from states import Configuration, Effect, Member, View, World, first_members, first_world, view
+from models import AnyConfiguration, model_of
+from states import Effect
 
 # A number of a process; a world's number stands above the processes and may be any.
 BITS = 21
@@ -38,14 +37,18 @@ class _Moves(NamedTuple):
     broken: int
 
 
-Named = tuple[World, tuple[Member, ...]]
+World: TypeAlias = Any
+Member: TypeAlias = Any
+View: TypeAlias = Any
+Named: TypeAlias = tuple[World, tuple[Member, ...]]
 
 
 class Explorer:
     """The states of one configuration, numbered, and what follows each of them."""
 
-    def __init__(self, c: Configuration) -> None:
+    def __init__(self, c: AnyConfiguration) -> None:
         self._c = c
+        self._model = model = model_of(c)
         self._shift = BITS * c.processes
         self._shifts = [BITS * i for i in reversed(range(c.processes))]
         self._worlds: list[World] = []
@@ -59,7 +62,7 @@ class Explorer:
         self._world_moves: list[tuple[tuple[int, int], ...] | None] = []
         self._moves: dict[int, _Moves] = {}
         self._felt: dict[int, int] = {}
-        self.first = self.encode((first_world(c), first_members(c)))
+        self.first = self.encode((model.first_world(c), model.first_members(c)))
 
     def explore(self, most: int, report: Callable[[int], None] = lambda _: None) -> Outcome:
         """Visit every state, or about the first `most`; report how many there are now and then."""
@@ -118,12 +121,14 @@ class Explorer:
                 following.append(next_world << self._shift | self._pack(feeling))
         return following, broken
 
-    def broken_promises(self) -> set[str]:
+    def texts(self) -> set[str]:
         """The texts of all steps met so far, to see what an exploration has covered."""
-        texts = {step.text for world in self._worlds for step in world_steps(self._c, world)}
+        texts = {
+            step.text for world in self._worlds for step in self._model.world_steps(self._c, world)
+        }
         for known in self._moves:
             seen, member = self._views[known >> BITS], self._members[known & MASK]
-            texts |= {step.text for step in member_steps(self._c, seen, member)}
+            texts |= {step.text for step in self._model.member_steps(self._c, seen, member)}
         return texts
 
     def encode(self, named: Named) -> int:
@@ -151,7 +156,7 @@ class Explorer:
     def _world_number(self, world: World) -> int:
         number = self._world_numbers.setdefault(world, len(self._worlds))
         if number == len(self._worlds):
-            seen = view(self._c, world)
+            seen = self._model.view(self._c, world)
             if seen not in self._views:
                 self._views.append(seen)
             self._worlds.append(world)
@@ -164,7 +169,7 @@ class Explorer:
         moves: dict[int, None] = {}
         starts: dict[int, None] = {}
         broken = 0
-        for step in member_steps(self._c, self._views[above >> BITS], before):
+        for step in self._model.member_steps(self._c, self._views[above >> BITS], before):
             more = len(step.member.requests) > len(before.requests)
             (starts if more else moves)[self._number(step.member)] = None
             broken += bool(step.broken)
@@ -173,7 +178,7 @@ class Explorer:
 
     def _expand_world(self, world: int) -> tuple[tuple[int, int], ...]:
         moves: list[tuple[int, int]] = []
-        for step in world_steps(self._c, self._worlds[world]):
+        for step in self._model.world_steps(self._c, self._worlds[world]):
             if step.effect not in self._effects:
                 self._effects.append(step.effect)
             effect = self._effects.index(step.effect)
@@ -184,6 +189,8 @@ class Explorer:
     def _effect_on(self, effect: int, member: int) -> int:
         number = self._felt.get(effect | member)
         if number is None:
-            after = apply_effect(self._c, self._effects[effect >> BITS], self._members[member])
+            after = self._model.apply_effect(
+                self._c, self._effects[effect >> BITS], self._members[member]
+            )
             number = self._felt[effect | member] = -1 if after is None else self._number(after)
         return number

@@ -16,21 +16,34 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import failover
+import states
 from explorer import Explorer, Outcome
-from states import MUTANTS, Configuration
+from failover import Failover
+from models import AnyConfiguration
+from states import Configuration
 from traces import trace
 
-QUICK = (
+MUTANTS = {**states.MUTANTS, **failover.MUTANTS}
+QUICK: tuple[AnyConfiguration, ...] = (
     Configuration(polls=2),
     Configuration(requests=2, lease=3, shared_cache=True),
+    Failover(),
+    Failover(revokes="we"),
+    Failover(synchronous=True),
+    Failover(revokes="we", synchronous=True),
+    Failover(revokes="ow", synchronous=True),
 )
-FULL = (
+FULL: tuple[AnyConfiguration, ...] = (
     Configuration(revokes="wo", lease=1, polls=2),
     Configuration(processes=2),
     Configuration(revokes="wo", requests=2, lease=1, shared_cache=True),
     Configuration(revokes="wo", lease=3, shared_cache=True),
     Configuration(revokes="ww", shared_cache=True),
     Configuration(processes=2, lease=1, shared_cache=True),
+    Failover(revokes="ow"),
+    Failover(revokes="ww"),
+    Failover(revokes="ww", synchronous=True),
     *QUICK,
 )
 Counts: TypeAlias = "SynchronizedArray[int]"
@@ -68,8 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if flawed or survivors else 0
 
 
-def mutant(name: str, lease: int) -> Configuration:
+def mutant(name: str, lease: int) -> AnyConfiguration:
     """A small world in which this mutant goes wrong."""
+    if name in failover.MUTANTS:
+        return _failover_mutant(name, lease)
     revokes = {
         "removed although granted meanwhile": "wo",
         "silence counted from before the poll": "wo",
@@ -78,19 +93,39 @@ def mutant(name: str, lease: int) -> Configuration:
         "notice accepted over a gap": "wo",
     }
     two = name in revokes
-    return Configuration(revokes=revokes.get(name, "w"), warm=two, lease=lease, rules=MUTANTS[name])
+    rules = states.MUTANTS[name]
+    return Configuration(revokes=revokes.get(name, "w"), warm=two, lease=lease, rules=rules)
 
 
-def described(c: Configuration) -> str:
+def _failover_mutant(name: str, lease: int) -> Failover:
+    revokes = {
+        "numbers instead of history": "ow",
+        "DELETE that changes servers": "ow",
+        "look-up without the anchor": "ow",
+        "remembered revocation opened before it is read": "ow",
+        "answers of two servers": "ow",
+        "caches kept on another server": "we",
+    }
+    synchronous = name in (
+        "leases without the synchronous standby",
+        "remembered revocation opened before it is read",
+    )
+    rules = failover.MUTANTS[name]
+    return Failover(1, revokes.get(name, "w"), lease, synchronous, warm=True, rules=rules)
+
+
+def described(c: AnyConfiguration) -> str:
     """The configuration in a few words."""
+    letters = {"w": "key", "o": "other", "e": "key active again"}
     parts = [
         _count(c.processes, "process", "processes"),
-        _count(c.requests, "request", "requests"),
-        " + ".join("key" if letter == "w" else "other" for letter in c.revokes),
+        *([_count(c.requests, "request", "requests")] if c.requests else []),
+        " + ".join(letters[letter] for letter in c.revokes),
         f"X = {c.lease}",
-        _count(c.polls, "poll", "polls"),
     ]
-    return ", ".join(parts + ["L2"] * c.shared_cache)
+    if isinstance(c, Failover):
+        return ", ".join(["failover", *parts, *["synchronous"] * c.synchronous])
+    return ", ".join([*parts, _count(c.polls, "poll", "polls"), *["L2"] * c.shared_cache])
 
 
 def _count(number: int, one: str, many: str) -> str:
@@ -111,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(options: argparse.Namespace) -> tuple[Configuration, ...]:
+def _chosen(options: argparse.Namespace) -> tuple[AnyConfiguration, ...]:
     own = {
         name: getattr(options, name)
         for name in ("processes", "requests", "lease", "polls")
@@ -132,7 +167,7 @@ def _share(counts: Counts) -> None:
     _counts = counts
 
 
-def _explore(i: int, c: Configuration, most: int) -> Outcome:
+def _explore(i: int, c: AnyConfiguration, most: int) -> Outcome:
     def report(states: int) -> None:
         _counts[i] = states
 
@@ -142,7 +177,7 @@ def _explore(i: int, c: Configuration, most: int) -> Outcome:
 def _watch(
     console: Console,
     work: Sequence[Future[Any]],
-    configurations: Sequence[Configuration],
+    configurations: Sequence[AnyConfiguration],
     counts: Counts,
 ) -> None:
     text = TextColumn("{task.completed:>12,.0f} states  {task.description}")
@@ -155,8 +190,8 @@ def _watch(
                 progress.update(task, completed=counts[i])
 
 
-def _table(outcomes: dict[Configuration, Outcome]) -> Table:
-    table = Table("configuration (its DELETEs: of the key, of another)")
+def _table(outcomes: dict[AnyConfiguration, Outcome]) -> Table:
+    table = Table("configuration (its changes: of the key, of another)")
     for heading in ("states", "transitions", "violations", "seconds"):
         table.add_column(heading, justify="right")
     table.add_column("explored")
@@ -173,7 +208,7 @@ def _print_section(console: Console, title: str, lines: list[str]) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def _conclusion(outcomes: dict[Configuration, Outcome], survivors: list[str]) -> str:
+def _conclusion(outcomes: dict[AnyConfiguration, Outcome], survivors: list[str]) -> str:
     states = sum(outcome.states for outcome in outcomes.values())
     transitions = sum(outcome.transitions for outcome in outcomes.values())
     violations = sum(outcome.violations for outcome in outcomes.values())

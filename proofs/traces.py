@@ -3,13 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from deletes import apply_effect, world_steps
 from explorer import Explorer, Named
-from protocol import member_steps
-from states import Configuration, first_members, first_world, view
+from models import AnyConfiguration, model_of
 
 
-def trace(c: Configuration) -> list[str]:
+def trace(c: AnyConfiguration) -> list[str]:
     """One line per step, the last one says which promise is broken; empty if none ever is."""
     explorer = Explorer(c)
     parents = {explorer.first: -1}
@@ -36,10 +34,11 @@ def _path(parents: dict[int, int], state: int) -> list[int]:
     return path[::-1]
 
 
-def _describe(c: Configuration, explorer: Explorer, path: list[int]) -> list[str]:
+def _describe(c: AnyConfiguration, explorer: Explorer, path: list[int]) -> list[str]:
     """The path again with names: an int does not keep which process is which."""
     now = 0
-    named = (first_world(c), first_members(c))
+    model = model_of(c)
+    named = (model.first_world(c), model.first_members(c))
     lines = []
     if c.warm:
         lines.append(
@@ -54,15 +53,16 @@ def _describe(c: Configuration, explorer: Explorer, path: list[int]) -> list[str
     return [*lines, _line(now, text), broken]
 
 
-def _steps(c: Configuration, named: Named) -> Iterator[tuple[str, Named, str]]:
+def _steps(c: AnyConfiguration, named: Named) -> Iterator[tuple[str, Named, str]]:
     world, members = named
-    seen = view(c, world)
+    model = model_of(c)
+    seen = model.view(c, world)
     for i, member in enumerate(members):
-        for step in member_steps(c, seen, member):
+        for step in model.member_steps(c, seen, member):
             text = step.text.replace("{p}", f"process {i + 1}")
             yield text, (world, (*members[:i], step.member, *members[i + 1 :])), step.broken
-    for move in world_steps(c, world):
-        feeling = [apply_effect(c, move.effect, member) for member in members]
+    for move in model.world_steps(c, world):
+        feeling = [model.apply_effect(c, move.effect, member) for member in members]
         after = tuple(member for member in feeling if member is not None)
         if len(after) == len(members):
             yield move.text, (move.world, after), ""
