@@ -8,6 +8,7 @@ transaction mode it gives a client another session for every transaction, so LIS
 named statements are not found. Two clients whose transactions overlap find that out.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import class_row, scalar_row
 
-from keylatch.errors import ConfigurationError, StoreUnavailable
+from keylatch.errors import StoreUnavailable
 from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 
 PsycopgConnection = psycopg.AsyncConnection[Any]
@@ -33,6 +34,11 @@ SELECT pg_backend_pid() AS pid, pg_is_in_recovery() AS is_standby, version() AS 
 """
 _PID: Final = "SELECT pg_backend_pid()"
 _ROUNDS: Final = 3
+_FIND_OUT_SECONDS: Final = 6
+POOL_HINT: Final = (
+    "a pooler that has no server connection left does this: each process needs seven of a pool in "
+    "session mode (default_pool_size)"
+)
 STANDBY: Final = "this server is a standby, whose answers may be old"
 NOT_REPLICATED: Final = "KEYLATCH_DURABLE is replicated, but the server has no synchronous standby"
 NOT_REPLICATED_HINT: Final = "set synchronous_standby_names there, or KEYLATCH_DURABLE=local"
@@ -100,14 +106,14 @@ class Connector:
 
         Raises:
             psycopg.Error: there is no server, or it refuses the connection.
-            ConfigurationError, StoreUnavailable: the server cannot keep the store's promises.
+            StoreUnavailable: the server cannot keep the store's promises.
         """
         connection = await self._connect()
         try:
             if on_open is not None:
                 on_open(connection)
             if self.server is None:
-                self.server = await self._find_out(connection)
+                self.server = await self._find_out_in_time(connection)
             if self.server.is_pooled:
                 connection.prepare_threshold = None
         except BaseException:  # a cancellation as well: no caller has the connection yet
@@ -118,6 +124,16 @@ class Connector:
     async def _connect(self) -> PsycopgConnection:
         return await psycopg.AsyncConnection.connect(autocommit=True, **self._parameters)
 
+    async def _find_out_in_time(self, connection: PsycopgConnection) -> Server:
+        try:
+            async with asyncio.timeout(_FIND_OUT_SECONDS):
+                return await self._find_out(connection)
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"{self._variable}: connected, but no query was answered in {_FIND_OUT_SECONDS} s",
+                POOL_HINT,
+            ) from None
+
     async def _find_out(self, connection: PsycopgConnection) -> Server:
         async with connection.cursor(row_factory=class_row(_Facts)) as cursor:
             await cursor.execute(PRIMARY_HINT + _FACTS, [_CHECKED_TABLES], prepare=False)
@@ -125,9 +141,11 @@ class Connector:
         self._check(facts)
         is_pooled = facts.pid != connection.info.backend_pid
         if is_pooled and self._needs_session and not await self._keeps_sessions(connection):
-            wrong = f"{self._variable}: a pooler in transaction mode cannot grant leases"
-            hint = "set KEYLATCH_STORE_DIRECT to the URL of the server itself"
-            raise ConfigurationError([(wrong, hint)])
+            raise StoreUnavailable(
+                f"{self._variable}: leases need a session, and this pooler in transaction mode "
+                "keeps none",
+                "set KEYLATCH_STORE_DIRECT to the URL of the server itself",
+            )
         # On other systems a server may refuse the setting: it cannot tell that a client has gone.
         checks_clients = connection.info.server_version >= 140_000 and "linux" in facts.version
         return Server(is_pooled, checks_clients)
