@@ -138,7 +138,7 @@ class Connector:
             [facts] = await cursor.fetchall()
         self._check(facts)
         is_pooled = facts.pid != connection.info.backend_pid
-        if is_pooled and self._needs_session and not await self._keeps_sessions(connection):
+        if is_pooled and self._needs_session and not await self.keeps_sessions(connection):
             raise StoreUnavailable(
                 f"{self._variable}: leases need a session, and this pooler in transaction mode "
                 "keeps none",
@@ -160,7 +160,7 @@ class Connector:
         if self._needs_replication and not facts.is_replicated:
             raise StoreUnavailable(NOT_REPLICATED, NOT_REPLICATED_HINT)
 
-    async def _keeps_sessions(self, first: PsycopgConnection) -> bool:
+    async def keeps_sessions(self, first: PsycopgConnection) -> bool:
         """Whether the pooler keeps a client on one session.
 
         Whether it gives out the session that was used last, or the one that was used first, one of

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
 
 _CONNECTIONS_IN_USE: Final = 7
-"""The most that one process opens: two each for leases, look-ups and changes, one for notices."""
+"""The most of one process: two each for leases, look-ups and changes, and one for notices."""
 _MIN_FREE_CONNECTIONS: Final = 20
 
 PoolMode = Literal["session", "transaction"]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, NamedTuple
 
-from keylatch.errors import ConfigurationError, StoreUnavailable
+from keylatch.errors import StoreUnavailable
 from keylatch.storage.conninfo import connection_parameters
 from keylatch.storage.database import translate_errors
 from keylatch_sidecar.operations.doctor import connections, replication, rights, tables
@@ -77,23 +77,22 @@ async def examine(
             ) as connection:
                 await _examine_server(fetch, findings, must_replicate=must_replicate)
                 processes = await _examine_tables(fetch, findings, lease)
-        findings += await _check_poolers(url, direct_url, processes)
+        if not any(each.check == rights.HIDDEN_ROWS for each in findings):
+            findings += await _check_poolers(url, direct_url, processes)
     except StoreUnavailable as error:
         findings.append(failure("store", error.message, error.hint))
     return findings
 
 
 async def _check_poolers(url: str, direct_url: str, processes: int) -> list[Finding]:
+    variable = "KEYLATCH_STORE"
     try:
-        mode = await _pool_mode(url, "KEYLATCH_STORE")
-    except StoreUnavailable:  # another finding says why
-        return []
-    direct_mode = mode
-    try:
+        direct_mode = mode = await _pool_mode(url, variable)
         if direct_url:
-            direct_mode = await _pool_mode(direct_url, "KEYLATCH_STORE_DIRECT")
+            variable = "KEYLATCH_STORE_DIRECT"
+            direct_mode = await _pool_mode(direct_url, variable)
     except StoreUnavailable as error:
-        return [failure("direct URL", error.message, error.hint)]
+        return [failure("pooler", f"{variable}: {error.message}", error.hint)]
     return list(connections.check_pooler(mode, direct_mode, processes))
 
 
@@ -101,20 +100,19 @@ async def _pool_mode(url: str, variable: str) -> connections.PoolMode | None:
     """How the pooler behind a URL assigns its connections; None: there is none.
 
     Raises:
-        StoreUnavailable: the URL leads to no server that a store may use.
+        StoreUnavailable: no server answers there.
     """
     import psycopg  # as above; and the connector imports it
 
     from keylatch.storage.connector import Connector
 
-    connector = Connector(connection_parameters(url), variable, needs_session=True)
-    try:
-        with translate_errors(psycopg.Error, f"does {variable} lead to the primary?"):
-            async with asyncio.timeout(_POOLER_SECONDS), await connector.connect():
-                is_pooled = connector.server is not None and connector.server.is_pooled
-    except ConfigurationError:
-        return "transaction"
-    return "session" if is_pooled else None
+    connector = Connector(connection_parameters(url), variable, may_be_standby=True)
+    hint = "does the URL lead to the primary, and is a pool large enough?"
+    with translate_errors(psycopg.Error, hint):
+        async with asyncio.timeout(_POOLER_SECONDS), await connector.connect() as connection:
+            if connector.server is None or not connector.server.is_pooled:
+                return None
+            return "session" if await connector.keeps_sessions(connection) else "transaction"
 
 
 async def _examine_server(fetch: Fetch, findings: list[Finding], *, must_replicate: bool) -> None:

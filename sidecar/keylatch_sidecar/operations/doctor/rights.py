@@ -22,6 +22,9 @@ _TO_CHECK: Final = {
     "keylatch_clients": _ALL,
 }
 """What a process needs that checks keys, holds leases and counts uses."""
+_SEQUENCES: Final = ("keylatch_audit_id_seq", "keylatch_secrets_id_seq")
+HIDDEN_ROWS: Final = "row-level security"
+"""The check that fails where the role does not see all rows: no store is opened then."""
 
 RELATIONS: Final = """
     SELECT relname::text, relkind::text,
@@ -78,7 +81,9 @@ class Relation(NamedTuple):
         """The privileges that changes of keys need."""
         if self.name == "keylatch_version":
             return _READ
-        return {"USAGE"} if self.kind == "S" else _ALL
+        if self.kind == "S":
+            return {"USAGE"} if self.name in _SEQUENCES else ()
+        return _ALL
 
     def missing(self, needed: Iterable[str]) -> list[str]:
         """The privileges that the role lacks, as text."""
@@ -91,7 +96,7 @@ def check_rights(relations: Iterable[Relation]) -> Iterator[Finding]:
     hidden = [relation.name for relation in relations if relation.hides_rows]
     if hidden:
         yield failure(
-            "row-level security",
+            HIDDEN_ROWS,
             f"active for this role on {', '.join(hidden)}: a key whose row is hidden is refused as"
             " unknown",
             f"ALTER TABLE {hidden[0]} DISABLE ROW LEVEL SECURITY, or ALTER ROLE … BYPASSRLS",
@@ -99,7 +104,9 @@ def check_rights(relations: Iterable[Relation]) -> Iterator[Finding]:
     missing = [each for one in relations for each in one.missing(one.needed_to_check)]
     if missing:
         message = f"this role cannot check keys: it lacks {', '.join(missing)}"
-        yield failure("rights", message, "GRANT them, as the tables' owner")
+        yield failure(
+            "rights", message, "GRANT them as the tables' owner: docs/postgresql-roles.md"
+        )
         return
     missing = [each for one in relations for each in one.missing(one.needed_to_manage)]
     keys = [one for one in relations if one.name == "keylatch_keys"]
@@ -107,6 +114,8 @@ def check_rights(relations: Iterable[Relation]) -> Iterator[Finding]:
         yield ok("rights", "this role may check and change keys")
     elif any(one.may_insert or one.may_update for one in keys):
         message = f"changes of keys fail: this role lacks {', '.join(missing)}"
-        yield warning("rights", message, "GRANT them, as the tables' owner")
+        yield warning(
+            "rights", message, "GRANT them as the tables' owner: docs/postgresql-roles.md"
+        )
     else:
         yield ok("rights", "this role may check keys, and can neither create nor change one")
