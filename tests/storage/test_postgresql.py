@@ -18,7 +18,7 @@ from keylatch.storage.connector import Connector
 from keylatch.storage.libpq_pool import ConnectionPool, LibpqConnection
 from keylatch.storage.postgresql import PostgreSQL
 from keylatch.storage.records import FIND
-from keylatch.storage.store import Found, NotFound, Store
+from keylatch.storage.store import Found, NotFound, Position, Store
 from keylatch.storage.usage import UsageBatch
 from keylatch.storage.work_pool import WorkPool
 from tests.storage.test_store import NOW, record
@@ -30,15 +30,15 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 PATIENT = 10.0
 CHANGED = "SELECT name, setting FROM pg_settings WHERE source = 'session' AND name <> 'role'"
+START = Position(0, 0)
 COMMIT = "SHOW synchronous_commit"
 
 
 @pytest.fixture
 def machines() -> Iterator[Machines]:
     """Makes servers of the test's own."""
-    machines = Machines()
-    yield machines
-    machines.remove()
+    with Machines() as machines:
+        yield machines
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ async def use_everything(store: Store) -> None:
     await store.keys.find("key_a")
     await store.keys.list("acme")
     await store.leases.join("member", NOW, PATIENT)
-    await store.leases.poll("member", 0, PATIENT)
+    await store.leases.poll("member", START, PATIENT)
     await store.usage.record({"key_a": NOW}, UsageBatch("process", 1, 1))
 
 
@@ -154,9 +154,9 @@ async def test_a_lease_waits_for_the_synchronous_standby_where_there_is_one(
     store = await open_store(primary.url)
     await store.leases.join("member", NOW, PATIENT)
     note_commits(primary)
-    await store.leases.poll("member", 0, PATIENT)
+    await store.leases.poll("member", START, PATIENT)
     primary.wait_for_standby()
-    await store.leases.poll("member", 0, PATIENT)
+    await store.leases.poll("member", START, PATIENT)
     await store.close()
     assert primary.query("SELECT setting FROM noted") == [("off",), ("remote_write",)]
 
@@ -173,7 +173,7 @@ async def test_strict_isolation_levels_make_no_difference(url: str) -> None:
         await each.leases.join(f"member{id(each)}", NOW, PATIENT)
     await asyncio.gather(
         *(revoke(stores[n % 3], f"key_{n}") for n in range(20)),
-        *(each.leases.poll(f"member{id(each)}", 0, PATIENT) for each in stores * 10),
+        *(each.leases.poll(f"member{id(each)}", START, PATIENT) for each in stores * 10),
     )
     for each in stores:
         await each.close()
@@ -208,7 +208,7 @@ async def test_an_answer_of_a_standby_is_never_believed(
     for asked in (
         store.keys.find("key_a"),
         store.keys.list("acme"),
-        store.leases.poll("member", 0, PATIENT),
+        store.leases.poll("member", START, PATIENT),
         store.keys.add(record("key_b"), "hashed"),
         Store(way.url).open(NOW),
     ):
@@ -216,7 +216,7 @@ async def test_an_answer_of_a_standby_is_never_believed(
             await asked
     way.lead_to(primary.port)
     assert isinstance(await store.keys.find("key_a"), Found)
-    assert (await store.leases.poll("member", 0, PATIENT)).is_member
+    assert (await store.leases.poll("member", START, PATIENT)).is_member
     await store.keys.add(record("key_b"), "hashed")
 
 
@@ -235,13 +235,13 @@ async def test_a_standby_that_is_believed_refuses_a_valid_key(
 async def test_a_standby_is_asked_as_a_standby(behind: tuple[Node, Node, Way, Store]) -> None:
     """KEYLATCH_STORE_READ: its answer is marked as one that may be old, and its failure is none."""
     primary, standby, _, plain = behind
-    assert await database_of(plain).fetch_from_standby(FIND, key_id="key_a") is None
+    assert await database_of(plain).fetch_from_standby(FIND, key_id="key_a", anchor=0) is None
     database = database_of(Store(primary.url, read_url=standby.url))
-    answer = await database.fetch_from_standby(FIND, key_id="key_a")
+    answer = await database.fetch_from_standby(FIND, key_id="key_a", anchor=0)
     [(seq, hashed, *_)] = answer or [(0, "")]
     assert (seq, hashed) == (1, None)  # from before the key was added
     standby.kill()
-    assert await database.fetch_from_standby(FIND, key_id="key_a") is None
+    assert await database.fetch_from_standby(FIND, key_id="key_a", anchor=0) is None
     await database.close()
 
 
@@ -254,12 +254,12 @@ async def test_no_connection_stays_with_the_server_that_the_lease_has_left(
     _, standby, way, store = behind
     await store.keys.find("key_a")
     await store.keys.list("acme")
-    assert (await store.leases.poll("member", 0, PATIENT)).is_member
+    assert (await store.leases.poll("member", START, PATIENT)).is_member
     standby.promote()
     way.lead_to(standby.port, cut=False)
     assert isinstance(await store.keys.find("key_a"), Found)  # on the old one
     database_of(store)._lease_pool.close_idle()
-    await store.leases.poll("member", 0, PATIENT)
+    await store.leases.poll("member", START, PATIENT)
     assert isinstance(await store.keys.find("key_a"), NotFound)
     assert await store.keys.list("acme") == []
 
@@ -290,7 +290,7 @@ async def processes_after_timeouts(store: Store, node: Node) -> int:
     database = database_of(store)
     for number in range(6):
         results = await asyncio.gather(
-            store.leases.poll("member", 0, 0.2),
+            store.leases.poll("member", START, 0.2),
             database.write(advance, seconds=0.3),
             store.keys.find(f"key_{number}"),
             return_exceptions=True,

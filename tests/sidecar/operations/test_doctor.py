@@ -514,9 +514,8 @@ def test_standbys_that_are_not_synchronous_are_a_warning(
 
 @pytest.fixture
 def machines() -> Iterator[Machines]:
-    made = Machines()
-    yield made
-    made.remove()
+    with Machines() as machines:
+        yield machines
 
 
 @pytest.mark.long
