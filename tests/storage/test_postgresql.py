@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy import Connection
 
 from keylatch.errors import StoreUnavailable
-from keylatch.storage import postgresql
 from keylatch.storage.authorization import Actor
 from keylatch.storage.connector import Connector
 from keylatch.storage.libpq_pool import ConnectionPool, LibpqConnection
@@ -226,7 +225,10 @@ async def test_a_standby_that_is_believed_refuses_a_valid_key(
 ) -> None:
     """The twin of the test above."""
     _, standby, way, store = behind
-    monkeypatch.setattr(postgresql, "_read_checked", lambda rows: [row[:-1] for row in rows])
+    monkeypatch.setattr(
+        *(PostgreSQL, "_read_checked"),
+        lambda self, rows, columns, is_grant: [row[:-columns] for row in rows],
+    )
     way.lead_to(standby.port)
     assert isinstance(await store.keys.find("key_a"), NotFound)
 
@@ -238,7 +240,7 @@ async def test_a_standby_is_asked_as_a_standby(behind: tuple[Node, Node, Way, St
     assert await database_of(plain).fetch_from_standby(FIND, key_id="key_a", anchor=0) is None
     database = database_of(Store(primary.url, read_url=standby.url))
     answer = await database.fetch_from_standby(FIND, key_id="key_a", anchor=0)
-    [(seq, hashed, *_)] = answer or [(0, "")]
+    [(seq, _, _, hashed, *_)] = answer or [(0, 0, 0, "")]
     assert (seq, hashed) == (1, None)  # from before the key was added
     standby.kill()
     assert await database.fetch_from_standby(FIND, key_id="key_a", anchor=0) is None
