@@ -589,6 +589,12 @@ def test_answers_that_no_test_server_gives() -> None:
         ("", 0, True, Status.FAILURE, "no process starts"),
         ("ANY 1 (*)", 0, False, Status.FAILURE, "no lease is granted"),
         ("ANY 1 (*)", 1, True, Status.OK, "wait for a synchronous standby"),
+        ("db2", 2, True, Status.OK, "wait for a synchronous standby"),
+        ("2 (db2, db3)", 2, True, Status.OK, "wait for a synchronous standby"),
+        ("FIRST 2 (*)", 2, True, Status.OK, "wait for a synchronous standby"),
+        ("db2, db3", 2, True, Status.WARNING, "keep the old primary going"),
+        ('ANY 1 (db2,"db 3")', 1, True, Status.WARNING, "keep the old primary going"),
+        ("*", 2, True, Status.WARNING, "keep the old primary going"),
     ],
 )
 def test_what_a_failover_can_lose(
@@ -598,9 +604,9 @@ def test_what_a_failover_can_lose(
     [found] = replication.check_replication(names, standbys, must_replicate=must_replicate)
     assert found.status is status
     assert message in found.message
-    if standbys > 1:
+    if standbys > 1 and not names:
         assert "synchronous_mode=true" in found.hint
-        assert "ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (*)'" in found.hint
+        assert "ALTER SYSTEM SET synchronous_standby_names = 'NAME'" in found.hint
 
 
 @pytest.mark.parametrize(

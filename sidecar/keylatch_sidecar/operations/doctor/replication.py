@@ -13,9 +13,7 @@ _MAKE_SYNCHRONOUS: Final = (
     "with Patroni: patronictl edit-config -s synchronous_mode=true; without:"
     " ALTER SYSTEM SET synchronous_standby_names = 'NAME'; SELECT pg_reload_conf();"
 )
-_NAMES: Final = re.compile(
-    r"(?:(?:FIRST|ANY)\s+)?(?:(\d+)\s*\()?(.*?)\)?\s*", re.IGNORECASE | re.DOTALL
-)
+_NAMES: Final = re.compile(r"(?is)(?:(?:FIRST|ANY)\s+)?(?:(\d+)\s*\()?(.*?)\)?\s*")
 
 REPLICATION: Final = """
     SELECT current_setting('synchronous_standby_names'), count(*)
