@@ -14,9 +14,12 @@ from sqlalchemy import Connection
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.authorization import Actor
 from keylatch.storage.connector import Connector
+from keylatch.storage.database import Query
+from keylatch.storage.invalidation_log import INVALIDATIONS_SINCE
+from keylatch.storage.leases import LAGGARDS, POLL
 from keylatch.storage.libpq_pool import ConnectionPool, LibpqConnection
 from keylatch.storage.postgresql import PostgreSQL
-from keylatch.storage.records import FIND
+from keylatch.storage.records import FIND, FIND_BY_LOCATOR
 from keylatch.storage.store import Found, NotFound, Position, Store
 from keylatch.storage.usage import UsageBatch
 from keylatch.storage.work_pool import WorkPool
@@ -397,6 +400,24 @@ async def hide(url: str, tables: Sequence[str]) -> str:
     for table in tables:
         await configure(url, f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
     return url.replace("postgres@", f"{role}@")
+
+
+# Plans
+
+
+@pytest.mark.parametrize("query", [POLL, LAGGARDS, INVALIDATIONS_SINCE, FIND, FIND_BY_LOCATOR])
+async def test_no_query_is_compiled_by_the_server(query: Query, store: Store, url: str) -> None:
+    """JIT compilation takes 15 ms, and a session setting against it would stay behind a pooler. So
+    no plan may cost as much as `jit_above_cost`, on tables that were never analysed either."""
+    for columns in (postgresql._CHECKED, postgresql._LEASED):
+        text, _, order = query.compile_for(postgresql._DIALECT, *columns)
+        arguments = f"({', '.join('NULL' for _ in order)})" if order else ""
+        async with await psycopg.AsyncConnection.connect(url) as connection:
+            await connection.execute("SET plan_cache_mode = force_generic_plan")
+            await connection.execute(f"PREPARE asked AS {text}".encode())
+            explain = f"EXPLAIN (FORMAT JSON) EXECUTE asked{arguments}"
+            [[[plan]]] = await (await connection.execute(explain.encode())).fetchall()
+        assert plan["Plan"]["Total Cost"] < 100_000
 
 
 # Poolers

@@ -68,10 +68,11 @@ _CHECKED: Final[tuple[ColumnElement[Any], ...]] = (
     cast(func.pg_postmaster_start_time(), Text),
 )
 # A grant waits for a synchronous standby, if there is one: an old primary whose standby was
-# promoted then grants no leases (measured: 0 checks accepted there, and thousands if it does not
-# wait). It waits for no disk: a crash of the server can lose grants and acknowledgements, and then
-# revocations wait longer. `remote_write`, because a standby that received the commit no longer
-# follows the old primary once it was promoted.
+# promoted then grants no leases. `remote_write` suffices for that: a standby that was promoted
+# receives nothing any more. Without one a grant waits for nothing: a crash of the server can lose
+# grants and acknowledgements, and then revocations wait longer. Measured on loopback, the fastest
+# tenth of 3,000 polls: 55 us with no added column, 59 us with these three; with a synchronous
+# standby 80 us without waiting for it and 170 us with it.
 _STANDBY_NAMES: Final = func.current_setting("synchronous_standby_names")
 _LEASED: Final[tuple[ColumnElement[Any], ...]] = (
     *_CHECKED,
@@ -113,7 +114,10 @@ class PostgreSQL(Database):
             self._read_parameters = connection_parameters(read_url, needs_primary=False)
         self._needs_replication = durable == "replicated"
         place = self._parameters.get("host") or "its default address"
-        self._hint = f"is PostgreSQL up at {place}, and does the user exist?"
+        self._hint = (
+            f"is PostgreSQL up at {place}, and does the user exist? "
+            "Has a pooler in between a connection left (default_pool_size)?"
+        )
         self.has_standby = self._read_parameters is not None
         self._inherited_from_parent: list[object] = []
         self._durability: Durability = "local"
