@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 
 from keylatch.storage.database import Query, Rows
-from keylatch.storage.repository import Repository, writes
+from keylatch.storage.repository import Repository, may_delete, writes
 from keylatch.storage.schema import invalidations, keys, meta
 
 _MAX_ROWS: Final = 100_000
@@ -132,19 +132,11 @@ class InvalidationLog(Repository):
 
     @writes
     def prune(self, connection: Connection) -> None:
-        """Delete all but the newest 100,000 rows. A role that only checks keys may not, and leaves
-        it to processes with other roles."""
+        """Delete all but the newest 100,000 rows, if the role may."""
         oldest = sequence(connection) - _MAX_ROWS
-        if oldest > 0 and _may_prune(connection):
+        if oldest > 0 and may_delete(connection, invalidations):
             connection.execute(update(meta).values(pruned_seq=oldest))
             connection.execute(invalidations.delete().where(invalidations.c.seq <= oldest))
-
-
-def _may_prune(connection: Connection) -> bool:
-    if connection.dialect.name != "postgresql":
-        return True
-    may_delete = func.has_table_privilege(invalidations.name, "DELETE")
-    return bool(connection.execute(select(may_delete)).scalar_one())
 
 
 def sequence(connection: Connection) -> int:

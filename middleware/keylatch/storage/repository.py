@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Table, func, select
 
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.database import Database, Query, Rows, Work
@@ -166,6 +166,15 @@ def changes(
         return run
 
     return decorate
+
+
+def may_delete(connection: Connection, table: Table) -> bool:
+    """Whether this process may do a table's housekeeping. A role that only checks keys may not, and
+    leaves it to processes with other roles."""
+    if connection.dialect.name != "postgresql":
+        return True
+    may = select(func.has_table_privilege(table.name, "DELETE"))
+    return bool(connection.execute(may).scalar_one())
 
 
 def _is_committed(
