@@ -56,10 +56,11 @@ class Failover(NamedTuple):
 
     `revokes` has a letter per change: "w" revokes the watched key, "e" makes it active again, "o"
     concerns another key. `log` are rows that the old primary has from the beginning, for failovers
-    that lose several; the standby has none of them yet. `synchronous`: commits, grants and joins are answered when the standby has
-    them. Without it the standby is behind, and the old primary is fenced from outside: it grants
-    nothing after the promotion. In both cases it still answers reads, and its log may grow by rows
-    whose commits are never answered; in warm worlds without a synchronous standby it does not.
+    that lose several; the standby has none of them yet. `synchronous`: commits, grants and joins
+    are answered when the standby has them. Without it the standby is behind, and the old primary is
+    fenced from outside: it grants nothing after the promotion. In both cases it still answers
+    reads, and its log may grow by rows whose commits are never answered; in warm worlds without a
+    synchronous standby it does not.
     """
 
     processes: int = 1
