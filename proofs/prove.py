@@ -33,6 +33,8 @@ QUICK: tuple[AnyConfiguration, ...] = (
     Failover(synchronous=True),
     Failover(revokes="we", synchronous=True),
     Failover(revokes="ow", synchronous=True),
+    Failover(log="oo"),
+    Failover(log="ow"),
 )
 FULL: tuple[AnyConfiguration, ...] = (
     Configuration(revokes="wo", lease=1, polls=2),
@@ -111,7 +113,13 @@ def _failover_mutant(name: str, lease: int) -> Failover:
         "remembered revocation opened before it is read",
     )
     rules = failover.MUTANTS[name]
-    return Failover(1, revokes.get(name, "w"), lease, synchronous, warm=True, rules=rules)
+    return Failover(
+        revokes=revokes.get(name, "w"),
+        lease=lease,
+        synchronous=synchronous,
+        warm=True,
+        rules=rules,
+    )
 
 
 def described(c: AnyConfiguration) -> str:
@@ -124,7 +132,8 @@ def described(c: AnyConfiguration) -> str:
         f"X = {c.lease}",
     ]
     if isinstance(c, Failover):
-        return ", ".join(["failover", *parts, *["synchronous"] * c.synchronous])
+        before = [_count(len(c.log), "row before", "rows before")] if c.log else []
+        return ", ".join(["failover", *before, *parts, *["synchronous"] * c.synchronous])
     return ", ".join([*parts, _count(c.polls, "poll", "polls"), *["L2"] * c.shared_cache])
 
 
