@@ -211,7 +211,7 @@ FAMILIES: Final = (
     Family(
         COUNTER,
         "keylatch_store_restored_total",
-        "Times the store was found restored from a backup: revoked keys may be active again.",
+        "Times the store was found to have lost changes, by a failover or a restore from a backup.",
         (),
         _one(lambda stats: stats.restores),
     ),
