@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Connection
 
 from keylatch.errors import StoreUnavailable
+from keylatch.storage import postgresql
 from keylatch.storage.authorization import Actor
 from keylatch.storage.connector import Connector
 from keylatch.storage.database import Query
