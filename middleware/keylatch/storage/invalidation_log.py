@@ -225,10 +225,13 @@ class InvalidationLog(Repository):
     def start_new_epoch(self, connection: Connection, epoch: str, seq: int, now_ms: int) -> None:
         """Start a new epoch after a break of the history, with sequence numbers above `seq`, so
         that no value that was cached in the earlier epoch is used."""
-        lock_sequence(connection)  # several processes notice it at once
-        row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
-        if row.epoch != epoch.partition(_EPOCH_SEPARATOR)[0] and row.seq >= seq:
-            return  # another process did it
+        before = select(meta.c.seq, meta.c.epoch)
+        for lock in (False, True):  # several processes notice it at once; some may only read
+            if lock:
+                lock_sequence(connection)
+            row = connection.execute(before).one()
+            if row.epoch != epoch.partition(_EPOCH_SEPARATOR)[0] and row.seq >= seq:
+                return  # another process did it
         connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
         advance(connection, now_ms)  # without an id it invalidates every key
 
