@@ -50,8 +50,9 @@ def check_replication(
     elif standbys:
         yield warning(
             "replication",
-            f"no standby is synchronous ({standbys} connected): a failover can lose revocations that"
-            " were answered, and processes that still reach the old primary accept revoked keys",
+            f"no standby is synchronous ({standbys} connected): a failover can lose revocations"
+            " that were answered, and processes that still reach the old primary accept revoked"
+            " keys",
             _how_to_be_synchronous(standbys),
         )
     else:
