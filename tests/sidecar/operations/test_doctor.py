@@ -584,7 +584,8 @@ def test_answers_that_no_test_server_gives() -> None:
     ("names", "standbys", "must_replicate", "status", "message"),
     [
         ("", 0, False, Status.OK, "no standby"),
-        ("", 2, False, Status.WARNING, "2 standbys, none of them synchronous"),
+        ("", 2, False, Status.WARNING, "no standby is synchronous (2 "),
+        ("", 1, False, Status.WARNING, "no standby is synchronous (1 "),
         ("", 2, True, Status.FAILURE, "no process starts"),
         ("", 0, True, Status.FAILURE, "no process starts"),
         ("ANY 1 (*)", 0, False, Status.FAILURE, "no lease is granted"),
@@ -604,9 +605,10 @@ def test_what_a_failover_can_lose(
     [found] = replication.check_replication(names, standbys, must_replicate=must_replicate)
     assert found.status is status
     assert message in found.message
-    if standbys > 1 and not names:
+    if standbys and not names:
         assert "synchronous_mode=true" in found.hint
-        assert "ALTER SYSTEM SET synchronous_standby_names = 'NAME'" in found.hint
+        value = "ANY 1 (*)" if standbys == 1 else "FIRST 1 (NAME"
+        assert f"ALTER SYSTEM SET synchronous_standby_names = '{value}" in found.hint
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,6 @@ from typing import Final
 
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
 
-_MAKE_SYNCHRONOUS: Final = (
-    "with Patroni: patronictl edit-config -s synchronous_mode=true; without:"
-    " ALTER SYSTEM SET synchronous_standby_names = 'NAME'; SELECT pg_reload_conf();"
-)
 _NAMES: Final = re.compile(r"(?is)(?:(?:FIRST|ANY)\s+)?(?:(\d+)\s*\()?(.*?)\)?\s*")
 
 REPLICATION: Final = """
@@ -74,14 +70,25 @@ def check_replication(
             "replication",
             "KEYLATCH_DURABLE is replicated, and there is no synchronous standby: no process"
             " starts",
-            _MAKE_SYNCHRONOUS,
+            _how_to_be_synchronous(standbys),
         )
     elif standbys:
         yield warning(
             "replication",
-            f"{standbys} standbys, none of them synchronous: a failover can lose revocations that"
-            " were answered, and processes that still reach the old primary accept revoked keys",
-            _MAKE_SYNCHRONOUS,
+            f"no standby is synchronous ({standbys} connected): a failover can lose revocations"
+            " that were answered, and processes that still reach the old primary accept revoked"
+            " keys",
+            _how_to_be_synchronous(standbys),
         )
     else:
         yield ok("replication", "no standby is connected")
+
+
+def _how_to_be_synchronous(standbys: int) -> str:
+    # Of several standbys one can be promoted while another goes on confirming the old primary's
+    # commits; so the one that takes over has to be the one that is waited for.
+    names = "ANY 1 (*)" if standbys <= 1 else "FIRST 1 (NAME OF THE ONE THAT TAKES OVER)"
+    return (
+        "with Patroni: patronictl edit-config -s synchronous_mode=true; without:"
+        f" ALTER SYSTEM SET synchronous_standby_names = '{names}'; SELECT pg_reload_conf();"
+    )
