@@ -45,7 +45,10 @@ FULL: tuple[AnyConfiguration, ...] = (
     Configuration(processes=2, lease=1, shared_cache=True),
     Failover(revokes="ow"),
     Failover(revokes="ww"),
+    Failover(revokes="ww", log="o"),
     Failover(revokes="ww", synchronous=True),
+    Failover(lease=2),
+    Failover(lease=2, synchronous=True),
     *QUICK,
 )
 Counts: TypeAlias = "SynchronizedArray[int]"
@@ -124,17 +127,17 @@ def _failover_mutant(name: str, lease: int) -> Failover:
 
 def described(c: AnyConfiguration) -> str:
     """The configuration in a few words."""
-    letters = {"w": "key", "o": "other", "e": "key active again"}
-    parts = [
-        _count(c.processes, "process", "processes"),
-        *([_count(c.requests, "request", "requests")] if c.requests else []),
-        " + ".join(letters[letter] for letter in c.revokes),
-        f"X = {c.lease}",
-    ]
+    letters = {"w": "key", "o": "other", "e": "active again"}
+    changes = " + ".join(letters[letter] for letter in c.revokes)
+    processes = _count(c.processes, "process", "processes")
     if isinstance(c, Failover):
-        before = [_count(len(c.log), "row before", "rows before")] if c.log else []
-        return ", ".join(["failover", *before, *parts, *["synchronous"] * c.synchronous])
-    return ", ".join([*parts, _count(c.polls, "poll", "polls"), *["L2"] * c.shared_cache])
+        if c.log:
+            changes = " + ".join(letters[letter] for letter in c.log) + " before " + changes
+        parts = ["failover", processes, changes, f"X = {c.lease}"]
+        return ", ".join(parts + ["synchronous"] * c.synchronous)
+    requests = _count(c.requests, "request", "requests")
+    parts = [processes, requests, changes, f"X = {c.lease}", _count(c.polls, "poll", "polls")]
+    return ", ".join(parts + ["L2"] * c.shared_cache)
 
 
 def _count(number: int, one: str, many: str) -> str:
