@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from sqlalchemy import func, select, text
+from sqlalchemy import func, literal_column, select
 from sqlalchemy.engine import make_url
 
 from keylatch.errors import StoreUnavailable
@@ -229,7 +229,7 @@ def test_libpq_takes_a_part_of_a_password_for_a_host() -> None:
 def test_the_url_has_the_last_word() -> None:
     """keylatch's time limits and its name are defaults."""
     own = connection_parameters("postgresql://h")
-    assert (own["application_name"], own["connect_timeout"]) == ("keylatch", 2)
+    assert (own["application_name"], own["connect_timeout"]) == ("keylatch", 4)
     given = connection_parameters(
         "postgresql://h?application_name=shop&connect_timeout=7&tcp_user_timeout=1"
     )
@@ -453,7 +453,7 @@ async def test_a_password_may_have_any_character(server: TLSServer, password: st
         server.set_password("word")
 
 
-IS_ENCRYPTED = text("ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+IS_ENCRYPTED: Any = literal_column("(SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid())")
 
 
 @pytest.mark.long

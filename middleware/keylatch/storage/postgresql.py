@@ -8,9 +8,9 @@ The law of this file: no answer of a standby is believed, and nothing is set on 
 query says what it needs itself, so it makes no difference whose session it is and which server a
 pooler or balancer leads it to.
 
-At rest a process has up to three connections: one for leases, one for LISTEN, and for half a minute
-after the last cold check or change one for those. At most it uses two each for leases, look-ups and
-changes, and the one for LISTEN.
+At rest a process has three connections: for leases, for look-ups and for LISTEN, which it does not
+need with Redis; and for half a minute after a change or a store of uses one for those. At most it
+uses two each for leases, look-ups and changes, and the one for LISTEN.
 """
 
 import asyncio
@@ -20,9 +20,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import psycopg
-from sqlalchemy import ColumnElement, Connection, Text, case, cast, func, select
+from sqlalchemy import ColumnElement, Text, case, cast, func, select
 from sqlalchemy.dialects.postgresql import dialect as postgresql_dialect
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from keylatch.errors import StoreUnavailable
@@ -58,7 +57,7 @@ _STANDBY_SECONDS: Final = 0.5
 _STANDBY_PAUSE_SECONDS: Final = 5.0
 _IN_RECOVERY: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery()"
 _IDENTITY: Final = """
-SELECT {cluster}, oid::text, 'keylatch_meta'::regclass::oid::text
+SELECT {cluster}, oid::text, 'keylatch_meta'::regclass::oid::text, pg_is_in_recovery()
 FROM pg_database WHERE datname = current_database()
 """
 _CLUSTER: Final = "(SELECT system_identifier::text FROM pg_control_system())"
@@ -131,7 +130,7 @@ class PostgreSQL(Database):
                 self._direct_parameters, "KEYLATCH_STORE_DIRECT", needs_session=True
             )
         self._lookup_pool = ConnectionPool(
-            self._connector.connect, max_size=2, stale_seconds=_STALE_SECONDS
+            self._connector.connect, max_size=2, min_size=1, stale_seconds=_STALE_SECONDS
         )
         self._lease_pool = ConnectionPool(self._direct.connect, max_size=2)
         self._work_pool = WorkPool(self._connector.connect, self._hint, _WORK_SECONDS)
@@ -231,9 +230,18 @@ class PostgreSQL(Database):
         return {"checks": self._lookup_pool.under_way, "management": management}
 
     async def identity(self) -> str:
-        return await self._work_pool.run(
-            _WORK_SECONDS, lambda connection, _: connection.run_sync(_identity)
-        )
+        # With the connection of look-ups, which is open then: the first cold check must not wait
+        # until it is, which takes seconds from another continent.
+        with translate_errors(psycopg.Error, self._hint):
+            with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
+                return await self._identity(_CLUSTER)
+            return await self._identity("''")
+
+    async def _identity(self, cluster: str) -> str:
+        """The cluster, the database, and the table: each schema may have a store."""
+        text = PRIMARY_HINT + _IDENTITY.format(cluster=cluster)
+        rows = await self._lookup_pool.fetch(text, (), _WORK_SECONDS, _read_checked)
+        return "/".join(rows[0])
 
     async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
         try:
@@ -281,10 +289,3 @@ def _read_checked(rows: Rows) -> Rows:
     if not rows or rows[0][-1] is not False:
         raise ConnectionLost(STANDBY if rows else "the tables of the store are empty")
     return [row[:-1] for row in rows]
-
-
-def _identity(connection: Connection) -> str:
-    """The cluster, the database, and the table: each schema may have a store."""
-    with contextlib.suppress(DBAPIError):  # it may lack the right to read the cluster's identifier
-        return "/".join(connection.exec_driver_sql(_IDENTITY.format(cluster=_CLUSTER)).one())
-    return "/".join(connection.exec_driver_sql(_IDENTITY.format(cluster="''")).one())
