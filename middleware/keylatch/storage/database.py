@@ -21,7 +21,7 @@ T = TypeVar("T")
 Work = Callable[[Connection], T]
 Rows = list[tuple[Any, ...]]
 Durability = Literal["local", "replicated"]
-"""Where a committed change is safe: on the store's disk, or on a second server as well."""
+"""Of an answered change: stored by this server, or by a synchronous standby as well."""
 
 
 class Contended(Exception):
@@ -65,6 +65,8 @@ class Database(Protocol):
 
     is_shared: bool = False
     """Whether several hosts use it, so that processes need leases."""
+    has_standby: bool = False
+    """Whether `fetch_from_standby` has a standby to ask."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -101,13 +103,14 @@ class Database(Protocol):
             is_urgent: use the connections that are reserved for leases.
         """
 
-    def durability(self) -> Durability:
-        """How the last durable `write` of this process was committed."""
-        return "local"
-
     async def fetch_from_standby(self, query: Query, **parameters: Any) -> Rows | None:
-        """`fetch` from a server whose answer may be old; None: there is none, or it failed."""
+        """The rows of a query as a standby has them, which may be old; None: there is no standby,
+        or it did not answer."""
         return None
+
+    def durability(self) -> Durability:
+        """Where the last durable transaction was stored when it was answered."""
+        return "local"
 
     def pools(self) -> Mapping[str, int]:
         """Work in progress by kind, including work that waits for a thread; empty: not counted."""

@@ -178,7 +178,7 @@ class Store:
         await self._database.run_maintenance()
 
     def durability(self) -> Durability:
-        """How the last change of this process was committed: see `Database.durability`."""
+        """Where the last durable change was stored when it was answered."""
         return self._database.durability()
 
     def pools(self) -> Mapping[str, int]:
