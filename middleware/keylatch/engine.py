@@ -25,7 +25,12 @@ from keylatch.authentication.hashing import Hasher
 from keylatch.authentication.keyset import Keyset
 from keylatch.authentication.lookup import Lookup
 from keylatch.caches.local_cache import LocalCache
-from keylatch.caches.redis_client import CircuitBreaker, connect
+from keylatch.caches.redis_client import (
+    CircuitBreaker,
+    connect,
+    connect_subscriber,
+    name_in_redis,
+)
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.core.decisions import ANY_KEY, ClientGetter, Decision, Reason, Requirement
 from keylatch.core.refusals import LogFailure
@@ -234,7 +239,7 @@ class Engine:
         signer = None if lease is None else Signer(secrets.peppers)
         shared_cache, notifier = self._open_redis(secrets, signer)
         if signer is not None and notifier is None:
-            notifier = StoreNotifier(self.store, signer)
+            notifier = StoreNotifier(self.store, signer, self._clock)
         lookup = Lookup(
             self.store,
             shared_cache,
@@ -266,13 +271,14 @@ class Engine:
         if self._redis is None and not self.settings.redis:
             return None, None
         breaker = CircuitBreaker(self._timer, self._clock)
-        client = self._redis or connect(self.settings.redis)
+        client = self._redis or connect(self.settings.redis, breaker)
         shared_cache = SharedCache(client, secrets.peppers, breaker)
         if signer is None:
             return shared_cache, None
-        subscriber = self._redis or connect(self.settings.redis, socket_timeout=None)
-        channel = f"keylatch:{self._invalidations.epoch}:invalidations"
-        return shared_cache, RedisNotifier(client, subscriber, breaker, channel, signer)
+        subscriber = self._redis or connect_subscriber(self.settings.redis, client)
+        channel = name_in_redis(self._invalidations.epoch, "invalidations")
+        notifier = RedisNotifier(client, subscriber, breaker, channel, signer, self._clock)
+        return shared_cache, notifier
 
     async def stop(self) -> None:
         """Store the recorded uses, stop the background tasks, close what was opened. The engine can
@@ -424,15 +430,17 @@ class Engine:
 
     def components(self) -> list[ComponentHealth]:
         """The health of the components, as last observed. Checks need only `store` and `lease`."""
-        return self._stats.components(self._opened is not None, self._shared_cache)
+        return self._stats.components(*self._observed())
 
     def stats(self) -> Stats:
         """The numbers that `keylatch.metrics` exports, without waiting."""
-        return self._stats.read(self._opened is not None, self._shared_cache)
+        return self._stats.read(*self._observed())
 
-    @property
-    def _shared_cache(self) -> SharedCache | None:
-        return None if self._opened is None else self._opened.shared_cache
+    def _observed(self) -> tuple[bool, SharedCache | None, Notifier | None]:
+        opened = self._opened
+        if opened is None:
+            return False, None, None
+        return True, opened.shared_cache, opened.notifier
 
     # In the background
 

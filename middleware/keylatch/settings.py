@@ -21,6 +21,7 @@ from keylatch._variables import (
     read_files,
     variable_name,
 )
+from keylatch.caches.redis_client import check_url
 from keylatch.core.decisions import PERMISSION_PATTERN
 from keylatch.core.tokens import ENVIRONMENT_PATTERN, PREFIX_PATTERN
 from keylatch.errors import ConfigurationError
@@ -32,7 +33,7 @@ S = TypeVar("S", bound=EnvironmentSettings)
 _HINTS: Final = {
     "store": "sqlite:///path.db for one host, postgresql://user@host/database for many",
     "pepper_file": "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
-    "redis": "redis://host:6379/0, rediss:// for TLS, unix:///path.sock, or empty for none",
+    "redis": "redis://host:6379/0, redis+sentinel://, redis+cluster://, unix://, or empty: none",
     "store_file": "the path of a file that contains the store's URL and nothing else",
     "redis_file": "the path of a file that contains the Redis URL and nothing else",
     "prefix": f"the first word of new tokens, matching {PREFIX_PATTERN}",
@@ -139,16 +140,7 @@ class Settings(EnvironmentSettings):
     @field_validator("redis")
     @classmethod
     def _redis_is_a_url(cls, url: str) -> str:
-        url = url.strip()
-        if not url:
-            return url
-        from redis.asyncio import ConnectionPool
-
-        try:  # make_connection opens nothing, but rejects unknown options
-            ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError):  # both quote the URL
-            raise ValueError("not a Redis URL") from None
-        return url
+        return check_url(url) if url.strip() else ""
 
     @field_validator("pepper_file")
     @classmethod

@@ -52,3 +52,5 @@ class TestSettings(EnvironmentSettings):
 
     require_services: str = ""
     """`1`: a missing server fails the tests instead of skipping them."""
+    valkey_server: str = ""
+    """The program of Valkey that tests of Redis run with as well; empty: they are skipped."""

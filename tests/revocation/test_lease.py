@@ -12,6 +12,7 @@ from keylatch.revocation.notices import Notice
 from keylatch.revocation.propagation import Propagation, Receipt
 from keylatch.storage.store import Invalidation, InvalidationBatch, Poll
 from keylatch.telemetry.counters import Histogram
+from keylatch.telemetry.health import Health
 from tests.support.clock import Clock
 
 pytestmark = pytest.mark.anyio
@@ -95,6 +96,8 @@ class Members:
 
 class Process:
     """One process: invalidations, a lease, and the task that renews it."""
+
+    health = Health("not used", "not used")
 
     def __init__(self, store: Members, clock: Clock) -> None:
         self.invalidations = Invalidations(lambda touched: None)

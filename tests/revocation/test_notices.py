@@ -387,7 +387,7 @@ class TestRedis:
 
 
 def channel(engine: Engine) -> str:
-    return f"keylatch:{engine._invalidations.epoch}:invalidations"
+    return f"keylatch:{{{engine._invalidations.epoch}}}:invalidations"
 
 
 def bearer(created: Created) -> list[bytes]:

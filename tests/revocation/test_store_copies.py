@@ -204,7 +204,9 @@ async def two_stores(
     for engine in engines:
         assert isinstance(await engine.authenticate(bearer(key)), Allow)
     with redis_server.client() as client:
-        channels = {f"keylatch:{engine._invalidations.epoch}:invalidations" for engine in engines}
+        channels = {
+            f"keylatch:{{{engine._invalidations.epoch}}}:invalidations" for engine in engines
+        }
         listening = partial(client.pubsub_numsub, *channels)
         await asyncio.to_thread(eventually, lambda: sum(n for _, n in listening()) == 2)
     yield engines[0], engines[1], key
