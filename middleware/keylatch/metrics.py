@@ -65,6 +65,11 @@ def _redis(read: Callable[[RedisStats], float]) -> Callable[[Stats], Samples]:
     return _one(lambda stats: None if stats.redis is None else read(stats.redis))
 
 
+def _refusals(stats: Stats) -> Samples:
+    refusals = {} if stats.redis is None else stats.redis.refusals
+    return [((error,), value) for error, value in refusals.items()]
+
+
 COUNTER, GAUGE, HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 FAMILIES: Final = (
@@ -92,7 +97,7 @@ FAMILIES: Final = (
     Family(
         GAUGE,
         "keylatch_component_healthy",
-        "1 while a component is healthy: store, lease, redis, hashing, usage.",
+        "1 while a component is healthy: store, lease, redis, notifier, hashing, usage.",
         ("component",),
         _components,
     ),
@@ -165,6 +170,13 @@ FAMILIES: Final = (
         "Calls to Redis that failed or timed out.",
         (),
         _redis(lambda redis: redis.errors),
+    ),
+    Family(
+        COUNTER,
+        "keylatch_redis_refusals_total",
+        "Commands that Redis answered with an error, by the first word of the reply.",
+        ("error",),
+        _refusals,
     ),
     Family(
         COUNTER,

@@ -427,7 +427,7 @@ class TestRedis:
 
 
 def channel(engine: Engine) -> str:
-    return f"keylatch:{engine.store.invalidations.database_hash}:invalidations"
+    return f"keylatch:{{{engine.store.invalidations.database_hash}}}:invalidations"
 
 
 def bearer(created: Created) -> list[bytes]:

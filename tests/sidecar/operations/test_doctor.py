@@ -550,12 +550,12 @@ def statuses(findings: Any) -> dict[str, Status]:
 def test_answers_that_no_test_server_gives() -> None:
     """A cluster, a full cache, few places, a far server without encryption."""
     full = {"maxmemory": 100, "used_memory": 95, "maxmemory_policy": "volatile-ttl"}
-    assert statuses(redis._check_server({**full, "cluster_enabled": 1})) == {
+    assert statuses(redis._check_server("Redis", {**full, "cluster_enabled": 1}, False)) == {
         "Redis": Status.OK,
-        "Redis role": Status.WARNING,
+        "Redis role": Status.FAILURE,
         "Redis memory": Status.WARNING,
     }
-    assert statuses(redis._check_server({}))["Redis"] is Status.WARNING
+    assert statuses(redis._check_server("Redis", {}, False))["Redis"] is Status.WARNING
     assert statuses(redis._check_latency([0.001, 0.06]))["Redis latency"] is Status.WARNING
     assert statuses(redis._check_latency([0.006] * 3))["Redis latency"] is Status.WARNING
     many = [("mac", True)] * 7 + [("pepper", True)] * 7
