@@ -31,6 +31,7 @@ class Rules(NamedTuple):
     lookups_check_anchor: bool = True
     applies_again: bool = True
     opens_when_read: bool = True
+    notices_are_chained: bool = True
     believes_one_server: bool = True
     old_primary_is_fenced: bool = True
     voids_on_new_server: bool = True
@@ -45,6 +46,7 @@ MUTANTS = {
     "look-up without the anchor": Rules(lookups_check_anchor=False),
     "remembered revocation not applied again": Rules(applies_again=False),
     "remembered revocation opened before it is read": Rules(opens_when_read=False),
+    "notices chained by numbers": Rules(notices_are_chained=False),
     "answers of two servers": Rules(believes_one_server=False),
     "old primary that nothing fences": Rules(old_primary_is_fenced=False),
     "caches kept on another server": Rules(voids_on_new_server=False),
@@ -333,11 +335,12 @@ def _applied(c: Failover, v: View, m: Member, poll: Poll, seq: int) -> Iterator[
     server = poll.server
     text = ""
     if server != m.home:
-        if poll.age == c.lease and c.rules.believes_one_server:
+        is_read = poll.age == c.lease
+        if is_read and c.rules.believes_one_server:
             yield Step(f"{{p}} ignores the answer of {server}, which granted no lease", m)
             return
-        m = m._replace(home=server)
-        if m.entry is not None and c.rules.voids_on_new_server:
+        m = m if is_read else m._replace(home=server)
+        if m.entry is not None and not is_read and c.rules.voids_on_new_server:
             m = m._replace(entry=None)
             text = ", caches void: another server"
     lease = max(m.lease, c.lease - poll.age)
@@ -395,7 +398,8 @@ def _receiving_notice(c: Failover, v: View, m: Member) -> Iterator[Step]:
         return
     for server in _servers(v):
         following = abs(m.anchor) + 1
-        if following <= len(log_of(v, server)) and _fits(c, v, server, m.anchor):
+        is_next = _fits(c, v, server, m.anchor) or not c.rules.notices_are_chained
+        if following <= len(log_of(v, server)) and is_next:
             after = _with_rows(v, m, server, following)
             text = f"{{p}} receives the notice of row {_row(after.anchor)}: tombstone = {after.bar}"
             yield Step(text, after)

@@ -119,6 +119,7 @@ def _failover_mutant(name: str, lease: int) -> Failover:
     return Failover(
         revokes=revokes.get(name, "w"),
         lease=lease,
+        log="oo" if name == "notices chained by numbers" else "",
         synchronous=synchronous,
         warm=True,
         rules=rules,
