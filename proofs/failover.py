@@ -55,15 +55,18 @@ class Failover(NamedTuple):
     """How large a world, see `states.Configuration`.
 
     `revokes` has a letter per change: "w" revokes the watched key, "e" makes it active again, "o"
-    concerns another key. `synchronous`: commits, grants and joins are answered when the standby has
-    them. Without it the standby is behind, and the old primary is fenced from outside: it grants
-    nothing after the promotion. In both cases it still answers reads, and its log may grow by rows
-    whose commits are never answered; in warm worlds without a synchronous standby it does not.
+    concerns another key. `log` are rows that the old primary has from the beginning, for failovers
+    that lose several; the standby has none of them yet. `synchronous`: commits, grants and joins
+    are answered when the standby has them. Without it the standby is behind, and the old primary is
+    fenced from outside: it grants nothing after the promotion. In both cases it still answers
+    reads, and its log may grow by rows whose commits are never answered; in warm worlds without a
+    synchronous standby it does not.
     """
 
     processes: int = 1
     revokes: str = "w"
     lease: int = 1
+    log: str = ""
     synchronous: bool = False
     warm: bool = False
     rules: Rules = Rules()
@@ -182,7 +185,8 @@ class WorldStep(NamedTuple):
 
 def first_world(c: Failover) -> World:
     """No change yet; the key is active at seq 0."""
-    return World(changes=(Change(),) * len(c.revokes))
+    inactive = None if is_active(c.log) else 0
+    return World(c.log, changes=(Change(),) * len(c.revokes), inactive=inactive)
 
 
 def first_members(c: Failover) -> tuple[Member, ...]:
@@ -366,12 +370,12 @@ def _with_rows(v: View, m: Member, server: str, last: int) -> Member:
         if letter != "o":
             m = m._replace(bar=number, was_told=letter == "w")
         if letter == "w":
-            m = m._replace(ended=_remembered(v, m.ended, at))
+            m = m._replace(ended=_with_ended(v, m.ended, at))
         m = m._replace(anchor=at)
     return m
 
 
-def _remembered(v: View, ended: tuple[int, ...], at: int) -> tuple[int, ...]:
+def _with_ended(v: View, ended: tuple[int, ...], at: int) -> tuple[int, ...]:
     """One row for each history: a row that both servers have is lost by neither."""
     if v.new is not None and 0 < at <= v.copied:
         return ended
@@ -412,7 +416,7 @@ def _applying_again(c: Failover, v: View, m: Member) -> Iterator[Step]:
     number = log.rfind("w") + 1
     was_read = number <= abs(m.anchor) or not c.rules.opens_when_read
     if not is_active(log) and was_read and has_row(v, v.current, m.anchor):
-        ended = _remembered(v, (), position(v, v.current, number))
+        ended = _with_ended(v, (), position(v, v.current, number))
         opened = m._replace(shut=False, bar=max(m.bar, number), ended=ended)
         yield Step(f"{{p}} has the revocation applied again: tombstone = {opened.bar}", opened)
 

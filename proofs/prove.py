@@ -33,6 +33,8 @@ QUICK: tuple[AnyConfiguration, ...] = (
     Failover(synchronous=True),
     Failover(revokes="we", synchronous=True),
     Failover(revokes="ow", synchronous=True),
+    Failover(log="oo"),
+    Failover(log="ow"),
 )
 FULL: tuple[AnyConfiguration, ...] = (
     Configuration(revokes="wo", lease=1, polls=2),
@@ -43,7 +45,10 @@ FULL: tuple[AnyConfiguration, ...] = (
     Configuration(processes=2, lease=1, shared_cache=True),
     Failover(revokes="ow"),
     Failover(revokes="ww"),
+    Failover(revokes="ww", log="o"),
     Failover(revokes="ww", synchronous=True),
+    Failover(lease=2),
+    Failover(lease=2, synchronous=True),
     *QUICK,
 )
 Counts: TypeAlias = "SynchronizedArray[int]"
@@ -111,21 +116,28 @@ def _failover_mutant(name: str, lease: int) -> Failover:
         "remembered revocation opened before it is read",
     )
     rules = failover.MUTANTS[name]
-    return Failover(1, revokes.get(name, "w"), lease, synchronous, warm=True, rules=rules)
+    return Failover(
+        revokes=revokes.get(name, "w"),
+        lease=lease,
+        synchronous=synchronous,
+        warm=True,
+        rules=rules,
+    )
 
 
 def described(c: AnyConfiguration) -> str:
     """The configuration in a few words."""
-    letters = {"w": "key", "o": "other", "e": "key active again"}
-    parts = [
-        _count(c.processes, "process", "processes"),
-        *([_count(c.requests, "request", "requests")] if c.requests else []),
-        " + ".join(letters[letter] for letter in c.revokes),
-        f"X = {c.lease}",
-    ]
+    letters = {"w": "key", "o": "other", "e": "active again"}
+    changes = " + ".join(letters[letter] for letter in c.revokes)
+    processes = _count(c.processes, "process", "processes")
     if isinstance(c, Failover):
-        return ", ".join(["failover", *parts, *["synchronous"] * c.synchronous])
-    return ", ".join([*parts, _count(c.polls, "poll", "polls"), *["L2"] * c.shared_cache])
+        if c.log:
+            changes = " + ".join(letters[letter] for letter in c.log) + " before " + changes
+        parts = ["failover", processes, changes, f"X = {c.lease}"]
+        return ", ".join(parts + ["synchronous"] * c.synchronous)
+    requests = _count(c.requests, "request", "requests")
+    parts = [processes, requests, changes, f"X = {c.lease}", _count(c.polls, "poll", "polls")]
+    return ", ".join(parts + ["L2"] * c.shared_cache)
 
 
 def _count(number: int, one: str, many: str) -> str:

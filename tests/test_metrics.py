@@ -340,7 +340,7 @@ async def test_redis_is_counted(make_engine: MakeEngine, store_url: str) -> None
     keys = [await make(engine) for _ in range(3)]
     async with FakeAsyncRedis(server=server) as anybody:
         for key in keys[:2]:
-            name = f"keylatch:{engine._invalidations.epoch}:{key.record.id}"
+            name = f"keylatch:{{{engine._invalidations.epoch}}}:{key.record.id}"
             await anybody.set(name, b"x" * 100)
     for key in keys[:2]:
         assert isinstance(await engine.authenticate(header(key)), Allow)

@@ -14,6 +14,7 @@ from keylatch.caches.shared_cache import SharedCache
 from keylatch.revocation.freshness import Freshness
 from keylatch.revocation.invalidations import Invalidations
 from keylatch.revocation.lease import Lease
+from keylatch.revocation.notifier import Notifier
 from keylatch.revocation.open_connections import OpenConnections
 from keylatch.storage.store import Store
 from keylatch.telemetry.counters import Counters
@@ -47,11 +48,13 @@ class RedisStats:
         breaker_is_open: whether calls are skipped because of earlier failures.
         errors: calls that failed or timed out.
         forged: values read that had no valid MAC of this store.
+        refusals: commands that Redis answered with an error, by the first word of the reply.
     """
 
     breaker_is_open: bool
     errors: int
     forged: int
+    refusals: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ class EngineStats:
     """Reads the health and the numbers of an engine's components.
 
     `failed_start` is the component that the last start lacked; None: none has failed, or the engine
-    is started. `shared_cache` is None while Redis is not configured or the engine is not started.
+    is started. `shared_cache` is None while Redis is not configured or the engine is not started;
+    `notifier` is None on SQLite, and while the engine is not started.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class EngineStats:
         is_started: bool,
         failed_start: ComponentHealth | None,
         shared_cache: SharedCache | None,
+        notifier: Notifier | None,
     ) -> list[ComponentHealth]:
         """See `Engine.components`."""
         store = self._store.health.component_health(
@@ -144,15 +149,18 @@ class EngineStats:
                 failed_start if each.name == failed_start.name and each.state == "ok" else each
                 for each in (store, lease)
             )
-        redis = ComponentHealth("redis", "off")
+        redis, notices = ComponentHealth("redis", "off"), ComponentHealth("notifier", "off")
         if shared_cache is not None:
-            redis = shared_cache.breaker.health.component_health(
-                "redis", "degraded", "Redis does not answer"
+            redis = shared_cache.breaker.component_health()
+        if notifier is not None:
+            notices = notifier.health.component_health(
+                "notifier", "degraded", "notices are not received: changes wait for the next poll"
             )
         return [
             store,
             lease,
             redis,
+            notices,
             self._hasher.health.component_health(
                 "hashing", "degraded", "too many hashes are waiting"
             ),
@@ -166,6 +174,7 @@ class EngineStats:
         is_started: bool,
         failed_start: ComponentHealth | None,
         shared_cache: SharedCache | None,
+        notifier: Notifier | None,
     ) -> Stats:
         """The numbers now."""
         counters, (keys, negative_entries) = self._counters, self._l1.sizes()
@@ -181,7 +190,7 @@ class EngineStats:
                 "negative_entries": negative_entries,
                 "tombstones": self._invalidations.tombstone_count,
             },
-            components=tuple(self.components(is_started, failed_start, shared_cache)),
+            components=tuple(self.components(is_started, failed_start, shared_cache, notifier)),
             lease=self._lease_stats() if is_started else None,
             redis=None if shared_cache is None else _redis_stats(shared_cache),
             hashes_waiting=self._hasher.waiting,
@@ -206,4 +215,9 @@ class EngineStats:
 
 def _redis_stats(shared_cache: SharedCache) -> RedisStats:
     breaker = shared_cache.breaker
-    return RedisStats(breaker.is_open, breaker.health.failures.value, shared_cache.forged.value)
+    return RedisStats(
+        breaker.is_open,
+        breaker.health.failures.value,
+        shared_cache.forged.value,
+        breaker.refusals.counts(),
+    )

@@ -26,7 +26,12 @@ from keylatch.authentication.hashing import Hasher
 from keylatch.authentication.keyset import Keyset
 from keylatch.authentication.lookup import Lookup
 from keylatch.caches.local_cache import LocalCache
-from keylatch.caches.redis_client import CircuitBreaker, connect
+from keylatch.caches.redis_client import (
+    CircuitBreaker,
+    connect,
+    connect_subscriber,
+    name_in_redis,
+)
 from keylatch.caches.shared_cache import SharedCache
 from keylatch.core.decisions import ANY_KEY, ClientGetter, Decision, Reason, Requirement
 from keylatch.core.refusals import LogFailure
@@ -262,7 +267,7 @@ class Engine:
         signer = None if lease is None else Signer(secrets.peppers)
         shared_cache, notifier = self._open_redis(secrets, signer)
         if signer is not None and notifier is None:
-            notifier = StoreNotifier(self.store, signer)
+            notifier = StoreNotifier(self.store, signer, self._clock)
         lookup = Lookup(
             self.store,
             shared_cache,
@@ -301,14 +306,15 @@ class Engine:
         if self._redis is None and not self.settings.redis:
             return None, None
         breaker = CircuitBreaker(self._timer, self._clock)
-        client = self._redis or connect(self.settings.redis)
+        client = self._redis or connect(self.settings.redis, breaker)
         shared_cache = SharedCache(client, secrets.peppers, breaker)
         if signer is None:
             return shared_cache, None
-        subscriber = self._redis or connect(self.settings.redis, socket_timeout=None)
+        subscriber = self._redis or connect_subscriber(self.settings.redis, client)
         # Not the epoch: processes that start after a new one reach those from before it.
-        channel = f"keylatch:{self.store.invalidations.database_hash}:invalidations"
-        return shared_cache, RedisNotifier(client, subscriber, breaker, channel, signer)
+        channel = name_in_redis(self.store.invalidations.database_hash, "invalidations")
+        notifier = RedisNotifier(client, subscriber, breaker, channel, signer, self._clock)
+        return shared_cache, notifier
 
     async def stop(self) -> None:
         """Store the recorded uses, stop the background tasks, close what was opened. The engine can
@@ -467,17 +473,19 @@ class Engine:
 
     def components(self) -> list[ComponentHealth]:
         """The health of the components, as last observed. Checks need only `store` and `lease`."""
-        return self._stats.components(
-            self._opened is not None, self._failed_start, self._shared_cache
-        )
+        return self._stats.components(*self._observed())
 
     def stats(self) -> Stats:
         """The numbers that `keylatch.metrics` exports, without waiting."""
-        return self._stats.read(self._opened is not None, self._failed_start, self._shared_cache)
+        return self._stats.read(*self._observed())
 
-    @property
-    def _shared_cache(self) -> SharedCache | None:
-        return None if self._opened is None else self._opened.shared_cache
+    def _observed(
+        self,
+    ) -> tuple[bool, ComponentHealth | None, SharedCache | None, Notifier | None]:
+        opened = self._opened
+        if opened is None:
+            return False, self._failed_start, None, None
+        return True, self._failed_start, opened.shared_cache, opened.notifier
 
     # In the background
 

@@ -65,6 +65,11 @@ def _redis(read: Callable[[RedisStats], float]) -> Callable[[Stats], Samples]:
     return _one(lambda stats: None if stats.redis is None else read(stats.redis))
 
 
+def _refusals(stats: Stats) -> Samples:
+    refusals = {} if stats.redis is None else stats.redis.refusals
+    return [((error,), value) for error, value in refusals.items()]
+
+
 COUNTER, GAUGE, HISTOGRAM = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 FAMILIES: Final = (
@@ -92,7 +97,7 @@ FAMILIES: Final = (
     Family(
         GAUGE,
         "keylatch_component_healthy",
-        "1 while a component is healthy: store, lease, redis, hashing, usage.",
+        "1 while a component is healthy: store, lease, redis, notifier, hashing, usage.",
         ("component",),
         _components,
     ),
@@ -168,6 +173,13 @@ FAMILIES: Final = (
     ),
     Family(
         COUNTER,
+        "keylatch_redis_refusals_total",
+        "Commands that Redis answered with an error, by the first word of the reply.",
+        ("error",),
+        _refusals,
+    ),
+    Family(
+        COUNTER,
         "keylatch_redis_forged_total",
         "Values read from Redis that had no valid MAC of this store, and were ignored.",
         (),
@@ -211,7 +223,7 @@ FAMILIES: Final = (
     Family(
         COUNTER,
         "keylatch_store_restored_total",
-        "Times the store was found restored from a backup: revoked keys may be active again.",
+        "Times the store was found to have lost changes, by a failover or a restore from a backup.",
         (),
         _one(lambda stats: stats.restores),
     ),

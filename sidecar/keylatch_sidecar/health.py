@@ -33,6 +33,7 @@ class Components(ResponseBody):
     store: Component
     lease: Component
     redis: Component
+    notifier: Component
     hashing: Component
     usage: Component
 

@@ -58,3 +58,5 @@ class TestSettings(EnvironmentSettings):
     """`1`: a missing server fails the tests instead of skipping them."""
     pgbouncer: str = ""
     """The program of a second PgBouncer, newer than the distribution's."""
+    valkey_server: str = ""
+    """The program of Valkey that tests of Redis run with as well; empty: they are skipped."""

@@ -557,5 +557,5 @@ async def test_a_value_of_another_type_is_a_miss_and_no_outage() -> None:
     async def wrong_type() -> bytes:
         raise ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
 
-    assert await breaker.attempt(wrong_type) is None
+    assert await breaker.attempt("GET", wrong_type) is None
     assert breaker.try_acquire()

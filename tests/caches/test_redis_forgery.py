@@ -20,6 +20,7 @@ from keylatch.authentication.hashing import CHEAPEST, Hasher, VerifyResult
 from keylatch.authentication.lookup import Lookup
 from keylatch.caches import shared_cache
 from keylatch.caches.local_cache import Entry, NegativeEntry, entry_of
+from keylatch.caches.redis_client import name_in_redis
 from keylatch.core import argon2id
 from keylatch.core.decisions import PREVIOUS_SUFFIX, Allow, Deny, KeyRecord, Reason
 from keylatch.core.tokens import MacKeys, Token
@@ -116,7 +117,7 @@ class Attacker:
     async def sign(self, token: Token, secret: str, hashed: str, guess: bytes) -> None:
         """A value as keylatch writes it."""
         body = shared_cache._xor(guess, shared_cache._pad(self.secrets.peppers[0], token, hashed))
-        await self._set(shared_cache._name(self.epoch, secret), body)
+        await self._set(name_in_redis(self.epoch, secret), body)
 
     async def _set(self, name: str, body: str | bytes) -> None:
         body = body.encode() if isinstance(body, str) else body
@@ -313,7 +314,7 @@ async def test_a_secret_that_was_rotated_away_stays_away(
     assert isinstance(await first.authenticate(bearer(key.token)), Allow)
     await first.stop()
     attacker = await Attacker.who_has_read(engine.store, FakeAsyncRedis(server=server), key)
-    name = shared_cache._name(attacker.epoch, key.record.id)
+    name = name_in_redis(attacker.epoch, key.record.id)
     proof = await attacker.redis.get(name)
     assert proof is not None
     new = await (await engine.keyring()).rotate("acme", key.record.id, grace=timedelta(seconds=0))
@@ -387,7 +388,7 @@ async def test_a_preimage_is_in_the_clear_nowhere(
     assert isinstance(found, Found)
     preimage = argon2id.compute_preimage(found.hash, key.token.reveal())
     client = FakeAsyncRedis(server=server)
-    value = await client.get(shared_cache._name(engine._invalidations.epoch, key.record.id))
+    value = await client.get(name_in_redis(engine._invalidations.epoch, key.record.id))
     assert isinstance(value, bytes)
     assert preimage not in value
     assert argon2id._base64(preimage) not in found.hash

@@ -1,5 +1,6 @@
 """The documents say what is true: their code runs, and what they name exists."""
 
+import math
 import os
 import re
 import runpy
@@ -19,11 +20,13 @@ from keylatch.django import get_asgi_application
 from keylatch.settings import Settings
 from keylatch_sidecar.app import ROUTES
 from keylatch_sidecar.forward_auth import ext_authz, verify
+from keylatch_sidecar.operations.doctor import connections
 from keylatch_sidecar.settings import ProxySettings
 from tests.support.servers import serving
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+POSTGRESQL = (ROOT / "docs/postgresql.md").read_text()
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[a-z]*/**/README.md")]
 )
@@ -119,6 +122,26 @@ def test_the_routes_in_the_readme_are_served() -> None:
     served = {route.path.replace(":path", "") for route in ROUTES}
     served |= {verify.PATH, f"{ext_authz.PATH}/…"}
     assert described == served
+
+
+def test_the_store_urls_in_the_documents_are_accepted() -> None:
+    """Each form that the page on PostgreSQL shows is one that a start takes."""
+    urls = re.findall(r"^postgresql://.*$", POSTGRESQL, re.MULTILINE)
+    assert len(urls) > 5
+    for url in urls:
+        assert Settings.load(store=url).store == url
+
+
+def test_the_sums_on_connections_are_right() -> None:
+    """`7 x 30 + 40 + 3 + 10 = 263`, with the figure that `keylatch doctor` multiplies by."""
+    sums = re.findall(r"^ +(\d[\dx+ ]+?) += +(\d+)$", POSTGRESQL, re.MULTILINE)
+    assert len(sums) == 2
+    for terms, total in sums:
+        products = [each.split("x") for each in terms.split("+")]
+        assert sum(math.prod(map(int, factors)) for factors in products) == int(total)
+    assert f">=  {connections.CONNECTIONS_IN_USE} x processes" in POSTGRESQL
+    row = r"^\| one process: .* \| \d \| (\d) \|$"
+    assert re.findall(row, POSTGRESQL, re.MULTILINE) == [str(connections.CONNECTIONS_IN_USE)]
 
 
 def test_the_scan_pattern_in_the_readme_is_the_published_one() -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from keylatch.authentication.hashing import POOLS
+from keylatch.caches.redis_client import CircuitBreaker
 from keylatch.metrics import COUNTER, FAMILIES, HISTOGRAM
 from keylatch.telemetry.counters import LIMITS, STAGES, Counters
 from keylatch.telemetry.health import ComponentHealth
@@ -39,11 +40,12 @@ def values() -> dict[str, set[str]]:
         "decision": {decision for decision, _, _ in decisions},
         "source": {source for _, source, _ in decisions},
         "stage": set(STAGES),
-        "component": {"store", "lease", "redis", "hashing", "usage"},
+        "component": {"store", "lease", "redis", "notifier", "hashing", "usage"},
         "type": {"keys", "negative_entries", "tombstones"},
         "operation": {"read", "write"},
         "pool": {*POOLS, "checks", "reads", "writes"},
         "limit": set(LIMITS),
+        "error": set(CircuitBreaker().refusals.counts()),
     }
 
 

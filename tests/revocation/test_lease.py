@@ -14,6 +14,7 @@ from keylatch.storage.database import Durability
 from keylatch.storage.invalidation_log import ChangeSeq
 from keylatch.storage.store import Invalidation, InvalidationBatch, Laggards, Poll, Position
 from keylatch.telemetry.counters import Histogram
+from keylatch.telemetry.health import Health
 from tests.support.clock import Clock
 
 pytestmark = pytest.mark.anyio
@@ -109,6 +110,8 @@ class Members:
 
 class Process:
     """One process: invalidations, a lease, and the task that renews it."""
+
+    health = Health("not used", "not used")
 
     def __init__(self, store: Members, clock: Clock) -> None:
         self.invalidations = Invalidations(lambda found: None)

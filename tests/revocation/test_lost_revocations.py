@@ -72,12 +72,12 @@ def engine_time(engine: Engine, seconds: float) -> datetime:
     return datetime.fromtimestamp(engine.now_ms() / 1000 + seconds, UTC)
 
 
-async def settled(engine: Engine) -> None:
+async def repeated(engine: Engine) -> None:
     """Return when the process has asked the store what it has lost."""
     await engine._freshness.poll()
     await asyncio.sleep(0)
     assert engine._opened is not None
-    while not engine._opened.lost_revocations.is_settled:  # noqa: ASYNC110
+    while not engine._opened.lost_revocations.has_repeated_all:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -109,7 +109,7 @@ async def test_lost_revocations_are_repeated(
     await snapshot.restore()
     if overtaken:
         await give_out_numbers(keyring, engine, seq + 1)
-    await settled(engine)
+    await repeated(engine)
     found = {name: await decision_of(engine, key) for name, key in made.items()}
     assert found["deleted"] == Deny(Reason.REVOKED)
     for name in ("disabled", "narrowed", "expiring", "rotated"):
@@ -136,7 +136,7 @@ async def test_lost_revocations_of_organizations_are_repeated(engine: Engine) ->
     later = keyring.now_ms() + 60_000
     record = replace(revoked.record, id="key_later", created_at=later)
     await engine.store.keys.add(record, "hashed")
-    await settled(engine)
+    await repeated(engine)
     assert await decision_of(engine, disabled) == Deny(Reason.ORGANIZATION_DISABLED)
     assert await decision_of(engine, revoked) == Deny(Reason.REVOKED)
     found = await engine.store.keys.find("key_later")
@@ -181,7 +181,7 @@ async def test_a_key_is_refused_until_it_is_revoked_again(
         assert accepted == (kind is Forgets)
     assert isinstance(await decision_of(engine, kept), Allow)
     engine.store.keys.change = change  # type: ignore[method-assign]
-    await settled(engine)
+    await repeated(engine)
     assert await decision_of(engine, revoked) == Deny(Reason.REVOKED)
     await engine.stop()
 
@@ -202,7 +202,7 @@ async def test_two_processes_that_notice_at_once_do_not_collide(
     for process in (engine, other):
         await process._freshness.poll()
     await snapshot.restore()
-    await asyncio.gather(settled(engine), settled(other))
+    await asyncio.gather(repeated(engine), repeated(other))
     for process in (engine, other):
         await process._freshness.poll()
         for key in made:

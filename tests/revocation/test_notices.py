@@ -184,7 +184,7 @@ class TestFeed:
         assert (invalidations.seq, invalidations.pending) == (answer.seq, ())
         assert not invalidations.accepts("key_a", "acme", answer.seq)
         assert invalidations.accepts("key_c", "acme", answer.seq)
-        invalidations.settle(breaks[0].revocations)
+        invalidations.release(breaks[0].revocations)
         assert invalidations.accepts("key_a", "acme", answer.seq)
         assert "restored from a backup" in caplog.text
 
@@ -417,7 +417,7 @@ class TestRedis:
             await asyncio.to_thread(eventually, lambda: alarm in caplog.text)
             assert other._opened is not None
             lost = other._opened.lost_revocations
-            await asyncio.to_thread(eventually, lambda: lost.is_settled)
+            await asyncio.to_thread(eventually, lambda: lost.has_repeated_all)
             now = await other.store.invalidations.since(0)
             client.publish(channel(other), published)
         assert now.epoch != log.epoch
@@ -427,7 +427,7 @@ class TestRedis:
 
 
 def channel(engine: Engine) -> str:
-    return f"keylatch:{engine.store.invalidations.database_hash}:invalidations"
+    return f"keylatch:{{{engine.store.invalidations.database_hash}}}:invalidations"
 
 
 def bearer(created: Created) -> list[bytes]:

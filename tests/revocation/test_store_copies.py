@@ -205,7 +205,7 @@ async def two_stores(
         assert isinstance(await engine.authenticate(bearer(key)), Allow)
     with redis_server.client() as client:
         hashes = {engine.store.invalidations.database_hash for engine in engines}
-        channels = {f"keylatch:{database_hash}:invalidations" for database_hash in hashes}
+        channels = {f"keylatch:{{{database_hash}}}:invalidations" for database_hash in hashes}
         listening = partial(client.pubsub_numsub, *channels)
         await asyncio.to_thread(eventually, lambda: sum(n for _, n in listening()) == 2)
     yield engines[0], engines[1], key

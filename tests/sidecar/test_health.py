@@ -154,7 +154,14 @@ def components(probe: httpx.Client) -> dict[str, str]:
     return {name: part["state"] for name, part in probe.get("/readyz").json()["components"].items()}
 
 
-HEALTHY = {"store": "ok", "lease": "off", "redis": "off", "hashing": "ok", "usage": "ok"}
+HEALTHY = {
+    "store": "ok",
+    "lease": "off",
+    "redis": "off",
+    "notifier": "off",
+    "hashing": "ok",
+    "usage": "ok",
+}
 
 
 def test_components_are_reported_to_operators_only(sidecar: Sidecar, admin_key: Created) -> None:
@@ -254,7 +261,7 @@ def test_a_postgresql_that_stops_is_reported(
         known, cold = sidecar.create(), sidecar.create()
         with sidecar.client(known) as client, sidecar.client(cold) as other:
             assert client.get("/verify").status_code == 200
-            assert components(probe) == HEALTHY | {"lease": "ok"}
+            assert components(probe) == HEALTHY | {"lease": "ok", "notifier": "ok"}
             clock.tick(60)
             assert client.get("/verify").status_code == 200
             postgres.kill()
@@ -278,7 +285,12 @@ def test_a_postgresql_that_stops_is_reported(
             assert other.get("/verify").status_code == 200
             # Uses are stored again with the next flush, in five seconds of real time, and a
             # lease is renewed four times a second.
-            eventually(lambda: components(probe) | {"usage": "ok"} == HEALTHY | {"lease": "ok"})
+            eventually(
+                lambda: (
+                    components(probe) | {"usage": "ok"}
+                    == HEALTHY | {"lease": "ok", "notifier": "ok"}
+                )
+            )
     for words in ("the store does not answer", "checks are refused with 503", "lease not renewed"):
         assert said(caplog, words) == 1, words
     for words in ("the store answers again", "checks are answered again"):

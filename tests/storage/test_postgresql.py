@@ -4,6 +4,7 @@ No answer of a standby counts, and no session is changed for its next user.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 from sqlalchemy import Connection
 
 from keylatch.errors import StoreUnavailable
+from keylatch.storage import postgresql
 from keylatch.storage.authorization import Actor
 from keylatch.storage.connector import Connector
+from keylatch.storage.database import Query
+from keylatch.storage.invalidation_log import INVALIDATIONS_SINCE
+from keylatch.storage.leases import LAGGARDS, POLL
 from keylatch.storage.libpq_pool import ConnectionPool, LibpqConnection
 from keylatch.storage.postgresql import PostgreSQL
-from keylatch.storage.records import FIND
+from keylatch.storage.records import FIND, FIND_BY_LOCATOR
 from keylatch.storage.store import Found, NotFound, Position, Store
 from keylatch.storage.usage import UsageBatch
 from keylatch.storage.work_pool import WorkPool
@@ -227,7 +232,7 @@ async def test_a_standby_that_is_believed_refuses_a_valid_key(
     _, standby, way, store = behind
     monkeypatch.setattr(
         *(PostgreSQL, "_read_checked"),
-        lambda self, rows, columns, is_grant: [row[:-columns] for row in rows],
+        lambda self, rows, *, columns, is_grant: [row[:-columns] for row in rows],
     )
     way.lead_to(standby.port)
     assert isinstance(await store.keys.find("key_a"), NotFound)
@@ -290,7 +295,10 @@ async def processes_after_timeouts(store: Store, node: Node) -> int:
     """Of the server, after changes and polls that could not end."""
     node.configure("synchronous_standby_names", "gone")
     database = database_of(store)
-    for number in range(6):
+    with contextlib.suppress(StoreUnavailable):
+        while True:  # the server has not read its configuration yet
+            await database.write(advance, seconds=0.5)
+    for number in range(10):
         results = await asyncio.gather(
             store.leases.poll("member", START, 0.2),
             database.write(advance, seconds=0.3),
@@ -302,7 +310,7 @@ async def processes_after_timeouts(store: Store, node: Node) -> int:
         assert isinstance(results[2], NotFound)
     await asyncio.sleep(0)
     for _ in range(100):
-        if node.connections() <= 4:
+        if node.connections() <= 6:
             break
         await asyncio.sleep(0.05)  # the server notices once a second who has left
     return node.connections()
@@ -322,7 +330,7 @@ async def lonely(machines: Machines) -> AsyncIterator[tuple[Store, Node]]:
 async def test_a_missing_standby_leaves_few_server_processes(lonely: tuple[Store, Node]) -> None:
     """Changes and leases fail while it is gone. The first change waits for it as long as it takes,
     and holds its locks; all others end. Look-ups go on."""
-    assert await processes_after_timeouts(*lonely) <= 4
+    assert await processes_after_timeouts(*lonely) <= 6
 
 
 @pytest.mark.long
@@ -335,7 +343,7 @@ async def test_without_a_cancel_every_poll_leaves_one(
         pass
 
     monkeypatch.setattr(LibpqConnection, "cancel", forget)
-    assert await processes_after_timeouts(*lonely) >= 6
+    assert await processes_after_timeouts(*lonely) > 6
 
 
 # KEYLATCH_DURABLE
@@ -397,6 +405,24 @@ async def hide(url: str, tables: Sequence[str]) -> str:
     for table in tables:
         await configure(url, f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
     return url.replace("postgres@", f"{role}@")
+
+
+# Plans
+
+
+@pytest.mark.parametrize("query", [POLL, LAGGARDS, INVALIDATIONS_SINCE, FIND, FIND_BY_LOCATOR])
+async def test_no_query_is_compiled_by_the_server(query: Query, store: Store, url: str) -> None:
+    """JIT compilation takes 15 ms, and a session setting against it would stay behind a pooler. So
+    no plan may cost as much as `jit_above_cost`, on tables that were never analysed either."""
+    for columns in (postgresql._CHECKED, postgresql._LEASED):
+        text, _, order = query.compile_for(postgresql._DIALECT, *columns)
+        arguments = f"({', '.join('NULL' for _ in order)})" if order else ""
+        async with await psycopg.AsyncConnection.connect(url) as connection:
+            await connection.execute("SET plan_cache_mode = force_generic_plan")
+            await connection.execute(f"PREPARE asked AS {text}".encode())
+            explain = f"EXPLAIN (FORMAT JSON) EXECUTE asked{arguments}"
+            [[[plan]]] = await (await connection.execute(explain.encode())).fetchall()
+        assert plan["Plan"]["Total Cost"] < 100_000
 
 
 # Poolers

@@ -99,6 +99,7 @@ def busy_store(superuser: Connection, token: Token, monkeypatch: pytest.MonkeyPa
 async def use_and_maintain(url: str, role: str, token: Token, superuser: Connection) -> None:
     """A process that checks, stores uses, and has done its housekeeping once."""
     async with engine_of(url, role) as engine:
+        engine.store.audit_days = 400  # as in a sidecar
         assert await is_allowed(engine, token)
         await engine.ready()
         async with asyncio.timeout(60):

@@ -58,11 +58,19 @@ def error_without_package(package: str, program: str) -> str:
 
 
 class RedisServer:
-    """A real Redis that can be killed, paused and emptied."""
+    """A real Redis that can be killed, paused and emptied.
 
-    def __init__(self, folder: Path) -> None:
-        self._program = require_program(shutil.which("redis-server"), "redis-server")
+    Args:
+        folder: for its data.
+        options: more of its command line.
+        program: another one than redis-server, such as Valkey's.
+    """
+
+    def __init__(self, folder: Path, *options: str, program: str | None = None) -> None:
+        program = program or shutil.which("redis-server")
+        self._program = require_program(program, "redis-server")
         self._folder = folder
+        self._options = options
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
@@ -70,15 +78,17 @@ class RedisServer:
     def start(self) -> None:
         self._process = subprocess.Popen(
             [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-            + ["--appendonly", "no", "--dir", str(self._folder)],
+            + ["--appendonly", "no", "--dir", str(self._folder), *self._options],
             stdout=subprocess.DEVNULL,
         )
         eventually(self._answers)
 
     def _answers(self) -> bool:
-        with contextlib.suppress(redis.RedisError), self.client() as client:
-            return bool(client.ping())
-        return False
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
 
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port, socket_timeout=5)

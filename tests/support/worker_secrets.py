@@ -27,6 +27,7 @@ from keylatch.engine import Engine
 from keylatch.revocation.notices import Notice
 from keylatch.revocation.notifier import Notifier
 from keylatch.settings import Settings
+from keylatch.telemetry.health import Health
 
 _OLDER = 40
 _PAUSE_SECONDS = 0.01
@@ -60,6 +61,8 @@ class WithoutNotifier(Engine):
 
 class NullNotifier:
     """No notices."""
+
+    health = Health("not used", "not used")
 
     async def publish(self, notice: Notice | None) -> None:
         return None

@@ -1,7 +1,7 @@
 """L2: results of argon2 that the processes of a deployment share through Redis.
 
-    keylatch:{epoch}:{key id}            ->  32 bytes MAC, then 32 bytes: a preimage, encrypted
-    keylatch:{epoch}:{key id}:previous   ->  the same for the secret before the last rotation
+    keylatch:{EPOCH}:KEY_ID            ->  32 bytes MAC, then 32 bytes: a preimage, encrypted
+    keylatch:{EPOCH}:KEY_ID:previous   ->  the same for the secret before the last rotation
 
 The law of this file: Redis spares a hash and decides nothing. A process reads the permissions and
 the state of a key in the store alone.
@@ -15,7 +15,8 @@ are outdated, of another key, or of a copy of the store are misses for the same 
 
 Redis holds no token, and a reader of Redis cannot test guessed tokens without the store. The MAC
 (key derived from the pepper, RFC 2104) covers name and value: it distinguishes values of keylatch
-from others, which are counted. `epoch` identifies the database (see `Store`).
+from others, which are counted. The epoch identifies the database (see `Store`); the braces around
+it are Redis's: all names of a store are in one slot of a Cluster.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from keylatch.caches.redis_client import CircuitBreaker
+from keylatch.caches.redis_client import CircuitBreaker, name_in_redis
 from keylatch.core import argon2id
 from keylatch.core.tokens import Token
 from keylatch.telemetry.repeated_warning import RepeatedWarning
@@ -94,7 +95,7 @@ class SharedCache:
             hashed: the hash of that secret in the store.
             epoch: of the store.
         """
-        name = _name(epoch, secret_id)
+        name = name_in_redis(epoch, secret_id)
         raw = await self._get(name)
         return isinstance(raw, bytes) and self._verify(name, raw, token, hashed)
 
@@ -103,11 +104,11 @@ class SharedCache:
     ) -> None:
         """Store the preimage of a verified token for other processes; arguments as in `proves`."""
         pad = _pad(self._peppers[0], token, hashed)
-        await self._set(_name(epoch, secret_id), _xor(preimage, pad))
+        await self._set(name_in_redis(epoch, secret_id), _xor(preimage, pad))
 
     async def invalidate(self, key_id: str, epoch: str) -> None:
         """Overwrite the value of a key that has changed."""
-        await self._set(_name(epoch, key_id), bytes(argon2id.PREIMAGE_BYTES))
+        await self._set(name_in_redis(epoch, key_id), bytes(argon2id.PREIMAGE_BYTES))
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -124,7 +125,7 @@ class SharedCache:
             return await request.future
         self._is_fetching = True
         try:
-            return await self.breaker.attempt(lambda: self._client.get(name))
+            return await self.breaker.attempt("GET", lambda: self._client.get(name))
         finally:
             if self._pending:
                 self._batch = asyncio.create_task(self._fetch_pending(), name="keylatch-batch")
@@ -137,7 +138,7 @@ class SharedCache:
             while self._pending:
                 batch, self._pending = self._pending[:_MAX_BATCH], self._pending[_MAX_BATCH:]
                 names = [request.name for request in batch]
-                values = await self.breaker.attempt(partial(self._client.mget, names))
+                values = await self.breaker.attempt("MGET", partial(self._client.mget, names))
                 for request, value in zip(batch, values or [None] * len(batch), strict=True):
                     request.set_result(value)
         finally:
@@ -148,7 +149,7 @@ class SharedCache:
 
     async def _set(self, name: str, body: bytes) -> None:
         signed = _mac(self._mac_keys[0], name, body) + body
-        await self.breaker.attempt(lambda: self._client.set(name, signed, ex=TTL_SECONDS))
+        await self.breaker.attempt("SET", lambda: self._client.set(name, signed, ex=TTL_SECONDS))
 
     def _verify(self, name: str, raw: bytes, token: Token, hashed: str) -> bool:
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
@@ -157,10 +158,6 @@ class SharedCache:
                 return argon2id.verify_preimage(hashed, _xor(body, _pad(pepper, token, hashed)))
         self._forgeries.add()
         return False
-
-
-def _name(epoch: str, secret_id: str) -> str:
-    return f"keylatch:{epoch}:{secret_id}"
 
 
 def _tag(pepper: bytes, token: Token) -> str:

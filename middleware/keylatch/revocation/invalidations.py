@@ -57,7 +57,7 @@ class Invalidations:
 
     Args:
         on_break: called when the store has another history than before: all caches have to be
-            cleared, and what the store lacks has to be revoked again; see `settle`.
+            cleared, and what the store lacks has to be revoked again; see `release`.
         open_connections: checked again when changes were applied or became pending.
 
     Attributes:
@@ -86,7 +86,7 @@ class Invalidations:
         history in which the read of the store began."""
         self._positions: OrderedDict[int, int] = OrderedDict()  # of known rows: seq -> row id
         self._revocations: OrderedDict[int, Invalidation] = OrderedDict()  # known rows, by row id
-        self._unsettled: Mapping[str, int] = {}  # id -> how many breaks withhold it
+        self._withheld: Mapping[str, int] = {}  # id -> how many breaks withhold it
         self._set_floor(0)
         self.version = object()
         """Replaced after every change: an entry that was accepted under this version still is.
@@ -118,8 +118,8 @@ class Invalidations:
             as_of >= floor
             and as_of >= tombstones.get(key_id, 0)
             and as_of >= tombstones.get(organization_id, 0)
-            and key_id not in self._unsettled
-            and organization_id not in self._unsettled
+            and key_id not in self._withheld
+            and organization_id not in self._withheld
         )
 
     @property
@@ -257,7 +257,7 @@ class Invalidations:
         self._withhold(revocations, 1)
         self._on_break(Break(revocations, self.epoch, last_seq))
 
-    def settle(self, revocations: Iterable[Invalidation]) -> None:
+    def release(self, revocations: Iterable[Invalidation]) -> None:
         """Decide by the store again on what a break withheld: all rows of the log are applied here
         that have the revocations."""
         self._withhold(revocations, -1)
@@ -271,11 +271,11 @@ class Invalidations:
         self._set_changed()
 
     def _withhold(self, revocations: Iterable[Invalidation], count: int) -> None:
-        unsettled = dict(self._unsettled)
+        withheld = dict(self._withheld)
         for row in revocations:
             for object_id in _ids_of(row):
-                unsettled[object_id] = unsettled.get(object_id, 0) + count
-        self._unsettled = {key: number for key, number in unsettled.items() if number}
+                withheld[object_id] = withheld.get(object_id, 0) + count
+        self._withheld = {key: number for key, number in withheld.items() if number}
 
 
 def _ids_of(row: Invalidation) -> list[str]:

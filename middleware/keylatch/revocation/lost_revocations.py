@@ -63,7 +63,7 @@ class LostRevocations:
         self._event_loop = asyncio.get_running_loop()
 
     @property
-    def is_settled(self) -> bool:
+    def has_repeated_all(self) -> bool:
         """Whether the store has every revocation that this process remembers."""
         return not self._breaks
 
@@ -101,7 +101,7 @@ class LostRevocations:
         await self._freshness.poll()
         if self._invalidations.history is not history:
             raise StoreUnavailable("the store lost changes once more, or another server answers")
-        self._invalidations.settle(found.revocations)
+        self._invalidations.release(found.revocations)
 
     def _name(self, lost: Sequence[Invalidation]) -> None:
         """Log each of them once, also those that another process repeats."""

@@ -6,22 +6,29 @@ payload without rows, or without a valid MAC, makes a process poll the store.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from keylatch.caches.redis_client import CircuitBreaker, failures
+from keylatch.caches.redis_client import CircuitBreaker, explain, failures
 from keylatch.errors import StoreUnavailable
 from keylatch.revocation.notices import Notice, Signer
 from keylatch.storage.store import Store
+from keylatch.telemetry.health import Health
 
 _RETRY_SECONDS: Final = 1.0
-_PING_SECONDS: Final = 10.0
+_PING_SECONDS: Final = 3.0
+_REPLY_SECONDS: Final = 2.0
+_RECOVERY_SECONDS: Final = 5.0
 
 OnNotice = Callable[[Notice | None], None]
 
 
 class Notifier(Protocol):
     """Publishes notices and receives those of other processes."""
+
+    health: Health
+    """Whether it receives notices."""
 
     async def publish(self, notice: Notice | None) -> None:
         """Send a notice to every process; None: have them poll. It may be lost, never raises, and
@@ -44,11 +51,19 @@ class RedisNotifier:
         breaker: see `CircuitBreaker`.
         channel: of this store.
         signer: signs and verifies with the store's peppers.
+        clock: seconds since the Unix epoch.
     """
 
     def __init__(
-        self, client: Any, subscriber: Any, breaker: CircuitBreaker, channel: str, signer: Signer
+        self,
+        client: Any,
+        subscriber: Any,
+        breaker: CircuitBreaker,
+        channel: str,
+        signer: Signer,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self.health = _health("Redis", clock, _RECOVERY_SECONDS)
         self._client = client
         self._subscriber = subscriber
         self._breaker = breaker
@@ -57,34 +72,50 @@ class RedisNotifier:
 
     async def publish(self, notice: Notice | None) -> None:
         signed = self._signer.sign(notice)
-        await self._breaker.attempt(lambda: self._client.publish(self._channel, signed))
+        await self._breaker.attempt("PUBLISH", lambda: self._client.publish(self._channel, signed))
 
     async def subscribe(self, on_notice: OnNotice) -> None:
         while True:
             try:
-                async with self._subscriber.pubsub(ignore_subscribe_messages=True) as subscription:
+                async with self._subscriber.pubsub() as subscription:
                     await subscription.subscribe(self._channel)
-                    on_notice(None)
                     await self._receive(subscription, on_notice)
-            except failures():
+            except failures() as error:
+                self.health.record_failure(*explain(error))
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _receive(self, subscription: Any, on_notice: OnNotice) -> None:
         while True:
             message = await subscription.get_message(timeout=_PING_SECONDS)
-            if message is not None:
+            if message is None:
+                # The reply is a message, too. A host that is gone closes no connection.
+                await subscription.ping()
+                message = await subscription.get_message(timeout=_REPLY_SECONDS)
+            if message is None:
+                raise TimeoutError
+            self.health.record_success()
+            if message["type"] == "subscribe":
+                on_notice(None)
+            elif message["type"] == "message":
                 on_notice(self._signer.verify(message["data"]))
-            else:
-                await subscription.ping()  # fails if the connection is dead
 
     async def close(self) -> None:
         await self._subscriber.aclose()
 
 
 class StoreNotifier:
-    """PostgreSQL's NOTIFY and LISTEN, for deployments without Redis."""
+    """PostgreSQL's NOTIFY and LISTEN, for deployments without Redis.
 
-    def __init__(self, store: Store, signer: Signer) -> None:
+    Args:
+        store: publishes and listens.
+        signer: signs and verifies with the store's peppers.
+        clock: seconds since the Unix epoch.
+    """
+
+    def __init__(
+        self, store: Store, signer: Signer, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.health = _health("the store", clock, 0.0)
         self._store = store
         self._signer = signer
 
@@ -95,13 +126,25 @@ class StoreNotifier:
             return
 
     async def subscribe(self, on_notice: OnNotice) -> None:
+        def on_payload(payload: str) -> None:
+            self.health.record_success()
+            on_notice(self._signer.verify(payload.encode()))
+
         while True:
             try:
-                await self._store.invalidations.listen(
-                    lambda payload: on_notice(self._signer.verify(payload.encode()))
-                )
-            except StoreUnavailable:
+                await self._store.invalidations.listen(on_payload)
+            except StoreUnavailable as error:
+                self.health.record_failure(error.message, error.hint)
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def close(self) -> None:
         return None
+
+
+def _health(source: str, clock: Callable[[], float], recovery_seconds: float) -> Health:
+    return Health(
+        f"cannot receive notices from {source} (revocations wait for the next poll)",
+        f"receives notices from {source} again",
+        recovery_seconds=recovery_seconds,
+        clock=clock,
+    )

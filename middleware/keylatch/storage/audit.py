@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, delete, func, insert, select
 
 from keylatch.core.decisions import AuditEvent
-from keylatch.storage.repository import Repository, reads, writes
+from keylatch.storage.repository import Repository, may_delete, reads, writes
 from keylatch.storage.schema import audit, keys
 
 OPERATOR: Final = "operator"
@@ -111,11 +111,14 @@ class AuditRepository(Repository):
 
     @writes
     def prune(self, connection: Connection, before: int) -> int:
-        """Delete events that were written before a time, among the oldest 5,000; return how many.
+        """Delete events that were written before a time, among the oldest 5,000, if the role may;
+        return how many.
 
         The newest of those 5,000 stays until the next call. So the newest event of all stays
         whatever its age, because SQLite would give its id to the next one.
         """
+        if not may_delete(connection, audit):
+            return 0
         oldest = select(audit.c.id).order_by(audit.c.id).limit(_PRUNE_BATCH).subquery()
         last = connection.execute(select(func.max(oldest.c.id))).scalar()
         old = audit.c.id < (last or 0), audit.c.at < before

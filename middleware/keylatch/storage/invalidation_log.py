@@ -28,7 +28,14 @@ from sqlalchemy import (
 )
 
 from keylatch.storage.database import Query, Rows
-from keylatch.storage.repository import Repository, batches, lock_sequence, reads, writes
+from keylatch.storage.repository import (
+    Repository,
+    batches,
+    lock_sequence,
+    may_delete,
+    reads,
+    writes,
+)
 from keylatch.storage.schema import invalidations, keys, meta
 
 _MAX_ROWS: Final = 100_000
@@ -218,29 +225,24 @@ class InvalidationLog(Repository):
     def start_new_epoch(self, connection: Connection, epoch: str, seq: int, now_ms: int) -> None:
         """Start a new epoch after a break of the history, with sequence numbers above `seq`, so
         that no value that was cached in the earlier epoch is used."""
-        lock_sequence(connection)  # several processes notice it at once
-        row = connection.execute(select(meta.c.seq, meta.c.epoch)).one()
-        if row.epoch != epoch.partition(_EPOCH_SEPARATOR)[0] and row.seq >= seq:
-            return  # another process did it
+        before = select(meta.c.seq, meta.c.epoch)
+        for lock in (False, True):  # several processes notice it at once; some may only read
+            if lock:
+                lock_sequence(connection)
+            row = connection.execute(before).one()
+            if row.epoch != epoch.partition(_EPOCH_SEPARATOR)[0] and row.seq >= seq:
+                return  # another process did it
         connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
         advance(connection, now_ms)  # without an id it invalidates every key
 
     @writes
     def prune(self, connection: Connection) -> None:
-        """Delete all but the newest 100,000 rows. A role that only checks keys may not, and leaves
-        it to processes with other roles."""
+        """Delete all but the newest 100,000 rows, if the role may."""
         oldest = sequence(connection) - _MAX_ROWS
-        if oldest > 0 and _may_prune(connection):
+        if oldest > 0 and may_delete(connection, invalidations):
             connection.execute(update(meta).values(pruned_seq=oldest))
             # The row at `oldest` stays: a process that is there compares its id.
             connection.execute(invalidations.delete().where(invalidations.c.seq < oldest))
-
-
-def _may_prune(connection: Connection) -> bool:
-    if connection.dialect.name != "postgresql":
-        return True
-    may_delete = func.has_table_privilege(invalidations.name, "DELETE")
-    return bool(connection.execute(select(may_delete)).scalar_one())
 
 
 def sequence(connection: Connection) -> int:

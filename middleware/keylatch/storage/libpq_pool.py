@@ -190,6 +190,7 @@ class ConnectionPool:
         stale_seconds: the time limit on a connection that was idle, which may have been lost
             without notice; then the query is repeated on a new one. None: the query's own limit.
         idle_seconds: how long idle connections are kept.
+        min_size: how many of them are kept longer.
     """
 
     def __init__(
@@ -198,9 +199,11 @@ class ConnectionPool:
         max_size: int,
         stale_seconds: float | None = None,
         idle_seconds: float = IDLE_SECONDS,
+        min_size: int = 0,
     ) -> None:
         self._connect = connect
         self._max_size = max_size
+        self._min_size = min_size
         self._slots = asyncio.Semaphore(max_size)
         self._stale_seconds = stale_seconds
         self._idle_seconds = idle_seconds
@@ -310,18 +313,19 @@ class ConnectionPool:
     def _keep(self, connection: LibpqConnection) -> None:
         loop = asyncio.get_running_loop()
         self._idle.append((connection, loop.time()))
-        if self._idle_timer is None:
+        if self._idle_timer is None and len(self._idle) > self._min_size:
             self._idle_timer = loop.call_later(self._idle_seconds, self._close_unused)
 
     def _close_unused(self) -> None:
         self._idle_timer = None
         loop = asyncio.get_running_loop()
-        while self._idle and loop.time() - self._idle[0][1] >= self._idle_seconds:
-            self._idle.pop(0)[0].close()
-        if self._idle:
-            self._idle_timer = loop.call_at(
-                self._idle[0][1] + self._idle_seconds, self._close_unused
-            )
+        while len(self._idle) > self._min_size:
+            connection, since = self._idle[0]
+            if since + self._idle_seconds > loop.time():
+                self._idle_timer = loop.call_at(since + self._idle_seconds, self._close_unused)
+                return
+            del self._idle[0]
+            connection.close()
 
     def _take_idle(self) -> LibpqConnection | None:
         while self._idle:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, Table, func, select, update
 
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.database import Database, Query, Rows, Work
@@ -173,6 +173,15 @@ def lock_sequence(connection: Connection) -> None:
     """Keep all other changes from committing until this transaction ends. It is a write: its COMMIT
     waits, like that of a change, until it and every change before it are durable."""
     connection.execute(update(meta).values(seq=meta.c.seq))
+
+
+def may_delete(connection: Connection, table: Table) -> bool:
+    """Whether this process may do a table's housekeeping. A role that only checks keys may not, and
+    leaves it to processes with other roles."""
+    if connection.dialect.name != "postgresql":
+        return True
+    may = select(func.has_table_privilege(table.name, "DELETE"))
+    return bool(connection.execute(may).scalar_one())
 
 
 def _is_committed(

@@ -78,7 +78,7 @@ class Health:
             log.warning("%s: %s%s", self._failure_message, reason, f"; {hint}" if hint else "")
 
     def record_success(self) -> None:
-        if self._is_healthy or not self._is_recovery_over():
+        if self._is_healthy or not self.is_over():
             return
         now = self._clock()
         log.warning("%s, after %.0f s", self._recovery_message, now - self._since)
@@ -87,7 +87,7 @@ class Health:
     @property
     def is_healthy(self) -> bool:
         """Whether it is healthy, as far as its calls have shown."""
-        return self._is_healthy or (self._recovers_by_time and self._is_recovery_over())
+        return self._is_healthy or (self._recovers_by_time and self.is_over())
 
     @property
     def since(self) -> float:
@@ -104,5 +104,6 @@ class Health:
             return ComponentHealth(name, "ok", self.since)
         return ComponentHealth(name, state_if_unhealthy, self.since, reason)
 
-    def _is_recovery_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether `recovery_seconds` have passed since the last failure."""
         return self._clock() - self._failed_at >= self._recovery_seconds

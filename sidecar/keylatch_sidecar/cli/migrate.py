@@ -36,13 +36,13 @@ def migrate(
     """
     settings = Settings.load(**given)
     try:
-        version = asyncio.run(_version(settings.store))
+        version = asyncio.run(_version(settings.store_direct or settings.store))
         steps = steps_after(version)
         _print_plan(version, steps)
         if check and steps:
             raise typer.Exit(output.REFUSED)
         if steps:
-            took = asyncio.run(_upgrade(settings.store))
+            took = asyncio.run(_upgrade(settings.store_direct or settings.store))
             output.stderr.print(f"The store is at version {VERSION} now ({took:.1f} s).")
     except OperationalError as error:
         output.fail(error.message, error.hint, output.ERROR)

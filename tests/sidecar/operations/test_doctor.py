@@ -550,12 +550,12 @@ def statuses(findings: Any) -> dict[str, Status]:
 def test_answers_that_no_test_server_gives() -> None:
     """A cluster, a full cache, few places, a far server without encryption."""
     full = {"maxmemory": 100, "used_memory": 95, "maxmemory_policy": "volatile-ttl"}
-    assert statuses(redis._check_server({**full, "cluster_enabled": 1})) == {
+    assert statuses(redis._check_server("Redis", {**full, "cluster_enabled": 1}, False)) == {
         "Redis": Status.OK,
-        "Redis role": Status.WARNING,
+        "Redis role": Status.FAILURE,
         "Redis memory": Status.WARNING,
     }
-    assert statuses(redis._check_server({}))["Redis"] is Status.WARNING
+    assert statuses(redis._check_server("Redis", {}, False))["Redis"] is Status.WARNING
     assert statuses(redis._check_latency([0.001, 0.06]))["Redis latency"] is Status.WARNING
     assert statuses(redis._check_latency([0.006] * 3))["Redis latency"] is Status.WARNING
     many = [("mac", True)] * 7 + [("pepper", True)] * 7
@@ -584,11 +584,18 @@ def test_answers_that_no_test_server_gives() -> None:
     ("names", "standbys", "must_replicate", "status", "message"),
     [
         ("", 0, False, Status.OK, "no standby"),
-        ("", 2, False, Status.WARNING, "2 standbys, none of them synchronous"),
+        ("", 2, False, Status.WARNING, "no standby is synchronous (2 "),
+        ("", 1, False, Status.WARNING, "no standby is synchronous (1 "),
         ("", 2, True, Status.FAILURE, "no process starts"),
         ("", 0, True, Status.FAILURE, "no process starts"),
         ("ANY 1 (*)", 0, False, Status.FAILURE, "no lease is granted"),
         ("ANY 1 (*)", 1, True, Status.OK, "wait for a synchronous standby"),
+        ("db2", 2, True, Status.OK, "wait for a synchronous standby"),
+        ("2 (db2, db3)", 2, True, Status.OK, "wait for a synchronous standby"),
+        ("FIRST 2 (*)", 2, True, Status.OK, "wait for a synchronous standby"),
+        ("db2, db3", 2, True, Status.WARNING, "keep the old primary going"),
+        ('ANY 1 (db2,"db 3")', 1, True, Status.WARNING, "keep the old primary going"),
+        ("*", 2, True, Status.WARNING, "keep the old primary going"),
     ],
 )
 def test_what_a_failover_can_lose(
@@ -598,9 +605,10 @@ def test_what_a_failover_can_lose(
     [found] = replication.check_replication(names, standbys, must_replicate=must_replicate)
     assert found.status is status
     assert message in found.message
-    if standbys > 1:
+    if standbys and not names:
         assert "synchronous_mode=true" in found.hint
-        assert "ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (*)'" in found.hint
+        value = "ANY 1 (*)" if standbys == 1 else "FIRST 1 (NAME"
+        assert f"ALTER SYSTEM SET synchronous_standby_names = '{value}" in found.hint
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
 
-_CONNECTIONS_IN_USE: Final = 7
+CONNECTIONS_IN_USE: Final = 7
 """The most of one process: two each for leases, look-ups and changes, and one for notices."""
 _MIN_FREE_CONNECTIONS: Final = 20
 
@@ -38,8 +38,8 @@ def check_connections(allowed: int, in_use: int, of_keylatch: int, processes: in
         processes: that hold or held leases.
     """
     others = in_use - of_keylatch
-    needed = processes * _CONNECTIONS_IN_USE
-    budget = f"{processes} processes x {_CONNECTIONS_IN_USE} = {needed}, other programs {others}"
+    needed = processes * CONNECTIONS_IN_USE
+    budget = f"{processes} processes x {CONNECTIONS_IN_USE} = {needed}, other programs {others}"
     if needed + others > allowed:
         message = f"too few: {budget}, and the server allows {allowed}"
     elif allowed - in_use < _MIN_FREE_CONNECTIONS:
@@ -68,9 +68,9 @@ def check_pooler(
     elif mode == "transaction":
         yield ok("pooler", "transaction mode; leases and notices use KEYLATCH_STORE_DIRECT")
     elif mode == "session":
-        size = max(processes, 1) * _CONNECTIONS_IN_USE
+        size = max(processes, 1) * CONNECTIONS_IN_USE
         message = (
-            f"session mode: it needs {_CONNECTIONS_IN_USE} server connections for each process,"
+            f"session mode: it needs {CONNECTIONS_IN_USE} server connections for each process,"
             f" so a pool of {size} or more; with fewer all checks are answered with 503"
         )
         yield ok("pooler", message)

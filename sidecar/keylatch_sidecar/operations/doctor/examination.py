@@ -33,7 +33,7 @@ async def examine(settings: Settings) -> list[Finding]:
 
 async def _check_store(settings: Settings) -> list[Finding]:
     try:
-        database = database_of(settings.store)
+        database = database_of(settings.store, direct_url=settings.store_direct)
     except ConfigurationError as error:
         return [failure("store", message, hint) for message, hint in error.mistakes]
     try:

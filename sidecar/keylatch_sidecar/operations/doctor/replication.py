@@ -3,15 +3,13 @@
 The statement, and what its row means; this file executes nothing.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
 from keylatch_sidecar.operations.doctor.finding import Finding, failure, ok, warning
 
-_MAKE_SYNCHRONOUS: Final = (
-    "with Patroni: patronictl edit-config -s synchronous_mode=true; without:"
-    " ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (*)'; SELECT pg_reload_conf();"
-)
+_NAMES: Final = re.compile(r"(?is)(?:(?:FIRST|ANY)\s+)?(?:(\d+)\s*\()?(.*?)\)?\s*")
 
 REPLICATION: Final = """
     SELECT current_setting('synchronous_standby_names'), count(*)
@@ -25,6 +23,20 @@ REPLICATION: Final = """
 `pg_stat_replication`; without `pg_read_all_stats` their state is NULL."""
 
 
+def is_fenced(synchronous_names: str, standbys: int) -> bool:
+    """Whether a primary cannot commit any more once one of its synchronous standbys is promoted:
+    its commits wait for every standby that may be one.
+
+    Args:
+        synchronous_names: `synchronous_standby_names`, not empty.
+        standbys: how many are connected.
+    """
+    match = _NAMES.fullmatch(synchronous_names.strip())
+    waits_for, names = (match[1], match[2].split(",")) if match else (None, [])
+    candidates = standbys if any(name.strip(' "') == "*" for name in names) else len(names)
+    return candidates <= int(waits_for or 1)
+
+
 def check_replication(
     synchronous_names: str, standbys: int, *, must_replicate: bool
 ) -> Iterator[Finding]:
@@ -35,8 +47,16 @@ def check_replication(
         standbys: how many are connected to it.
         must_replicate: `KEYLATCH_DURABLE=replicated`.
     """
-    if synchronous_names and standbys:
+    if synchronous_names and standbys and is_fenced(synchronous_names, standbys):
         yield ok("replication", "changes and leases wait for a synchronous standby")
+    elif synchronous_names and standbys:
+        yield warning(
+            "replication",
+            "synchronous_standby_names has more standbys than a commit waits for: when one of them"
+            " is promoted, another one can keep the old primary going, which then grants leases",
+            "name as many standbys as a commit waits for, as Patroni does with synchronous_mode;"
+            " or fence the old primary: docs/postgresql.md",
+        )
     elif synchronous_names:
         yield failure(
             "replication",
@@ -50,14 +70,25 @@ def check_replication(
             "replication",
             "KEYLATCH_DURABLE is replicated, and there is no synchronous standby: no process"
             " starts",
-            _MAKE_SYNCHRONOUS,
+            _how_to_be_synchronous(standbys),
         )
     elif standbys:
         yield warning(
             "replication",
-            f"{standbys} standbys, none of them synchronous: a failover can lose revocations that"
-            " were answered, and processes that still reach the old primary accept revoked keys",
-            _MAKE_SYNCHRONOUS,
+            f"no standby is synchronous ({standbys} connected): a failover can lose revocations"
+            " that were answered, and processes that still reach the old primary accept revoked"
+            " keys",
+            _how_to_be_synchronous(standbys),
         )
     else:
         yield ok("replication", "no standby is connected")
+
+
+def _how_to_be_synchronous(standbys: int) -> str:
+    # Of several standbys one can be promoted while another goes on confirming the old primary's
+    # commits; so the one that takes over has to be the one that is waited for.
+    names = "ANY 1 (*)" if standbys <= 1 else "FIRST 1 (NAME OF THE ONE THAT TAKES OVER)"
+    return (
+        "with Patroni: patronictl edit-config -s synchronous_mode=true; without:"
+        f" ALTER SYSTEM SET synchronous_standby_names = '{names}'; SELECT pg_reload_conf();"
+    )
