@@ -3,24 +3,27 @@
 Each test prints what it counted. `--full` repeats the failovers that depend on chance 20 times.
 """
 
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support import worker_numbers
 from tests.support.engines import Times
 from tests.support.members import ACCEPTED, REFUSED, UNAVAILABLE, Deployment, Member
-from tests.support.postgresql_cluster import Machines, url_of_all
+from tests.support.postgresql_cluster import Machines, Node, url_of_all
 from tests.support.servers import eventually
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
-def assert_alarm_names(member: Member, keys: Iterator[str] | dict[str, str]) -> None:
+def assert_alarm_names(member: Member, keys: Iterable[str]) -> None:
     """The log of a member has an alarm that names each of these keys."""
     alarms = "\n".join(member.alarms())
     assert [key_id for key_id in keys if key_id not in alarms] == [], f"{member.name}: {alarms}"
@@ -65,11 +68,25 @@ def test_an_acknowledged_revoke_survives_an_asynchronous_failover(
         assert member.metric("keylatch_store_restored_total", deployment.admin) == 1
 
 
-def test_a_new_primary_that_gives_out_the_numbers_again_is_noticed(
-    machines: Machines, deployment: Deployment
-) -> None:
-    """The members come to the new primary late, when it has made more changes than were lost. They
-    refuse what it revoked and what was lost, and raise the alarm."""
+@dataclass(frozen=True)
+class Overtaken:
+    """A new primary that has given out again the numbers that were lost.
+
+    Args:
+        primary: the new one.
+        ends: key id → when its revoke was answered, by the old primary or by the new one.
+        lost: key ids of those whose revoke was lost.
+        stays: key ids that nothing has revoked.
+    """
+
+    primary: Node
+    ends: dict[str, float]
+    lost: list[str]
+    stays: list[str]
+
+
+def overtake(machines: Machines, deployment: Deployment) -> Overtaken:
+    """Two members come to the new primary late, when it has made more changes than were lost."""
     primary, standby = machines.pair(synchronous=False)
     ways = [machines.way(primary) for _ in "AB"]
     a, b = deployment.start(A=ways[0].url, B=ways[1].url)
@@ -91,13 +108,31 @@ def test_a_new_primary_that_gives_out_the_numbers_again_is_noticed(
     deployment.let_leases_pass(2)
     deployment.wait_for_rounds(4)
     deployment.report("overtaken", ends)
-    assert deployment.accepted_after(ends) == []
+    return Overtaken(standby, ends, list(keys), list(stays))
+
+
+def test_a_new_primary_that_gives_out_the_numbers_again_is_noticed(
+    machines: Machines, deployment: Deployment
+) -> None:
+    """The members refuse what the new primary revoked and what was lost, and raise the alarm."""
+    found = overtake(machines, deployment)
+    assert deployment.accepted_after(found.ends) == []
     for checks in deployment.checks:
-        assert checks.last_statuses(ends) == {REFUSED: len(ends)}
-        assert checks.last_statuses(stays) == {ACCEPTED: 2}
-    assert not ends.keys() & standby.live_keys()
-    for member in (a, b):
-        assert_alarm_names(member, keys)
+        assert checks.last_statuses(found.ends) == {REFUSED: len(found.ends)}
+        assert checks.last_statuses(found.stays) == {ACCEPTED: 2}
+        assert_alarm_names(checks.member, found.lost)
+    assert not found.ends.keys() & found.primary.live_keys()
+
+
+def test_members_that_trust_numbers_do_not_notice(
+    machines: Machines, deployment: Deployment
+) -> None:
+    """The twin: it compares sequence numbers only. It goes on accepting what the new primary has
+    revoked, and raises no alarm."""
+    deployment.command = (sys.executable, worker_numbers.__file__)
+    found = overtake(machines, deployment)
+    assert deployment.accepted_after(found.ends) != []
+    assert [checks.member.alarms() for checks in deployment.checks] == [[], []]
 
 
 @pytest.mark.timeout(1_800)

@@ -265,6 +265,8 @@ class Deployment:
         self._folder = folder
         self.lease_seconds = lease_seconds
         self.settings = {"LEASE": str(lease_seconds), **settings}
+        self.command: Sequence[str] = CLI
+        """That starts each member; a broken twin has another one."""
         self.members: list[Member] = []
         self.checks: list[Checks] = []
         self.admin = ""
@@ -272,7 +274,8 @@ class Deployment:
 
     def add(self, name: str, store: str, **options: Any) -> Member:
         """Start a member."""
-        member = Member(self._folder / name, store, **(self.settings | options))
+        given = {"command": self.command, **self.settings, **options}
+        member = Member(self._folder / name, store, **given)
         self.members.append(member)
         return member
 

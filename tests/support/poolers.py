@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import Counter
@@ -27,6 +28,8 @@ _OF_PGBOUNCER = {
 
 class _Pooler:
     """A program that listens on a free port, with its files in a folder of its own."""
+
+    _stop_signal = signal.SIGKILL
 
     def __init__(self, name: str) -> None:
         self.port = free_port()
@@ -70,14 +73,11 @@ class _Pooler:
             return True
         return False
 
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-            self._process = None
-
     def remove(self) -> None:
-        self.stop()
+        """Stop it at once: its other signals let it wait for its clients."""
+        if self._process is not None:
+            self._process.send_signal(self._stop_signal)
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -143,6 +143,8 @@ class Pgpool(_Pooler):
         primary: node 0.
         standby: node 1, which gets all reads.
     """
+
+    _stop_signal = signal.SIGINT  # it ends its children
 
     def __init__(self, primary: Node, standby: Node) -> None:
         super().__init__("pgpool")

@@ -86,6 +86,11 @@ class Node(PostgresServer):
         self.query("SELECT pg_promote(true, 60)")
         eventually(lambda: self.query("SELECT pg_is_in_recovery()") == [(False,)])
 
+    def _answers(self) -> bool:
+        if self._process.poll() is not None:  # what kill -9 left was still in its way
+            self._launch()
+        return super()._answers()
+
     def shut_down(self) -> None:
         """Stop as an operator does before a switchover: standbys receive everything."""
         self._process.send_signal(signal.SIGINT)
@@ -93,6 +98,7 @@ class Node(PostgresServer):
 
     def kill(self) -> None:
         """kill -9 of all its processes, as if the power had failed."""
+        self._process.send_signal(signal.SIGSTOP)  # it starts no other
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         pids = children.read_text().split() if self._process.poll() is None else []
         self._process.kill()

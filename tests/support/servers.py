@@ -145,6 +145,10 @@ class PostgresServer:
         )
 
     def start(self) -> None:
+        self._launch()
+        eventually(self._answers)
+
+    def _launch(self) -> None:
         self._process = subprocess.Popen(
             [self._postgres, "-D", str(self._data), "-p", str(self.port), "-k", str(self._folder)]
             + ["-c", "listen_addresses=127.0.0.1"]
@@ -153,7 +157,6 @@ class PostgresServer:
             cwd=self._folder,
             stderr=subprocess.DEVNULL,
         )
-        eventually(self._answers)
 
     def _answers(self) -> bool:
         with contextlib.suppress(psycopg.OperationalError):
