@@ -268,6 +268,40 @@ async def test_no_connection_stays_with_the_server_that_the_lease_has_left(
     assert await store.keys.list("acme") == []
 
 
+@pytest.mark.long
+async def test_no_change_is_made_on_another_server_than_the_one_that_grants_leases(
+    machines: Machines,
+) -> None:
+    """Its members would not be told of it. A pooler may lead to the old primary, and the direct URL
+    to the new one."""
+    primary, standby = machines.pair(synchronous=False)
+    way = machines.way(primary)
+    store = await open_store(primary.url, direct_url=way.url)
+    await store.leases.join("member", NOW, PATIENT)
+    await store.leases.poll("member", 0, PATIENT)
+    await store.keys.add(record(), "hashed")
+    eventually(lambda: standby.query("SELECT to_regclass('keylatch_keys') IS NULL") == [(False,)])
+    standby.promote()
+    way.lead_to(standby.port)
+    await store.leases.poll("member", 0, PATIENT)
+    with pytest.raises(StoreUnavailable, match="another server"):
+        await revoke(store)
+    await store.close()
+
+
+@pytest.mark.long
+async def test_a_change_after_a_restart_of_the_server_is_made(machines: Machines) -> None:
+    """The server says another starting time, and grants leases as before."""
+    primary = machines.primary()
+    store = await open_store(primary.url)
+    await store.leases.join("member", NOW, PATIENT)
+    await store.leases.poll("member", 0, PATIENT)
+    primary.shut_down()
+    primary.start()
+    await store.keys.add(record(), "hashed")
+    await store.close()
+
+
 async def test_a_database_that_was_read_only_is_written_to_again(url: str) -> None:
     """As after a switch of roles behind the same address: no restart is needed."""
     store = await open_store(url)

@@ -9,7 +9,7 @@ query says what it needs itself, so it makes no difference whose session it is a
 pooler or balancer leads it to.
 
 At rest a process has three connections: for leases, for look-ups and for LISTEN, which it does not
-need with Redis; and for half a minute after a change or a store of uses one for those. At most it
+need with Redis; and for eight seconds after a change or a store of uses one for those. At most it
 uses two each for leases, look-ups and changes, and the one for LISTEN.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import psycopg
-from sqlalchemy import ColumnElement, Text, case, cast, func, select
+from sqlalchemy import ColumnElement, Text, case, cast, func, select, true
 from sqlalchemy.dialects.postgresql import dialect as postgresql_dialect
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -55,6 +55,7 @@ _STALE_SECONDS: Final = 0.5
 _WORK_SECONDS: Final = 5.0
 _STANDBY_SECONDS: Final = 0.5
 _STANDBY_PAUSE_SECONDS: Final = 5.0
+_LEASE_SERVER: Final = Query(select(true()))
 _IN_RECOVERY: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery()"
 _IDENTITY: Final = """
 SELECT {cluster}, oid::text, 'keylatch_meta'::regclass::oid::text, pg_is_in_recovery()
@@ -70,9 +71,10 @@ _CHECKED: Final[tuple[ColumnElement[Any], ...]] = (func.pg_is_in_recovery(),)
 # tenth of 3,000 polls: 55 us with no added column, 59 us with these three; with a synchronous
 # standby 80 us without waiting for it and 170 us with it.
 _STANDBY_NAMES: Final = func.current_setting("synchronous_standby_names")
+_OTHER_SERVER: Final = "changes would be made on another server than the one that grants leases"
 _LEASED: Final[tuple[ColumnElement[Any], ...]] = (
     *_CHECKED,
-    cast(func.pg_postmaster_start_time(), Text),
+    cast(func.extract("epoch", func.pg_postmaster_start_time()), Text),
     select(
         func.set_config(
             "synchronous_commit",
@@ -173,6 +175,12 @@ class PostgreSQL(Database):
             self._lease_server = started
         return checked
 
+    async def _find_lease_server(self) -> None:
+        """A change found another server than the last poll: ask again which one grants leases."""
+        self._lease_pool.close_idle()
+        with contextlib.suppress(StoreUnavailable):
+            await self.fetch(_LEASE_SERVER, seconds=_LOOKUP_SECONDS)
+
     def _drop_connections(self) -> None:
         """The lease is granted by another server than before: no connection stays that leads to
         the old one, which may be alive and accept changes."""
@@ -207,6 +215,9 @@ class PostgreSQL(Database):
             server = connector.server
             assert server is not None, "known since the first connection"  # noqa: S101
             async with transaction(driver_connection, server, limit, durable=durable) as begun:
+                if not is_urgent and self._lease_server not in ("", begun.server):
+                    await self._find_lease_server()
+                    raise ConnectionLost(_OTHER_SERVER)
                 if durable and self._needs_replication and not begun.is_replicated:
                     raise StoreUnavailable(NOT_REPLICATED, NOT_REPLICATED_HINT)
                 with self._blockers.terminated_for(begun.pid):
