@@ -209,7 +209,7 @@ async def test_an_answer_of_a_standby_is_never_believed(
     leads to the primary again, everything works."""
     primary, standby, way, store = behind
     way.lead_to(standby.port)
-    for asked in (
+    for operation in (
         store.keys.find("key_a"),
         store.keys.list("acme"),
         store.leases.poll("member", 0, PATIENT),
@@ -217,7 +217,7 @@ async def test_an_answer_of_a_standby_is_never_believed(
         Store(way.url).open(NOW),
     ):
         with pytest.raises(StoreUnavailable, match=r"standby|read-only"):
-            await asked
+            await operation
     way.lead_to(primary.port)
     assert isinstance(await store.keys.find("key_a"), Found)
     assert (await store.leases.poll("member", 0, PATIENT)).is_member
@@ -370,10 +370,10 @@ async def test_without_a_cancel_every_poll_leaves_one(
 ) -> None:
     """The twin of the test above."""
 
-    async def forget(connection: LibpqConnection) -> None:
+    async def do_nothing(connection: LibpqConnection) -> None:
         pass
 
-    monkeypatch.setattr(LibpqConnection, "cancel", forget)
+    monkeypatch.setattr(LibpqConnection, "cancel", do_nothing)
     assert await processes_after_timeouts(*lonely) > 6
 
 
@@ -450,8 +450,8 @@ async def test_no_query_is_compiled_by_the_server(query: Query, store: Store, ur
         arguments = f"({', '.join('NULL' for _ in order)})" if order else ""
         async with await psycopg.AsyncConnection.connect(url) as connection:
             await connection.execute("SET plan_cache_mode = force_generic_plan")
-            await connection.execute(f"PREPARE asked AS {text}".encode())
-            explain = f"EXPLAIN (FORMAT JSON) EXECUTE asked{arguments}"
+            await connection.execute(f"PREPARE statement AS {text}".encode())
+            explain = f"EXPLAIN (FORMAT JSON) EXECUTE statement{arguments}"
             [[[plan]]] = await (await connection.execute(explain.encode())).fetchall()
         assert plan["Plan"]["Total Cost"] < 100_000
 

@@ -3,7 +3,7 @@
 The law of this file: a connection is given out only if the server can keep what the store promises,
 and nothing is set on a session. Behind a pooler, sessions belong to other programs as well.
 
-A pooler shows itself: the process id that libpq was told is not that of the server's process. In
+A pooler shows itself: the process id that libpq received is not that of the server's process. In
 transaction mode it gives a client another session for every transaction, so LISTEN is lost and
 named statements are not found. Two clients whose transactions overlap find that out.
 """

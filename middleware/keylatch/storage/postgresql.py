@@ -161,7 +161,7 @@ class PostgreSQL(Database):
             return None
         text, values = _bind(query, (), parameters)
         try:
-            return await self._standby_pool.fetch(text, values, _STANDBY_SECONDS)
+            return await self._standby_pool.fetch(text, values, _STANDBY_SECONDS) or None
         except (psycopg.Error, TimeoutError, OSError, StoreUnavailable):
             self._standby_retry_at = time.monotonic() + _STANDBY_PAUSE_SECONDS
             return None
