@@ -159,3 +159,40 @@ async def test_closing_the_pool_ends_waiting_callers(pool: CountingPool) -> None
     pool.lines.close()
     with pytest.raises(psycopg.OperationalError):
         await asking
+
+
+async def test_a_query_whose_caller_has_left_is_cancelled(pool: CountingPool) -> None:
+    """Else each would keep a process of the server, for as long as what it waits for takes."""
+    with pytest.raises(TimeoutError):
+        await pool.fetch("SELECT pg_sleep(600) -- left", seconds=0.1)
+    async with await psycopg.AsyncConnection.connect(pool.url, autocommit=True) as observer:
+        left = "SELECT 1 FROM pg_stat_activity WHERE query LIKE '% -- left' AND state = 'active'"
+        async with asyncio.timeout(PATIENT):
+            while await (await observer.execute(left)).fetchone():  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.01)
+
+
+async def test_a_connection_that_took_too_long_is_used_by_a_later_query(
+    postgres: PostgresServer,
+) -> None:
+    """The first of several hosts does not answer: to get to the second takes longer than a lease
+    lasts, and every attempt would end at the first one."""
+    is_reached = asyncio.Event()
+    attempts = 0
+
+    async def connect() -> psycopg.AsyncConnection[Any]:
+        nonlocal attempts
+        attempts += 1
+        await is_reached.wait()
+        url = f"postgresql://postgres@127.0.0.1:{postgres.port}/postgres"
+        return await psycopg.AsyncConnection.connect(url, autocommit=True)
+
+    lines = ConnectionPool(connect, max_size=2)
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            await lines.fetch("SELECT 1", (), 0.01)
+    is_reached.set()
+    await asyncio.to_thread(eventually, lambda: len(lines._idle) == 2)
+    assert await lines.fetch("SELECT 1", (), PATIENT) == [(1,)]
+    assert attempts == 5
+    lines.close()

@@ -209,7 +209,7 @@ async def test_an_answer_of_a_standby_is_never_believed(
     leads to the primary again, everything works."""
     primary, standby, way, store = behind
     way.lead_to(standby.port)
-    for asked in (
+    for operation in (
         store.keys.find("key_a"),
         store.keys.list("acme"),
         store.leases.poll("member", START, PATIENT),
@@ -217,7 +217,7 @@ async def test_an_answer_of_a_standby_is_never_believed(
         Store(way.url).open(NOW),
     ):
         with pytest.raises(StoreUnavailable, match=r"standby|read-only"):
-            await asked
+            await operation
     way.lead_to(primary.port)
     assert isinstance(await store.keys.find("key_a"), Found)
     assert (await store.leases.poll("member", START, PATIENT)).is_member
@@ -269,6 +269,40 @@ async def test_no_connection_stays_with_the_server_that_the_lease_has_left(
     await store.leases.poll("member", START, PATIENT)
     assert isinstance(await store.keys.find("key_a"), NotFound)
     assert await store.keys.list("acme") == []
+
+
+@pytest.mark.long
+async def test_no_change_is_made_on_another_server_than_the_one_that_grants_leases(
+    machines: Machines,
+) -> None:
+    """Its members would not be told of it. A pooler may lead to the old primary, and the direct URL
+    to the new one."""
+    primary, standby = machines.pair(synchronous=False)
+    way = machines.way(primary)
+    store = await open_store(primary.url, direct_url=way.url)
+    await store.leases.join("member", NOW, PATIENT)
+    await store.leases.poll("member", START, PATIENT)
+    await store.keys.add(record(), "hashed")
+    eventually(lambda: standby.query("SELECT to_regclass('keylatch_keys') IS NULL") == [(False,)])
+    standby.promote()
+    way.lead_to(standby.port)
+    await store.leases.poll("member", START, PATIENT)
+    with pytest.raises(StoreUnavailable, match="another server"):
+        await revoke(store)
+    await store.close()
+
+
+@pytest.mark.long
+async def test_a_change_after_a_restart_of_the_server_is_made(machines: Machines) -> None:
+    """The server says another starting time, and grants leases as before."""
+    primary = machines.primary()
+    store = await open_store(primary.url)
+    await store.leases.join("member", NOW, PATIENT)
+    await store.leases.poll("member", START, PATIENT)
+    primary.shut_down()
+    primary.start()
+    await store.keys.add(record(), "hashed")
+    await store.close()
 
 
 async def test_a_database_that_was_read_only_is_written_to_again(url: str) -> None:
@@ -339,10 +373,10 @@ async def test_without_a_cancel_every_poll_leaves_one(
 ) -> None:
     """The twin of the test above."""
 
-    async def forget(connection: LibpqConnection) -> None:
+    async def do_nothing(connection: LibpqConnection) -> None:
         pass
 
-    monkeypatch.setattr(LibpqConnection, "cancel", forget)
+    monkeypatch.setattr(LibpqConnection, "cancel", do_nothing)
     assert await processes_after_timeouts(*lonely) > 6
 
 
@@ -419,8 +453,8 @@ async def test_no_query_is_compiled_by_the_server(query: Query, store: Store, ur
         arguments = f"({', '.join('NULL' for _ in order)})" if order else ""
         async with await psycopg.AsyncConnection.connect(url) as connection:
             await connection.execute("SET plan_cache_mode = force_generic_plan")
-            await connection.execute(f"PREPARE asked AS {text}".encode())
-            explain = f"EXPLAIN (FORMAT JSON) EXECUTE asked{arguments}"
+            await connection.execute(f"PREPARE statement AS {text}".encode())
+            explain = f"EXPLAIN (FORMAT JSON) EXECUTE statement{arguments}"
             [[[plan]]] = await (await connection.execute(explain.encode())).fetchall()
         assert plan["Plan"]["Total Cost"] < 100_000
 

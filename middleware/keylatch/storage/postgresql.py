@@ -9,7 +9,7 @@ query says what it needs itself, so it makes no difference whose session it is a
 pooler or balancer leads it to.
 
 At rest a process has three connections: for leases, for look-ups and for LISTEN, which it does not
-need with Redis; and for half a minute after a change or a store of uses one for those. At most it
+need with Redis; and for eight seconds after a change or a store of uses one for those. At most it
 uses two each for leases, look-ups and changes, and the one for LISTEN.
 """
 
@@ -59,14 +59,14 @@ _STANDBY_PAUSE_SECONDS: Final = 5.0
 _IN_RECOVERY: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery()"
 _IDENTITY: Final = """
 SELECT {cluster}, oid::text, 'keylatch_meta'::regclass::oid::text,
-    pg_is_in_recovery(), pg_postmaster_start_time()::text
+    pg_is_in_recovery(), extract(epoch FROM pg_postmaster_start_time())::text
 FROM pg_database WHERE datname = current_database()
 """
 _CLUSTER: Final = "(SELECT system_identifier::text FROM pg_control_system())"
 
 _CHECKED: Final[tuple[ColumnElement[Any], ...]] = (
     func.pg_is_in_recovery(),
-    cast(func.pg_postmaster_start_time(), Text),
+    cast(func.extract("epoch", func.pg_postmaster_start_time()), Text),
 )
 # A grant waits for a synchronous standby, if there is one: an old primary whose standby was
 # promoted then grants no leases. `remote_write` suffices for that: a standby that was promoted
@@ -75,6 +75,7 @@ _CHECKED: Final[tuple[ColumnElement[Any], ...]] = (
 # tenth of 3,000 polls: 55 us with no added column, 59 us with these three; with a synchronous
 # standby 80 us without waiting for it and 170 us with it.
 _STANDBY_NAMES: Final = func.current_setting("synchronous_standby_names")
+_OTHER_SERVER: Final = "another server answered than the one that grants leases"
 _LEASED: Final[tuple[ColumnElement[Any], ...]] = (
     *_CHECKED,
     select(
@@ -172,7 +173,7 @@ class PostgreSQL(Database):
             return None
         text, values = _bind(query, (), parameters)
         try:
-            return await self._standby_pool.fetch(text, values, _STANDBY_SECONDS)
+            return await self._standby_pool.fetch(text, values, _STANDBY_SECONDS) or None
         except (psycopg.Error, TimeoutError, OSError, StoreUnavailable):
             self._standby_retry_at = time.monotonic() + _STANDBY_PAUSE_SECONDS
             return None
@@ -198,7 +199,7 @@ class PostgreSQL(Database):
                 self._drop_connections()
             self.lease_server = server
         if self.lease_server and server != self.lease_server:
-            raise ConnectionLost("another server answered than the one that grants leases")
+            raise ConnectionLost(_OTHER_SERVER)
         return [row[:-columns] for row in rows]
 
     def _drop_connections(self) -> None:
@@ -235,6 +236,9 @@ class PostgreSQL(Database):
             server = connector.server
             assert server is not None, "known since the first connection"  # noqa: S101
             async with transaction(driver_connection, server, limit, durable=durable) as begun:
+                if not is_urgent and self.lease_server not in ("", begun.server):
+                    self._lease_pool.close_idle()  # the next poll goes where the URL leads now
+                    raise ConnectionLost(_OTHER_SERVER)
                 if durable and self._needs_replication and not begun.is_replicated:
                     raise StoreUnavailable(NOT_REPLICATED, NOT_REPLICATED_HINT)
                 with self._blockers.terminated_for(begun.pid):

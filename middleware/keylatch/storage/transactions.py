@@ -29,6 +29,7 @@ SET LOCAL idle_in_transaction_session_timeout = {idle_milliseconds};
 {check_client}
 {hint}SELECT pg_backend_pid(), pg_is_in_recovery(),
     current_setting('synchronous_standby_names') <> '',
+    extract(epoch FROM pg_postmaster_start_time())::text,
     set_config('synchronous_commit', {synchronous_commit}, true)
 """
 _DURABLE: Final = """CASE current_setting('synchronous_commit')
@@ -42,10 +43,12 @@ class Begun:
     Args:
         pid: of the server's process, which a pooler does not tell.
         is_replicated: the commit waits for a synchronous standby.
+        server: when it was started, which tells servers apart.
     """
 
     pid: int
     is_replicated: bool
+    server: str
 
 
 @contextlib.asynccontextmanager
@@ -75,11 +78,11 @@ async def transaction(
         await cursor.execute(begin.encode(), prepare=False)
         while cursor.nextset():
             pass
-        [pid, is_standby, is_replicated, _] = await cursor.fetchone() or [0, True, False, ""]
+        [[pid, is_standby, is_replicated, started, _]] = await cursor.fetchall()
         if is_standby:
             raise ConnectionLost(STANDBY)
         try:
-            yield Begun(pid, is_replicated)
+            yield Begun(pid, is_replicated, started)
         except BaseException:
             with contextlib.suppress(psycopg.Error):
                 await cursor.execute("ROLLBACK", prepare=False)

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.database import Contended, translate_errors
-from keylatch.storage.libpq_pool import IDLE_SECONDS, ConnectionLost
+from keylatch.storage.libpq_pool import ConnectionLost
 from keylatch.storage.postgresql_dialect import DRIVER_NAME
 
 T = TypeVar("T")
@@ -28,13 +28,16 @@ PsycopgConnection = psycopg.AsyncConnection[Any]
 Operation = Callable[[AsyncConnection, PsycopgConnection], Awaitable[T]]
 Connect = Callable[[Callable[[PsycopgConnection], None]], Awaitable[PsycopgConnection]]
 
-_MAX_CONNECTION_LOSSES: Final = 2
+_MAX_CONNECTION_LOSSES: Final = 3
 _MAX_CONFLICTS: Final = 8
 _CLOSE_SECONDS: Final = 2.0
+# Longer than a process that is in use waits before it stores uses again, and shorter than one that
+# is not in use waits for its next maintenance of the store.
+_IDLE_SECONDS: Final = 8.0
 
 
 class WorkPool:
-    """Up to two connections, of which one is kept while it is used now and then.
+    """Up to two connections, of which one is kept while it is used often.
 
     Args:
         connect: opens a connection, which it passes to its argument before the first query.
@@ -48,7 +51,7 @@ class WorkPool:
         connect: Connect,
         hint: str,
         wait_seconds: float,
-        idle_seconds: float = IDLE_SECONDS,
+        idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
         self._connect = connect
         self._hint = hint
@@ -80,8 +83,9 @@ class WorkPool:
         return len(self._tasks)
 
     async def run(self, seconds: float, operation: Operation[T]) -> T:
-        """Run an operation, once more if its connection was lost (the server was restarted, or is
-        not the primary any more), and up to eight times if it conflicts with another transaction.
+        """Run an operation, up to twice more if its connection was lost (the server was restarted,
+        or is not the primary any more), and up to eight times if it conflicts with another
+        transaction.
 
         All work may be repeated: it sets values and adds nothing to them, or it recognises its
         earlier attempt, as a usage batch does.
