@@ -239,7 +239,7 @@ async def test_a_standby_that_is_believed_refuses_a_valid_key(
 
 
 @pytest.mark.long
-async def test_a_standby_is_asked_as_a_standby(behind: tuple[Node, Node, Way, Store]) -> None:
+async def test_a_standby_is_queried_as_a_standby(behind: tuple[Node, Node, Way, Store]) -> None:
     """KEYLATCH_STORE_READ: its answer is marked as one that may be old, and its failure is none."""
     primary, standby, _, plain = behind
     assert await database_of(plain).fetch_from_standby(FIND, key_id="key_a", anchor=0) is None

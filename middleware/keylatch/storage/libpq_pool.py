@@ -46,6 +46,10 @@ class ConnectionLost(Exception):
         self.reason = reason
 
 
+class AnsweredByOther(ConnectionLost):
+    """The connection leads to another server than it must."""
+
+
 class LibpqConnection:
     """A connection that runs one query at a time.
 
@@ -244,6 +248,7 @@ class ConnectionPool:
 
         Raises:
             TimeoutError, psycopg.Error: no answer, or an error.
+            AnsweredByOther: by a new connection as well.
         """
         async with asyncio.timeout(seconds), self._slots:
             connection = self._take_idle()
@@ -256,6 +261,8 @@ class ConnectionPool:
             connection = LibpqConnection(await self._open())
             try:
                 return await self._fetch_on(connection, text, values, read)
+            except AnsweredByOther:
+                raise
             except ConnectionLost as lost:
                 raise psycopg.OperationalError(lost.reason) from None
 
