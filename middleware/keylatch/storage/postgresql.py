@@ -42,7 +42,8 @@ from keylatch.storage.database import (
     Work,
     translate_errors,
 )
-from keylatch.storage.libpq_pool import ConnectionLost, ConnectionPool
+from keylatch.storage.libpq_connection import ConnectionLost
+from keylatch.storage.libpq_pool import ConnectionPool
 from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 from keylatch.storage.transactions import transaction
 from keylatch.storage.work_pool import WorkPool, shut_down_socket
