@@ -19,7 +19,8 @@ from keylatch.storage.connector import Connector
 from keylatch.storage.database import Query
 from keylatch.storage.invalidation_log import INVALIDATIONS_SINCE
 from keylatch.storage.leases import LAGGARDS, POLL
-from keylatch.storage.libpq_pool import ConnectionPool, LibpqConnection
+from keylatch.storage.libpq_connection import LibpqConnection
+from keylatch.storage.libpq_pool import ConnectionPool
 from keylatch.storage.postgresql import PostgreSQL
 from keylatch.storage.records import FIND, FIND_BY_LOCATOR
 from keylatch.storage.store import Found, NotFound, Position, Store

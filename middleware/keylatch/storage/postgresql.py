@@ -44,7 +44,8 @@ from keylatch.storage.database import (
     Work,
     translate_errors,
 )
-from keylatch.storage.libpq_pool import AnsweredByOther, ConnectionLost, ConnectionPool
+from keylatch.storage.libpq_connection import AnsweredByOther, ConnectionLost
+from keylatch.storage.libpq_pool import ConnectionPool
 from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 from keylatch.storage.transactions import transaction
 from keylatch.storage.work_pool import WorkPool, shut_down_socket
