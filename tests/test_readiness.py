@@ -136,9 +136,9 @@ def test_a_start_without_tables_names_the_store(
 ) -> None:
     """A role that may not create tables, in an empty database: the store answers and cannot be
     opened. The hint says who has to do what."""
-    admin.execute("DROP ROLE IF EXISTS checker")
-    admin.execute("CREATE ROLE checker LOGIN")
-    url = store_url.replace("postgres@", "checker@")
+    admin.execute("DROP ROLE IF EXISTS newcomer")
+    admin.execute("CREATE ROLE newcomer LOGIN")
+    url = store_url.replace("postgres@", "newcomer@")
     with sidecar_on(url, Clock()) as sidecar, sidecar.probe() as probe:
         for _ in range(3):
             components = probe.get("/readyz").json()["components"]
@@ -148,4 +148,4 @@ def test_a_start_without_tables_names_the_store(
     assert errors(caplog) == ["error: the store failed: permission denied for schema public"]
     hints = [each.message for each in caplog.records if each.message.startswith("hint: ")]
     assert "run `keylatch migrate` as the owner of the tables" in hints[0]
-    admin.execute("DROP ROLE checker")
+    admin.execute("DROP ROLE newcomer")

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Connection, literal, select, update
+from sqlalchemy import Connection, update
 
 from keylatch.authentication.authenticator import Authenticator, CacheMiss
 from keylatch.authentication.keyset import Keyset, ReadAt
@@ -14,7 +14,7 @@ from keylatch.core.decisions import Allow, Decision, Deny, Reason
 from keylatch.core.tokens import MacKeys, Token
 from keylatch.engine import Engine
 from keylatch.management.keyring import Created
-from keylatch.storage.invalidation_log import advance, row_id_at
+from keylatch.storage.invalidation_log import advance
 from keylatch.storage.schema import STORE_SECRETS_ID, invalidations, keys, meta, secrets
 from keylatch.storage.secrets import Secrets
 from tests.support.engines import MakeEngine
@@ -48,8 +48,7 @@ class Restored:
 
         def work(connection: Connection) -> None:
             connection.execute(invalidations.delete().where(invalidations.c.seq > seq))
-            row_id = connection.execute(select(row_id_at(literal(seq)))).scalar_one()
-            connection.execute(update(meta).values(seq=seq, row_id=row_id))
+            connection.execute(update(meta).values(seq=seq))
             connection.execute(update(keys).values(active=active))
             if changed:
                 advance(connection, 0, self._key_id)

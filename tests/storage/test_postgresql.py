@@ -19,7 +19,8 @@ from keylatch.storage.connector import Connector
 from keylatch.storage.database import Query
 from keylatch.storage.invalidation_log import INVALIDATIONS_SINCE
 from keylatch.storage.leases import LAGGARDS, POLL
-from keylatch.storage.libpq_pool import ConnectionPool, LibpqConnection
+from keylatch.storage.libpq_connection import LibpqConnection
+from keylatch.storage.libpq_pool import ConnectionPool
 from keylatch.storage.postgresql import PostgreSQL
 from keylatch.storage.records import FIND, FIND_BY_LOCATOR
 from keylatch.storage.store import Found, NotFound, Position, Store
@@ -239,7 +240,7 @@ async def test_a_standby_that_is_believed_refuses_a_valid_key(
 
 
 @pytest.mark.long
-async def test_a_standby_is_asked_as_a_standby(behind: tuple[Node, Node, Way, Store]) -> None:
+async def test_a_standby_is_queried_as_a_standby(behind: tuple[Node, Node, Way, Store]) -> None:
     """KEYLATCH_STORE_READ: its answer is marked as one that may be old, and its failure is none."""
     primary, standby, _, plain = behind
     assert await database_of(plain).fetch_from_standby(FIND, key_id="key_a", anchor=0) is None

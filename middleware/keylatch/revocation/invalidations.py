@@ -162,6 +162,8 @@ class Invalidations:
         batch = notice.batch
         if batch.epoch != self.epoch or not notice.since <= self.seq < batch.seq:
             return False
+        if not self._has_same_history(notice):
+            return False
         invalidations = tuple(row for row in batch.invalidations if row.seq > self.seq)
         if (
             not invalidations
@@ -174,6 +176,13 @@ class Invalidations:
             self.pending = invalidations
             self._set_changed()
         return True
+
+    def _has_same_history(self, notice: Notice) -> bool:
+        """Whether no row of a notice contradicts one that is known here: a notice may be of the
+        history that the store has lost, or of that of an old primary."""
+        rows = (row.position for row in notice.batch.invalidations)
+        positions = (Position(notice.since, notice.batch.since_row_id), *rows)
+        return all(self._positions.get(seq, row_id) == row_id for seq, row_id in positions)
 
     def apply(self, batch: InvalidationBatch, min_seq: int = 0) -> None:
         """Apply what was committed after `position`.
@@ -223,9 +232,12 @@ class Invalidations:
                     tombstones[object_id] = max(row.seq, tombstones.get(object_id, 0))
             self._remember_position(row.position)
             if row.revokes is not None:
-                self._revocations[row.row_id] = row
-                if len(self._revocations) > _MAX_REMEMBERED:
-                    self._revocations.popitem(last=False)
+                self._remember(row)
+
+    def _remember(self, revocation: Invalidation) -> None:
+        self._revocations[revocation.row_id] = revocation
+        if len(self._revocations) > _MAX_REMEMBERED:
+            self._revocations.popitem(last=False)
 
     # Another history
 
@@ -259,8 +271,10 @@ class Invalidations:
 
     def release(self, revocations: Iterable[Invalidation]) -> None:
         """Decide by the store again on what a break withheld: all rows of the log are applied here
-        that have the revocations."""
+        that have the revocations. They stay remembered, because the store may lose them again."""
         self._withhold(revocations, -1)
+        for row in revocations:
+            self._remember(row)
         self._set_changed()
 
     def forget_reads(self) -> None:

@@ -20,12 +20,14 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
 from keylatch.errors import StoreUnavailable
 from keylatch.revocation.invalidations import MAX_SEQ, Invalidations
 from keylatch.revocation.notices import Notice
+from keylatch.storage.database import OtherServer
 from keylatch.storage.store import Poll, Store
 from keylatch.telemetry.counters import Counter
 from keylatch.telemetry.health import ComponentHealth, Health
@@ -237,9 +239,10 @@ class Lease:
         )
         # Only while the lease is recent: endless notices must not keep it from being renewed.
         if changes_only and self._expires_at - self._timer() > self.seconds * _RECENT_FRACTION:
-            batch = await self._store.invalidations.since(position.seq, self.seconds)
-            self._invalidations.apply(batch, known.seq)
-            return batch.position != position
+            with suppress(OtherServer):  # a poll shows whether it grants leases now
+                batch = await self._store.invalidations.since(position.seq, self.seconds)
+                self._invalidations.apply(batch, known.seq)
+                return batch.position != position
         for _ in range(2):
             if not self._member:
                 member = secrets.token_hex(8)

@@ -1,6 +1,6 @@
 """Notices: rows of the log that one process has read, so that the others need not read them.
 
-    64 hexadecimal digits of MAC, then JSON [epoch, since, seq, [row, …]]
+    64 hexadecimal digits of MAC, then JSON [epoch, since, row id there, seq, [row, …]]
 
 A row has the fields of `Invalidation`.
 
@@ -55,7 +55,8 @@ class Signer:
             return b""
         batch = notice.batch
         body = json.dumps(
-            [batch.epoch, notice.since, batch.seq, batch.invalidations], separators=(",", ":")
+            [batch.epoch, notice.since, batch.since_row_id, batch.seq, batch.invalidations],
+            separators=(",", ":"),
         )
         signed = _mac(self._keys[0], body.encode()) + body.encode()
         return signed if len(signed) <= _MAX_BYTES else b""
@@ -67,9 +68,10 @@ class Signer:
         mac, body = signed[:_MAC_DIGITS], signed[_MAC_DIGITS:]
         if not any(hmac.compare_digest(mac, _mac(key, body)) for key in self._keys):
             return None
-        epoch, since, seq, rows = json.loads(body)
+        epoch, since, since_row_id, seq, rows = json.loads(body)
         invalidations = tuple(Invalidation(*row) for row in rows)
-        return Notice(since, InvalidationBatch(seq, epoch, True, invalidations))
+        batch = InvalidationBatch(seq, epoch, True, invalidations, since_row_id=since_row_id)
+        return Notice(since, batch)
 
 
 def _mac(key: bytes, body: bytes) -> bytes:

@@ -30,6 +30,11 @@ _MIGRATE_AS_OWNER: Final = (
 )
 
 
+class OtherServer(StoreUnavailable):
+    """Another server answered than the one that granted the last lease, after a restart or a
+    failover: the next poll finds out which one grants leases now."""
+
+
 class Contended(Exception):
     """A conflict with another transaction: the work has to be repeated from its beginning."""
 

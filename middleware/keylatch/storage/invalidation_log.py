@@ -138,7 +138,7 @@ def select_invalidations() -> Select[Any]:
     )
     return select(
         meta.c.seq,
-        meta.c.row_id,
+        row_id_at(meta.c.seq),
         meta.c.epoch,
         meta.c.pruned_seq,
         row_id_at(since),
@@ -150,7 +150,7 @@ def select_invalidations() -> Select[Any]:
 
 _BATCH_COLUMNS: Final = 6
 INVALIDATIONS_SINCE: Final = Query(select_invalidations())
-POSITION: Final = Query(select(meta.c.seq, meta.c.row_id))
+POSITION: Final = Query(select(meta.c.seq, row_id_at(meta.c.seq)))
 _NOTIFY: Final = Query(select(func.pg_notify(_NOTIFY_CHANNEL, bindparam("payload", type_=Text))))
 
 
@@ -203,7 +203,7 @@ class InvalidationLog(Repository):
         self, connection: Connection, rows: Sequence[Invalidation], anchor: int
     ) -> tuple[Sequence[Invalidation], LogState]:
         """Those of these rows that the log does not have; `anchor` as in `KeyRepository.find`."""
-        columns = meta.c.seq, meta.c.row_id, row_id_at(literal(anchor, BigInteger))
+        columns = meta.c.seq, row_id_at(meta.c.seq), row_id_at(literal(anchor, BigInteger))
         seq, row_id, anchor_row_id = connection.execute(select(*columns)).one()
         log = LogState(Position(seq, row_id), Position(anchor, anchor_row_id))
         present: set[tuple[int, int]] = set()
@@ -232,7 +232,11 @@ class InvalidationLog(Repository):
             row = connection.execute(before).one()
             if row.epoch != epoch.partition(_EPOCH_SEPARATOR)[0] and row.seq >= seq:
                 return  # another process did it
-        connection.execute(update(meta).values(seq=max(row.seq, seq), epoch=csprng.token_hex(8)))
+        values: dict[str, Any] = {"seq": max(row.seq, seq), "epoch": csprng.token_hex(8)}
+        if connection.dialect.name == "postgresql":
+            # The table of members is as old as the rest: revocations wait for those it lacks.
+            values["server_since"] = server_now_ms()
+        connection.execute(update(meta).values(values))
         advance(connection, now_ms)  # without an id it invalidates every key
 
     @writes
@@ -270,19 +274,19 @@ def advance(
         steps: by how much.
         revokes: what the change takes away.
     """
-    position = _advance(connection, steps)
-    row = Invalidation(position.seq, key_id, organization_id, position.row_id, revokes, now_ms)
+    seq = _advance(connection, steps)
+    row = Invalidation(seq, key_id, organization_id, seq.row_id, revokes, now_ms)
     connection.execute(insert(invalidations).values(row._asdict()))
-    return ChangeSeq.of(position)
+    return seq
 
 
 def advance_for_each(
     connection: Connection, now_ms: int, key_ids: Sequence[str], *, revokes: Revokes | None = None
 ) -> int:
     """A sequence number and an invalidation for each of several keys; returns the last number."""
-    position = _advance(connection, len(key_ids))
-    row_ids = [*(_new_row_id() for _ in key_ids[1:]), position.row_id]
-    first = position.seq - len(key_ids) + 1
+    seq = _advance(connection, len(key_ids))
+    row_ids = [*(_new_row_id() for _ in key_ids[1:]), seq.row_id]
+    first = seq - len(key_ids) + 1
     connection.execute(
         insert(invalidations),
         [
@@ -290,18 +294,18 @@ def advance_for_each(
             for number, (key_id, each) in enumerate(zip(key_ids, row_ids, strict=True), first)
         ],
     )
-    return ChangeSeq.of(position)
+    return seq
 
 
-def _advance(connection: Connection, steps: int) -> Position:
-    values: dict[str, Any] = {"seq": meta.c.seq + steps, "row_id": _new_row_id()}
+def _advance(connection: Connection, steps: int) -> ChangeSeq:
+    values: dict[str, Any] = {"seq": meta.c.seq + steps}
     if connection.dialect.name == "postgresql":
         started = server_started()
         is_same = meta.c.server_started == started
         values["server_started"] = started
         values["server_since"] = case((is_same, meta.c.server_since), else_=server_now_ms())
-    statement = update(meta).values(values).returning(meta.c.seq, meta.c.row_id)
-    return Position(*connection.execute(statement).one())
+    statement = update(meta).values(values).returning(meta.c.seq)
+    return ChangeSeq.of(Position(connection.execute(statement).scalar_one(), _new_row_id()))
 
 
 def _new_row_id() -> int:

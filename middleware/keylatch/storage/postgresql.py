@@ -38,12 +38,14 @@ from keylatch.storage.conninfo import connection_parameters
 from keylatch.storage.database import (
     Database,
     Durability,
+    OtherServer,
     Query,
     Rows,
     Work,
     translate_errors,
 )
-from keylatch.storage.libpq_pool import ConnectionLost, ConnectionPool
+from keylatch.storage.libpq_connection import AnsweredByOther, ConnectionLost
+from keylatch.storage.libpq_pool import ConnectionPool
 from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 from keylatch.storage.transactions import transaction
 from keylatch.storage.work_pool import WorkPool, shut_down_socket
@@ -57,6 +59,8 @@ _WORK_SECONDS: Final = 5.0
 _STANDBY_SECONDS: Final = 0.5
 _STANDBY_PAUSE_SECONDS: Final = 5.0
 _IN_RECOVERY: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery()"
+_STARTED: Final = "extract(epoch FROM pg_postmaster_start_time())::text"
+_SERVER: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery(), {_STARTED}"
 _IDENTITY: Final = """
 SELECT {cluster}, oid::text, 'keylatch_meta'::regclass::oid::text,
     pg_is_in_recovery(), extract(epoch FROM pg_postmaster_start_time())::text
@@ -165,8 +169,12 @@ class PostgreSQL(Database):
             pool, columns = self._lease_pool, _LEASED
             read = partial(self._read_checked, columns=len(_LEASED), is_grant=is_grant)
         text, values = _bind(query, columns, parameters)
-        with translate_errors(psycopg.Error, self._hint):
-            return await pool.fetch(PRIMARY_HINT + text, values, seconds or _LOOKUP_SECONDS, read)
+        limit = seconds or _LOOKUP_SECONDS
+        try:
+            with translate_errors(psycopg.Error, self._hint):
+                return await pool.fetch(PRIMARY_HINT + text, values, limit, read)
+        except AnsweredByOther as error:
+            raise OtherServer(error.reason, "is there more than one primary?") from None
 
     async def fetch_from_standby(self, query: Query, **parameters: Any) -> Rows | None:
         if self._standby_pool is None or time.monotonic() < self._standby_retry_at:
@@ -199,8 +207,19 @@ class PostgreSQL(Database):
                 self._drop_connections()
             self.lease_server = server
         if self.lease_server and server != self.lease_server:
-            raise ConnectionLost(_OTHER_SERVER)
+            raise AnsweredByOther(_OTHER_SERVER)
         return [row[:-columns] for row in rows]
+
+    async def _will_grant_leases(self, server: str) -> bool:
+        """Whether the members will poll this server, so that they learn of a change that is made
+        there. After a restart or a failover it is not the one that granted the last lease."""
+        if self.lease_server in ("", server):
+            return True
+        self._lease_pool.close_idle()  # the next poll goes where the URL leads now
+        with contextlib.suppress(psycopg.Error, TimeoutError, OSError, StoreUnavailable):
+            rows = await self._lease_pool.fetch(_SERVER, (), _LOOKUP_SECONDS)
+            return rows == [(False, server)]
+        return False
 
     def _drop_connections(self) -> None:
         """The lease is granted by another server than before: no connection stays that leads to
@@ -236,8 +255,7 @@ class PostgreSQL(Database):
             server = connector.server
             assert server is not None, "known since the first connection"  # noqa: S101
             async with transaction(driver_connection, server, limit, durable=durable) as begun:
-                if not is_urgent and self.lease_server not in ("", begun.server):
-                    self._lease_pool.close_idle()  # the next poll goes where the URL leads now
+                if not is_urgent and not await self._will_grant_leases(begun.server):
                     raise ConnectionLost(_OTHER_SERVER)
                 if durable and self._needs_replication and not begun.is_replicated:
                     raise StoreUnavailable(NOT_REPLICATED, NOT_REPLICATED_HINT)

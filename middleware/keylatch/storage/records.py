@@ -51,7 +51,7 @@ def _find(condition: Any) -> Query:
     return Query(
         select(
             meta.c.seq,
-            meta.c.row_id,
+            row_id_at(meta.c.seq),
             row_id_at(anchor),
             keys.c.hash,
             keys.c.previous_hash,

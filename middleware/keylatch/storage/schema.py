@@ -38,8 +38,6 @@ meta: Final = Table(
     # A row and not a SEQUENCE: its values commit out of order, and a process that polls for
     # "newer than the last one" would silently skip a row that was committed late.
     Column("seq", BigInteger, nullable=False),
-    # Of the newest row of the log; 0 while the log has none.
-    Column("row_id", BigInteger, nullable=False, server_default="0"),
     Column("pruned_seq", BigInteger, nullable=False),
     Column("epoch", String(32), nullable=False),
     # PostgreSQL: when the server started that committed the last change, in microseconds, and since

@@ -12,7 +12,7 @@ from typing import Any, Final
 import psycopg
 
 from keylatch.storage.connector import STANDBY, Server
-from keylatch.storage.libpq_pool import ConnectionLost
+from keylatch.storage.libpq_connection import ConnectionLost
 from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 
 PsycopgConnection = psycopg.AsyncConnection[Any]

@@ -13,14 +13,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
-from psycopg.errors import DeadlockDetected, ReadOnlySqlTransaction, SerializationFailure
+from psycopg.errors import ReadOnlySqlTransaction
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from keylatch.errors import StoreUnavailable
 from keylatch.storage.database import Contended, translate_errors
-from keylatch.storage.libpq_pool import ConnectionLost
+from keylatch.storage.libpq_connection import CONFLICTS, ConnectionLost
 from keylatch.storage.postgresql_dialect import DRIVER_NAME
 
 T = TypeVar("T")
@@ -208,5 +208,4 @@ def _loss(error: Exception, connection: PsycopgConnection) -> ConnectionLost | N
 
 
 def _is_contended(error: Exception) -> bool:
-    conflicts = DeadlockDetected, SerializationFailure
-    return isinstance(error, Contended) or isinstance(getattr(error, "orig", None), conflicts)
+    return isinstance(error, Contended) or isinstance(getattr(error, "orig", None), CONFLICTS)

@@ -155,15 +155,12 @@ def _reconcile(prepared: sqlite3.Connection, store: Path, now_ms: int) -> Restor
             key for key, fields in previous.live.items() if key in live and live[key] != fields
         ]
     epoch = csprng.token_hex(8)
-    row_id = csprng.randbits(62) + 1
-    prepared.execute(
-        "UPDATE keylatch_meta SET seq = ?, row_id = ?, epoch = ?", (seq + 1, row_id, epoch)
-    )
+    prepared.execute("UPDATE keylatch_meta SET seq = ?, epoch = ?", (seq + 1, epoch))
     prepared.execute("DELETE FROM keylatch_invalidations WHERE seq > ?", (seq,))
     # An invalidation without a key and an organisation is for all keys.
     prepared.execute(
         "INSERT INTO keylatch_invalidations (seq, row_id, at) VALUES (?, ?, ?)",
-        (seq + 1, row_id, now_ms),
+        (seq + 1, csprng.randbits(62) + 1, now_ms),
     )
     return RestoreReport(revoked, lost, reverted, disabled, previous is not None)
 

@@ -129,6 +129,7 @@ class ImportContract(StoreTests):
         importer, process = engines
         keyring = await importer.keyring()
         known = (await keyring.create("acme", "known")).token
+        await process._freshness.poll()  # else the look-up is older than the row of its creation
         assert isinstance(await process.authenticator.check_token(known), Allow)
         token = keyring._mac_keys.mint("kl", "live")
         assert await process.authenticator.check_token(token) == Deny(Reason.UNKNOWN)

@@ -9,7 +9,7 @@ blocks = "changes of keys, while it writes up to 100,000 rows of the log"
 
 
 def upgrade() -> None:
-    for name in ("row_id", "server_started", "server_since"):
+    for name in ("server_started", "server_since"):
         column = sa.Column(name, sa.BigInteger, nullable=False, server_default="0")
         op.add_column("keylatch_meta", column)
     op.add_column("keylatch_invalidations", sa.Column("revokes", sa.String(8)))
@@ -19,6 +19,3 @@ def upgrade() -> None:
     random = "(random() * 4611686018427387904)::bigint + 1" if is_postgresql else "abs(random())"
     log = sa.table("keylatch_invalidations", sa.column("seq"), sa.column("row_id"))
     op.execute(log.update().values(row_id=sa.literal_column(random)))
-    newest = sa.select(log.c.row_id).order_by(log.c.seq.desc()).limit(1).scalar_subquery()
-    meta = sa.table("keylatch_meta", sa.column("row_id"))
-    op.execute(meta.update().values(row_id=sa.func.coalesce(newest, 0)))
