@@ -145,6 +145,7 @@ async def store_split(deployment: Deployment, fault: Fault) -> None:
     cluster = deployment.cluster
     left_behind = deployment.slots_of("worker", fault.target)
     await cluster.promote()
+    deployment.hub.note_split(time.monotonic_ns())
     deployment.lead_to_primary(*(slot for slot in deployment.slots if slot not in left_behind))
     await asyncio.sleep(_SPLIT_IN_FAULTS * fault.seconds)
     deployment.lead_to_primary(*left_behind)

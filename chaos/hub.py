@@ -51,6 +51,11 @@ class Hub:
         for ledger in self.ledgers.values():
             ledger.losses.append(Loss(start, end))
 
+    def note_split(self, at: int) -> None:
+        """A standby takes over from now on, beside a primary that lives on."""
+        for ledger in self.ledgers.values():
+            ledger.splits.append(at)
+
     def sweep(self) -> None:
         """Drop keys that were revoked a while ago, and judge those dropped a while ago."""
         now = time.monotonic()

@@ -70,6 +70,11 @@ class Ledger:
     accepted_after_loss: dict[tuple[str, str], int] = field(default_factory=dict)
     """(key, process) → the same where the commit of the revoke was lost, and the check began within
     a lease period and a second of the failover: then the processes have revoked it again"""
+    splits: list[int] = field(default_factory=list)
+    """When a standby took over beside a primary that lived on."""
+    unknown_after_split: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(key, process) → when a key of the new primary was refused by a process whose lease of the
+    old primary still ran; that primary has never had the key"""
     lost_keys: set[str] = field(default_factory=set)
     """Keys that are not judged, because their creation was lost."""
     observed_pairs: int = 0
@@ -121,7 +126,13 @@ class Ledger:
             late = latest_accepted - revoke.committed - self.lease_ns
             _keep_maximum(self.after_bound, pair, late)
         if earliest_refused and (not revoke.requested or earliest_refused < revoke.requested):
-            self.refused_before[pair] = earliest_refused
+            is_unknown = any(
+                split <= self.created.get(pair[0], 0)
+                and earliest_refused <= split + self.lease_ns + SECOND_NS
+                for split in self.splits
+            )
+            found = self.unknown_after_split if is_unknown else self.refused_before
+            found[pair] = earliest_refused
         if revoke.requested and latest_accepted and earliest_refused > revoke.requested:
             self.observed_pairs += 1
 

@@ -72,6 +72,7 @@ def _side(ledger: Ledger, faults: list[Interval], grace_ns: int) -> dict[str, An
         "accepted after the answer": len(ledger.after_answer),
         "accepted after commit + X": len(ledger.after_bound),
         "accepted until they were revoked again": len(ledger.accepted_after_loss),
+        "new keys unknown to an old primary": len(ledger.unknown_after_split),
         "keys whose creation was lost": len(ledger.lost_keys),
         "latest by, s": max(ledger.after_answer.values(), default=0) / SECOND_NS,
         "false 401": len(ledger.refused_before),

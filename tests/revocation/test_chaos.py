@@ -103,6 +103,23 @@ def test_a_lost_revoke_is_repeated_within_a_lease(start: int, late: bool, excuse
     assert ("kept", "w") in ledger.after_answer
 
 
+@pytest.mark.parametrize(
+    ("created", "refused", "wrong"),
+    [
+        (1_000, 1_000 + X + SECOND_NS, False),
+        (1_000, 1_001 + X + SECOND_NS, True),  # no lease of the old primary runs any more
+        (999, 1_001, True),  # the old primary had it
+    ],
+)
+def test_an_old_primary_does_not_know_a_new_key(created: int, refused: int, wrong: bool) -> None:
+    """A key of the new primary may be refused by a process at the old one, for a lease period."""
+    ledger = Ledger(X, created={"key": created}, splits=[1_000])
+    ledger.observe("w", [["key", 0, 1, 0, 0, refused]])
+    ledger.close()
+    assert (("key", "w") in ledger.refused_before) == wrong
+    assert (("key", "w") in ledger.unknown_after_split) != wrong
+
+
 def test_a_key_whose_creation_was_lost_is_not_judged() -> None:
     """The new primary does not know it, so its refusal is right; a key from before is judged."""
     ledger = Ledger(X, created={"old": 1, "lost": 10 * SECOND_NS})
