@@ -11,7 +11,7 @@ from keylatch import _variables
 from keylatch._variables import find_unknown
 from keylatch.asgi import APIKeyMiddleware
 from keylatch.errors import ConfigurationError
-from keylatch.settings import Settings
+from keylatch.settings import Settings, of_one_store
 from keylatch_sidecar.settings import BenchSettings, ProxySettings, TestSettings
 from tests.sidecar.test_server import answers, served
 from tests.support.command_line import Operator, wait_for_exit
@@ -198,6 +198,21 @@ def test_an_argument_comes_before_a_file_and_a_file_before_nothing(
     assert Settings.load().redis == ""
 
 
+def test_workers_get_the_urls_of_one_store(monkeypatch: pytest.MonkeyPatch, secret: Path) -> None:
+    """A store from the command line replaces the other URLs of the environment, in both forms."""
+    secret.write_text(STORE)
+    monkeypatch.setenv("KEYLATCH_STORE", STORE)
+    monkeypatch.setenv("KEYLATCH_STORE_DIRECT_FILE", str(secret))
+    monkeypatch.setenv("KEYLATCH_STORE_READ", STORE)
+    assert Settings.load().store_direct == STORE
+    given = {"store": "postgresql://other/keys", "store_direct": None, "lease": None}
+    monkeypatch.setenv("KEYLATCH_STORE_DIRECT", "")  # restored after the export
+    _variables.export_variables(of_one_store(given))
+    settings = Settings.load()
+    assert settings == Settings.load(**given)
+    assert (settings.store_direct, settings.store_read) == ("", "")
+
+
 def test_both_forms_at_once_are_a_mistake(monkeypatch: pytest.MonkeyPatch, secret: Path) -> None:
     """Which of them is right, nothing here can know."""
     secret.write_text(STORE)
@@ -311,6 +326,16 @@ def test_no_command_takes_a_password(operator: Operator, command: list[str], opt
         assert "KEYLATCH_STORE_FILE" in ending.stderr
         assert PASSWORD not in ending.stderr
     assert list(operator.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--store-direct", "--store-read"])
+def test_the_other_urls_of_a_store_have_no_password_either(operator: Operator, option: str) -> None:
+    """They are URLs of the same database."""
+    for words in ([option, STORE], [f"{option}={STORE}"]):
+        ending = operator.run("serve", *words)
+        assert (ending.exit_code, ending.stdout) == (2, "")
+        assert "a URL with a password is never an argument" in ending.stderr
+        assert PASSWORD not in ending.stderr
 
 
 @pytest.mark.parametrize("url", WITH_PASSWORD)

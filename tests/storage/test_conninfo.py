@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from sqlalchemy import func, literal_column, select
+from sqlalchemy import Boolean, func, literal_column, select
 from sqlalchemy.engine import make_url
 
 from keylatch.errors import StoreUnavailable
@@ -92,7 +92,7 @@ def test_what_is_not_postgresql_is_not() -> None:
         assert not is_postgresql(url)
         with pytest.raises(ValueError, match="not a PostgreSQL URL"):
             parse(url)
-    assert file_of("postgresql://h/d") is None
+    assert file_of("postgresql://a:1,b:2/d") is None
 
 
 DRIVER = "another driver than psycopg: the scheme is written postgresql://"
@@ -237,6 +237,7 @@ def test_the_url_has_the_last_word() -> None:
     assert given["tcp_user_timeout"] == "1"
 
 
+@pytest.mark.long
 def test_psycopg_is_imported_for_a_postgresql_url_only() -> None:
     """A process with a SQLite store does not need it."""
     program = (
@@ -251,7 +252,7 @@ def test_psycopg_is_imported_for_a_postgresql_url_only() -> None:
 # With a real server
 
 
-class Heard(Exception):
+class Subscribed(Exception):
     """LISTEN works."""
 
 
@@ -260,12 +261,12 @@ async def reached(url: str, what: Any = None) -> set[Any]:
     query = Query(select(func.current_database() if what is None else what))
     database = database_of(url)
 
-    def hear(_: str) -> None:
-        raise Heard
+    def on_notification(_: str) -> None:
+        raise Subscribed
 
     try:
-        with pytest.raises(Heard):
-            await database.listen("keylatch_test", hear)
+        with pytest.raises(Subscribed):
+            await database.listen("keylatch_test", on_notification)
         found = [
             *await database.fetch(query),
             *await database.fetch(query, seconds=5.0),
@@ -453,7 +454,9 @@ async def test_a_password_may_have_any_character(server: TLSServer, password: st
         server.set_password("word")
 
 
-IS_ENCRYPTED: Any = literal_column("(SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid())")
+IS_ENCRYPTED = literal_column(
+    "(SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid())", type_=Boolean
+)
 
 
 @pytest.mark.long

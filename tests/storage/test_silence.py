@@ -34,8 +34,14 @@ async def network(postgres: PostgresServer) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-def url(postgres: PostgresServer, network: Proxy) -> str:
-    return postgres.new_database().replace(str(postgres.port), str(network.port))
+def parameters() -> str:
+    """The query string of the store's URL."""
+    return ""
+
+
+@pytest.fixture
+def url(postgres: PostgresServer, network: Proxy, parameters: str) -> str:
+    return postgres.new_database().replace(str(postgres.port), str(network.port)) + parameters
 
 
 @pytest.fixture
@@ -189,6 +195,15 @@ async def test_wherever_a_process_falls_silent_a_key_can_be_revoked(
     A writer that waits for one of them terminates its session."""
     for eighths in range(1, 8, 2):
         assert await revoke_while(say, eighths, store, sound, network) is not None
+
+
+@pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize("parameters", ["?application_name=shop"])
+async def test_processes_that_are_named_by_their_url_know_each_other(
+    store: Store, sound: Store, network: Proxy
+) -> None:
+    """A writer terminates sessions of keylatch's name and of its own, never those of others."""
+    assert await revoke_while(import_keys, 4, store, sound, network) is not None
 
 
 @pytest.mark.usefixtures("keys")

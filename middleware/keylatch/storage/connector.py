@@ -17,6 +17,7 @@ import psycopg
 from psycopg.rows import class_row, scalar_row
 
 from keylatch.errors import StoreUnavailable
+from keylatch.storage.hosts import Hosts
 from keylatch.storage.postgresql_dialect import PRIMARY_HINT
 
 PsycopgConnection = psycopg.AsyncConnection[Any]
@@ -88,7 +89,7 @@ class Connector:
         needs_replication: bool = False,
         may_be_standby: bool = False,
     ) -> None:
-        self._parameters = parameters
+        self._hosts = Hosts(parameters)
         self._variable = variable
         self._needs_session = needs_session
         self._needs_replication = needs_replication
@@ -108,7 +109,7 @@ class Connector:
             psycopg.Error: there is no server, or it refuses the connection.
             StoreUnavailable: the server cannot keep the store's promises.
         """
-        connection = await self._connect()
+        connection = await self._hosts.connect()
         try:
             if on_open is not None:
                 on_open(connection)
@@ -120,9 +121,6 @@ class Connector:
             connection.pgconn.finish()
             raise
         return connection
-
-    async def _connect(self) -> PsycopgConnection:
-        return await psycopg.AsyncConnection.connect(autocommit=True, **self._parameters)
 
     async def _find_out_in_time(self, connection: PsycopgConnection) -> Server:
         try:
@@ -169,7 +167,7 @@ class Connector:
         two clients gets another one after their transactions have overlapped. Other clients may
         hide that once.
         """
-        async with await self._connect() as second:
+        async with await self._hosts.connect() as second:
             clients = (first, second)
             seen = [await _pid(client) for client in clients]
             for _ in range(_ROUNDS):

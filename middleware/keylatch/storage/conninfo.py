@@ -9,6 +9,7 @@ Nothing is imported from psycopg until there is such a URL, and no message repea
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 NOT_POSTGRESQL: Final = "not a PostgreSQL URL"
@@ -34,13 +35,39 @@ def is_postgresql(url: str) -> bool:
     return _SCHEME.match(url) is not None
 
 
-def connection_parameters(url: str) -> dict[str, Any]:
+def connection_parameters(url: str, *, needs_primary: bool = True) -> dict[str, Any]:
     """The keyword arguments of psycopg's `connect`; the URL's take precedence over keylatch's.
+
+    Args:
+        url: of a store.
+        needs_primary: of several hosts, use only one that accepts changes.
 
     Raises:
         ValueError: libpq cannot use it.
     """
-    return _DEFAULTS | parse(url)
+    parameters = parse(url)
+    defaults = dict(_DEFAULTS)
+    if needs_primary and "," in _hosts(parameters):
+        defaults["target_session_attrs"] = "read-write"
+    return defaults | parameters
+
+
+def parameters_by_host(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of each host that a list names; one element where psycopg has to choose: if
+    the order of the hosts is not that of the list."""
+    in_other_order = parameters.get("target_session_attrs") == "prefer-standby"
+    if in_other_order or "load_balance_hosts" in parameters:
+        return [dict(parameters)]
+    lists = {name: str(parameters[name]).split(",") for name in _LISTS if name in parameters}
+    count = max(map(len, lists.values()), default=1)
+    if len(lists.get("port", ())) == 1:
+        del lists["port"]  # of all hosts
+    if any(len(values) != count for values in lists.values()):
+        return [dict(parameters)]
+    return [
+        {**parameters, **{name: values[position] for name, values in lists.items()}}
+        for position in range(count)
+    ]
 
 
 def parse(url: str) -> dict[str, str]:
@@ -109,6 +136,11 @@ def _split_ports(lists: dict[str, list[str]]) -> None:
     lists["port"] = [(pair[3] or "") if pair else "" for pair in pairs]
 
 
+def _hosts(parameters: Mapping[str, str]) -> str:
+    """libpq connects to the addresses where both are given."""
+    return parameters.get("hostaddr") or parameters.get("host") or ""
+
+
 def _check_ports(parameters: dict[str, str]) -> None:
     """Refuse what libpq would refuse when it connects, in a message that repeats it."""
     if "port" not in parameters:
@@ -116,8 +148,8 @@ def _check_ports(parameters: dict[str, str]) -> None:
     ports = parameters["port"].split(",")
     if not all(map(_is_port, ports)):
         raise ValueError("a port is a number from 1 to 65535")
-    hosts = parameters.get("hostaddr") or parameters.get("host")
-    if hosts is not None and len(ports) not in (1, hosts.count(",") + 1):
+    hosts = _hosts(parameters)
+    if hosts and len(ports) not in (1, hosts.count(",") + 1):
         raise ValueError("neither one port nor one for each host")
 
 

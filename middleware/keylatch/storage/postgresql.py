@@ -109,7 +109,9 @@ class PostgreSQL(Database):
     ) -> None:
         self._parameters = connection_parameters(url)
         self._direct_parameters = connection_parameters(direct_url) if direct_url else None
-        self._read_parameters = connection_parameters(read_url) if read_url else None
+        self._read_parameters = (
+            connection_parameters(read_url, needs_primary=False) if read_url else None
+        )
         self.has_standby = bool(read_url)
         self._needs_replication = durable == "replicated"
         place = self._parameters.get("host") or "its default address"
