@@ -118,13 +118,13 @@ class PostgreSQL(Database):
         self._read_parameters = None
         if read_url:
             self._read_parameters = connection_parameters(read_url, needs_primary=False)
+        self.has_standby = bool(read_url)
         self._needs_replication = durable == "replicated"
         place = self._parameters.get("host") or "its default address"
         self._hint = (
             f"is PostgreSQL up at {place}, and does the user exist? "
             "Has a pooler in between a connection left (default_pool_size)?"
         )
-        self.has_standby = self._read_parameters is not None
         self._inherited_from_parent: list[object] = []
         self._durability: Durability = "local"
         self._open()
