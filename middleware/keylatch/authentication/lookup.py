@@ -126,7 +126,12 @@ class Lookup:
                     return entry, source
         with self._events.stage(STORE):
             found = await self._find(token)
-        return await self._judge(token, found)
+        entry, source = await self._judge(token, found)
+        if isinstance(entry, NegativeEntry):
+            # Only the server that grants a lease now can refuse: a primary that has been replaced
+            # knows no keys and secrets that were created since.
+            await self._freshness.poll()
+        return entry, source
 
     async def _judge(
         self, token: Token, found: Found | NotFound
