@@ -526,7 +526,7 @@ async def test_connections_that_are_not_used_are_closed(url: str) -> None:
         return await psycopg.AsyncConnection.connect(url, autocommit=True)
 
     lookups = ConnectionPool(connect, max_size=2, idle_seconds=0.05)
-    changes = WorkPool(connect, "", PATIENT, idle_seconds=0.05)
+    changes = WorkPool(connect, str, PATIENT, idle_seconds=0.05)
     await lookups.fetch("SELECT 1", (), PATIENT)
     [(idle, _)] = lookups._idle
 

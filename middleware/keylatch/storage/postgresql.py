@@ -121,10 +121,7 @@ class PostgreSQL(Database):
         self.has_standby = bool(read_url)
         self._needs_replication = durable == "replicated"
         place = self._parameters.get("host") or "its default address"
-        self._hint = (
-            f"is PostgreSQL up at {place}, and does the user exist? "
-            "Has a pooler in between a connection left (default_pool_size)?"
-        )
+        self._server_hint = f"is PostgreSQL up at {place}, and does the user exist?"
         self._inherited_from_parent: list[object] = []
         self._durability: Durability = "local"
         self._open()
@@ -156,6 +153,13 @@ class PostgreSQL(Database):
         self.lease_server = ""
         self._listening: set[PsycopgConnection] = set()
 
+    def _hint(self) -> str:
+        """What the operator should check when the server does not answer."""
+        server = self._connector.server
+        if server is None or not server.is_pooled:
+            return self._server_hint
+        return f"{self._server_hint} Has the pooler a connection left (default_pool_size)?"
+
     async def fetch(
         self,
         query: Query,
@@ -171,7 +175,7 @@ class PostgreSQL(Database):
         text, values = _bind(query, columns, parameters)
         limit = seconds or _LOOKUP_SECONDS
         try:
-            with translate_errors(psycopg.Error, self._hint):
+            with translate_errors(psycopg.Error, self._hint()):
                 return await pool.fetch(PRIMARY_HINT + text, values, limit, read)
         except AnsweredByOther as error:
             raise OtherServer(error.reason, "is there more than one primary?") from None
@@ -269,7 +273,7 @@ class PostgreSQL(Database):
         is_free = connector is self._connector and not self._work_pool.under_way
         if not is_urgent or is_free:
             return await self._work_pool.run(limit, run)
-        with translate_errors(psycopg.Error, self._hint):
+        with translate_errors(psycopg.Error, self._hint()):
             async with asyncio.timeout(limit), self._lease_pool.slots:
                 return await self._lease_work_pool.run(limit, run)
 
@@ -283,7 +287,7 @@ class PostgreSQL(Database):
     async def identity(self) -> str:
         # With the connection of look-ups, which is open then: the first cold check must not wait
         # until it is, which takes seconds from another continent.
-        with translate_errors(psycopg.Error, self._hint):
+        with translate_errors(psycopg.Error, self._hint()):
             with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
                 return await self._identity(_CLUSTER)
             return await self._identity("''")
@@ -308,7 +312,7 @@ class PostgreSQL(Database):
                 self._listening.discard(connection)
         except psycopg.Error as error:
             raise StoreUnavailable(
-                f"LISTEN on the store failed: {type(error).__name__}", self._hint
+                f"LISTEN on the store failed: {type(error).__name__}", self._hint()
             ) from None
 
     async def close(self) -> None:

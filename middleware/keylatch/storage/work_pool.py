@@ -49,7 +49,7 @@ class WorkPool:
     def __init__(
         self,
         connect: Connect,
-        hint: str,
+        hint: Callable[[], str],
         wait_seconds: float,
         idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
@@ -91,7 +91,7 @@ class WorkPool:
         earlier attempt, as a usage batch does.
         """
         losses = conflicts = 0
-        with translate_errors(psycopg.Error, self._hint):
+        with translate_errors(psycopg.Error, self._hint()):
             while True:
                 try:
                     return await self._run_once(seconds, operation)
@@ -99,7 +99,7 @@ class WorkPool:
                     losses += 1
                     if losses == _MAX_CONNECTION_LOSSES:
                         raise StoreUnavailable(
-                            f"the store failed: {lost.reason}", self._hint
+                            f"the store failed: {lost.reason}", self._hint()
                         ) from None
                 except (Contended, DBAPIError) as error:
                     conflicts += 1
