@@ -126,6 +126,10 @@ class Store:
         the same database may have other settings and must not delete what the sidecar keeps."""
         self.data_version = self._database.data_version
         """Bytes that differ after every commit; None where `meta.seq` has to be read."""
+        self.durability = self._database.durability
+        """Where the last durable change was stored when it was answered."""
+        self.has_standby = self._database.has_standby
+        """Whether a standby may be queried before the primary."""
 
     @property
     def failed_writes(self) -> Counter:
@@ -135,11 +139,6 @@ class Store:
     def is_shared(self) -> bool:
         """Whether several hosts use it, so that processes need leases."""
         return self._database.is_shared
-
-    @property
-    def has_standby(self) -> bool:
-        """Whether a standby may be asked before the primary."""
-        return self._database.has_standby
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -184,10 +183,6 @@ class Store:
         if self.audit_days:
             await self.audit.prune(now_ms - self.audit_days * DAY_MS)
         await self._database.run_maintenance()
-
-    def durability(self) -> Durability:
-        """Where the last durable change was stored when it was answered."""
-        return self._database.durability()
 
     def pools(self) -> Mapping[str, int]:
         """Work in progress by kind: see `Database.pools`."""
