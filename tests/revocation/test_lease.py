@@ -85,6 +85,9 @@ class Members:
             return pending[-1][0]
         return seq
 
+    def set_lease_poll(self, poll: object) -> None:
+        return
+
     def durability(self) -> Durability:
         return "local"
 

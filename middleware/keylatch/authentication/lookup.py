@@ -30,7 +30,6 @@ from keylatch.core.tokens import Token, is_native
 from keylatch.errors import HashingBusy, KeylatchError, StoreUnavailable
 from keylatch.revocation.freshness import Freshness
 from keylatch.revocation.invalidations import Invalidations
-from keylatch.storage.database import OtherServer
 from keylatch.storage.schema import NO_ID
 from keylatch.storage.store import Found, NotFound, Store
 from keylatch.telemetry.counters import HASH, L2, STORE
@@ -216,11 +215,10 @@ class Lookup:
     async def _find(self, token: Token) -> Found | NotFound:
         """What the store has, with an `as_of` in the history that this process knows."""
         for _ in range(_ATTEMPTS):
-            with contextlib.suppress(OtherServer):
-                found = await self._find_in_any_history(token, self._invalidations.known.seq)
-                as_of = self._invalidations.as_of(found.log)
-                if as_of is not None:
-                    return replace(found, as_of=as_of)
+            found = await self._find_in_any_history(token, self._invalidations.known.seq)
+            as_of = self._invalidations.as_of(found.log)
+            if as_of is not None:
+                return replace(found, as_of=as_of)
             await self._freshness.poll()
         raise StoreUnavailable("the store and its log of changes are not the same server's")
 

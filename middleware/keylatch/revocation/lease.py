@@ -75,6 +75,7 @@ class Lease:
         self._store = store
         self._invalidations = invalidations
         self.seconds = seconds
+        store.set_lease_poll(self.renew)
         self._clock = clock
         self._timer = timer
         self.health = Health("lease not renewed", "lease renewed again", clock=clock)

@@ -157,7 +157,7 @@ class LibpqConnection:
 
     def _set_result(self, result: pq.abc.PGresult | None) -> None:
         waiter, self._waiter, self._rows = self._waiter, None, None
-        if waiter is not None and not waiter.done():
+        if waiter is not None and not waiter.done() and not self._loop.is_closed():
             waiter.set_result(result)
 
     def close(self) -> None:

@@ -9,13 +9,13 @@ answer to its COMMIT was lost, the change is recognised by its row in the invali
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Table, func, select, update
 
 from keylatch.errors import StoreUnavailable
-from keylatch.storage.database import Database, Query, Rows, Work
+from keylatch.storage.database import Database, OtherServer, Query, Rows, Work
 from keylatch.storage.schema import invalidations, meta
 from keylatch.telemetry.counters import Counter
 from keylatch.telemetry.health import Health
@@ -38,6 +38,10 @@ def batches(values: Sequence[T]) -> Iterator[Sequence[T]]:
         yield values[start : start + _MAX_PARAMETERS]
 
 
+async def _no_lease() -> None:
+    return
+
+
 class MonitoredDatabase:
     """A database with the health of its reads and the number of its failed writes.
 
@@ -51,9 +55,25 @@ class MonitoredDatabase:
         self.health = Health("the store does not answer", "the store answers again")
         """Of reads only: changes may fail while reads succeed."""
         self.failed_writes = Counter()
+        self._poll_lease: Callable[[], Awaitable[object]] = _no_lease
+
+    def set_lease_poll(self, poll: Callable[[], Awaitable[object]]) -> None:
+        """Use this to find out which server grants leases now."""
+        self._poll_lease = poll
 
     async def fetch(self, query: Query, *, seconds: float | None = None, **parameters: Any) -> Rows:
-        return await self.tracked(self.unmonitored.fetch(query, seconds=seconds, **parameters))
+        return await self.tracked(self._fetch(query, seconds, parameters))
+
+    async def _fetch(
+        self, query: Query, seconds: float | None, parameters: Mapping[str, Any]
+    ) -> Rows:
+        try:
+            return await self.unmonitored.fetch(query, seconds=seconds, **parameters)
+        except OtherServer:
+            if seconds is not None:  # a query for leases, which polls by itself
+                raise
+        await self._poll_lease()
+        return await self.unmonitored.fetch(query, **parameters)
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         return await self.tracked(self.unmonitored.read(work, seconds=seconds))

@@ -112,6 +112,7 @@ class Store:
         self._monitored = MonitoredDatabase(self._database)
         self._upgrade_seconds = upgrade_seconds
         self.health = self._monitored.health
+        self.set_lease_poll = self._monitored.set_lease_poll
         self.keys = KeyRepository(self._monitored)
         self.descendants = DescendantRepository(self._monitored)
         self.rotation = RotationRepository(self._monitored)
