@@ -324,6 +324,7 @@ def explored() -> str:
     return "\n".join(texts)
 
 
+@pytest.mark.timeout(600)
 def test_the_command_fails_if_a_mutant_survives(capsys: pytest.CaptureFixture[str]) -> None:
     """`make prove` passes with figures and traces on the screen."""
     assert main(["--quick", "--states", "2000"]) == 0

@@ -38,6 +38,7 @@ _CLOCK: Final[int | None] = getattr(
 _EXPIRY_MARGIN: Final = 0.98
 _RECENT_FRACTION: Final = 0.75  # of the lease period is left: the next poll is still to come
 _COALESCE_SECONDS: Final = 0.005
+_BEGIN_SECONDS: Final = 10.0
 
 log = logging.getLogger("keylatch")
 
@@ -134,7 +135,11 @@ class Lease:
         self._notified.set()
 
     async def begin(self) -> None:
-        self._invalidations.begin(await self._store.invalidations.since(MAX_SEQ, self.seconds))
+        # With more time than a lease lasts: the first query of each kind opens its connection.
+        newest = await self._store.invalidations.since(MAX_SEQ, _BEGIN_SECONDS)
+        self._invalidations.begin(newest)
+        if not self._member:
+            await self._join(_BEGIN_SECONDS)
         await self.renew()
 
     async def revalidate(self) -> None:
@@ -246,9 +251,7 @@ class Lease:
                 return batch.position != position
         for _ in range(2):
             if not self._member:
-                member = secrets.token_hex(8)
-                await self._store.leases.join(member, self.now_ms(), self.seconds)
-                self._member = member
+                await self._join(self.seconds)
             requested_at = self._timer()  # before the query is sent
             poll = await self._store.leases.poll(self._member, position, self.seconds, pending)
             if poll.is_member:
@@ -260,6 +263,11 @@ class Lease:
         raise StoreUnavailable(
             "lease membership was removed twice in a row", "is the machine overloaded?"
         )
+
+    async def _join(self, seconds: float) -> None:
+        member = secrets.token_hex(8)
+        await self._store.leases.join(member, self.now_ms(), seconds)
+        self._member = member
 
     def _apply_grant(self, poll: Poll, requested_at: float, min_seq: int) -> None:
         """Apply tombstones and lease in one step of the event loop."""
