@@ -6,6 +6,7 @@ No answer of a standby counts, and no session is changed for its next user.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import psycopg
@@ -454,12 +455,17 @@ async def hide(url: str, tables: Sequence[str]) -> str:
 @pytest.mark.parametrize("query", [POLL, LAGGARDS, INVALIDATIONS_SINCE, FIND, FIND_BY_LOCATOR])
 async def test_no_query_is_compiled_by_the_server(query: Query, store: Store, url: str) -> None:
     """JIT compilation takes 15 ms, and a session setting against it would stay behind a pooler. So
-    no plan may cost as much as `jit_above_cost`, on tables that were never analysed either."""
-    for columns in (postgresql._CHECKED, postgresql._LEASED):
-        text, _, order = query.compile_for(postgresql._DIALECT, *columns)
-        arguments = f"({', '.join('NULL' for _ in order)})" if order else ""
+    no plan may cost as much as `jit_above_cost`, on tables that were never analysed either, with
+    the values known (statements that are not prepared, and the first ones of those that are) and
+    without."""
+    for columns, mode in product(
+        (postgresql._CHECKED, postgresql._LEASED), ("force_custom_plan", "force_generic_plan")
+    ):
+        text, fixed, order = query.compile_for(postgresql._DIALECT, *columns)
+        values = [f"'{1 if fixed.get(name) is None else fixed[name]}'" for name in order]
+        arguments = f"({', '.join(values)})" if order else ""
         async with await psycopg.AsyncConnection.connect(url) as connection:
-            await connection.execute("SET plan_cache_mode = force_generic_plan")
+            await connection.execute(f"SET plan_cache_mode = {mode}".encode())
             await connection.execute(f"PREPARE statement AS {text}".encode())
             explain = f"EXPLAIN (FORMAT JSON) EXECUTE statement{arguments}"
             [[[plan]]] = await (await connection.execute(explain.encode())).fetchall()

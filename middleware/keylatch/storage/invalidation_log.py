@@ -136,9 +136,12 @@ def select_invalidations() -> Select[Any]:
         .limit(_MAX_ROWS_READ + 1)
         .subquery()
     )
+    # Not `meta.c.seq` of the row itself: the planner, which expects many rows of tables that were
+    # never analysed, would count one look-up for each of them and compile the statement for it.
+    last = select(meta.alias().c.seq).scalar_subquery()
     return select(
         meta.c.seq,
-        row_id_at(meta.c.seq),
+        row_id_at(last),
         meta.c.epoch,
         meta.c.pruned_seq,
         row_id_at(since),
