@@ -96,7 +96,10 @@ def test_what_is_not_postgresql_is_not() -> None:
 
 
 DRIVER = "another driver than psycopg: the scheme is written postgresql://"
-PARAMETER = "libpq does not know parameter {} after the ?, or cannot decode its value"
+PARAMETER = (
+    "libpq does not know parameter {} after the ?, or cannot decode its value"
+    " (a blank is written %20, and an = %3D)"
+)
 PORT = "a port is a number from 1 to 65535"
 COUNT = "neither one port nor one for each host"
 AT = "an @ in a password is written %40, and a / is written %2F"
@@ -109,6 +112,7 @@ REFUSED = {
     "postgresql://h?sslmode=require&hunter2=1": PARAMETER.format(2),
     "postgresql://h?hunter2": PARAMETER.format(1),
     "postgresql://h?user=%hunter2": PARAMETER.format(1),
+    "postgresql://h?options=-c+search_path=hunter2": PARAMETER.format(1),
     "postgresql://h?user=hunter2%00": PARAMETER.format(1),
     "postgresql://h?user=hunter2%FF": PARAMETER.format(1),
     "postgresql://u:hunter2%@h": NOT_READ,

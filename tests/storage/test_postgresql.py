@@ -510,6 +510,35 @@ async def test_a_stalled_session_behind_a_pooler_is_terminated(machines: Machine
     await store.close()
 
 
+async def test_a_direct_url_to_another_store_is_refused(
+    store: Store, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its leases would say nothing about the keys that are looked up. The log has the reason once,
+    however often the process tries to open the store."""
+    await configure(url, "CREATE SCHEMA elsewhere")
+    direct_url = with_search_path(url, "elsewhere")
+    # Without tables there, and with a store of its own.
+    wrong = Store(url, direct_url=direct_url)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable) as refused:
+            await wrong.open(NOW)
+        assert "KEYLATCH_STORE_DIRECT" in refused.value.hint
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "the store does not answer"
+    ]
+    await wrong.close()
+    await (await open_store(direct_url)).close()
+    wrong = Store(url, direct_url=direct_url)
+    with pytest.raises(StoreUnavailable, match="KEYLATCH_STORE_DIRECT leads to another store"):
+        await wrong.open(NOW)
+    await wrong.close()
+    await (await open_store(url, direct_url=url)).close()
+
+
+def with_search_path(url: str, schema: str) -> str:
+    return f"{url}{'&' if '?' in url else '?'}options=-c%20search_path%3D{schema}"
+
+
 # How many connections
 
 

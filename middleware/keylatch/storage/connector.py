@@ -45,6 +45,15 @@ NOT_REPLICATED: Final = "KEYLATCH_DURABLE is replicated, but the server has no s
 NOT_REPLICATED_HINT: Final = "set synchronous_standby_names there, or KEYLATCH_DURABLE=local"
 
 
+def server_hint(variable: str) -> str:
+    """What to check of a URL whose server does not answer, or refuses.
+
+    Args:
+        variable: the setting that the URL comes from.
+    """
+    return f"is the server up, and are host, user, password and database of {variable} right?"
+
+
 @dataclass(frozen=True, slots=True)
 class _Facts:
     pid: int
@@ -96,6 +105,13 @@ class Connector:
         self._may_be_standby = may_be_standby
         self.server: Server | None = None
         """Known from the first connection on."""
+
+    def hint(self) -> str:
+        """What the operator should check when the server does not answer, or refuses."""
+        hint = server_hint(self._variable)
+        if self.server is None or not self.server.is_pooled:
+            return hint
+        return f"{hint} Has the pooler a connection left (default_pool_size)?"
 
     async def connect(
         self, on_open: Callable[[PsycopgConnection], None] | None = None

@@ -100,7 +100,10 @@ def parse(url: str) -> dict[str, str]:
     parameters = _parse_with_libpq(f"postgresql://{rest[:start]}{place}", _NOT_A_URL)
     lists: dict[str, list[str]] = {}
     for position, item in enumerate(query.split("&") if query else (), 1):
-        wrong = f"libpq does not know parameter {position} after the ?, or cannot decode its value"
+        wrong = (
+            f"libpq does not know parameter {position} after the ?, or cannot decode its value"
+            " (a blank is written %20, and an = %3D)"
+        )
         for name, value in _parse_with_libpq(f"postgresql:///?{item}", wrong).items():
             if name in _LISTS:
                 lists.setdefault(name, []).extend(value.split(","))

@@ -80,6 +80,8 @@ _CHECKED: Final[tuple[ColumnElement[Any], ...]] = (
 # standby 80 us without waiting for it and 170 us with it.
 _STANDBY_NAMES: Final = func.current_setting("synchronous_standby_names")
 _OTHER_SERVER: Final = "another server answered than the one that grants leases"
+_OTHER_DATABASE: Final = "KEYLATCH_STORE_DIRECT leads to another store than KEYLATCH_STORE"
+_OTHER_DATABASE_HINT: Final = "both need the same server, database and search_path"
 _LEASED: Final[tuple[ColumnElement[Any], ...]] = (
     *_CHECKED,
     select(
@@ -120,8 +122,6 @@ class PostgreSQL(Database):
             self._read_parameters = connection_parameters(read_url, needs_primary=False)
         self.has_standby = bool(read_url)
         self._needs_replication = durable == "replicated"
-        place = self._parameters.get("host") or "its default address"
-        self._server_hint = f"is PostgreSQL up at {place}, and does the user exist?"
         self._inherited_from_parent: list[object] = []
         self._durability: Durability = "local"
         self._open()
@@ -142,8 +142,8 @@ class PostgreSQL(Database):
             self._connector.connect, max_size=2, min_size=1, stale_seconds=_STALE_SECONDS
         )
         self._lease_pool = ConnectionPool(self._direct.connect, max_size=2)
-        self._work_pool = WorkPool(self._connector.connect, self._hint, _WORK_SECONDS)
-        self._lease_work_pool = WorkPool(self._direct.connect, self._hint, _WORK_SECONDS)
+        self._work_pool = WorkPool(self._connector.connect, self._connector.hint, _WORK_SECONDS)
+        self._lease_work_pool = WorkPool(self._direct.connect, self._direct.hint, _WORK_SECONDS)
         self._standby_pool: ConnectionPool | None = None
         if self._read_parameters is not None:
             standby = Connector(self._read_parameters, "KEYLATCH_STORE_READ", may_be_standby=True)
@@ -152,13 +152,6 @@ class PostgreSQL(Database):
         self._blockers = Blockers(self._lease_pool.fetch)
         self.lease_server = ""
         self._listening: set[PsycopgConnection] = set()
-
-    def _hint(self) -> str:
-        """What the operator should check when the server does not answer."""
-        server = self._connector.server
-        if server is None or not server.is_pooled:
-            return self._server_hint
-        return f"{self._server_hint} Has the pooler a connection left (default_pool_size)?"
 
     async def fetch(
         self,
@@ -169,13 +162,14 @@ class PostgreSQL(Database):
         **parameters: Any,
     ) -> Rows:
         pool, columns, read = self._lookup_pool, _CHECKED, self._read_looked_up
+        hint = self._connector.hint
         if seconds is not None:
-            pool, columns = self._lease_pool, _LEASED
+            pool, columns, hint = self._lease_pool, _LEASED, self._direct.hint
             read = partial(self._read_checked, columns=len(_LEASED), is_grant=is_grant)
         text, values = _bind(query, columns, parameters)
         limit = seconds or _LOOKUP_SECONDS
         try:
-            with translate_errors(psycopg.Error, self._hint()):
+            with translate_errors(psycopg.Error, hint()):
                 return await pool.fetch(PRIMARY_HINT + text, values, limit, read)
         except AnsweredByOther as error:
             raise OtherServer(error.reason, "is there more than one primary?") from None
@@ -273,7 +267,7 @@ class PostgreSQL(Database):
         is_free = connector is self._connector and not self._work_pool.under_way
         if not is_urgent or is_free:
             return await self._work_pool.run(limit, run)
-        with translate_errors(psycopg.Error, self._hint()):
+        with translate_errors(psycopg.Error, self._direct.hint()):
             async with asyncio.timeout(limit), self._lease_pool.slots:
                 return await self._lease_work_pool.run(limit, run)
 
@@ -287,15 +281,24 @@ class PostgreSQL(Database):
     async def identity(self) -> str:
         # With the connection of look-ups, which is open then: the first cold check must not wait
         # until it is, which takes seconds from another continent.
-        with translate_errors(psycopg.Error, self._hint()):
-            with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
-                return await self._identity(_CLUSTER)
-            return await self._identity("''")
+        identity = await self._identity_of(self._lookup_pool, self._connector)
+        if self._direct is not self._connector:
+            leased = await self._identity_of(self._lease_pool, self._direct)
+            # Two roles may see different parts of it.
+            if not all(map(_is_same, identity.split("/"), leased.split("/"))):
+                raise StoreUnavailable(_OTHER_DATABASE, _OTHER_DATABASE_HINT)
+        return identity
 
-    async def _identity(self, cluster: str) -> str:
+    async def _identity_of(self, pool: ConnectionPool, connector: Connector) -> str:
         """The cluster, the database, and the table: each schema may have a store."""
+        with translate_errors(psycopg.Error, connector.hint()):
+            with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
+                return await self._fetch_identity(pool, _CLUSTER)
+            return await self._fetch_identity(pool, "''")
+
+    async def _fetch_identity(self, pool: ConnectionPool, cluster: str) -> str:
         text = PRIMARY_HINT + _IDENTITY.format(cluster=cluster)
-        [names] = await self._lookup_pool.fetch(text, (), _WORK_SECONDS, self._read_looked_up)
+        [names] = await pool.fetch(text, (), _WORK_SECONDS, self._read_looked_up)
         return "/".join(names)
 
     async def listen(self, channel: str, on_notification: Callable[[str], None]) -> None:
@@ -312,7 +315,7 @@ class PostgreSQL(Database):
                 self._listening.discard(connection)
         except psycopg.Error as error:
             raise StoreUnavailable(
-                f"LISTEN on the store failed: {type(error).__name__}", self._hint()
+                f"LISTEN on the store failed: {type(error).__name__}", self._direct.hint()
             ) from None
 
     async def close(self) -> None:
@@ -329,6 +332,10 @@ class PostgreSQL(Database):
         self._inherited_from_parent += [self._lookup_pool, self._lease_pool, self._standby_pool]
         self._inherited_from_parent += [self._listening]
         self._open()
+
+
+def _is_same(one: str, other: str) -> bool:
+    return not one or not other or one == other
 
 
 def _bind(

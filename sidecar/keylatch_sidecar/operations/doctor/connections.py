@@ -62,7 +62,8 @@ def check_pooler(
     if direct_mode == "transaction":
         yield failure(
             "pooler",
-            "transaction mode, which cannot carry leases and notices: no process starts",
+            "transaction mode, which cannot carry leases and notices: every check is answered"
+            " with 503",
             "KEYLATCH_STORE_DIRECT: a URL of the primary that does not lead through the pooler",
         )
     elif mode == "transaction":

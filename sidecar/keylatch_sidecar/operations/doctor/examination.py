@@ -44,6 +44,7 @@ async def _check_store(settings: Settings) -> list[Finding]:
             settings.store,
             settings.lease,
             direct_url=settings.store_direct,
+            read_url=settings.store_read,
             must_replicate=settings.durable == "replicated",
         )
     finally:

@@ -27,8 +27,8 @@ _SERVER: Final = """
            host(inet_server_addr())
 """
 _CLOCK: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
-_HINT: Final = "is PostgreSQL up at the host of the store's URL, and does the user exist?"
 _HAS_TABLES: Final = "SELECT to_regclass('keylatch_version') IS NOT NULL"
+_READABLE: Final = "SELECT pg_is_in_recovery(), to_regclass('keylatch_keys') IS NOT NULL"
 
 Fetch = Callable[[str], Awaitable[tables.Rows]]
 
@@ -49,7 +49,12 @@ class _Server(NamedTuple):
 
 
 async def examine(
-    url: str, lease: float, *, direct_url: str = "", must_replicate: bool = False
+    url: str,
+    lease: float,
+    *,
+    direct_url: str = "",
+    read_url: str = "",
+    must_replicate: bool = False,
 ) -> list[Finding]:
     """The findings for the server and the tables.
 
@@ -60,9 +65,12 @@ async def examine(
         url: of a store on PostgreSQL.
         lease: the lease duration in seconds, within which every running process renews its lease.
         direct_url: `KEYLATCH_STORE_DIRECT`; empty: none.
+        read_url: `KEYLATCH_STORE_READ`; empty: none.
         must_replicate: `KEYLATCH_DURABLE=replicated`.
     """
     import psycopg  # it is an extra, and the rest of the doctor works without it
+
+    from keylatch.storage.connector import server_hint
 
     async def fetch(statement: str) -> list[tuple[Any, ...]]:
         async with asyncio.timeout(_SECONDS):
@@ -71,7 +79,7 @@ async def examine(
     parameters = connection_parameters(url)
     findings: list[Finding] = []
     try:
-        with translate_errors(psycopg.Error, _HINT):
+        with translate_errors(psycopg.Error, server_hint("KEYLATCH_STORE")):
             async with await psycopg.AsyncConnection.connect(
                 autocommit=True, prepare_threshold=None, **parameters
             ) as connection:
@@ -79,9 +87,55 @@ async def examine(
                 processes = await _examine_tables(fetch, findings, lease)
         if not any(each.check == rights.HIDDEN_ROWS for each in findings):
             findings += await _check_poolers(url, direct_url, processes)
+            if direct_url and findings[-1].status is not Status.FAILURE:
+                findings += await _check_direct(url, direct_url)
     except StoreUnavailable as error:
         findings.append(failure("store", error.message, error.hint))
+    if read_url:
+        findings.append(await _check_read(read_url))
     return findings
+
+
+async def _check_direct(url: str, direct_url: str) -> list[Finding]:
+    """Whether both URLs lead to one store, as at the start of a process."""
+    from keylatch.storage.postgresql import PostgreSQL  # as above
+
+    database = PostgreSQL(url, direct_url)
+    try:
+        await database.identity()
+    except StoreUnavailable as error:
+        return [failure("direct", f"KEYLATCH_STORE_DIRECT: {error.message}", error.hint)]
+    finally:
+        await database.close()
+    return [ok("direct", "KEYLATCH_STORE_DIRECT leads to the same store")]
+
+
+async def _check_read(read_url: str) -> Finding:
+    """Whether the standby for look-ups can answer; without it the primary does."""
+    import psycopg  # as above
+
+    from keylatch.storage.connector import Connector, server_hint
+
+    variable = "KEYLATCH_STORE_READ"
+    parameters = connection_parameters(read_url, needs_primary=False)
+    connector = Connector(parameters, variable, may_be_standby=True)
+    hint = server_hint(variable)
+    try:
+        with translate_errors(psycopg.Error, hint):
+            async with asyncio.timeout(_SECONDS), await connector.connect() as connection:
+                rows = await (await connection.execute(_READABLE, prepare=False)).fetchall()
+    except StoreUnavailable as error:
+        message = f"{variable}: {error.message}; the primary answers all look-ups"
+        return warning("standby", message, error.hint)
+    [(is_standby, has_tables)] = rows
+    if not has_tables:
+        message = (
+            f"{variable} leads to a database without a store; the primary answers all look-ups"
+        )
+        return warning("standby", message, hint)
+    if not is_standby:
+        return warning("standby", f"{variable} leads to a primary", "the URL of a standby, or none")
+    return ok("standby", f"{variable} leads to a standby with a store")
 
 
 async def _check_poolers(url: str, direct_url: str, processes: int) -> list[Finding]:

@@ -68,8 +68,8 @@ def check_replication(
     elif must_replicate:
         yield failure(
             "replication",
-            "KEYLATCH_DURABLE is replicated, and there is no synchronous standby: no process"
-            " starts",
+            "KEYLATCH_DURABLE is replicated, and there is no synchronous standby: a process"
+            " that starts answers every check with 503",
             _how_to_be_synchronous(standbys),
         )
     elif standbys:
