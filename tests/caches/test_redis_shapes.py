@@ -4,12 +4,13 @@ with it, and what it reports."""
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from keylatch.caches import redis_errors
@@ -20,7 +21,7 @@ from keylatch.caches.redis_client import (
     explain,
     name_in_redis,
 )
-from keylatch.caches.redis_connections import Opener
+from keylatch.caches.redis_connections import Opener, Watch
 from keylatch.revocation.notices import Notice, Signer
 from keylatch.revocation.notifier import RedisNotifier
 from tests.support.clock import Clock
@@ -283,6 +284,86 @@ class TestRights:
             assert one.breaker.component_health().reason == "Redis refuses commands"
 
 
+def more_rights(where: str) -> str:
+    """What docs/redis.md has for a shape: a row of its table, or the rights at the Sentinels."""
+    text = (ROOT / "docs/redis.md").read_text()
+    pattern = r"needs `([^`]*)`" if where == "At the Sentinels" else r"\| `([^`]*)` \| " + where
+    found = re.search(pattern, text[text.index("ACL SETUSER") :])
+    assert found is not None
+    return found[1].replace("\\|", "|")
+
+
+def denied(ports: Iterable[int]) -> list[str]:
+    """What servers have denied, without what the page calls optional."""
+    found: list[str] = []
+    for port in ports:
+        with redis.Redis(port=port, socket_timeout=5) as admin:
+            found += [each["object"] for each in admin.acl_log()]
+    return [each for each in found if each != "client|setinfo"]
+
+
+def set_user_at(ports: Iterable[int], name: str, rights: str) -> None:
+    for port in ports:
+        with redis.Redis(port=port, socket_timeout=5) as admin:
+            command = ["ACL", "SETUSER", name, "reset", "on", ">word", *rights.split()]
+            admin.execute_command(*command)
+
+
+@pytest.mark.service("redis")
+@pytest.mark.long
+class TestRightsWithTLS:
+    """The documented rights, at each server of a shape, through TLS alone."""
+
+    async def test_sentinels_and_their_servers(self, tmp_path: Path) -> None:
+        """The Sentinels have another user than the servers that they watch."""
+        deployment = SentinelDeployment(tmp_path, tls=True)
+        try:
+            servers = [each.port for each in deployment.servers]
+            set_user_at(servers, "user", documented_rights())
+            set_user_at(deployment.ports, "watcher", more_rights("At the Sentinels"))
+            url = deployment.url.replace("://", "://user:word@")
+            await use(f"{url}&sentinel_username=watcher&sentinel_password=word")
+            assert denied(servers + deployment.ports) == []
+        finally:
+            deployment.kill()
+
+    async def test_the_nodes_of_a_cluster(self, tmp_path: Path) -> None:
+        """A process starts with two nodes, and finds the others by their addresses."""
+        cluster = ClusterDeployment(tmp_path, tls=True)
+        try:
+            nodes = [each.port for each in cluster.nodes]
+            set_user_at(nodes, "user", f"{documented_rights()} {more_rights('Cluster')}")
+            await use(cluster.url.replace("://", "://user:word@"))
+            assert denied(nodes) == []
+        finally:
+            cluster.kill()
+
+    async def test_the_twin_with_fewer_rights_is_denied(self, tmp_path: Path) -> None:
+        """What the table adds for a Cluster is needed, and the servers say so."""
+        cluster = ClusterDeployment(tmp_path, tls=True)
+        try:
+            nodes = [each.port for each in cluster.nodes]
+            set_user_at(nodes, "user", documented_rights())
+            async with processes(cluster.url.replace("://", "://user:word@")) as (one, _):
+
+                async def is_denied() -> bool:
+                    await one.put(b"1")
+                    return "cluster|slots" in denied(nodes)
+
+                await eventually(is_denied)
+        finally:
+            cluster.kill()
+
+
+async def use(url: str) -> None:
+    """All that two processes do with Redis."""
+    async with processes(url) as (one, other):
+        await expect_notices(one, other)
+        await eventually(lambda: one.put(b"1"))
+        await eventually(lambda: other.get(b"1"))
+        await eventually(lambda: other.mget(b"1"))
+
+
 @pytest.mark.service("redis")
 @pytest.mark.long
 async def test_a_full_redis_is_reported(redis_server: RedisServer) -> None:
@@ -321,6 +402,77 @@ async def test_a_node_of_a_cluster_as_one_server_is_reported(tmp_path: Path) -> 
 
 
 # Failover
+
+
+def test_another_primary_is_tried_at_once() -> None:
+    """By one caller; the twin that does not know of it waits for a second."""
+    clock = Clock()
+    breaker, twin = CircuitBreaker(clock, clock), CircuitBreaker(clock, clock)
+    for each in (breaker, twin):
+        each.record_failure()
+    breaker.primary_changed()
+    assert [breaker.try_acquire(), breaker.try_acquire()] == [True, False]
+    assert not twin.try_acquire()
+
+
+async def test_another_primary_ends_attempts_to_reach_the_old_one() -> None:
+    """It is looked for while Redis does not answer, whatever a look raises; then the attempt that
+    hangs is given up. The twin whose primary is the same keeps its attempt."""
+    for looks in ([OSError(), False, True], [False] * 3):
+        breaker = CircuitBreaker()
+        opener, told = Opener(breaker), asyncio.Event()
+        breaker.on_new_primary = told.set
+        left, looked = list(looks), asyncio.Event()
+
+        async def look(left: list[Any] = left, looked: asyncio.Event = looked) -> bool:
+            if not left:
+                looked.set()
+                return False
+            found = left.pop(0)
+            if isinstance(found, Exception):
+                raise found
+            return bool(found)
+
+        hanging = opener.start(asyncio.Event().wait)
+        breaker.on_failure = Watch(opener, breaker, look).start
+        breaker.record_failure()
+        async with asyncio.timeout(SECONDS):
+            await (told if looks[-1] else looked).wait()
+        assert hanging.cancelled() == looks[-1] == told.is_set()
+        await opener.cancel()
+
+
+class SilentSubscriptions:
+    """A client whose subscriptions receive nothing, as from a host that is gone."""
+
+    def __init__(self) -> None:
+        self.subscribed: asyncio.Queue[None] = asyncio.Queue()
+
+    @asynccontextmanager
+    async def pubsub(self) -> AsyncIterator["SilentSubscriptions"]:
+        yield self
+
+    async def subscribe(self, channel: str) -> None:
+        self.subscribed.put_nowait(None)
+
+    async def get_message(self, timeout: float) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_subscriptions_move_to_another_primary() -> None:
+    """At once; the twin that is told nothing waits for the host that is gone."""
+    breaker, silent = CircuitBreaker(), SilentSubscriptions()
+    notifier = RedisNotifier(None, silent, breaker, CHANNEL, Signer([PEPPER]))
+    task = asyncio.create_task(notifier.subscribe(lambda notice: None))
+    async with asyncio.timeout(SECONDS):
+        await silent.subscribed.get()
+        await asyncio.sleep(0)
+        assert silent.subscribed.empty()
+        breaker.primary_changed()
+        await silent.subscribed.get()
+    assert notifier.health.is_healthy
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 @pytest.mark.service("redis")

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,53 @@ SERVICE = "main"
 
 
 class SentinelDeployment:
-    """A primary, a replica, and three Sentinels that watch them."""
+    """A primary, a replica, and three Sentinels that watch them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for their data.
+        tls: they connect to each other with TLS, and so does the URL.
+    """
+
+    def __init__(self, folder: Path, tls: bool = False) -> None:
         self._sentinels: list[subprocess.Popen[bytes]] = []
-        self.servers = [RedisServer(folder)]
+        self._tls = tls
+        if tls:
+            make_certificates(folder, "IP:127.0.0.1")
+        self.servers: list[RedisServer] = []
         with _killed_on_failure(self):
-            replica_of = ("--replicaof", f"127.0.0.1 {self.servers[0].port}")
-            self.servers.append(RedisServer(folder, *replica_of))
-            self.ports = [self._start_sentinel(folder) for _ in range(3)]
-            hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+            primary = self._start_server(folder)
+            self._start_server(folder, "--replicaof", f"127.0.0.1 {primary}")
+            started = [self._start_sentinel(folder, primary) for _ in range(3)]
+            self.ports = [port for port, _ in started]
+            hosts = ",".join(f"127.0.0.1:{port}" for _, port in started)
             self.url = f"redis+sentinel://{hosts}/{SERVICE}/0"
+            if tls:
+                self.url = f"rediss{self.url[5:]}?ssl_ca_certs={folder / 'ca.crt'}"
             eventually(self._is_complete)
 
-    def _start_sentinel(self, folder: Path) -> int:
+    def _start_server(self, folder: Path, *options: str) -> int:
+        """The port at which the others find it."""
+        port = free_port()
+        more = _tls_options(folder, port, "replication") if self._tls else []
+        self.servers.append(RedisServer(folder, *options, *more))
+        return port if self._tls else self.servers[-1].port
+
+    def _start_sentinel(self, folder: Path, primary: int) -> tuple[int, int]:
+        """Its port for the tests, and the one of the URL."""
         program = require_program(shutil.which("redis-server"), "redis-server")
         port = free_port()
         configuration = folder / f"sentinel-{port}.conf"
         configuration.write_text(
             f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
-            f"sentinel monitor {SERVICE} 127.0.0.1 {self.servers[0].port} 2\n"
+            f"sentinel monitor {SERVICE} 127.0.0.1 {primary} 2\n"
             f"sentinel down-after-milliseconds {SERVICE} 1000\n"
             f"sentinel failover-timeout {SERVICE} 3000\n"
         )
+        tls_port = free_port() if self._tls else port
         command = [program, str(configuration), "--sentinel"]
+        command += _tls_options(folder, tls_port, "replication") if self._tls else []
         self._sentinels.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-        return port
+        return port, tls_port
 
     def _is_complete(self) -> bool:
         """Whether each Sentinel knows the replica and the other Sentinels."""
@@ -73,20 +94,34 @@ class SentinelDeployment:
 
 
 class ClusterDeployment:
-    """A Cluster of three primaries, with a replica for each if wanted."""
+    """A Cluster of three primaries, with a replica for each if wanted.
 
-    def __init__(self, folder: Path, replicas: int = 0) -> None:
+    Args:
+        folder: for their data.
+        replicas: of each primary.
+        tls: they connect to each other with TLS, and so does the URL.
+    """
+
+    def __init__(self, folder: Path, replicas: int = 0, tls: bool = False) -> None:
+        if tls:
+            make_certificates(folder, "IP:127.0.0.1")
         self._cli = require_program(shutil.which("redis-cli"), "redis-tools")
         self._replicas = replicas
         self.nodes: list[RedisServer] = []
+        ports: list[int] = []
         with _killed_on_failure(self):
             for number in range(3 * (1 + replicas)):
                 options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
                 options += ["--cluster-config-file", f"nodes-{number}.conf"]
                 options += ["--cluster-port", str(free_port())]  # by default port + 10,000
+                ports.append(free_port())
+                options += _tls_options(folder, ports[-1], "cluster") if tls else []
                 self.nodes.append(RedisServer(folder, *options))
             addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
             self.url = f"redis+cluster://{addresses[0]},{addresses[1]}"
+            if tls:
+                hosts = f"127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}"
+                self.url = f"rediss+cluster://{hosts}?ssl_ca_certs={folder / 'ca.crt'}"
             self._create(addresses)
             eventually(lambda: all(self._is_complete(node) for node in self.nodes))
 
@@ -138,13 +173,9 @@ class TLSServer:
 
     def __init__(self, folder: Path) -> None:
         self.authority = folder / "ca.crt"
-        make_certificates(folder)
+        make_certificates(folder, "DNS:localhost")
         self.port = free_port()
-        files = ("--tls-cert-file", "server.crt", "--tls-key-file", "server.key")
-        more = ("--tls-ca-cert-file", "ca.crt", "--tls-auth-clients", "no")
-        self.server = RedisServer(
-            folder, "--tls-port", str(self.port), *_in(folder, files), *_in(folder, more)
-        )
+        self.server = RedisServer(folder, *_tls_options(folder, self.port))
         self.url = f"rediss://localhost:{self.port}/0?ssl_ca_certs={self.authority}"
 
     def flush(self) -> None:
@@ -154,12 +185,22 @@ class TLSServer:
         self.server.kill()
 
 
-def _in(folder: Path, options: tuple[str, ...]) -> list[str]:
-    return [str(folder / word) if word.endswith((".crt", ".key")) else word for word in options]
+def _tls_options(folder: Path, port: int, among_servers: str = "") -> list[str]:
+    """Of a command line.
+
+    Args:
+        folder: with the certificates.
+        port: for TLS, beside the plain one.
+        among_servers: what uses TLS between them: `replication` or `cluster`.
+    """
+    options = ["--tls-port", str(port), "--tls-auth-clients", "no"]
+    for name, file in (("cert", "server.crt"), ("key", "server.key"), ("ca-cert", "ca.crt")):
+        options += [f"--tls-{name}-file", str(folder / file)]
+    return options + ([f"--tls-{among_servers}", "yes"] if among_servers else [])
 
 
-def make_certificates(folder: Path) -> None:
-    """`ca.crt`, and `server.crt` with `server.key` for the name `localhost`."""
+def make_certificates(folder: Path, name: str) -> None:
+    """`ca.crt`, and `server.crt` with `server.key` for a name, such as `DNS:localhost`."""
     openssl = require_program(shutil.which("openssl"), "openssl")
 
     def run(*words: str) -> None:
@@ -168,7 +209,7 @@ def make_certificates(folder: Path) -> None:
     new_key = ("-newkey", "rsa:2048", "-nodes", "-keyout")
     run("req", "-x509", *new_key, "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=test")
     run("req", *new_key, "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
-    (folder / "names").write_text("subjectAltName=DNS:localhost\n")
+    (folder / "names").write_text(f"subjectAltName={name}\n")
     signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names")
     run("x509", "-req", "-in", "server.csr", *signed, "-out", "server.crt", "-days", "2")
 
@@ -199,7 +240,7 @@ def deployment(
     shape: str, folder: Path
 ) -> Iterator["RedisServer | SentinelDeployment | ClusterDeployment | TLSServer"]:
     """A running Redis of this shape."""
-    kinds = {
+    kinds: dict[str, Callable[[Path], Any]] = {
         "redis": RedisServer,
         "valkey": valkey_server,
         "sentinel": SentinelDeployment,
@@ -208,6 +249,6 @@ def deployment(
     }
     started = kinds[shape](folder)
     try:
-        yield started  # type: ignore[misc]
+        yield started
     finally:
-        started.kill()  # type: ignore[attr-defined]
+        started.kill()

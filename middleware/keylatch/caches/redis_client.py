@@ -93,8 +93,7 @@ def connect(url: str, breaker: "CircuitBreaker | None" = None, **options: Any) -
     """
     from keylatch.caches import redis_connections, redis_url
 
-    on_failure = None if breaker is None else breaker.connection_failed
-    return redis_connections.client(redis_url.parse(url), TIMEOUT_SECONDS, on_failure, options)
+    return redis_connections.client(redis_url.parse(url), TIMEOUT_SECONDS, breaker, options)
 
 
 def connect_subscriber(url: str, commands: Any) -> Any:
@@ -164,7 +163,8 @@ def _label(word: str) -> str:
 
 
 class CircuitBreaker:
-    """After a failure it is open: no call for one second, then one caller tries (half-open).
+    """After a failure it is open: no call for one second, or until there is another primary; then
+    one caller tries (half-open).
 
     Args:
         timer: seconds, monotonic.
@@ -187,6 +187,10 @@ class CircuitBreaker:
             clock=clock,
         )
         self.refusals = Refusals(clock)
+        self.on_failure: Callable[[], None] | None = None
+        """Called after each failure; the client looks for another primary meanwhile."""
+        self.on_new_primary: Callable[[], None] | None = None
+        """Called when there is another primary; subscriptions move to it."""
         self._open_until = 0.0
 
     async def attempt(self, command: str, call: Callable[[], Awaitable[T]]) -> T | None:
@@ -217,6 +221,17 @@ class CircuitBreaker:
         self._record_error(_CONNECT, error)
         self.record_failure()
 
+    def connection_opened(self) -> None:
+        """A connection is open, so the next caller may try at once."""
+        if self._open_until:
+            self._open_until = self._timer()
+
+    def primary_changed(self) -> None:
+        """Sentinel or the Cluster has another primary, so the next caller may try at once."""
+        self.connection_opened()
+        if self.on_new_primary is not None:
+            self.on_new_primary()
+
     def _record_error(self, command: str, error: BaseException) -> None:
         from keylatch.caches.redis_errors import WRONG_TYPE, is_not_connected, is_reply, refusal
 
@@ -243,6 +258,8 @@ class CircuitBreaker:
 
     def record_failure(self) -> None:
         self._open_until = self._timer() + _OPEN_SECONDS
+        if self.on_failure is not None:
+            self.on_failure()
 
     def record_success(self) -> None:
         self._open_until = 0.0

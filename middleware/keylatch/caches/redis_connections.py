@@ -10,10 +10,11 @@ could not be opened, because a certificate may have been renewed.
 """
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
@@ -37,20 +38,43 @@ _SENTINEL_SECONDS: Final = 0.5
 _MAX_CONNECTIONS: Final = 8
 _MAX_NODE_CONNECTIONS: Final = 32
 
-OnFailure = Callable[[BaseException], None]
+_LOOK_SECONDS: Final = 0.1
+_NODE_SECONDS: Final = 0.25
+"""For each node of a Cluster that is asked for the map."""
+_WATCH_SECONDS: Final = 5.0
+
 Step = Callable[[], Awaitable[object]]
+
+
+class Listener(Protocol):
+    """A circuit breaker, which learns of what happens in the background."""
+
+    on_failure: Callable[[], None] | None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether Redis does not answer."""
+
+    def connection_failed(self, error: BaseException) -> None:
+        """An attempt has failed."""
+
+    def connection_opened(self) -> None:
+        """An attempt has succeeded."""
+
+    def primary_changed(self) -> None:
+        """Another server is the primary."""
 
 
 class Opener:
     """Opens the connections of one client.
 
     Args:
-        on_failure: called with the error of each failed attempt, and connections open in the
-            background; None: callers wait up to 2 s and get the error themselves.
+        listener: learns of each attempt, and connections open in the background; None: callers
+            wait up to 2 s and get the error themselves.
     """
 
-    def __init__(self, on_failure: OnFailure | None) -> None:
-        self.on_failure = on_failure
+    def __init__(self, listener: Listener | None) -> None:
+        self.listener = listener
         self._opening: set[asyncio.Task[Any] | None] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._tls: Any = None
@@ -70,7 +94,11 @@ class Opener:
 
     def start(self, step: Step) -> asyncio.Task[None]:
         """Run an attempt in the background."""
-        task = asyncio.create_task(self._report(step), name="keylatch-redis-open")
+        return self.run(self._report(step), "keylatch-redis-open")
+
+    def run(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a task that `cancel` ends."""
+        task = asyncio.create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
@@ -79,8 +107,11 @@ class Opener:
         try:
             await self.open(step)
         except Exception as error:  # noqa: BLE001 - every error of redis-py means "not connected"
-            if self.on_failure is not None:
-                self.on_failure(error)
+            if self.listener is not None:
+                self.listener.connection_failed(error)
+        else:
+            if self.listener is not None:
+                self.listener.connection_opened()
 
     async def open(self, step: Step) -> None:
         """Run an attempt of at most two seconds."""
@@ -103,6 +134,46 @@ class Opener:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Watch:
+    """Looks for another primary while the one that is known does not answer.
+
+    Without it a caller would find the new primary when the breaker lets it try, up to a second
+    later, or three if an attempt to open a connection to the old one hangs.
+
+    Args:
+        opener: its attempts are given up when there is another primary.
+        listener: learns of it.
+        has_changed: asks the Sentinels or the nodes.
+    """
+
+    def __init__(
+        self, opener: Opener, listener: Listener, has_changed: Callable[[], Awaitable[bool]]
+    ) -> None:
+        self._opener = opener
+        self._listener = listener
+        self._has_changed = has_changed
+        self._until = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Look for five seconds, which is longer than callers wait until their next failure."""
+        self._until = asyncio.get_running_loop().time() + _WATCH_SECONDS
+        if self._task is None or self._task.done():
+            self._task = self._opener.run(self._look(), "keylatch-redis-watch")
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._listener.is_open and loop.time() < self._until:
+            await asyncio.sleep(_LOOK_SECONDS)
+            with contextlib.suppress(Exception):  # the next look may succeed
+                await self._opener.open(self._step)
+
+    async def _step(self) -> None:
+        if await self._has_changed():
+            await self._opener.cancel()
+            self._listener.primary_changed()
+
+
 class _Attempts:
     """Opens one connection, or one Cluster: one attempt at a time."""
 
@@ -122,7 +193,7 @@ class _Attempts:
         opener = self._opener
         if opener.is_opening():
             await step()
-        elif opener.on_failure is None:
+        elif opener.listener is None:
             await opener.open(step)
         else:
             await self._wait(step)
@@ -212,6 +283,12 @@ class _Pool(BlockingConnectionPool):
 class _SentinelPool(SentinelConnectionPool, _Pool):
     """To the primary; asks the Sentinels for its address at each connect."""
 
+    async def has_changed(self) -> bool:
+        """Whether the primary is another one than at the last connect."""
+        last = self.master_address
+        now = await self.get_master_address()  # type: ignore[no-untyped-call]
+        return bool(now != last)
+
     async def disconnect(self, inuse_connections: bool = True) -> None:
         await super().disconnect(inuse_connections)
         if inuse_connections:
@@ -244,6 +321,31 @@ class _Cluster(RedisCluster):
         """Before the next command: a node may have failed."""
         self._initialize = True
 
+    async def has_changed(self) -> bool:
+        """Whether a node knows other primaries than the map; then the map is read again, but not
+        from nodes that do not answer or are no primary any more."""
+        manager = self.nodes_manager
+        nodes = {**manager.startup_nodes, **manager.nodes_cache}
+        known = {node.name for node in self.get_primaries()}
+        for name in random.sample(list(nodes), len(nodes)):
+            try:
+                async with asyncio.timeout(_NODE_SECONDS):
+                    slots = await nodes[name].execute_command("CLUSTER SLOTS")
+            except Exception:  # noqa: BLE001 - the next one may answer
+                del nodes[name]
+                continue
+            primaries = {_node_name(slot[2], nodes[name]) for slot in slots}
+            if primaries == known:
+                return False
+            for gone in known - primaries - {name}:
+                nodes.pop(gone, None)
+            await self._opener.cancel()  # an attempt that hangs holds redis-py's lock
+            manager.startup_nodes = nodes
+            self.read_map_again()
+            await self.initialize()
+            return True
+        return False
+
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -260,6 +362,12 @@ class _Cluster(RedisCluster):
         self._initialize = True
         await self.nodes_manager.aclose()
         await self.nodes_manager.aclose("startup_nodes")
+
+
+def _node_name(address: Any, asked: ClusterNode) -> str:
+    """redis-py's name of a node in a reply; a node that knows no address of its own tells none."""
+    host = address[0].decode() if isinstance(address[0], bytes) else address[0]
+    return f"{host or asked.host}:{address[1]}"
 
 
 class ClusterSubscriber:
@@ -286,32 +394,36 @@ class ClusterSubscriber:
 
 
 def client(
-    url: RedisURL, timeout: float, on_failure: OnFailure | None, options: dict[str, Any]
+    url: RedisURL, timeout: float, listener: Listener | None, options: dict[str, Any]
 ) -> Any:
     """A client for the commands.
 
     Args:
         url: where Redis is.
         timeout: seconds that a caller waits for a free connection.
-        on_failure: see `Opener`.
+        listener: see `Opener`; of Sentinels or a Cluster it also learns of another primary.
         options: of a redis-py connection.
     """
-    opener = Opener(on_failure)
+    opener = Opener(listener)
     options = {**_defaults(), **options, **url.options}
     if url.shape == "cluster":
         options = {"max_connections": _MAX_NODE_CONNECTIONS, **options}
         cluster = _Cluster(url, opener, timeout, options)
-        if on_failure is not None:
+        if listener is not None:
+            watch = Watch(opener, listener, cluster.has_changed)
 
-            def failed(error: BaseException) -> None:
+            def failed() -> None:
                 cluster.read_map_again()
-                on_failure(error)
+                watch.start()
 
-            opener.on_failure = failed
+            listener.on_failure = failed
         return cluster
     options = {"max_connections": _MAX_CONNECTIONS, "timeout": timeout, **options, "opener": opener}
     if url.shape == "sentinel":
-        return _sentinel_client(url, options)
+        made = _sentinel_client(url, options)
+        if listener is not None:
+            listener.on_failure = Watch(opener, listener, made.connection_pool.has_changed).start
+        return made
     options["connection_class"] = _connection_class(options.pop("connection_class", None))
     return Redis.from_pool(_Pool(**options))
 

@@ -7,7 +7,8 @@ payload without rows, or without a valid MAC, makes a process poll the store.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, Protocol
 
 from keylatch.caches.redis_client import CircuitBreaker, explain, failures
@@ -69,6 +70,8 @@ class RedisNotifier:
         self._breaker = breaker
         self._channel = channel
         self._signer = signer
+        self._limit: asyncio.Timeout | None = None
+        breaker.on_new_primary = self._subscribe_anew
 
     async def publish(self, notice: Notice | None) -> None:
         signed = self._signer.sign(notice)
@@ -76,13 +79,28 @@ class RedisNotifier:
 
     async def subscribe(self, on_notice: OnNotice) -> None:
         while True:
-            try:
-                async with self._subscriber.pubsub() as subscription:
-                    await subscription.subscribe(self._channel)
-                    await self._receive(subscription, on_notice)
-            except failures() as error:
-                self.health.record_failure(*explain(error))
-                await asyncio.sleep(_RETRY_SECONDS)
+            async with self._until_new_primary():
+                try:
+                    async with self._subscriber.pubsub() as subscription:
+                        await subscription.subscribe(self._channel)
+                        await self._receive(subscription, on_notice)
+                except failures() as error:
+                    self.health.record_failure(*explain(error))
+                    await asyncio.sleep(_RETRY_SECONDS)
+
+    @asynccontextmanager
+    async def _until_new_primary(self) -> AsyncIterator[None]:
+        # A host that is gone closes no connection, and the pause after a failure need not end.
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None) as self._limit:
+                    yield
+        finally:
+            self._limit = None
+
+    def _subscribe_anew(self) -> None:
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def _receive(self, subscription: Any, on_notice: OnNotice) -> None:
         while True:
