@@ -173,6 +173,11 @@ class Way:
         """Of the store at its end."""
         return store_url(self._proxy.port)
 
+    @property
+    def round_trips(self) -> int:
+        """Of all clients so far."""
+        return self._proxy.round_trips
+
     def lead_to(self, port: int, *, cut: bool = True) -> None:
         """New connections go there; `cut`: those that exist are reset."""
         self._do(lambda: self._proxy.lead_to(port))
