@@ -171,7 +171,12 @@ class Way:
     @property
     def url(self) -> str:
         """Of the store at its end."""
-        return store_url(self._proxy.port)
+        return store_url(self.port)
+
+    @property
+    def port(self) -> int:
+        """Of its near end."""
+        return self._proxy.port
 
     @property
     def round_trips(self) -> int:
