@@ -22,6 +22,7 @@ class _Connection:
         self.client = client
         self.server: asyncio.StreamWriter | None = None
         self.has_lost_bytes = False
+        self.is_asking = False
 
     def abort(self) -> None:
         self.client.transport.abort()
@@ -36,7 +37,9 @@ class Proxy:
         port: of the server, on this machine.
 
     Attributes:
-        passed: bytes that the server was sent so far.
+        forwarded_bytes: that the server was sent so far.
+        round_trips: requests so far, as a network counts them: what a client sends before it waits
+            for an answer is one.
     """
 
     def __init__(self, port: int) -> None:
@@ -48,6 +51,7 @@ class Proxy:
         self._blackholing = 0
         self._bytes_before_blackhole = 0
         self.forwarded_bytes = 0
+        self.round_trips = 0
         self._resetting = 0
         self._held = 0
         self._delays: list[float] = []
@@ -170,6 +174,9 @@ class Proxy:
     ) -> None:
         while True:
             data = await _read(source)
+            if data and not is_response and not connection.is_asking:
+                self.round_trips += 1
+            connection.is_asking = not is_response
             if self._blackholing:
                 if not self._bytes_before_blackhole:
                     connection.has_lost_bytes = True

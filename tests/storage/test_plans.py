@@ -44,9 +44,12 @@ TODAY = NOW // DAY_MS
 SEEN = Client("192.0.2.0/24", "curl", NOW)
 TALLY = UsageBatch("another", 1, TODAY, {(ONE, TODAY, "allowed"): 7}, {ONE: SEEN})
 ASKED: dict[str, Callable[[Connection], object]] = {
-    "a cold look-up": lambda c: c.execute(records.FIND.statement, {"key_id": ONE}).all(),
+    "a cold look-up": lambda c: c.execute(
+        records.FIND.statement, {"key_id": ONE, "anchor": 0}
+    ).all(),
     "an uncached look-up of an imported token": lambda c: c.execute(
-        records.FIND_BY_LOCATOR.statement, dict.fromkeys(records.LOCATOR_PARAMETERS, "seam:a_b")
+        records.FIND_BY_LOCATOR.statement,
+        {"anchor": 0} | dict.fromkeys(records.LOCATOR_PARAMETERS, "seam:a_b"),
     ).all(),
     "imported keys": lambda c: on(c, KeyRepository).import_many(
         [(replace(record(f"key_imported{n}", "org1"), locator=f"seam:{n}"), "") for n in range(9)]

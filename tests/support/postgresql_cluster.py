@@ -171,7 +171,17 @@ class Way:
     @property
     def url(self) -> str:
         """Of the store at its end."""
-        return store_url(self._proxy.port)
+        return store_url(self.port)
+
+    @property
+    def port(self) -> int:
+        """Of its near end."""
+        return self._proxy.port
+
+    @property
+    def round_trips(self) -> int:
+        """Of all clients so far."""
+        return self._proxy.round_trips
 
     def lead_to(self, port: int, *, cut: bool = True) -> None:
         """New connections go there; `cut`: those that exist are reset."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, Update, delete, func, insert, select
 
 from keylatch.core.decisions import AuditEvent
 from keylatch.storage.repository import Repository, may_delete, reads, writes
@@ -36,10 +36,29 @@ def record_event(
     key_id: str | None = None,
     details: Mapping[str, Any] | None = None,
     environment: str | None = None,
+    *,
+    change: Update | None = None,
 ) -> None:
-    """Add an event; see `AuditEvent`. `environment`: of the key."""
-    targets = [(organization_id, key_id, details, environment)]
-    record_events(connection, at, actor, action, targets)
+    """Add an event; see `AuditEvent`.
+
+    Args:
+        connection: of the transaction.
+        at: the time of the change.
+        actor: who made it.
+        action: what it is called.
+        organization_id: the organisation that it concerns.
+        key_id: the key that it concerns.
+        details: more about it.
+        environment: of the key.
+        change: the change, if it is not made yet.
+    """
+    values = _event(at, actor, action, organization_id, key_id, details, environment)
+    event = insert(audit).values(values).inline()  # without RETURNING, which is a right to read
+    if change is not None and connection.dialect.name == "postgresql":  # one round trip
+        event = event.add_cte(change.cte("changed"))
+    elif change is not None:
+        connection.execute(change)
+    connection.execute(event)
 
 
 def record_events(
@@ -50,21 +69,27 @@ def record_events(
     targets: Sequence[tuple[str | None, str | None, Mapping[str, Any] | None, str | None]],
 ) -> None:
     """Add an event for each target: organisation, key, details, environment of the key."""
-    connection.execute(
-        insert(audit),
-        [
-            {
-                "at": at,
-                "actor": actor,
-                "action": action,
-                "organization_id": organization_id,
-                "key_id": key_id,
-                "details": json.dumps(details, separators=(",", ":")) if details else None,
-                "environment": environment,
-            }
-            for organization_id, key_id, details, environment in targets
-        ],
-    )
+    connection.execute(insert(audit), [_event(at, actor, action, *target) for target in targets])
+
+
+def _event(
+    at: int,
+    actor: str,
+    action: str,
+    organization_id: str | None,
+    key_id: str | None,
+    details: Mapping[str, Any] | None,
+    environment: str | None,
+) -> dict[str, Any]:
+    return {
+        "at": at,
+        "actor": actor,
+        "action": action,
+        "organization_id": organization_id,
+        "key_id": key_id,
+        "details": json.dumps(details, separators=(",", ":")) if details else None,
+        "environment": environment,
+    }
 
 
 class AuditRepository(Repository):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection, and_, true
 
 from keylatch.core.decisions import (
     FULL,
@@ -30,11 +30,7 @@ from keylatch.core.decisions import (
     secret_version_of,
     unusable_reason,
 )
-from keylatch.core.validation import (
-    check_may_grant,
-    check_may_grant_until,
-    has_access_to_environment,
-)
+from keylatch.core.validation import LIVE, check_may_grant, check_may_grant_until
 from keylatch.errors import CallerRefused, NotPermitted
 from keylatch.storage.database import Contended
 from keylatch.storage.quotas import Quotas
@@ -72,13 +68,15 @@ class Actor:
         """The acting key; None: an operator."""
         return None if self.principal is None else self.principal.key_id
 
-    def can_see(self, record: KeyRecord) -> bool:
-        """Whether a key is of its organisation and in an environment that it has access to.
-        Neither ever changes, so this holds in the transaction as well."""
-        return self.principal is None or (
-            record.organization_id == self.principal.organization_id
-            and has_access_to_environment(self.principal, record.environment)
-        )
+    def can_see(self) -> ColumnElement[bool]:
+        """Whether a key is of its organisation and in an environment that it has access to
+        (`has_access_to_environment`)."""
+        if self.principal is None:
+            return true()
+        is_of_organization = keys.c.organization_id == self.principal.organization_id
+        if self.principal.environment == LIVE:
+            return is_of_organization
+        return and_(is_of_organization, keys.c.environment == self.principal.environment)
 
 
 OPERATOR: Final = Actor("operator")
@@ -147,15 +145,39 @@ def authorize(
     return reauthorize(principal, acting, actor.now_ms(), is_self_revocation=is_self_revocation)
 
 
-def stored_key(
-    connection: Connection, organization_id: str, key_id: str, *, lock: bool = False
-) -> StoredKey | None:
-    """A key of an organisation; `lock`: no other transaction changes it until this one ends."""
+def stored_key(connection: Connection, organization_id: str, key_id: str) -> StoredKey | None:
+    """A key of an organisation."""
     statement = _STORED_KEYS.where(keys.c.id == key_id, keys.c.organization_id == organization_id)
+    row = connection.execute(statement).first()
+    return None if row is None else _stored_key(row)
+
+
+def visible_key(
+    connection: Connection, actor: Actor, organization_id: str, key_id: str, *, lock: bool = True
+) -> StoredKey | None:
+    """A key of an organisation that the actor can see; None: there is none.
+
+    Args:
+        connection: of the transaction.
+        actor: the caller.
+        organization_id: of the key.
+        key_id: of the key.
+        lock: no other transaction changes it until this one ends. What the actor cannot see is not
+            locked: it must not delay those who can.
+
+    Raises:
+        CallerRefused, NotPermitted: as `authorize`, where there is none.
+    """
+    statement = _STORED_KEYS.where(
+        keys.c.id == key_id, keys.c.organization_id == organization_id, actor.can_see()
+    )
     if lock:
         statement = statement.with_for_update(of=keys)
     row = connection.execute(statement).first()
-    return None if row is None else _stored_key(row)
+    if row is None:
+        authorize(connection, actor)
+        return None
+    return _stored_key(row)
 
 
 def lock_keys(

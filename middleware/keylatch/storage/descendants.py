@@ -9,7 +9,7 @@ from sqlalchemy import Connection, literal, select, update
 
 from keylatch.core.decisions import KeyRecord
 from keylatch.storage.audit import record_events
-from keylatch.storage.authorization import OPERATOR, Actor, authorize, lock_keys, stored_key
+from keylatch.storage.authorization import OPERATOR, Actor, authorize, lock_keys, visible_key
 from keylatch.storage.invalidation_log import advance_for_each, sequence
 from keylatch.storage.key_changes import deletion_details, deletion_values, next_updated_at
 from keylatch.storage.records import SELECT_RECORDS, record_of
@@ -40,9 +40,7 @@ class DescendantRepository(Repository):
         Returns:
             the key, how many were deleted, and the sequence number; None: no such key.
         """
-        root = stored_key(connection, organization_id, key_id)
-        if root is None or not by.can_see(root.record):
-            authorize(connection, by)
+        if visible_key(connection, by, organization_id, key_id, lock=False) is None:
             return None
         family = descendants_of(connection, organization_id, key_id)
         found = dict(lock_keys(connection, organization_id, family))

@@ -26,6 +26,7 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from keylatch.storage.database import Query, Rows
 from keylatch.storage.repository import (
@@ -277,9 +278,18 @@ def advance(
         steps: by how much.
         revokes: what the change takes away.
     """
-    seq = _advance(connection, steps)
-    row = Invalidation(seq, key_id, organization_id, seq.row_id, revokes, now_ms)
-    connection.execute(insert(invalidations).values(row._asdict()))
+    row = Invalidation(0, key_id, organization_id, _new_row_id(), revokes, now_ms)
+    if connection.dialect.name == "postgresql":  # one round trip
+        advanced = _advancing(connection, steps).cte("advanced")
+        values = row._asdict() | {"seq": advanced.c.seq}
+        columns = [
+            cast(value, invalidations.c[name].type).label(name) for name, value in values.items()
+        ]
+        statement = insert(invalidations).from_select(list(values), select(*columns))
+        number = connection.execute(statement.returning(invalidations.c.seq)).scalar_one()
+        return ChangeSeq.of(Position(number, row.row_id))
+    seq = _advance(connection, steps, row.row_id)
+    connection.execute(insert(invalidations).values(row._replace(seq=seq)._asdict()))
     return seq
 
 
@@ -287,7 +297,7 @@ def advance_for_each(
     connection: Connection, now_ms: int, key_ids: Sequence[str], *, revokes: Revokes | None = None
 ) -> int:
     """A sequence number and an invalidation for each of several keys; returns the last number."""
-    seq = _advance(connection, len(key_ids))
+    seq = _advance(connection, len(key_ids), _new_row_id())
     row_ids = [*(_new_row_id() for _ in key_ids[1:]), seq.row_id]
     first = seq - len(key_ids) + 1
     connection.execute(
@@ -300,15 +310,20 @@ def advance_for_each(
     return seq
 
 
-def _advance(connection: Connection, steps: int) -> ChangeSeq:
+def _advance(connection: Connection, steps: int, row_id: int) -> ChangeSeq:
+    number = connection.execute(_advancing(connection, steps)).scalar_one()
+    return ChangeSeq.of(Position(number, row_id))
+
+
+def _advancing(connection: Connection, steps: int) -> ReturningUpdate[int]:
+    """The statement that advances the sequence number and returns it."""
     values: dict[str, Any] = {"seq": meta.c.seq + steps}
     if connection.dialect.name == "postgresql":
         started = server_started()
         is_same = meta.c.server_started == started
         values["server_started"] = started
         values["server_since"] = case((is_same, meta.c.server_since), else_=server_now_ms())
-    statement = update(meta).values(values).returning(meta.c.seq)
-    return ChangeSeq.of(Position(connection.execute(statement).scalar_one(), _new_row_id()))
+    return update(meta).values(values).returning(meta.c.seq)
 
 
 def _new_row_id() -> int:

@@ -157,11 +157,9 @@ def apply_change(
 ) -> KeyRecord:
     """Change columns of a locked key and write the audit event; return the changed key."""
     updated_at = updated_after(record, now_ms)
-    connection.execute(
-        update(keys).where(keys.c.id == record.id).values(**values, updated_at=updated_at)
-    )
-    place = record.organization_id, record.id
-    record_event(connection, now_ms, by.name, action, *place, details, record.environment)
+    change = update(keys).where(keys.c.id == record.id).values(**values, updated_at=updated_at)
+    place = record.organization_id, record.id, details, record.environment
+    record_event(connection, now_ms, by.name, action, *place, change=change)
     changed = {name: value for name, value in values.items() if name in KeyRecord.__slots__}
     return replace(record, **changed, updated_at=updated_at)
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, or_, select, update
 
 from keylatch.core.decisions import KeyRecord
 from keylatch.core.keys import Key
-from keylatch.storage.authorization import OPERATOR, Actor, authorize, stored_key
+from keylatch.storage.authorization import OPERATOR, Actor, authorize, visible_key
 from keylatch.storage.invalidation_log import advance, sequence
 from keylatch.storage.key_changes import (
     GRANT_COLUMNS,
@@ -273,19 +273,17 @@ class KeyRepository(Repository):
         Returns:
             the record and a sequence number at which it is true; None: no such key.
         """
-        for lock in (False, True):  # a key that is not changed is not locked
-            found = stored_key(connection, organization_id, key_id, lock=lock)
-            if found is None or not by.can_see(found.record):
-                authorize(connection, by)
-                return None
-            record = found.record
-            is_unchanged = all(getattr(record, name) == value for name, value in values.items())
-            if record.deleted_at is not None or is_unchanged:
-                if values.get("active") is False:
-                    # The first attempt may have been cut off while it waited for a standby.
-                    lock_sequence(connection)
-                authorize(connection, by)
-                return record, sequence(connection)
+        found = visible_key(connection, by, organization_id, key_id)
+        if found is None:
+            return None
+        record = found.record
+        is_unchanged = all(getattr(record, name) == value for name, value in values.items())
+        if record.deleted_at is not None or is_unchanged:
+            if values.get("active") is False:
+                # The first attempt may have been cut off while it waited for a standby.
+                lock_sequence(connection)
+            authorize(connection, by)
+            return record, sequence(connection)
         seq = advance(connection, now_ms, key_id=key_id, revokes=what_is_revoked(record, values))
         authority = authorize(connection, by)
         authority.check(organization_id, record.permission, record.environment)

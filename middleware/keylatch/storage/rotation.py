@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from keylatch.core.decisions import KeyRecord, secret_version_of
 from keylatch.errors import InvalidKeyState
-from keylatch.storage.authorization import OPERATOR, Actor, StoredKey, authorize, stored_key
+from keylatch.storage.authorization import OPERATOR, Actor, StoredKey, authorize, visible_key
 from keylatch.storage.invalidation_log import Revokes, advance, sequence
 from keylatch.storage.key_changes import (
     apply_change,
@@ -60,7 +60,7 @@ class RotationRepository(Repository):
         if committed is not None:  # by an earlier attempt whose answer was lost
             lock_sequence(connection)
             return committed, sequence(connection)
-        found = _lock_visible_key(connection, by, organization_id, key_id)
+        found = visible_key(connection, by, organization_id, key_id)
         if found is None:
             return None
         ends_a_secret = ends_at is None or found.record.grace_ends_at(now_ms) is not None
@@ -102,7 +102,7 @@ class RotationRepository(Repository):
         Raises:
             InvalidKeyState: the key was deleted, or has one secret.
         """
-        found = _lock_visible_key(connection, by, organization_id, key_id)
+        found = visible_key(connection, by, organization_id, key_id)
         if found is None:
             return None
         seq = advance(connection, now_ms, key_id=key_id, revokes="disable")
@@ -139,7 +139,7 @@ class RotationRepository(Repository):
         Raises:
             InvalidKeyState: the secret is not one of the key's any more, or the key was deleted.
         """
-        found = _lock_visible_key(connection, by, organization_id, key_id)
+        found = visible_key(connection, by, organization_id, key_id)
         if found is None:
             return None
         is_current = secret == secret_version_of(found.record)
@@ -156,17 +156,6 @@ class RotationRepository(Repository):
             )
         action = "key.rotate.finish"
         return apply_change(connection, record, now_ms, _CLEAR_PREVIOUS, by, action, {}), seq
-
-
-def _lock_visible_key(
-    connection: Connection, by: Actor, organization_id: str, key_id: str
-) -> StoredKey | None:
-    """A key that the actor can see, locked."""
-    found = stored_key(connection, organization_id, key_id)
-    if found is None or not by.can_see(found.record):
-        authorize(connection, by)
-        return None
-    return stored_key(connection, organization_id, key_id, lock=True)
 
 
 def _require_not_deleted(found: StoredKey) -> KeyRecord:
