@@ -485,6 +485,36 @@ def test_a_replica_fails(
     assert "this is a replica" in doctor_run.findings_of("primary")
 
 
+def test_the_other_two_urls_are_examined(
+    operator: Operator, postgres: PostgresServer, request: pytest.FixtureRequest
+) -> None:
+    """The direct URL leads to the store itself, and the one for reading to a standby that has it;
+    without that standby the primary answers, so it is a warning."""
+    url, other = postgres.new_database(), postgres.new_database()
+    operator.set(STORE=url)
+    operator.create()
+    replica = request.getfixturevalue("replica")
+    standby = f"{replica}/{url.rpartition('/')[2]}"
+
+    def status(check: str, **urls: str) -> str:
+        operator.set(**urls)
+        return DoctorRun(operator, "--lease", "0.1").status_of(check)
+
+    assert [status("direct", STORE_DIRECT=each) for each in (url, other, standby)] == [
+        "ok",
+        "failure",
+        "failure",
+    ]
+    operator.set(STORE_DIRECT="")
+    readable = (standby, url, f"{replica}/{other.rpartition('/')[2]}", f"{replica}/nothing")
+    assert [status("standby", STORE_READ=each) for each in readable] == [
+        "ok",
+        "warning",
+        "warning",
+        "warning",
+    ]
+
+
 def test_standbys_that_are_not_synchronous_are_a_warning(
     operator: Operator, postgres: PostgresServer, request: pytest.FixtureRequest
 ) -> None:
