@@ -317,6 +317,10 @@ class _Cluster(RedisCluster):
             await self._attempts.run(step, lambda: not self._initialize)
         return self
 
+    async def publish(self, channel: Any, message: Any, **options: Any) -> int:
+        """Send a message; redis-py 6.2 has no such method for a Cluster."""
+        return int(await self.execute_command("PUBLISH", channel, message, **options))
+
     def read_map_again(self) -> None:
         """Before the next command: a node may have failed."""
         self._initialize = True
