@@ -1,6 +1,7 @@
 """Notices: applied before the next poll, acknowledged against the store's own log, never forged."""
 
 import asyncio
+import hmac
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 
@@ -65,6 +66,14 @@ class TestSeal:
             forged.append(signed[:at] + bytes([byte ^ 1]) + signed[at + 1 :])
         forged += [signed[:-1], signed + b" ", signed[64:], b"0" * 10_000_000]
         assert {signer.verify(each) for each in forged} == {None}
+
+    def test_a_notice_of_an_earlier_version_makes_a_process_poll(self) -> None:
+        """While a deployment is upgraded: it has no row ids, and to read it would end the task that
+        receives notices."""
+        body = b'["epoch",5,6,[[6,"key_a",null]]]'
+        derived = hmac.digest(b"pepper", b"keylatch: MAC of notices", "sha256")
+        signed = hmac.digest(derived, body, "sha256").hex().encode() + body
+        assert Signer([b"pepper"]).verify(signed) is None
 
     def test_too_much_for_a_notice_is_not_published(self) -> None:
         """PostgreSQL's NOTIFY takes less than 8,000 bytes; the others look then."""
