@@ -1,7 +1,9 @@
 """A store that loses its last changes: what they revoked is refused, and revoked again."""
 
 import asyncio
-from collections.abc import Iterable
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -15,7 +17,7 @@ from keylatch.management.keyring import Created, Keyring
 from keylatch.revocation.invalidations import Break, Invalidations
 from keylatch.storage.invalidation_log import Position
 from keylatch.storage.schema import audit, invalidations, keys, meta, organizations
-from keylatch.storage.store import Found, Invalidation, Store
+from keylatch.storage.store import Found, Invalidation, InvalidationBatch, Store
 from tests.support.engines import MakeEngine
 from tests.support.servers import PostgresServer
 
@@ -232,3 +234,44 @@ async def test_a_repetition_counts_in_the_history_of_the_leases_only(engine: Eng
         )
     engine._invalidations.position = known
     await engine.stop()
+
+
+class Unlocked(Invalidations):
+    """The broken twin: a break may come in the middle of a release."""
+
+    def clear(self) -> None:
+        super().clear()
+        self._lock = contextlib.nullcontext()  # type: ignore[assignment]
+
+
+class Interrupted(tuple[Invalidation, ...]):
+    """Another thread notices a break when these are read for the last time."""
+
+    reads = 0
+    thread: threading.Thread
+
+    def __iter__(self) -> Iterator[Invalidation]:
+        self.reads += 1
+        if self.reads == 2:
+            self.thread.start()
+            self.thread.join(0.2)  # it is over then, or it waits
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("kind", [Invalidations, Unlocked])
+def test_a_break_in_the_middle_of_a_release_forgets_nothing(kind: type[Invalidations]) -> None:
+    """On SQLite a thread of a WSGI server may notice the next break while the event loop releases
+    what the last one withheld."""
+    breaks: list[Break] = []
+    known = kind(breaks.append)
+    row = Invalidation(2, "key_a", None, 7, "delete")
+    known.begin(InvalidationBatch(1, "epoch", True, row_id=6))
+    known.apply(InvalidationBatch(2, "epoch", True, (row,), row_id=7, since_row_id=6))
+    known.apply(InvalidationBatch(1, "epoch", True, row_id=6))
+    rows = Interrupted(breaks[0].revocations)
+    restored = InvalidationBatch(0, "epoch", True)
+    rows.thread = threading.Thread(target=lambda: known.apply(restored))
+    known.release(rows)
+    rows.thread.join()
+    is_remembered = breaks[1].revocations == (row,)
+    assert is_remembered == (not known.accepts("key_a", "acme", 9)) == (kind is Invalidations)

@@ -1,6 +1,7 @@
 """Notices: applied before the next poll, acknowledged against the store's own log, never forged."""
 
 import asyncio
+import hmac
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 
@@ -65,6 +66,14 @@ class TestSeal:
             forged.append(signed[:at] + bytes([byte ^ 1]) + signed[at + 1 :])
         forged += [signed[:-1], signed + b" ", signed[64:], b"0" * 10_000_000]
         assert {signer.verify(each) for each in forged} == {None}
+
+    def test_a_notice_of_an_earlier_version_makes_a_process_poll(self) -> None:
+        """While a deployment is upgraded: it has no row ids, and to read it would end the task that
+        receives notices."""
+        body = b'["epoch",5,6,[[6,"key_a",null]]]'
+        derived = hmac.digest(b"pepper", b"keylatch: MAC of notices", "sha256")
+        signed = hmac.digest(derived, body, "sha256").hex().encode() + body
+        assert Signer([b"pepper"]).verify(signed) is None
 
     def test_too_much_for_a_notice_is_not_published(self) -> None:
         """PostgreSQL's NOTIFY takes less than 8,000 bytes; the others look then."""
@@ -321,7 +330,9 @@ class TestPostgreSQL:
     async def test_a_process_that_knows_another_history_acknowledges_nothing(
         self, store: Store
     ) -> None:
-        """Its sequence number exists in the log, as another row."""
+        """Its sequence number exists in the log, as another row. What it had acknowledged of the
+        other history, with a number that may be higher than all of this one, counts no more: a
+        change that is made before its next poll would be answered too early."""
         record = KeyRecord("key_a", "acme", "ci", "FULL", "live", "kl_...abcd", True, True, 0, 0)
         _, first = await store.keys.add(record, "hashed")
         second = await store.organizations.set_active("acme", 0, False)
@@ -330,7 +341,8 @@ class TestPostgreSQL:
         lost = two._replace(row_id=two.row_id + 1)
         for known, pending in ((lost.position, ()), (one._replace(row_id=1).position, (two,))):
             poll = await store.leases.poll("member", known, 5, pending)
-            assert (poll.is_member, poll.acknowledged_seq) == (True, first)
+            assert (poll.is_member, poll.acknowledged_seq) == (True, 0)
+            assert list((await store.leases.laggards(first, 5)).grants) == ["member"]
         assert poll.batch.since_row_id == one.row_id
         assert (await store.leases.poll("member", two.position, 5)).acknowledged_seq == second
 

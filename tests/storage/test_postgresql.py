@@ -297,6 +297,24 @@ async def test_no_change_is_made_on_another_server_than_the_one_that_grants_leas
     await store.leases.poll("member", START, PATIENT)
     with pytest.raises(StoreUnavailable, match="another server"):
         await revoke(store)
+    # Nor read: it says what the new primary has lost, and that nothing has to be repeated there.
+    with pytest.raises(StoreUnavailable, match="another server"):
+        await store.invalidations.missing([], 0)
+    await store.close()
+
+
+@pytest.mark.long
+async def test_a_store_is_opened_again_after_a_restart_of_the_server(machines: Machines) -> None:
+    """The lease before was granted by the server as it ran then: it is over. So an engine that was
+    stopped, or whose start failed, can be started again."""
+    node = machines.primary()
+    store = await open_store(node.url)
+    await store.leases.join("member", NOW, PATIENT)
+    await store.leases.poll("member", START, PATIENT)
+    node.kill()
+    node.start()
+    await store.open(NOW)
+    assert (await store.invalidations.since(0, PATIENT)).seq == 1
     await store.close()
 
 

@@ -223,15 +223,18 @@ class Lookup:
         raise StoreUnavailable("the store and its log of changes are not the same server's")
 
     async def _find_on_standby(self, token: Token) -> Found | None:
-        """The key as a standby has it, if that is its present state as far as is known here."""
-        anchor = self._invalidations.known.seq
-        found = await self._store.keys.find_on_standby(token.key_id, anchor)
-        as_of = None if found is None else self._invalidations.as_of(found.log)
-        if found is None or as_of is None:
+        """The key as a standby has it, if that is its present state as far as is known here.
+
+        A standby that was promoted, or that follows an old primary, has changes of its own. So its
+        newest row must be one that was read here from the server that grants the leases.
+        """
+        found = await self._store.keys.find_on_standby(token.key_id)
+        known = self._invalidations
+        if found is None or found.as_of > known.seq or not known.is_known(found.log.position):
             return None
         record = found.record
-        is_current = self._invalidations.accepts(record.id, record.organization_id, as_of)
-        return replace(found, as_of=as_of) if is_current else None
+        is_current = known.accepts(record.id, record.organization_id, found.as_of)
+        return found if is_current else None
 
     async def _find_in_any_history(self, token: Token, anchor: int) -> Found | NotFound:
         if is_native(token):

@@ -13,6 +13,7 @@ more. What the lost changes revoked is refused until it has been revoked again: 
 """
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class Invalidations:
         self._positions: OrderedDict[int, int] = OrderedDict()  # of known rows: seq -> row id
         self._revocations: OrderedDict[int, Invalidation] = OrderedDict()  # known rows, by row id
         self._withheld: Mapping[str, int] = {}  # id -> how many breaks withhold it
+        self._lock = threading.Lock()  # on SQLite, a break may be noticed by any thread
         self._set_floor(0)
         self.version = object()
         """Replaced after every change: an entry that was accepted under this version still is.
@@ -264,17 +266,19 @@ class Invalidations:
         self.history = object()
         self._positions.clear()
         self._set_floor(batch.seq)
-        revocations = tuple(self._revocations.values())
-        self._revocations.clear()
-        self._withhold(revocations, 1)
+        with self._lock:
+            revocations = tuple(self._revocations.values())
+            self._revocations.clear()
+            self._withhold(revocations, 1)
         self._on_break(Break(revocations, self.epoch, last_seq))
 
     def release(self, revocations: Iterable[Invalidation]) -> None:
         """Decide by the store again on what a break withheld: all rows of the log are applied here
         that have the revocations. They stay remembered, because the store may lose them again."""
-        self._withhold(revocations, -1)
-        for row in revocations:
-            self._remember(row)
+        with self._lock:
+            self._withhold(revocations, -1)
+            for row in revocations:
+                self._remember(row)
         self._set_changed()
 
     def forget_reads(self) -> None:

@@ -9,6 +9,9 @@ holds ids only. The MAC (key derived from the pepper, RFC 2104) proves that a pr
 store's secrets wrote it, and nothing more: not that it is new, and not that the store was not
 restored from a backup since. So a notice only invalidates; before the store accepts an
 acknowledgement that a notice led to, it compares the rows with its log.
+
+The MAC names the format. While a deployment is upgraded, processes of two versions run: each makes
+the other poll.
 """
 
 import hmac
@@ -19,6 +22,8 @@ from typing import Final
 
 from keylatch.storage.store import Invalidation, InvalidationBatch
 
+_FORMAT: Final = b"keylatch: MAC of notices, format 2"
+"""Another one whenever the JSON has other fields."""
 _MAC_DIGITS: Final = 64
 _MAX_BYTES: Final = 7_999
 """Bytes that PostgreSQL's NOTIFY takes. Nothing longer is verified either: that would only cost
@@ -45,9 +50,7 @@ class Signer:
 
     def set_peppers(self, peppers: Sequence[bytes]) -> None:
         """Use these peppers, newest first."""
-        self._keys = tuple(
-            hmac.digest(pepper, b"keylatch: MAC of notices", "sha256") for pepper in peppers
-        )
+        self._keys = tuple(hmac.digest(pepper, _FORMAT, "sha256") for pepper in peppers)
 
     def sign(self, notice: Notice | None) -> bytes:
         """The payload of a notice; empty if there are no rows, or too many."""

@@ -91,13 +91,11 @@ class KeyRepository(Repository):
         """
         return read_found(await self._database.fetch(FIND, key_id=key_id, anchor=anchor), anchor)
 
-    async def find_on_standby(self, key_id: str, anchor: int) -> Found | None:
+    async def find_on_standby(self, key_id: str) -> Found | None:
         """The key as a standby has it, which may be an old state, or the state of another history;
         None: there is no standby, or it has no such key."""
-        rows = await self._database.unmonitored.fetch_from_standby(
-            FIND, key_id=key_id, anchor=anchor
-        )
-        found = read_found(rows, anchor) if rows else None
+        rows = await self._database.unmonitored.fetch_from_standby(FIND, key_id=key_id, anchor=0)
+        found = read_found(rows, 0) if rows else None
         return found if isinstance(found, Found) else None
 
     async def find_by_locator(self, locators: Sequence[str], anchor: int = 0) -> Found | NotFound:

@@ -96,7 +96,8 @@ def _next_grant() -> ColumnElement[int]:
 def _acknowledged_seq() -> Case[int]:
     # A sequence number says nothing by itself: after a failover or a restore that lost rows, it is
     # given out again, and a notice may be from before that. Only a process that knows the very row
-    # of this log knows all rows before it; the count finds a notice that was missed in between.
+    # of this log knows all rows before it; the count finds a notice that was missed in between. Any
+    # other process has acknowledged nothing: what its row says may be from before the failover.
     since, since_row_id, pending, pending_row_id, pending_count = (
         bindparam(name, type_=BigInteger)
         for name in ("since", "since_row_id", "pending", "pending_row_id", "pending_count")
@@ -108,7 +109,7 @@ def _acknowledged_seq() -> Case[int]:
     return case(
         (and_(is_since_known, is_pending_known), pending),
         (is_since_known, since),
-        else_=members.c.acked_seq,
+        else_=0,
     )
 
 

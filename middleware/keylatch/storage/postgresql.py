@@ -58,7 +58,6 @@ _STALE_SECONDS: Final = 0.5
 _WORK_SECONDS: Final = 5.0
 _STANDBY_SECONDS: Final = 0.5
 _STANDBY_PAUSE_SECONDS: Final = 5.0
-_IN_RECOVERY: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery()"
 _STARTED: Final = "extract(epoch FROM pg_postmaster_start_time())::text"
 _SERVER: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery(), {_STARTED}"
 _IDENTITY: Final = """
@@ -210,7 +209,8 @@ class PostgreSQL(Database):
 
     async def _will_grant_leases(self, server: str) -> bool:
         """Whether the members will poll this server, so that they learn of a change that is made
-        there. After a restart or a failover it is not the one that granted the last lease."""
+        there, and what it answers is the state that they know. After a restart or a failover it is
+        not the one that granted the last lease."""
         if self.lease_server in ("", server):
             return True
         self._lease_pool.close_idle()  # the next poll goes where the URL leads now
@@ -231,9 +231,12 @@ class PostgreSQL(Database):
 
     async def read(self, work: Work[T], *, seconds: float | None = None) -> T:
         async def run(connection: AsyncConnection, driver_connection: PsycopgConnection) -> T:
-            cursor = await driver_connection.execute(_IN_RECOVERY)
-            if await cursor.fetchone() != (False,):
+            cursor = await driver_connection.execute(_SERVER)
+            [[is_standby, server]] = await cursor.fetchall()
+            if is_standby:
                 raise ConnectionLost(STANDBY)
+            if not await self._will_grant_leases(server):
+                raise ConnectionLost(_OTHER_SERVER)
             return await connection.run_sync(work)
 
         return await self._work_pool.run(seconds or _WORK_SECONDS, run)
@@ -279,6 +282,7 @@ class PostgreSQL(Database):
         return {"checks": self._lookup_pool.under_way, "management": management}
 
     async def identity(self) -> str:
+        self.lease_server = ""  # an opened store has no lease: an earlier one is over
         # With the connection of look-ups, which is open then: the first cold check must not wait
         # until it is, which takes seconds from another continent.
         identity = await self._identity_of(self._lookup_pool, self._connector)
