@@ -344,6 +344,8 @@ class _Cluster(RedisCluster):
             for gone in known - primaries - {name}:
                 nodes.pop(gone, None)
             await self._opener.cancel()  # an attempt that hangs holds redis-py's lock
+            for lost in manager.startup_nodes.keys() - nodes.keys():
+                self._opener.run(manager.startup_nodes[lost].disconnect(), "keylatch-redis-close")
             manager.startup_nodes = nodes
             self.read_map_again()
             await self.initialize()
