@@ -345,8 +345,11 @@ class _Cluster(RedisCluster):
                 nodes.pop(gone, None)
             await self._opener.cancel()  # an attempt that hangs holds redis-py's lock
             for lost in manager.startup_nodes.keys() - nodes.keys():
-                self._opener.run(manager.startup_nodes[lost].disconnect(), "keylatch-redis-close")
-            manager.startup_nodes = nodes
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(_NODE_SECONDS):
+                        await manager.startup_nodes.pop(lost).disconnect()
+            if not manager.startup_nodes:
+                manager.startup_nodes.update(nodes)
             self.read_map_again()
             await self.initialize()
             return True
