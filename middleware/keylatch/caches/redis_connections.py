@@ -344,7 +344,12 @@ class _Cluster(RedisCluster):
             for gone in known - primaries - {name}:
                 nodes.pop(gone, None)
             await self._opener.cancel()  # an attempt that hangs holds redis-py's lock
-            manager.startup_nodes = nodes
+            for lost in manager.startup_nodes.keys() - nodes.keys():
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(_NODE_SECONDS):
+                        await manager.startup_nodes.pop(lost).disconnect()
+            if not manager.startup_nodes:
+                manager.startup_nodes.update(nodes)
             self.read_map_again()
             await self.initialize()
             return True
