@@ -188,6 +188,30 @@ async def test_a_key_is_refused_until_it_is_revoked_again(
     await engine.stop()
 
 
+async def test_what_the_store_still_has_is_not_refused(engine: Engine) -> None:
+    """A key was disabled and enabled again before that: the store decides on it as soon as it has
+    said what it lacks, also where this process may repeat nothing."""
+    keyring = await engine.keyring()
+    enabled, revoked = await keyring.create("acme", "a"), await keyring.create("acme", "b")
+    for active in (False, True):
+        await keyring.change("acme", enabled.record.id, active=active)
+    snapshot = Snapshot(engine.store)
+    await snapshot.take()
+    await keyring.delete("acme", revoked.record.id)
+    await engine._freshness.poll()
+    await snapshot.restore()
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise StoreUnavailable("permission denied, says the test")
+
+    engine.store.keys.change = refuse  # type: ignore[method-assign]
+    await engine._freshness.poll()
+    while not isinstance(await decision_of(engine, enabled), Allow):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert await decision_of(engine, revoked) == Deny(Reason.UNAVAILABLE)
+    await engine.stop()
+
+
 async def test_two_processes_that_notice_at_once_do_not_collide(
     engine: Engine, make_engine: MakeEngine, store_url: str
 ) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final
 
 from keylatch.errors import StoreUnavailable
@@ -80,6 +81,7 @@ class LostRevocations:
             self._has_breaks.clear()
             while self._breaks:
                 try:
+                    self._breaks[0] = await self._find_lost(self._breaks[0])
                     await self._repair(self._breaks[0])
                     self._health.record_success()
                     del self._breaks[0]
@@ -87,21 +89,33 @@ class LostRevocations:
                     self._health.record_failure(error.message, error.hint)
                     await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _repair(self, found: Break) -> None:
+    async def _find_lost(self, found: Break) -> Break:
+        """The break without the revocations that the store still has: it decides on their keys at
+        once, also for a process whose role may change nothing."""
         history, anchor = self._invalidations.history, self._invalidations.known.seq
         lost, log_state = await self._store.invalidations.missing(found.revocations, anchor)
         self._require_history(log_state)
-        self._name(lost)
-        for row in lost:
+        self._require_same(history)
+        ids = {row.row_id for row in lost}
+        self._invalidations.release([row for row in found.revocations if row.row_id not in ids])
+        return replace(found, revocations=tuple(lost))
+
+    async def _repair(self, found: Break) -> None:
+        history = self._invalidations.history
+        self._name(found.revocations)
+        for row in found.revocations:
             await self._repeat(row)
         # An epoch of its own ends what was signed in the lost part of the history.
         await self._store.invalidations.start_new_epoch(found.epoch, found.seq, self._now_ms())
         # Another process may have revoked a key again: what was read here before is invalid once
         # its row is applied, and not earlier.
         await self._freshness.poll()
+        self._require_same(history)
+        self._invalidations.release(found.revocations)
+
+    def _require_same(self, history: object) -> None:
         if self._invalidations.history is not history:
             raise StoreUnavailable("the store lost changes once more, or another server answers")
-        self._invalidations.release(found.revocations)
 
     def _name(self, lost: Sequence[Invalidation]) -> None:
         """Log each of them once, also those that another process repeats."""
