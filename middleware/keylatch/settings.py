@@ -37,7 +37,8 @@ _HINTS: Final = {
     "store_read": "postgresql:// of a standby of the same store, or empty for none",
     "durable": "local, or replicated with a PostgreSQL store",
     "pepper_file": "a file with lines of 32 bytes or more: openssl rand -hex 32 > FILE",
-    "redis": "redis://host:6379/0, redis+sentinel://, redis+cluster://, unix://, or empty: none",
+    "redis": "redis://host:6379/0, redis+sentinel://, redis+cluster:// or unix://, with special "
+    "characters of a password written %XX; empty: none",
     "store_file": "the path of a file that contains the store's URL and nothing else",
     "store_direct_file": "the path of a file that contains that URL and nothing else",
     "store_read_file": "the path of a file that contains that URL and nothing else",

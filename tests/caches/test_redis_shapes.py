@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from keylatch.caches import redis_errors
@@ -590,5 +591,6 @@ async def test_an_error_is_explained_without_its_text() -> None:
     assert explain(NoPermissionError("hunter2"))[0] == "NOPERM"
     assert explain(ResponseError("MISCONF hunter2"))[0] == "MISCONF"
     assert "hunter2" not in "".join(explain(ResponseError("hunter2 hunter2")))
-    assert explain(TimeoutError())[0] == "TimeoutError"
+    assert explain(TimeoutError())[0] == "no answer in time"
+    assert explain(MasterNotFoundError("hunter2"))[0].startswith("no Sentinel knows")
     assert redis_errors.refusal(ResponseError("")) == ""

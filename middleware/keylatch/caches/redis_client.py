@@ -47,13 +47,18 @@ def failures() -> tuple[type[Exception], ...]:
     return FAILURES
 
 
+_CONNECT_HINT: Final = (
+    "is the server up, and are scheme (rediss:// with TLS), host and port of KEYLATCH_REDIS right?"
+)
+
+
 def explain(error: BaseException) -> tuple[str, str]:
     """What a failure means, and a hint; neither holds a secret or an argument of a command."""
     from keylatch.caches.redis_errors import reason, refusal
 
     word = refusal(error)
     if word is None:
-        return reason(error), "is KEYLATCH_REDIS right?"
+        return reason(error), _CONNECT_HINT
     label = _label(word)
     return (word if label != _OTHER else "an error reply"), _HINTS[label]
 

@@ -78,6 +78,13 @@ def _word(error: Exception) -> str:
     return (str(error).split() or [""])[0]
 
 
+_REASONS: Final = {
+    "TimeoutError": "no answer in time",
+    "MasterNotFoundError": "no Sentinel knows a running primary of this name",
+}
+"""By name of the class: redis-py's module for Sentinel is imported only where there is one."""
+
+
 def reason(error: BaseException) -> str:
     """Why a call failed without a reply of Redis, in a few words without secrets."""
     for cause in _chain(error):
@@ -87,7 +94,8 @@ def reason(error: BaseException) -> str:
             return f"TLS: {cause.reason or type(cause).__name__}"
         if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, TimeoutError):
             return cause.strerror
-    return type(error).__name__
+    name = type(error).__name__
+    return _REASONS.get(name, name)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

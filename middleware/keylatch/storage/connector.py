@@ -108,7 +108,7 @@ class Connector:
 
     def hint(self) -> str:
         """What the operator should check when the server does not answer, or refuses."""
-        hint = server_hint(self._variable)
+        hint = f"{server_hint(self._variable)} `keylatch doctor` says more."
         if self.server is None or not self.server.is_pooled:
             return hint
         return f"{hint} Has the pooler a connection left (default_pool_size)?"

@@ -104,7 +104,7 @@ async def _check_direct(url: str, direct_url: str) -> list[Finding]:
     try:
         await database.identity()
     except StoreUnavailable as error:
-        return [failure("direct", f"KEYLATCH_STORE_DIRECT: {error.message}", error.hint)]
+        return [failure("direct", error.message, error.hint)]
     finally:
         await database.close()
     return [ok("direct", "KEYLATCH_STORE_DIRECT leads to the same store")]
