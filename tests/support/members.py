@@ -264,7 +264,7 @@ class Deployment:
     def __init__(self, folder: Path, lease_seconds: float = 1.0, **settings: str) -> None:
         self._folder = folder
         self.lease_seconds = lease_seconds
-        self.settings = {"LEASE": str(lease_seconds), **settings}
+        self.settings = {"LEASE": str(lease_seconds), "MAX_CHANGES": "0", **settings}
         self.command: Sequence[str] = CLI
         """That starts each member; a broken twin has another one."""
         self.members: list[Member] = []
