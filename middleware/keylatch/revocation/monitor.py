@@ -90,12 +90,12 @@ class RevocationMonitor:
         )
 
     def _record_changes(self, batch: InvalidationBatch, now_ms: float) -> None:
-        is_broken = batch.since_row_id != self._position.row_id and batch.is_complete
-        if is_broken or batch.seq < self._position.seq:  # another history: `Invalidations` logs it
+        # Another history is logged by `Invalidations`. Of too many changes it is not known which
+        # keys they concern: entries of the others are rightly used on.
+        is_other = batch.since_row_id != self._position.row_id or batch.seq < self._position.seq
+        if is_other or not batch.is_complete or len(self._changed) > _MAX_CHANGES:
             self.begin(batch.position)
             return
-        if not batch.is_complete or len(self._changed) > _MAX_CHANGES:
-            self._floor, self._changed = (batch.seq, now_ms), {}
         for row in batch.invalidations:
             if row.key_id is None and row.organization_id is None:
                 self._floor = (row.seq, now_ms)
