@@ -19,10 +19,7 @@ class Log:
     """Of one batch."""
 
     def __init__(self, *changed: str, is_complete: bool = True) -> None:
-        rows = [
-            Invalidation(**{**dict.fromkeys(Invalidation._fields), "seq": 11 + n, "key_id": key_id})
-            for n, key_id in enumerate(changed)
-        ]
+        rows = [Invalidation(seq, key_id, None) for seq, key_id in enumerate(changed, 11)]
         self.batch = SimpleNamespace(
             seq=2_000,
             position=Position(2_000, 2_000),
