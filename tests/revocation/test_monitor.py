@@ -20,7 +20,7 @@ class Log:
 
     def __init__(self, *changed: str, is_complete: bool = True) -> None:
         rows = [
-            Invalidation(**{**dict.fromkeys(Invalidation._fields), "seq": 11 + n, "key_id": key_id})
+            Invalidation(seq=11 + n, key_id=key_id, organization_id=None)
             for n, key_id in enumerate(changed)
         ]
         self.batch = SimpleNamespace(
