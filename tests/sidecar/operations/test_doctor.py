@@ -393,7 +393,8 @@ def test_rows_that_are_hidden_fail(operator: Operator, postgres: PostgresServer)
     operator.create()
     other = as_role(url, "tenant", DML, "USAGE ON ALL SEQUENCES IN SCHEMA public")
     with psycopg.connect(url, autocommit=True) as raw:
-        raw.execute("ALTER TABLE keylatch_keys ENABLE ROW LEVEL SECURITY")
+        for table in ("keylatch_keys", "keylatch_version"):
+            raw.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY".encode())
     assert DoctorRun(operator, "--lease", "0.1").findings_of("row-level security") == ""
     operator.set(STORE=other)
     doctor_run = DoctorRun(operator, "--lease", "0.1")

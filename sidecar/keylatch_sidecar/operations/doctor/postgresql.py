@@ -184,10 +184,10 @@ async def _examine_tables(fetch: Fetch, findings: list[Finding], lease: float) -
     if not (await fetch(_HAS_TABLES))[0][0]:
         findings.append(tables.check_version(None))
         return 0
-    findings += rights.check_rights(
-        rights.Relation(*relation) for relation in await fetch(rights.RELATIONS)
-    )
-    if findings[-1].status is Status.FAILURE:  # the statements below would fail as well
+    relations = [rights.Relation(*relation) for relation in await fetch(rights.RELATIONS)]
+    found = list(rights.check_rights(relations))
+    findings += found
+    if any(each.status is Status.FAILURE for each in found):  # what is below would fail as well
         return 0
     findings.append(tables.check_version((await fetch(tables.STORED_VERSION))[0][0]))
     findings += tables.check_secrets(await fetch(tables.SECRETS))
