@@ -421,8 +421,8 @@ async def test_another_primary_ends_attempts_to_reach_the_old_one() -> None:
     hangs is given up. The twin whose primary is the same keeps its attempt."""
     for looks in ([OSError(), False, True], [False] * 3):
         breaker = CircuitBreaker()
-        opener, told = Opener(breaker), asyncio.Event()
-        breaker.on_new_primary = told.set
+        opener, found = Opener(breaker), asyncio.Event()
+        breaker.on_new_primary = found.set
         left, looked = list(looks), asyncio.Event()
 
         async def look(left: list[Any] = left, looked: asyncio.Event = looked) -> bool:
@@ -438,8 +438,8 @@ async def test_another_primary_ends_attempts_to_reach_the_old_one() -> None:
         breaker.on_failure = Watch(opener, breaker, look).start
         breaker.record_failure()
         async with asyncio.timeout(SECONDS):
-            await (told if looks[-1] else looked).wait()
-        assert hanging.cancelled() == looks[-1] == told.is_set()
+            await (found if looks[-1] else looked).wait()
+        assert hanging.cancelled() == looks[-1] == found.is_set()
         await opener.cancel()
 
 
@@ -461,7 +461,7 @@ class SilentSubscriptions:
 
 
 async def test_subscriptions_move_to_another_primary() -> None:
-    """At once; the twin that is told nothing waits for the host that is gone."""
+    """At once; the twin that gets no notification waits for the host that is gone."""
     breaker, silent = CircuitBreaker(), SilentSubscriptions()
     notifier = RedisNotifier(None, silent, breaker, CHANNEL, Signer([PEPPER]))
     task = asyncio.create_task(notifier.subscribe(lambda notice: None))

@@ -93,11 +93,11 @@ async def test_what_a_caller_cannot_see_it_does_not_lock(store: Store, url: str)
     """A key of another environment cannot delay a revocation. While a transaction has the row, who
     may see it waits, and who may not is answered."""
     await add(store, "key_a")
-    stranger = acting(await add(store, "key_test", "test"))
+    other_actor = acting(await add(store, "key_test", "test"))
     async with await psycopg.AsyncConnection.connect(url) as other:
         await other.execute("SELECT 1 FROM keylatch_keys WHERE id = 'key_a' FOR UPDATE")
         waiting = asyncio.create_task(delete(store, "key_a", Actor("me")))
-        assert await delete(store, "key_a", stranger) is None
+        assert await delete(store, "key_a", other_actor) is None
         assert not waiting.done()
         await other.rollback()
         assert await waiting is not None

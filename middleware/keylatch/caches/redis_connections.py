@@ -373,10 +373,10 @@ class _Cluster(RedisCluster):
         await self.nodes_manager.aclose("startup_nodes")
 
 
-def _node_name(address: Any, asked: ClusterNode) -> str:
+def _node_name(address: Any, node: ClusterNode) -> str:
     """redis-py's name of a node in a reply; a node that knows no address of its own tells none."""
     host = address[0].decode() if isinstance(address[0], bytes) else address[0]
-    return f"{host or asked.host}:{address[1]}"
+    return f"{host or node.host}:{address[1]}"
 
 
 class ClusterSubscriber:

@@ -80,13 +80,17 @@ class MonitoredDatabase:
 
     async def tracked(self, reading: Awaitable[T]) -> T:
         """The value that was read; its success or failure is recorded in `health`."""
+        value = await self.failures_tracked(reading)
+        self.health.record_success()
+        return value
+
+    async def failures_tracked(self, reading: Awaitable[T]) -> T:
+        """The value that was read, by one of several steps: its success alone means nothing."""
         try:
-            value = await reading
+            return await reading
         except StoreUnavailable as error:
             self.health.record_failure(error.message, error.hint)
             raise
-        self.health.record_success()
-        return value
 
     async def write(self, work: Work[T], *, seconds: float | None = None) -> T:
         try:

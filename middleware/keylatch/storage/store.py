@@ -158,21 +158,20 @@ class Store:
         Raises:
             StoreIncompatible: the store was upgraded by a newer keylatch.
         """
-        # As one reading: a step that succeeds before one that fails is no recovery.
-        return await self._monitored.tracked(self._open(now_ms))
 
-    async def _open(self, now_ms: int) -> Secrets:
         def load_if_up_to_date(connection: Connection) -> Secrets | None:
             return self.secrets.load_in(connection) if is_up_to_date(connection) else None
 
-        secrets = await self._database.read(load_if_up_to_date, seconds=_OPEN_SECONDS)
+        tracked = self._monitored.failures_tracked
+        secrets = await tracked(self._database.read(load_if_up_to_date, seconds=_OPEN_SECONDS))
         if secrets is None:
             await self._database.write(
                 lambda connection: upgrade(connection, now_ms), seconds=self._upgrade_seconds
             )
-            secrets = await self._database.read(self.secrets.load_in)
-        identity = await self._database.identity()
+            secrets = await tracked(self._database.read(self.secrets.load_in))
+        identity = await tracked(self._database.identity())
         self.invalidations.database_hash = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.health.record_success()
         return secrets
 
     async def ping(self) -> None:
