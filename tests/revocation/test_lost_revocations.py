@@ -295,7 +295,22 @@ def test_a_break_in_the_middle_of_a_release_forgets_nothing(kind: type[Invalidat
     rows = Interrupted(breaks[0].revocations)
     restored = InvalidationBatch(0, "epoch", True)
     rows.thread = threading.Thread(target=lambda: known.apply(restored))
-    known.release(rows)
+    assert known.release(rows, known.history)
     rows.thread.join()
     is_remembered = breaks[1].revocations == (row,)
     assert is_remembered == (not known.accepts("key_a", "acme", 9)) == (kind is Invalidations)
+
+
+def test_what_another_history_has_is_not_released() -> None:
+    """The store lost changes once more while it was asked: its answer was of the history before."""
+    known = Invalidations(lambda found: None)
+    row = Invalidation(2, "key_a", None, 7, "delete")
+    known.begin(InvalidationBatch(1, "epoch", True, row_id=6))
+    known.apply(InvalidationBatch(2, "epoch", True, (row,), row_id=7, since_row_id=6))
+    known.apply(InvalidationBatch(1, "epoch", True, row_id=6))
+    history = known.history
+    known.apply(InvalidationBatch(0, "epoch", True))
+    assert not known.release((row,), history)
+    assert not known.accepts("key_a", "acme", 9)
+    assert known.release((row,), known.history)
+    assert known.accepts("key_a", "acme", 9)

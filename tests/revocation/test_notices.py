@@ -193,7 +193,7 @@ class TestFeed:
         assert (invalidations.seq, invalidations.pending) == (answer.seq, ())
         assert not invalidations.accepts("key_a", "acme", answer.seq)
         assert invalidations.accepts("key_c", "acme", answer.seq)
-        invalidations.release(breaks[0].revocations)
+        assert invalidations.release(breaks[0].revocations, invalidations.history)
         assert invalidations.accepts("key_a", "acme", answer.seq)
         assert "restored from a backup" in caplog.text
 

@@ -263,23 +263,32 @@ class Invalidations:
             *(self.epoch, self.known.seq, batch.epoch, batch.seq),
         )
         last_seq = self.known.seq
-        self.history = object()
-        self._positions.clear()
-        self._set_floor(batch.seq)
         with self._lock:
+            self.history = object()
+            self._positions.clear()
+            self._set_floor(batch.seq)
             revocations = tuple(self._revocations.values())
             self._revocations.clear()
             self._withhold(revocations, 1)
         self._on_break(Break(revocations, self.epoch, last_seq))
 
-    def release(self, revocations: Iterable[Invalidation]) -> None:
+    def release(self, revocations: Iterable[Invalidation], history: object) -> bool:
         """Decide by the store again on what a break withheld: all rows of the log are applied here
-        that have the revocations. They stay remembered, because the store may lose them again."""
+        that have the revocations. They stay remembered, because the store may lose them again.
+
+        Args:
+            revocations: the rows.
+            history: in which the store has them. False: it is not the present one any more, and
+                nothing is released.
+        """
         with self._lock:
+            if self.history is not history:
+                return False
             self._withhold(revocations, -1)
             for row in revocations:
                 self._remember(row)
         self._set_changed()
+        return True
 
     def forget_reads(self) -> None:
         """Accept nothing that was read before: another server answers now. What the one before it

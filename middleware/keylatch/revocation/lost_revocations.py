@@ -95,9 +95,8 @@ class LostRevocations:
         history, anchor = self._invalidations.history, self._invalidations.known.seq
         lost, log_state = await self._store.invalidations.missing(found.revocations, anchor)
         self._require_history(log_state)
-        self._require_same(history)
         ids = {row.row_id for row in lost}
-        self._invalidations.release([row for row in found.revocations if row.row_id not in ids])
+        await self._release([row for row in found.revocations if row.row_id not in ids], history)
         return replace(found, revocations=tuple(lost))
 
     async def _repair(self, found: Break) -> None:
@@ -107,14 +106,13 @@ class LostRevocations:
             await self._repeat(row)
         # An epoch of its own ends what was signed in the lost part of the history.
         await self._store.invalidations.start_new_epoch(found.epoch, found.seq, self._now_ms())
+        await self._release(found.revocations, history)
+
+    async def _release(self, revocations: Sequence[Invalidation], history: object) -> None:
         # Another process may have revoked a key again: what was read here before is invalid once
         # its row is applied, and not earlier.
         await self._freshness.poll()
-        self._require_same(history)
-        self._invalidations.release(found.revocations)
-
-    def _require_same(self, history: object) -> None:
-        if self._invalidations.history is not history:
+        if not self._invalidations.release(revocations, history):
             raise StoreUnavailable("the store lost changes once more, or another server answers")
 
     def _name(self, lost: Sequence[Invalidation]) -> None:
