@@ -155,9 +155,9 @@ async def store_split(deployment: Deployment, fault: Fault) -> None:
 async def store_lost_commits(deployment: Deployment, fault: Fault) -> None:
     """Replication is asynchronous, and late: the standby that takes over lacks the last commits."""
     cluster = deployment.cluster
+    began = time.monotonic_ns()  # from here on a commit may be missing there
     await cluster.stop_waiting()
     await cluster.cut_standby()
-    began = time.monotonic_ns()
     await asyncio.sleep(fault.seconds)
     await cluster.primary.crash()
     await cluster.promote()
