@@ -67,7 +67,7 @@ class Stats:
         stages: durations of the stages of checks.
         propagation: durations from commit to the last acknowledgement.
         accepted_after_revocation: keys accepted although this process could know of the change.
-        restores: how often the store was found restored from a backup.
+        restores: how often the store was found to have lost changes, by a failover or a restore.
         cached: entries in the caches of this process, by type.
         components: health of the parts.
         lease: None: not started, or SQLite.

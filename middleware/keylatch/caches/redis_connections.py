@@ -374,7 +374,7 @@ class _Cluster(RedisCluster):
 
 
 def _node_name(address: Any, node: ClusterNode) -> str:
-    """redis-py's name of a node in a reply; a node that knows no address of its own tells none."""
+    """redis-py's name of a node in a reply; a node without a known address gives none."""
     host = address[0].decode() if isinstance(address[0], bytes) else address[0]
     return f"{host or node.host}:{address[1]}"
 

@@ -46,7 +46,7 @@ from keylatch.storage.database import (
 )
 from keylatch.storage.libpq_connection import AnsweredByOther, ConnectionLost
 from keylatch.storage.libpq_pool import ConnectionPool
-from keylatch.storage.postgresql_dialect import PRIMARY_HINT
+from keylatch.storage.postgresql_dialect import PRIMARY_HINT, SERVER_STARTED
 from keylatch.storage.transactions import transaction
 from keylatch.storage.work_pool import WorkPool, shut_down_socket
 
@@ -58,11 +58,10 @@ _STALE_SECONDS: Final = 0.5
 _WORK_SECONDS: Final = 5.0
 _STANDBY_SECONDS: Final = 0.5
 _STANDBY_PAUSE_SECONDS: Final = 5.0
-_STARTED: Final = "extract(epoch FROM pg_postmaster_start_time())::text"
-_SERVER: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery(), {_STARTED}"
+_SERVER: Final = f"{PRIMARY_HINT}SELECT pg_is_in_recovery(), {SERVER_STARTED}"
 _IDENTITY: Final = """
 SELECT {cluster}, oid::text, 'keylatch_meta'::regclass::oid::text,
-    pg_is_in_recovery(), extract(epoch FROM pg_postmaster_start_time())::text
+    pg_is_in_recovery(), {started}
 FROM pg_database WHERE datname = current_database()
 """
 _CLUSTER: Final = "(SELECT system_identifier::text FROM pg_control_system())"
@@ -301,7 +300,7 @@ class PostgreSQL(Database):
             return await self._fetch_identity(pool, "''")
 
     async def _fetch_identity(self, pool: ConnectionPool, cluster: str) -> str:
-        text = PRIMARY_HINT + _IDENTITY.format(cluster=cluster)
+        text = PRIMARY_HINT + _IDENTITY.format(cluster=cluster, started=SERVER_STARTED)
         [names] = await pool.fetch(text, (), _WORK_SECONDS, self._read_looked_up)
         return "/".join(names)
 

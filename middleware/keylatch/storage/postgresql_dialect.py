@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialectAsync_psycopg
 from sqlalchemy.engine.interfaces import Dialect, IsolationLevel
 
 PRIMARY_HINT: Final = "/*NO LOAD BALANCE*/ "
+SERVER_STARTED: Final = "extract(epoch FROM pg_postmaster_start_time())::text"
 DRIVER_NAME: Final = "postgresql+keylatch"
 
 

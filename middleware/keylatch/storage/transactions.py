@@ -13,7 +13,7 @@ import psycopg
 
 from keylatch.storage.connector import STANDBY, Server
 from keylatch.storage.libpq_connection import ConnectionLost
-from keylatch.storage.postgresql_dialect import PRIMARY_HINT
+from keylatch.storage.postgresql_dialect import PRIMARY_HINT, SERVER_STARTED
 
 PsycopgConnection = psycopg.AsyncConnection[Any]
 
@@ -29,7 +29,7 @@ SET LOCAL idle_in_transaction_session_timeout = {idle_milliseconds};
 {check_client}
 {hint}SELECT pg_backend_pid(), pg_is_in_recovery(),
     current_setting('synchronous_standby_names') <> '',
-    extract(epoch FROM pg_postmaster_start_time())::text,
+    {started},
     set_config('synchronous_commit', {synchronous_commit}, true)
 """
 _DURABLE: Final = """CASE current_setting('synchronous_commit')
@@ -71,6 +71,7 @@ async def transaction(
         idle_milliseconds=_IDLE_MILLISECONDS,
         check_client=_CHECK_CLIENT if server.checks_clients else "",
         hint=PRIMARY_HINT,
+        started=SERVER_STARTED,
         synchronous_commit=_DURABLE if durable else "'off'",
     )
     async with connection.cursor() as cursor:

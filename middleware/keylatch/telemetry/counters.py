@@ -126,7 +126,7 @@ class Counters:
         self.accepted_after_revocation = Counter()
         """Keys that were accepted after a change that this process could know of."""
         self.restores = Counter()
-        """How often the store was found to be restored from a backup."""
+        """How often the store was found to have lost changes, by a failover or a restore."""
         self.limited = {limit: Counter() for limit in LIMITS}
         """Changes by keys that were refused, by the limit they reached."""
 
